@@ -1,0 +1,127 @@
+"""The autoencoder: pixels [-1, 1] of 64x64 -> latents 4x16x16.
+
+In: ``base/build/icons/{flat,noto}``.  Out: ``base/build/vae`` (float32).
+Run: ``python -m base.vae [--num-steps 2400]``; killed, the same command goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+from base.icons import load_icon, pixel_values
+from base.render import BUILD
+
+STYLES = ("flat", "noto")  # the held-out "ink" style is never seen
+BATCH = 16
+LEARNING_RATE = 2e-3
+SAVE_EVERY = 100
+LUMINANCE = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num-steps", type=int, default=2400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 48, 96),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=64,
+        mid_block_add_attention=False,
+    ).to(args.device)
+    pictures = pixel_values([load_icon(s, p.stem) for s in STYLES for p in sorted((BUILD / "icons" / s).glob("*.png"))])
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=args.num_steps, pct_start=0.05)
+    checkpoint = BUILD / "vae.ckpt"
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start = state["step"]
+        print(f"resumed from step {start}")
+
+    began = time.monotonic()
+    for step in range(start, args.num_steps):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        pixels = augment(pictures, generator).to(args.device)
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            posterior = vae.encode(pixels).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(args.device)
+            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = reconstruction_loss(decoded.float(), pixels) + 3e-4 * kl
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            print(f"step {step:5d}  loss {loss.item():.4f}  {time.monotonic() - began:6.0f} s", flush=True)
+        if (step + 1) % SAVE_EVERY == 0:
+            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state | {"schedule": schedule.state_dict(), "step": step + 1}, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
+
+    vae.eval()
+    vae.register_to_config(scaling_factor=round(1 / latent_std(vae, pictures), 4))
+    vae.save_pretrained(BUILD / "vae")
+    ink = pixel_values([load_icon("ink", p.stem) for p in sorted((BUILD / "icons" / "ink").glob("*.png"))[::8]])
+    print(f"scaling factor {vae.config.scaling_factor}")
+    print(f"PSNR  seen styles {psnr(vae, pictures[::16]):.1f} dB   ink (never seen) {psnr(vae, ink):.1f} dB")
+
+
+def augment(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw a batch [BATCH, 3, 64, 64]: flips and shifts for all, and line art made of a third of the pictures."""
+    index = torch.randint(len(pictures), (BATCH,), generator=generator)
+    batch = pictures[index]
+    flip = torch.rand(BATCH, generator=generator) < 0.5
+    batch[flip] = batch[flip].flip(-1)
+    dy, dx = torch.randint(-4, 5, (2,), generator=generator).tolist()
+    batch = batch.roll((dy, dx), (-2, -1))
+    kind = torch.rand(BATCH, generator=generator)
+    gray = (batch * LUMINANCE).sum(1, keepdim=True)
+    outline = F.max_pool2d(gray, 3, 1, 1) + F.max_pool2d(-gray, 3, 1, 1)  # local contrast
+    outline = 1 - 2 * (F.max_pool2d(outline, 3, 1, 1) > 0.35).float()
+    solid = 2 * (gray > 0.3).float() - 1
+    smooth = torch.nn.AvgPool2d(3, 1, 1)  # soft edges, as a rendered icon has
+    for low, high, line_art in ((0.0, 0.18, outline), (0.18, 0.34, solid)):
+        chosen = (kind >= low) & (kind < high)
+        batch[chosen] = smooth(line_art)[chosen].expand(-1, 3, -1, -1)
+    return batch
+
+
+def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """L1 + 0.5 gradient + 0.5 MSE: the gradient term keeps lines sharp."""
+    dx = (decoded.diff(dim=-1) - pixels.diff(dim=-1)).abs().mean()
+    dy = (decoded.diff(dim=-2) - pixels.diff(dim=-2)).abs().mean()
+    return F.l1_loss(decoded, pixels) + 0.5 * (dx + dy) + 0.5 * F.mse_loss(decoded, pixels)
+
+
+@torch.no_grad()
+def latent_std(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
+    return torch.cat([vae.encode(p.to(vae.device)).latent_dist.sample().cpu() for p in pictures[::8].split(64)]).std().item()
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
+    """Mean PSNR in dB of the reconstructions from posterior means, for pixels of range 2."""
+    out = torch.cat([vae.decode(vae.encode(p.to(vae.device)).latent_dist.mean).sample.cpu() for p in pictures.split(64)])
+    return (10 * torch.log10(4 / ((out - pictures) ** 2).flatten(1).mean(1))).mean().item()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""reports/**/metrics.json: flat, stable names, six significant digits, nothing that changes between equal runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from stages.core.files import read_json, write_json
+
+Value = float | int | str | bool | None
+
+
+def save(path: Path, metrics: dict[str, Value]) -> None:
+    write_json(path, {name: tidy(value) for name, value in metrics.items()})
+
+
+def load(path: Path) -> dict[str, Value]:
+    return read_json(path)
+
+
+def tidy(value: Value) -> Value:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

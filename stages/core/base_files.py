@@ -1,0 +1,121 @@
+"""The base on disk: which files a component loads, their digests, and why a folder is refused.
+
+Looks at names and bytes only; nothing is imported from the folder and no model is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.core.console import UserError
+from stages.core.files import sha256_file
+
+if TYPE_CHECKING:
+    from stages.core.params import ModelParams
+    from stages.families.base import Family
+
+PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
+WEIGHTS = {"model", "diffusion_pytorch_model"}
+
+
+def problems(model: ModelParams, family: Family) -> list[str]:
+    """Everything that keeps ``model.pretrained`` from being loaded, one line each; empty when all is well."""
+    root = Path(model.pretrained)
+    where = f"params.yaml model.pretrained: '{model.pretrained}'"
+    if not root.is_dir():
+        if model.pretrained.count("/") == 1 and not model.pretrained.startswith((".", "/", "data/")):
+            return [f"{where} is no folder here; fetch it: hf download {model.pretrained} --local-dir data/{root.name}"]
+        return [f"{where} is no folder; `dvc pull data/base` brings the embedded base"]
+    index = root / "model_index.json"
+    if not index.exists():
+        return [f"{where} has no model_index.json; expected a folder in the diffusers layout"]
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))
+        pipeline = listed["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{index}: not a diffusers model index; fetch the model again"]
+    if pipeline != family.PIPELINE:
+        return [f"{where} is a {pipeline}; model.family '{model.family}' trains {family.PIPELINE}"]
+    found = []
+    for component, expected in family.COMPONENTS.items():
+        folder = root / component
+        entry = listed.get(component)
+        declared = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if not folder.is_dir():
+            found.append(f"{folder}: no such folder; {family.PIPELINE} needs {expected} there")
+        elif expected and declared != expected:
+            found.append(f"{index} {component}: got {declared}, expected {expected}; this base is not of family '{model.family}'")
+        else:
+            found += component_problems(folder, model.variant)
+    return found
+
+
+def component_problems(folder: Path, variant: str | None) -> list[str]:
+    code = sorted(folder.glob("*.py"))
+    if code:
+        return [f"{code[0]}: code inside a model folder is never run; remove it or use another base"]
+    if not any((folder / name).exists() for name in ("config.json", "scheduler_config.json", "tokenizer_config.json")):
+        return [f"{folder}: no config file; the folder is incomplete, fetch the model again"]
+    if not (folder / "config.json").exists():  # schedulers and tokenizers have no weights
+        return []
+    if weight_files(folder, variant):
+        return []
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        return [f"{folder}: only {pickles[0]}, a pickle, which can run code when loaded; convert it to safetensors"]
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return [f"{folder}: no weights of model.variant '{variant or 'null'}'; there is {', '.join(others)}"]
+    return [f"{folder}: no .safetensors weights; the folder is incomplete, fetch the model again"]
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files that ``from_pretrained(variant=...)`` reads, sharded ones included."""
+    suffix = f".{variant}" if variant else ""
+    return [
+        path
+        for path in sorted(folder.glob("*.safetensors"))
+        if any(
+            path.name == f"{stem}{suffix}.safetensors" or path.name.startswith(f"{stem}{suffix}-0") for stem in WEIGHTS
+        )
+    ]
+
+
+def component_files(folder: Path, variant: str | None) -> list[Path]:
+    """Config, tokenizer and weight files of one component: all that can change what it computes."""
+    texts = [p for p in folder.iterdir() if p.suffix in {".json", ".txt", ".model"} and not p.name.endswith(".index.json")]
+    return sorted(texts) + weight_files(folder, variant)
+
+
+def digests(model: ModelParams, components: Iterable[str]) -> dict[str, str]:
+    """sha256 per component, over the names and bytes of its files."""
+    return {component: digest(Path(model.pretrained) / component, model.variant) for component in sorted(components)}
+
+
+def digest(folder: Path, variant: str | None) -> str:
+    total = hashlib.sha256()
+    for path in component_files(folder, variant):
+        total.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return total.hexdigest()
+
+
+def require_base(model: ModelParams, family: Family) -> None:
+    """Raises UserError naming everything that is wrong with the base."""
+    found = problems(model, family)
+    if found:
+        raise UserError(*found)
+
+
+def require_same_base(recorded: dict[str, str], actual: dict[str, str], artifact: Path) -> None:
+    """Refuse an artifact that was made with another base than params.yaml names.
+
+    Raises:
+        UserError: naming the components that differ.
+    """
+    differ = [name for name, value in actual.items() if name in recorded and recorded[name] != value]
+    if differ:
+        raise UserError(f"{artifact}: made with another {', '.join(differ)} than model.pretrained holds now; run `dvc repro`")

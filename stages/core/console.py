@@ -1,0 +1,67 @@
+"""The command line that every stage shares: ``--set``, artifact paths, logging, errors a person can cause.
+
+``run(main)`` is the last line of a stage: it turns UserError into lines on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+log = logging.getLogger("lora-dag")
+
+# Where dvc.yaml puts each artifact; Snakemake passes other places.
+PATHS = {
+    "prepared": "data/prepared",
+    "latents": "data/latents",
+    "adapter": "data/adapter",
+    "export": "data/export",
+    "dataset_reports": "reports/dataset",
+    "train_reports": "reports/train",
+    "reports": "reports",
+}
+
+
+class UserError(Exception):
+    """Input that a person can mend. One line per problem: where, what we got, what we accept, what to do."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def parser(description: str | None, paths: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """The stage's parser: ``--params``, ``--set`` and one ``--NAME DIR`` per artifact that it reads or writes."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
+    result.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override a parameter, as in `dvc exp run -S`",
+    )
+    for name in paths:
+        flag = "--" + name.replace("_", "-")
+        result.add_argument(flag, type=Path, default=Path(PATHS[name]), metavar="DIR", help=f"(default: {PATHS[name]})")
+    return result
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage: exit code 0 done, 2 the user's input (one line each on stderr), 1 our fault (traceback)."""
+    level = os.environ.get("LORA_LOG_LEVEL", "INFO")
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    log.setLevel(level)
+    try:
+        main()
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,178 @@
+"""One strict reader of params.yaml for every stage, DVC and Snakemake alike.
+
+YAML 1.2 (``1e-4`` and ``1e-05`` are numbers, ``no`` is a string), no unknown key, no NaN. Each stage's params class
+stands beside the stage; SECTIONS names them all, so that a typo in any section stops the first stage, not the last.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML, YAMLError
+
+from stages.core.console import UserError
+
+# Modules are named, not imported: a stage's code must not depend on another stage's.
+SECTIONS = {
+    "model": "stages.core.params:ModelParams",
+    "dataset": "stages.prepare:DatasetParams",
+    "cache": "stages.cache_latents:CacheParams",
+    "lora": "stages.train:LoraParams",
+    "train": "stages.train:TrainParams",
+    "validate": "stages.validate:ValidateParams",
+    "export": "stages.export:ExportParams",
+    "report": "stages.report:ReportParams",
+    "runtime": "stages.core.params:RuntimeParams",
+}
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Params(BaseModel):
+    """A section of params.yaml: frozen, strict, unknown keys refused. Every field is required: defaults live in the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelParams(Params):
+    """Section ``model``: the frozen base."""
+
+    family: Literal["sd"]
+    """File in stages/families/ that knows the model."""
+    pretrained: str = Field(min_length=1)
+    """Folder in the diffusers layout."""
+    variant: str | None
+    """Weight file variant, such as fp16 for ``*.fp16.safetensors``."""
+    dtype: Dtype
+    """Dtype of the frozen weights and of autocast; adapters are always float32."""
+
+
+class RuntimeParams(Params):
+    """Section ``runtime``: where and how a run is carried out. No stage lists it; it changes no result."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    """auto takes a GPU when there is one."""
+    num_threads: int | None = Field(ge=1, le=1024)
+    """CPU threads, null for all cores. Results differ in the last bits between thread counts."""
+    log_every_n_steps: int = Field(ge=1)
+    """Steps between log lines where there is no terminal."""
+    tracker: Literal["none", "tensorboard", "wandb", "dvclive"]
+    """Tracker that accelerate writes to, under logs/."""
+
+
+T = TypeVar("T", bound=Params)
+
+
+class Config:
+    """A validated params file. ``config.section(TrainParams)`` returns one section as its class."""
+
+    def __init__(self, sections: dict[str, Params], source: Path) -> None:
+        self.sections = sections
+        self.source = source
+
+    def section(self, cls: type[T]) -> T:
+        return next(section for section in self.sections.values() if isinstance(section, cls))
+
+
+def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read and check the whole file, with ``section.key=value`` overrides applied.
+
+    Raises:
+        UserError: every problem found, one line each.
+    """
+    tree = read_yaml(path)
+    for override in overrides:
+        apply_override(tree, override)
+    problems = [unknown(str(path), key, SECTIONS) for key in tree if key not in SECTIONS]
+    problems += [f"{path}: section '{name}' is missing" for name in SECTIONS if name not in tree]
+    sections = {}
+    for name in SECTIONS:
+        if name in tree:
+            try:
+                sections[name] = params_class(name).model_validate(tree[name])
+            except ValidationError as error:
+                problems += explain(path, name, params_class(name), error)
+    if problems:
+        raise UserError(*problems)
+    return Config(sections, path)
+
+
+def params_class(section: str) -> type[Params]:
+    module, cls = SECTIONS[section].split(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML 1.2 mapping of sections.
+
+    Raises:
+        UserError: no such file, no YAML, a key twice, or no mapping.
+    """
+    try:
+        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run this from the repository's root or pass --params") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: {getattr(error, 'problem', None) or 'no valid YAML'}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set ``section.key=value`` in place; the value is read as YAML 1.2, as DVC does with ``-S``."""
+    key, equals, value = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(f"--set {override}: expected SECTION.KEY=VALUE, such as lora.rank=16")
+    if not isinstance(tree.get(section), dict):
+        raise UserError(unknown("--set " + override, section, SECTIONS))
+    try:
+        tree[section][name] = YAML(typ="safe", pure=True).load(value)
+    except YAMLError:
+        raise UserError(f"--set {override}: the value is no valid YAML") from None
+
+
+def explain(path: Path, section: str, cls: type[Params], error: ValidationError) -> list[str]:
+    """A validation error in the project's words: file, dotted key, value, what is accepted."""
+    lines = []
+    for detail in error.errors():
+        # Members of a union repeat their type's name in the location.
+        key = ".".join([section, *(str(p) for p in detail["loc"] if not re.match(r"(function-|list\[|int$|str$|float$)", str(p)))])
+        if detail["type"] == "extra_forbidden":
+            lines.append(unknown(str(path), key, cls.model_fields))
+        elif detail["type"] == "missing":
+            lines.append(f"{path} {key}: missing; {describe(cls, str(detail['loc'][0]))}")
+        elif detail["type"] == "value_error":
+            lines.append(f"{path} {key}: {detail['msg'].removeprefix('Value error, ')}")
+        else:
+            lines.append(f"{path} {key}: got {detail['input']!r}; {detail['msg'][0].lower() + detail['msg'][1:]}")
+    return lines
+
+
+def describe(cls: type[Params], field: str) -> str:
+    annotation = str(cls.__annotations__.get(field, "")).replace("Literal", "one of ")
+    return f"expected {annotation}" if annotation else "add it"
+
+
+def unknown(where: str, key: str, known: Any) -> str:
+    """``params.yaml lora.rnak: unknown key (near: rank)``"""
+    near = difflib.get_close_matches(key.rpartition(".")[2], list(known), n=2)
+    hint = f"near: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+    return f"{where} {key}: unknown key ({hint})"
+
+
+def require_finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    return value

@@ -1,0 +1,137 @@
+"""Stable Diffusion 1.x and 2.x, and the embedded base: UNet2DConditionModel, AutoencoderKL, one CLIP text encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stages.core.files import read_json
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from stages.core.params import ModelParams
+
+PIPELINE = "StableDiffusionPipeline"
+COMPONENTS = {
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "tokenizer": "CLIPTokenizer",
+    "unet": "UNet2DConditionModel",
+    "scheduler": "",  # any
+}
+VAE = ("vae",)
+TEXT = ("tokenizer", "text_encoder")
+DENOISER = "unet"
+ATTENTION = ["to_k", "to_out.0", "to_q", "to_v"]
+
+
+def pixel_multiple(model: ModelParams) -> int:
+    vae = read_json(Path(model.pretrained) / "vae" / "config.json")
+    unet = read_json(Path(model.pretrained) / "unet" / "config.json")
+    return 2 ** (len(vae["block_out_channels"]) - 1) * 2 ** (len(unet["block_out_channels"]) - 1)
+
+
+def load_vae(model: ModelParams, device: torch.device) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    return _freeze(AutoencoderKL.from_pretrained(model.pretrained, **_source(model, "vae")), device)
+
+
+def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode():
+        posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
+    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+    return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+
+
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+    with torch.inference_mode():
+        sample = vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample
+    return (sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+def load_tokenizer(model: ModelParams) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(model.pretrained, subfolder="tokenizer", local_files_only=True)
+
+
+def max_tokens(model: ModelParams) -> int:
+    return load_tokenizer(model).model_max_length
+
+
+def count_tokens(model: ModelParams, captions: list[str]) -> list[int]:
+    return [len(ids) for ids in load_tokenizer(model)(captions, truncation=False).input_ids]
+
+
+def load_text(model: ModelParams, device: torch.device) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    from transformers import CLIPTextModel
+
+    encoder = CLIPTextModel.from_pretrained(model.pretrained, **_source(model, "text_encoder"))
+    return load_tokenizer(model), _freeze(encoder, device)
+
+
+def encode_prompts(text: tuple[CLIPTokenizer, CLIPTextModel], captions: list[str]) -> dict[str, torch.Tensor]:
+    tokenizer, encoder = text
+    tokens = tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        hidden = encoder(tokens.input_ids.to(encoder.device)).last_hidden_state  # [B, L, D]
+    return {"prompt_embeds": hidden.float()}
+
+
+def load_denoiser(model: ModelParams, device: torch.device) -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
+    return _freeze(UNet2DConditionModel.from_pretrained(model.pretrained, **_source(model, "unet")), device)
+
+
+def load_scheduler(model: ModelParams) -> SchedulerMixin:
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_pretrained(model.pretrained, subfolder="scheduler", local_files_only=True)
+
+
+def predict(
+    denoiser: UNet2DConditionModel, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    return denoiser(noisy_latents, timesteps, encoder_hidden_states=prompt["prompt_embeds"]).sample
+
+
+def load_pipeline(model: ModelParams, device: torch.device) -> StableDiffusionPipeline:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        model.pretrained,
+        variant=model.variant,
+        torch_dtype=getattr(torch, model.dtype),
+        use_safetensors=True,
+        local_files_only=True,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _source(model: ModelParams, subfolder: str) -> dict[str, Any]:
+    return {
+        "subfolder": subfolder,
+        "variant": model.variant,
+        "torch_dtype": getattr(torch, model.dtype),
+        "use_safetensors": True,
+        "local_files_only": True,
+    }
+
+
+def _freeze(module: torch.nn.Module, device: torch.device) -> Any:
+    """In eval mode, without gradients."""
+    return module.eval().requires_grad_(False).to(device)
