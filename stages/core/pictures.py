@@ -1,0 +1,240 @@
+"""Pictures: from a file to what the model sees, two pixel measures, and sheets of labelled pictures.
+
+Everything here is Pillow and NumPy; the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+
+from stages.core.files import atomic
+
+if TYPE_CHECKING:
+    from stages.artifacts.manifest import Item, View
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 100_000_000  # Pillow only warns below 179 million, and a few KB of PNG can claim that many
+VERSION = 1  # of the way from bytes to pixels; part of every cache key, so raise it when load_view changes
+NEAR_WHITE = 240
+DARK = 64
+
+BACKGROUND = "#ffffff"
+INK = "#24292f"
+FAINT = "#d0d7de"
+LINE_SPACING = 1.3
+MAX_LABEL_LINES = 3
+
+
+# From bytes to pixels
+
+
+def preprocessing(background: str) -> dict[str, Any]:
+    """What, beside the bytes and the view, decides the pixels that ``load_view`` returns."""
+    return {"background": background.lower(), "filter": "lanczos", "version": VERSION}
+
+
+def load_view(path: Path, item: Item, view: View, preprocessing: dict[str, Any]) -> Image.Image:
+    """One view of a picture as the model sees it: RGB of ``item.width`` x ``item.height``.
+
+    Args:
+        preprocessing: the manifest's.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        upright = to_rgb(image, preprocessing["background"])
+    size = (item.width, item.height)
+    seen = upright.resize(size, Image.Resampling.LANCZOS, box=view.crop)
+    return ImageOps.mirror(seen) if view.flip else seen
+
+
+def to_rgb(image: Image.Image, background: str) -> Image.Image:
+    """Turned upright by EXIF, in sRGB, laid on ``background`` (#rrggbb) where transparent, 16-bit grey scaled to 8."""
+    profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit grey to white
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+        profile = None
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBa"):
+        image = image.convert("RGBA")
+    elif image.mode in ("P", "1"):
+        image = image.convert("RGB")
+    if profile:
+        image = to_srgb(image, profile)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("RGB")
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Apply an embedded ICC profile; one that is broken or of another colour space is ignored, as browsers do."""
+    target = "RGBA" if image.mode == "RGBA" else "RGB"
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=target)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    return converted or image
+
+
+# Pixel measures
+
+
+def chroma(array: np.ndarray) -> float:
+    """How colourful the drawing is: mean of (largest - smallest channel) over the foreground, 0 to 255.
+
+    The foreground is every pixel with a channel below 240, that is, not near white; a blank picture gives 0.
+
+    Args:
+        array: uint8 [..., 3].
+    """
+    foreground = _foreground(array)
+    return float(np.ptp(foreground, axis=-1).mean()) if len(foreground) else 0.0
+
+
+def dark_share(array: np.ndarray) -> float:
+    """Share of the foreground (see ``chroma``) whose largest channel is below 64: near black. 0 to 1.
+
+    Args:
+        array: uint8 [..., 3].
+    """
+    foreground = _foreground(array)
+    return float((foreground.max(axis=-1) < DARK).mean()) if len(foreground) else 0.0
+
+
+def _foreground(array: np.ndarray) -> np.ndarray:
+    pixels = np.asarray(array).reshape(-1, 3)
+    return pixels[pixels.min(axis=-1) < NEAR_WHITE]
+
+
+# Sheets
+
+
+def sheet(
+    rows: Sequence[Sequence[Image.Image | None]],
+    row_labels: Sequence[str] | None,
+    column_labels: Sequence[str] | None,
+    cell: int,
+    title: str | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
+) -> Image.Image:
+    """A grid of pictures with labels left of the rows and above the columns.
+
+    Args:
+        rows: pictures row by row; None, or a row that ends early, leaves a cell empty.
+        row_labels: one per row, or None for no labels; long ones are wrapped, then cut with an ellipsis.
+        column_labels: one per column, or None.
+        cell: side of a picture in pixels; smaller pictures are scaled up, larger ones down.
+        captions: a text below each picture, or None.
+    """
+    font = ImageFont.load_default(size=max(11, min(cell // 7, 16)))
+    title_font = ImageFont.load_default(size=round(font.size * 1.4))
+    gap, margin = max(2, cell // 32), max(8, cell // 8)
+    left = [_wrap(label, font, max(cell, round(font.size * 7))) for label in row_labels or []]
+    above = [_wrap(label, font, cell) for label in column_labels or []]
+    below = [[_wrap(text, font, cell, 2) for text in row] for row in captions or []]
+
+    label_width = max((_width(line, font) for lines in left for line in lines), default=0)
+    label_right = margin + label_width
+    x = label_right + (3 * gap + 2 if label_width else 0)
+    width = x + max(map(len, rows)) * (cell + gap) - gap + margin
+    heading = _wrap(title or "", title_font, width - 2 * margin)
+    y = margin + _height(heading, title_font) + max((_height(lines, font) for lines in above), default=0)
+    y += (2 * gap if heading else 0) + (gap if above else 0)
+    caption_height = max((_height(lines, font) for row in below for lines in row), default=0)
+    pitch = max([cell + caption_height, *(_height(lines, font) for lines in left)]) + gap + (gap if below else 0)
+    canvas = Image.new("RGB", (width, y + len(rows) * pitch - gap + margin), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+
+    _text(draw, heading, title_font, margin, margin)
+    for column, lines in enumerate(above):
+        _text(draw, lines, font, x + column * (cell + gap) + cell // 2, y - gap - _height(lines, font), "ma")
+    for index, row in enumerate(rows):
+        top = y + index * pitch
+        if left:
+            _text(draw, left[index], font, label_right, top + max(0, cell - _height(left[index], font)) // 2, "ra")
+        for column, image in enumerate(row):
+            corner = (x + column * (cell + gap), top)
+            if image is not None:
+                canvas.paste(_fit(image, cell), corner)
+                draw.rectangle((*corner, corner[0] + cell - 1, top + cell - 1), outline=FAINT)
+            if below:
+                _text(draw, below[index][column], font, corner[0] + cell // 2, top + cell + 1, "ma")
+    return canvas
+
+
+def _fit(image: Image.Image, cell: int) -> Image.Image:
+    """Scaled to fit a square cell, centred on the background."""
+    image = image.convert("RGB")
+    scale = cell / max(image.size)
+    if scale != 1:
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (cell, cell), BACKGROUND)
+    square.paste(image, ((cell - image.width) // 2, (cell - image.height) // 2))
+    return square
+
+
+def _wrap(label: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int = MAX_LABEL_LINES) -> list[str]:
+    """Lines no wider than ``width`` pixels; what does not fit ends in an ellipsis."""
+    lines: list[str] = []
+    for word in label.split():
+        if lines and _width(f"{lines[-1]} {word}", font) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    kept = [_ellipsize(line, font, width) for line in lines[:max_lines]]
+    if len(lines) > max_lines and not kept[-1].endswith("..."):
+        kept[-1] = _ellipsize(kept[-1] + "...", font, width)
+    return kept
+
+
+def _ellipsize(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    kept = line
+    while len(kept) > 1 and _width(line if kept == line else kept + "...", font) > width:
+        kept = kept[:-1]
+    return line if kept == line else kept.rstrip(" ,.") + "..."
+
+
+def _width(text: str, font: ImageFont.FreeTypeFont) -> int:
+    return int(np.ceil(font.getlength(text)))
+
+
+def _line(font: ImageFont.FreeTypeFont) -> int:
+    return round(font.size * LINE_SPACING)
+
+
+def _height(lines: list[str], font: ImageFont.FreeTypeFont) -> int:
+    return len(lines) * _line(font)
+
+
+def _text(
+    draw: ImageDraw.ImageDraw, lines: list[str], font: ImageFont.FreeTypeFont, x: int, y: int, anchor: str = "la"
+) -> None:
+    for index, line in enumerate(lines):
+        draw.text((x, y + index * _line(font)), line, fill=INK, font=font, anchor=anchor)
+
+
+def save_png(path: Path, image: Image.Image, max_bytes: int | None = None) -> None:
+    """Write a PNG whole, with fixed encoder settings and nothing but pixels in it.
+
+    Above ``max_bytes`` the picture is reduced to a palette, and then, while that is too much, to fewer colours.
+    """
+    blob = _encode(image)
+    for colours in (256, 128, 64, 32, 16, 8):
+        if max_bytes is None or len(blob) <= max_bytes:
+            break
+        blob = _encode(image.convert("RGB").quantize(colours, dither=Image.Dither.NONE))
+    with atomic(path) as temporary:
+        temporary.write_bytes(blob)
+
+
+def _encode(image: Image.Image) -> bytes:
+    clean = image.copy()
+    clean.info = {}
+    buffer = io.BytesIO()
+    clean.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
