@@ -10,6 +10,7 @@ import difflib
 import importlib
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,7 +36,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Params(BaseModel):
-    """A section of params.yaml: frozen, strict, unknown keys refused. Every field is required: defaults live in the file."""
+    """A section of params.yaml: frozen, strict, no unknown keys. Every field is required: defaults live in the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -105,6 +106,9 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
 
 def params_class(section: str) -> type[Params]:
     module, cls = SECTIONS[section].split(":")
+    started = sys.modules["__main__"]  # `python -m stages.NAME` runs as __main__; imported again, its class is another
+    if getattr(getattr(started, "__spec__", None), "name", None) == module:
+        return getattr(started, cls)
     return getattr(importlib.import_module(module), cls)
 
 
@@ -148,7 +152,8 @@ def explain(path: Path, section: str, cls: type[Params], error: ValidationError)
     lines = []
     for detail in error.errors():
         # Members of a union repeat their type's name in the location.
-        key = ".".join([section, *(str(p) for p in detail["loc"] if not re.match(r"(function-|list\[|int$|str$|float$)", str(p)))])
+        parts = [str(part) for part in detail["loc"]]
+        key = ".".join([section, *(p for p in parts if not re.match(r"(function-|list\[|int$|str$|float$)", p))])
         if detail["type"] == "extra_forbidden":
             lines.append(unknown(str(path), key, cls.model_fields))
         elif detail["type"] == "missing":
