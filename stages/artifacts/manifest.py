@@ -1,6 +1,6 @@
 """data/prepared/: what prepare hands to cache_latents. One JSON row per picture, sorted by file name.
 
-manifest.jsonl  the rows        dataset.json  how they were made: preprocessing spec, counts
+manifest.jsonl  the rows        dataset.json  how they were made: preprocessing spec, source folder, counts
 """
 
 from __future__ import annotations
@@ -46,13 +46,16 @@ class Manifest:
     items: list[Item]
     preprocessing: dict[str, Any]
     """What, beside the bytes, decides the pixels: filter, background colour, version. Part of every cache key."""
+    source: str
+    """dataset.source: the folder of the pictures, for the stage that reads them again. Part of no cache key."""
 
     def save(self, folder: Path) -> None:
         rows = sorted(self.items, key=lambda item: item.file_name)
         lines = [json.dumps(asdict(item), sort_keys=True, ensure_ascii=False) for item in rows]
         write_text(folder / "manifest.jsonl", "\n".join(lines) + "\n")
         counts = {split: sum(item.split == split for item in rows) for split in ("train", "heldout")}
-        write_json(folder / "dataset.json", {"preprocessing": self.preprocessing, "counts": counts})
+        dataset = {"preprocessing": self.preprocessing, "source": self.source, "counts": counts}
+        write_json(folder / "dataset.json", dataset)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -64,4 +67,5 @@ class Manifest:
             row = json.loads(line)
             views = tuple(View(tuple(view["crop"]), view["flip"]) for view in row.pop("views"))
             items.append(Item(**row, views=views))
-        return cls(items, read_json(folder / "dataset.json")["preprocessing"])
+        dataset = read_json(folder / "dataset.json")
+        return cls(items, dataset["preprocessing"], dataset["source"])

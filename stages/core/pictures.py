@@ -1,4 +1,4 @@
-"""Pictures: from a file to what the model sees, two pixel measures, and sheets of labelled pictures.
+"""Pictures: from a checked file to what the model sees, two pixel measures, and sheets of labelled pictures.
 
 Everything here is Pillow and NumPy; the same input gives the same bytes.
 """
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 
+from stages.core.console import UserError
 from stages.core.files import atomic
 
 if TYPE_CHECKING:
     from stages.artifacts.manifest import Item, View
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 100_000_000  # Pillow only warns below 179 million, and a few KB of PNG can claim that many
+MAX_PIXELS = 80_000_000  # a few KB of PNG can claim more, and Pillow itself refuses from 179 million only
 VERSION = 1  # of the way from bytes to pixels; part of every cache key, so raise it when load_view changes
 NEAR_WHITE = 240
 DARK = 64
@@ -32,6 +33,41 @@ MAX_LABEL_LINES = 3
 
 
 # From bytes to pixels
+
+
+def check_picture(path: Path) -> tuple[int, int]:
+    """Width and height after EXIF rotation, of a picture that was verified and decoded to the last pixel.
+
+    Raises:
+        UserError: it cannot be read, is animated, or is too large.
+    """
+    name = path.name
+    if path.stat().st_size == 0:
+        raise UserError(f"'{name}' is an empty file; restore it or remove the row")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise UserError(f"'{name}' has {width} x {height} pixels; at most {MAX_PIXELS:,} are read")
+            # Phones write JPEGs with a preview behind the picture (MPO); those are no animation.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise UserError(f"'{name}' is animated; save one frame as a picture")
+            if image.mode.startswith("I") and "transparency" in image.info:
+                raise UserError(f"'{name}' is 16-bit grey with a transparent shade; save it with 8 bits")
+            image.verify()  # a flipped byte in a PNG shows here only
+        with Image.open(path, formats=FORMATS) as image:
+            image.load()
+            if image.getexif().get(0x0112, 1) >= 5:  # Orientation: turned by a quarter
+                width, height = height, width
+    except UserError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise UserError(f"'{name}' is no JPEG, PNG or WebP picture; convert it or remove the row") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"'{name}' claims too many pixels; at most {MAX_PIXELS:,} are read, scale it down") from None
+    except Exception as error:  # decoders raise what they like on broken bytes
+        raise UserError(f"'{name}' is damaged ({str(error).rstrip('.')}); restore it or remove the row") from None
+    return width, height
 
 
 def preprocessing(background: str) -> dict[str, Any]:
@@ -131,9 +167,9 @@ def sheet(
         cell: side of a picture in pixels; smaller pictures are scaled up, larger ones down.
         captions: a text below each picture, or None.
     """
-    font = ImageFont.load_default(size=max(11, min(cell // 7, 16)))
-    title_font = ImageFont.load_default(size=round(font.size * 1.4))
-    gap, margin = max(2, cell // 32), max(8, cell // 8)
+    font = _font(max(11, min(cell // 7, 16)))
+    title_font = _font(round(font.size * 1.4))
+    gap, margin = _spacing(cell)
     left = [_wrap(label, font, max(cell, round(font.size * 7))) for label in row_labels or []]
     above = [_wrap(label, font, cell) for label in column_labels or []]
     below = [[_wrap(text, font, cell, 2) for text in row] for row in captions or []]
@@ -165,6 +201,29 @@ def sheet(
             if below:
                 _text(draw, below[index][column], font, corner[0] + cell // 2, top + cell + 1, "ma")
     return canvas
+
+
+def cut(sheet: Image.Image, num_rows: int, num_columns: int, cell: int) -> list[list[Image.Image]]:
+    """The pictures of a sheet again, row by row, if no label is higher than a cell (64 pixels always suffice)."""
+    gap, margin = _spacing(cell)
+    x = sheet.width - margin - num_columns * (cell + gap) + gap
+    y = sheet.height - margin - num_rows * (cell + gap) + gap
+    lefts = [x + column * (cell + gap) for column in range(num_columns)]
+    tops = [y + row * (cell + gap) for row in range(num_rows)]
+    return [[sheet.crop((left, top, left + cell, top + cell)) for left in lefts] for top in tops]
+
+
+def _spacing(cell: int) -> tuple[int, int]:
+    """Pixels between cells, and around them all."""
+    return max(2, cell // 32), max(8, cell // 8)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """The typeface inside Pillow itself: no machine's fonts change a sheet."""
+    font = ImageFont.load_default(size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise RuntimeError("this Pillow was built without FreeType; install the wheel from PyPI")
+    return font
 
 
 def _fit(image: Image.Image, cell: int) -> Image.Image:
