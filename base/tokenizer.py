@@ -38,7 +38,10 @@ def train(texts: list[str]) -> CLIPTokenizer:
     backend = blank.backend_tokenizer
     backend.train_from_iterator(texts, trainer)
     model = json.loads(backend.to_str())["model"]
-    return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=MAX_TOKENS)
+    vocab = model["vocab"]
+    for token in (blank.bos_token, blank.eos_token):  # eos is also what unseen characters become; without it they raise
+        vocab.setdefault(token, len(vocab))
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in model["merges"]], model_max_length=MAX_TOKENS)
 
 
 if __name__ == "__main__":
