@@ -1,0 +1,202 @@
+"""Fixtures: a tiny random base, small datasets, and a workspace where stages run offline in seconds."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)
+
+TINY: dict[str, dict[str, Any]] = {
+    "model": {"dtype": "float32"},
+    "dataset": {"resolution": 32, "heldout_fraction": 0.25},
+    "cache": {"batch_size": 4},
+    "lora": {"rank": 2, "alpha": 2},
+    "train": {
+        "num_steps": 4,
+        "batch_size": 2,
+        "lr_warmup_steps": 1,
+        "checkpoint_every_n_steps": 2,
+        "snapshot_every_n_steps": 2,
+    },
+    "validate": {
+        "num_timesteps": 2,
+        "max_pictures": 4,
+        "batch_size": 4,
+        "prompts": ["red apple", "blue boat"],
+        "num_inference_steps": 2,
+    },
+    "export": {"num_inference_steps": 2},
+    "runtime": {"device": "cpu", "num_threads": 1, "log_every_n_steps": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random StableDiffusionPipeline of 0.3 M parameters in the diffusers layout; pixels in multiples of 8."""
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from base.tokenizer import train
+
+    torch.manual_seed(0)
+    tokenizer = train(["red apple", "blue boat", "green circle, ink icon"])
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            pad_token_id=tokenizer.pad_token_id,
+            **special,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=32,
+        scaling_factor=0.5,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDPMScheduler(
+            beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def picture(index: int, width: int = 48, height: int | None = None) -> Image.Image:
+    """A coloured ramp with a disc, another one for each index."""
+    height = height or width
+    y, x = np.mgrid[0:height, 0:width]
+    array = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 37 * index % 256)], axis=-1)
+    centre = (13 * index % width, 7 * index % height)
+    array[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 < (width // 4) ** 2] = (20 * index % 256, 0, 90)
+    return Image.fromarray(array.astype(np.uint8))
+
+
+Pictures = Callable[..., Path]
+
+
+@pytest.fixture
+def pictures() -> Pictures:
+    """``pictures(folder, count=8)`` writes an imagefolder of distinct PNGs, captions and metadata.jsonl."""
+
+    def make(folder: Path, count: int = 8, size: int = 48) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            picture(index, size).save(folder / f"{index:02}.png")
+        write_rows(folder, [{"file_name": f"{index:02}.png", "text": f"thing {index}"} for index in range(count)])
+        return folder
+
+    return make
+
+
+def write_rows(folder: Path, rows: list[Any]) -> None:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass
+class Workspace:
+    """A folder with params.yaml, data/base and data/raw, which is the current directory."""
+
+    path: Path
+    call: Callable[..., list[str]]
+
+    def run(self, stage: str, *argv: str) -> list[str]:
+        """The stage's ``main`` in this process; its log lines."""
+        return self.call(stage, *argv)
+
+    def process(self, stage: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """``python -m stages.NAME`` as a person would start it."""
+        command = [sys.executable, "-m", f"stages.{stage}", *argv]
+        return subprocess.run(command, cwd=self.path, capture_output=True, text=True, **options)
+
+    def tree(self, folder: str) -> dict[str, bytes]:
+        """Every file below a folder: relative name -> bytes."""
+        root = self.path / folder
+        return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def workspace(
+    tmp_path: Path,
+    tiny_base: Path,
+    pictures: Pictures,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> Workspace:
+    write_params(tmp_path / "params.yaml", TINY)
+    pictures(tmp_path / "data" / "raw")
+    (tmp_path / "data" / "base").symlink_to(tiny_base)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_STATE_DIR", str(tmp_path / ".state"))
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("PYTHONPATH", path)
+    caplog.set_level(logging.INFO, logger="lora-dag")
+
+    def call(stage: str, *argv: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [stage, *argv])
+        caplog.clear()
+        importlib.import_module(f"stages.{stage}").main()
+        return [record.getMessage() for record in caplog.records if record.name == "lora-dag"]
+
+    return Workspace(tmp_path, call)
+
+
+def write_params(path: Path, changes: dict[str, dict[str, Any]]) -> None:
+    """The repository's params.yaml with some values changed."""
+    yaml = YAML()
+    tree = yaml.load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+    for section, values in changes.items():
+        tree[section].update(values)
+    with path.open("w", encoding="utf-8") as file:
+        yaml.dump(tree, file)

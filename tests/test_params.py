@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages.core import params
+from stages.core.console import UserError
+from stages.train import LoraParams, TrainParams
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the repository's params.yaml in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text((REPOSITORY / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    return Path("params.yaml")
+
+
+def problems(file: Path, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        params.load(file, overrides)
+    return caught.value.problems
+
+
+def test_the_repository_file_has_the_sections_that_stages_read(file: Path) -> None:
+    tree = YAML(typ="safe", pure=True).load(file.read_text())
+    assert set(params.SECTIONS) <= set(tree)
+    assert set(tree) == set(params.SECTIONS)
+    for name, values in tree.items():
+        assert set(values) == set(params.params_class(name).model_fields), name
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1e-04", "1.0e-4", "0.0001"])
+def test_scientific_notation_is_a_number(file: Path, text: str) -> None:
+    assert params.load(file, [f"train.learning_rate={text}"]).section(TrainParams).learning_rate == 1e-4
+    written = file.read_text().replace("learning_rate: 1.0e-3", f"learning_rate: {text}")
+    assert text in written
+    file.write_text(written)
+    assert params.load(file).section(TrainParams).learning_rate == 1e-4
+
+
+def test_no_is_a_string(file: Path) -> None:
+    assert problems(file, "dataset.flip=no") == ("params.yaml dataset.flip: got 'no'; input should be a valid boolean",)
+
+
+def test_overrides_leave_the_rest(file: Path) -> None:
+    plain = params.load(file).section(LoraParams)
+    changed = params.load(file, ["lora.rank=16", "lora.target_modules=[to_q]"]).section(LoraParams)
+    assert (changed.rank, changed.target_modules) == (16, ["to_q"])
+    assert changed.alpha == plain.alpha
+    assert plain.rank == 8
+
+
+def test_unknown_key_names_the_near_one(file: Path) -> None:
+    assert problems(file, "lora.rnak=4") == ("params.yaml lora.rnak: unknown key (near: rank)",)
+
+
+def test_unknown_section_names_the_near_one(file: Path) -> None:
+    assert problems(file, "lroa.rank=4") == ("--set lroa.rank=4 lroa: unknown key (near: lora)",)
+    file.write_text(file.read_text().replace("\nlora:", "\nlroa:"))
+    assert problems(file) == ("params.yaml lroa: unknown key (near: lora)", "params.yaml: section 'lora' is missing")
+
+
+def test_missing_key_says_what_is_expected(file: Path) -> None:
+    file.write_text(file.read_text().replace("  num_steps: 400", "  #"))
+    (problem,) = problems(file)
+    assert problem.startswith("params.yaml train.num_steps: missing; expected int")
+
+
+def test_all_problems_at_once(file: Path) -> None:
+    found = problems(file, "lora.rank=0", "train.num_steps=-1", "model.family=sdxxl", "dataset.resolution=sixty")
+    assert [problem.split(":")[0] for problem in found] == [
+        "params.yaml model.family",
+        "params.yaml dataset.resolution",
+        "params.yaml lora.rank",
+        "params.yaml train.num_steps",
+    ]
+    assert "got 'sixty'" in found[1]
+    assert "got 0" in found[2]
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_numbers_are_finite(file: Path, value: str) -> None:
+    (problem,) = problems(file, f"train.learning_rate={value}")
+    assert problem.startswith("params.yaml train.learning_rate: got ")
+    assert problem.endswith("; input should be a finite number")
+
+
+@pytest.mark.parametrize("override", ["lora.rank", "rank=4", ".rank=4", "lora.=4"])
+def test_malformed_override(file: Path, override: str) -> None:
+    assert problems(file, override) == (f"--set {override}: expected SECTION.KEY=VALUE, such as lora.rank=16",)
+
+
+def test_override_that_is_no_yaml(file: Path) -> None:
+    assert problems(file, "lora.target_modules=[to_q") == (
+        "--set lora.target_modules=[to_q: the value is no valid YAML",
+    )
+
+
+def test_a_section_that_is_no_mapping(file: Path) -> None:
+    file.write_text("lora: 3\n")
+    assert "params.yaml lora: got 3; " in "\n".join(problems(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "params.yaml: no such file; run this from the repository's root or pass --params"),
+        (b"\xff", "params.yaml: not UTF-8 text"),
+        (b"- 1\n", "params.yaml: expected a mapping of sections, got list"),
+        (b"", "params.yaml: expected a mapping of sections, got NoneType"),
+        (b"lora:\n  rank: 4\n  rank: 8\n", "params.yaml:3: "),
+        (b"lora:\n  rank: [4\n", "params.yaml:"),
+    ],
+)
+def test_a_file_that_cannot_be_read(file: Path, text: bytes | None, message: str) -> None:
+    if text is None:
+        file.unlink()
+    else:
+        file.write_bytes(text)
+    (problem,) = problems(file)
+    assert problem.startswith(message)
+
+
+def test_params_are_frozen(file: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        params.load(file).section(LoraParams).rank = 3
