@@ -1,0 +1,198 @@
+# The DAG of dvc.yaml for Snakemake: one run, or one per rank, with the dataset and its latents shared.
+#   snakemake                                  params.yaml as it stands
+#   snakemake --config ranks=4,8,16            one adapter per rank
+# Writes below runs/, never to DVC's paths. Code and params sections of each rule come from dvc.yaml.
+
+from pathlib import Path
+
+from stages.core.params import load, read_yaml
+
+PARAMS = load(Path("params.yaml"))
+STAGES = read_yaml(Path("dvc.yaml"))["stages"]
+VALUES = {name: section.model_dump() for name, section in PARAMS.sections.items()}
+RANKS = [int(rank) for rank in str(config.get("ranks", VALUES["lora"]["rank"])).split(",")]
+
+
+def code(stage):
+    """The stage's code dependencies, file by file."""
+    paths = [dep for dep in STAGES[stage]["deps"] if dep.startswith("stages/")]
+    return [path.replace("${model.family}", VALUES["model"]["family"]) for path in paths]
+
+
+def sections(stage):
+    """The parameters that the stage reads: when they change, Snakemake runs its rule again."""
+
+    def values(wildcards):
+        read = {name: VALUES[name] for name in STAGES[stage]["params"]}
+        if "lora" in read:
+            read["lora"] = read["lora"] | {"rank": int(wildcards.rank)}
+        return read
+
+    return values
+
+
+def files(folder):
+    """Every file below a folder: Snakemake does not notice an edit inside a directory() input."""
+    return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
+
+
+RAW = files(VALUES["dataset"]["source"])
+BASE = files(VALUES["model"]["pretrained"])
+
+
+wildcard_constraints:
+    rank=r"\d+",
+
+
+# Names the outputs of every stage: with the last ones alone, results of an earlier setting would pass for current
+# ones after a stage in the middle has failed.
+rule all:
+    input:
+        "runs/prepared/manifest.jsonl",
+        "runs/latents/manifest.json",
+        expand("runs/rank-{rank}/adapter/adapter.json", rank=RANKS),
+        expand("runs/rank-{rank}/reports/metrics.json", rank=RANKS),
+        expand("runs/rank-{rank}/export/README.md", rank=RANKS),
+        expand("runs/rank-{rank}/reports/report.md", rank=RANKS),
+    default_target: True
+
+
+rule prepare:
+    input:
+        raw=RAW,
+        code=code("prepare"),
+    output:
+        manifest="runs/prepared/manifest.jsonl",
+        metrics="runs/reports/dataset/metrics.json",
+        contact="runs/reports/dataset/contact.png",
+    params:
+        sections=sections("prepare"),
+    log:
+        "runs/logs/prepare.log",
+    conda:
+        "profiles/environment.yaml"
+    shell:
+        "python -m stages.prepare --prepared runs/prepared --dataset-reports runs/reports/dataset > {log} 2>&1"
+
+
+rule cache_latents:
+    input:
+        raw=RAW,
+        base=BASE,
+        manifest="runs/prepared/manifest.jsonl",
+        code=code("cache_latents"),
+    output:
+        manifest="runs/latents/manifest.json",
+    params:
+        sections=sections("cache_latents"),
+    log:
+        "runs/logs/cache_latents.log",
+    conda:
+        "profiles/environment.yaml"
+    shell:
+        "python -m stages.cache_latents --prepared runs/prepared --latents runs/latents > {log} 2>&1"
+
+
+rule train:
+    input:
+        base=BASE,
+        latents="runs/latents/manifest.json",
+        code=code("train"),
+    output:
+        adapter="runs/rank-{rank}/adapter/adapter.json",
+        metrics="runs/rank-{rank}/reports/train/metrics.json",
+        loss="runs/rank-{rank}/reports/train/loss.csv",
+    params:
+        sections=sections("train"),
+    log:
+        "runs/rank-{rank}/logs/train.log",
+    conda:
+        "profiles/environment.yaml"
+    threads: 2
+    resources:
+        gpu=1,
+    retries: 2  # a retry goes on from the last checkpoint
+    shell:
+        "python -m stages.train --set lora.rank={wildcards.rank} --latents runs/latents"
+        " --adapter runs/rank-{wildcards.rank}/adapter --train-reports runs/rank-{wildcards.rank}/reports/train"
+        " > {log} 2>&1"
+
+
+rule validate:
+    input:
+        base=BASE,
+        latents="runs/latents/manifest.json",
+        adapter="runs/rank-{rank}/adapter/adapter.json",
+        code=code("validate"),
+    output:
+        metrics="runs/rank-{rank}/reports/metrics.json",
+        samples="runs/rank-{rank}/reports/samples.png",
+        progress="runs/rank-{rank}/reports/progress.png",
+        heldout="runs/rank-{rank}/reports/validate/heldout.csv",
+        curve="runs/rank-{rank}/reports/validate/curve.csv",
+        lineage="runs/rank-{rank}/reports/validate/lineage.json",
+    params:
+        sections=sections("validate"),
+    log:
+        "runs/rank-{rank}/logs/validate.log",
+    conda:
+        "profiles/environment.yaml"
+    threads: 2
+    resources:
+        gpu=1,
+    shell:
+        "python -m stages.validate --set lora.rank={wildcards.rank} --latents runs/latents"
+        " --adapter runs/rank-{wildcards.rank}/adapter --reports runs/rank-{wildcards.rank}/reports > {log} 2>&1"
+
+
+rule export:
+    input:
+        base=BASE,
+        adapter="runs/rank-{rank}/adapter/adapter.json",
+        code=code("export"),
+    output:
+        card="runs/rank-{rank}/export/README.md",
+        diffusers="runs/rank-{rank}/export/diffusers/pytorch_lora_weights.safetensors",
+        peft="runs/rank-{rank}/export/peft/adapter_model.safetensors",
+        metrics="runs/rank-{rank}/reports/export/metrics.json",
+    params:
+        sections=sections("export"),
+    log:
+        "runs/rank-{rank}/logs/export.log",
+    conda:
+        "profiles/environment.yaml"
+    threads: 2
+    resources:
+        gpu=1,
+    shell:
+        "python -m stages.export --set lora.rank={wildcards.rank} --adapter runs/rank-{wildcards.rank}/adapter"
+        " --export runs/rank-{wildcards.rank}/export --export-reports runs/rank-{wildcards.rank}/reports/export"
+        " > {log} 2>&1"
+
+
+rule report:
+    input:
+        dataset="runs/reports/dataset/metrics.json",
+        contact="runs/reports/dataset/contact.png",
+        train="runs/rank-{rank}/reports/train/metrics.json",
+        loss="runs/rank-{rank}/reports/train/loss.csv",
+        metrics="runs/rank-{rank}/reports/metrics.json",
+        samples="runs/rank-{rank}/reports/samples.png",
+        progress="runs/rank-{rank}/reports/progress.png",
+        curve="runs/rank-{rank}/reports/validate/curve.csv",
+        lineage="runs/rank-{rank}/reports/validate/lineage.json",
+        export="runs/rank-{rank}/reports/export/metrics.json",
+        code=code("report"),
+    output:
+        report="runs/rank-{rank}/reports/report.md",
+        loss="runs/rank-{rank}/reports/loss.png",
+    params:
+        sections=sections("report"),
+    log:
+        "runs/rank-{rank}/logs/report.log",
+    conda:
+        "profiles/environment.yaml"
+    shell:
+        "python -m stages.report --set lora.rank={wildcards.rank} --reports runs/rank-{wildcards.rank}/reports"
+        " --train-reports runs/rank-{wildcards.rank}/reports/train --dataset-reports runs/reports/dataset"
+        " --export-reports runs/rank-{wildcards.rank}/reports/export > {log} 2>&1"
