@@ -52,7 +52,14 @@ ICON_SETS = (
         "MIT",
         "Microsoft Corporation",
     ),
-    IconSet("noto", "@iconify-json/noto", "1.2.9", "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==", "Apache-2.0", "Google Inc."),
+    IconSet(
+        "noto",
+        "@iconify-json/noto",
+        "1.2.9",
+        "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+        "Apache-2.0",
+        "Google Inc.",
+    ),
 )
 
 
@@ -66,7 +73,8 @@ def main() -> None:
         (BUILD / "icons" / icon_set.style).mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(args.workers) as pool:
             jobs = [
-                pool.submit(render, svg, BUILD / "icons" / icon_set.style / f"{slug}.png") for slug, svg in bodies.items()
+                pool.submit(render, svg, BUILD / "icons" / icon_set.style / f"{slug}.png")
+                for slug, svg in bodies.items()
             ]
             for job in jobs:
                 job.result()
@@ -120,7 +128,9 @@ def render(svg: str, path: Path) -> None:
     if path.exists():
         return
     png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_PIXELS, background="#ffffff", skip_system_fonts=True)
-    Image.open(io.BytesIO(bytes(png))).convert("RGB").resize((RENDER_PIXELS, RENDER_PIXELS), Image.Resampling.LANCZOS).save(path)
+    Image.open(io.BytesIO(bytes(png))).convert("RGB").resize(
+        (RENDER_PIXELS, RENDER_PIXELS), Image.Resampling.LANCZOS
+    ).save(path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The denoiser and, jointly at half the rate, the text encoder: captions -> latents of flat icons.
 
-In: ``base/build/{icons/flat,vae,tokenizer}``.  Out: ``base/build/{unet,text_encoder,scheduler}`` (float32, averaged weights).
+In: ``base/build/{icons/flat,vae,tokenizer}``.  Out: ``base/build/{unet,text_encoder,scheduler}`` (averages).
 Run: ``python -m base.unet [--num-steps 5000]``; killed, the same command goes on from the last checkpoint.
 """
 
@@ -31,7 +31,9 @@ SAVE_EVERY = 200
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-steps", type=int, default=5000)
-    parser.add_argument("--decay-steps", type=int, default=2500, help="the last steps, over which the rate falls to zero")
+    parser.add_argument(
+        "--decay-steps", type=int, default=2500, help="the last steps, over which the rate falls to zero"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -67,7 +69,8 @@ def main() -> None:
     slugs = concepts()
     latents = encode(slugs)  # [N, 4, 16, 16], scaled
     ids = torch.stack([tokenize(tokenizer, [caption(s), caption(s, "flat"), ""]) for s in slugs])  # [N, 3, tokens]
-    print(f"{len(slugs)} concepts, {sum(p.numel() for p in models.parameters()) / 1e6:.2f} M parameters, steps {start}-{args.num_steps}")
+    size = sum(p.numel() for p in models.parameters()) / 1e6
+    print(f"{len(slugs)} concepts, {size:.2f} M parameters, steps {start}-{args.num_steps}")
 
     began, smoothed = time.monotonic(), None
     for step in range(start, args.num_steps):
@@ -95,7 +98,11 @@ def main() -> None:
         if step % 50 == 0:
             print(f"step {step:5d}  loss {smoothed:.4f}  {time.monotonic() - began:6.0f} s", flush=True)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.num_steps:
-            state = {"models": models.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {
+                "models": models.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             torch.save(state | {"step": step + 1}, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
 

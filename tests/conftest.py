@@ -200,3 +200,6 @@ def write_params(path: Path, changes: dict[str, dict[str, Any]]) -> None:
         tree[section].update(values)
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(tree, file)
+
+
+from tests.checkout import reproduced, tiny_checkout  # noqa: E402, F401  (needs what stands above)

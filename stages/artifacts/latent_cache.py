@@ -52,7 +52,7 @@ class LatentCache:
         for name, digest in self.manifest["shards"].items():
             shard = folder / name
             if not shard.exists() or sha256_file(shard) != digest:
-                raise UserError(f"{shard}: missing or damaged; delete {folder} and run `python -m stages.cache_latents`")
+                raise UserError(f"{shard}: missing or damaged; run `python -m stages.cache_latents` again")
             self.tensors |= load_tensors(shard)
 
     @property
@@ -110,7 +110,8 @@ def write(
         for prefix, group in sorted(by_prefix.items()):
             name = f"{kind}/{prefix}.safetensors"
             entries = {key: load(kind, key) for key in group}
-            save_tensors(folder / name, {f"{key}.{part}": value for key, parts in entries.items() for part, value in parts.items()})
+            tensors = {f"{key}.{part}": value for key, parts in entries.items() for part, value in parts.items()}
+            save_tensors(folder / name, tensors)
             shards[name] = sha256_file(folder / name)
     write_json(
         folder / "manifest.json",

@@ -48,7 +48,9 @@ def problems(model: ModelParams, family: Family) -> list[str]:
         if not folder.is_dir():
             found.append(f"{folder}: no such folder; {family.PIPELINE} needs {expected} there")
         elif expected and declared != expected:
-            found.append(f"{index} {component}: got {declared}, expected {expected}; this base is not of family '{model.family}'")
+            found.append(
+                f"{index} {component}: got {declared}, expected {expected}; this is no base of family '{model.family}'"
+            )
         else:
             found += component_problems(folder, model.variant)
     return found
@@ -87,8 +89,8 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 def component_files(folder: Path, variant: str | None) -> list[Path]:
     """Config, tokenizer and weight files of one component: all that can change what it computes."""
-    texts = [p for p in folder.iterdir() if p.suffix in {".json", ".txt", ".model"} and not p.name.endswith(".index.json")]
-    return sorted(texts) + weight_files(folder, variant)
+    texts = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model"})
+    return texts + weight_files(folder, variant)
 
 
 def digests(model: ModelParams, components: Iterable[str]) -> dict[str, str]:
@@ -118,4 +120,6 @@ def require_same_base(recorded: dict[str, str], actual: dict[str, str], artifact
     """
     differ = [name for name, value in actual.items() if name in recorded and recorded[name] != value]
     if differ:
-        raise UserError(f"{artifact}: made with another {', '.join(differ)} than model.pretrained holds now; run `dvc repro`")
+        raise UserError(
+            f"{artifact}: made with another {', '.join(differ)} than model.pretrained holds now; run `dvc repro`"
+        )

@@ -22,6 +22,7 @@ PATHS = {
     "export": "data/export",
     "dataset_reports": "reports/dataset",
     "train_reports": "reports/train",
+    "export_reports": "reports/export",
     "reports": "reports",
 }
 

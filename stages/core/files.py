@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def state_dir() -> Path:
-    """What must survive DVC's and Snakemake's deleting of outputs: ``$LORA_STATE_DIR``, ``$DVC_ROOT/.state``, ``./.state``.
+    """What must survive the deleting of outputs: ``$LORA_STATE_DIR``, else ``$DVC_ROOT/.state``, else ``./.state``.
 
     DVC sets ``$DVC_ROOT`` to the main workspace also inside ``--temp`` and queued runs.
     """
@@ -124,7 +124,9 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise UserError(f"{folder}: process {holder} is at work on this run; wait for it, or stop it: kill {holder}") from None
+            raise UserError(
+                f"{folder}: process {holder} is at work on this run; wait for it, or stop it: kill {holder}"
+            ) from None
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))

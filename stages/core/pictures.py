@@ -280,15 +280,23 @@ def _text(
 def save_png(path: Path, image: Image.Image, max_bytes: int | None = None) -> None:
     """Write a PNG whole, with fixed encoder settings and nothing but pixels in it.
 
-    Above ``max_bytes`` the picture is reduced to a palette, and then, while that is too much, to fewer colours.
+    Above ``max_bytes`` the picture is reduced to fewer levels per channel, then to a palette of ever fewer colours.
     """
     blob = _encode(image)
-    for colours in (256, 128, 64, 32, 16, 8):
+    for colours in (64**3, 32**3, 256, 128, 64, 32, 16, 8):
         if max_bytes is None or len(blob) <= max_bytes:
             break
-        blob = _encode(image.convert("RGB").quantize(colours, dither=Image.Dither.NONE))
+        blob = _encode(_reduce(image.convert("RGB"), colours))
     with atomic(path) as temporary:
         temporary.write_bytes(blob)
+
+
+def _reduce(image: Image.Image, colours: int) -> Image.Image:
+    """Levels that keep black and white, or a palette; Pillow's median cut would give small areas another hue."""
+    if colours > 256:
+        steps = round(colours ** (1 / 3)) - 1
+        return image.point([round(round(value / 255 * steps) * 255 / steps) for value in range(256)] * 3)
+    return image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
 
 
 def _encode(image: Image.Image) -> bytes:

@@ -6,6 +6,7 @@ A run that is killed and resumed therefore draws what an uninterrupted one would
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,17 +29,9 @@ def generator(seed: int, purpose: str, *parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(key(seed, purpose, *parts))
 
 
-def permutation(seed: int, epoch: int, size: int) -> list[int]:
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
     """The order of one epoch."""
     import torch
 
-    return torch.randperm(size, generator=generator(seed, "order", epoch)).tolist()
-
-
-def epoch_position(seed: int, position: int, size: int, _cache: dict[tuple[int, int, int], list[int]] = {}) -> int:
-    """Index of the item at a position of the endless, reshuffled sequence of epochs."""
-    epoch, offset = divmod(position, size)
-    if (seed, epoch, size) not in _cache:
-        _cache.clear()
-        _cache[seed, epoch, size] = permutation(seed, epoch, size)
-    return _cache[seed, epoch, size][offset]
+    return tuple(torch.randperm(size, generator=generator(seed, "order", epoch)).tolist())

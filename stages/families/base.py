@@ -32,25 +32,37 @@ class Family(Protocol):
 
     def pixel_multiple(self, model: ModelParams) -> int:
         """Width and height must be multiples of this."""
+
     def load_vae(self, model: ModelParams, device: torch.device) -> Any:
         """Frozen, eval, in the frozen dtype."""
+
     def encode_images(self, vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float [B, 3, H, W] in [-1, 1] -> posterior mean and std in the denoiser's space, float32 [B, C, H/f, W/f]."""
+
     def decode_latents(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         """[B, C, H/f, W/f] in the denoiser's space -> float32 [B, 3, H, W] in [0, 1]."""
+
     def max_tokens(self, model: ModelParams) -> int: ...
     def count_tokens(self, model: ModelParams, captions: list[str]) -> list[int]:
         """Tokens per caption, special ones included, without truncation."""
+
     def load_text(self, model: ModelParams, device: torch.device) -> Any:
         """Tokenizers and frozen text encoders, as one opaque object."""
+
     def encode_prompts(self, text: Any, captions: list[str]) -> dict[str, torch.Tensor]:
         """Conditioning, batched: name -> float32 [B, ...]."""
+
     def load_denoiser(self, model: ModelParams, device: torch.device) -> Any:
         """Frozen, eval, in the frozen dtype."""
+
     def load_scheduler(self, model: ModelParams) -> Any:
         """The scheduler that the base was trained with."""
-    def predict(self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+
+    def predict(
+        self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """The denoiser's output, [B, C, h, w]."""
+
     def load_pipeline(self, model: ModelParams, device: torch.device) -> Any:
         """The whole diffusers pipeline, for sampling and for proving exports."""
 

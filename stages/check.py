@@ -1,0 +1,153 @@
+"""Preflight: parameters, base, dataset, packages, disk and device, checked before anything is computed.
+
+Run: ``python -m stages.check [--set section.key=value]``; exit code 2 and one line per problem, 0 when all is well.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from stages.core.base_files import problems as base_problems
+from stages.core.console import UserError, log, parser, run
+from stages.core.files import state_dir
+from stages.core.params import Config, ModelParams, RuntimeParams, load
+from stages.families.base import load_family
+from stages.prepare import DatasetParams
+
+# Series that the project is tested with; the exact versions stand in requirements.lock.
+PACKAGES = {
+    "torch": "2.13",
+    "diffusers": "0.42",
+    "peft": "0.21",
+    "transformers": "5",
+    "accelerate": "1",
+    "safetensors": "0",
+    "dvc": "3",
+    "snakemake": "9",
+}
+LEAST_DISK = 500 * 2**20
+"""Bytes: what the demo's store, latents, adapter and exports take twice over."""
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    config = load(args.params, args.overrides)
+    model = config.section(ModelParams)
+    found = package_problems() + base_check(config) + dataset_problems(config) + disk_problems()
+    if found:
+        raise UserError(*found)
+    log.info("parameters  %s, %d sections", args.params, len(config.sections))
+    log.info("base        %s, family %s", model.pretrained, model.family)
+    log.info("dataset     %s", config.section(DatasetParams).source)
+    log.info("packages    %s", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
+    log.info("disk        %.1f GB free for the state directory", shutil.disk_usage(existing(state_dir())).free / 1e9)
+    check_device(config)  # last: it imports torch, which takes seconds
+
+
+def package_problems() -> list[str]:
+    """Packages that are missing or of another series, and a torchvision that would break the imports of the others."""
+    found, versions = [], {}
+    for name, series in PACKAGES.items():
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"package {name}: not installed; pip install -r requirements.lock")
+            continue
+        if not f"{versions[name]}.".startswith(f"{series}."):
+            found.append(
+                f"package {name}: got {versions[name]}, tested with {series}; pip install -r requirements.lock"
+            )
+    try:
+        torchvision = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        return found
+    return found + torchvision_problems(versions.get("torch", ""), torchvision)
+
+
+def torchvision_problems(torch: str, torchvision: str) -> list[str]:
+    """torchvision 0.(N+15) belongs to torch 2.N, of the same build; any other fails inside ``import diffusers``."""
+    minor, _, build = (part for part in torch.partition("+"))
+    vision_minor, _, vision_build = torchvision.partition("+")
+    fits = minor.split(".")[1:2] and vision_minor.split(".")[1] == str(int(minor.split(".")[1]) + 15)
+    if fits and (build == vision_build or not (build and vision_build)):
+        return []
+    return [
+        f"package torchvision: {torchvision} beside torch {torch} breaks `import diffusers`; "
+        "the project does not need it: pip uninstall torchvision"
+    ]
+
+
+def base_check(config: Config) -> list[str]:
+    model, dataset = config.section(ModelParams), config.section(DatasetParams)
+    family = load_family(model.family)
+    found = base_problems(model, family)
+    if found:
+        return found
+    multiple = family.pixel_multiple(model)
+    if dataset.resolution % multiple:
+        lower = dataset.resolution // multiple * multiple
+        near = f"{lower} or {lower + multiple}" if lower else str(multiple)
+        where = f"params.yaml dataset.resolution: {dataset.resolution}"
+        return [f"{where} is no multiple of {multiple}, which the base needs; use {near}"]
+    return []
+
+
+def dataset_problems(config: Config) -> list[str]:
+    """A first look; prepare reads every row and picture."""
+    source = Path(config.section(DatasetParams).source)
+    where = f"params.yaml dataset.source: '{source}'"
+    if not source.is_dir():
+        return [f"{where} is no folder; `dvc pull` brings tracked data, or name a folder of your own"]
+    metadata = source / "metadata.jsonl"
+    if not metadata.exists():
+        return [f'{where} has no metadata.jsonl; one line per picture: {{"file_name": "a.png", "text": "caption"}}']
+    with metadata.open(encoding="utf-8-sig", errors="replace") as file:
+        first = file.readline()
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return [f"{metadata}:1: not JSON"]
+    column = config.section(DatasetParams).caption_column
+    if not isinstance(row, dict) or column not in row:
+        columns = ", ".join(row) if isinstance(row, dict) else repr(row)
+        return [f"{metadata}:1: no '{column}' column; set dataset.caption_column to one of: {columns}"]
+    return []
+
+
+def disk_problems() -> list[str]:
+    folder = existing(state_dir())
+    if not os.access(folder, os.W_OK):
+        return [f"{state_dir()}: not writable; set LORA_STATE_DIR to a folder that is"]
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_DISK:
+        need = f"at least {LEAST_DISK / 1e6:.0f} MB are needed"
+        return [f"{state_dir()}: {free / 1e6:.0f} MB free, {need}; set LORA_STATE_DIR to another disk"]
+    return []
+
+
+def existing(path: Path) -> Path:
+    """The path, or its nearest parent that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def check_device(config: Config) -> None:
+    from stages.core.device import setup
+
+    model = config.section(ModelParams)
+    device = setup(config.section(RuntimeParams), model)
+    import torch
+
+    log.info("device      %s, %d threads, %s", device, torch.get_num_threads(), model.dtype)
+    if device.type == "cpu" and model.dtype == "bfloat16" and not torch.backends.mkldnn.is_available():
+        log.warning("warning: bfloat16 is slow on this processor; --set model.dtype=float32 is faster")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,46 @@
+"""Training checkpoints in the state directory: whole, checked on load, the previous one kept."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.core.console import log
+from stages.core.files import atomic, sha256_file, write_text
+
+KEEP = 2
+
+
+class Checkpoints:
+    """``<folder>/step-000050.pt`` with its sha256 beside it; tensors and plain values only, never pickled code."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write the state reached after ``step`` optimizer steps, then drop all but the newest KEEP."""
+        path = self.folder / f"step-{step:06d}.pt"
+        with atomic(path) as temporary:
+            torch.save(state | {"step": step}, temporary)
+        write_text(path.with_suffix(".sha256"), sha256_file(path))
+        for old in self.paths()[:-KEEP]:
+            old.with_suffix(".sha256").unlink(missing_ok=True)
+            old.unlink()
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest state whose checksum holds, or None. A damaged one is passed over with a warning."""
+        for path in reversed(self.paths()):
+            checksum = path.with_suffix(".sha256")
+            if checksum.exists() and checksum.read_text() == sha256_file(path):
+                return torch.load(path, weights_only=True, map_location="cpu")
+            log.warning("warning: %s is damaged or unfinished; trying the checkpoint before it", path)
+        return None
+
+    def paths(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

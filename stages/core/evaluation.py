@@ -1,0 +1,204 @@
+"""The frozen table of (picture, timestep, noise) rows, and what its losses say: paired differences with intervals.
+
+NumPy only, so that `compare` starts at once. All randomness is keyed: a row depends on the seed and its picture alone,
+so adding pictures leaves the other rows as they were.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from stages.core.files import sha256_json
+from stages.core.seeding import key
+
+NUM_RESAMPLES = 2000
+CONFIDENCE = 0.95
+BANDS = ("low", "mid", "high")  # thirds of the training timesteps, by noise
+FIELDS = ("file_name", "split", "timestep", "base", "adapter")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that the table may ask about."""
+
+    view: str
+    """Content key of its first view."""
+    file_name: str
+    split: str
+    """train or heldout"""
+    caption: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question: predict the target of this picture at this timestep under this noise."""
+
+    picture: Picture
+    stratum: int
+    """Names the noise: it is keyed by (seed, view, stratum)."""
+    timestep: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """One answered row of reports/validate/heldout.csv."""
+
+    file_name: str
+    split: str
+    timestep: int
+    base: float
+    adapter: float
+
+
+# The table
+
+
+def choose(pictures: Iterable[Picture], max_pictures: int) -> list[Picture]:
+    """The held-out pictures, at most ``max_pictures``, and then as many training pictures (the train probe).
+
+    By content key: neither the names nor the order of the files matter.
+    """
+    by_content = sorted(pictures, key=lambda picture: (picture.view, picture.file_name))
+    heldout = [picture for picture in by_content if picture.split == "heldout"][:max_pictures]
+    probe = [picture for picture in by_content if picture.split == "train"][: len(heldout)]
+    return heldout + probe
+
+
+def table(pictures: Iterable[Picture], num_strata: int, num_train_timesteps: int, seed: int) -> list[Row]:
+    """``num_strata`` rows per picture, in the order of ``pictures``."""
+    return [
+        Row(picture, stratum, timestep)
+        for picture in pictures
+        for stratum, timestep in enumerate(strata(seed, picture.view, num_strata, num_train_timesteps))
+    ]
+
+
+def strata(seed: int, view: str, num_strata: int, num_train_timesteps: int) -> list[int]:
+    """One timestep from each of ``num_strata`` equal parts of 0 ... num_train_timesteps - 1, ascending.
+
+    Raises:
+        ValueError: there are more strata than timesteps.
+    """
+    if num_strata > num_train_timesteps:
+        raise ValueError(f"{num_strata} strata of {num_train_timesteps} timesteps")
+    edges = [math.ceil(stratum * num_train_timesteps / num_strata) for stratum in range(num_strata + 1)]
+    return [
+        low + key(seed, "timestep", view, stratum) % (high - low) for stratum, (low, high) in enumerate(pairwise(edges))
+    ]
+
+
+def digest(rows: Sequence[Row], seed: int, scheduler: str) -> str:
+    """What two runs must share for their losses to be paired: rows, captions, seed, scheduler. 16 hex digits."""
+    asked = [[row.picture.split, row.picture.view, row.picture.caption, row.stratum, row.timestep] for row in rows]
+    return sha256_json({"rows": asked, "seed": seed, "scheduler": scheduler})[:16]
+
+
+def write_scores(scores: Iterable[Score]) -> str:
+    """CSV text, losses with six significant digits."""
+    lines = [(s.file_name, s.split, s.timestep, f"{s.base:.6g}", f"{s.adapter:.6g}") for s in scores]
+    return write_csv(FIELDS, lines)
+
+
+def read_scores(text: str) -> list[Score]:
+    rows = csv.DictReader(io.StringIO(text))
+    return [
+        Score(row["file_name"], row["split"], int(row["timestep"]), float(row["base"]), float(row["adapter"]))
+        for row in rows
+    ]
+
+
+def write_csv(fields: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(fields)
+    writer.writerows(lines)
+    return buffer.getvalue()
+
+
+# What the losses say
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its bootstrap interval; NaN bounds where one picture cannot tell."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def metrics(scores: Sequence[Score], num_train_timesteps: int, seed: int) -> dict[str, float]:
+    """The ``val.*`` figures. A change is adapter minus base, so below zero is better."""
+    split = {name: [s for s in scores if s.split == name] for name in ("heldout", "train")}
+    heldout, probe = (mean_change(split[name]) for name in ("heldout", "train"))
+    change, gap = estimate(heldout, seed), difference(heldout, probe, seed)
+    result = {
+        "val.loss": mean(s.adapter for s in split["heldout"]),
+        "val.loss_base": mean(s.base for s in split["heldout"]),
+        "val.loss_change": change.mean,
+        "val.loss_change_low": change.low,
+        "val.loss_change_high": change.high,
+        "val.train_loss": mean(s.adapter for s in split["train"]),
+        "val.train_loss_base": mean(s.base for s in split["train"]),
+        "val.overfit_gap": gap.mean,
+        "val.overfit_gap_low": gap.low,
+        "val.overfit_gap_high": gap.high,
+    }
+    for index, band in enumerate(BANDS):
+        inside = [s for s in split["heldout"] if s.timestep * len(BANDS) // num_train_timesteps == index]
+        result[f"val.loss_{band}_noise"] = mean(s.adapter for s in inside)
+        result[f"val.loss_{band}_noise_base"] = mean(s.base for s in inside)
+    return result
+
+
+def mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return float(np.mean(numbers)) if numbers else float("nan")
+
+
+def mean_change(scores: Iterable[Score]) -> np.ndarray:
+    """Adapter minus base, averaged over each picture's timesteps: float64 [pictures]."""
+    return by_picture((s.file_name, s.adapter - s.base) for s in scores)
+
+
+def by_picture(values: Iterable[tuple[str, float]]) -> np.ndarray:
+    """Mean of each picture's values, in order of first appearance: float64 [pictures]."""
+    groups: dict[str, list[float]] = {}
+    for file_name, value in values:
+        groups.setdefault(file_name, []).append(value)
+    return np.array([np.mean(group) for group in groups.values()], dtype=np.float64)
+
+
+def estimate(values: np.ndarray, seed: int) -> Estimate:
+    """Mean of per-picture values with the percentile bootstrap interval over pictures.
+
+    Rows of one picture are not independent, so whole pictures are drawn. Source: Efron & Tibshirani (1993), ch. 13.
+    """
+    return Estimate(mean(values), *bounds(resampled_means(values, seed, "values")))
+
+
+def difference(a: np.ndarray, b: np.ndarray, seed: int) -> Estimate:
+    """Mean of ``a`` minus mean of ``b``, two sets of other pictures, each resampled on its own."""
+    means = resampled_means(a, seed, "a") - resampled_means(b, seed, "b")
+    return Estimate(mean(a) - mean(b), *bounds(means))
+
+
+def resampled_means(values: np.ndarray, seed: int, purpose: str) -> np.ndarray:
+    """float64 [NUM_RESAMPLES]; NaN where there are fewer than two values."""
+    if len(values) < 2:
+        return np.full(NUM_RESAMPLES, np.nan)
+    rng = np.random.default_rng(key(seed, "bootstrap", purpose))
+    return values[rng.integers(len(values), size=(NUM_RESAMPLES, len(values)))].mean(axis=1)
+
+
+def bounds(means: np.ndarray) -> tuple[float, float]:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)

@@ -1,0 +1,53 @@
+"""Pictures drawn by a diffusers pipeline under an adapter, one seed per prompt whatever stands beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stages.core import seeding
+from stages.core.device import autocast
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from stages.core.params import ModelParams
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn."""
+
+    prompts: list[str]
+    negative_prompt: str
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    """Pixels."""
+    width: int
+    seed: int
+    batch_size: int
+    """Pictures at a time; guidance doubles what the denoiser sees."""
+
+
+def draw(pipeline: Any, sampling: Sampling, model: ModelParams) -> list[Image.Image]:
+    """One picture per prompt with the pipeline's present weights.
+
+    Noise is keyed by (seed, prompt), so that base, snapshots and every later run start a prompt from the same noise.
+    """
+    pictures: list[Image.Image] = []
+    for start in range(0, len(sampling.prompts), sampling.batch_size):
+        prompts = sampling.prompts[start : start + sampling.batch_size]
+        with torch.inference_mode(), autocast(pipeline.device, model):
+            pictures += pipeline(
+                prompts,
+                negative_prompt=[sampling.negative_prompt] * len(prompts),
+                num_inference_steps=sampling.num_inference_steps,
+                guidance_scale=sampling.guidance_scale,
+                height=sampling.height,
+                width=sampling.width,
+                generator=[seeding.generator(sampling.seed, "sample", prompt) for prompt in prompts],
+            ).images
+    return pictures

@@ -1,0 +1,84 @@
+"""What a training proves of itself while it runs. A failure here is our fault, and loud."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from stages.core import lora
+from stages.core.console import UserError, log
+
+MAX_NON_FINITE = 3  # steps in a row with a loss or gradient that is no number, before the run gives up
+
+
+def step_zero(denoiser: torch.nn.Module, predict: Callable[[], torch.Tensor]) -> None:
+    """Before the first step the adapter changes nothing, to the bit.
+
+    Raises:
+        RuntimeError: it does.
+    """
+    with torch.no_grad():
+        adapted = predict()
+        with lora.disabled(denoiser):
+            plain = predict()
+    if not torch.equal(adapted, plain):
+        raise RuntimeError(f"the fresh adapter changes the base's output by {(adapted - plain).abs().max():.3g}")
+
+
+class Watch:
+    """Looks at each step's gradients."""
+
+    def __init__(self, trainable: dict[str, torch.nn.Parameter], max_grad_norm: float) -> None:
+        self.trainable, self.max_grad_norm = trainable, max_grad_norm
+        self.silent = set(trainable)
+        """Parameters that have had no gradient yet."""
+        self.steps = 0
+        self.clipping_seen = False
+        self.non_finite = 0
+
+    def gradients(self) -> None:
+        """Before clipping: note which parameters have a gradient."""
+        self.steps += 1
+        self.silent -= {n for n in self.silent if (g := self.trainable[n].grad) is not None and bool(g.any())}
+
+    def clipping(self, grad_norm: float) -> None:
+        """After clipping, the first time that it was due: prove that it happened.
+
+        Raises:
+            RuntimeError: the gradients' norm is still above the limit.
+        """
+        if self.clipping_seen or not math.isfinite(grad_norm) or grad_norm <= self.max_grad_norm:
+            return
+        clipped = float(torch.nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None]))
+        if clipped > self.max_grad_norm * 1.001:
+            raise RuntimeError(f"gradient norm is {clipped:.4g} after clipping to {self.max_grad_norm}")
+        self.clipping_seen = True
+
+    def finite(self, loss: float, grad_norm: float, step: int) -> bool:
+        """Whether an update may be applied.
+
+        Raises:
+            UserError: MAX_NON_FINITE steps in a row could not.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.non_finite = 0
+            return True
+        self.non_finite += 1
+        log.warning("warning: step %d: loss %s, gradient norm %s; no update", step, loss, grad_norm)
+        if self.non_finite >= MAX_NON_FINITE:
+            raise UserError(
+                f"train: no finite loss in {MAX_NON_FINITE} steps in a row (last: step {step}); "
+                "lower train.learning_rate, or set model.dtype to float32"
+            )
+        return False
+
+    def end(self) -> None:
+        """Every parameter has had a gradient; A's is zero until B has moved, which takes a step, and warmup one more.
+
+        Raises:
+            RuntimeError: naming the first that had none.
+        """
+        if self.silent and self.steps > 3:
+            raise RuntimeError(f"no gradient ever reached {sorted(self.silent)[:4]}")

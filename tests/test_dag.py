@@ -1,0 +1,136 @@
+"""What dvc.yaml and the Snakefile promise, read from the files: code dependencies, params sections, equal DAGs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages.core.params import SECTIONS, load, read_yaml
+from tests.closure import ROOT, closure
+
+STAGES = ("prepare", "cache_latents", "train", "validate", "export", "report")
+READS = {
+    "prepare": {"dataset"},
+    "cache_latents": {"model", "cache"},
+    "train": {"model", "lora", "train"},
+    "validate": {"model", "validate"},
+    "export": {"model", "export"},
+    "report": {"report"},
+}
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, Any]:
+    return YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+
+
+def outputs(stage: dict[str, Any]) -> list[str]:
+    entries = [e for kind in ("outs", "metrics", "plots") for e in stage.get(kind, [])]
+    return [next(iter(e)) if isinstance(e, dict) else e for e in entries]
+
+
+def test_stages_are_the_six_of_the_readme(stages: dict[str, Any]) -> None:
+    assert tuple(stages) == STAGES
+    assert all(stage["cmd"] == f"python -m stages.{name}" for name, stage in stages.items())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_code_dependencies_are_the_import_closure(stages: dict[str, Any], name: str) -> None:
+    listed = [dep for dep in stages[name]["deps"] if dep.startswith("stages/")]
+    expected = closure(name)
+    block = "\n".join(f"      - {path}" for path in expected)
+    assert listed == expected, f"paste into dvc.yaml, stage {name}, deps:\n{block}"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_params_sections(stages: dict[str, Any], name: str) -> None:
+    assert set(stages[name]["params"]) == READS[name]
+
+
+def test_every_section_is_read_by_a_stage_but_runtime(stages: dict[str, Any]) -> None:
+    listed = {section for stage in stages.values() for section in stage["params"]}
+    assert set(read_yaml(ROOT / "params.yaml")) == set(SECTIONS) == listed | {"runtime"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_takes_only_the_sections_that_dvc_knows_of(name: str) -> None:
+    """A section that the code reads and dvc.yaml does not list would leave stale results standing."""
+    source = (ROOT / "stages" / f"{name}.py").read_text()
+    classes = {path.split(":")[1]: section for section, path in SECTIONS.items()}
+    taken = {classes[cls] for cls in re.findall(r"\.section\((\w+)\)", source)}
+    assert taken - {"runtime"} <= READS[name]
+
+
+def test_heavy_stages_keep_the_run_cache(stages: dict[str, Any]) -> None:
+    """``outs`` with cache: false or persist: true would turn it off."""
+    for name in ("prepare", "cache_latents", "train", "validate", "export"):
+        assert all(isinstance(out, str) for out in stages[name].get("outs", [])), name
+
+
+def test_both_dags_have_the_same_edges(stages: dict[str, Any], tiny_checkout: Path) -> None:
+    dvc = {
+        (producer, consumer)
+        for consumer, stage in stages.items()
+        for producer, other in stages.items()
+        if set(stage["deps"]) & set(outputs(other))
+    }
+    graph = snakemake(tiny_checkout, "--rulegraph", "dot", "--forceall")
+    names = dict(re.findall(r'(\d+)\[label = "(\w+)"', graph))
+    edges = {(names[a], names[b]) for a, b in re.findall(r"(\d+) -> (\d+)", graph)}
+    assert {edge for edge in edges if "all" not in edge} == dvc
+
+
+def test_snakemake_rules_run_the_same_modules_and_name_all_outputs(stages: dict[str, Any]) -> None:
+    text = (ROOT / "Snakefile").read_text()
+    rules = dict(re.findall(r"^rule (\w+):\n(.*?)(?=^rule |\Z)", text, re.MULTILINE | re.DOTALL))
+    assert set(rules) == {*STAGES, "all"}
+    for name in STAGES:
+        assert f"python -m stages.{name} " in rules[name]
+        assert f'sections("{name}")' in rules[name] and f'code("{name}")' in rules[name]
+        for path in outputs(stages[name]):
+            stem = path.removeprefix("data/").removeprefix("reports/")
+            assert stem in rules[name].split("params:")[0], f"rule {name} does not name {path}"
+        assert re.search(rf"runs/[^\n]*{WITNESS[name]}", rules["all"]), f"rule all does not name an output of {name}"
+
+
+WITNESS = {
+    "prepare": "prepared/manifest.jsonl",
+    "cache_latents": "latents/manifest.json",
+    "train": "adapter/adapter.json",
+    "validate": "reports/metrics.json",
+    "export": "export/README.md",
+    "report": "reports/report.md",
+}
+
+
+def test_snakemake_lints_clean(tiny_checkout: Path) -> None:
+    assert "Congratulations" in snakemake(tiny_checkout, "--lint")
+
+
+def test_snakemake_plans_a_list_of_ranks_with_shared_latents(tiny_checkout: Path) -> None:
+    plan = snakemake(tiny_checkout, "--dry-run", "--quiet", "rules", "--config", "ranks=2,4,8")
+    counts = dict(re.findall(r"^(\w+)\s+(\d+)$", plan, re.MULTILINE))
+    expected = {"prepare": 1, "cache_latents": 1, "train": 3, "validate": 3, "export": 3, "report": 3}
+    assert {name: int(counts[name]) for name in STAGES} == expected
+
+
+def test_committed_params_are_valid() -> None:
+    assert set(load(ROOT / "params.yaml").sections) == set(SECTIONS)
+
+
+def snakemake(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--cores", "1", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr

@@ -1,0 +1,158 @@
+"""The three promises under the real DVC and Snakemake, with a tiny base: what reruns, what is restored, equal bytes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.checkout import Checkout, ran
+from tests.conftest import picture
+
+AFTER_TRAIN = {"train", "validate", "export", "report"}
+
+
+@contextmanager
+def changed(checkout: Checkout, **changes: Any) -> Iterator[set[str]]:
+    """The stages that run after a change; afterwards everything is put back and restored without running a stage."""
+    yield checkout.repro(**changes)
+    checkout.git("checkout", "--quiet", "params.yaml")
+    # report writes to git alone, so DVC runs it again; it takes a second
+    assert ran(checkout.dvc("repro")) <= {"report"}
+    assert checkout.git("status", "--porcelain") == ""
+
+
+def test_nothing_runs_when_nothing_changed(reproduced: Checkout) -> None:
+    assert reproduced.repro() == set()
+
+
+def test_lora_reruns_training_and_what_follows_and_going_back_restores(reproduced: Checkout) -> None:
+    before = reproduced.adapter()
+    with changed(reproduced, lora__rank=4) as stages:
+        assert stages == AFTER_TRAIN
+        assert reproduced.adapter() != before
+    assert reproduced.adapter() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"train__seed": 1}, AFTER_TRAIN),
+        ({"validate__seed": 1}, {"validate", "report"}),
+        ({"export__seed": 1}, {"export", "report"}),
+        ({"report__title": "Another"}, {"report"}),
+        ({"cache__batch_size": 3}, {"cache_latents"}),  # the same latents come out: nothing after it runs
+        ({"runtime__log_every_n_steps": 2}, set()),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_change_reruns_what_it_can_affect(reproduced: Checkout, change: dict[str, Any], expected: set[str]) -> None:
+    with changed(reproduced, **change) as stages:
+        assert stages == expected
+
+
+def test_an_edited_picture_is_the_only_one_encoded(reproduced: Checkout) -> None:
+    path = reproduced.path / "data/raw/00.png"
+    original = path.read_bytes()
+    path.unlink()
+    picture(100).save(path)
+    output = reproduced.dvc("repro")
+    assert ran(output) == {"prepare", "cache_latents", *AFTER_TRAIN}
+    assert re.search(r"^encoded 1, reused 7$", output, re.MULTILINE)
+    path.unlink()
+    path.write_bytes(original)
+    reproduced.dvc("repro")
+    reproduced.git("checkout", "--quiet", "--", "data")
+    assert reproduced.git("status", "--porcelain") == ""
+
+
+def test_two_runs_give_the_same_bytes_from_nothing(reproduced: Checkout) -> None:
+    """Without DVC's caches and with an empty state directory, every file in git comes out as it was."""
+    before = reproduced.adapter()
+    reproduced.run("rm", "-rf", ".state", "data/latents", "data/adapter")
+    output = reproduced.dvc("repro", "--force", "--no-run-cache")
+    assert ran(output) == {"prepare", "cache_latents", *AFTER_TRAIN}
+    assert reproduced.adapter() == before
+    assert reproduced.git("status", "--porcelain") == ""
+
+
+def test_killed_in_training_and_run_again_gives_the_same_bytes(reproduced: Checkout) -> None:
+    change = ["--set", "train.num_steps=400", "--set", "train.snapshot_every_n_steps=100"]
+    command = ["-m", "stages.train", *change, "--adapter", "out/a", "--train-reports", "out/ra"]
+    reproduced.python(*command)
+    undisturbed = reproduced.adapter("out/a")
+
+    other = [word.replace("out/a", "out/b").replace("out/ra", "out/rb") for word in command]
+    process = subprocess.Popen(
+        [sys.executable, *other], cwd=reproduced.path, env=reproduced.environment, stdout=subprocess.DEVNULL
+    )
+    wait_for_checkpoint(reproduced, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (reproduced.path / "out/b").exists()
+    output = reproduced.python(*other).stdout
+    assert re.search(r"^resumed from step \d+$", output, re.MULTILINE)
+    assert reproduced.adapter("out/b") == undisturbed
+    for name in ("loss.csv", "metrics.json"):
+        assert (reproduced.path / "out/rb" / name).read_bytes() == (reproduced.path / "out/ra" / name).read_bytes()
+    reproduced.run("rm", "-rf", "out")
+
+
+def wait_for_checkpoint(checkout: Checkout, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if len(list((checkout.path / ".state/runs").glob("*/checkpoints/step-*.sha256"))) >= 2:
+            return
+        assert process.poll() is None, "training ended before it could be killed"
+        time.sleep(0.01)
+    raise AssertionError("no checkpoint was written")
+
+
+def test_a_temporary_experiment_runs_what_is_affected_and_compares(reproduced: Checkout) -> None:
+    head = reproduced.git("rev-parse", "HEAD")
+    output = reproduced.dvc("exp", "run", "--temp", "--name", "rank-4", "--set-param", "lora.rank=4")
+    assert ran(output) <= AFTER_TRAIN  # an earlier test may have left rank 4 in the run cache
+    assert reproduced.git("rev-parse", "HEAD") == head
+    assert reproduced.git("status", "--porcelain") == ""
+    page = reproduced.python("-m", "stages.compare", "HEAD", "rank-4").stdout
+    assert re.search(r"lora\.rank.*2.*4", page)
+
+
+def test_data_less_gate_notices_a_report_edited_by_hand(reproduced: Checkout) -> None:
+    gate = ["-m", "dvc", "repro", "--dry", "--allow-missing"]
+    assert "up to date" in reproduced.python(*gate).stdout
+    metrics = reproduced.path / "reports/metrics.json"
+    metrics.write_text(metrics.read_text().replace("val.loss", "val.less", 1))
+    done = reproduced.python(*gate, check=False)
+    assert done.returncode != 0 or "Running stage 'validate'" in done.stdout
+    reproduced.git("checkout", "--quiet", "reports")
+
+
+def test_snakemake_gives_the_adapter_of_dvc_and_reruns_only_what_changed(reproduced: Checkout) -> None:
+    reproduced.snakemake()
+    assert reproduced.adapter("runs/rank-2/adapter") == reproduced.adapter()
+    assert "Nothing to be done" in reproduced.snakemake()
+    reproduced.set(export__seed=5)
+    plan = reproduced.snakemake("--dry-run", "--quiet", "rules")
+    assert set(re.findall(r"^(prepare|cache_latents|train|validate|export|report)\s+1$", plan, re.MULTILINE)) == {
+        "export",
+        "report",
+    }
+    reproduced.git("checkout", "--quiet", "params.yaml")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_state_directory_is_one_line(reproduced: Checkout) -> None:
+    state = reproduced.path / ".state"
+    state.chmod(0o500)
+    done = reproduced.python("-m", "stages.cache_latents", check=False)
+    state.chmod(0o700)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
