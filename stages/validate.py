@@ -1,0 +1,365 @@
+"""What the adapter changed: held-out losses of base, snapshots and final adapter on one frozen table, and pictures.
+
+In: data/latents, data/adapter, the base.  Out: reports/metrics.json, reports/validate/, reports/{samples,progress}.png
+Run: `python -m stages.validate [--set validate.num_timesteps=16]`
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import Field, model_validator
+
+from stages.artifacts import metrics
+from stages.artifacts.adapter import FINAL, Adapter
+from stages.artifacts.latent_cache import LatentCache
+from stages.core import base_files, evaluation, params, seeding
+from stages.core.console import UserError, log, parser, run
+from stages.core.device import autocast, log_device, setup
+from stages.core.evaluation import Picture, Row, Score
+from stages.core.files import write_json, write_text
+from stages.core.params import ModelParams, Params, RuntimeParams
+from stages.families.base import Family, load_family
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from stages.core.sampling import Sampling
+
+SHEET_BYTES = 300_000  # each stays in git's history
+DIGEST_DIGITS = 12  # enough to tell files apart by eye
+
+
+class ValidateParams(Params):
+    """Section ``validate``: the frozen table and the pictures."""
+
+    num_timesteps: int = Field(ge=1, le=1000)
+    """Strata of the training timesteps, one row of the table in each, per picture."""
+    max_pictures: int = Field(ge=1)
+    """Held-out pictures in the table, and as many training pictures beside them."""
+    batch_size: int = Field(ge=1)
+    """Rows, or pictures being drawn, at a time."""
+    prompts: list[str] = Field(min_length=1)
+    """Rows of the sheets."""
+    num_inference_steps: int = Field(ge=1, le=1000)
+    guidance_scale: float = Field(ge=0)
+    """Classifier-free guidance; at 1 or below there is none."""
+    negative_prompt: str
+    scales: list[float] = Field(min_length=1)
+    """Adapter strengths, columns of the sample sheet; the progress sheet and the measures are at 1."""
+    ink_measures: bool
+    """Measure chroma and dark share of the samples."""
+    seed: int = Field(ge=0)
+    """Of the table's timesteps and noise, of the bootstrap and of the samples."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        for name, values in (("prompts", self.prompts), ("scales", self.scales)):
+            twice = [value for value, count in Counter(values).items() if count > 1]
+            if twice:
+                raise ValueError(f"{name} lists {twice[0]!r} twice; name it once")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("prompts has an empty prompt; describe a picture or remove it")
+        if self.negative_prompt and self.guidance_scale <= 1:
+            raise ValueError(
+                f"negative_prompt is ignored at guidance_scale {self.guidance_scale}; raise that above 1 or empty this"
+            )
+        return self
+
+
+def main() -> None:
+    args = parser(__doc__, ["latents", "adapter", "reports"]).parse_args()
+    config = params.load(args.params, args.overrides)
+    settings, model = config.section(ValidateParams), config.section(ModelParams)
+    family = load_family(model.family)
+    base_files.require_base(model, family)
+    cache, adapter = LatentCache(args.latents), Adapter.load(args.adapter)
+    base = base_files.digests(model, family.COMPONENTS)
+    base_files.require_same_base(cache.base, base, args.latents)
+    base_files.require_same_base(adapter.base, base, args.adapter)
+
+    device = setup(config.section(RuntimeParams), model)
+    exam = make_exam(settings, model, family, cache, device)
+    evidence = examine(exam, adapter, args.adapter, settings)
+    table = evaluation.digest(exam.rows, settings.seed, base["scheduler"])
+    measured = write_losses(args.reports, exam, evidence, settings) | {"val.table": table}
+    measured |= draw_sheets(args.reports, evidence, settings)
+    made_from = lineage(settings, model, base, cache, adapter, exam) | {"sheet": {"cell": sheet_cell(evidence)}}
+    write_json(args.reports / "validate" / "lineage.json", made_from)
+    metrics.save(args.reports / "metrics.json", measured)
+    log_end(args.reports, measured)
+
+
+# The frozen table
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The table with what is needed to answer it."""
+
+    rows: list[Row]
+    cache: LatentCache
+    scheduler: Any
+    family: Family
+    model: ModelParams
+    device: torch.device
+    seed: int
+    batch_size: int
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    @property
+    def picture_size(self) -> tuple[int, ...]:
+        """Height and width of the table's latents; of most of them, where they differ."""
+        shapes = Counter(tuple(self.cache.latents(row.picture.view)[0].shape[-2:]) for row in self.rows)
+        return max(shapes, key=lambda shape: (shapes[shape], shape))
+
+
+def make_exam(
+    settings: ValidateParams, model: ModelParams, family: Family, cache: LatentCache, device: torch.device
+) -> Exam:
+    """Choose the pictures and lay out the rows.
+
+    Raises:
+        UserError: nothing is held out, or there are more strata than timesteps.
+    """
+    known = (Picture(item.views[0], item.file_name, item.split, item.caption) for item in cache.items)
+    pictures = evaluation.choose(known, settings.max_pictures)
+    counts = Counter(picture.split for picture in pictures)
+    if len(counts) < 2:
+        raise UserError(
+            f"params.yaml dataset.heldout_fraction: of {len(cache.items)} pictures {counts['heldout']} are held out "
+            f"and {counts['train']} left to probe; validate needs both: use more pictures or another fraction"
+        )
+    scheduler = family.load_scheduler(model)
+    num_train_timesteps = scheduler.config.num_train_timesteps
+    if settings.num_timesteps > num_train_timesteps:
+        raise UserError(
+            f"params.yaml validate.num_timesteps: got {settings.num_timesteps}, "
+            f"but the base was trained with {num_train_timesteps} timesteps; use fewer"
+        )
+    rows = evaluation.table(pictures, settings.num_timesteps, num_train_timesteps, settings.seed)
+    log_device(device, model)
+    log.info("pictures    %d held out, %d of the training set beside them", counts["heldout"], counts["train"])
+    log.info("table       %d rows: %d timesteps per picture", len(rows), settings.num_timesteps)
+    return Exam(rows, cache, scheduler, family, model, device, settings.seed, settings.batch_size)
+
+
+def answer(exam: Exam, denoiser: Any) -> list[float]:
+    """Loss of every row under the denoiser's present weights: mean squared error, six significant digits.
+
+    Every batch is full (the last one repeats its last row), so that kernels do not depend on the table's length.
+    """
+    import torch
+
+    losses: list[float] = []
+    for start in range(0, len(exam.rows), exam.batch_size):
+        rows = exam.rows[start : start + exam.batch_size]
+        full = rows + rows[-1:] * (exam.batch_size - len(rows))
+        noisy_latents, timesteps, prompt, target = questions(exam, full)
+        with torch.inference_mode(), autocast(exam.device, exam.model):
+            model_pred = exam.family.predict(denoiser, noisy_latents, timesteps, prompt)
+        errors = (model_pred.float() - target).square().mean(dim=(1, 2, 3))  # [B]
+        losses += [float(f"{loss:.6g}") for loss in errors[: len(rows)].tolist()]
+    return losses
+
+
+def questions(exam: Exam, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Noisy latents [B, C, h, w], timesteps [B], conditioning and target [B, C, h, w] of some rows, on the device.
+
+    Latents are the posterior's mean: the VAE's sampling noise would only widen the intervals.
+    """
+    import torch
+
+    from stages.core import objectives
+
+    latents = torch.stack([exam.cache.latents(row.picture.view)[0] for row in rows])
+    noise = torch.stack([row_noise(exam.seed, row, latents[0].shape) for row in rows])
+    timesteps = torch.tensor([row.timestep for row in rows])
+    prompts = [exam.cache.prompt(row.picture.caption) for row in rows]
+    prompt = {name: torch.stack([p[name].float() for p in prompts]).to(exam.device) for name in prompts[0]}
+    noisy_latents = exam.scheduler.add_noise(latents, noise, timesteps)
+    target = objectives.target(exam.scheduler, latents, noise, timesteps)
+    return noisy_latents.to(exam.device), timesteps.to(exam.device), prompt, target.to(exam.device)
+
+
+def row_noise(seed: int, row: Row, shape: torch.Size) -> torch.Tensor:
+    import torch
+
+    return torch.randn(shape, generator=seeding.generator(seed, "validate-noise", row.picture.view, row.stratum))
+
+
+# Base, snapshots, final adapter
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything measured and drawn, by training step; step 0 is the base."""
+
+    losses: dict[int, list[float]]
+    """One per row of the table."""
+    pictures: dict[int, list[Image.Image]]
+    """One per prompt, the adapter at full strength."""
+    scaled: dict[float, list[Image.Image]]
+    """The final adapter at each of validate.scales."""
+
+
+def examine(exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams) -> Evidence:
+    """Score and draw the base, every snapshot and the final adapter, in one pipeline."""
+    from stages.core import lora
+    from stages.core.sampling import draw
+
+    pipeline = exam.family.load_pipeline(exam.model, exam.device)
+    denoiser = getattr(pipeline, exam.family.DENOISER).eval().requires_grad_(False)
+    lora.inject(denoiser, adapter.lora_config)
+    sampling = make_sampling(exam, settings, pipeline.vae_scale_factor)
+    evidence = Evidence({}, {}, {})
+
+    with lora.disabled(denoiser):
+        evidence.losses[0] = answer(exam, denoiser)
+        evidence.pictures[0] = draw(pipeline, sampling, exam.model)
+    log_step(exam, evidence, 0)
+    for step in [*adapter.snapshots, adapter.num_steps]:
+        is_final = step == adapter.num_steps
+        lora.load(denoiser, adapter.weights(folder, None if is_final else step))
+        lora.set_scale(denoiser, 1.0)
+        evidence.losses[step] = answer(exam, denoiser)
+        evidence.pictures[step] = draw(pipeline, sampling, exam.model)
+        log_step(exam, evidence, step)
+    for scale in settings.scales:
+        lora.set_scale(denoiser, scale)
+        evidence.scaled[scale] = evidence.pictures[step] if scale == 1 else draw(pipeline, sampling, exam.model)
+    return evidence
+
+
+def make_sampling(exam: Exam, settings: ValidateParams, scale_factor: int) -> Sampling:
+    """Pictures of the size that the adapter was trained on."""
+    from stages.core.sampling import Sampling
+
+    height, width = (side * scale_factor for side in exam.picture_size)
+    return Sampling(
+        prompts=settings.prompts,
+        negative_prompt=settings.negative_prompt,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        height=height,
+        width=width,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+    )
+
+
+def log_step(exam: Exam, evidence: Evidence, step: int) -> None:
+    heldout, probe = split_losses(exam, evidence.losses[step])
+    log.info("%-11s held-out loss %.6f   train probe %.6f", step_label(step), heldout, probe)
+
+
+def split_losses(exam: Exam, losses: list[float]) -> tuple[float, float]:
+    """Mean loss of the held-out rows and of the train probe's."""
+    by_split = {
+        split: [loss for row, loss in zip(exam.rows, losses, strict=True) if row.picture.split == split]
+        for split in ("heldout", "train")
+    }
+    return evaluation.mean(by_split["heldout"]), evaluation.mean(by_split["train"])
+
+
+def step_label(step: int) -> str:
+    return f"step {step}" if step else "base"
+
+
+# Reports
+
+
+def write_losses(reports: Path, exam: Exam, evidence: Evidence, settings: ValidateParams) -> dict[str, metrics.Value]:
+    """heldout.csv and curve.csv; returns the ``val.*`` metrics."""
+    final = max(evidence.losses)
+    scores = [
+        Score(row.picture.file_name, row.picture.split, row.timestep, base, adapter)
+        for row, base, adapter in zip(exam.rows, evidence.losses[0], evidence.losses[final], strict=True)
+    ]
+    curve = {step: split_losses(exam, losses) for step, losses in evidence.losses.items()}
+    lines = [(step, f"{heldout:.6g}", f"{probe:.6g}") for step, (heldout, probe) in sorted(curve.items())]
+    write_text(reports / "validate" / "heldout.csv", evaluation.write_scores(scores))
+    write_text(reports / "validate" / "curve.csv", evaluation.write_csv(("step", "heldout", "train_probe"), lines))
+    best_step = min(curve, key=lambda step: (curve[step][0], step))
+    return {**evaluation.metrics(scores, exam.num_train_timesteps, settings.seed), "val.best_step": best_step}
+
+
+def draw_sheets(reports: Path, evidence: Evidence, settings: ValidateParams) -> dict[str, metrics.Value]:
+    """samples.png and progress.png; returns the ``samples.*`` metrics."""
+    from stages.core.pictures import save_png, sheet
+
+    cell = sheet_cell(evidence)
+    samples = {"base": evidence.pictures[0]} | {scale_label(scale): drawn for scale, drawn in evidence.scaled.items()}
+    progress = {step_label(step): drawn for step, drawn in sorted(evidence.pictures.items())}
+    for name, columns in (("samples.png", samples), ("progress.png", progress)):
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        save_png(reports / name, sheet(rows, settings.prompts, list(columns), cell), max_bytes=SHEET_BYTES)
+    if not settings.ink_measures:
+        return {}
+    return ink_measures("_base", evidence.pictures[0]) | ink_measures("", evidence.pictures[max(evidence.pictures)])
+
+
+def sheet_cell(evidence: Evidence) -> int:
+    """Side of a sheet's picture in pixels: small ones are scaled up, large ones down."""
+    return min(256, max(128, *evidence.pictures[0][0].size))
+
+
+def scale_label(scale: float) -> str:
+    return "adapter" if scale == 1 else f"adapter x {scale:g}"
+
+
+def ink_measures(suffix: str, drawn: list[Image.Image]) -> dict[str, metrics.Value]:
+    """Chroma (0 to 255) and dark share (0 to 1), mean over pictures."""
+    import numpy as np
+
+    from stages.core.pictures import chroma, dark_share
+
+    arrays = [np.asarray(picture) for picture in drawn]
+    return {
+        f"samples.chroma{suffix}": evaluation.mean(map(chroma, arrays)),
+        f"samples.dark_share{suffix}": evaluation.mean(map(dark_share, arrays)),
+    }
+
+
+def lineage(
+    settings: ValidateParams, model: ModelParams, base: dict[str, str], cache: LatentCache, adapter: Adapter, exam: Exam
+) -> dict[str, Any]:
+    """What the figures and pictures came from; `report` and `compare` read it."""
+    counts = Counter(item.split for item in cache.items)
+    return {
+        "adapter": adapter.files[FINAL][:DIGEST_DIGITS],
+        "base": {component: digest[:DIGEST_DIGITS] for component, digest in base.items()},
+        "dataset": {"train": counts["train"], "heldout": counts["heldout"]},
+        "latents": cache.digest[:DIGEST_DIGITS],
+        "lora_config": adapter.lora_config,
+        "model": model.model_dump() | {"pretrained": Path(model.pretrained).name},  # no path of this machine
+        "num_steps": adapter.num_steps,
+        "table": {
+            "num_pictures": dict(Counter(row.picture.split for row in exam.rows if row.stratum == 0)),
+            "num_rows": len(exam.rows),
+            "prediction_type": exam.scheduler.config.prediction_type,
+        },
+        "validate": settings.model_dump(),
+    }
+
+
+def log_end(reports: Path, measured: dict[str, Any]) -> None:
+    log.info("held-out    %.6f, base %.6f", measured["val.loss"], measured["val.loss_base"])
+    log.info(
+        "change      %+.6f, 95%% interval %+.6f to %+.6f",
+        *(measured[f"val.loss_change{bound}"] for bound in ("", "_low", "_high")),
+    )
+    log.info("wrote       %s, %s", reports / "metrics.json", reports / "validate")
+    log.info("pictures    %s, %s", reports / "samples.png", reports / "progress.png")
+    log.info("next        python -m stages.export")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,185 @@
+"""End to end on the tiny random base: equal bytes, paired rows, honest zero, and what a person is told."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from stages.artifacts import metrics
+from stages.artifacts.adapter import FINAL, Adapter, snapshot_name
+from stages.artifacts.latent_cache import LatentCache
+from stages.core import base_files, evaluation, lora, objectives, params, seeding
+from stages.core.console import UserError
+from stages.core.files import read_json, save_tensors, sha256_file
+from stages.core.params import ModelParams
+from stages.families import sd
+from tests.conftest import Workspace
+
+CONFIG = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"]}
+KEYS = {
+    *(f"val.{name}" for name in ("best_step", "loss", "loss_base", "table", "train_loss", "train_loss_base")),
+    *(f"val.{name}{bound}" for name in ("loss_change", "overfit_gap") for bound in ("", "_low", "_high")),
+    *(f"val.loss_{band}_noise{suffix}" for band in ("low", "mid", "high") for suffix in ("", "_base")),
+    *(f"samples.{name}{suffix}" for name in ("chroma", "dark_share") for suffix in ("", "_base")),
+}
+
+
+def write_adapter(strength: float) -> None:
+    """data/adapter with a snapshot at step 2 and the final one at step 4; strength 0 leaves the base as it is."""
+    model = params.load(Path("params.yaml")).section(ModelParams)
+    denoiser = sd.load_denoiser(model, torch.device("cpu"))
+    trainable = lora.inject(denoiser, CONFIG)
+    files = {}
+    for step, name in ((2, snapshot_name(2)), (4, FINAL)):
+        for key, parameter in trainable.items():
+            noise = torch.randn(parameter.shape, generator=seeding.generator(0, "test", key))
+            parameter.data = noise * (step * strength if "lora_B" in key else 0.2)
+        save_tensors(Path("data/adapter") / name, lora.state_dict(denoiser))
+        files[name] = sha256_file(Path("data/adapter") / name)
+    Adapter(CONFIG, base_files.digests(model, sd.COMPONENTS), 4, [2], files).save(Path("data/adapter"))
+
+
+@pytest.fixture
+def cached(workspace: Workspace) -> Workspace:
+    """A workspace with data/latents."""
+    workspace.run("prepare")
+    workspace.run("cache_latents")
+    return workspace
+
+
+def heldout(workspace: Workspace) -> list[evaluation.Score]:
+    return evaluation.read_scores((workspace.path / "reports/validate/heldout.csv").read_text())
+
+
+def test_everything_is_written_and_a_second_run_gives_the_same_bytes(cached: Workspace) -> None:
+    write_adapter(0.3)
+    lines = cached.run("validate", "--set", "validate.scales=[0.5, 1]")
+    assert any(line.startswith("change") and "95% interval" in line for line in lines)
+    first = cached.tree("reports")
+    cached.run("validate", "--set", "validate.scales=[0.5, 1]")
+    assert cached.tree("reports") == first
+
+    measured = metrics.load(Path("reports/metrics.json"))
+    assert set(measured) == KEYS
+    assert isinstance(measured["val.loss_change"], float) and measured["val.loss_change"] != 0
+    curve = first["validate/curve.csv"].decode().splitlines()
+    assert [line.partition(",")[0] for line in curve] == ["step", "0", "2", "4"]
+    assert json.loads(first["validate/lineage.json"])["model"]["pretrained"] == "base"
+    assert not any(str(cached.path).encode() in blob for blob in first.values())
+    sizes = [Image.open(io.BytesIO(first[name])).width for name in ("samples.png", "progress.png")]
+    assert sizes[0] == sizes[1] and all(len(first[f"{name}.png"]) <= 300_000 for name in ("samples", "progress"))
+
+
+def test_an_untrained_adapter_changes_nothing_at_all(cached: Workspace) -> None:
+    write_adapter(0)
+    cached.run("validate", "--set", "model.dtype=bfloat16")
+    assert all(score.base == score.adapter for score in heldout(cached))
+    measured = metrics.load(Path("reports/metrics.json"))
+    assert [measured[f"val.loss_change{bound}"] for bound in ("", "_low", "_high")] == [0, 0, 0]
+    assert measured["val.best_step"] == 0
+    assert measured["samples.chroma"] == measured["samples.chroma_base"]
+
+
+def test_losses_equal_an_independent_computation(cached: Workspace) -> None:
+    write_adapter(0.3)
+    cached.run("validate", "--set", "validate.batch_size=3")
+    model = params.load(Path("params.yaml")).section(ModelParams)
+    cache, scheduler = LatentCache(Path("data/latents")), sd.load_scheduler(model)
+    denoiser = sd.load_denoiser(model, torch.device("cpu"))
+    items = {item.file_name: item for item in cache.items}
+    alpha_bar = scheduler.alphas_cumprod
+    for index, score in enumerate(heldout(cached)):
+        item, t = items[score.file_name], score.timestep
+        latents = cache.latents(item.views[0])[0]
+        noise = torch.randn(latents.shape, generator=seeding.generator(0, "validate-noise", item.views[0], index % 2))
+        a, b = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
+        prompt = {name: value[None] for name, value in cache.prompt(item.caption).items()}
+        with torch.no_grad():
+            model_pred = sd.predict(denoiser, (a * latents + b * noise)[None], torch.tensor([t]), prompt)[0]
+        loss = ((model_pred - (a * noise - b * latents)) ** 2).mean().item()  # v, Salimans & Ho 2022, appendix D
+        assert score.base == pytest.approx(loss, rel=1e-4)
+        assert item.split == score.split
+        assert abs(score.adapter - score.base) > 1e-5
+    assert objectives.target(scheduler, latents, noise, torch.tensor(t)).shape == latents.shape
+
+
+def test_rows_stay_when_batch_or_number_of_pictures_changes(cached: Workspace) -> None:
+    write_adapter(0.3)
+    cached.run("validate", "--set", "validate.max_pictures=1")
+    few = {(s.file_name, s.timestep): s for s in heldout(cached)}
+    assert metrics.load(Path("reports/metrics.json"))["val.loss_change_low"] is None
+    cached.run("validate", "--set", "validate.max_pictures=2", "--set", "validate.ink_measures=false")
+    many = {(s.file_name, s.timestep): s for s in heldout(cached)}
+    assert few.items() < many.items()
+    assert "samples.chroma" not in metrics.load(Path("reports/metrics.json"))
+
+
+def test_pictures_of_a_prompt_do_not_depend_on_the_others(cached: Workspace) -> None:
+    from stages.core.pictures import cut
+
+    write_adapter(0.3)
+    cells = []
+    for prompts in ("[red apple, blue boat]", "[blue boat]"):
+        cached.run("validate", "--set", f"validate.prompts={prompts}")
+        count = len(read_json(Path("reports/validate/lineage.json"))["validate"]["prompts"])
+        with Image.open("reports/samples.png") as picture:
+            cells.append(cut(picture.convert("RGB"), count, 2, 128)[-1])
+    difference = [
+        abs(x - y) for a, b in zip(*cells, strict=True) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)
+    ]
+    assert max(difference) <= 2
+
+
+def test_another_base_is_refused(cached: Workspace) -> None:
+    write_adapter(0)
+    record = read_json(Path("data/adapter/adapter.json"))
+    record["base"]["unet"] = "0" * 64
+    Path("data/adapter/adapter.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="data/adapter: made with another unet than model.pretrained holds now"):
+        cached.run("validate")
+    assert not Path("reports/metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prompts=[]", "validate.prompts: got []"),
+        ("prompts=[a, a]", "validate: prompts lists 'a' twice; name it once"),
+        ("prompts=[a, ' ']", "validate: prompts has an empty prompt"),
+        ("scales=[1, 1.0]", "validate: scales lists 1.0 twice"),
+        ("num_timesteps=0", "validate.num_timesteps: got 0"),
+        ("num_timestep=8", "validate.num_timestep: unknown key (near: num_timesteps"),
+        ("guidance_scale=.nan", "validate.guidance_scale: got nan"),
+        ("negative_prompt=blur", None),
+    ],
+)
+def test_wrong_settings_are_named(workspace: Workspace, override: str, message: str | None) -> None:
+    arguments = ["--set", f"validate.{override}"]
+    if message is None:
+        arguments += ["--set", "validate.guidance_scale=1"]
+        message = "validate: negative_prompt is ignored at guidance_scale 1.0; raise that above 1 or empty this"
+    with pytest.raises(UserError) as error:
+        workspace.run("validate", *arguments)
+    assert f"params.yaml {message}" in str(error.value)
+
+
+def test_missing_adapter_and_missing_latents(cached: Workspace) -> None:
+    with pytest.raises(UserError, match="adapter.json: no such file; run `python -m stages.train` first"):
+        cached.run("validate")
+    with pytest.raises(UserError, match="manifest.json: no such file; run `python -m stages.cache_latents` first"):
+        cached.run("validate", "--latents", "elsewhere")
+
+
+def test_nothing_held_out(cached: Workspace) -> None:
+    write_adapter(0)
+    manifest = read_json(Path("data/latents/manifest.json"))
+    for item in manifest["items"]:
+        item["split"] = "train"
+    Path("data/latents/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="dataset.heldout_fraction: of 8 pictures 0 are held out"):
+        cached.run("validate")
