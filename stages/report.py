@@ -1,0 +1,371 @@
+"""All that was measured and drawn -> one page for a reviewer.
+
+In: reports/ of the other stages.  Out: reports/report.md, reports/loss.png
+Run: `python -m stages.report`
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from pydantic import Field
+
+from stages.artifacts import metrics
+from stages.artifacts.metrics import Value
+from stages.core import params
+from stages.core.console import UserError, log, parser, run
+from stages.core.files import atomic, read_json, write_text
+from stages.core.markdown import interval, signed, table
+from stages.core.params import Params
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Metrics = Mapping[str, Value]
+
+INK, FAINT, GRID = "#24292f", "#8c959f", "#d8dee4"
+TRAIN, HELDOUT, PROBE = "#9a6700", "#0969da", "#cf222e"
+SMOOTHED_SHARE = 0.05  # of the run's steps that a smoothed training loss averages over
+
+
+class ReportParams(Params):
+    """Section ``report``."""
+
+    title: str = Field(min_length=1)
+    """First heading of the page."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the other stages reported."""
+
+    measured: Metrics
+    """reports/metrics.json"""
+    lineage: dict[str, Any]
+    """reports/validate/lineage.json"""
+    curve: list[dict[str, float]]
+    """step, heldout, train_probe"""
+    train: Metrics
+    loss: list[dict[str, float]]
+    """step, loss, learning_rate, grad_norm"""
+    dataset: Metrics
+    export: Metrics
+    pictures: dict[str, Path]
+    """samples, progress, contact, loss"""
+
+
+def main() -> None:
+    args = parser(__doc__, ["reports", "train_reports", "dataset_reports", "export_reports"]).parse_args()
+    settings = params.load(args.params, args.overrides).section(ReportParams)
+    inputs = read_inputs(args.reports, args.train_reports, args.dataset_reports, args.export_reports)
+    plot_losses(inputs, inputs.pictures["loss"])
+    page = write_page(settings.title, inputs, args.reports)
+    write_text(args.reports / "report.md", page)
+    log.info("verdict     %s", verdict(inputs.measured, inputs.lineage["num_steps"]))
+    log.info("wrote       %s, %s", args.reports / "report.md", inputs.pictures["loss"])
+
+
+def read_inputs(reports: Path, train: Path, dataset: Path, export: Path) -> Inputs:
+    """Read every stage's report.
+
+    Raises:
+        UserError: files are missing; the stage that writes each is named.
+    """
+    writers = {
+        reports / "metrics.json": "validate",
+        reports / "validate" / "lineage.json": "validate",
+        reports / "validate" / "curve.csv": "validate",
+        reports / "samples.png": "validate",
+        reports / "progress.png": "validate",
+        train / "metrics.json": "train",
+        train / "loss.csv": "train",
+        dataset / "metrics.json": "prepare",
+        dataset / "contact.png": "prepare",
+        export / "metrics.json": "export",
+    }
+    missing = [
+        f"{path}: no such file; run `python -m stages.{stage}` first"
+        for path, stage in writers.items()
+        if not path.exists()
+    ]
+    if missing:
+        raise UserError(*missing)
+    pictures = {name: reports / f"{name}.png" for name in ("samples", "progress", "loss")}
+    return Inputs(
+        measured=metrics.load(reports / "metrics.json"),
+        lineage=read_json(reports / "validate" / "lineage.json"),
+        curve=read_numbers(reports / "validate" / "curve.csv"),
+        train=metrics.load(train / "metrics.json"),
+        loss=read_numbers(train / "loss.csv"),
+        dataset=metrics.load(dataset / "metrics.json"),
+        export=metrics.load(export / "metrics.json"),
+        pictures=pictures | {"contact": dataset / "contact.png"},
+    )
+
+
+def read_numbers(path: Path) -> list[dict[str, float]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+# The verdict
+
+
+def verdict(measured: Metrics, num_steps: int) -> str:
+    """The outcome in plain words: no more than the intervals bear."""
+    change, low, high = (number(measured, f"val.loss_change{bound}") for bound in ("", "_low", "_high"))
+    base = number(measured, "val.loss_base")
+    percent = f" ({signed(100 * change / base, '.0f')} %)" if base else ""
+    if measured["val.loss_change_low"] is None:
+        return f"Held-out loss moved by {signed(change)}{percent}, but one held-out picture cannot tell more."
+    known = f"{percent}, 95 % interval {interval(low, high)}"
+    if high < 0:
+        learned = f"the adapter learned the style; {overfitting(measured, num_steps)}"
+        return f"Held-out loss fell by {-change:.4f}{known}: {learned}."
+    if low > 0:
+        return (
+            f"Held-out loss rose by {change:.4f}{known}: on pictures that it never saw, "
+            f"the adapter is worse than the base; {overfitting(measured, num_steps)}."
+        )
+    return f"Held-out loss moved by {signed(change)}{known}: no difference that the held-out pictures can show."
+
+
+def overfitting(measured: Metrics, num_steps: int) -> str:
+    """Whether the training pictures gained more than the held-out ones, and whether that did harm.
+
+    A gap alone is weak evidence: pictures that the base finds harder have more to gain.
+    """
+    gap, low, high = (number(measured, f"val.overfit_gap{bound}") for bound in ("", "_low", "_high"))
+    if measured["val.overfit_gap_low"] is None or low <= 0:
+        return "no sign of overfitting"
+    gained = f"training pictures gained {gap:.4f} more {interval(low, high)}"
+    best = measured["val.best_step"]
+    if best == num_steps:
+        return f"{gained}, but held-out loss was still at its lowest in the end"
+    return f"it overfits: {gained}, and held-out loss was lowest at step {best}, not at {num_steps}"
+
+
+def number(values: Metrics, name: str) -> float:
+    """NaN where a metric is null or absent."""
+    value = values.get(name)
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+# The page
+
+
+def write_page(title: str, inputs: Inputs, folder: Path) -> str:
+    """Markdown that reads well in a repository's file view; every link is relative to ``folder``."""
+    prompts = len(inputs.lineage["validate"]["prompts"])
+    sections = [
+        f"# {title}",
+        f"**{verdict(inputs.measured, inputs.lineage['num_steps'])}**",
+        image("Samples", inputs.pictures["samples"], folder),
+        f"{prompts} prompts from the same noise, drawn by the base and by the adapter ({drawn_how(inputs)}).",
+        "## Figures",
+        results(inputs),
+        table_note(inputs),
+        "## Progress",
+        image("Progress", inputs.pictures["progress"], folder),
+        image("Losses", inputs.pictures["loss"], folder),
+        "## Dataset",
+        image("Contact sheet", inputs.pictures["contact"], folder),
+        facts("Pictures and captions", dataset_facts(inputs.dataset)),
+        "## Settings and cost",
+        facts("What decided the result", settings_facts(inputs)),
+        "## Export",
+        facts("Each format, loaded back", export_facts(inputs.export)),
+        "## Lineage",
+        facts("What went in", lineage_facts(inputs), "SHA-256, first digits"),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def image(text: str, path: Path, folder: Path) -> str:
+    link = Path(os.path.relpath(path, folder)).as_posix()
+    return f"![{text}]({quote(link)})"
+
+
+def drawn_how(inputs: Inputs) -> str:
+    settings = inputs.lineage["validate"]
+    return f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}"
+
+
+def results(inputs: Inputs) -> str:
+    """Base against adapter; pixel measures beside the training pictures' own."""
+    m = inputs.measured
+    labels = {
+        "Held-out loss": "val.loss",
+        "Held-out loss, little noise": "val.loss_low_noise",
+        "Held-out loss, medium noise": "val.loss_mid_noise",
+        "Held-out loss, much noise": "val.loss_high_noise",
+        "Loss on training pictures": "val.train_loss",
+    }
+    rows = [compared(label, m, name) for label, name in labels.items() if m[name] is not None]
+    lines = table(("Losses, lower is better", "base", "adapter", "change"), rows)
+    if "samples.chroma" not in m:
+        return lines
+    measures = [
+        pixel_row("Chroma of the drawing, 0 to 255", inputs, "chroma"),
+        pixel_row("Near-black share of the drawing, 0 to 1", inputs, "dark_share"),
+    ]
+    return lines + "\n\n" + table(("Samples", "base", "adapter", "training pictures"), measures)
+
+
+def compared(label: str, m: Metrics, name: str) -> tuple[str, ...]:
+    before, after = number(m, f"{name}_base"), number(m, name)
+    return label, f"{before:.4f}", f"{after:.4f}", signed(after - before) + bounds(m, f"{name}_change")
+
+
+def bounds(m: Metrics, name: str) -> str:
+    """A metric's interval, where it has one."""
+    low, high = number(m, f"{name}_low"), number(m, f"{name}_high")
+    return f" {interval(low, high)}" if low == low else ""
+
+
+def pixel_row(label: str, inputs: Inputs, name: str) -> tuple[str, ...]:
+    goal = number(inputs.dataset, name)
+    values = (number(inputs.measured, f"samples.{name}_base"), number(inputs.measured, f"samples.{name}"), goal)
+    return label, *(f"{value:.3g}" if value == value else "" for value in values)
+
+
+def table_note(inputs: Inputs) -> str:
+    asked = inputs.lineage["table"]
+    counts = asked["num_pictures"]
+    return (
+        f"Losses are mean squared errors of the prediction ({asked['prediction_type']}) over a frozen table of "
+        f"{asked['num_rows']} rows: {counts['heldout']} held-out and {counts['train']} training pictures, "
+        f"{asked['num_rows'] // sum(counts.values())} timesteps each. Base and adapter answer the same rows under the "
+        "same noise; latents are the VAE's means; the interval is a 95 % bootstrap over pictures. "
+        f"Training pictures gained {signed(number(inputs.measured, 'val.overfit_gap'))}"
+        f"{bounds(inputs.measured, 'val.overfit_gap')} more than held-out ones."
+    )
+
+
+def dataset_facts(dataset: Metrics) -> dict[str, object]:
+    names = {
+        "num_pictures": "Pictures",
+        "num_train": "to train on",
+        "num_heldout": "held out",
+        "num_views": "Views (crops, mirrors)",
+        "num_unlisted": "Files without a caption, left out",
+        "caption_words_median": "Words per caption, median",
+    }
+    return {label: dataset[name] for name, label in names.items() if name in dataset}
+
+
+def settings_facts(inputs: Inputs) -> dict[str, object]:
+    """What decided the result, read from what the stages recorded."""
+    lora, model, validate = (inputs.lineage[name] for name in ("lora_config", "model", "validate"))
+    steps = int(number(inputs.train, "train.num_steps"))
+    return {
+        "Base": f"{model['pretrained']}, family {model['family']}, {model['dtype']}",
+        "LoRA": f"rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora.get('lora_dropout', 0):g}",
+        "Adapted layers": ", ".join(f"`{name}`" for name in target_modules(lora["target_modules"])),
+        "Trainable parameters": f"{int(number(inputs.train, 'train.num_trainable_parameters')):,}",
+        "Optimizer steps": f"{steps:,}",
+        "Images seen": f"{int(number(inputs.train, 'train.images_seen')):,}{epochs(inputs.train)}",
+        "Peak learning rate": f"{max(row['learning_rate'] for row in inputs.loss):.3g}",
+        "Last training loss": f"{number(inputs.train, 'train.loss_final'):.4f}",
+        "Lowest held-out loss": f"at step {inputs.measured['val.best_step']} of {steps}",
+        "Base weights unchanged": "yes" if inputs.train.get("train.base_unchanged") else "NO",
+        "Prompts and noise": f"seed {validate['seed']}, adapter at {', '.join(f'{s:g}' for s in validate['scales'])}",
+    }
+
+
+def epochs(train: Metrics) -> str:
+    value = number(train, "train.epochs")
+    return f" ({value:.3g} epochs)" if value == value else ""
+
+
+def target_modules(names: Sequence[str] | str) -> list[str]:
+    """The endings, once each: PEFT's config may list every layer by its full name."""
+    listed = [names] if isinstance(names, str) else names
+    return sorted({name.partition("attn")[2].partition(".")[2] or name for name in listed})
+
+
+def export_facts(export: Metrics) -> Mapping[str, object]:
+    """Every ``export.*`` metric, in words where there are some."""
+    rows = {}
+    for name, value in export.items():
+        words = name.removeprefix("export.").removesuffix(".max_abs_error").replace("_", " ")
+        parity = name.endswith(".max_abs_error")
+        label = f"{words}: largest difference of the output" if parity else words.replace(".", " ")
+        rows[label[0].upper() + label[1:]] = f"{value:.3g}" if isinstance(value, float) else value
+    return rows
+
+
+def lineage_facts(inputs: Inputs) -> Mapping[str, object]:
+    base = {f"Base: {component}": f"`{digest}`" for component, digest in inputs.lineage["base"].items()}
+    return base | {
+        "Latents and prompt embeddings": f"`{inputs.lineage['latents']}`",
+        "Adapter": f"`{inputs.lineage['adapter']}`",
+        "Table of held-out rows": f"`{inputs.measured['val.table']}`",
+    }
+
+
+def facts(head: str, pairs: Mapping[str, object], values: str = "") -> str:
+    return table((head, values), [(label, str(value)) for label, value in pairs.items()], align=":---")
+
+
+# The curve
+
+
+def plot_losses(inputs: Inputs, path: Path) -> None:
+    """Losses on the frozen table, the noisy training loss below them, and the learning rate small."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID}):
+        figure, (above, below, rate) = plt.subplots(
+            3, 1, figsize=(9, 6.4), sharex=True, layout="constrained", height_ratios=[3, 2, 1]
+        )
+        steps = [row["step"] for row in inputs.curve]
+        for column, colour, label in (("heldout", HELDOUT, "held-out"), ("train_probe", PROBE, "training pictures")):
+            above.plot(steps, [row[column] for row in inputs.curve], "o-", color=colour, label=label, markersize=4)
+        style(above, "loss on the frozen table")
+        above.legend(frameon=False)
+        plot_training(below, inputs.loss)
+        rate.plot([r["step"] for r in inputs.loss], [r["learning_rate"] for r in inputs.loss], color=FAINT)
+        style(rate, "learning rate")
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        rate.set_xlabel("step", color=INK)
+        last = max(steps[-1], inputs.loss[-1]["step"])
+        rate.set_xlim(-0.01 * last, 1.01 * last)
+        with atomic(path) as temporary:
+            # Without metadata Matplotlib writes its version; format is named because the temporary file has no suffix.
+            figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        plt.close(figure)
+
+
+def plot_training(axes: Axes, loss: list[dict[str, float]]) -> None:
+    steps, values = [row["step"] for row in loss], [row["loss"] for row in loss]
+    window = max(1, round(len(values) * SMOOTHED_SHARE))
+    axes.plot(steps, values, color=TRAIN, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth(values, window), color=TRAIN, label=f"mean of the last {window}")
+    style(axes, "training loss")
+    axes.legend(frameon=False)
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last ``window`` values, of fewer at the start."""
+    return [sum(part) / len(part) for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))]
+
+
+def style(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label, color=INK)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=GRID, labelcolor=INK)
+
+
+if __name__ == "__main__":
+    run(main)
