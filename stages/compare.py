@@ -1,0 +1,318 @@
+"""Two revisions side by side: what was set differently, what came of it, and whether the held-out pictures can tell.
+
+In: params.yaml and reports/ of two revisions (commit, branch, tag, DVC experiment, or the workspace).
+Out: compare/A..B/compare.md and samples.png, and the page on the terminal.
+Run: `python -m stages.compare [A] [B]`, such as `python -m stages.compare main brave-owl`
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import json
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from stages.core import evaluation
+from stages.core.console import UserError, log, run
+from stages.core.evaluation import Estimate, Score
+from stages.core.files import write_text
+from stages.core.markdown import interval, signed, table
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+WORKSPACE = "workspace"
+SHEET_BYTES = 300_000
+REPORTS = ("reports/metrics.json", "reports/train/metrics.json", "reports/export/metrics.json")
+SAMPLING = ("num_inference_steps", "guidance_scale", "negative_prompt", "seed")  # of section validate
+IGNORED_SECTIONS = ("runtime", "report")  # they change no result
+LOWER_IS_BETTER = re.compile(r"\.(loss|loss_change|loss_(low|mid|high)_noise|train_loss|overfit_gap|loss_final)$")
+HIDDEN = re.compile(r"(_low|_high|_base)$")  # a metric's interval and the base's values
+
+
+@dataclass(frozen=True)
+class Side:
+    """One revision's settings and reports."""
+
+    name: str
+    params: dict[str, Any]
+    """Dotted key -> value."""
+    metrics: dict[str, Any]
+    scores: list[Score]
+    lineage: dict[str, Any]
+    samples: bytes
+    """reports/samples.png"""
+
+    @property
+    def prompts(self) -> list[str]:
+        return self.lineage["validate"]["prompts"]
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    a, b = read_side(args.a), read_side(args.b)
+    page = write_page(a, b)
+    out = args.out / f"{folder_name(a.name)}..{folder_name(b.name)}"
+    drawn = draw_sheet(a, b, out / "samples.png")
+    write_text(out / "compare.md", page + drawn)
+    log.info("%s", page)
+    log.info("wrote       %s", out)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("a", nargs="?", default="HEAD", metavar="A", help="(default: HEAD)")
+    parser.add_argument("b", nargs="?", default=WORKSPACE, metavar="B", help="(default: the workspace)")
+    parser.add_argument("--out", type=Path, default=Path("compare"), metavar="DIR", help="(default: compare)")
+    return parser
+
+
+def folder_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+# Reading a revision
+
+
+def read_side(name: str) -> Side:
+    """Settings and reports of a revision, or of the files in the workspace.
+
+    Raises:
+        UserError: no such revision, or it has no reports.
+    """
+    commit = None if name == WORKSPACE else resolve(name)
+
+    def read(path: str) -> bytes:
+        found = read_workspace(path) if commit is None else read_commit(commit, path)
+        if found is None:
+            raise UserError(f"{name}: has no {path}; {how_to_report(commit)}")
+        return found
+
+    optional = [read_workspace(path) if commit is None else read_commit(commit, path) for path in REPORTS[1:]]
+    measured = [read(REPORTS[0]), *(blob for blob in optional if blob is not None)]
+    return Side(
+        name=name,
+        params=flatten(YAML(typ="safe", pure=True).load(read("params.yaml"))),
+        metrics={key: value for blob in measured for key, value in json.loads(blob).items()},
+        scores=evaluation.read_scores(read("reports/validate/heldout.csv").decode()),
+        lineage=json.loads(read("reports/validate/lineage.json")),
+        samples=read("reports/samples.png"),
+    )
+
+
+def how_to_report(commit: str | None) -> str:
+    return "run `dvc repro` first" if commit is None else "run `dvc repro` there and commit reports/"
+
+
+def read_workspace(path: str) -> bytes | None:
+    return Path(path).read_bytes() if Path(path).is_file() else None
+
+
+def read_commit(commit: str, path: str) -> bytes | None:
+    """A file of a commit; paths are relative to the current folder."""
+    return git("show", f"{commit}:./{path}")
+
+
+def resolve(name: str) -> str:
+    """Commit of a branch, tag, hash or DVC experiment.
+
+    Raises:
+        UserError: nothing of that name; the nearest names are given. Or several experiments have it.
+    """
+    if git("rev-parse", "--git-dir") is None:
+        raise UserError("compare: this folder is in no git repository; run it from a clone's root")
+    commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    if commit:
+        return commit.decode().strip()
+    experiments = list_experiments()
+    found = {baseline: commit for (baseline, experiment), commit in experiments.items() if experiment == name}
+    if not found:
+        raise unknown_revision(name, (experiment for _, experiment in experiments))
+    if len(found) == 1:
+        return next(iter(found.values()))
+    head = (git("rev-parse", "HEAD") or b"").decode().strip()
+    if head not in found:
+        listed = ", ".join(sorted(commit[:7] for commit in found.values()))
+        raise UserError(f"{name}: experiments of {len(found)} commits have this name; name one by its hash: {listed}")
+    return found[head]
+
+
+def list_experiments() -> dict[tuple[str, str], str]:
+    """(baseline commit, experiment name) -> commit; DVC keeps them as refs/exps/<2 digits>/<38 digits>/<name>."""
+    lines = (git("for-each-ref", "--format=%(refname) %(objectname)", "refs/exps") or b"").decode().splitlines()
+    found = {}
+    for line in lines:
+        match = re.fullmatch(r"refs/exps/([0-9a-f]{2})/([0-9a-f]{38})/(\S+) (\w+)", line)
+        if match:
+            found[match[1] + match[2], match[3]] = match[4]
+    return found
+
+
+def unknown_revision(name: str, experiments: Iterable[str]) -> UserError:
+    refs = git("for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags", "refs/remotes") or b""
+    known = sorted({*refs.decode().split(), *experiments, WORKSPACE})
+    near = difflib.get_close_matches(name, known, n=3) or known[:5]
+    return UserError(f"{name}: no commit, branch, tag or DVC experiment of that name (near: {', '.join(near)})")
+
+
+def git(*arguments: str) -> bytes | None:
+    """Standard output, or None when git refuses."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True)
+    except FileNotFoundError:
+        raise UserError("git: not found on PATH; install it") from None
+    return done.stdout if done.returncode == 0 else None
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+# The page
+
+
+def write_page(a: Side, b: Side) -> str:
+    """Markdown: verdict, parameters, metrics."""
+    paired = paired_difference(a, b)
+    sections = [
+        f"# {a.name} and {b.name}",
+        f"**{verdict(a, b, paired)}**",
+        "## Parameters that differ",
+        parameters(a, b),
+        "## Metrics",
+        metrics_table(a, b),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def paired_difference(a: Side, b: Side) -> Estimate | None:
+    """B's adapter loss minus A's per held-out picture, with its interval; None where the tables differ."""
+    if a.metrics["val.table"] != b.metrics["val.table"]:
+        return None
+    losses = {(s.file_name, s.timestep): s.adapter for s in a.scores if s.split == "heldout"}
+    differences = evaluation.by_picture(
+        (s.file_name, s.adapter - losses[s.file_name, s.timestep]) for s in b.scores if s.split == "heldout"
+    )
+    return evaluation.estimate(differences, seed=0)
+
+
+def verdict(a: Side, b: Side, paired: Estimate | None) -> str:
+    """What the held-out pictures say, and no more."""
+    if paired is None:
+        return (
+            "No verdict: the tables of held-out rows differ (pictures, captions, timesteps or noise), so the losses "
+            "are not paired. Run both with the same dataset and validate sections."
+        )
+    bounds = f"95 % interval of the paired difference {interval(paired.low, paired.high)}"
+    better, worse = (b, a) if paired.mean < 0 else (a, b)
+    if paired.low != paired.low:
+        return f"The loss differs by {signed(paired.mean)} on one held-out picture, which cannot tell more."
+    if paired.low == paired.high == 0:
+        return "The held-out losses are the same to the last digit."
+    if paired.low <= 0 <= paired.high:
+        return f"No difference that the held-out pictures can show: {signed(paired.mean)}, {bounds}."
+    left, right = names(better, worse)
+    return f"{left} is better than {right}: held-out loss lower by {abs(paired.mean):.4f}, {bounds}."
+
+
+def names(one: Side, other: Side) -> tuple[str, str]:
+    """Each side by the one parameter that tells them apart, or by its name."""
+    keys = differing(one, other)
+    if len(keys) != 1:
+        return one.name, other.name
+    return tuple(f"{keys[0]} {show(side.params.get(keys[0]))} ({side.name})" for side in (one, other))  # type: ignore[return-value]
+
+
+def differing(a: Side, b: Side) -> list[str]:
+    keys = sorted(a.params.keys() | b.params.keys())
+    absent = object()
+    return [
+        key
+        for key in keys
+        if key.partition(".")[0] not in IGNORED_SECTIONS and a.params.get(key, absent) != b.params.get(key, absent)
+    ]
+
+
+def parameters(a: Side, b: Side) -> str:
+    rows = [(key, show(a.params.get(key, "")), show(b.params.get(key, ""))) for key in differing(a, b)]
+    return table(("Parameter", a.name, b.name), rows) if rows else "None."
+
+
+def metrics_table(a: Side, b: Side) -> str:
+    """Numbers that both have and that moved, the losses first; whatever else is equal is counted."""
+    shared = {key for key in a.metrics.keys() & b.metrics.keys() if not HIDDEN.search(key)}
+    numbers = sorted(key for key in shared if is_number(a.metrics[key]) and is_number(b.metrics[key]))
+    rows = [metric_row(key, a.metrics[key], b.metrics[key]) for key in numbers if a.metrics[key] != b.metrics[key]]
+    rows.sort(key=lambda row: not row[0].startswith("val."))
+    if not rows:
+        return f"All {len(numbers)} are equal."
+    equal = f"{len(numbers) - len(rows)} others are equal."
+    return table(("Metric", a.name, b.name, "difference"), rows) + f"\n\n{equal} ✓ better, ✗ worse than {a.name}."
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def metric_row(key: str, a: float, b: float) -> tuple[str, ...]:
+    mark = (" ✓" if b < a else " ✗") if LOWER_IS_BETTER.search(key) else ""
+    return key, show(a), show(b), signed(b - a, ".4g") + mark
+
+
+def show(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
+
+
+# The sheet
+
+
+def draw_sheet(a: Side, b: Side, path: Path) -> str:
+    """Base, A's adapter and B's adapter for each prompt that both drew; returns the page's section."""
+    from stages.core.pictures import save_png, sheet
+
+    prompts = [prompt for prompt in a.prompts if prompt in b.prompts]
+    if not prompts:
+        return "\n## Samples\n\nThe two sheets have no prompt in common.\n"
+    cells = [cells_by_prompt(side) for side in (a, b)]
+    one_base = drawn_from(a) == drawn_from(b)
+    labels = ["base", a.name, b.name] if one_base else [f"base of {a.name}", a.name, f"base of {b.name}", b.name]
+    rows = []
+    for prompt in prompts:
+        (base_a, adapter_a), (base_b, adapter_b) = (side[prompt] for side in cells)
+        rows.append([base_a, adapter_a, adapter_b] if one_base else [base_a, adapter_a, base_b, adapter_b])
+    save_png(path, sheet(rows, prompts, labels, cell=rows[0][0].width), max_bytes=SHEET_BYTES)
+    return "\n## Samples\n\n![Samples](samples.png)\n"
+
+
+def cells_by_prompt(side: Side) -> dict[str, tuple[Image.Image, Image.Image]]:
+    """Prompt -> base and adapter, the adapter at strength 1 where the sheet has it, else at the first."""
+    from PIL import Image
+
+    from stages.core.pictures import cut
+
+    scales = side.lineage["validate"]["scales"]
+    column = 1 + (scales.index(1) if 1 in scales else 0)
+    with Image.open(io.BytesIO(side.samples), formats=["PNG"]) as picture:
+        rows = cut(picture.convert("RGB"), len(side.prompts), 1 + len(scales), side.lineage["sheet"]["cell"])
+    return {prompt: (row[0], row[column]) for prompt, row in zip(side.prompts, rows, strict=True)}
+
+
+def drawn_from(side: Side) -> dict[str, Any]:
+    """All that decides what the base draws for a prompt."""
+    settings = {key: value for key, value in side.lineage["validate"].items() if key in SAMPLING}
+    return settings | {"base": side.lineage["base"], "dtype": side.lineage["model"]["dtype"]}
+
+
+if __name__ == "__main__":
+    run(main)

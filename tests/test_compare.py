@@ -1,0 +1,197 @@
+"""Two revisions of a small repository with an experiment, and the errors a person can make."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from stages import compare
+from stages.artifacts import metrics
+from stages.core import evaluation
+from stages.core.console import UserError
+from stages.core.evaluation import Score
+from stages.core.files import write_json, write_text
+from stages.core.pictures import cut, save_png, sheet
+
+PROMPTS = ["red apple", "blue boat"]
+COLOURS = {"base": "#cc2222", 8: "#22cc22", 16: "#2222cc"}
+
+
+def write_revision(rank: int, gain: float, table: str = "0123456789abcdef", prompts: list[str] = PROMPTS) -> None:
+    """params.yaml and reports/ of an adapter of ``rank`` that is better than the base by ``gain``, in this folder."""
+    text = f"lora:\n  rank: {rank}\n  alpha: 8\nreport:\n  title: Rank {rank}\n"
+    write_text(Path("params.yaml"), text)
+    scores = [
+        Score(f"{index}.png", split, t, 0.5, 0.5 - gain - 0.001 * index)
+        for split in ("heldout", "train")
+        for index in range(8)
+        for t in (100, 900)
+    ]
+    write_text(Path("reports/validate/heldout.csv"), evaluation.write_scores(scores))
+    measured = evaluation.metrics(scores, 1000, seed=0)
+    metrics.save(Path("reports/metrics.json"), measured | {"val.table": table, "val.best_step": 4})
+    metrics.save(Path("reports/train/metrics.json"), {"train.num_trainable_parameters": 100 * rank})
+    settings = {"prompts": prompts, "scales": [0.5, 1.0], "seed": 0}
+    lineage = {"validate": settings, "base": {"unet": "a"}, "model": {"dtype": "float32"}, "sheet": {"cell": 64}}
+    write_json(Path("reports/validate/lineage.json"), lineage)
+    columns = (COLOURS["base"], "#888888", COLOURS[rank])
+    rows = [[Image.new("RGB", (64, 64), colour) for colour in columns] for _ in prompts]
+    save_png(Path("reports/samples.png"), sheet(rows, prompts, ["base", "adapter x 0.5", "adapter"], 64))
+
+
+def git(*arguments: str) -> str:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    return subprocess.run(["git", *identity, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit(message: str) -> str:
+    git("add", "-A")
+    git("commit", "-q", "-m", message)
+    return git("rev-parse", "HEAD")
+
+
+@dataclass
+class Repository:
+    """main: rank 8 (tag start: without reports); experiment clear-newt: rank 16; workspace: as main."""
+
+    run: Callable[..., str]
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q", "-b", "main")
+    write_text(Path("params.yaml"), "lora:\n  rank: 8\n")
+    commit("Start")
+    git("tag", "start")
+    write_revision(rank=8, gain=0.1)
+    head = commit("Report rank 8")
+    write_revision(rank=16, gain=0.15)
+    experiment = commit("Experiment")
+    git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/clear-newt", experiment)
+    git("reset", "-q", "--hard", head)
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+        compare.main()
+        (page,) = tmp_path.glob("compare/*/compare.md")
+        return page.read_text(encoding="utf-8")
+
+    return Repository(run)
+
+
+def test_a_better_experiment(repository: Repository) -> None:
+    page = repository.run("main", "clear-newt")
+    assert "**lora.rank 16 (clear-newt) is better than lora.rank 8 (main): held-out loss lower by 0.0500" in page
+    assert "| lora.rank | 8 | 16 |" in page
+    assert "lora.alpha" not in page and "report.title" not in page
+    assert "| val.loss | 0.3965 | 0.3465 | −0.05 ✓ |" in page
+    assert "| train.num_trainable_parameters | 800 | 1600 | +800 |" in page
+    assert "val.loss_change_low" not in page and "val.table" not in page
+
+
+def test_a_worse_workspace_against_an_experiment(repository: Repository) -> None:
+    page = repository.run("clear-newt")
+    assert "lora.rank 16 (clear-newt) is better than lora.rank 8 (workspace)" in page
+    assert "+0.05 ✗" in page
+
+
+def test_head_and_an_untouched_workspace_are_the_same(repository: Repository) -> None:
+    page = repository.run()
+    assert "The held-out losses are the same to the last digit." in page
+    assert "None." in page and "are equal." in page
+
+
+def test_a_difference_that_the_pictures_cannot_show(repository: Repository) -> None:
+    scores = evaluation.read_scores(Path("reports/validate/heldout.csv").read_text())
+    shifted = [
+        Score(s.file_name, s.split, s.timestep, s.base, s.adapter + (0.01 if int(s.file_name[0]) % 2 else -0.0098))
+        for s in scores
+    ]
+    write_text(Path("reports/validate/heldout.csv"), evaluation.write_scores(shifted))
+    assert "No difference that the held-out pictures can show: +0.0001" in repository.run()
+
+
+def test_other_tables_are_not_paired(repository: Repository) -> None:
+    write_revision(rank=16, gain=0.2, table="another")
+    page = repository.run()
+    assert "No verdict: the tables of held-out rows differ" in page
+    assert "interval" not in page
+
+
+def test_sheet_shows_the_base_once_and_each_adapter(repository: Repository) -> None:
+    repository.run("main", "clear-newt")
+    with Image.open("compare/main..clear-newt/samples.png") as picture:
+        rows = cut(picture.convert("RGB"), 2, 3, 64)
+    seen = [["#" + bytes(cell.getpixel((32, 32))).hex() for cell in row] for row in rows]
+    assert seen == [[COLOURS["base"], COLOURS[8], COLOURS[16]]] * 2
+
+
+def test_sheet_takes_the_prompts_that_both_have(repository: Repository) -> None:
+    write_revision(rank=16, gain=0.2, prompts=["green tree", "blue boat"])
+    repository.run()
+    with Image.open("compare/HEAD..workspace/samples.png") as picture:
+        assert picture.height < 150
+
+
+def test_sheets_without_a_common_prompt(repository: Repository) -> None:
+    write_revision(rank=16, gain=0.2, prompts=["green tree"])
+    assert "no prompt in common" in repository.run()
+    assert not list(Path("compare").glob("*/samples.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["clear-nwt"], "clear-nwt: no commit, branch, tag or DVC experiment of that name (near: clear-newt)"),
+        (["mian"], "mian: no commit, branch, tag or DVC experiment of that name (near: main"),
+        (["start"], "start: has no reports/metrics.json; run `dvc repro` there and commit reports/"),
+    ],
+)
+def test_errors_name_what_is_near(repository: Repository, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        repository.run(*arguments)
+    assert str(error.value).startswith(message)
+    assert not Path("compare").exists()
+
+
+def test_workspace_without_reports(repository: Repository) -> None:
+    Path("reports/metrics.json").unlink()
+    with pytest.raises(UserError, match="^workspace: has no reports/metrics.json; run `dvc repro` first$"):
+        repository.run()
+
+
+def test_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(sys, "argv", ["compare"])
+    with pytest.raises(UserError, match="in no git repository"):
+        compare.main()
+
+
+def test_one_name_for_experiments_of_two_commits(repository: Repository) -> None:
+    other, experiment = git("rev-parse", "start"), git("rev-parse", "main")
+    git("update-ref", f"refs/exps/{other[:2]}/{other[2:]}/clear-newt", experiment)
+    assert compare.resolve("clear-newt") != experiment  # HEAD's own
+    git("checkout", "-q", "--detach", compare.resolve("clear-newt"))
+    with pytest.raises(UserError, match="experiments of 2 commits have this name"):
+        compare.resolve("clear-newt")
+
+
+def test_starts_without_torch() -> None:
+    modules = "stages.compare, stages.validate, stages.report"
+    code = f"import sys, {modules}; print({{'torch', 'diffusers', 'matplotlib'}} & {{*sys.modules}})"
+    command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
+    assert subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout.strip() == "set()"
+
+
+def test_parameters_of_any_depth_are_compared() -> None:
+    tree: dict[str, Any] = {"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None}
+    assert compare.flatten(tree) == {"a.b.c": 1, "a.d": [1, 2], "e": None}
