@@ -6,8 +6,10 @@ Run: ``python -m stages.check [--set section.key=value]``; exit code 2 and one l
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -51,22 +53,26 @@ def main() -> None:
 
 def package_problems() -> list[str]:
     """Packages that are missing or of another series, and a torchvision that would break the imports of the others."""
-    found, versions = [], {}
+    found = []
     for name, series in PACKAGES.items():
         try:
-            versions[name] = importlib.metadata.version(name)
+            version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found.append(f"package {name}: not installed; pip install -r requirements.lock")
             continue
-        if not f"{versions[name]}.".startswith(f"{series}."):
-            found.append(
-                f"package {name}: got {versions[name]}, tested with {series}; pip install -r requirements.lock"
-            )
-    try:
-        torchvision = importlib.metadata.version("torchvision")
-    except importlib.metadata.PackageNotFoundError:
-        return found
-    return found + torchvision_problems(versions.get("torch", ""), torchvision)
+        if not f"{version}.".startswith(f"{series}."):
+            found.append(f"package {name}: got {version}, tested with {series}; pip install -r requirements.lock")
+    torchvision = built_version("torchvision")
+    return found + (torchvision_problems(built_version("torch"), torchvision) if torchvision else [])
+
+
+def built_version(name: str) -> str:
+    """What the package's version.py says, such as 2.13.0+cu130: PyPI's metadata leaves the build out. "" if absent."""
+    spec = importlib.util.find_spec(name)  # imports nothing
+    if spec is None or spec.origin is None:
+        return ""
+    stated = re.search(r"__version__.*= *'(.+)'", Path(spec.origin).with_name("version.py").read_text(encoding="utf-8"))
+    return stated[1] if stated else importlib.metadata.version(name)
 
 
 def torchvision_problems(torch: str, torchvision: str) -> list[str]:

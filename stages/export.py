@@ -6,6 +6,7 @@ Run: ``python -m stages.export``
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,12 +169,14 @@ def model_card(model: ModelParams, family: Family, params: ExportParams, adapter
     lora = adapter.lora_config
     targets = ", ".join(f"`{name}`" for name in lora["target_modules"])
     base = "\n".join(f"| {name} | `{digest[:16]}` |" for name, digest in sorted(adapter.base.items()))
+    # JSON strings are YAML and Python ones too, whatever colons and quotes are in them.
+    pretrained, prompt = (json.dumps(text, ensure_ascii=False) for text in (model.pretrained, params.prompt))
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [{family.PIPELINE}, lora, diffusers, lora-dag]
-base_model: {model.pretrained}
-instance_prompt: {params.prompt}
+base_model: {pretrained}
+instance_prompt: {prompt}
 ---
 
 # LoRA for {family.PIPELINE}
@@ -183,9 +186,9 @@ Rank {lora["r"]}, alpha {lora["lora_alpha"]:g}, on {targets}; {adapter.num_steps
 ```python
 from diffusers import {family.PIPELINE}
 
-pipe = {family.PIPELINE}.from_pretrained("{model.pretrained}", safety_checker=None)
+pipe = {family.PIPELINE}.from_pretrained({pretrained}, safety_checker=None)
 pipe.load_lora_weights("data/export/diffusers")
-pipe("{params.prompt}").images[0].save("sample.png")
+pipe({prompt}).images[0].save("sample.png")
 ```
 
 With PEFT: `PeftModel.from_pretrained(pipe.{family.DENOISER}, "data/export/peft")`.

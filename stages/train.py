@@ -377,7 +377,9 @@ class Trainer:
             files[name] = sha256_file(adapter_folder / name)
         self.save_weights(adapter_folder / adapter.FINAL)
         files[adapter.FINAL] = sha256_file(adapter_folder / adapter.FINAL)
-        adapter.Adapter(self.lora_config, self.base, self.params.num_steps, steps, files).save(adapter_folder)
+        # Dropout is training's alone: diffusers leaves a loaded adapter in train mode and would drop while sampling.
+        for_use = self.lora_config | {"lora_dropout": 0.0}
+        adapter.Adapter(for_use, self.base, self.params.num_steps, steps, files).save(adapter_folder)
 
         stride = math.ceil(len(self.history) / MAX_LOSS_ROWS)
         rows = [

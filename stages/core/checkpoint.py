@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,3 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.pt"))
-
-    def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,312 @@
+"""Every message of the preflight, and that it comes before anything slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from stages import check
+from stages.core.console import UserError
+from stages.core.files import read_json
+from tests.conftest import Workspace, read_rows, write_rows
+
+
+@pytest.fixture
+def copied(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A workspace whose base may be changed; what is installed is another test's matter."""
+    monkeypatch.setattr(check, "package_problems", list)
+    source = Path("data/base").resolve()
+    Path("data/base").unlink()
+    shutil.copytree(source, "data/base")
+    return workspace
+
+
+def problems(workspace: Workspace, *changes: str) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        workspace.run("check", *(word for change in changes for word in ("--set", change)))
+    return caught.value.problems
+
+
+def problem(workspace: Workspace, *changes: str) -> str:
+    (found,) = problems(workspace, *changes)
+    return found
+
+
+# As a person meets it
+
+
+def test_all_is_well(workspace: Workspace) -> None:
+    done = workspace.process("check")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["parameters", "base", "dataset", "packages", "disk", "device"]
+    assert "torch 2.13" in lines[3] and lines[5] == "device      cpu, 1 threads, float32"
+
+
+def test_problems_are_lines_and_exit_code_2(workspace: Workspace) -> None:
+    changes = ("model.pretrained=data/none", "dataset.source=data/nothing")
+    done = workspace.process("check", *(word for change in changes for word in ("--set", change)))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "error: params.yaml model.pretrained: 'data/none' is no folder; `dvc pull data/base` brings the embedded base",
+        "error: params.yaml dataset.source: 'data/nothing' is no folder; "
+        "`dvc pull` brings tracked data, or name a folder of your own",
+    ]
+
+
+PROBE = """
+import sys
+from stages import check
+from stages.core.console import UserError
+try:
+    check.main()
+except UserError as error:
+    print(len(error.problems), *({"torch", "diffusers", "transformers", "peft"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("change", ["lora.rnak=4", "model.pretrained=data/none", "dataset.resolution=36"])
+def test_problems_are_found_before_anything_slow_is_imported(workspace: Workspace, change: str) -> None:
+    command = [sys.executable, "-c", PROBE, "--set", change]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
+
+
+# Parameters
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lora.rnak=4", "params.yaml lora.rnak: unknown key (near: rank)"),
+        ("train.batch_sise=4", "params.yaml train.batch_sise: unknown key (near: batch_size)"),
+        ("lora.rank=0", "params.yaml lora.rank: got 0; input should be greater than or equal to 1"),
+        ("lora.rank=eight", "params.yaml lora.rank: got 'eight'; input should be a valid integer"),
+        ("model.family=sdd", "params.yaml model.family: got 'sdd'; input should be 'sd'"),
+    ],
+)
+def test_params(copied: Workspace, change: str, message: str) -> None:
+    assert problem(copied, change) == message
+
+
+def test_params_of_all_sections_at_once(copied: Workspace) -> None:
+    found = problems(copied, "lora.rnak=4", "train.lr_warmup_steps=9", "validate.seed=-1")
+    assert [line.split(":")[0] for line in found] == [
+        "params.yaml lora.rnak",
+        "params.yaml train",
+        "params.yaml validate.seed",
+    ]
+
+
+# The base
+
+
+def test_a_hub_id_gets_the_line_that_fetches_it(copied: Workspace) -> None:
+    assert problem(copied, "model.pretrained=stable-diffusion-v1-5/stable-diffusion-v1-5") == (
+        "params.yaml model.pretrained: 'stable-diffusion-v1-5/stable-diffusion-v1-5' is no folder here; fetch it: "
+        "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir data/stable-diffusion-v1-5"
+    )
+
+
+def test_a_folder_that_is_no_pipeline(copied: Workspace) -> None:
+    os.remove("data/base/model_index.json")
+    assert problem(copied) == (
+        "params.yaml model.pretrained: 'data/base' has no model_index.json; expected a folder in the diffusers layout"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_model_index(copied: Workspace, text: str) -> None:
+    Path("data/base/model_index.json").write_text(text)
+    assert problem(copied) == "data/base/model_index.json: not a diffusers model index; fetch the model again"
+
+
+def change_index(**values: object) -> None:
+    path = Path("data/base/model_index.json")
+    path.write_text(json.dumps(read_json(path) | values))
+
+
+def test_another_pipeline(copied: Workspace) -> None:
+    change_index(_class_name="StableDiffusionXLPipeline")
+    assert problem(copied) == (
+        "params.yaml model.pretrained: 'data/base' is a StableDiffusionXLPipeline; "
+        "model.family 'sd' trains StableDiffusionPipeline"
+    )
+
+
+def test_another_component(copied: Workspace) -> None:
+    change_index(unet=["diffusers", "UNet3DConditionModel"])
+    assert problem(copied) == (
+        "data/base/model_index.json unet: got UNet3DConditionModel, expected UNet2DConditionModel; "
+        "this is no base of family 'sd'"
+    )
+
+
+def test_all_components_at_once(copied: Workspace) -> None:
+    shutil.rmtree("data/base/vae")
+    os.remove("data/base/unet/config.json")
+    assert problems(copied) == (
+        "data/base/vae: no such folder; StableDiffusionPipeline needs AutoencoderKL there",
+        "data/base/unet: no config file; the folder is incomplete, fetch the model again",
+    )
+
+
+def test_pickles_only(copied: Workspace) -> None:
+    os.rename("data/base/unet/diffusion_pytorch_model.safetensors", "data/base/unet/diffusion_pytorch_model.bin")
+    assert problem(copied) == (
+        "data/base/unet: only diffusion_pytorch_model.bin, a pickle, which can run code when loaded; "
+        "convert it to safetensors"
+    )
+
+
+def test_no_weights(copied: Workspace) -> None:
+    os.remove("data/base/unet/diffusion_pytorch_model.safetensors")
+    assert problem(copied) == (
+        "data/base/unet: no .safetensors weights; the folder is incomplete, fetch the model again"
+    )
+
+
+def test_code_in_a_component(copied: Workspace) -> None:
+    Path("data/base/unet/my_unet.py").write_text("raise SystemExit('ran')")
+    assert problem(copied) == (
+        "data/base/unet/my_unet.py: code inside a model folder is never run; remove it or use another base"
+    )
+
+
+def test_wrong_variant(copied: Workspace) -> None:
+    found = problems(copied, "model.variant=fp16")
+    assert found == (
+        "data/base/vae: no weights of model.variant 'fp16'; there is diffusion_pytorch_model.safetensors",
+        "data/base/text_encoder: no weights of model.variant 'fp16'; there is model.safetensors",
+        "data/base/unet: no weights of model.variant 'fp16'; there is diffusion_pytorch_model.safetensors",
+    )
+
+
+@pytest.mark.parametrize(("resolution", "near"), [(36, "32 or 40"), (100, "96 or 104")])
+def test_resolution_must_fit_the_base(copied: Workspace, resolution: int, near: str) -> None:
+    assert problem(copied, f"dataset.resolution={resolution}") == (
+        f"params.yaml dataset.resolution: {resolution} is no multiple of 8, which the base needs; use {near}"
+    )
+
+
+def test_resolution_below_the_least(copied: Workspace) -> None:
+    for component in ("vae", "unet"):  # four levels each, as in Stable Diffusion 1.5
+        path = Path("data/base") / component / "config.json"
+        path.write_text(json.dumps(read_json(path) | {"block_out_channels": [32] * 4}))
+    assert problem(copied) == ("params.yaml dataset.resolution: 32 is no multiple of 64, which the base needs; use 64")
+
+
+# The dataset
+
+
+def test_no_metadata(copied: Workspace) -> None:
+    os.remove("data/raw/metadata.jsonl")
+    assert problem(copied) == (
+        "params.yaml dataset.source: 'data/raw' has no metadata.jsonl; "
+        'one line per picture: {"file_name": "a.png", "text": "caption"}'
+    )
+
+
+@pytest.mark.parametrize("text", ["", "file_name,text\n"])
+def test_metadata_that_is_no_json(copied: Workspace, text: str) -> None:
+    Path("data/raw/metadata.jsonl").write_text(text)
+    assert problem(copied) == "data/raw/metadata.jsonl:1: not JSON"
+
+
+def test_wrong_caption_column(copied: Workspace) -> None:
+    write_rows(Path("data/raw"), [{**row, "tags": "x"} for row in read_rows(Path("data/raw"))])
+    assert problem(copied, "dataset.caption_column=caption") == (
+        "data/raw/metadata.jsonl:1: no 'caption' column; set dataset.caption_column to one of: file_name, text, tags"
+    )
+
+
+# Packages, disk, device
+
+
+def test_packages_of_another_series_and_missing_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "PACKAGES", {"pydantic": "1", "no-such-package": "2"})
+    old, missing = check.package_problems()[:2]
+    assert old.startswith("package pydantic: got 2.") and old.endswith(
+        "tested with 1; pip install -r requirements.lock"
+    )
+    assert missing == "package no-such-package: not installed; pip install -r requirements.lock"
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "fits"),
+    [
+        ("2.13.0+cpu", "0.28.0+cpu", True),
+        ("2.13.0+cu130", "0.28.0+cu130", True),
+        ("2.13.0", "0.28.0", True),
+        ("2.13.0+cpu", "0.28.0+cu130", False),
+        ("2.13.0+cu126", "0.28.0+cu130", False),
+        ("2.13.0", "0.27.0", False),
+        ("2.12.1+cpu", "0.28.0+cpu", False),
+        ("", "0.28.0", False),
+    ],
+)
+def test_torchvision_must_belong_to_torch(torch: str, torchvision: str, fits: bool) -> None:
+    found = check.torchvision_problems(torch, torchvision)
+    assert found == (
+        []
+        if fits
+        else [
+            f"package torchvision: {torchvision} beside torch {torch} breaks `import diffusers`; "
+            "the project does not need it: pip uninstall torchvision"
+        ]
+    )
+
+
+@pytest.mark.parametrize("torch", ["2.13.0+cpu", "2.13.0+cu130"])
+def test_the_build_of_an_installed_torchvision_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: str
+) -> None:
+    """The package index's metadata says 0.28.0 for a CUDA build; the package itself says which."""
+    for name, version in (("torch", torch), ("torchvision", "0.28.0+cu130")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError")
+        (tmp_path / name / "version.py").write_text(f"__version__ = '{version}'\ngit_version = 'abc'\n")
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"] + ["torch"]:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(check, "PACKAGES", {})
+    assert len(check.package_problems()) == (torch == "2.13.0+cpu")
+
+
+def test_read_only_state_directory(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check.os, "access", lambda path, mode: mode != os.W_OK)
+    assert problem(copied) == (f"{copied.path / '.state'}: not writable; set LORA_STATE_DIR to a folder that is")
+
+
+def test_full_disk(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: usage(10**9, 9 * 10**8, 10**8))
+    assert problem(copied) == (
+        f"{copied.path / '.state'}: 100 MB free, at least 524 MB are needed; set LORA_STATE_DIR to another disk"
+    )
+
+
+def test_float16_needs_a_gpu(copied: Workspace) -> None:
+    assert problem(copied, "model.dtype=float16") == (
+        "params.yaml model.dtype: float16 needs a GPU; use bfloat16 or float32 on a CPU"
+    )
+
+
+def test_a_device_that_is_not_here(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert problem(copied, "runtime.device=mps") == (
+        "params.yaml runtime.device: 'mps' is not available here; use auto or cpu"
+    )
+
+
+def test_nothing_is_written(copied: Workspace) -> None:
+    before = sorted(Path().rglob("*"))
+    copied.run("check")
+    assert sorted(Path().rglob("*")) == before

@@ -1,0 +1,242 @@
+"""Exports as other people's code sees them: stock diffusers, stock PEFT, a safetensors header, a model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import PeftModel
+from ruamel.yaml import YAML
+from safetensors import safe_open
+
+from stages.artifacts.adapter import FINAL, Adapter
+from stages.core import base_files, lora, params, seeding
+from stages.core.console import UserError
+from stages.core.files import load_tensors, read_json, save_tensors, sha256_file
+from stages.core.params import ModelParams
+from stages.families import sd
+from tests.conftest import Workspace
+
+ADAPTER = Path("data/adapter")
+DIFFUSERS = Path("data/export/diffusers")
+PEFT = Path("data/export/peft")
+CONFIG: dict[str, Any] = {
+    "r": 2,
+    "lora_alpha": 6.0,  # three times the rank: lost, the picture would be another
+    "lora_dropout": 0.0,
+    "target_modules": ["to_k", "to_out.0", "to_q", "to_v"],
+    "init_lora_weights": "gaussian",
+    "bias": "none",
+}
+
+
+@pytest.fixture
+def adapted(workspace: Workspace) -> Workspace:
+    """A workspace with data/adapter, as if trained for long."""
+    model = params.load(Path("params.yaml")).section(ModelParams)
+    denoiser = sd.load_denoiser(model, torch.device("cpu"))
+    for name, parameter in lora.inject(denoiser, CONFIG).items():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=seeding.generator(0, "test", name))
+    save_tensors(ADAPTER / FINAL, lora.state_dict(denoiser))
+    digests = base_files.digests(model, sd.COMPONENTS)
+    Adapter(CONFIG, digests, 4, [], {FINAL: sha256_file(ADAPTER / FINAL)}).save(ADAPTER)
+    return workspace
+
+
+@pytest.fixture
+def exported(adapted: Workspace) -> Workspace:
+    adapted.run("export")
+    return adapted
+
+
+def stock() -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: StableDiffusionPipeline) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return pipeline("blue boat", num_inference_steps=3, generator=generator, output_type="latent").images
+
+
+@pytest.fixture
+def trained_picture(exported: Workspace) -> torch.Tensor:
+    """What the adapter draws by the formula alone: alpha / rank * B A added to the weights, no LoRA code at work."""
+    pipeline = stock()
+    tensors = load_tensors(ADAPTER / FINAL)
+    for name, a in tensors.items():
+        if ".lora_A." in name:
+            b = tensors[name.replace("lora_A", "lora_B")]
+            pipeline.unet.get_submodule(name.removesuffix(".lora_A.weight")).weight.data += 3 * b @ a
+    return draw(pipeline)
+
+
+def test_stock_diffusers_draws_the_adapters_picture(exported: Workspace, trained_picture: torch.Tensor) -> None:
+    pipeline = stock()
+    plain = draw(pipeline)
+    pipeline.load_lora_weights(DIFFUSERS)
+    found = draw(pipeline)
+    assert (found - plain).abs().max() > 0.1
+    torch.testing.assert_close(found, trained_picture, atol=1e-3, rtol=1e-3)
+
+
+def test_stock_peft_draws_the_adapters_picture(exported: Workspace, trained_picture: torch.Tensor) -> None:
+    pipeline = stock()
+    pipeline.unet = PeftModel.from_pretrained(pipeline.unet, PEFT).get_base_model()
+    torch.testing.assert_close(draw(pipeline), trained_picture, atol=1e-3, rtol=1e-3)
+
+
+def test_diffusers_header_has_the_config(exported: Workspace) -> None:
+    with safe_open(DIFFUSERS / "pytorch_lora_weights.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+        keys = set(file.keys())
+    assert config["unet.lora_alpha"] == 6 and config["unet.r"] == 2
+    assert config["unet.target_modules"] == CONFIG["target_modules"]
+    assert keys == {f"unet.{name}" for name in load_tensors(ADAPTER / FINAL)}
+
+
+def test_peft_folder_is_what_peft_writes(exported: Workspace) -> None:
+    config = read_json(PEFT / "adapter_config.json")
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 6)
+    assert config["inference_mode"] is True
+    tensors = load_tensors(PEFT / "adapter_model.safetensors")
+    assert set(tensors) == {f"base_model.model.{name}" for name in load_tensors(ADAPTER / FINAL)}
+
+
+def front_matter() -> tuple[dict[str, Any], str]:
+    _, head, body = Path("data/export/README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return YAML(typ="safe", pure=True).load(head), body
+
+
+def test_model_card(exported: Workspace) -> None:
+    head, body = front_matter()
+    assert head["library_name"] == "diffusers" and head["pipeline_tag"] == "text-to-image"
+    assert head["base_model"] == "data/base" and head["instance_prompt"] == "red apple, ink icon"
+    assert "lora" in head["tags"]
+    assert "Rank 2, alpha 6, on `to_k`, `to_out.0`, `to_q`, `to_v`; 4 steps." in body
+    assert sha256_file(ADAPTER / FINAL)[:16] in body
+    assert str(exported.path) not in body
+
+
+def test_model_card_with_any_prompt(adapted: Workspace) -> None:
+    prompt = 'icon: a "red" apple # 1, naïve'
+    adapted.run("export", "--set", f"export.prompt={json.dumps(prompt)}")
+    head, body = front_matter()
+    assert head["instance_prompt"] == prompt
+    compile(body.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_the_cards_lines_draw_a_picture(exported: Workspace) -> None:
+    _, body = front_matter()
+    lines = body.split("```python\n")[1].split("```")[0]
+    exec(lines.replace(").images", ", num_inference_steps=1).images"), {})
+    assert Path("sample.png").stat().st_size > 100
+
+
+def test_metrics_say_how_near_and_how_strong(exported: Workspace) -> None:
+    metrics = read_json(Path("reports/export/metrics.json"))
+    assert metrics["export.effect"] > 0.1
+    assert 0 <= metrics["export.diffusers.max_abs_error"] <= 1e-4
+    assert 0 <= metrics["export.peft.max_abs_error"] <= 1e-4
+    assert math.isclose(metrics["export.megabytes"], 4096 * 4 / 1e6, rel_tol=1e-3)
+
+
+def test_two_exports_give_the_same_bytes(exported: Workspace) -> None:
+    first = exported.tree("data/export") | exported.tree("reports/export")
+    assert set(first) == {
+        "README.md",
+        "diffusers/pytorch_lora_weights.safetensors",
+        "metrics.json",
+        "peft/adapter_config.json",
+        "peft/adapter_model.safetensors",
+    }
+    Path("data/export/stale").write_text("x")
+    exported.run("export")
+    assert exported.tree("data/export") | exported.tree("reports/export") == first
+
+
+def test_files_can_be_read_by_others(adapted: Workspace) -> None:
+    before = os.umask(0o022)
+    try:
+        adapted.run("export")
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in Path("data/export").rglob("*") if path.is_file()}
+    assert len(modes) == 4 and set(modes.values()) == {0o644}
+
+
+def test_an_adapter_trained_with_dropout_is_exported_without(workspace: Workspace) -> None:
+    """diffusers leaves what it loads in train mode: with dropout in the header it would drop while sampling."""
+    for stage in ("prepare", "cache_latents", "train", "export"):
+        workspace.run(stage, "--set", "lora.dropout=0.5")
+    assert read_json(PEFT / "adapter_config.json")["lora_dropout"] == 0
+    pipeline = stock()
+    pipeline.load_lora_weights(DIFFUSERS)
+    assert torch.equal(draw(pipeline), draw(pipeline))
+
+
+# Refused
+
+
+def refusal(workspace: Workspace, *argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        workspace.run("export", *argv)
+    assert not Path("data/export").exists() and not Path("reports/export").exists()
+    (problem,) = caught.value.problems
+    return problem
+
+
+def test_train_first(workspace: Workspace) -> None:
+    assert refusal(workspace) == "data/adapter/adapter.json: no such file; run `python -m stages.train` first"
+
+
+@pytest.mark.parametrize("offset", [3, 40, -5], ids=["length", "header", "data"])
+def test_damaged_adapter_is_refused(adapted: Workspace, offset: int) -> None:
+    blob = bytearray((ADAPTER / FINAL).read_bytes())
+    blob[offset] ^= 0xFF
+    (ADAPTER / FINAL).write_bytes(blob)
+    assert refusal(adapted) == f"{ADAPTER / FINAL}: missing or damaged; run `python -m stages.train` again"
+
+
+def test_adapter_of_another_base_is_refused(adapted: Workspace) -> None:
+    shutil.copytree("data/base", "data/other")
+    path = Path("data/other/unet/diffusion_pytorch_model.safetensors")
+    tensors = load_tensors(path)
+    name = sorted(tensors)[0]
+    save_tensors(path, tensors | {name: tensors[name] + 0.1}, {"format": "pt"})
+    assert refusal(adapted, "--set", "model.pretrained=data/other") == (
+        "data/adapter: made with another unet than model.pretrained holds now; run `dvc repro`"
+    )
+
+
+def test_an_export_that_draws_another_picture_is_not_left_behind(
+    adapted: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the config in the header diffusers guesses alpha = rank."""
+    original = StableDiffusionPipeline.save_lora_weights
+
+    def without_config(folder: Path, **kwargs: Any) -> None:
+        kwargs.pop("unet_lora_adapter_metadata")
+        original(folder, **kwargs)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "save_lora_weights", without_config)
+    with pytest.raises(RuntimeError, match="the diffusers export draws another picture than the adapter"):
+        adapted.run("export")
+    assert not Path("data/export").exists()
+
+
+def test_an_adapter_that_does_nothing_is_noticed(adapted: Workspace) -> None:
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_tensors(ADAPTER / FINAL).items()}
+    save_tensors(ADAPTER / FINAL, zeros)
+    adapter = Adapter.load(ADAPTER)
+    Adapter(CONFIG, adapter.base, 4, [], {FINAL: sha256_file(ADAPTER / FINAL)}).save(ADAPTER)
+    with pytest.raises(RuntimeError, match="the adapter changes nothing"):
+        adapted.run("export")

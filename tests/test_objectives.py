@@ -1,0 +1,129 @@
+"""Targets and weights against the papers' formulas in float64, from the betas on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from stages.core import objectives
+
+NUM_TRAIN_TIMESTEPS = 1000
+BETAS = (0.00085, 0.012)
+KINDS = ("epsilon", "v_prediction", "sample")
+TIMESTEPS = ([0], [999], [0, 1, 250, 500, 998, 999])
+
+
+def scheduler(kind: str) -> DDPMScheduler:
+    return DDPMScheduler(
+        NUM_TRAIN_TIMESTEPS,
+        beta_start=BETAS[0],
+        beta_end=BETAS[1],
+        beta_schedule="scaled_linear",
+        prediction_type=kind,
+    )
+
+
+def alpha_bar(timesteps: list[int]) -> np.ndarray:
+    """Ho et al. 2020, eq. 4, for Stable Diffusion's betas; float64 [B]."""
+    betas = np.linspace(BETAS[0] ** 0.5, BETAS[1] ** 0.5, NUM_TRAIN_TIMESTEPS) ** 2
+    return np.cumprod(1 - betas)[timesteps]
+
+
+def draws(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and noise, float32 [B, 4, 3, 5]."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(count, 4, 3, 5, generator=generator), torch.randn(count, 4, 3, 5, generator=generator)
+
+
+def reference_target(kind: str, latents: np.ndarray, noise: np.ndarray, timesteps: list[int]) -> np.ndarray:
+    signal = alpha_bar(timesteps)[:, None, None, None]
+    return {
+        "epsilon": noise,
+        "v_prediction": np.sqrt(signal) * noise - np.sqrt(1 - signal) * latents,
+        "sample": latents,
+    }[kind]
+
+
+def reference_weight(kind: str, timestep: int, gamma: float) -> float:
+    signal = alpha_bar([timestep])[0]
+    ratio = signal / (1 - signal)
+    return min(ratio, gamma) / {"epsilon": ratio, "v_prediction": ratio + 1, "sample": 1}[kind]
+
+
+@pytest.mark.parametrize("timesteps", TIMESTEPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_target_is_the_formula(kind: str, timesteps: list[int]) -> None:
+    latents, noise = draws(len(timesteps))
+    found = objectives.target(scheduler(kind), latents, noise, torch.tensor(timesteps))
+    expected = reference_target(kind, latents.double().numpy(), noise.double().numpy(), timesteps)
+    assert found.dtype == torch.float32 and found.shape == latents.shape
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
+
+
+def test_v_is_what_diffusers_calls_velocity() -> None:
+    timesteps = torch.tensor([0, 500, 999])
+    latents, noise = draws(3)
+    found = objectives.target(scheduler("v_prediction"), latents, noise, timesteps)
+    assert torch.equal(found, scheduler("v_prediction").get_velocity(latents, noise, timesteps))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("timestep", [0, 20, 500, 999])
+def test_a_scheduler_step_understands_the_target_as_a_perfect_prediction(kind: str, timestep: int) -> None:
+    """DDPM's own formula turns noisy latents and the target back into the clean latents."""
+    noise_scheduler = scheduler(kind)
+    noise_scheduler.register_to_config(clip_sample=False)
+    latents, noise = draws(1)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, torch.tensor([timestep]))
+    target = objectives.target(noise_scheduler, latents, noise, torch.tensor([timestep]))
+    found = noise_scheduler.step(target, timestep, noisy_latents).pred_original_sample
+    torch.testing.assert_close(found, latents, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("timesteps", TIMESTEPS, ids=str)
+def test_snr_is_the_formula(timesteps: list[int]) -> None:
+    signal = alpha_bar(timesteps)
+    found = objectives.snr(scheduler("epsilon"), torch.tensor(timesteps))
+    np.testing.assert_allclose(found.numpy(), signal / (1 - signal), rtol=1e-3)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+@pytest.mark.parametrize("timesteps", TIMESTEPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_snr_weight_is_the_formula(kind: str, timesteps: list[int], gamma: float) -> None:
+    found = objectives.loss_weights(scheduler(kind), torch.tensor(timesteps), gamma)
+    assert found.dtype == torch.float32 and found.shape == (len(timesteps),)
+    np.testing.assert_allclose(found.numpy(), [reference_weight(kind, t, gamma) for t in timesteps], rtol=1e-3)
+
+
+def test_min_snr_weights_one_error_of_the_picture_equally_under_every_prediction_type() -> None:
+    """An error in x0 has other sizes in epsilon and v; the weights undo that (Hang et al. 2023, section 3.4)."""
+    timesteps = [0, 100, 600, 999]
+    latents, noise = draws(4)
+    weighted = []
+    for kind in KINDS:
+        noise_scheduler = scheduler(kind)
+        noisy_latents = noise_scheduler.add_noise(latents, noise, torch.tensor(timesteps)).double().numpy()
+        signal = alpha_bar(timesteps)[:, None, None, None]
+        wrong_latents = latents.double().numpy() + 0.1
+        wrong_noise = (noisy_latents - np.sqrt(signal) * wrong_latents) / np.sqrt(1 - signal)
+        model_pred = reference_target(kind, wrong_latents, wrong_noise, timesteps)
+        target = objectives.target(noise_scheduler, latents, noise, torch.tensor(timesteps)).numpy()
+        losses = ((model_pred - target) ** 2).mean((1, 2, 3))
+        weighted.append(losses * objectives.loss_weights(noise_scheduler, torch.tensor(timesteps), 5.0).numpy())
+    np.testing.assert_allclose(weighted[0], weighted[2], rtol=5e-3)
+    np.testing.assert_allclose(weighted[1], weighted[2], rtol=5e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_gamma_every_timestep_counts_one(kind: str) -> None:
+    found = objectives.loss_weights(scheduler(kind), torch.tensor([0, 999]), None)
+    assert found.dtype == torch.float32 and found.tolist() == [1, 1]
+
+
+def test_unknown_prediction_type_is_named() -> None:
+    latents, noise = draws(1)
+    with pytest.raises(ValueError, match="prediction_type 'flow': expected epsilon, v_prediction or sample"):
+        objectives.target(scheduler("flow"), latents, noise, torch.tensor([0]))
