@@ -47,6 +47,7 @@ wildcard_constraints:
 # Names the outputs of every stage: with the last ones alone, results of an earlier setting would pass for current
 # ones after a stage in the middle has failed.
 rule all:
+    default_target: True
     input:
         "runs/prepared/manifest.jsonl",
         "runs/latents/manifest.json",
@@ -54,7 +55,6 @@ rule all:
         expand("runs/rank-{rank}/reports/metrics.json", rank=RANKS),
         expand("runs/rank-{rank}/export/README.md", rank=RANKS),
         expand("runs/rank-{rank}/reports/report.md", rank=RANKS),
-    default_target: True
 
 
 rule prepare:
@@ -65,12 +65,12 @@ rule prepare:
         manifest="runs/prepared/manifest.jsonl",
         metrics="runs/reports/dataset/metrics.json",
         contact="runs/reports/dataset/contact.png",
-    params:
-        sections=sections("prepare"),
     log:
         "runs/logs/prepare.log",
     conda:
         "profiles/environment.yaml"
+    params:
+        sections=sections("prepare"),
     shell:
         "python -m stages.prepare --prepared runs/prepared --dataset-reports runs/reports/dataset > {log} 2>&1"
 
@@ -83,12 +83,12 @@ rule cache_latents:
         code=code("cache_latents"),
     output:
         manifest="runs/latents/manifest.json",
-    params:
-        sections=sections("cache_latents"),
     log:
         "runs/logs/cache_latents.log",
     conda:
         "profiles/environment.yaml"
+    params:
+        sections=sections("cache_latents"),
     shell:
         "python -m stages.cache_latents --prepared runs/prepared --latents runs/latents > {log} 2>&1"
 
@@ -102,16 +102,16 @@ rule train:
         adapter="runs/rank-{rank}/adapter/adapter.json",
         metrics="runs/rank-{rank}/reports/train/metrics.json",
         loss="runs/rank-{rank}/reports/train/loss.csv",
-    params:
-        sections=sections("train"),
     log:
         "runs/rank-{rank}/logs/train.log",
+    retries: 2  # a retry goes on from the last checkpoint
     conda:
         "profiles/environment.yaml"
     threads: 2
     resources:
         gpu=1,
-    retries: 2  # a retry goes on from the last checkpoint
+    params:
+        sections=sections("train"),
     shell:
         "python -m stages.train --set lora.rank={wildcards.rank} --latents runs/latents"
         " --adapter runs/rank-{wildcards.rank}/adapter --train-reports runs/rank-{wildcards.rank}/reports/train"
@@ -131,8 +131,6 @@ rule validate:
         heldout="runs/rank-{rank}/reports/validate/heldout.csv",
         curve="runs/rank-{rank}/reports/validate/curve.csv",
         lineage="runs/rank-{rank}/reports/validate/lineage.json",
-    params:
-        sections=sections("validate"),
     log:
         "runs/rank-{rank}/logs/validate.log",
     conda:
@@ -140,6 +138,8 @@ rule validate:
     threads: 2
     resources:
         gpu=1,
+    params:
+        sections=sections("validate"),
     shell:
         "python -m stages.validate --set lora.rank={wildcards.rank} --latents runs/latents"
         " --adapter runs/rank-{wildcards.rank}/adapter --reports runs/rank-{wildcards.rank}/reports > {log} 2>&1"
@@ -155,8 +155,6 @@ rule export:
         diffusers="runs/rank-{rank}/export/diffusers/pytorch_lora_weights.safetensors",
         peft="runs/rank-{rank}/export/peft/adapter_model.safetensors",
         metrics="runs/rank-{rank}/reports/export/metrics.json",
-    params:
-        sections=sections("export"),
     log:
         "runs/rank-{rank}/logs/export.log",
     conda:
@@ -164,6 +162,8 @@ rule export:
     threads: 2
     resources:
         gpu=1,
+    params:
+        sections=sections("export"),
     shell:
         "python -m stages.export --set lora.rank={wildcards.rank} --adapter runs/rank-{wildcards.rank}/adapter"
         " --export runs/rank-{wildcards.rank}/export --export-reports runs/rank-{wildcards.rank}/reports/export"
@@ -186,12 +186,12 @@ rule report:
     output:
         report="runs/rank-{rank}/reports/report.md",
         loss="runs/rank-{rank}/reports/loss.png",
-    params:
-        sections=sections("report"),
     log:
         "runs/rank-{rank}/logs/report.log",
     conda:
         "profiles/environment.yaml"
+    params:
+        sections=sections("report"),
     shell:
         "python -m stages.report --set lora.rank={wildcards.rank} --reports runs/rank-{wildcards.rank}/reports"
         " --train-reports runs/rank-{wildcards.rank}/reports/train --dataset-reports runs/reports/dataset"

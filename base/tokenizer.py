@@ -28,10 +28,12 @@ def main() -> None:
 def train(texts: list[str]) -> CLIPTokenizer:
     """Byte-level BPE with CLIP's own normaliser and pre-tokenizer, ids as in CLIP: bytes, merges, bos, eos."""
     blank = CLIPTokenizer()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - 2,
         min_frequency=1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        # Fixes their ids, which would otherwise follow a hash table's order; every character has one, seen or not.
+        special_tokens=letters + [f"{letter}</w>" for letter in letters],
         end_of_word_suffix="</w>",
         show_progress=False,
     )
@@ -39,7 +41,7 @@ def train(texts: list[str]) -> CLIPTokenizer:
     backend.train_from_iterator(texts, trainer)
     model = json.loads(backend.to_str())["model"]
     vocab = model["vocab"]
-    for token in (blank.bos_token, blank.eos_token):  # eos is also what unseen characters become; without it they raise
+    for token in (blank.bos_token, blank.eos_token):
         vocab.setdefault(token, len(vocab))
     return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in model["merges"]], model_max_length=MAX_TOKENS)
 

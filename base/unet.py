@@ -1,7 +1,7 @@
 """The denoiser and, jointly at half the rate, the text encoder: captions -> latents of flat icons.
 
 In: ``base/build/{icons/flat,vae,tokenizer}``.  Out: ``base/build/{unet,text_encoder,scheduler}`` (averages).
-Run: ``python -m base.unet [--num-steps 5000]``; killed, the same command goes on from the last checkpoint.
+Run: ``python -m base.unet [--num-steps 6400]``; killed, the same command goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SAVE_EVERY = 200
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-steps", type=int, default=5000)
+    parser.add_argument("--num-steps", type=int, default=6400)
     parser.add_argument(
-        "--decay-steps", type=int, default=2500, help="the last steps, over which the rate falls to zero"
+        "--decay-steps", type=int, default=3400, help="the last steps, over which the rate falls to zero"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -120,6 +120,7 @@ def noise_schedule() -> DDIMScheduler:
         prediction_type="v_prediction",
         clip_sample=False,
         timestep_spacing="trailing",
+        steps_offset=1,  # what StableDiffusionPipeline expects
     )
 
 

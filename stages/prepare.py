@@ -184,7 +184,7 @@ def caption_problems(value: dict[str, Any], column: str) -> list[str]:
     if column not in value:
         return [f"no '{column}' column; write the caption, or \"\" for none"]
     if not isinstance(value[column], str):
-        return [f"{column}: got {json.dumps(value[column])}; expected a string, \"\" for no caption"]
+        return [f'{column}: got {json.dumps(value[column])}; expected a string, "" for no caption']
     return []
 
 

@@ -292,13 +292,18 @@ def target_modules(names: Sequence[str] | str) -> list[str]:
 
 def export_facts(export: Metrics) -> Mapping[str, object]:
     """Every ``export.*`` metric, in words where there are some."""
-    rows = {}
-    for name, value in export.items():
-        words = name.removeprefix("export.").removesuffix(".max_abs_error").replace("_", " ")
-        parity = name.endswith(".max_abs_error")
-        label = f"{words}: largest difference of the output" if parity else words.replace(".", " ")
-        rows[label[0].upper() + label[1:]] = f"{value:.3g}" if isinstance(value, float) else value
-    return rows
+    words = {
+        "export.effect": "Largest change that the adapter makes to the latents of one picture",
+        "export.diffusers.max_abs_error": "The same picture by diffusers' `load_lora_weights`: largest difference",
+        "export.peft.max_abs_error": "The same picture by PEFT's `from_pretrained`: largest difference",
+        "export.megabytes": "Size in MB",
+    }
+    names = [*(name for name in words if name in export), *sorted(set(export) - set(words))]
+    values = [export[name] for name in names]
+    return {
+        words.get(name, f"`{name}`"): f"{value:.3g}" if isinstance(value, float) else value
+        for name, value in zip(names, values, strict=True)
+    }
 
 
 def lineage_facts(inputs: Inputs) -> Mapping[str, object]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
 from stages.core.params import SECTIONS, load, read_yaml
+from tests.checkout import Checkout
 from tests.closure import ROOT, closure
 
 STAGES = ("prepare", "cache_latents", "train", "validate", "export", "report")
@@ -73,14 +71,14 @@ def test_heavy_stages_keep_the_run_cache(stages: dict[str, Any]) -> None:
         assert all(isinstance(out, str) for out in stages[name].get("outs", [])), name
 
 
-def test_both_dags_have_the_same_edges(stages: dict[str, Any], tiny_checkout: Path) -> None:
+def test_both_dags_have_the_same_edges(stages: dict[str, Any], tiny_checkout: Checkout) -> None:
     dvc = {
         (producer, consumer)
         for consumer, stage in stages.items()
         for producer, other in stages.items()
         if set(stage["deps"]) & set(outputs(other))
     }
-    graph = snakemake(tiny_checkout, "--rulegraph", "dot", "--forceall")
+    graph = tiny_checkout.snakemake("--rulegraph", "dot", "--forceall")
     names = dict(re.findall(r'(\d+)\[label = "(\w+)"', graph))
     edges = {(names[a], names[b]) for a, b in re.findall(r"(\d+) -> (\d+)", graph)}
     assert {edge for edge in edges if "all" not in edge} == dvc
@@ -109,12 +107,12 @@ WITNESS = {
 }
 
 
-def test_snakemake_lints_clean(tiny_checkout: Path) -> None:
-    assert "Congratulations" in snakemake(tiny_checkout, "--lint")
+def test_snakemake_lints_clean(tiny_checkout: Checkout) -> None:
+    assert "Congratulations" in tiny_checkout.snakemake("--lint")
 
 
-def test_snakemake_plans_a_list_of_ranks_with_shared_latents(tiny_checkout: Path) -> None:
-    plan = snakemake(tiny_checkout, "--dry-run", "--quiet", "rules", "--config", "ranks=2,4,8")
+def test_snakemake_plans_a_list_of_ranks_with_shared_latents(tiny_checkout: Checkout) -> None:
+    plan = tiny_checkout.snakemake("--dry-run", "--quiet", "rules", "--config", "ranks=2,4,8")
     counts = dict(re.findall(r"^(\w+)\s+(\d+)$", plan, re.MULTILINE))
     expected = {"prepare": 1, "cache_latents": 1, "train": 3, "validate": 3, "export": 3, "report": 3}
     assert {name: int(counts[name]) for name in STAGES} == expected
@@ -122,15 +120,3 @@ def test_snakemake_plans_a_list_of_ranks_with_shared_latents(tiny_checkout: Path
 
 def test_committed_params_are_valid() -> None:
     assert set(load(ROOT / "params.yaml").sections) == set(SECTIONS)
-
-
-def snakemake(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--cores", "1", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr

@@ -49,7 +49,8 @@ def test_lora_reruns_training_and_what_follows_and_going_back_restores(reproduce
         ({"validate__seed": 1}, {"validate", "report"}),
         ({"export__seed": 1}, {"export", "report"}),
         ({"report__title": "Another"}, {"report"}),
-        ({"cache__batch_size": 3}, {"cache_latents"}),  # the same latents come out: nothing after it runs
+        ({"dataset__heldout_fraction": 0.4}, {"prepare", "cache_latents", *AFTER_TRAIN}),
+        ({"model__dtype": "bfloat16"}, {"cache_latents", *AFTER_TRAIN}),
         ({"runtime__log_every_n_steps": 2}, set()),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -57,6 +58,12 @@ def test_lora_reruns_training_and_what_follows_and_going_back_restores(reproduce
 def test_a_change_reruns_what_it_can_affect(reproduced: Checkout, change: dict[str, Any], expected: set[str]) -> None:
     with changed(reproduced, **change) as stages:
         assert stages == expected
+
+
+def test_a_change_of_the_cache_section_reruns_no_more_than_its_bits_reach(reproduced: Checkout) -> None:
+    """Another batch size encodes again; what follows runs only where the last bits of the latents differ."""
+    with changed(reproduced, cache__batch_size=3) as stages:
+        assert {"cache_latents"} <= stages <= {"cache_latents", *AFTER_TRAIN}
 
 
 def test_an_edited_picture_is_the_only_one_encoded(reproduced: Checkout) -> None:

@@ -39,17 +39,7 @@ def setup(runtime: RuntimeParams, model: ModelParams) -> torch.device:
         torch.set_num_threads(runtime.num_threads)
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-    quiet_libraries()
     return torch.device(name)
-
-
-def quiet_libraries() -> None:
-    """No progress bars of diffusers and transformers between a stage's own lines."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def autocast(device: torch.device, model: ModelParams) -> contextlib.AbstractContextManager[object]:

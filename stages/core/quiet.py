@@ -1,0 +1,31 @@
+"""Libraries kept from talking between a stage's own lines."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+
+def disable_progress_bars() -> None:
+    """No "Loading weights" bars of diffusers and transformers."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Errors alone, for calls whose warnings are known to mean nothing here."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    before = [(logging, logging.get_verbosity()) for logging in (of_diffusers, of_transformers)]
+    for logging, _ in before:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for logging, verbosity in before:
+            logging.set_verbosity(verbosity)
