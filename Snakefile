@@ -63,6 +63,7 @@ rule prepare:
         code=code("prepare"),
     output:
         manifest="runs/prepared/manifest.jsonl",
+        dataset="runs/prepared/dataset.json",
         metrics="runs/reports/dataset/metrics.json",
         contact="runs/reports/dataset/contact.png",
     log:
@@ -80,6 +81,7 @@ rule cache_latents:
         raw=RAW,
         base=BASE,
         manifest="runs/prepared/manifest.jsonl",
+        dataset="runs/prepared/dataset.json",
         code=code("cache_latents"),
     output:
         manifest="runs/latents/manifest.json",

@@ -1,6 +1,7 @@
-"""The trained parts -> ``data/base``: a float16 pipeline in the diffusers layout, model card, licences, sample sheet.
+"""The trained parts -> ``data/base``: a float16 pipeline in the diffusers layout, with the licences.
 
-In: ``base/build``.  Out: ``data/base``.  Run: ``python -m base.assemble [--out data/base]``
+In: ``base/build``.  Out: ``data/base``, and ``base/samples.png`` for the model card.
+Run: ``python -m base.assemble [--out data/base]``
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from base.icons import concepts, load_icon
 from base.render import BUILD
+from stages.core.files import read_json, write_json
 from stages.core.pictures import save_png, sheet
 
 HERE = Path(__file__).parent
@@ -48,7 +50,7 @@ def main() -> None:
     pipeline.to(torch.float16).save_pretrained(args.out)
     for path in args.out.rglob("*.safetensors"):
         path.chmod(0o644)
-    shutil.copy(HERE / "MODEL_CARD.md", args.out / "README.md")
+    declare_float32(args.out / "text_encoder/config.json")
     for licence in sorted((HERE / "licences").iterdir()):
         shutil.copy(licence, args.out / licence.name)
     draw_samples(args.out)
@@ -56,8 +58,13 @@ def main() -> None:
     print(f"{args.out}: {size / 1e6:.1f} MB, {len(concepts())} concepts")
 
 
+def declare_float32(config: Path) -> None:
+    """transformers loads in the dtype that a config names, diffusers in float32: they must agree without arguments."""
+    write_json(config, read_json(config) | {"dtype": "float32"})
+
+
 def draw_samples(folder: Path) -> None:
-    """samples.png: the pipeline as saved, loaded as a user would, asked for 32 common things; one seed each."""
+    """The pipeline as saved, loaded as a user would, asked for 32 common things; seeds 0 to 31, none chosen."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     names = [slug.replace("-", " ") for slug in PROMPTS]
@@ -68,7 +75,7 @@ def draw_samples(folder: Path) -> None:
     for start in range(0, len(names), 8):
         rows += [drawn[start : start + 8], real[start : start + 8]]
         labels += [f"drawn\n{names[start]} ... {names[start + 7]}", "real"]
-    save_png(folder / "samples.png", sheet(rows, labels, [""] * 8, cell=96))
+    save_png(HERE / "samples.png", sheet(rows, labels, [""] * 8, cell=96))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ Run: ``python -m stages.export``
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from stages.core.console import log, parser, run
+from stages.core.files import replaced, write_text
 from stages.core.params import ModelParams, Params, RuntimeParams, load
 
 if TYPE_CHECKING:
@@ -54,25 +54,28 @@ def main() -> None:
     weights = adapter.weights(args.adapter)
     where = device.setup(config.section(RuntimeParams), model)
 
-    shutil.rmtree(args.export, ignore_errors=True)
     proof = Proof(model, family, params, where)
     proof.draw_reference(adapter, weights)
-    write_diffusers(proof.pipeline, family, adapter, weights, args.export / "diffusers")
-    write_peft(adapter, weights, args.export / "peft")
-    errors = {"diffusers": proof.diffusers(args.export / "diffusers"), "peft": proof.peft(args.export / "peft")}
-    (args.export / "README.md").write_text(model_card(model, family, params, adapter), encoding="utf-8")
-
-    for name, error in errors.items():
-        log.info("%-11s loaded back, largest difference of the picture's latents %.2g", name, error)
-        if error > TOLERANCE:
-            shutil.rmtree(args.export)
-            raise RuntimeError(f"the {name} export draws another picture than the adapter: {error:.3g} > {TOLERANCE}")
+    with replaced(args.export) as folder:
+        write_diffusers(proof.pipeline_class, family, adapter, weights, folder / "diffusers")
+        write_peft(adapter, weights, folder / "peft")
+        write_text(folder / "README.md", model_card(model, family, params, adapter))
+        errors = {"diffusers": proof.diffusers(folder / "diffusers"), "peft": proof.peft(folder / "peft")}
+        require_equal(errors)
     metrics.save(
         args.export_reports / "metrics.json",
         {f"export.{name}.max_abs_error": error for name, error in errors.items()}
         | {"export.effect": proof.effect, "export.megabytes": sum(t.nbytes for t in weights.values()) / 1e6},
     )
     log.info("wrote       %s (diffusers, peft, README.md)", args.export)
+
+
+def require_equal(errors: dict[str, float]) -> None:
+    """Raises RuntimeError when a format draws another picture than the adapter in memory."""
+    for name, error in errors.items():
+        log.info("%-11s loaded back, largest difference of the picture's latents %.2g", name, error)
+        if error > TOLERANCE:
+            raise RuntimeError(f"the {name} export draws another picture than the adapter: {error:.3g} > {TOLERANCE}")
 
 
 class Proof:
@@ -88,12 +91,13 @@ class Proof:
     def draw_reference(self, adapter: Adapter, weights: dict[str, torch.Tensor]) -> None:
         from stages.core import lora
 
-        self.pipeline = self.fresh()
-        plain = self.draw(self.pipeline)
-        denoiser = getattr(self.pipeline, self.family.DENOISER)
+        pipeline = self.fresh()
+        self.pipeline_class = type(pipeline)
+        plain = self.draw(pipeline)
+        denoiser = getattr(pipeline, self.family.DENOISER)
         lora.inject(denoiser, adapter.lora_config)
         lora.load(denoiser, weights)
-        self.reference = self.draw(self.pipeline)
+        self.reference = self.draw(pipeline)
         self.effect = float((self.reference - plain).abs().max())
         """Largest change that the adapter makes to the latents: 0 would make every comparison meaningless."""
         if self.effect == 0:
@@ -134,7 +138,7 @@ class Proof:
 
 
 def write_diffusers(
-    pipeline: Any, family: Family, adapter: Adapter, weights: dict[str, torch.Tensor], folder: Path
+    pipeline_class: Any, family: Family, adapter: Adapter, weights: dict[str, torch.Tensor], folder: Path
 ) -> None:
     """``pytorch_lora_weights.safetensors`` with the LoraConfig in its header: without it, alpha would be guessed."""
     from peft import LoraConfig
@@ -145,7 +149,7 @@ def write_diffusers(
     config = {
         name: sorted(v) if isinstance(v, set) else v for name, v in LoraConfig(**adapter.lora_config).to_dict().items()
     }
-    type(pipeline).save_lora_weights(
+    pipeline_class.save_lora_weights(
         folder, **{f"{prefix}_lora_layers": weights, f"{prefix}_lora_adapter_metadata": config}
     )
     path = folder / "pytorch_lora_weights.safetensors"
@@ -174,6 +178,7 @@ def model_card(model: ModelParams, family: Family, params: ExportParams, adapter
     base = "\n".join(f"| {name} | `{digest[:16]}` |" for name, digest in sorted(adapter.base.items()))
     # JSON strings are YAML and Python ones too, whatever colons and quotes are in them.
     pretrained, prompt = (json.dumps(text, ensure_ascii=False) for text in (model.pretrained, params.prompt))
+    variant = f", variant={json.dumps(model.variant)}" if model.variant else ""
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -189,7 +194,7 @@ Rank {lora["r"]}, alpha {lora["lora_alpha"]:g}, on {targets}; {adapter.num_steps
 ```python
 from diffusers import {family.PIPELINE}
 
-pipe = {family.PIPELINE}.from_pretrained({pretrained}, safety_checker=None)
+pipe = {family.PIPELINE}.from_pretrained({pretrained}{variant}, safety_checker=None)
 pipe.load_lora_weights("data/export/diffusers")
 pipe({prompt}).images[0].save("sample.png")
 ```

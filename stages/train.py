@@ -6,6 +6,7 @@ Run: ``python -m stages.train [--set lora.rank=16]``; killed, the same command g
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 import time
@@ -120,6 +121,7 @@ class Trainer:
         from stages.core import device, lora
         from stages.core.batches import Batches
         from stages.core.checkpoint import Checkpoints
+        from stages.core.closure import code_digest
         from stages.core.files import sha256_json, state_dir
         from stages.core.selfcheck import Watch
 
@@ -130,6 +132,9 @@ class Trainer:
             raise UserError(
                 f"params.yaml train.batch_size: {train.batch_size} is more than the {len(self.items)} training pictures"
             )
+        if runtime.tracker != "none" and importlib.util.find_spec(runtime.tracker) is None:
+            missing = f"params.yaml runtime.tracker: {runtime.tracker} is not installed"
+            raise UserError(f"{missing}; pip install {runtime.tracker}, or use none")
         where = device.setup(runtime, model)
         self.accelerator = Accelerator(
             cpu=where.type == "cpu",
@@ -180,7 +185,7 @@ class Trainer:
             {
                 "base": base,
                 "cache": cache.digest,
-                "code": code_digest(),
+                "code": code_digest("train", model.family),
                 "dtype": model.dtype,
                 "environment": device.environment(self.device),
                 "lora": self.lora_config,
@@ -191,6 +196,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.history: list[tuple[float, float, float]] = []  # loss, learning rate, gradient norm of every step
         self.watch = Watch(self.trainable, train.max_grad_norm)
+        self.measured: dict[str, float | int] = {}
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -202,8 +208,9 @@ class Trainer:
         if start == 0:
             self.check_step_zero()
         self.log_plan(start)
-        self.accelerator.init_trackers("lora-dag", {k: v for k, v in self.params.model_dump().items() if v is not None})
+        self.start_tracker()
         began = time.monotonic()
+        self.measured["resumed_from_step"] = start
         with tqdm(total=self.params.num_steps, initial=start, unit="step", disable=not sys.stderr.isatty()) as bar:
             for step in range(start, self.params.num_steps):
                 if step > start and step % self.params.checkpoint_every_n_steps == 0:
@@ -213,6 +220,9 @@ class Trainer:
                 self.step(step)
                 bar.update()
                 self.log_step(step, start, began, bar)
+        seconds = time.monotonic() - began
+        images = (self.params.num_steps - start) * self.params.batch_size * self.params.gradient_accumulation_steps
+        self.measured |= {"seconds": round(seconds, 1), "images_per_second": round(images / max(seconds, 1e-9), 1)}
         self.accelerator.end_training()
         self.watch.end()
 
@@ -242,9 +252,9 @@ class Trainer:
         self.watch.gradients()
         grad_norm = float(self.accelerator.clip_grad_norm_(list(self.trainable.values()), self.params.max_grad_norm))
         self.watch.clipping(grad_norm)
-        scaled = self.accelerator.scaler is not None  # a GradScaler skips bad updates itself and lowers its scale
-        if self.watch.finite(total_loss, 0.0 if scaled else grad_norm, step) or scaled:
-            self.optimizer.step()
+        scaled = self.accelerator.scaler is not None
+        if self.watch.finite(total_loss, grad_norm, step, scaled) or scaled:
+            self.optimizer.step()  # a GradScaler skips bad updates itself and lowers its scale
         self.history.append((total_loss, self.lr_scheduler.get_last_lr()[0], grad_norm))
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -310,6 +320,15 @@ class Trainer:
 
     # --- what is told and written ---------------------------------------------------------------------------------
 
+    def start_tracker(self) -> None:
+        """Below logs/, without a network: wandb offline unless WANDB_MODE says otherwise."""
+        import os
+
+        os.environ.setdefault("WANDB_MODE", "offline")
+        dvclive = {"dir": "logs/dvclive", "dvcyaml": None, "report": None, "save_dvc_exp": False}
+        settings = {name: value for name, value in self.params.model_dump().items() if value is not None}
+        self.accelerator.init_trackers("lora-dag", settings, {"wandb": {"dir": "logs"}, "dvclive": dvclive})
+
     def log_plan(self, start: int) -> None:
         p = self.params
         num = sum(t.numel() for t in self.trainable.values())
@@ -357,12 +376,23 @@ class Trainer:
             bar.set_postfix(loss=f"{smoothed:.4f}", lr=f"{rate:.1e}", images_per_s=f"{images:.0f}")
 
     def save(self, adapter_folder: Path, reports: Path) -> None:
-        """Write the adapter and its metrics, then drop the checkpoints, which nothing needs any more."""
+        """Write the adapter and its reports, then drop the checkpoints, which nothing needs any more."""
         import shutil
 
-        from stages.artifacts import adapter, metrics
+        files = self.save_adapter(adapter_folder)
+        self.save_reports(reports, files)
+        for name in ("checkpoints", "snapshots"):  # the lock stays: another process may wait for it
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        log.info("wrote       %s, %d snapshots, %s", adapter_folder, len(files) - 1, reports / "metrics.json")
+        log.info("next        python -m stages.validate")
+
+    def save_adapter(self, adapter_folder: Path) -> dict[str, str]:
+        """Final adapter, snapshots and, last, adapter.json; returns the digest of each weight file."""
+        import shutil
+
+        from stages.artifacts import adapter
         from stages.core import lora
-        from stages.core.files import sha256_file, write_text
+        from stages.core.files import sha256_file
 
         frozen_after = lora.frozen_digest(self.accelerator.unwrap_model(self.denoiser))
         if frozen_after != self.frozen_before:
@@ -380,6 +410,13 @@ class Trainer:
         # Dropout is training's alone: diffusers leaves a loaded adapter in train mode and would drop while sampling.
         for_use = self.lora_config | {"lora_dropout": 0.0}
         adapter.Adapter(for_use, self.base, self.params.num_steps, steps, files).save(adapter_folder)
+        return files
+
+    def save_reports(self, reports: Path, files: dict[str, str]) -> None:
+        """loss.csv and metrics.json for git; run.json, ignored by git and DVC, for what differs between equal runs."""
+        from stages.artifacts import adapter, metrics
+        from stages.core import device
+        from stages.core.files import write_json, write_text
 
         stride = math.ceil(len(self.history) / MAX_LOSS_ROWS)
         rows = [
@@ -399,26 +436,13 @@ class Trainer:
                 "train.epochs": self.params.num_steps * effective / len(self.items),
                 "train.num_pictures": len(self.items),
                 "train.num_trainable_parameters": sum(t.numel() for t in self.trainable.values()),
-                "train.grad_norm_max": max(row[2] for row in self.history),
+                "train.grad_norm_max": max((row[2] for row in self.history if math.isfinite(row[2])), default=0.0),
                 "train.base_unchanged": True,
                 "train.base_digest": self.frozen_before[:16],
                 "train.adapter_digest": files[adapter.FINAL][:16],
             },
         )
-        shutil.rmtree(self.folder, ignore_errors=True)
-        log.info(
-            "wrote       %s, %d snapshots, %s", adapter_folder / adapter.FINAL, len(steps), reports / "metrics.json"
-        )
-        log.info("next        python -m stages.validate")
-
-
-def code_digest() -> str:
-    """Digest of this file and of every shared module in use: a checkpoint of other code is not resumed."""
-    from stages.core.files import sha256_file, sha256_json
-
-    shared = ("stages.core.", "stages.artifacts.", "stages.families.")
-    files = {n: sha256_file(Path(m.__file__)) for n, m in sys.modules.items() if n.startswith(shared) and m.__file__}
-    return sha256_json(files | {"stages.train": sha256_file(Path(__file__))})
+        write_json(reports / "run.json", {"environment": device.environment(self.device), **self.measured})
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
+from stages.core import closure as closure_module
+from stages.core.closure import ROOT, closure, code_digest
 from stages.core.params import SECTIONS, load, read_yaml
 from tests.checkout import Checkout
-from tests.closure import ROOT, closure
 
 STAGES = ("prepare", "cache_latents", "train", "validate", "export", "report")
 READS = {
@@ -120,3 +123,26 @@ def test_snakemake_plans_a_list_of_ranks_with_shared_latents(tiny_checkout: Chec
 
 def test_committed_params_are_valid() -> None:
     assert set(load(ROOT / "params.yaml").sections) == set(SECTIONS)
+
+
+def test_committed_reports_belong_to_the_committed_parameters() -> None:
+    """The gate of a pull request: dvc.lock, params.yaml, code and reports agree; no data is needed."""
+    git = ["git", "status", "--porcelain", "--untracked-files=no"]
+    if subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout:
+        pytest.skip("the working tree has uncommitted changes")
+    gate = [sys.executable, "-m", "dvc", "repro", "--dry", "--allow-missing"]
+    done = subprocess.run(gate, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Data and pipelines are up to date." in done.stdout, done.stdout + done.stderr
+
+
+def test_the_code_of_a_run_is_what_dvc_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint key sees the loss maths, which is imported late, and not what only other stages use."""
+    train = closure("train")
+    assert "stages/core/objectives.py" in train and "stages/core/markdown.py" not in train
+    before = code_digest("train", "sd")
+    real = closure_module.sha256_file
+    for name, changes in (("objectives.py", True), ("sd.py", True), ("markdown.py", False)):
+        monkeypatch.setattr(
+            closure_module, "sha256_file", lambda path, n=name: "edited" if path.name == n else real(path)
+        )
+        assert (code_digest("train", "sd") != before) == changes, name

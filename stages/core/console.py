@@ -66,3 +66,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+            raise
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print("error: lower the stage's batch_size; in train, raise gradient_accumulation_steps", file=sys.stderr)
+        sys.exit(2)

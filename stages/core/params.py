@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import math
 import re
 import sys
 from pathlib import Path
@@ -175,9 +174,3 @@ def unknown(where: str, key: str, known: Any) -> str:
     near = difflib.get_close_matches(key.rpartition(".")[2], list(known), n=2)
     hint = f"near: {', '.join(near)}" if near else f"known: {', '.join(known)}"
     return f"{where} {key}: unknown key ({hint})"
-
-
-def require_finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("expected a finite number")
-    return value

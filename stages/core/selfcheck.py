@@ -11,6 +11,7 @@ from stages.core import lora
 from stages.core.console import UserError, log
 
 MAX_NON_FINITE = 3  # steps in a row with a loss or gradient that is no number, before the run gives up
+MAX_OVERFLOWS = 20  # the same for gradients under a GradScaler, which halves its scale of 65,536 at each
 
 
 def step_zero(denoiser: torch.nn.Module, predict: Callable[[], torch.Tensor]) -> None:
@@ -56,20 +57,20 @@ class Watch:
             raise RuntimeError(f"gradient norm is {clipped:.4g} after clipping to {self.max_grad_norm}")
         self.clipping_seen = True
 
-    def finite(self, loss: float, grad_norm: float, step: int) -> bool:
-        """Whether an update may be applied.
+    def finite(self, loss: float, grad_norm: float, step: int, scaled: bool) -> bool:
+        """Whether an update may be applied; ``scaled`` when a GradScaler looks for its scale.
 
         Raises:
-            UserError: MAX_NON_FINITE steps in a row could not.
+            UserError: too many steps in a row could not.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.non_finite = 0
             return True
         self.non_finite += 1
         log.warning("warning: step %d: loss %s, gradient norm %s; no update", step, loss, grad_norm)
-        if self.non_finite >= MAX_NON_FINITE:
+        if self.non_finite >= (MAX_OVERFLOWS if scaled and math.isfinite(loss) else MAX_NON_FINITE):
             raise UserError(
-                f"train: no finite loss in {MAX_NON_FINITE} steps in a row (last: step {step}); "
+                f"train: no finite loss and gradient in {self.non_finite} steps in a row (last: step {step}); "
                 "lower train.learning_rate, or set model.dtype to float32"
             )
         return False

@@ -1,11 +1,16 @@
-"""A stage's import closure inside the repository, read from the source: what dvc.yaml must list as code."""
+"""A stage's import closure inside the repository, read from the source: what dvc.yaml must list as code.
+
+Run: ``python -m stages.core.closure [STAGE ...]`` prints the lines to paste into dvc.yaml.
+"""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from stages.core.files import sha256_file, sha256_json
+
+ROOT = Path(__file__).resolve().parents[2]
 FAMILY = "stages/families/${model.family}.py"
 
 
@@ -14,18 +19,34 @@ def closure(stage: str) -> list[str]:
 
     Imports under ``if TYPE_CHECKING`` never run. Families are loaded by name, by ``load_family`` in families/base.py.
     """
-    todo, found = [ROOT / "stages" / f"{stage}.py"], set()
+    found = reachable([ROOT / "stages" / f"{stage}.py"])
+    if ROOT / "stages/families/base.py" in found:
+        families = {
+            path for path in (ROOT / "stages/families").glob("*.py") if path.name not in ("__init__.py", "base.py")
+        }
+        found |= reachable(sorted(families)) - families
+        return sorted([*(relative(path) for path in found), FAMILY])
+    return sorted(relative(path) for path in found)
+
+
+def code_digest(stage: str, family: str) -> str:
+    """Digest of the stage's code with one family's file: equal exactly when DVC sees no change of code."""
+    return sha256_json({path: sha256_file(ROOT / path.replace("${model.family}", family)) for path in closure(stage)})
+
+
+def reachable(todo: list[Path]) -> set[Path]:
+    """The files and all that they import; empty ``__init__.py`` are left out."""
+    found: set[Path] = set()
     while todo:
         path = todo.pop()
         if path not in found:
             found.add(path)
             todo += imports(path)
-    files = {path.relative_to(ROOT).as_posix() for path in found if path.stat().st_size}
-    if "stages/families/base.py" in files:
-        files.add(FAMILY)
-        for family in (ROOT / "stages/families").glob("*.py"):  # what a family imports, the stage runs
-            files |= {p.relative_to(ROOT).as_posix() for p in imports(family)}
-    return sorted(files)
+    return {path for path in found if path.stat().st_size}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
 def imports(path: Path) -> list[Path]:

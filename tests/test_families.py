@@ -1,0 +1,82 @@
+"""Family sd on a folder laid out as Stable Diffusion 1.5 is on the Hub: fp16 variant, PNDM, safety checker listed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.core import base_files
+from stages.core.params import ModelParams
+from stages.families import sd
+from tests.conftest import Workspace
+
+
+@pytest.fixture(scope="module")
+def sd15(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base in float16 as ``*.fp16.safetensors``, with the index entries and files that SD 1.5 has beside."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+
+    folder = tmp_path_factory.mktemp("hub") / "sd15"
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, dtype=torch.float16, safety_checker=None)
+    pipeline.save_pretrained(folder, variant="fp16")
+    PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    ).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    tokenizer = json.loads((folder / "tokenizer/tokenizer.json").read_text())["model"]
+    (folder / "tokenizer/vocab.json").write_text(json.dumps(tokenizer["vocab"]))
+    merges = [" ".join(pair) for pair in tokenizer["merges"]]
+    (folder / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (folder / "tokenizer/tokenizer.json").unlink()
+    return folder
+
+
+def params(folder: Path, variant: str | None = "fp16") -> ModelParams:
+    return ModelParams(family="sd", pretrained=str(folder), variant=variant, dtype="float32")
+
+
+def test_the_layout_is_accepted_and_the_variant_is_what_counts(sd15: Path, tmp_path: Path) -> None:
+    assert base_files.problems(params(sd15), sd) == []
+    before = base_files.digests(params(sd15), sd.COMPONENTS)
+    both = tmp_path / "both"
+    shutil.copytree(sd15, both)
+    (both / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"the other variant, which nothing reads")
+    assert base_files.digests(params(both), sd.COMPONENTS) == before
+    (both / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"edited")
+    assert base_files.digests(params(both), sd.COMPONENTS)["unet"] != before["unet"]
+
+
+def test_tokens_are_the_same_from_vocab_and_merges(sd15: Path, tiny_base: Path) -> None:
+    captions = ["red apple", "a blue boat, ink icon"]
+    assert sd.count_tokens(params(sd15), captions) == sd.count_tokens(params(tiny_base, None), captions)
+    assert (
+        sd.load_tokenizer(params(sd15))(captions).input_ids
+        == sd.load_tokenizer(params(tiny_base, None))(captions).input_ids
+    )
+
+
+def test_every_stage_runs_on_it(workspace: Workspace, sd15: Path) -> None:
+    overrides = [w for kv in (f"model.pretrained={sd15}", "model.variant=fp16") for w in ("--set", kv)]
+    for stage in ("prepare", "cache_latents", "train", "validate", "export", "report"):
+        workspace.run(stage, *overrides)
+    metrics = json.loads(Path("reports/export/metrics.json").read_text())
+    assert metrics["export.diffusers.max_abs_error"] <= 1e-4 < metrics["export.effect"]
+    assert 'variant="fp16"' in Path("data/export/README.md").read_text()
+
+
+def test_everything_loaded_is_frozen_and_in_eval_mode(sd15: Path) -> None:
+    device = torch.device("cpu")
+    model = params(sd15).model_copy(update={"dtype": "bfloat16"})
+    for module in (sd.load_vae(model, device), sd.load_text(model, device)[1], sd.load_denoiser(model, device)):
+        assert not module.training
+        assert all(not p.requires_grad and p.dtype == torch.bfloat16 for p in module.parameters())
