@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = CLIPTokenizer.from_pretrained(BUILD / "tokenizer")
     scheduler = noise_schedule()
-    models = torch.nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}).to(args.device)
+    models: Any = torch.nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}).to(args.device)
     average = copy.deepcopy(models).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [

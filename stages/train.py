@@ -255,7 +255,7 @@ class Trainer:
         scaled = self.accelerator.scaler is not None
         if self.watch.finite(total_loss, grad_norm, step, scaled) or scaled:
             self.optimizer.step()  # a GradScaler skips bad updates itself and lowers its scale
-        self.history.append((total_loss, self.lr_scheduler.get_last_lr()[0], grad_norm))
+        self.history.append((float(total_loss), self.lr_scheduler.get_last_lr()[0], grad_norm))
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from stages.core.files import read_json, write_json
@@ -10,7 +11,7 @@ from stages.core.files import read_json, write_json
 Value = float | int | str | bool | None
 
 
-def save(path: Path, metrics: dict[str, Value]) -> None:
+def save(path: Path, metrics: Mapping[str, Value]) -> None:
     write_json(path, {name: tidy(value) for name, value in metrics.items()})
 
 

@@ -55,7 +55,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
     """What bits depend on beside the inputs: versions, processor kind, threads. No host name, no path, no time."""
     import torch
 
-    versions = {name: importlib.metadata.version(name) for name in RECORDED}
+    versions: dict[str, str | int] = {name: importlib.metadata.version(name) for name in RECORDED}
     versions["torch"] = torch.__version__
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return versions | {

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NAME = "default"
 
 
-def make_config(params: LoraParams, denoiser: torch.nn.Module) -> dict[str, Any]:
+def make_config(params: LoraParams, denoiser: Any) -> dict[str, Any]:
     """Arguments of peft.LoraConfig for this denoiser.
 
     Raises:
@@ -59,14 +59,14 @@ def ending(name: str) -> str:
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
-def keyed_init(denoiser: torch.nn.Module, config: dict[str, Any], seed: int) -> None:
+def keyed_init(denoiser: Any, config: dict[str, Any], seed: int) -> None:
     """PEFT's own initialisation, layer by layer, keyed by the layer's name: other targets do not change it."""
     for name in targets(denoiser):
         torch.manual_seed(seeding.key(seed, "lora_init", name))
         denoiser.get_submodule(name).reset_lora_parameters(NAME, config["init_lora_weights"])
 
 
-def inject(denoiser: torch.nn.Module, config: dict[str, Any]) -> dict[str, torch.nn.Parameter]:
+def inject(denoiser: Any, config: dict[str, Any]) -> dict[str, torch.nn.Parameter]:
     """Add a fresh adapter; return its parameters by name, float32 and requiring gradients. All else stays frozen."""
     denoiser.add_adapter(LoraConfig(**config), adapter_name=NAME)
     trainable = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
@@ -75,12 +75,12 @@ def inject(denoiser: torch.nn.Module, config: dict[str, Any]) -> dict[str, torch
     return trainable
 
 
-def state_dict(denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:
+def state_dict(denoiser: Any) -> dict[str, torch.Tensor]:
     """The adapter's tensors, keys as PEFT names them (``...to_q.lora_A.weight``)."""
     return get_peft_model_state_dict(denoiser, adapter_name=NAME)
 
 
-def load(denoiser: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def load(denoiser: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Fill the injected adapter.
 
     Raises:
@@ -92,13 +92,13 @@ def load(denoiser: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     set_peft_model_state_dict(denoiser, tensors, adapter_name=NAME)
 
 
-def set_scale(denoiser: torch.nn.Module, scale: float) -> None:
+def set_scale(denoiser: Any, scale: float) -> None:
     """Strength of the adapter: 1 as trained, 0 the base."""
     denoiser.set_adapters([NAME], [scale])
 
 
 @contextlib.contextmanager
-def disabled(denoiser: torch.nn.Module) -> Iterator[None]:
+def disabled(denoiser: Any) -> Iterator[None]:
     """The base alone, inside the block."""
     denoiser.disable_adapters()
     try:
@@ -107,12 +107,12 @@ def disabled(denoiser: torch.nn.Module) -> Iterator[None]:
         denoiser.enable_adapters()
 
 
-def targets(denoiser: torch.nn.Module) -> list[str]:
+def targets(denoiser: Any) -> list[str]:
     """Names of the layers that carry the adapter."""
     return [name for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
-def require_sound(denoiser: torch.nn.Module, trainable: dict[str, torch.nn.Parameter]) -> None:
+def require_sound(denoiser: Any, trainable: dict[str, torch.nn.Parameter]) -> None:
     """Every trained parameter is float32 and part of what is saved.
 
     Raises:
@@ -126,7 +126,7 @@ def require_sound(denoiser: torch.nn.Module, trainable: dict[str, torch.nn.Param
             raise RuntimeError(f"{name} is trained but would not be saved")
 
 
-def frozen_digest(denoiser: torch.nn.Module) -> str:
+def frozen_digest(denoiser: Any) -> str:
     """sha256 over the base's parameters and buffers by their names, the same with and without an adapter."""
     total = hashlib.sha256()
     for name, tensor in sorted([*denoiser.named_parameters(), *denoiser.named_buffers()], key=lambda pair: pair[0]):
