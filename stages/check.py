@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
-from stages.core.base_files import problems as base_problems
+from stages.core import base_files
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams, load
 from stages.families.base import load_family
-from stages.prepare import DatasetParams
+from stages.prepare import DatasetParams, read_metadata
 
 # Series that the project is tested with; the exact versions stand in requirements.lock.
 PACKAGES = {
@@ -91,38 +90,16 @@ def torchvision_problems(torch: str, torchvision: str) -> list[str]:
 def base_check(config: Config) -> list[str]:
     model, dataset = config.section(ModelParams), config.section(DatasetParams)
     family = load_family(model.family)
-    found = base_problems(model, family)
-    if found:
-        return found
-    multiple = family.pixel_multiple(model)
-    if dataset.resolution % multiple:
-        lower = dataset.resolution // multiple * multiple
-        near = f"{lower} or {lower + multiple}" if lower else str(multiple)
-        where = f"params.yaml dataset.resolution: {dataset.resolution}"
-        return [f"{where} is no multiple of {multiple}, which the base needs; use {near}"]
-    return []
+    return base_files.problems(model, family) or base_files.size_problems(model, family, [dataset.resolution])
 
 
 def dataset_problems(config: Config) -> list[str]:
-    """A first look; prepare reads every row and picture."""
-    source = Path(config.section(DatasetParams).source)
-    where = f"params.yaml dataset.source: '{source}'"
-    if not source.is_dir():
-        return [f"{where} is no folder; `dvc pull` brings tracked data, or name a folder of your own"]
-    metadata = source / "metadata.jsonl"
-    if not metadata.exists():
-        return [f'{where} has no metadata.jsonl; one line per picture: {{"file_name": "a.png", "text": "caption"}}']
-    with metadata.open(encoding="utf-8-sig", errors="replace") as file:
-        first = file.readline()
+    """What is wrong with the rows; prepare decodes the pictures too."""
+    dataset = config.section(DatasetParams)
     try:
-        row = json.loads(first)
-    except ValueError:
-        return [f"{metadata}:1: not JSON"]
-    column = config.section(DatasetParams).caption_column
-    if not isinstance(row, dict) or column not in row:
-        columns = ", ".join(row) if isinstance(row, dict) else repr(row)
-        return [f"{metadata}:1: no '{column}' column; set dataset.caption_column to one of: {columns}"]
-    return []
+        return read_metadata(Path(dataset.source), dataset)[1]
+    except UserError as error:
+        return list(error.problems)
 
 
 def disk_problems() -> list[str]:

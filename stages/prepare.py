@@ -26,6 +26,7 @@ from stages.core.console import UserError, log, parser, run
 from stages.core.files import sha256_file
 from stages.core.pictures import check_picture, chroma, dark_share, load_view, preprocessing, save_png, sheet
 
+METADATA = "metadata.jsonl"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SHEET_COLUMNS, SHEET_ROWS, SHEET_CELL = 8, 6, 80
 SHEET_MAX_BYTES = 200_000
@@ -60,6 +61,15 @@ class DatasetParams(params.Params):
         if self.caption_column == "file_name":
             raise ValueError("caption_column 'file_name' is the column of file names; name the one with the captions")
         return self
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One row of metadata.jsonl that names a file of the folder."""
+
+    line: int
+    file_name: str
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -101,27 +111,55 @@ def read_dataset(source: Path, dataset: DatasetParams) -> list[Row]:
     Raises:
         UserError: every problem of every row and picture, one line each.
     """
-    metadata = source / "metadata.jsonl"
+    listed, problems = read_metadata(source, dataset)
+    rows: list[Row] = []
+    for entry in tqdm(listed, desc="pictures", disable=None, leave=False):
+        try:
+            rows.append(check_listed(source, entry, dataset))
+        except UserError as error:
+            problems += [f"{source / METADATA}:{entry.line}: {problem}" for problem in error.problems]
+    if problems:
+        raise UserError(*sorted(problems, key=line_number))
+    return rows
+
+
+def read_metadata(source: Path, dataset: DatasetParams) -> tuple[list[Listed], list[str]]:
+    """Rows of metadata.jsonl and what is wrong with them, one line each; opens no picture, so check can afford it.
+
+    The rows are complete, captions included, only where there are no problems.
+
+    Raises:
+        UserError: there is nothing to read rows from, or every row lacks the caption column.
+    """
+    metadata = source / METADATA
     if not source.is_dir():
-        raise UserError(f"params.yaml dataset.source: '{source}' is no folder; `dvc pull` brings the tracked pictures")
+        raise UserError(
+            f"params.yaml dataset.source: '{source}' is no folder; "
+            "`dvc pull` brings tracked data, or name a folder of your own"
+        )
     if not metadata.is_file():
         example = json.dumps({"file_name": "red-apple.png", dataset.caption_column: "red apple"})
         raise UserError(f"{metadata}: no such file; expected one JSON row per picture, such as {example}")
-    rows: list[Row] = []
+    listed: list[Listed] = []
     problems: list[str] = []
     seen: dict[str, int] = {}
     lines = parse_lines(metadata, problems)
     require_column(metadata, lines, dataset)
-    for number, value in tqdm(lines, desc="pictures", disable=None, leave=False):
+    for number, value in lines:
+        found = caption_problems(value, dataset.caption_column)
         try:
-            rows.append(check_row(source, value, number, seen, dataset))
+            name = check_name(source, value.get("file_name"))
         except UserError as error:
-            problems += [f"{metadata}:{number}: {problem}" for problem in error.problems]
-    if problems:
-        raise UserError(*sorted(problems, key=line_number))
-    if not rows:
+            found += error.problems
+        else:
+            first = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), number)
+            if first != number:
+                found.append(f"'{name}' is named on line {first} already; remove one of the two rows")
+            listed.append(Listed(number, name, value.get(dataset.caption_column, "")))
+        problems += [f"{metadata}:{number}: {problem}" for problem in found]
+    if not listed and not problems:
         raise UserError(f"{metadata}: no rows; the dataset is empty")
-    return rows
+    return listed, sorted(problems, key=line_number)
 
 
 def parse_lines(metadata: Path, problems: list[str]) -> list[tuple[int, dict[str, Any]]]:
@@ -154,30 +192,20 @@ def require_column(metadata: Path, lines: list[tuple[int, dict[str, Any]]], data
         )
 
 
-def check_row(source: Path, value: dict[str, Any], number: int, seen: dict[str, int], dataset: DatasetParams) -> Row:
-    """One row and its picture.
+def check_listed(source: Path, entry: Listed, dataset: DatasetParams) -> Row:
+    """A row with its picture decoded.
 
     Raises:
-        UserError: all that is wrong with the row, without the place, which the caller adds.
+        UserError: the picture cannot be used; the place in metadata.jsonl is the caller's to add.
     """
-    problems = caption_problems(value, dataset.caption_column)
-    try:
-        name = check_name(source, value.get("file_name"))
-        key = unicodedata.normalize("NFC", name).casefold()
-        if key in seen:
-            problems.append(f"'{name}' is named on line {seen[key]} already; remove one of the two rows")
-        seen.setdefault(key, number)
-        width, height = check_picture(source / name)
-        if min(width, height) < dataset.resolution:
-            problems.append(
-                f"'{name}' has {width} x {height} pixels, less than dataset.resolution {dataset.resolution};"
-                " use a larger picture or a smaller resolution"
-            )
-    except UserError as error:
-        problems += error.problems
-    if problems:
-        raise UserError(*problems)
-    return Row(name, value[dataset.caption_column], sha256_file(source / name), width, height)
+    path = source / entry.file_name
+    width, height = check_picture(path)
+    if min(width, height) < dataset.resolution:
+        raise UserError(
+            f"'{entry.file_name}' has {width} x {height} pixels, less than dataset.resolution {dataset.resolution};"
+            " use a larger picture or a smaller resolution"
+        )
+    return Row(entry.file_name, entry.caption, sha256_file(path), width, height)
 
 
 def caption_problems(value: dict[str, Any], column: str) -> list[str]:
@@ -288,7 +316,8 @@ def measure(manifest: Manifest, num_unlisted: int) -> dict[str, metrics.Value]:
     """What a reviewer compares between two versions of a dataset."""
     train = [item for item in manifest.items if item.split == "train"]
     words = [len(item.caption.split()) for item in manifest.items]
-    pixels = [np.asarray(first_view(manifest, item)) for item in train]
+    arrays = (np.asarray(first_view(manifest, item)) for item in train)  # one at a time: they may not fit in memory
+    chromas, dark_shares = zip(*((chroma(array), dark_share(array)) for array in arrays), strict=True)
     return {
         "num_pictures": len(manifest.items),
         "num_train": len(train),
@@ -297,8 +326,8 @@ def measure(manifest: Manifest, num_unlisted: int) -> dict[str, metrics.Value]:
         "num_unlisted": num_unlisted,
         "caption_words_median": statistics.median(words),
         "caption_words_max": max(words),
-        "chroma": statistics.fmean(map(chroma, pixels)),
-        "dark_share": statistics.fmean(map(dark_share, pixels)),
+        "chroma": statistics.fmean(chromas),
+        "dark_share": statistics.fmean(dark_shares),
     }
 
 

@@ -72,7 +72,9 @@ except UserError as error:
 """
 
 
-@pytest.mark.parametrize("change", ["lora.rnak=4", "model.pretrained=data/none", "dataset.resolution=36"])
+@pytest.mark.parametrize(
+    "change", ["lora.rnak=4", "model.pretrained=data/none", "dataset.resolution=36", "dataset.caption_column=caption"]
+)
 def test_problems_are_found_before_anything_slow_is_imported(workspace: Workspace, change: str) -> None:
     command = [sys.executable, "-c", PROBE, "--set", change]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -192,7 +194,7 @@ def test_wrong_variant(copied: Workspace) -> None:
 @pytest.mark.parametrize(("resolution", "near"), [(36, "32 or 40"), (100, "96 or 104")])
 def test_resolution_must_fit_the_base(copied: Workspace, resolution: int, near: str) -> None:
     assert problem(copied, f"dataset.resolution={resolution}") == (
-        f"params.yaml dataset.resolution: {resolution} is no multiple of 8, which the base needs; use {near}"
+        f"params.yaml dataset.resolution: {resolution} is no multiple of 8, which data/base needs; use {near}"
     )
 
 
@@ -200,7 +202,7 @@ def test_resolution_below_the_least(copied: Workspace) -> None:
     for component in ("vae", "unet"):  # four levels each, as in Stable Diffusion 1.5
         path = Path("data/base") / component / "config.json"
         path.write_text(json.dumps(read_json(path) | {"block_out_channels": [32] * 4}))
-    assert problem(copied) == ("params.yaml dataset.resolution: 32 is no multiple of 64, which the base needs; use 64")
+    assert problem(copied) == ("params.yaml dataset.resolution: 32 is no multiple of 64, which data/base needs; use 64")
 
 
 # The dataset
@@ -209,21 +211,30 @@ def test_resolution_below_the_least(copied: Workspace) -> None:
 def test_no_metadata(copied: Workspace) -> None:
     os.remove("data/raw/metadata.jsonl")
     assert problem(copied) == (
-        "params.yaml dataset.source: 'data/raw' has no metadata.jsonl; "
-        'one line per picture: {"file_name": "a.png", "text": "caption"}'
+        "data/raw/metadata.jsonl: no such file; expected one JSON row per picture, "
+        'such as {"file_name": "red-apple.png", "text": "red apple"}'
     )
 
 
-@pytest.mark.parametrize("text", ["", "file_name,text\n"])
-def test_metadata_that_is_no_json(copied: Workspace, text: str) -> None:
-    Path("data/raw/metadata.jsonl").write_text(text)
-    assert problem(copied) == "data/raw/metadata.jsonl:1: not JSON"
+def test_metadata_that_is_empty(copied: Workspace) -> None:
+    Path("data/raw/metadata.jsonl").write_text("")
+    assert problem(copied) == "data/raw/metadata.jsonl: no rows; the dataset is empty"
+
+
+def test_every_bad_row_is_named(copied: Workspace) -> None:
+    rows = read_rows(Path("data/raw"))
+    rows[2]["text"], rows[5]["file_name"] = None, "gone.png"
+    write_rows(Path("data/raw"), rows)
+    with Path("data/raw/metadata.jsonl").open("a") as file:
+        file.write("file_name,text\n")
+    found = problems(copied)
+    assert [line.partition(": ")[0] for line in found] == [f"data/raw/metadata.jsonl:{number}" for number in (3, 6, 9)]
 
 
 def test_wrong_caption_column(copied: Workspace) -> None:
     write_rows(Path("data/raw"), [{**row, "tags": "x"} for row in read_rows(Path("data/raw"))])
     assert problem(copied, "dataset.caption_column=caption") == (
-        "data/raw/metadata.jsonl:1: no 'caption' column; set dataset.caption_column to one of: file_name, text, tags"
+        "params.yaml dataset.caption_column: 'caption' is no column of data/raw/metadata.jsonl; it has tags, text"
     )
 
 

@@ -4,14 +4,18 @@ import json
 import os
 import shutil
 import struct
+import weakref
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from stages import prepare
 from stages.artifacts.manifest import Manifest
+from stages.core import params
 from stages.core.console import UserError
 from tests.conftest import Workspace, picture, read_rows, write_rows
 
@@ -51,6 +55,32 @@ def test_outputs(workspace: Workspace) -> None:
     with Image.open("reports/dataset/contact.png") as contact:
         assert contact.info == {}
     assert Path("reports/dataset/contact.png").stat().st_size <= 200_000
+
+
+def test_pixel_measures_hold_one_picture_at_a_time(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[weakref.ref[Any]] = []
+    measured = prepare.chroma
+    alive = []
+
+    def chroma(array: Any) -> float:
+        seen.append(weakref.ref(array))
+        alive.append(sum(held() is not None for held in seen))
+        return measured(array)
+
+    monkeypatch.setattr(prepare, "chroma", chroma)
+    workspace.run("prepare")
+    assert len(alive) > 4 and max(alive) <= 2
+
+
+def test_rows_are_read_without_opening_a_picture(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = params.load(Path("params.yaml")).section(prepare.DatasetParams)
+    rows = read_rows(Path("data/raw"))
+    rows[2]["text"] = None
+    write_rows(Path("data/raw"), [*rows, rows[0]])
+    monkeypatch.setattr(Image, "open", None)
+    listed, problems = prepare.read_metadata(Path("data/raw"), dataset)
+    assert [entry.file_name for entry in listed][:3] == ["00.png", "01.png", "02.png"]
+    assert [problem.partition(": ")[0] for problem in problems] == [f"data/raw/metadata.jsonl:{n}" for n in (3, 9)]
 
 
 def test_same_input_same_bytes(workspace: Workspace) -> None:

@@ -105,6 +105,19 @@ def digest(folder: Path, variant: str | None) -> str:
     return total.hexdigest()
 
 
+def size_problems(model: ModelParams, family: Family, sides: Iterable[int]) -> list[str]:
+    """A line for each side of a picture, in pixels, that the base cannot encode."""
+    multiple = family.pixel_multiple(model)
+    found = []
+    for side in sorted(set(sides)):
+        if side % multiple:
+            below = side - side % multiple
+            near = f"{below} or {below + multiple}" if below else str(multiple)
+            where = f"params.yaml dataset.resolution: {side}"
+            found.append(f"{where} is no multiple of {multiple}, which {model.pretrained} needs; use {near}")
+    return found
+
+
 def require_base(model: ModelParams, family: Family) -> None:
     """Raises UserError naming everything that is wrong with the base."""
     found = problems(model, family)
