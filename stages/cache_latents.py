@@ -74,7 +74,7 @@ def main() -> None:
     manifest = Manifest.load(args.prepared)
     family = load_family(model.family)
     base_files.require_base(model, family)
-    require_multiple(manifest, model, family)
+    require_sizes(manifest, model, family)
     warn_long_captions(manifest, model, family)
 
     encoders = Encoders(family, model, cache, setup(runtime, model), runtime.log_every_n_steps)
@@ -93,16 +93,11 @@ def main() -> None:
 # Checks that need the base
 
 
-def require_multiple(manifest: Manifest, model: ModelParams, family: Family) -> None:
-    multiple = family.pixel_multiple(model)
-    for side in sorted({side for item in manifest.items for side in (item.width, item.height)}):
-        if side % multiple:
-            below = side - side % multiple
-            near = f"{below} or {below + multiple}" if below else str(multiple)
-            raise UserError(
-                f"params.yaml dataset.resolution: {side} is no multiple of {multiple}, which {model.pretrained} needs;"
-                f" use {near}"
-            )
+def require_sizes(manifest: Manifest, model: ModelParams, family: Family) -> None:
+    sides = {side for item in manifest.items for side in (item.width, item.height)}
+    found = base_files.size_problems(model, family, sides)
+    if found:
+        raise UserError(*found)
 
 
 def warn_long_captions(manifest: Manifest, model: ModelParams, family: Family) -> None:
@@ -133,7 +128,8 @@ def cache_pictures(
     num_encoded = 0
     for item in manifest.items:
         keys = tuple(picture_key(item, view, manifest, vae, encoders) for view in item.views)
-        items.append(CachedItem(item.file_name, item.split, item.caption, keys))
+        content = sha256_json(shown(item, item.views[0], manifest))
+        items.append(CachedItem(item.file_name, item.split, item.caption, content, keys))
         new = {
             key: Job(item, view)
             for key, view in zip(keys, item.views, strict=True)
@@ -150,19 +146,20 @@ def picture_key(item: Item, view: View, manifest: Manifest, vae: dict[str, str],
     """Digest of all that decides the latents of one view; the file's name and the folder are no part of it.
 
     Versions, processor model and thread count are left out though they can move the last bits: they differ between the
-    machines that share a store, and a library update would encode everything again. They are recorded with the adapter.
+    machines that share a store, and a library update would encode everything again.
     """
-    return sha256_json(
-        {
-            "picture": item.sha256,
-            "crop": view.crop,
-            "flip": view.flip,
-            "size": [item.width, item.height],
-            "preprocessing": manifest.preprocessing,
-            "vae": vae,
-        }
-        | common_key(encoders)
-    )
+    return sha256_json(shown(item, view, manifest) | {"vae": vae} | common_key(encoders))
+
+
+def shown(item: Item, view: View, manifest: Manifest) -> dict[str, Any]:
+    """All that decides the pixels of one view, whatever encodes them."""
+    return {
+        "picture": item.sha256,
+        "crop": view.crop,
+        "flip": view.flip,
+        "size": [item.width, item.height],
+        "preprocessing": manifest.preprocessing,
+    }
 
 
 def caption_key(caption: str, text: dict[str, str], encoders: Encoders) -> str:

@@ -34,6 +34,9 @@ SHEET_BYTES = 300_000
 REPORTS = ("reports/metrics.json", "reports/train/metrics.json", "reports/export/metrics.json")
 SAMPLING = ("num_inference_steps", "guidance_scale", "negative_prompt", "seed")  # of section validate
 IGNORED_SECTIONS = ("runtime", "report")  # they change no result
+PICTURES, LATENTS = "pictures and captions", "latents and prompt embeddings"
+NAME_THE_BASE = ("model.family", "model.pretrained", "model.variant")
+MOVE_LATENTS = ("model.", "dataset.", "cache.")
 LOWER_IS_BETTER = re.compile(r"\.(loss|loss_change|loss_(low|mid|high)_noise|train_loss|overfit_gap|loss_final)$")
 HIDDEN = re.compile(r"(_low|_high|_base)$")  # a metric's interval and the base's values
 
@@ -183,13 +186,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_page(a: Side, b: Side) -> str:
-    """Markdown: verdict, parameters, metrics."""
+    """Markdown: verdict, parameters and inputs that differ, metrics."""
     paired = paired_difference(a, b)
     sections = [
         f"# {a.name} and {b.name}",
-        f"**{verdict(a, b, paired)}**",
-        "## Parameters that differ",
-        parameters(a, b),
+        f"**{verdict(a, b, paired)}{caveat(a, b) if paired else ''}**",
+        "## What differs",
+        differences(a, b),
         "## Metrics",
         metrics_table(a, b),
     ]
@@ -200,10 +203,8 @@ def paired_difference(a: Side, b: Side) -> Estimate | None:
     """B's adapter loss minus A's per held-out picture, with its interval; None where the tables differ."""
     if a.metrics["val.table"] != b.metrics["val.table"]:
         return None
-    losses = {(s.file_name, s.timestep): s.adapter for s in a.scores if s.split == "heldout"}
-    differences = evaluation.by_picture(
-        (s.file_name, s.adapter - losses[s.file_name, s.timestep]) for s in b.scores if s.split == "heldout"
-    )
+    rows = zip(a.scores, b.scores, strict=True)  # by position: equal tables have equal rows, whatever the files' names
+    differences = evaluation.by_picture((t.file_name, t.adapter - s.adapter) for s, t in rows if t.split == "heldout")
     return evaluation.estimate(differences, seed=0)
 
 
@@ -226,10 +227,16 @@ def verdict(a: Side, b: Side, paired: Estimate | None) -> str:
     return f"{left} is better than {right}: held-out loss lower by {abs(paired.mean):.4f}, {bounds}."
 
 
+def caveat(a: Side, b: Side) -> str:
+    """Said behind a verdict that parameters alone do not account for."""
+    inputs = unexplained(a, b)
+    return f" More than parameters differs: {', '.join(inputs)}." if inputs else ""
+
+
 def names(one: Side, other: Side) -> tuple[str, str]:
-    """Each side by the one parameter that tells them apart, or by its name."""
+    """Each side by the one thing that tells them apart, where that is a parameter, or by its name."""
     keys = differing(one, other)
-    if len(keys) != 1:
+    if len(keys) != 1 or unexplained(one, other):
         return one.name, other.name
     return tuple(f"{keys[0]} {show(side.params.get(keys[0]))} ({side.name})" for side in (one, other))  # type: ignore[return-value]
 
@@ -244,9 +251,36 @@ def differing(a: Side, b: Side) -> list[str]:
     ]
 
 
-def parameters(a: Side, b: Side) -> str:
+def went_in(side: Side) -> dict[str, str]:
+    """Digests of what the adapter was made from, by the names that the page gives them."""
+    lineage = side.lineage
+    base = {f"the base's {component}": digest for component, digest in lineage["base"].items()}
+    return base | {PICTURES: lineage["dataset"]["content"], LATENTS: lineage["latents"]}
+
+
+def changed_inputs(a: Side, b: Side) -> list[str]:
+    before, after = went_in(a), went_in(b)
+    return [name for name in before | after if before.get(name) != after.get(name)]
+
+
+def unexplained(a: Side, b: Side) -> list[str]:
+    """Inputs that differ though no differing parameter moves them."""
+    keys = differing(a, b)
+    other_base = any(key in NAME_THE_BASE for key in keys)
+    other_latents = any(key.startswith(MOVE_LATENTS) for key in keys)
+    return [
+        name
+        for name in changed_inputs(a, b)
+        if not (other_latents if name == LATENTS else other_base and name != PICTURES)
+    ]
+
+
+def differences(a: Side, b: Side) -> str:
+    """Parameters, and digests of inputs."""
     rows = [(key, show(a.params.get(key, "")), show(b.params.get(key, ""))) for key in differing(a, b)]
-    return table(("Parameter", a.name, b.name), rows) if rows else "None."
+    before, after = went_in(a), went_in(b)
+    rows += [(name, f"`{before.get(name)}`", f"`{after.get(name)}`") for name in changed_inputs(a, b)]
+    return table(("", a.name, b.name), rows) if rows else "None."
 
 
 def metrics_table(a: Side, b: Side) -> str:
@@ -311,7 +345,8 @@ def cells_by_prompt(side: Side) -> dict[str, tuple[Image.Image, Image.Image]]:
 def drawn_from(side: Side) -> dict[str, Any]:
     """All that decides what the base draws for a prompt."""
     settings = {key: value for key, value in side.lineage["validate"].items() if key in SAMPLING}
-    return settings | {"base": side.lineage["base"], "dtype": side.lineage["model"]["dtype"]}
+    size = side.lineage["sheet"]["picture"]
+    return settings | {"base": side.lineage["base"], "dtype": side.lineage["model"]["dtype"], "size": size}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Run: `python -m stages.validate [--set validate.num_timesteps=16]`
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from stages.core import base_files, evaluation, params, seeding
 from stages.core.console import UserError, log, parser, run
 from stages.core.device import autocast, log_device, setup
 from stages.core.evaluation import Picture, Row, Score
-from stages.core.files import write_json, write_text
+from stages.core.files import sha256_json, write_json, write_text
 from stages.core.params import ModelParams, Params, RuntimeParams
 from stages.families.base import Family, load_family
 
@@ -85,10 +86,11 @@ def main() -> None:
     device = setup(config.section(RuntimeParams), model)
     exam = make_exam(settings, model, family, cache, device)
     evidence = examine(exam, adapter, args.adapter, settings)
-    table = evaluation.digest(exam.rows, settings.seed, base["scheduler"])
+    targets = {component: base[component] for component in (*family.VAE, "scheduler")}
+    table = evaluation.digest(exam.rows, settings.seed, targets)
     measured = write_losses(args.reports, exam, evidence, settings) | {"val.table": table}
     measured |= draw_sheets(args.reports, evidence, settings)
-    made_from = lineage(settings, model, base, cache, adapter, exam) | {"sheet": {"cell": sheet_cell(evidence)}}
+    made_from = lineage(settings, model, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
     write_json(args.reports / "validate" / "lineage.json", made_from)
     metrics.save(args.reports / "metrics.json", measured)
     log_end(args.reports, measured)
@@ -129,7 +131,7 @@ def make_exam(
     Raises:
         UserError: nothing is held out, or there are more strata than timesteps.
     """
-    known = (Picture(item.views[0], item.file_name, item.split, item.caption) for item in cache.items)
+    known = (Picture(item.content, item.file_name, item.split, item.caption, item.views[0]) for item in cache.items)
     pictures = evaluation.choose(known, settings.max_pictures)
     counts = Counter(picture.split for picture in pictures)
     if len(counts) < 2:
@@ -192,7 +194,7 @@ def questions(exam: Exam, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, 
 def row_noise(seed: int, row: Row, shape: torch.Size) -> torch.Tensor:
     import torch
 
-    return torch.randn(shape, generator=seeding.generator(seed, "validate-noise", row.picture.view, row.stratum))
+    return torch.randn(shape, generator=seeding.generator(seed, "validate-noise", row.picture.content, row.stratum))
 
 
 # Base, snapshots, final adapter
@@ -222,20 +224,37 @@ def examine(exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams
     evidence = Evidence({}, {}, {})
 
     with lora.disabled(denoiser):
-        evidence.losses[0] = answer(exam, denoiser)
+        evidence.losses[0] = finite(answer(exam, denoiser), "the base", exam.model)
         evidence.pictures[0] = draw(pipeline, sampling, exam.model)
     log_step(exam, evidence, 0)
     for step in [*adapter.snapshots, adapter.num_steps]:
         is_final = step == adapter.num_steps
         lora.load(denoiser, adapter.weights(folder, None if is_final else step))
         lora.set_scale(denoiser, 1.0)
-        evidence.losses[step] = answer(exam, denoiser)
+        state = "the final adapter" if is_final else f"the snapshot of step {step}"
+        evidence.losses[step] = finite(answer(exam, denoiser), state, exam.model)
         evidence.pictures[step] = draw(pipeline, sampling, exam.model)
         log_step(exam, evidence, step)
     for scale in settings.scales:
         lora.set_scale(denoiser, scale)
         evidence.scaled[scale] = evidence.pictures[step] if scale == 1 else draw(pipeline, sampling, exam.model)
     return evidence
+
+
+def finite(losses: list[float], state: str, model: ModelParams) -> list[float]:
+    """The losses themselves.
+
+    Raises:
+        UserError: some are NaN or infinite; no figure could be trusted.
+    """
+    bad = sum(not math.isfinite(loss) for loss in losses)
+    if bad:
+        cures = ["fetch the base again" if state == "the base" else "lower train.learning_rate"]
+        if model.dtype != "float32":
+            cures.insert(0, "set model.dtype to float32")
+        found = f"{bad} of {len(losses)} losses of {state} are not finite in {model.dtype}"
+        raise UserError(f"validate: {found}; {' or '.join(cures)}")
+    return losses
 
 
 def make_sampling(exam: Exam, settings: ValidateParams, scale_factor: int) -> Sampling:
@@ -306,6 +325,11 @@ def draw_sheets(reports: Path, evidence: Evidence, settings: ValidateParams) -> 
     return ink_measures("_base", evidence.pictures[0]) | ink_measures("", evidence.pictures[max(evidence.pictures)])
 
 
+def sheet_sizes(evidence: Evidence) -> dict[str, Any]:
+    """In pixels: of a cell, and of the pictures as they were drawn."""
+    return {"cell": sheet_cell(evidence), "picture": list(evidence.pictures[0][0].size)}
+
+
 def sheet_cell(evidence: Evidence) -> int:
     """Side of a sheet's picture in pixels: small ones are scaled up, large ones down."""
     return min(256, max(128, *evidence.pictures[0][0].size))
@@ -333,10 +357,11 @@ def lineage(
 ) -> dict[str, Any]:
     """What the figures and pictures came from; `report` and `compare` read it."""
     counts = Counter(item.split for item in cache.items)
+    shown = sha256_json(sorted([item.split, item.content, item.caption] for item in cache.items))
     return {
         "adapter": adapter.files[FINAL][:DIGEST_DIGITS],
         "base": {component: digest[:DIGEST_DIGITS] for component, digest in base.items()},
-        "dataset": {"train": counts["train"], "heldout": counts["heldout"]},
+        "dataset": {"train": counts["train"], "heldout": counts["heldout"], "content": shown[:DIGEST_DIGITS]},
         "latents": cache.digest[:DIGEST_DIGITS],
         "lora_config": adapter.lora_config,
         "model": model.model_dump() | {"pretrained": Path(model.pretrained).name},  # no path of this machine

@@ -22,7 +22,7 @@ def make_cache(folder: Path, *, std: float = 0.0, num_views: int = 1) -> LatentC
     for index in range(NUM_PICTURES):
         views = tuple(f"{index}{view}" for view in range(num_views))
         means |= {key: torch.full(SHAPE, index + 0.1 * view) for view, key in enumerate(views)}
-        items.append(CachedItem(f"{index}.png", "train", f"caption {index}", views))
+        items.append(CachedItem(f"{index}.png", "train", f"caption {index}", f"content {index}", views))
     captions = {f"caption {index}": f"c{index}" for index in range(NUM_PICTURES)} | {"": "ce"}
     embeds = {key: EMPTY if key == "ce" else float(key[1:]) for key in captions.values()}
 

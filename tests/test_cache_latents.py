@@ -125,6 +125,21 @@ def test_moved_dataset_is_no_encode(cached: Workspace) -> None:
     assert encode(cached, "--set", "dataset.source=data/moved")[0] == "encoded 0, reused 8"
 
 
+def test_content_names_a_picture_whatever_encodes_it(cached: Workspace) -> None:
+    def contents(*argv: str) -> dict[str, str]:
+        encode(cached, *(word for change in argv for word in ("--set", change)))
+        return {item.file_name: item.content for item in LatentCache(Path("data/latents")).items}
+
+    first = contents()
+    assert len(set(first.values())) == 8
+    assert contents("model.dtype=bfloat16", "cache.batch_size=3") == first
+    assert contents("dataset.flip=true") == first  # of the first view alone
+    for change in ("dataset.resolution=40", 'dataset.background="#000000"'):
+        assert set(contents(change).values()).isdisjoint(first.values())
+    picture(50).save("data/raw/05.png")
+    assert {name for name, content in contents().items() if content != first[name]} == {"05.png"}
+
+
 def test_equal_pictures_are_encoded_once(workspace: Workspace) -> None:
     shutil.copy("data/raw/00.png", "data/raw/twin.png")
     write_rows(Path("data/raw"), [*read_rows(Path("data/raw")), {"file_name": "twin.png", "text": "x"}])

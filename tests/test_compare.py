@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from stages.artifacts import metrics
 from stages.core import evaluation
 from stages.core.console import UserError
 from stages.core.evaluation import Score
-from stages.core.files import write_json, write_text
+from stages.core.files import read_json, write_json, write_text
 from stages.core.pictures import cut, save_png, sheet
 
 PROMPTS = ["red apple", "blue boat"]
@@ -39,7 +40,14 @@ def write_revision(rank: int, gain: float, table: str = "0123456789abcdef", prom
     metrics.save(Path("reports/metrics.json"), measured | {"val.table": table, "val.best_step": 4})
     metrics.save(Path("reports/train/metrics.json"), {"train.num_trainable_parameters": 100 * rank})
     settings = {"prompts": prompts, "scales": [0.5, 1.0], "seed": 0}
-    lineage = {"validate": settings, "base": {"unet": "a"}, "model": {"dtype": "float32"}, "sheet": {"cell": 64}}
+    lineage = {
+        "base": {"unet": "a"},
+        "dataset": {"content": "c"},
+        "latents": "d",
+        "model": {"dtype": "float32"},
+        "sheet": {"cell": 64, "picture": [64, 64]},
+        "validate": settings,
+    }
     write_json(Path("reports/validate/lineage.json"), lineage)
     columns = (COLOURS["base"], "#888888", COLOURS[rank])
     rows = [[Image.new("RGB", (64, 64), colour) for colour in columns] for _ in prompts]
@@ -124,6 +132,55 @@ def test_other_tables_are_not_paired(repository: Repository) -> None:
     page = repository.run()
     assert "No verdict: the tables of held-out rows differ" in page
     assert "interval" not in page
+
+
+def test_renamed_pictures_are_paired_all_the_same(repository: Repository) -> None:
+    scores = evaluation.read_scores(Path("reports/validate/heldout.csv").read_text())
+    renamed = [dataclasses.replace(s, file_name=f"new-{s.file_name}", adapter=s.adapter + 0.05) for s in scores]
+    write_text(Path("reports/validate/heldout.csv"), evaluation.write_scores(renamed))
+    assert "HEAD is better than workspace: held-out loss lower by 0.0500" in repository.run()
+
+
+def change_lineage(**changes: Any) -> None:
+    path = Path("reports/validate/lineage.json")
+    write_json(path, read_json(path) | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "row"),
+    [
+        ({"base": {"unet": "b"}}, "| the base's unet | `a` | `b` |"),
+        ({"dataset": {"content": "e"}}, "| pictures and captions | `c` | `e` |"),
+        ({"latents": "f"}, "| latents and prompt embeddings | `d` | `f` |"),
+    ],
+)
+def test_one_parameter_is_not_credited_with_other_inputs(
+    repository: Repository, changes: dict[str, Any], row: str
+) -> None:
+    write_revision(rank=16, gain=0.15)
+    change_lineage(**changes)
+    page = repository.run()
+    assert row in page and "| lora.rank | 8 | 16 |" in page
+    assert "**workspace is better than HEAD: held-out loss lower by 0.0500" in page
+    assert f"More than parameters differs: {row.split(' | ')[0][2:]}.**" in page
+
+
+def test_inputs_that_the_parameter_moves_are_its_doing(repository: Repository) -> None:
+    write_revision(rank=8, gain=0.15)
+    with Path("params.yaml").open("a") as file:
+        file.write("model:\n  dtype: bfloat16\n")
+    change_lineage(latents="f")
+    page = repository.run()
+    assert "model.dtype bfloat16 (workspace) is better than" in page and "More than" not in page
+    assert "| latents and prompt embeddings | `d` | `f` |" in page
+
+
+def test_sheet_shows_both_bases_where_they_were_drawn_in_another_size(repository: Repository) -> None:
+    change_lineage(sheet={"cell": 64, "picture": [32, 32]})
+    repository.run()
+    with Image.open("compare/HEAD..workspace/samples.png") as picture:
+        rows = cut(picture.convert("RGB"), 2, 4, 64)
+    assert "#" + bytes(rows[0][2].getpixel((32, 32))).hex() == COLOURS["base"]
 
 
 def test_sheet_shows_the_base_once_and_each_adapter(repository: Repository) -> None:

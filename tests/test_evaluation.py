@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -12,7 +13,9 @@ from stages.core.evaluation import Picture, Score
 
 
 def make_pictures(count: int, split: str = "heldout") -> list[Picture]:
-    return [Picture(f"{split}{index:03}", f"{index}.png", split, f"thing {index}") for index in range(count)]
+    return [
+        Picture(f"{split}{index:03}", f"{index}.png", split, f"thing {index}", f"key{index}") for index in range(count)
+    ]
 
 
 @pytest.mark.parametrize(("num_strata", "num_train_timesteps"), [(1, 1), (1, 1000), (8, 1000), (7, 1000), (10, 10)])
@@ -50,25 +53,39 @@ def test_another_seed_or_picture_gives_other_timesteps() -> None:
 def test_choice_ignores_names_and_order_and_balances_the_splits() -> None:
     pictures = make_pictures(5) + make_pictures(20, "train")
     chosen = evaluation.choose(reversed(pictures), max_pictures=4)
-    assert [p.view for p in chosen] == [
+    assert [p.content for p in chosen] == [
         *("heldout000", "heldout001", "heldout002", "heldout003"),
         *("train000", "train001", "train002", "train003"),
     ]
     assert len(evaluation.choose(pictures, max_pictures=64)) == 10
 
 
-def test_digest_sees_captions_seed_and_scheduler() -> None:
+def test_digest_sees_captions_seed_and_components() -> None:
     rows = evaluation.table(make_pictures(2), 2, 1000, seed=0)
-    other = [Picture(p.view, p.file_name, p.split, "changed") for p in make_pictures(2)]
+    other = [dataclasses.replace(p, caption="changed") for p in make_pictures(2)]
     digests = [
-        evaluation.digest(rows, 0, "scheduler"),
-        evaluation.digest(evaluation.table(other, 2, 1000, seed=0), 0, "scheduler"),
-        evaluation.digest(rows, 1, "scheduler"),
-        evaluation.digest(rows, 0, "another"),
+        evaluation.digest(rows, 0, {"scheduler": "a", "vae": "b"}),
+        evaluation.digest(evaluation.table(other, 2, 1000, seed=0), 0, {"scheduler": "a", "vae": "b"}),
+        evaluation.digest(rows, 1, {"scheduler": "a", "vae": "b"}),
+        evaluation.digest(rows, 0, {"scheduler": "another", "vae": "b"}),
+        evaluation.digest(rows, 0, {"scheduler": "a", "vae": "another"}),
     ]
-    assert len(set(digests)) == 4
-    renamed = [Picture(p.view, "x.png", p.split, p.caption) for p in make_pictures(2)]
-    assert evaluation.digest(evaluation.table(renamed, 2, 1000, seed=0), 0, "scheduler") == digests[0]
+    assert len(set(digests)) == 5
+
+
+def test_neither_names_nor_the_encoders_settings_make_another_table() -> None:
+    def digest(pictures: list[Picture]) -> str:
+        return evaluation.digest(evaluation.table(evaluation.choose(pictures, 2), 2, 1000, seed=0), 0, {})
+
+    pictures = make_pictures(4) + make_pictures(4, "train")
+    others = [dataclasses.replace(p, file_name=f"{9 - i}.png", view=f"key{9 - i}") for i, p in enumerate(pictures)]
+    assert digest(others) == digest(pictures)
+
+
+def test_twins_keep_their_order_when_they_are_renamed() -> None:
+    twins = [Picture("same", f"{name}.png", "heldout", caption, "key") for name, caption in ("ax", "by")]
+    renamed = [Picture("same", f"{name}.png", "heldout", caption, "key") for name, caption in ("bx", "ay")]
+    assert [p.caption for p in evaluation.choose(renamed, 2)] == [p.caption for p in evaluation.choose(twins, 2)]
 
 
 def test_interval_equals_the_normal_one_for_many_pictures() -> None:

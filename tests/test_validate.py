@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from stages import validate
 from stages.artifacts import metrics
 from stages.artifacts.adapter import FINAL, Adapter, snapshot_name
 from stages.artifacts.latent_cache import LatentCache
@@ -18,7 +22,7 @@ from stages.core.console import UserError
 from stages.core.files import read_json, save_tensors, sha256_file
 from stages.core.params import ModelParams
 from stages.families import sd
-from tests.conftest import Workspace
+from tests.conftest import Workspace, read_rows, write_rows
 
 CONFIG = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"]}
 KEYS = {
@@ -70,6 +74,7 @@ def test_everything_is_written_and_a_second_run_gives_the_same_bytes(cached: Wor
     curve = first["validate/curve.csv"].decode().splitlines()
     assert [line.partition(",")[0] for line in curve] == ["step", "0", "2", "4"]
     assert json.loads(first["validate/lineage.json"])["model"]["pretrained"] == "base"
+    assert json.loads(first["validate/lineage.json"])["sheet"] == {"cell": 128, "picture": [32, 32]}
     assert not any(str(cached.path).encode() in blob for blob in first.values())
     sizes = [Image.open(io.BytesIO(first[name])).width for name in ("samples.png", "progress.png")]
     assert sizes[0] == sizes[1] and all(len(first[f"{name}.png"]) <= 300_000 for name in ("samples", "progress"))
@@ -96,7 +101,7 @@ def test_losses_equal_an_independent_computation(cached: Workspace) -> None:
     for index, score in enumerate(heldout(cached)):
         item, t = items[score.file_name], score.timestep
         latents = cache.latents(item.views[0])[0]
-        noise = torch.randn(latents.shape, generator=seeding.generator(0, "validate-noise", item.views[0], index % 2))
+        noise = torch.randn(latents.shape, generator=seeding.generator(0, "validate-noise", item.content, index % 2))
         a, b = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
         prompt = {name: value[None] for name, value in cache.prompt(item.caption).items()}
         with torch.no_grad():
@@ -117,6 +122,90 @@ def test_rows_stay_when_batch_or_number_of_pictures_changes(cached: Workspace) -
     many = {(s.file_name, s.timestep): s for s in heldout(cached)}
     assert few.items() < many.items()
     assert "samples.chroma" not in metrics.load(Path("reports/metrics.json"))
+
+
+def test_the_table_is_the_same_under_another_dtype_and_batch_size(cached: Workspace) -> None:
+    write_adapter(0.3)
+    cached.run("validate")
+    table, asked = metrics.load(Path("reports/metrics.json"))["val.table"], heldout(cached)
+    keys = {item.views for item in LatentCache(Path("data/latents")).items}
+    for change in ("model.dtype=bfloat16", "cache.batch_size=3"):
+        cached.run("cache_latents", "--set", change)
+        assert keys.isdisjoint(item.views for item in LatentCache(Path("data/latents")).items)
+        cached.run("validate", "--set", change)
+        assert metrics.load(Path("reports/metrics.json"))["val.table"] == table
+        assert [(s.file_name, s.timestep) for s in heldout(cached)] == [(s.file_name, s.timestep) for s in asked]
+        assert [s.base for s in heldout(cached)] == pytest.approx([s.base for s in asked], rel=0.05)
+
+
+def test_another_vae_makes_another_table(cached: Workspace) -> None:
+    write_adapter(0.3)
+    cached.run("validate")
+    table = metrics.load(Path("reports/metrics.json"))["val.table"]
+    base = Path("data/base").resolve()
+    Path("data/base").unlink()
+    shutil.copytree(base, "data/base")
+    path = Path("data/base/vae/config.json")
+    path.write_text(json.dumps(read_json(path) | {"scaling_factor": 0.4}))
+    cached.run("cache_latents")
+    write_adapter(0.3)
+    cached.run("validate")
+    assert metrics.load(Path("reports/metrics.json"))["val.table"] != table
+
+
+def test_lineage_names_pictures_and_captions_whatever_encodes_them(cached: Workspace) -> None:
+    def content(*argv: str) -> str:
+        for stage in ("prepare", "cache_latents", "validate"):
+            cached.run(stage, *argv)
+        return read_json(Path("reports/validate/lineage.json"))["dataset"]["content"]
+
+    write_adapter(0.3)
+    first = content()
+    assert content("--set", "model.dtype=bfloat16") == first
+    rows = read_rows(Path("data/raw"))
+    rows[2]["text"] = "another"
+    write_rows(Path("data/raw"), rows)
+    assert content() != first
+
+
+def test_twins_are_two_pictures_of_the_table(workspace: Workspace) -> None:
+    rows = read_rows(Path("data/raw"))
+    for index in range(8):
+        shutil.copy(f"data/raw/{index:02}.png", f"data/raw/twin-{index:02}.png")
+    write_rows(Path("data/raw"), rows + [{"file_name": f"twin-{row['file_name']}", "text": "x"} for row in rows])
+    workspace.run("prepare")
+    workspace.run("cache_latents")
+    write_adapter(0.3)
+    workspace.run("validate")
+    scores = {name: list(group) for name, group in itertools.groupby(heldout(workspace), lambda s: s.file_name)}
+    twins = [name for name in scores if f"twin-{name}" in scores]
+    assert twins and all(len(group) == 2 for group in scores.values())
+    for name in twins:
+        one, other = scores[name], scores[f"twin-{name}"]
+        assert [s.timestep for s in one] == [s.timestep for s in other]
+        assert [s.base for s in one] != [s.base for s in other]  # the captions differ
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (0, "validate: 8 of 8 losses of the base are not finite in bfloat16; set model.dtype to float32 or fetch the"),
+        (2, "losses of the snapshot of step 2 are not finite in bfloat16; set model.dtype to float32 or lower train.l"),
+        (
+            4,
+            "losses of the final adapter are not finite in bfloat16; set model.dtype to float32 or lower train.learnin",
+        ),
+    ],
+)
+def test_losses_that_are_not_finite(
+    cached: Workspace, monkeypatch: pytest.MonkeyPatch, step: int, message: str
+) -> None:
+    write_adapter(0.3)
+    answers = ([float("nan") if state == step else 0.1] * 8 for state in (0, 2, 4))
+    monkeypatch.setattr(validate, "answer", lambda exam, denoiser: next(answers))
+    with pytest.raises(UserError, match=re.escape(message)):
+        cached.run("validate", "--set", "model.dtype=bfloat16")
+    assert not Path("reports/metrics.json").exists()
 
 
 def test_pictures_of_a_prompt_do_not_depend_on_the_others(cached: Workspace) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,12 +28,14 @@ FIELDS = ("file_name", "split", "timestep", "base", "adapter")
 class Picture:
     """A picture that the table may ask about."""
 
-    view: str
-    """Content key of its first view."""
+    content: str
+    """Names what it shows, and with it everything here that is drawn: the encoder's settings are no part of it."""
     file_name: str
     split: str
     """train or heldout"""
     caption: str
+    view: str
+    """Key of its first view's latents."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Row:
 
     picture: Picture
     stratum: int
-    """Names the noise: it is keyed by (seed, view, stratum)."""
+    """Names the noise: it is keyed by (seed, content, stratum)."""
     timestep: int
 
 
@@ -63,9 +65,9 @@ class Score:
 def choose(pictures: Iterable[Picture], max_pictures: int) -> list[Picture]:
     """The held-out pictures, at most ``max_pictures``, and then as many training pictures (the train probe).
 
-    By content key: neither the names nor the order of the files matter.
+    By content: neither the names nor the order of the files matter.
     """
-    by_content = sorted(pictures, key=lambda picture: (picture.view, picture.file_name))
+    by_content = sorted(pictures, key=lambda picture: (picture.content, picture.caption, picture.file_name))
     heldout = [picture for picture in by_content if picture.split == "heldout"][:max_pictures]
     probe = [picture for picture in by_content if picture.split == "train"][: len(heldout)]
     return heldout + probe
@@ -76,11 +78,11 @@ def table(pictures: Iterable[Picture], num_strata: int, num_train_timesteps: int
     return [
         Row(picture, stratum, timestep)
         for picture in pictures
-        for stratum, timestep in enumerate(strata(seed, picture.view, num_strata, num_train_timesteps))
+        for stratum, timestep in enumerate(strata(seed, picture.content, num_strata, num_train_timesteps))
     ]
 
 
-def strata(seed: int, view: str, num_strata: int, num_train_timesteps: int) -> list[int]:
+def strata(seed: int, content: str, num_strata: int, num_train_timesteps: int) -> list[int]:
     """One timestep from each of ``num_strata`` equal parts of 0 ... num_train_timesteps - 1, ascending.
 
     Raises:
@@ -90,14 +92,19 @@ def strata(seed: int, view: str, num_strata: int, num_train_timesteps: int) -> l
         raise ValueError(f"{num_strata} strata of {num_train_timesteps} timesteps")
     edges = [math.ceil(stratum * num_train_timesteps / num_strata) for stratum in range(num_strata + 1)]
     return [
-        low + key(seed, "timestep", view, stratum) % (high - low) for stratum, (low, high) in enumerate(pairwise(edges))
+        low + key(seed, "timestep", content, stratum) % (high - low)
+        for stratum, (low, high) in enumerate(pairwise(edges))
     ]
 
 
-def digest(rows: Sequence[Row], seed: int, scheduler: str) -> str:
-    """What two runs must share for their losses to be paired: rows, captions, seed, scheduler. 16 hex digits."""
-    asked = [[row.picture.split, row.picture.view, row.picture.caption, row.stratum, row.timestep] for row in rows]
-    return sha256_json({"rows": asked, "seed": seed, "scheduler": scheduler})[:16]
+def digest(rows: Sequence[Row], seed: int, components: Mapping[str, str]) -> str:
+    """What two runs must share for their losses to be paired: rows, captions, seed, VAE and scheduler. 16 hex digits.
+
+    Args:
+        components: digest of each component of the base that decides the targets.
+    """
+    asked = [[row.picture.split, row.picture.content, row.picture.caption, row.stratum, row.timestep] for row in rows]
+    return sha256_json({"rows": asked, "seed": seed, "components": dict(components)})[:16]
 
 
 def write_scores(scores: Iterable[Score]) -> str:
