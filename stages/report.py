@@ -270,6 +270,7 @@ def settings_facts(inputs: Inputs) -> dict[str, object]:
         "Adapted layers": ", ".join(f"`{name}`" for name in target_modules(lora["target_modules"])),
         "Trainable parameters": f"{int(number(inputs.train, 'train.num_trainable_parameters')):,}",
         "Optimizer steps": f"{steps:,}",
+        "Adapter size": f"{number(inputs.export, 'export.megabytes'):.3g} MB",
         "Images seen": f"{int(number(inputs.train, 'train.images_seen')):,}{epochs(inputs.train)}",
         "Peak learning rate": f"{max(row['learning_rate'] for row in inputs.loss):.3g}",
         "Last training loss": f"{number(inputs.train, 'train.loss_final'):.4f}",
@@ -291,14 +292,13 @@ def target_modules(names: Sequence[str] | str) -> list[str]:
 
 
 def export_facts(export: Metrics) -> Mapping[str, object]:
-    """Every ``export.*`` metric, in words where there are some."""
+    """Every ``export.*`` metric but the size, in words where there are some."""
     words = {
         "export.effect": "Largest change that the adapter makes to the latents of one picture",
         "export.diffusers.max_abs_error": "The same picture by diffusers' `load_lora_weights`: largest difference",
         "export.peft.max_abs_error": "The same picture by PEFT's `from_pretrained`: largest difference",
-        "export.megabytes": "Size in MB",
     }
-    names = [*(name for name in words if name in export), *sorted(set(export) - set(words))]
+    names = [*(name for name in words if name in export), *sorted(set(export) - {*words, "export.megabytes"})]
     values = [export[name] for name in names]
     return {
         words.get(name, f"`{name}`"): f"{value:.3g}" if isinstance(value, float) else value

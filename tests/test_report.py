@@ -74,7 +74,10 @@ def write_reports(folder: Path) -> None:
     metrics.save(
         folder / "dataset" / "metrics.json", {"num_pictures": 8, "num_train": 6, "num_heldout": 2, "chroma": 1.5}
     )
-    metrics.save(folder / "export" / "metrics.json", {"export.diffusers.max_abs_error": 1.5e-7, "export.effect": 0.5})
+    metrics.save(
+        folder / "export" / "metrics.json",
+        {"export.diffusers.max_abs_error": 1.5e-7, "export.effect": 0.5, "export.megabytes": 0.43},
+    )
     for name in ("samples.png", "progress.png", "dataset/contact.png"):
         Image.new("RGB", (8, 8)).save(folder / name)
 
@@ -121,6 +124,8 @@ def test_page_has_links_that_exist_and_no_path_of_this_machine(workspace: Worksp
         "`to_q`",
         "`aaaaaaaaaaaa`",
         "1.5e-07",
+        "| Adapter size | 0.43 MB |",
+        "| Images seen | 64 |",
         "(v_prediction)",
         "| Chroma of the drawing, 0 to 255 | 120 | 18 | 1.5 |",
     ):

@@ -1,6 +1,6 @@
 """data/prepared/: what prepare hands to cache_latents. One JSON row per picture, sorted by file name.
 
-manifest.jsonl  the rows        dataset.json  how they were made: preprocessing spec, source folder, counts
+manifest.jsonl  the rows        dataset.json  how they were made: preprocessing spec, source folder
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ class Manifest:
         rows = sorted(self.items, key=lambda item: item.file_name)
         lines = [json.dumps(asdict(item), sort_keys=True, ensure_ascii=False) for item in rows]
         write_text(folder / "manifest.jsonl", "\n".join(lines) + "\n")
-        counts = {split: sum(item.split == split for item in rows) for split in ("train", "heldout")}
-        dataset = {"preprocessing": self.preprocessing, "source": self.source, "counts": counts}
-        write_json(folder / "dataset.json", dataset)
+        write_json(folder / "dataset.json", {"preprocessing": self.preprocessing, "source": self.source})
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

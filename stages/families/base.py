@@ -27,8 +27,6 @@ class Family(Protocol):
     """Components that decide conditioning."""
     DENOISER: str
     """``unet`` or ``transformer``: the folder, and the prefix of adapter keys in diffusers' files."""
-    ATTENTION: list[str]
-    """Names of the attention projections."""
 
     def pixel_multiple(self, model: ModelParams) -> int:
         """Width and height must be multiples of this."""
@@ -38,9 +36,6 @@ class Family(Protocol):
 
     def encode_images(self, vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float [B, 3, H, W] in [-1, 1] -> posterior mean and std in the denoiser's space, float32 [B, C, H/f, W/f]."""
-
-    def decode_latents(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
-        """[B, C, H/f, W/f] in the denoiser's space -> float32 [B, 3, H, W] in [0, 1]."""
 
     def max_tokens(self, model: ModelParams) -> int: ...
     def count_tokens(self, model: ModelParams, captions: list[str]) -> list[int]:

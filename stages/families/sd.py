@@ -27,7 +27,6 @@ COMPONENTS = {
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder")
 DENOISER = "unet"
-ATTENTION = ["to_k", "to_out.0", "to_q", "to_v"]
 
 
 def pixel_multiple(model: ModelParams) -> int:
@@ -49,15 +48,6 @@ def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch
         posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
     shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
     return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
-
-
-def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-    with torch.inference_mode():
-        sample = vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample
-    return (sample.float() / 2 + 0.5).clamp(0, 1)
 
 
 def load_tokenizer(model: ModelParams) -> CLIPTokenizer:
