@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -196,34 +194,34 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.history: list[tuple[float, float, float]] = []  # loss, learning rate, gradient norm of every step
         self.watch = Watch(self.trainable, train.max_grad_norm)
-        self.measured: dict[str, float | int] = {}
+        self.images_per_step = train.batch_size * train.gradient_accumulation_steps
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Run or go on to ``train.num_steps``; checkpoints and snapshots first, then the step."""
-        from tqdm import tqdm
+        from stages.core.progress import Progress
 
         start = self.resume()
         if start == 0:
             self.check_step_zero()
         self.log_plan(start)
-        self.start_tracker()
-        began = time.monotonic()
-        self.measured["resumed_from_step"] = start
-        with tqdm(total=self.params.num_steps, initial=start, unit="step", disable=not sys.stderr.isatty()) as bar:
-            for step in range(start, self.params.num_steps):
-                if step > start and step % self.params.checkpoint_every_n_steps == 0:
-                    self.checkpoint(step)
-                if step > 0 and step % self.params.snapshot_every_n_steps == 0:
-                    self.snapshot(step)
-                self.step(step)
-                bar.update()
-                self.log_step(step, start, began, bar)
-        seconds = time.monotonic() - began
-        images = (self.params.num_steps - start) * self.params.batch_size * self.params.gradient_accumulation_steps
-        self.measured |= {"seconds": round(seconds, 1), "images_per_second": round(images / max(seconds, 1e-9), 1)}
-        self.accelerator.end_training()
+        progress = Progress(
+            self.accelerator,
+            start=start,
+            num_steps=self.params.num_steps,
+            images_per_step=self.images_per_step,
+            every=self.runtime.log_every_n_steps,
+        )
+        progress.init_trackers(self.params.model_dump())
+        for step in range(start, self.params.num_steps):
+            if step > start and step % self.params.checkpoint_every_n_steps == 0:
+                self.checkpoint(step)
+            if step > 0 and step % self.params.snapshot_every_n_steps == 0:
+                self.snapshot(step)
+            self.step(step)
+            progress.step(self.history)
+        self.measured = progress.end()
         self.watch.end()
 
     def step(self, step: int) -> None:
@@ -320,15 +318,6 @@ class Trainer:
 
     # --- what is told and written ---------------------------------------------------------------------------------
 
-    def start_tracker(self) -> None:
-        """Below logs/, without a network: wandb offline unless WANDB_MODE says otherwise."""
-        import os
-
-        os.environ.setdefault("WANDB_MODE", "offline")
-        dvclive = {"dir": "logs/dvclive", "dvcyaml": None, "report": None, "save_dvc_exp": False}
-        settings = {name: value for name, value in self.params.model_dump().items() if value is not None}
-        self.accelerator.init_trackers("lora-dag", settings, {"wandb": {"dir": "logs"}, "dvclive": dvclive})
-
     def log_plan(self, start: int) -> None:
         p = self.params
         num = sum(t.numel() for t in self.trainable.values())
@@ -346,34 +335,8 @@ class Trainer:
             "steps       %d to %d, %.1f epochs",
             start,
             p.num_steps,
-            p.num_steps * p.batch_size * p.gradient_accumulation_steps / len(self.items),
+            p.num_steps * self.images_per_step / len(self.items),
         )
-
-    def log_step(self, step: int, start: int, began: float, bar: Any) -> None:
-        done = step + 1
-        if self.runtime.tracker != "none":
-            loss, rate, norm = self.history[-1]
-            self.accelerator.log({"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": norm}, step=done)
-        if done % self.runtime.log_every_n_steps and done != self.params.num_steps:
-            return
-        recent = [row[0] for row in self.history[-50:]]
-        smoothed = sum(recent) / len(recent)
-        per_second = (done - start) / (time.monotonic() - began)
-        images = per_second * self.params.batch_size * self.params.gradient_accumulation_steps
-        eta = (self.params.num_steps - done) / per_second
-        _, rate, norm = self.history[-1]
-        if bar.disable:
-            log.info(
-                "step %6d  loss %.4f  lr %.2e  grad_norm %7.4f  %6.1f images/s  ETA %4.0f s",
-                done,
-                smoothed,
-                rate,
-                norm,
-                images,
-                eta,
-            )
-        else:
-            bar.set_postfix(loss=f"{smoothed:.4f}", lr=f"{rate:.1e}", images_per_s=f"{images:.0f}")
 
     def save(self, adapter_folder: Path, reports: Path) -> None:
         """Write the adapter and its reports, then drop the checkpoints, which nothing needs any more."""
@@ -417,6 +380,7 @@ class Trainer:
         from stages.artifacts import adapter, metrics
         from stages.core import device
         from stages.core.files import write_json, write_text
+        from stages.core.progress import smoothed_loss
 
         stride = math.ceil(len(self.history) / MAX_LOSS_ROWS)
         rows = [
@@ -425,15 +389,13 @@ class Trainer:
             if (i + 1) % stride == 0
         ]
         write_text(reports / "loss.csv", "\n".join(["step,loss,learning_rate,grad_norm", *rows]) + "\n")
-        recent = [row[0] for row in self.history[-50:]]
-        effective = self.params.batch_size * self.params.gradient_accumulation_steps
         metrics.save(
             reports / "metrics.json",
             {
-                "train.loss_final": sum(recent) / len(recent),
+                "train.loss_final": smoothed_loss(self.history),
                 "train.num_steps": self.params.num_steps,
-                "train.images_seen": self.params.num_steps * effective,
-                "train.epochs": self.params.num_steps * effective / len(self.items),
+                "train.images_seen": self.params.num_steps * self.images_per_step,
+                "train.epochs": self.params.num_steps * self.images_per_step / len(self.items),
                 "train.num_pictures": len(self.items),
                 "train.num_trainable_parameters": sum(t.numel() for t in self.trainable.values()),
                 "train.grad_norm_max": max((row[2] for row in self.history if math.isfinite(row[2])), default=0.0),
