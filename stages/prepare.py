@@ -172,7 +172,7 @@ def parse_lines(metadata: Path, problems: list[str]) -> list[tuple[int, dict[str
             value = json.loads(blob.decode("utf-8"))
         except UnicodeDecodeError:
             problems.append(f"{metadata}:{number}: not UTF-8 text; save the file as UTF-8")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{metadata}:{number}: no valid JSON ({error}); expected one object per line")
         else:
             if isinstance(value, dict):
@@ -213,6 +213,8 @@ def caption_problems(value: dict[str, Any], column: str) -> list[str]:
         return [f"no '{column}' column; write the caption, or \"\" for none"]
     if not isinstance(value[column], str):
         return [f'{column}: got {json.dumps(value[column])}; expected a string, "" for no caption']
+    if any(unicodedata.category(character) == "Cs" for character in value[column]):
+        return [f"{column}: {json.dumps(value[column])[:80]} holds half a character (a lone surrogate); write it again"]
     return []
 
 
@@ -224,7 +226,7 @@ def check_name(source: Path, name: Any) -> str:
     """
     if not isinstance(name, str) or not name:
         raise UserError(f"file_name: got {json.dumps(name)}; expected the name of a picture in {source}")
-    if any(unicodedata.category(character) == "Cc" for character in name):
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
         raise UserError(f"file_name: {json.dumps(name)} holds a control character; rename the file")
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:

@@ -42,7 +42,7 @@ class ValidateParams(Params):
     """Strata of the training timesteps, one row of the table in each, per picture."""
     max_pictures: int = Field(ge=1)
     """Held-out pictures in the table, and as many training pictures beside them."""
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=1024)
     """Rows, or pictures being drawn, at a time."""
     prompts: list[str] = Field(min_length=1)
     """Rows of the sheets."""

@@ -182,6 +182,30 @@ def test_code_in_a_component(copied: Workspace) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_broken_json_in_a_component(copied: Workspace, name: str, text: str) -> None:
+    (Path("data/base") / name).write_text(text)
+    assert problem(copied) == f"data/base/{name}: no JSON object; fetch the model again"
+
+
+@pytest.mark.parametrize("kept", [0, 5, 5000])
+def test_truncated_weights(copied: Workspace, kept: int) -> None:
+    path = Path("data/base/unet/diffusion_pytorch_model.safetensors")
+    path.write_bytes(path.read_bytes()[:kept])
+    assert problem(copied) == f"{path}: truncated or no safetensors file; fetch the model again"
+
+
+def test_a_tokenizer_without_its_vocabulary(copied: Workspace) -> None:
+    Path("data/base/tokenizer/tokenizer.json").unlink()
+    assert problem(copied).startswith("data/base/tokenizer: no vocab.json with merges.txt; ")
+
+
+def test_a_config_without_its_keys(copied: Workspace) -> None:
+    Path("data/base/vae/config.json").write_text("{}")
+    assert "lacks what the family reads ('block_out_channels')" in problem(copied)
+
+
 def test_wrong_variant(copied: Workspace) -> None:
     found = problems(copied, "model.variant=fp16")
     assert found == (

@@ -11,7 +11,7 @@ import torch
 
 from stages.core import files
 from stages.core.console import UserError
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Workspace
 
 
 def test_atomic_replaces_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -106,3 +106,13 @@ def test_state_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     assert files.state_dir() == Path("/repository/.state")
     monkeypatch.setenv("LORA_STATE_DIR", "/elsewhere")
     assert files.state_dir() == Path("/elsewhere")
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line(workspace: Workspace) -> None:
+    Path("reports").write_text("mine")
+    done = workspace.process("prepare")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: reports/dataset: Not a directory; remove or rename what stands in the place of a folder\n",
+    )
+    assert Path("reports").read_text() == "mine"

@@ -114,6 +114,8 @@ def test_a_section_that_is_no_mapping(file: Path) -> None:
         (b"", "params.yaml: expected a mapping of sections, got NoneType"),
         (b"lora:\n  rank: 4\n  rank: 8\n", "params.yaml:3: "),
         (b"lora:\n  rank: [4\n", "params.yaml:"),
+        (b"report:\n  title: 2026-99-99\n", "params.yaml: no valid YAML (month must be in 1..12)"),
+        (b"[" * 2000, "params.yaml: no valid YAML ("),
     ],
 )
 def test_a_file_that_cannot_be_read(file: Path, text: bytes | None, message: str) -> None:
@@ -123,6 +125,17 @@ def test_a_file_that_cannot_be_read(file: Path, text: bytes | None, message: str
         file.write_bytes(text)
     (problem,) = problems(file)
     assert problem.startswith(message)
+
+
+def test_section_names_that_are_no_strings(file: Path) -> None:
+    file.write_text("3: {a: 1}\n~: 1\n")
+    assert "params.yaml 3: unknown key" in problems(file)[0]
+    assert "params.yaml None: unknown key" in problems(file)[1]
+
+
+def test_an_override_that_is_no_date(file: Path) -> None:
+    with pytest.raises(UserError, match="--set report.title=2026-99-99: the value is no valid YAML"):
+        params.load(file, ["report.title=2026-99-99"])
 
 
 def test_params_are_frozen(file: Path) -> None:

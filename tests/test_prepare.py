@@ -222,6 +222,8 @@ def test_empty_dataset(workspace: Workspace) -> None:
         (b'{"file_name": "spare.png"}', "no 'text' column"),
         (b'{"file_name": "spare.png", "text": null}', "text: got null; expected a string"),
         (b'{"file_name": "spare.png", "text": 3}', "text: got 3; expected a string"),
+        (b'{"file_name": "spare.png", "text": "\\ud800"}', 'text: "\\ud800" holds half a character'),
+        (b"[" * 100_000, "no valid JSON (maximum recursion depth exceeded"),
         (b'{"text": "x"}', "file_name: got null; expected the name of a picture in data/raw"),
         (b'{"file_name": "../x.png", "text": "x"}', "file_name: '../x.png' leaves data/raw"),
         (b'{"file_name": "/x.png", "text": "x"}', "file_name: '/x.png' leaves data/raw"),

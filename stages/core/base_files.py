@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stages.families.base import Family
 
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 WEIGHTS = {"model", "diffusion_pytorch_model"}
 
 
@@ -62,6 +63,9 @@ def component_problems(folder: Path, variant: str | None) -> list[str]:
         return [f"{code[0]}: code inside a model folder is never run; remove it or use another base"]
     if not any((folder / name).exists() for name in ("config.json", "scheduler_config.json", "tokenizer_config.json")):
         return [f"{folder}: no config file; the folder is incomplete, fetch the model again"]
+    damaged = damage(folder, variant)
+    if damaged:
+        return damaged
     if not (folder / "config.json").exists():  # schedulers and tokenizers have no weights
         return []
     if weight_files(folder, variant):
@@ -73,6 +77,38 @@ def component_problems(folder: Path, variant: str | None) -> list[str]:
     if others:
         return [f"{folder}: no weights of model.variant '{variant or 'null'}'; there is {', '.join(others)}"]
     return [f"{folder}: no .safetensors weights; the folder is incomplete, fetch the model again"]
+
+
+def damage(folder: Path, variant: str | None) -> list[str]:
+    """JSON that is no object, a tokenizer without a vocabulary, weights cut short; headers alone are read."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            whole = isinstance(json.loads(path.read_bytes()), dict)
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            found.append(f"{path}: no JSON object; fetch the model again")
+    # Without these, transformers makes an empty vocabulary up and says nothing.
+    if (folder / "tokenizer_config.json").exists() and not any(
+        all((folder / name).is_file() for name in names) for names in VOCABULARIES
+    ):
+        found.append(f"{folder}: no vocab.json with merges.txt; the folder is incomplete, fetch the model again")
+    cut = [path for path in weight_files(folder, variant) if not is_whole(path)]
+    found += [f"{path}: truncated or no safetensors file; fetch the model again" for path in cut]
+    return found
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < path.stat().st_size else {}
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return bool(ends) and path.stat().st_size == 8 + length + max(ends)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -107,7 +143,10 @@ def digest(folder: Path, variant: str | None) -> str:
 
 def size_problems(model: ModelParams, family: Family, sides: Iterable[int]) -> list[str]:
     """A line for each side of a picture, in pixels, that the base cannot encode."""
-    multiple = family.pixel_multiple(model)
+    try:
+        multiple = family.pixel_multiple(model)
+    except (KeyError, TypeError) as error:
+        return [f"{model.pretrained}: a config.json lacks what the family reads ({error}); fetch the model again"]
     found = []
     for side in sorted(set(sides)):
         if side % multiple:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -24,6 +25,21 @@ PATHS = {
     "train_reports": "reports/train",
     "export_reports": "reports/export",
     "reports": "reports",
+}
+
+
+# What a machine or a person did to a path: never our fault, and the path says enough.
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+    errno.ENOTDIR: "remove or rename what stands in the place of a folder",
+    errno.EEXIST: "remove or rename what stands in the place of a folder",
+    errno.EISDIR: "remove or rename the folder that stands in the place of a file",
+    errno.ELOOP: "remove the link",
+    errno.ENAMETOOLONG: "use a shorter name",
 }
 
 
@@ -66,6 +82,12 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; {REMEDIES[error.errno]}", file=sys.stderr)
+        sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
             raise

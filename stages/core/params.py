@@ -47,7 +47,7 @@ class ModelParams(Params):
     """File in stages/families/ that knows the model."""
     pretrained: str = Field(min_length=1)
     """Folder in the diffusers layout."""
-    variant: str | None
+    variant: str | None = Field(min_length=1)
     """Weight file variant, such as fp16 for ``*.fp16.safetensors``."""
     dtype: Dtype
     """Dtype of the frozen weights and of autocast; adapters are always float32."""
@@ -89,7 +89,7 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     tree = read_yaml(path)
     for override in overrides:
         apply_override(tree, override)
-    problems = [unknown(str(path), key, SECTIONS) for key in tree if key not in SECTIONS]
+    problems = [unknown(str(path), str(key), SECTIONS) for key in tree if key not in SECTIONS]
     problems += [f"{path}: section '{name}' is missing" for name in SECTIONS if name not in tree]
     sections = {}
     for name in SECTIONS:
@@ -127,6 +127,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: {getattr(error, 'problem', None) or 'no valid YAML'}") from None
+    except (ValueError, RecursionError) as error:  # a date such as 2026-99-99; brackets without end
+        raise UserError(f"{path}: no valid YAML ({error}); put text in quotes") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
     return tree
@@ -142,7 +144,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(unknown("--set " + override, section, SECTIONS))
     try:
         tree[section][name] = YAML(typ="safe", pure=True).load(value)
-    except YAMLError:
+    except (YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {override}: the value is no valid YAML") from None
 
 
