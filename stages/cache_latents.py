@@ -299,7 +299,8 @@ def require_independent(first: Tensors, alone: Tensors, size: int) -> None:
 
 def require_finite(kind: Kind, tensors: Tensors, model: ModelParams) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise UserError(f"params.yaml model.dtype: {model.dtype} gives {kind} that are not finite; use float32")
+        cure = "fetch model.pretrained again" if model.dtype == "float32" else "use float32"
+        raise UserError(f"params.yaml model.dtype: {model.dtype} gives {kind} that are not finite; {cure}")
 
 
 @contextlib.contextmanager

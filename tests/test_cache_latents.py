@@ -308,7 +308,7 @@ def test_latents_that_are_not_finite(workspace: Workspace) -> None:
     tensors = load_tensors(path)
     save_tensors(path, tensors | {"quant_conv.bias": torch.full_like(tensors["quant_conv.bias"], torch.nan)})
     assert refusal(workspace, "--set", "model.pretrained=data/broken") == (
-        "params.yaml model.dtype: float32 gives latents that are not finite; use float32",
+        "params.yaml model.dtype: float32 gives latents that are not finite; fetch model.pretrained again",
     )
 
 

@@ -428,6 +428,12 @@ def test_a_single_loss_that_is_no_number_changes_nothing(
     assert all(tensor.isfinite().all() for tensor in weights().values())
 
 
+def test_a_strength_beyond_float32_is_one_line(encoded: Workspace) -> None:
+    with pytest.raises(UserError, match="params.yaml lora.alpha: so large that"):
+        encoded.run("train", "--set", "lora.alpha=1e300")
+    assert not Path("data/adapter").exists()
+
+
 def test_an_adapter_that_changes_step_zero_is_noticed(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     original = lora.keyed_init
 

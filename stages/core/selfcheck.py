@@ -18,12 +18,19 @@ def step_zero(denoiser: torch.nn.Module, predict: Callable[[], torch.Tensor]) ->
     """Before the first step the adapter changes nothing, to the bit.
 
     Raises:
+        UserError: the base or the adapter's strength is no number to start from.
         RuntimeError: it does.
     """
     with torch.no_grad():
         adapted = predict()
         with lora.disabled(denoiser):
             plain = predict()
+    if not plain.isfinite().all():
+        raise UserError(
+            "model.pretrained: the base predicts NaN or infinity; use model.dtype float32 or fetch it again"
+        )
+    if not adapted.isfinite().all():
+        raise UserError("params.yaml lora.alpha: so large that the fresh adapter gives NaN; use about lora.rank")
     if not torch.equal(adapted, plain):
         raise RuntimeError(f"the fresh adapter changes the base's output by {(adapted - plain).abs().max():.3g}")
 
