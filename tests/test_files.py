@@ -116,3 +116,11 @@ def test_a_file_in_the_place_of_a_folder_is_one_line(workspace: Workspace) -> No
         "error: reports/dataset: Not a directory; remove or rename what stands in the place of a folder\n",
     )
     assert Path("reports").read_text() == "mine"
+
+
+@pytest.mark.parametrize("blob", [b"", b"{", b"\xff"])
+def test_json_that_was_damaged_is_one_line(tmp_path: Path, blob: bytes) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(blob)
+    with pytest.raises(UserError, match="x.json: damaged, no JSON"):
+        files.read_json(path)
