@@ -5,12 +5,22 @@
 
 from pathlib import Path
 
+from snakemake.exceptions import WorkflowError
+
+from stages.core.console import UserError
 from stages.core.params import load, read_yaml
 
 PARAMS = load(Path("params.yaml"))
 STAGES = read_yaml(Path("dvc.yaml"))["stages"]
 VALUES = {name: section.model_dump() for name, section in PARAMS.sections.items()}
-RANKS = [int(rank) for rank in str(config.get("ranks", VALUES["lora"]["rank"])).split(",")]
+RANKS = str(config.get("ranks", VALUES["lora"]["rank"])).split(",")
+
+
+for rank in RANKS:
+    try:
+        load(Path("params.yaml"), [f"lora.rank={rank}"])
+    except UserError as error:
+        raise WorkflowError(*(f"--config ranks={config['ranks']}: {line}" for line in error.problems))
 
 
 def code(stage):

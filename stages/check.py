@@ -104,6 +104,8 @@ def dataset_problems(config: Config) -> list[str]:
 
 def disk_problems() -> list[str]:
     folder = existing(state_dir())
+    if not folder.is_dir():
+        return [f"{folder}: a file stands where the state directory should be; remove it or set LORA_STATE_DIR"]
     if not os.access(folder, os.W_OK):
         return [f"{state_dir()}: not writable; set LORA_STATE_DIR to a folder that is"]
     free = shutil.disk_usage(folder).free

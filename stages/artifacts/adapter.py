@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.console import UserError
-from stages.core.files import load_tensors, read_json, sha256_file, write_json
+from stages.core.files import load_tensors, read_json, sha256_file, understood, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,10 @@ class Adapter:
         path = folder / "adapter.json"
         if not path.exists():
             raise UserError(f"{path}: no such file; run `python -m stages.train` first")
-        return cls(**read_json(path))
+        with understood(path, "stages.train"):
+            adapter = cls(**read_json(path))
+            [adapter.files[name] for name in (FINAL, *map(snapshot_name, adapter.snapshots))]
+            return adapter
 
     def weights(self, folder: Path, step: int | None = None) -> dict[str, torch.Tensor]:
         """State dict of the snapshot at ``step``, or of the final adapter.

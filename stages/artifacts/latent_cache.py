@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.artifacts.manifest import Split
 from stages.core.console import UserError
-from stages.core.files import load_tensors, read_json, save_tensors, sha256_file, write_json
+from stages.core.files import load_tensors, read_json, save_tensors, sha256_file, understood, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -49,13 +49,19 @@ class LatentCache:
         if not path.exists():
             raise UserError(f"{path}: no such file; run `python -m stages.cache_latents` first")
         self.manifest: dict[str, Any] = read_json(path)
-        self.items = [CachedItem(**row | {"views": tuple(row["views"])}) for row in self.manifest["items"]]
+        with understood(path, "stages.cache_latents"):
+            self.items = [CachedItem(**row | {"views": tuple(row["views"])}) for row in self.manifest["items"]]
+            shards = dict(self.manifest["shards"])
         self.tensors: dict[str, torch.Tensor] = {}
-        for name, digest in self.manifest["shards"].items():
+        for name, digest in shards.items():
             shard = folder / name
             if not shard.exists() or sha256_file(shard) != digest:
                 raise UserError(f"{shard}: missing or damaged; run `python -m stages.cache_latents` again")
             self.tensors |= load_tensors(shard)
+        with understood(path, "stages.cache_latents"):
+            for item in self.items:  # every entry that a stage can ask for is there
+                self.prompt(item.caption), *map(self.latents, item.views)
+            self.prompt("")
 
     @property
     def base(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.core.console import UserError
-from stages.core.files import read_json, write_json, write_text
+from stages.core.files import read_json, understood, write_json, write_text
 
 Split = Literal["train", "heldout"]
 
@@ -52,18 +52,22 @@ class Manifest:
     def save(self, folder: Path) -> None:
         rows = sorted(self.items, key=lambda item: item.file_name)
         lines = [json.dumps(asdict(item), sort_keys=True, ensure_ascii=False) for item in rows]
-        write_text(folder / "manifest.jsonl", "\n".join(lines) + "\n")
         write_json(folder / "dataset.json", {"preprocessing": self.preprocessing, "source": self.source})
+        write_text(folder / "manifest.jsonl", "\n".join(lines) + "\n")  # last: it says that the folder is whole
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         path = folder / "manifest.jsonl"
-        if not path.exists():
-            raise UserError(f"{path}: no such file; run `python -m stages.prepare` first")
+        for needed in (path, folder / "dataset.json"):
+            if not needed.exists():
+                raise UserError(f"{needed}: no such file; run `python -m stages.prepare` first")
         items = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            views = tuple(View(tuple(view["crop"]), view["flip"]) for view in row.pop("views"))
-            items.append(Item(**row, views=views))
-        dataset = read_json(folder / "dataset.json")
-        return cls(items, dataset["preprocessing"], dataset["source"])
+        with understood(path, "stages.prepare"):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                views = tuple(View(tuple(view["crop"]), view["flip"]) for view in row.pop("views"))
+                items.append(Item(**row, views=views))
+            if not items:
+                raise ValueError("no rows")
+            dataset = read_json(folder / "dataset.json")
+            return cls(items, dataset["preprocessing"], dataset["source"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -71,9 +70,8 @@ def parser(description: str | None, paths: Iterable[str] = ()) -> argparse.Argum
 
 def run(main: Callable[[], None]) -> None:
     """Run a stage: exit code 0 done, 2 the user's input (one line each on stderr), 1 our fault (traceback)."""
-    level = os.environ.get("LORA_LOG_LEVEL", "INFO")
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    log.setLevel(level)
+    log.setLevel("INFO")
     try:
         main()
     except UserError as error:

@@ -91,6 +91,22 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: damaged, no JSON ({error}); delete it and run `dvc repro`") from None
 
 
+@contextlib.contextmanager
+def understood(path: Path, stage: str) -> Iterator[None]:
+    """Inside, an artifact is taken apart; content of another shape was written by hand or by another version.
+
+    Raises:
+        UserError: naming the stage that writes it.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path}: edited by hand or of another version ({what}); run `python -m {stage}` again"
+        ) from None
+
+
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, written whole; keys sorted, one byte sequence for one content."""
     from safetensors.torch import save
