@@ -196,7 +196,7 @@ from diffusers import {family.PIPELINE}
 
 pipe = {family.PIPELINE}.from_pretrained({pretrained}{variant}, safety_checker=None)
 pipe.load_lora_weights("data/export/diffusers")
-pipe({prompt}).images[0].save("sample.png")
+pipe({prompt}, guidance_scale={params.guidance_scale:g}).images[0].save("sample.png")
 ```
 
 With PEFT: `PeftModel.from_pretrained(pipe.{family.DENOISER}, "data/export/peft")`.

@@ -30,6 +30,7 @@ TINY: dict[str, dict[str, Any]] = {
     "train": {
         "num_steps": 4,
         "batch_size": 2,
+        "learning_rate": 1e-3,
         "lr_warmup_steps": 1,
         "checkpoint_every_n_steps": 2,
         "snapshot_every_n_steps": 2,
