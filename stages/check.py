@@ -13,12 +13,15 @@ import shutil
 import sys
 from pathlib import Path
 
+from stages.cache_latents.params import CacheParams, flip_problems
 from stages.core import base_files
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams, load
 from stages.families.base import load_family
-from stages.prepare import DatasetParams, read_metadata
+from stages.prepare.geometry import buckets
+from stages.prepare.params import DatasetParams
+from stages.prepare.sources import list_entries
 
 # Series that the project is tested with; the exact versions stand in requirements.lock.
 PACKAGES = {
@@ -90,16 +93,23 @@ def torchvision_problems(torch: str, torchvision: str) -> list[str]:
 def base_check(config: Config) -> list[str]:
     model, dataset = config.section(ModelParams), config.section(DatasetParams)
     family = load_family(model.family)
-    return base_files.problems(model, family) or base_files.size_problems(model, family, [dataset.resolution])
+    sizes = buckets(dataset) if dataset.aspect_buckets else [(dataset.resolution, dataset.resolution)]
+    return base_files.problems(model, family) or base_files.size_problems(model, family, sizes)
 
 
 def dataset_problems(config: Config) -> list[str]:
-    """What is wrong with the rows; prepare decodes the pictures too."""
+    """What is wrong with the rows; prepare opens the pictures too."""
     dataset = config.section(DatasetParams)
+    found = flip_problems(dataset.flip, config.section(CacheParams).num_variants)
     try:
-        return read_metadata(Path(dataset.source), dataset)[1]
+        listing = list_entries(dataset)
     except UserError as error:
-        return list(error.problems)
+        return [*found, *error.problems]
+    if dataset.on_bad == "error":
+        return found + [str(problem) for problem in listing.problems]
+    for problem in listing.problems:
+        log.warning("warning: will be left out: %s", problem)
+    return found
 
 
 def disk_problems() -> list[str]:

@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {"dtype": "float32"},
-    "dataset": {"resolution": 32, "heldout_fraction": 0.25},
+    "dataset": {"resolution": 32, "heldout_fraction": 0.25, "near_duplicate_bits": None},
     "cache": {"batch_size": 4},
     "lora": {"rank": 2, "alpha": 2},
     "train": {
@@ -187,7 +187,10 @@ def workspace(
     def call(stage: str, *argv: str) -> list[str]:
         monkeypatch.setattr(sys, "argv", [stage, *argv])
         caplog.clear()
-        importlib.import_module(f"stages.{stage}").main()
+        module = importlib.import_module(f"stages.{stage}")
+        if hasattr(module, "__path__"):  # a package
+            module = importlib.import_module(f"stages.{stage}.__main__")
+        module.main()
         return [record.getMessage() for record in caplog.records if record.name == "lora-dag"]
 
     return Workspace(tmp_path, call)

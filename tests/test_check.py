@@ -229,15 +229,34 @@ def test_resolution_below_the_least(copied: Workspace) -> None:
     assert problem(copied) == ("params.yaml dataset.resolution: 32 is no multiple of 64, which data/base needs; use 64")
 
 
+def test_bucket_sides(copied: Workspace) -> None:
+    change = ("dataset.aspect_buckets=true", "dataset.resolution=64", "dataset.bucket_step=8")
+    path = Path("data/base/unet/config.json")
+    path.write_text(json.dumps(read_json(path) | {"block_out_channels": [32] * 3}))
+    assert problem(copied, *change) == (
+        "params.yaml dataset.bucket_step: sides of 56, 72 pixels are no multiples of 16, which data/base needs; use 16"
+    )
+
+
 # The dataset
 
 
-def test_no_metadata(copied: Workspace) -> None:
+def test_pictures_without_captions(copied: Workspace) -> None:
     os.remove("data/raw/metadata.jsonl")
-    assert problem(copied) == (
-        "data/raw/metadata.jsonl: no such file; expected one JSON row per picture, "
-        'such as {"file_name": "red-apple.png", "text": "red apple"}'
-    )
+    assert problem(copied).startswith("data/raw: pictures without captions; write metadata.jsonl with rows such as")
+
+
+def test_bad_rows_that_are_left_out_are_said(copied: Workspace) -> None:
+    rows = read_rows(Path("data/raw"))
+    rows[2]["text"] = None
+    write_rows(Path("data/raw"), rows)
+    lines = copied.run("check", "--set", "dataset.on_bad=skip")
+    said = "warning: will be left out: data/raw/metadata.jsonl:3: text: got null"
+    assert any(line.startswith(said) for line in lines)
+
+
+def test_mirrors_without_a_second_view(copied: Workspace) -> None:
+    assert problem(copied, "dataset.flip=true").startswith("params.yaml dataset.flip: true with cache.num_variants 1")
 
 
 def test_metadata_that_is_empty(copied: Workspace) -> None:

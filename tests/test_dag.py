@@ -62,7 +62,8 @@ def test_every_section_is_read_by_a_stage_but_runtime(stages: dict[str, Any]) ->
 @pytest.mark.parametrize("name", STAGES)
 def test_stage_takes_only_the_sections_that_dvc_knows_of(name: str) -> None:
     """A section that the code reads and dvc.yaml does not list would leave stale results standing."""
-    source = (ROOT / "stages" / f"{name}.py").read_text()
+    files = [ROOT / path for path in closure(name) if re.match(rf"stages/{name}\b", path)]
+    source = "".join(path.read_text() for path in files)
     classes = {path.split(":")[1]: section for section, path in SECTIONS.items()}
     taken = {classes[cls] for cls in re.findall(r"\.section\((\w+)\)", source)}
     assert taken - {"runtime"} <= READS[name]

@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 
 from stages.core import params
 from stages.core.console import UserError
-from stages.train import LoraParams, TrainParams
+from stages.train.params import LoraParams, TrainParams
 from tests.conftest import REPOSITORY
 
 
@@ -142,3 +142,19 @@ def test_an_override_that_is_no_date(file: Path) -> None:
 def test_params_are_frozen(file: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         params.load(file).section(LoraParams).rank = 3
+
+
+@pytest.mark.parametrize(
+    ("subsets", "message"),
+    [
+        ("[{pth: a}]", "params.yaml dataset.subsets.0.pth: unknown key (near: path)"),
+        ("[{path: a}, {path: b, repeets: 2}]", "params.yaml dataset.subsets.1.repeets: unknown key (near: repeats)"),
+        ("[{path: a, repeats: 0}]", "params.yaml dataset.subsets.0.repeats: got 0; input should be greater than"),
+        ("[ink]", "params.yaml dataset.subsets.0: got 'ink'; expected {path: ...}"),
+        ("[{path: a}, {path: a}]", "params.yaml dataset: subsets names a path twice; use repeats"),
+    ],
+)
+def test_a_mistake_inside_a_list_names_its_place(file: Path, subsets: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        params.load(file, [f"dataset.subsets={subsets}"])
+    assert any(problem.startswith(message) for problem in caught.value.problems)

@@ -141,20 +141,23 @@ def digest(folder: Path, variant: str | None) -> str:
     return total.hexdigest()
 
 
-def size_problems(model: ModelParams, family: Family, sides: Iterable[int]) -> list[str]:
-    """A line for each side of a picture, in pixels, that the base cannot encode."""
+def size_problems(model: ModelParams, family: Family, sizes: Iterable[tuple[int, int]]) -> list[str]:
+    """A line if pictures of these widths and heights, in pixels, cannot be encoded by the base."""
     try:
         multiple = family.pixel_multiple(model)
     except (KeyError, TypeError) as error:
         return [f"{model.pretrained}: a config.json lacks what the family reads ({error}); fetch the model again"]
-    found = []
-    for side in sorted(set(sides)):
-        if side % multiple:
-            below = side - side % multiple
-            near = f"{below} or {below + multiple}" if below else str(multiple)
-            where = f"params.yaml dataset.resolution: {side}"
-            found.append(f"{where} is no multiple of {multiple}, which {model.pretrained} needs; use {near}")
-    return found
+    sides = sorted({side for size in sizes for side in size})
+    bad = [side for side in sides if side % multiple]
+    if not bad:
+        return []
+    if len(sides) > 1:
+        found = f"sides of {', '.join(map(str, bad))} pixels are no multiples of {multiple}"
+        return [f"params.yaml dataset.bucket_step: {found}, which {model.pretrained} needs; use {multiple}"]
+    below = bad[0] - bad[0] % multiple
+    near = f"{below} or {below + multiple}" if below else str(multiple)
+    where = f"params.yaml dataset.resolution: {bad[0]}"
+    return [f"{where} is no multiple of {multiple}, which {model.pretrained} needs; use {near}"]
 
 
 def require_base(model: ModelParams, family: Family) -> None:

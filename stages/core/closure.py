@@ -15,11 +15,13 @@ FAMILY = "stages/families/${model.family}.py"
 
 
 def closure(stage: str) -> list[str]:
-    """Files that ``python -m stages.<stage>`` can import, relative to the repository; the family file by its template.
+    """Files that ``python -m stages.<stage>`` (a module or a package) can import, relative to the repository.
 
-    Imports under ``if TYPE_CHECKING`` never run. Families are loaded by name, by ``load_family`` in families/base.py.
+    The family's file is named by its template: families are loaded by name, by ``load_family`` in families/base.py.
+    Imports under ``if TYPE_CHECKING`` never run.
     """
-    found = reachable([ROOT / "stages" / f"{stage}.py"])
+    module, package = ROOT / "stages" / f"{stage}.py", ROOT / "stages" / stage / "__main__.py"
+    found = reachable([module if module.exists() else package])
     if ROOT / "stages/families/base.py" in found:
         families = {
             path for path in (ROOT / "stages/families").glob("*.py") if path.name not in ("__init__.py", "base.py")

@@ -21,6 +21,7 @@ PATHS = {
     "adapter": "data/adapter",
     "export": "data/export",
     "dataset_reports": "reports/dataset",
+    "latents_reports": "reports/latents",
     "train_reports": "reports/train",
     "export_reports": "reports/export",
     "reports": "reports",

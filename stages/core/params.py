@@ -10,8 +10,9 @@ import difflib
 import importlib
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML, YAMLError
@@ -21,13 +22,13 @@ from stages.core.console import UserError
 # Modules are named, not imported: a stage's code must not depend on another stage's.
 SECTIONS = {
     "model": "stages.core.params:ModelParams",
-    "dataset": "stages.prepare:DatasetParams",
-    "cache": "stages.cache_latents:CacheParams",
-    "lora": "stages.train:LoraParams",
-    "train": "stages.train:TrainParams",
-    "validate": "stages.validate:ValidateParams",
+    "dataset": "stages.prepare.params:DatasetParams",
+    "cache": "stages.cache_latents.params:CacheParams",
+    "lora": "stages.train.params:LoraParams",
+    "train": "stages.train.params:TrainParams",
+    "validate": "stages.validate.params:ValidateParams",
     "export": "stages.export:ExportParams",
-    "report": "stages.report:ReportParams",
+    "report": "stages.report.params:ReportParams",
     "runtime": "stages.core.params:RuntimeParams",
 }
 
@@ -155,10 +156,14 @@ def explain(path: Path, section: str, cls: type[Params], error: ValidationError)
         # Members of a union repeat their type's name in the location.
         parts = [str(part) for part in detail["loc"]]
         key = ".".join([section, *(p for p in parts if not re.match(r"(function-|list\[|int$|str$|float$)", p))])
+        inner = innermost(cls, detail["loc"])
         if detail["type"] == "extra_forbidden":
-            lines.append(unknown(str(path), key, cls.model_fields))
+            lines.append(unknown(str(path), key, inner.model_fields))
         elif detail["type"] == "missing":
-            lines.append(f"{path} {key}: missing; {describe(cls, str(detail['loc'][0]))}")
+            lines.append(f"{path} {key}: missing; {describe(inner, str(detail['loc'][-1]))}")
+        elif detail["type"] == "model_type":
+            example = ", ".join(f"{name}: ..." for name, field in inner.model_fields.items() if field.is_required())
+            lines.append(f"{path} {key}: got {detail['input']!r}; expected {{{example}}}")
         elif detail["type"] == "value_error":
             lines.append(f"{path} {key}: {detail['msg'].removeprefix('Value error, ')}")
         else:
@@ -166,7 +171,23 @@ def explain(path: Path, section: str, cls: type[Params], error: ValidationError)
     return lines
 
 
-def describe(cls: type[Params], field: str) -> str:
+def innermost(cls: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The class that a location such as ``("subsets", 0, "path")`` leads into."""
+    for part in location:
+        field = cls.model_fields.get(str(part))
+        cls = next(models(field.annotation), cls) if field else cls
+    return cls
+
+
+def models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The params classes inside an annotation such as ``list[Subset] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from models(argument)
+
+
+def describe(cls: type[BaseModel], field: str) -> str:
     annotation = str(cls.__annotations__.get(field, "")).replace("Literal", "one of ")
     return f"expected {annotation}" if annotation else "add it"
 

@@ -1,109 +1,309 @@
-"""Pictures: from a checked file to what the model sees, two pixel measures, and sheets of labelled pictures.
+"""Pictures: from bytes to what the model sees and what the loss looks at, and two pixel measures.
 
-Everything here is Pillow and NumPy; the same input gives the same bytes.
+Everything here is Pillow and NumPy; the same input gives the same pixels.
 """
 
 from __future__ import annotations
 
+import base64
 import io
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import warnings
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from stages.core.console import UserError
-from stages.core.files import atomic
 
 if TYPE_CHECKING:
     from stages.artifacts.manifest import Item, View
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp",),
+}
+FORMATS = tuple(SUFFIXES)
+SIGNATURES = {  # how files start that a person may take for a picture, and pictures too broken to be opened
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG",),
+    "WEBP": (b"RIFF",),
+    "GIF": (b"GIF8",),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "BMP": (b"BM",),
+    "HTML": (b"<!doctype html", b"<html"),
+    "SVG": (b"<svg", b"<?xml"),
+    "PDF": (b"%PDF",),
+    "Photoshop": (b"8BPS",),
+    "Git LFS pointer": (b"version https://git-lfs",),
+}
+MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B"}
 MAX_PIXELS = 80_000_000  # a few KB of PNG can claim more, and Pillow itself refuses from 179 million only
+MAX_SIDE = 65_535  # of a JPEG
 VERSION = 1  # of the way from bytes to pixels; part of every cache key, so raise it when load_view changes
+CHECK_VERSION = 1  # of check_picture; raise it when it finds something else in the same bytes
+FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+THUMBNAIL = (17, 16)  # width, height: 16 x 16 differences of neighbours
 NEAR_WHITE = 240
 DARK = 64
 
-BACKGROUND = "#ffffff"
-INK = "#24292f"
-FAINT = "#d0d7de"
-LINE_SPACING = 1.3
-MAX_LABEL_LINES = 3
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it, check_picture refuses in its own words
+
+
+# Checking
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What one look at a picture's bytes tells; a function of the bytes alone."""
+
+    width: int
+    """After EXIF rotation, as is the height."""
+    height: int
+    format: str
+    """By content: a key of ``SUFFIXES``."""
+    alpha: tuple[int, int] | None
+    """Smallest and largest opacity of a pixel, 0 to 255; None without an alpha channel."""
+    lightest: int
+    """Largest luminance, 0 to 255, laid on black where transparent: 0 for a mask that hides everything."""
+    thumbnail: str
+    """RGB of 17 x 16 pixels, laid on white, uint8 in base64: what near-duplicates are told by."""
+    warnings: tuple[str, ...]
+    """What is allowed but seldom meant, as a predicate of several pictures: "are CMYK and are converted to sRGB"."""
+
+    @property
+    def has_alpha(self) -> bool:
+        """Some pixel lets the background through."""
+        return self.alpha is not None and self.alpha[0] < 255
+
+    @property
+    def dhash(self) -> str:
+        return dhash(self.thumbnail)
+
+
+def check_picture(blob: bytes, name: str, first_frame: bool) -> Checked:
+    """What the bytes hold, verified and decoded to the last pixel.
+
+    Args:
+        name: for messages; the format is told by content. See ``misnamed``.
+        first_frame: take the first of several frames or pages.
+
+    Raises:
+        UserError: it cannot be read, has several frames, is too large, or has pixels that would be misread.
+    """
+    if not blob:
+        raise UserError(f"'{name}' is an empty file; restore it or remove it")
+    try:
+        with Image.open(io.BytesIO(blob), formats=FORMATS) as image:
+            found = _refuse(image, first_frame)
+            image.verify()  # a flipped byte in a PNG shows here only
+        with Image.open(io.BytesIO(blob), formats=FORMATS) as image:
+            image.load()
+            return _describe(image, found)
+    except UserError as error:
+        raise UserError(f"'{name}' {error}") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"'{name}' {_unidentified(blob)}") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"'{name}' claims too many pixels; at most {MAX_PIXELS:,} are read, scale it down") from None
+    except Exception as error:  # decoders raise what they like on broken bytes
+        what = " ".join(str(error).split()).rstrip(".")[:120]
+        raise UserError(f"'{name}' is damaged ({what}); restore it or remove it") from None
+
+
+def misnamed(name: str, checked: Checked) -> bool:
+    """The name's suffix is another format's."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return any(suffix in suffixes for form, suffixes in SUFFIXES.items() if form != checked.format)
+
+
+def _refuse(image: Image.Image, first_frame: bool) -> list[str]:
+    """Warnings about a picture that was opened but not decoded.
+
+    Raises:
+        UserError: a predicate, for the caller to put the name before.
+    """
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise UserError(
+            f"has {width} x {height} pixels; at most {MAX_PIXELS:,} and {MAX_SIDE:,} a side are read, scale it down"
+        )
+    # Phones write JPEGs with a preview behind the picture (MPO); those are no animation.
+    several = getattr(image, "is_animated", False) and image.format != "MPO"
+    if several and not first_frame:
+        raise UserError(
+            "is animated or has several pages; save one as a picture, or set dataset.first_frame to true for the first"
+        )
+    if image.mode not in MODES or _odd_depth(image):
+        raise UserError(f"has pixels of type {image.mode}{_odd_depth(image)}; save it with 8 or 16 bits per channel")
+    if image.mode.startswith("I") and "transparency" in image.info:
+        raise UserError("is 16-bit grey with a transparent shade; save it with 8 bits")
+    found = {
+        "are CMYK and are converted to sRGB": image.mode == "CMYK",
+        "have 1 bit per pixel, black or white": image.mode == "1",
+        "have several frames or pages, of which the first is taken": several,
+    }
+    return [text for text, applies in found.items() if applies]
+
+
+def _odd_depth(image: Image.Image) -> str:
+    """`` of 12 bits`` for a TIFF whose grey Pillow would show much too dark: it reads 12 bits as 16."""
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))
+    return f" of {bits[0]} bits" if image.mode.startswith("I") and tuple(bits) != (16,) else ""
+
+
+def _describe(image: Image.Image, found: list[str]) -> Checked:
+    full = _upright(image)
+    alpha = _range(full.getchannel("A")) if full.mode == "RGBA" else None
+    if alpha == (0, 0):
+        found = [*found, "are transparent all over, so that only dataset.background is seen"]
+    # Before colours are converted, which takes long; bilinear weighs pixels by a triangle twice as wide as a cell.
+    small = _flat(full.resize(THUMBNAIL, Image.Resampling.BILINEAR), "#ffffff")
+    return Checked(
+        *full.size,
+        format="JPEG" if image.format == "MPO" else str(image.format),
+        alpha=alpha,
+        lightest=_range(_luminance(full))[1],
+        thumbnail=base64.b64encode(small.tobytes()).decode("ascii"),
+        warnings=tuple(found),
+    )
+
+
+def _range(channel: Image.Image) -> tuple[int, int]:
+    return cast(tuple[int, int], channel.getextrema())  # of one band
+
+
+def _unidentified(blob: bytes) -> str:
+    start = blob[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    kind = "HEIC or AVIF" if blob[4:8] == b"ftyp" else ""
+    for name, starts in SIGNATURES.items():
+        kind = name if start.startswith(tuple(map(bytes.lower, starts))) else kind
+    if kind in FORMATS:
+        return f"is a damaged {kind}: its header cannot be read; restore it or remove it"
+    seems = f" but seems to be {kind}" if kind else ""
+    return f"is no JPEG, PNG, WebP, GIF, TIFF or BMP picture{seems}; convert it or remove it"
+
+
+# Likeness
+
+
+def dhash(thumbnail: str) -> str:
+    """Difference hash of ``Checked.thumbnail``: 256 bits in hex; see ``gradient_bits``."""
+    return np.packbits(gradient_bits(thumbnail_pixels(thumbnail))).tobytes().hex()
+
+
+def thumbnail_pixels(thumbnail: str) -> np.ndarray:
+    """uint8 [16, 17, 3] of ``Checked.thumbnail``."""
+    width, height = THUMBNAIL
+    return np.frombuffer(base64.b64decode(thumbnail), np.uint8).reshape(height, width, 3)
+
+
+def gradient_bits(pixels: np.ndarray) -> np.ndarray:
+    """Where the grey of a pixel is larger than its left neighbour's: bool [..., 256], row by row.
+
+    Grey is rounded ITU-R 601 luma, as Pillow's mode L: an even area, such as a white background, gives zeros.
+
+    Args:
+        pixels: uint8 [..., 16, 17, 3].
+
+    Source: N. Krawetz, "Kind of Like That" (hackerfactor.com, 2013): dHash, there of 9 x 8 pixels.
+    """
+    grey = (pixels.astype(np.int64) @ np.array([19595, 38470, 7471]) + 0x8000) >> 16  # [..., 16, 17]
+    bits = grey[..., 1:] > grey[..., :-1]
+    return bits.reshape(*bits.shape[:-2], -1)
 
 
 # From bytes to pixels
 
 
-def check_picture(path: Path) -> tuple[int, int]:
-    """Width and height after EXIF rotation, of a picture that was verified and decoded to the last pixel.
-
-    Raises:
-        UserError: it cannot be read, is animated, or is too large.
-    """
-    name = path.name
-    if path.stat().st_size == 0:
-        raise UserError(f"'{name}' is an empty file; restore it or remove the row")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UserError(f"'{name}' has {width} x {height} pixels; at most {MAX_PIXELS:,} are read")
-            # Phones write JPEGs with a preview behind the picture (MPO); those are no animation.
-            if getattr(image, "is_animated", False) and image.format != "MPO":
-                raise UserError(f"'{name}' is animated; save one frame as a picture")
-            if image.mode.startswith("I") and "transparency" in image.info:
-                raise UserError(f"'{name}' is 16-bit grey with a transparent shade; save it with 8 bits")
-            image.verify()  # a flipped byte in a PNG shows here only
-        with Image.open(path, formats=FORMATS) as image:
-            image.load()
-            if image.getexif().get(0x0112, 1) >= 5:  # Orientation: turned by a quarter
-                width, height = height, width
-    except UserError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise UserError(f"'{name}' is no JPEG, PNG or WebP picture; convert it or remove the row") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"'{name}' claims too many pixels; at most {MAX_PIXELS:,} are read, scale it down") from None
-    except Exception as error:  # decoders raise what they like on broken bytes
-        raise UserError(f"'{name}' is damaged ({str(error).rstrip('.')}); restore it or remove the row") from None
-    return width, height
-
-
-def preprocessing(background: str) -> dict[str, Any]:
+def preprocessing(background: str, image_interpolation_mode: str) -> dict[str, Any]:
     """What, beside the bytes and the view, decides the pixels that ``load_view`` returns."""
-    return {"background": background.lower(), "filter": "lanczos", "version": VERSION}
+    return {"background": background.lower(), "filter": image_interpolation_mode, "version": VERSION}
 
 
-def load_view(path: Path, item: Item, view: View, preprocessing: dict[str, Any]) -> Image.Image:
+def load_view(blob: bytes, item: Item, view: View, preprocessing: dict[str, Any]) -> Image.Image:
     """One view of a picture as the model sees it: RGB of ``item.width`` x ``item.height``.
 
     Args:
         preprocessing: the manifest's.
     """
-    with Image.open(path, formats=FORMATS) as image:
-        upright = to_rgb(image, preprocessing["background"])
-    size = (item.width, item.height)
-    seen = upright.resize(size, Image.Resampling.LANCZOS, box=view.crop)
+    return cut_view(decode(blob, preprocessing), item, view, preprocessing)
+
+
+def decode(blob: bytes, preprocessing: dict[str, Any]) -> Image.Image:
+    """The whole picture, upright, in sRGB: what all of its views are cut from."""
+    with Image.open(io.BytesIO(blob), formats=FORMATS) as image:
+        return to_rgb(image, preprocessing["background"])
+
+
+def cut_view(upright: Image.Image, item: Item, view: View, preprocessing: dict[str, Any]) -> Image.Image:
+    """RGB of ``item.width`` x ``item.height`` from a decoded picture."""
+    seen = upright.resize((item.width, item.height), FILTERS[preprocessing["filter"]], box=view.crop)
     return ImageOps.mirror(seen) if view.flip else seen
+
+
+def load_mask(
+    blob: bytes, item: Item, view: View, preprocessing: dict[str, Any], kind: Literal["alpha", "file"]
+) -> np.ndarray:
+    """How much the loss looks at each pixel of a view: float32 [item.height, item.width], 0 to 1.
+
+    Args:
+        blob: the picture's bytes for ``alpha``: its opacity, 1 where it has no alpha channel;
+            those of its mask for ``file``: luminance, black where transparent. The mask may have another size.
+        preprocessing: the manifest's; its filter is for colours and could ring below 0 here.
+    """
+    with Image.open(io.BytesIO(blob), formats=FORMATS) as image:
+        full = _upright(image)
+    if kind == "file":
+        channel = _luminance(full)
+    else:
+        channel = full.getchannel("A") if full.mode == "RGBA" else Image.new("L", full.size, 255)
+    across, down = channel.width / item.source_width, channel.height / item.source_height
+    left, top, right, bottom = view.crop
+    box = (left * across, top * down, min(right * across, channel.width), min(bottom * down, channel.height))
+    seen = channel.resize((item.width, item.height), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(ImageOps.mirror(seen) if view.flip else seen, np.float32) / 255
 
 
 def to_rgb(image: Image.Image, background: str) -> Image.Image:
     """Turned upright by EXIF, in sRGB, laid on ``background`` (#rrggbb) where transparent, 16-bit grey scaled to 8."""
-    profile = image.info.get("icc_profile")
+    return _flat(_upright(image), background)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned upright by EXIF, 8 bits per channel, RGBA where it has transparency, without a palette."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit grey to white
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
-        profile = None
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBa"):
-        image = image.convert("RGBA")
-    elif image.mode in ("P", "1"):
-        image = image.convert("RGB")
+        return image.convert("RGBA")
+    return image.convert("RGB") if image.mode in ("P", "1") else image
+
+
+def _flat(image: Image.Image, background: str) -> Image.Image:
+    """From the embedded profile to sRGB, then on ``background``."""
+    profile = image.info.get("icc_profile")
     if profile:
         image = to_srgb(image, profile)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
+
+
+def _luminance(image: Image.Image) -> Image.Image:
+    """Mode L, black where transparent; profiles are for colours and play no part."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "#000000"), image)
+    return image.convert("L")
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
@@ -145,163 +345,3 @@ def dark_share(array: np.ndarray) -> float:
 def _foreground(array: np.ndarray) -> np.ndarray:
     pixels = np.asarray(array).reshape(-1, 3)
     return pixels[pixels.min(axis=-1) < NEAR_WHITE]
-
-
-# Sheets
-
-
-def sheet(
-    rows: Sequence[Sequence[Image.Image | None]],
-    row_labels: Sequence[str] | None,
-    column_labels: Sequence[str] | None,
-    cell: int,
-    title: str | None = None,
-    captions: Sequence[Sequence[str]] | None = None,
-) -> Image.Image:
-    """A grid of pictures with labels left of the rows and above the columns.
-
-    Args:
-        rows: pictures row by row; None, or a row that ends early, leaves a cell empty.
-        row_labels: one per row, or None for no labels; long ones are wrapped, then cut with an ellipsis.
-        column_labels: one per column, or None.
-        cell: side of a picture in pixels; smaller pictures are scaled up, larger ones down.
-        captions: a text below each picture, or None.
-    """
-    font = _font(max(11, min(cell // 7, 16)))
-    title_font = _font(round(font.size * 1.4))
-    gap, margin = _spacing(cell)
-    left = [_wrap(label, font, max(cell, round(font.size * 7))) for label in row_labels or []]
-    above = [_wrap(label, font, cell) for label in column_labels or []]
-    below = [[_wrap(text, font, cell, 2) for text in row] for row in captions or []]
-
-    label_width = max((_width(line, font) for lines in left for line in lines), default=0)
-    label_right = margin + label_width
-    x = label_right + (3 * gap + 2 if label_width else 0)
-    width = x + max(map(len, rows)) * (cell + gap) - gap + margin
-    heading = _wrap(title or "", title_font, width - 2 * margin)
-    y = margin + _height(heading, title_font) + max((_height(lines, font) for lines in above), default=0)
-    y += (2 * gap if heading else 0) + (gap if above else 0)
-    caption_height = max((_height(lines, font) for row in below for lines in row), default=0)
-    pitch = max([cell + caption_height, *(_height(lines, font) for lines in left)]) + gap + (gap if below else 0)
-    canvas = Image.new("RGB", (width, y + len(rows) * pitch - gap + margin), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
-
-    _text(draw, heading, title_font, margin, margin)
-    for column, lines in enumerate(above):
-        _text(draw, lines, font, x + column * (cell + gap) + cell // 2, y - gap - _height(lines, font), "ma")
-    for index, row in enumerate(rows):
-        top = y + index * pitch
-        if left:
-            _text(draw, left[index], font, label_right, top + max(0, cell - _height(left[index], font)) // 2, "ra")
-        for column, image in enumerate(row):
-            corner = (x + column * (cell + gap), top)
-            if image is not None:
-                canvas.paste(_fit(image, cell), corner)
-                draw.rectangle((*corner, corner[0] + cell - 1, top + cell - 1), outline=FAINT)
-            if below:
-                _text(draw, below[index][column], font, corner[0] + cell // 2, top + cell + 1, "ma")
-    return canvas
-
-
-def cut(sheet: Image.Image, num_rows: int, num_columns: int, cell: int) -> list[list[Image.Image]]:
-    """The pictures of a sheet again, row by row, if no label is higher than a cell (64 pixels always suffice)."""
-    gap, margin = _spacing(cell)
-    x = sheet.width - margin - num_columns * (cell + gap) + gap
-    y = sheet.height - margin - num_rows * (cell + gap) + gap
-    lefts = [x + column * (cell + gap) for column in range(num_columns)]
-    tops = [y + row * (cell + gap) for row in range(num_rows)]
-    return [[sheet.crop((left, top, left + cell, top + cell)) for left in lefts] for top in tops]
-
-
-def _spacing(cell: int) -> tuple[int, int]:
-    """Pixels between cells, and around them all."""
-    return max(2, cell // 32), max(8, cell // 8)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The typeface inside Pillow itself: no machine's fonts change a sheet."""
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("this Pillow was built without FreeType; install the wheel from PyPI")
-    return font
-
-
-def _fit(image: Image.Image, cell: int) -> Image.Image:
-    """Scaled to fit a square cell, centred on the background."""
-    image = image.convert("RGB")
-    scale = cell / max(image.size)
-    if scale != 1:
-        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    square = Image.new("RGB", (cell, cell), BACKGROUND)
-    square.paste(image, ((cell - image.width) // 2, (cell - image.height) // 2))
-    return square
-
-
-def _wrap(label: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int = MAX_LABEL_LINES) -> list[str]:
-    """Lines no wider than ``width`` pixels; what does not fit ends in an ellipsis."""
-    lines: list[str] = []
-    for word in label.split():
-        if lines and _width(f"{lines[-1]} {word}", font) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    kept = [_ellipsize(line, font, width) for line in lines[:max_lines]]
-    if len(lines) > max_lines and not kept[-1].endswith("..."):
-        kept[-1] = _ellipsize(kept[-1] + "...", font, width)
-    return kept
-
-
-def _ellipsize(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    kept = line
-    while len(kept) > 1 and _width(line if kept == line else kept + "...", font) > width:
-        kept = kept[:-1]
-    return line if kept == line else kept.rstrip(" ,.") + "..."
-
-
-def _width(text: str, font: ImageFont.FreeTypeFont) -> int:
-    return int(np.ceil(font.getlength(text)))
-
-
-def _line(font: ImageFont.FreeTypeFont) -> int:
-    return round(font.size * LINE_SPACING)
-
-
-def _height(lines: list[str], font: ImageFont.FreeTypeFont) -> int:
-    return len(lines) * _line(font)
-
-
-def _text(
-    draw: ImageDraw.ImageDraw, lines: list[str], font: ImageFont.FreeTypeFont, x: int, y: int, anchor: str = "la"
-) -> None:
-    for index, line in enumerate(lines):
-        draw.text((x, y + index * _line(font)), line, fill=INK, font=font, anchor=anchor)
-
-
-def save_png(path: Path, image: Image.Image, max_bytes: int | None = None) -> None:
-    """Write a PNG whole, with fixed encoder settings and nothing but pixels in it.
-
-    Above ``max_bytes`` the picture is reduced to fewer levels per channel, then to a palette of ever fewer colours.
-    """
-    blob = _encode(image)
-    for colours in (64**3, 32**3, 256, 128, 64, 32, 16, 8):
-        if max_bytes is None or len(blob) <= max_bytes:
-            break
-        blob = _encode(_reduce(image.convert("RGB"), colours))
-    with atomic(path) as temporary:
-        temporary.write_bytes(blob)
-
-
-def _reduce(image: Image.Image, colours: int) -> Image.Image:
-    """Levels that keep black and white, or a palette; Pillow's median cut would give small areas another hue."""
-    if colours > 256:
-        steps = round(colours ** (1 / 3)) - 1
-        return image.point([round(round(value / 255 * steps) * 255 / steps) for value in range(256)] * 3)
-    return image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-
-
-def _encode(image: Image.Image) -> bytes:
-    clean = image.copy()
-    clean.info = {}
-    buffer = io.BytesIO()
-    clean.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()

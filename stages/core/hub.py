@@ -1,0 +1,161 @@
+"""A dataset of the Hugging Face Hub, pinned to one commit by a small YAML file that git or DVC versions::
+
+    hub: owner/name
+    revision: 0123456789abcdef0123456789abcdef01234567
+    files: ["data/train-*.parquet"]
+
+``files`` may be left out. The snapshot is downloaded once, into the state directory, and then needs no network.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.core.console import REMEDIES, UserError, log
+from stages.core.files import sha256_json, state_dir, write_json
+from stages.core.params import read_yaml, unknown
+
+KEYS = ("hub", "revision", "files")
+NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+COMMIT = r"[0-9a-f]{40}"
+NEVER_FETCHED = ["*.py", "*.pkl", "*.pickle"]  # code, which no stage would run anyway
+
+
+@dataclass(frozen=True)
+class Pin:
+    hub: str
+    """owner/name"""
+    revision: str
+    """Commit, 40 hex digits."""
+    files: tuple[str, ...] | None
+    """Patterns of the files to fetch; None for all."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its snapshot stands; another choice of files is another folder."""
+        chosen = "" if self.files is None else "-" + sha256_json(sorted(self.files))[:8]
+        return state_dir() / "hub" / self.hub.replace("/", "--") / (self.revision + chosen)
+
+
+def fetch(path: Path) -> Path:
+    """Folder with the snapshot that a pin file names, downloaded unless it is whole already.
+
+    Raises:
+        UserError: the pin is none, or the Hub does not give the files.
+    """
+    pin = read_pin(path)
+    marker = pin.folder.with_name(pin.folder.name + ".json")  # beside it: a snapshot holds what the Hub holds
+    if not complete(pin.folder, marker):
+        log.info("download    %s at %s from the Hugging Face Hub", pin.hub, pin.revision[:12])
+        names = download(path, pin)
+        write_json(marker, {name: (pin.folder / name).stat().st_size for name in names})
+    return pin.folder
+
+
+def complete(folder: Path, marker: Path) -> bool:
+    """Whether a download came to its end, and every file is still there with its size."""
+    try:
+        sizes = json.loads(marker.read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_pin(path: Path) -> Pin:
+    """A checked pin file.
+
+    Raises:
+        UserError: every problem with it, one line each.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a YAML file with the keys hub and revision")
+    tree = read_yaml(path)
+    problems = [unknown(str(path), str(key), KEYS) for key in tree if key not in KEYS]
+    problems += [f"{path} {text}" for text in (hub_problem(tree), revision_problem(tree), files_problem(tree)) if text]
+    if problems:
+        raise UserError(*problems)
+    return Pin(tree["hub"], tree["revision"], None if tree.get("files") is None else tuple(tree["files"]))
+
+
+def hub_problem(tree: dict[str, Any]) -> str:
+    name = tree.get("hub")
+    if isinstance(name, str) and re.fullmatch(NAME, name):
+        return ""
+    return f"hub: got {name!r}; expected owner/name, as in https://huggingface.co/datasets/owner/name"
+
+
+def revision_problem(tree: dict[str, Any]) -> str:
+    revision = tree.get("revision")
+    if isinstance(revision, str) and re.fullmatch(COMMIT, revision):
+        return ""
+    if isinstance(revision, int | float):
+        return f"revision: got the number {revision}; put the commit in quotes"
+    got = "missing" if revision is None else f"got {revision!r}"
+    name = tree.get("hub")
+    return (
+        f"revision: {got}; expected a commit of 40 hex digits, since what a branch, a tag or nothing names can change"
+        f" and no run could be repeated; find it at https://huggingface.co/datasets/{name}/commits/main, or with"
+        f" python -c \"import huggingface_hub as h; print(h.dataset_info('{name}').sha)\""
+    )
+
+
+def files_problem(tree: dict[str, Any]) -> str:
+    files = tree.get("files")
+    if files is None or (isinstance(files, list) and files and all(isinstance(f, str) and f for f in files)):
+        return ""
+    return f'files: got {files!r}; expected a list of patterns such as ["data/train-*.parquet"], or leave it out'
+
+
+def download(path: Path, pin: Pin) -> list[str]:
+    """Fetch the snapshot, going on where an earlier download was killed; the names of its files.
+
+    Raises:
+        UserError: the Hub cannot be reached, or has no such dataset, commit or files, or not for this person.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+    from huggingface_hub.utils import filter_repo_objects
+
+    page = f"https://huggingface.co/datasets/{pin.hub}"
+    patterns = list(pin.files) if pin.files else None
+    try:
+        # Asked first, since snapshot_download takes a folder half full for the snapshot where it cannot reach the Hub.
+        siblings = huggingface_hub.dataset_info(pin.hub, revision=pin.revision).siblings or []
+        there = sorted(sibling.rfilename for sibling in siblings)
+        wanted = list(filter_repo_objects(there, allow_patterns=patterns, ignore_patterns=NEVER_FETCHED))
+        if not wanted:
+            shown = ", ".join(there[:5]) or "no files"
+            raise UserError(f"{path} files: no file of {pin.hub} matches {patterns or ['*']}; it has {shown}")
+        huggingface_hub.snapshot_download(
+            pin.hub,
+            repo_type="dataset",
+            revision=pin.revision,
+            local_dir=pin.folder,
+            allow_patterns=patterns,
+            ignore_patterns=NEVER_FETCHED,
+        )
+    except errors.GatedRepoError:
+        raise UserError(f"{path} hub: {pin.hub} is gated; accept its terms at {page} and run `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{path} revision: {pin.hub} has no commit {pin.revision}; see {page}/commits/main") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{path} hub: no dataset {page}; check the name, or run `hf auth login` if it is private"
+        ) from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever the client's HTTP library raises
+        if getattr(error, "errno", None) in REMEDIES:  # the disk's fault, such as no space left
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"{path}: {pin.hub} cannot be downloaded ({reason}); run again, it goes on from there"
+        ) from None
+    missing = [name for name in wanted if not (pin.folder / name).is_file()]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} files of {pin.hub} did not arrive, such as {missing[0]}; run again")
+    return wanted

@@ -1,0 +1,130 @@
+"""Pictures and captions from any source -> a checked manifest: sizes, caption variants, held-out split; and what a
+reviewer looks at.
+
+In: dataset.source.  Out: data/prepared/{manifest.jsonl,dataset.json}, reports/dataset/{metrics.json,pictures.csv,...}
+Run: ``python -m stages.prepare``
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from stages.artifacts.manifest import Augmentation, Item, Manifest
+from stages.core import params
+from stages.core.console import UserError, log, parser, run
+from stages.core.containers import PictureFiles
+from stages.core.pictures import preprocessing
+from stages.prepare import changes, page, split, variants
+from stages.prepare.inspection import Row, inspect
+from stages.prepare.listing import Listing, Problem
+from stages.prepare.params import DatasetParams
+from stages.prepare.sources import list_entries
+
+
+def main() -> None:
+    args = parser(__doc__, ("prepared", "dataset_reports")).parse_args()
+    dataset = params.load(args.params, args.overrides).section(DatasetParams)
+
+    files = PictureFiles(dataset.source)
+    listing = list_entries(dataset)
+    checked = inspect(listing.entries, dataset, files)
+    left_out = settle([*listing.problems, *checked.problems], listing, dataset)
+    sides = split.assign(checked.rows, dataset)
+    left_out |= sides.withheld
+    items = [to_item(row, sides, dataset) for row in checked.rows if row.entry.file_name in sides.sides]
+    warn([*listing.warnings, *checked.warnings, *sides.warnings], items, left_out)
+
+    manifest = Manifest(
+        items,
+        preprocessing(dataset.background, dataset.image_interpolation_mode),
+        Augmentation(dataset.crop, dataset.flip, dataset.seed),
+        dataset.unmasked_weight,
+        dataset.source,
+    )
+    manifest.save(args.prepared)
+    reports = args.dataset_reports
+    page.write(manifest, sorted(left_out.items()), sides.groups, len(listing.unlisted), files.read, reports)
+    log_end(manifest, args.prepared, reports)
+    changes.report(manifest, files.read, reports)
+    log.info("next        python -m stages.cache_latents")
+
+
+def settle(problems: list[Problem], listing: Listing, dataset: DatasetParams) -> dict[str, str]:
+    """What is left out, file name -> reason, if ``dataset.on_bad`` allows it.
+
+    Raises:
+        UserError: every problem, one line each; or too many to go on without.
+    """
+    problems = sorted(problems, key=natural)
+    if not problems:
+        return {}
+    if dataset.on_bad == "error":
+        raise UserError(*map(str, problems))
+    named = {problem.file_name or problem.place: str(problem) for problem in problems}
+    total = len({entry.file_name for entry in listing.entries} | named.keys())
+    if len(named) > dataset.max_bad_fraction * total:
+        limit = f"more than dataset.max_bad_fraction {dataset.max_bad_fraction}"
+        found = f"{len(named)} of {total} pictures are bad, {limit}; mend them or raise it"
+        raise UserError(*map(str, problems), f"params.yaml dataset.on_bad: {found}")
+    return named
+
+
+def natural(problem: Problem) -> list[tuple[int, int, str]]:
+    """Sorts ``metadata.jsonl:9`` before ``metadata.jsonl:10``."""
+    parts = re.split(r"(\d+)", problem.place)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def to_item(row: Row, sides: split.Assignment, dataset: DatasetParams) -> Item:
+    entry = row.entry
+    subset = dataset.as_subsets()[entry.subset]
+    caption, captions = variants.captions_of(entry.captions, subset.caption_prefix or "", dataset)
+    return Item(
+        file_name=entry.file_name,
+        sha256=row.sha256,
+        caption=caption,
+        captions=captions,
+        split=sides.sides[entry.file_name],
+        source_width=row.width,
+        source_height=row.height,
+        width=row.target_width,
+        height=row.target_height,
+        mask="alpha" if dataset.mask == "alpha" else entry.mask,
+        mask_sha256=row.mask_sha256,
+        repeats=subset.repeats,
+        loss_weight=subset.loss_weight,
+        regularization=subset.regularization,
+    )
+
+
+def warn(found: Iterable[str], items: list[Item], left_out: dict[str, str]) -> None:
+    """Say what is allowed but seldom meant."""
+    for line in found:
+        log.warning("warning: %s", line)
+    num_blank = sum(not item.caption.strip() for item in items)
+    if num_blank:
+        log.warning("warning: %d captions are empty; those pictures are learned without a prompt", num_blank)
+    if left_out:
+        log.warning("warning: %d pictures are left out:", len(left_out))
+        for name, reason in list(left_out.items())[:5]:
+            log.warning("  %s", reason if name in reason else f"{name}: {reason}")
+
+
+def log_end(manifest: Manifest, prepared: Path, reports: Path) -> None:
+    counts = Counter(item.split for item in manifest.items)
+    sizes = Counter((item.width, item.height) for item in manifest.items)
+    shown = ", ".join(f"{width} x {height}" for (width, height), _ in sizes.most_common(3)) + more(len(sizes) - 3)
+    log.info("pictures    %d from %s, as %s pixels", len(manifest.items), manifest.source, shown)
+    log.info("split       %d train, %d held out", counts["train"], counts["heldout"])
+    log.info("written     %s, %s", prepared / "manifest.jsonl", reports / "contact.png")
+
+
+def more(count: int) -> str:
+    return f" and {count} more sizes" if count > 0 else ""
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,101 @@
+"""What changed in the dataset since the version that git holds: changes.md and changes.png beside pictures.csv.
+
+Neither git nor DVC tracks the two: they are no function of the stage's inputs, but of what was committed before.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from stages.artifacts import picture_table
+from stages.artifacts.manifest import Item, Manifest, View
+from stages.core import thumbnails
+from stages.core.console import log
+from stages.core.dataset_changes import Changes, compare_tables
+from stages.core.files import write_text
+from stages.core.pictures import load_view
+from stages.core.sheets import save_png
+
+MAX_THUMBNAILS = 2000  # pictures of one version that are kept small: the first ones by content, some 4 MB
+GIT_SECONDS = 20
+
+
+def report(manifest: Manifest, read: Callable[[str], bytes], folder: Path) -> None:
+    """Say, list and draw what changed since the committed ``folder``/pictures.csv, and keep this version's thumbnails.
+
+    A convenience beside the stage's outputs: whatever goes wrong here is said, and the stage goes on.
+    """
+    try:
+        changes = since_committed(folder / "pictures.csv")
+        keep_thumbnails(wanted(manifest.items, changes or Changes()), manifest, read)
+        log.info("changes     %s", write(changes, folder))
+    except Exception as error:
+        log.warning("warning: what changed in the dataset is not shown (%s: %s)", type(error).__name__, error)
+
+
+def since_committed(table: Path) -> Changes | None:
+    """None where git holds no earlier version."""
+    committed = git("show", f"HEAD:./{Path(os.path.relpath(table)).as_posix()}")
+    if committed is None:
+        return None
+    return compare_tables(picture_table.parse(committed), picture_table.load(table))
+
+
+def git(*arguments: str) -> str | None:
+    """Standard output, or None: no git, no repository, no commit, no such file."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, stdin=subprocess.DEVNULL, timeout=GIT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode("utf-8") if done.returncode == 0 else None
+
+
+def write(changes: Changes | None, folder: Path) -> str:
+    """Both files, or neither where there is nothing to show; returns what to say."""
+    page, drawn = folder / "changes.md", folder / "changes.png"
+    drawn.unlink(missing_ok=True)
+    if not changes:
+        page.unlink(missing_ok=True)
+        return "none since the committed version" if changes is not None else "none to show: the first version"
+    image = thumbnails.changes_sheet(changes)
+    if image:
+        save_png(drawn, image, thumbnails.SHEET_MAX_BYTES)
+    since = (git("rev-parse", "--short", "HEAD") or "").strip()
+    sections = [
+        "# What changed in the dataset",
+        f"Since commit `{since}`: {changes.summary()}.",
+        *(["![Thumbnails](changes.png)"] if image else []),
+        changes.markdown(),
+    ]
+    write_text(page, "\n\n".join(sections) + "\n")
+    return f"{changes.summary()} since the committed version; {page}"
+
+
+def wanted(items: list[Item], changes: Changes) -> list[Item]:
+    """Pictures whose thumbnails this version needs now, or a later one as its past."""
+    named = {sha256 for _, cells in thumbnails.shown(changes) for sha256, _ in cells}
+    by_content = {item.sha256: item for item in sorted(items, key=lambda item: (item.sha256, item.file_name))}
+    first = list(by_content)[:MAX_THUMBNAILS]
+    return [by_content[sha256] for sha256 in dict.fromkeys([*first, *sorted(named & by_content.keys())])]
+
+
+def keep_thumbnails(items: list[Item], manifest: Manifest, read: Callable[[str], bytes]) -> None:
+    """Make those that the store lacks."""
+
+    def make(item: Item) -> None:
+        width, height = thumbnails.size_of(item.source_width, item.source_height)
+        whole = View((0, 0, item.source_width, item.source_height), flip=False)
+        small = replace(item, width=width, height=height)
+        thumbnails.save(item.sha256, load_view(read(item.file_name), small, whole, manifest.preprocessing))
+
+    missing = [item for item in items if not thumbnails.path_of(item.sha256).exists()]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in tqdm(pool.map(make, missing), desc="thumbnails", total=len(missing), disable=None, leave=False):
+            pass

@@ -1,0 +1,104 @@
+"""Pictures that rows of metadata.jsonl, metadata.csv or metadata.parquet name, in a subset's folder and those below."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from stages.core.console import UserError
+from stages.prepare import captions, split_names
+from stages.prepare.listing import Problem
+from stages.prepare.mask_files import stem
+from stages.prepare.names import Tree, checked_file, checked_name, folded
+from stages.prepare.scope import Scope, all_of, attempt, instance_prompt, no_column
+from stages.prepare.tables import Row, Table, good, read_table
+
+Seen = dict[str, tuple[str, Table, Row]]
+"""Folded name -> the name, and the row that it stands in."""
+
+
+def read_metadata(scope: Scope, tree: Tree) -> None:
+    refuse_two_kinds(scope, tree)
+    columns = ("file_name", scope.column, "split")
+    tables = all_of(lambda name: read_table(scope.root, name, columns), tree.metadata)
+    prompt = require_columns(scope, tables)
+    seen: Seen = {}
+    named = set()
+    for table in tables:
+        for row in table.rows:
+            if isinstance(row, Problem):
+                scope.problems.append(row)
+            else:
+                named.add(add_row(scope, table, row, prompt, seen))
+    scope.unlisted = [scope.root.prefix + name for name in tree.pictures if name not in named]
+    files = " and ".join(sorted({PurePosixPath(name).name for name in tree.metadata}))
+    scope.warn_about(len(scope.unlisted), f"pictures in {scope.place} are not in {files} and are left out")
+    stems = {stem(name) for name in tree.pictures}
+    num_texts = sum(stem(name) in stems for name in tree.texts)
+    scope.warn_about(num_texts, f".txt files in {scope.place} are not read, since {files} gives the captions")
+    scope.warn_about(len(tree.containers), f".parquet or .tar files in {scope.place} are not read beside {files}")
+
+
+def refuse_two_kinds(scope: Scope, tree: Tree) -> None:
+    folders: dict[str, list[str]] = {}
+    for name in tree.metadata:
+        folders.setdefault(str(PurePosixPath(name).parent), []).append(PurePosixPath(name).name)
+    problems = [
+        f"{scope.root.place('' if folder == '.' else folder)}: {' and '.join(names)} in one folder; keep one"
+        for folder, names in folders.items()
+        if len(names) > 1
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def require_columns(scope: Scope, tables: list[Table]) -> tuple[str, ...] | None:
+    """The instance prompt if it is every picture's caption; None if each has its own.
+
+    Raises:
+        UserError: one line, not one per row, where a column is named wrong or there are no rows.
+    """
+    rows = [row for table in tables for row in good(table.rows)]
+    place = tables[0].place if len(tables) == 1 else f"{tables[0].place} and {len(tables) - 1} more"
+    if not any(table.rows for table in tables):
+        raise UserError(f"{place}: no rows; the dataset is empty")
+    columns = sorted({column for table in tables for column in table.columns})
+    if not rows:  # each is a problem of its own
+        return None
+    if "file_name" not in columns:
+        raise UserError(f"{place}: no column 'file_name'; it has {', '.join(columns) or 'no column at all'}")
+    return instance_prompt(scope, scope.column in columns, place, no_column(scope, columns, place))
+
+
+def add_row(scope: Scope, table: Table, row: Row, prompt: tuple[str, ...] | None, seen: Seen) -> str | None:
+    """List a row's picture, or say everything that is wrong with the row; the picture's name, if it is one."""
+    texts: list[str] = []
+    found = prompt or attempt(texts, lambda: captions.from_value(row.values, scope.column))
+    split = attempt(texts, lambda: split_names.from_column(row.values.get("split"), scope.dataset.heldout_split))
+    name = attempt(texts, lambda: row_file(scope, table, row.values.get("file_name")))
+    twice = named_before(name, table, row, seen) if name is not None else None
+    texts += [twice] if twice else []
+    file_name = None if name is None or twice else scope.root.prefix + name  # another row's picture is not this one's
+    scope.problems += [Problem(row.place, text, file_name) for text in texts]
+    if name is not None and found is not None and not texts:
+        scope.add(name, found, row.place, split)
+    return name
+
+
+def named_before(name: str, table: Table, row: Row, seen: Seen) -> str | None:
+    """What is wrong if an earlier row has the picture already."""
+    first, other, earlier = seen.setdefault(folded(name), (name, table, row))
+    if earlier is row:
+        return None
+    where = f"on {table.unit} {earlier.number}" if other is table else f"in {earlier.place}"
+    if first == name:
+        return f"'{name}' is named {where} already; remove one of the two rows"
+    return f"'{name}' and '{first}' ({where}) are one file where case or accents do not count; rename one"
+
+
+def row_file(scope: Scope, table: Table, name: Any) -> str:
+    folder = str(PurePosixPath(table.file).parent)
+    try:
+        return checked_file(checked_name(name, scope.root, "" if folder == "." else folder), scope.root)
+    except UserError as error:
+        raise UserError(*(f"file_name: {problem}" for problem in error.problems)) from None

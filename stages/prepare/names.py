@@ -1,0 +1,173 @@
+"""Names: which ones are safe to follow, and which files stand below a folder. Opens none of them.
+
+No name and no link may lead out of dataset.source, and nothing but a regular file is ever opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from stages.core.console import UserError
+from stages.core.containers import SEPARATOR, kind_of
+
+# What people mean as a picture; whether it is one, and of a kind that can be read, its content says.
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg"}
+SUFFIXES |= {".avif", ".heic", ".heif", ".jxl"}
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+PROSE = re.compile(r"(read\W?me|licen[cs]e|notice|copying|credits|authors|attribution|changelog)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Root:
+    """The folder that no name may leave: dataset.source, or the snapshot of a Hub dataset."""
+
+    folder: Path
+    label: str
+    """Before a name in messages: ``data/raw/`` or ``data/pin.yaml::``; never a path of the state directory."""
+    prefix: str = ""
+    """Before a name in ``Entry.file_name``: empty or ``pin.yaml::``."""
+    _real: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Folder -> where it really stands."""
+
+    def place(self, name: str) -> str:
+        """How a message names a file or folder; "" is the root itself."""
+        return self.label + printable(name) if name else self.label.rstrip("/:") or "."
+
+    def holds(self, path: Path) -> bool:
+        """Whether a path, its own last link not followed, stands inside; ask for its target by ``os.path.realpath``."""
+        base, parent = self._resolved(str(self.folder)), self._resolved(str(path.parent))
+        return parent == base or parent.startswith(base.rstrip(os.sep) + os.sep)
+
+    def _resolved(self, folder: str) -> str:
+        if folder not in self._real:
+            self._real[folder] = os.path.realpath(folder)
+        return self._real[folder]
+
+
+def printable(name: str) -> str:
+    """A name in one line of UTF-8, whatever it holds."""
+    return json.dumps(name) if has_controls(name) else name
+
+
+def has_controls(text: str) -> bool:
+    """Control characters, or half characters (lone surrogates), which bytes that are no UTF-8 turn into as well."""
+    return not text.isprintable() and any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+
+
+def folded(name: str) -> str:
+    """Equal for names that are one file where case or the Unicode form of accents does not count."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def checked_name(name: Any, root: Root, below: str = "") -> str:
+    """A name that stays inside ``below``, relative to the root; whether there is such a file is not asked.
+
+    Raises:
+        UserError: it is no name, leaves the folder, or is unsafe to hand on.
+    """
+    folder = root.place(below)
+    if not isinstance(name, str) or not name:
+        raise UserError(f"got {json.dumps(name, default=str)[:80]}; expected the name of a picture in {folder}")
+    if has_controls(name):
+        raise UserError(f"{json.dumps(name)} holds a control character; rename the file")
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise UserError(f"'{name}' leaves {folder}; expected a name relative to that folder")
+    if not pure.parts:
+        raise UserError(f"'{name}' is not a regular file; expected a picture")
+    if any(part.startswith("-") for part in pure.parts):
+        raise UserError(f"'{name}' starts with '-', which commands take for an option; rename the file")
+    if SEPARATOR in name:
+        raise UserError(f"'{name}' holds '{SEPARATOR}', which stands between a container and what it holds; rename it")
+    return str(PurePosixPath(below) / pure)
+
+
+def checked_file(name: str, root: Root) -> str:
+    """The name, as it stands on disk, of a regular file inside the root; its accents may be in the other Unicode form.
+
+    Raises:
+        UserError: there is none, or what stands there is no file or a link that leaves the root.
+    """
+    for form in dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))):
+        path = root.folder / form
+        try:
+            status = path.lstat()
+        except OSError:
+            continue
+        is_link = stat.S_ISLNK(status.st_mode)
+        if not root.holds(path) or (is_link and not root.holds(Path(os.path.realpath(path)))):
+            raise UserError(
+                f"'{name}' is a link that leaves {root.place('')}; put the picture itself there"
+                " (pictures linked by DVC: dvc config cache.type reflink,copy)"
+            )
+        if is_link and not path.exists():
+            raise UserError(f"'{name}' is no file in {root.place('')}, but a link to nothing; restore what it links to")
+        if not path.is_file():
+            raise UserError(f"'{name}' is not a regular file; replace it by one")
+        return form
+    slashes = " with / between folders" if "\\" in name else ""
+    raise UserError(f"'{name}' is no file in {root.place('')}; add it{slashes} or remove the row")
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What stands below a folder, hidden files left out; sorted names, relative to the root."""
+
+    pictures: list[str] = field(default_factory=list)
+    """By suffix, whatever they are."""
+    texts: list[str] = field(default_factory=list)
+    """.txt files, without readmes and licences."""
+    metadata: list[str] = field(default_factory=list)
+    containers: list[str] = field(default_factory=list)
+    """Parquet and .tar files, compressed ones too."""
+    links: list[str] = field(default_factory=list)
+    """To folders, or to nothing; not followed, so that nothing is met twice."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Suffix -> number of other files."""
+
+
+def scan(root: Root, below: str, mask: str | None = None) -> Tree:
+    """Every file below a folder, without the folder of masks."""
+    tree = Tree()
+    masks = str(PurePosixPath(below) / mask) if mask else None
+    todo = [below]
+    while todo:
+        folder = todo.pop()
+        with os.scandir(root.folder / folder) as entries:
+            for entry in entries:
+                name = str(PurePosixPath(folder) / entry.name)
+                if entry.name.startswith(".") or name == masks:
+                    continue
+                if not sort_in(tree, name, entry):
+                    todo.append(name)
+    for names in (tree.pictures, tree.texts, tree.metadata, tree.containers, tree.links):
+        names.sort()
+    return tree
+
+
+def sort_in(tree: Tree, name: str, entry: os.DirEntry[str]) -> bool:
+    """Put a file where it belongs; False for a folder, which is the caller's to enter."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if entry.name in METADATA:
+        tree.metadata.append(name)
+    elif suffix in SUFFIXES:
+        tree.pictures.append(name)
+    elif entry.is_dir(follow_symlinks=False):
+        return False
+    elif entry.is_symlink() and not entry.is_file():
+        tree.links.append(name)
+    elif kind_of(entry.name) in ("parquet", "tar", "compressed"):
+        tree.containers.append(name)
+    elif suffix == ".txt" and not PROSE.match(entry.name):
+        tree.texts.append(name)
+    else:
+        tree.others[suffix or "without suffix"] += 1
+    return True

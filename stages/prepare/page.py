@@ -1,0 +1,242 @@
+"""What a reviewer sees of a dataset: reports/dataset/{metrics.json,pictures.csv,contact.png}, functions of the manifest
+and the pictures alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from stages.artifacts import metrics, picture_table
+from stages.artifacts.manifest import Item, Manifest
+from stages.core.pictures import chroma, dark_share, load_mask, load_view
+from stages.core.sheets import save_png, sheet
+
+Read = Callable[[str], bytes]
+"""file_name -> the picture's bytes"""
+Size = tuple[int, int]
+
+NUM_MEASURED = 512  # training pictures that chroma and dark_share are means over
+NUM_SIZES = 40  # sizes that are counted one by one
+COLUMNS, MIN_COLUMNS = 8, 5  # of the contact sheet; with fewer, its title would be cut
+TRAIN_ROWS, CELL = 5, 80
+CAPTION = 200  # characters, far more than fit below a cell
+SHEET_MAX_BYTES = 200_000
+LETTERBOX = "#eaeef2"
+MASKED = 128  # grey that the loss looks past
+MASKED_SHARE = 0.75
+
+
+def write(
+    manifest: Manifest,
+    left_out: Sequence[tuple[str, str]],
+    groups: Sequence[tuple[str, ...]],
+    num_unlisted: int,
+    read: Read,
+    folder: Path,
+) -> None:
+    """Write the three files into ``folder``.
+
+    Args:
+        left_out: (file name, reason)
+        groups: file names of near-duplicates and of equal files, also of those left out
+        num_unlisted: pictures that no row names
+    """
+    content = {item.file_name: item.sha256 for item in manifest.items}
+    groups = [group for group in groups if len({content.get(name, name) for name in group}) > 1]  # not mere copies
+    found = count(manifest.items, left_out, groups, num_unlisted) | measure(manifest, read)
+    metrics.save(folder / "metrics.json", found)
+    picture_table.save(folder / "pictures.csv", table(manifest.items, left_out, groups))
+    save_png(folder / "contact.png", contact_sheet(manifest, read), SHEET_MAX_BYTES)
+
+
+# Numbers
+
+
+def count(
+    items: list[Item], left_out: Sequence[tuple[str, str]], groups: Sequence[tuple[str, ...]], num_unlisted: int
+) -> dict[str, metrics.Value]:
+    """What a reviewer compares between two versions of a dataset."""
+    splits = Counter(item.split for item in items)
+    sizes = Counter(size_of(item) for item in items)
+    words = [len(item.caption.split()) for item in items]
+    found: dict[str, metrics.Value] = {
+        "num_pictures": len(items),
+        "num_train": splits["train"],
+        "num_heldout": splits["heldout"],
+        "num_left_out": len(left_out),
+        "num_unlisted": num_unlisted,
+        "num_near_duplicate_groups": len(groups),
+        "num_buckets": len(sizes),
+        "num_masked": sum(item.mask is not None for item in items),
+        "num_captions": len({caption for item in items for caption in item.captions}),
+        "caption_words_median": statistics.median(words),
+        "caption_words_max": max(words),
+    }
+    num_regularization = sum(item.regularization for item in items)
+    if num_regularization:
+        found["num_regularization"] = num_regularization
+    if len(sizes) > 1:
+        largest = sorted(sizes, key=lambda size: (-sizes[size], size))[:NUM_SIZES]
+        found |= {f"bucket.{width}x{height}": sizes[width, height] for width, height in largest}
+    return found
+
+
+def measure(manifest: Manifest, read: Read) -> dict[str, metrics.Value]:
+    """Means of the pixel measures over at most NUM_MEASURED training pictures chosen by content; null for none."""
+    train = [item for item in manifest.items if item.split == "train" and not item.regularization]
+    arrays = (np.asarray(first_view(manifest, item, read)) for item in by_content(train)[:NUM_MEASURED])
+    pairs = [(chroma(array), dark_share(array)) for array in arrays]  # one in memory at a time
+    names = ("chroma", "dark_share")
+    return {name: statistics.fmean(pair[i] for pair in pairs) if pairs else None for i, name in enumerate(names)}
+
+
+# The table
+
+
+def table(
+    items: list[Item], left_out: Sequence[tuple[str, str]], groups: Sequence[tuple[str, ...]]
+) -> list[picture_table.Row]:
+    first_of = {name: min(group) for group in groups for name in group}
+    rows = [row_of(item, first_of.get(item.file_name, "")) for item in items]
+    return rows + [
+        {
+            "file_name": name,
+            "split": picture_table.LEFT_OUT,
+            "near_duplicates": first_of.get(name, ""),
+            "reason": reason,
+        }
+        for name, reason in left_out
+    ]
+
+
+def row_of(item: Item, near_duplicates: str) -> picture_table.Row:
+    return {
+        "file_name": item.file_name,
+        "split": item.split,
+        "width": str(item.source_width),
+        "height": str(item.source_height),
+        "bucket": f"{item.width}x{item.height}",
+        "repeats": str(item.repeats),
+        "captions": item.caption,
+        "num_captions": str(len(item.captions)),
+        "captions_digest": digest(item.captions) if len(item.captions) > 1 else "",
+        "sha256": item.sha256,
+        "near_duplicates": near_duplicates,
+    }
+
+
+def digest(captions: tuple[str, ...]) -> str:
+    return hashlib.sha256(json.dumps(captions, ensure_ascii=False).encode()).hexdigest()[:12]
+
+
+# The contact sheet
+
+
+def contact_sheet(manifest: Manifest, read: Read) -> Image.Image:
+    """What the model sees of a sample drawn by content: rows to train on by size, then at most one held-out row."""
+    shown = rows_shown(manifest.items)
+    columns = max(MIN_COLUMNS, *(len(items) for _, items in shown))
+    return sheet(
+        [padded([cell(manifest, item, read) for item in items], columns, None) for _, items in shown],
+        [label for label, _ in shown],
+        None,
+        CELL,
+        title(manifest),
+        [padded([item.caption[:CAPTION] for item in items], columns, "") for _, items in shown],
+    )
+
+
+def padded(row: list[Any], columns: int, filler: Any) -> list[Any]:
+    return [*row, *[filler] * (columns - len(row))]
+
+
+def title(manifest: Manifest) -> str:
+    splits = Counter(item.split for item in manifest.items)
+    sizes = sorted({size_of(item) for item in manifest.items})
+    pixels = f"{sizes[0][0]} x {sizes[0][1]} pixels" if len(sizes) == 1 else f"{len(sizes)} sizes"
+    masked = ", grey where masked" if any(item.mask for item in manifest.items) else ""
+    crop = manifest.augmentation.crop
+    return f"{splits['train']} pictures to train on, {splits['heldout']} held out, {pixels}, {crop} crop{masked}"
+
+
+def rows_shown(items: list[Item]) -> list[tuple[str, list[Item]]]:
+    """(label, at most COLUMNS pictures) of each row."""
+    train = [item for item in items if item.split == "train" and not item.regularization]
+    rows = rows_by_size(by_content(train))
+    for label, others in (
+        ("regularization", [item for item in items if item.regularization]),
+        ("held-out", [item for item in items if item.split == "heldout"]),
+    ):
+        if others:
+            rows.append((label, by_content(others)[:COLUMNS]))
+    return rows
+
+
+def rows_by_size(items: list[Item]) -> list[tuple[str, list[Item]]]:
+    """TRAIN_ROWS rows at most, shared among the most frequent sizes by their number of pictures, wide to tall."""
+    by_size: dict[Size, list[Item]] = defaultdict(list)
+    for item in items:
+        by_size[size_of(item)].append(item)
+    num_rows = dict.fromkeys(sorted(by_size, key=lambda size: (-len(by_size[size]), size))[:TRAIN_ROWS], 1)
+    for _ in range(TRAIN_ROWS - len(num_rows)):
+        wanting = [size for size, rows in num_rows.items() if len(by_size[size]) > rows * COLUMNS]
+        if wanting:
+            num_rows[max(wanting, key=lambda size: len(by_size[size]) / num_rows[size])] += 1
+    rows = []
+    for size in sorted(num_rows, key=lambda size: (-size[0] / size[1], size)):
+        label = "train" if len(by_size) == 1 else f"train {size[0]}x{size[1]}"
+        sample = sorted(by_size[size][: num_rows[size] * COLUMNS], key=lambda item: item.file_name)
+        rows += [(label, sample[start : start + COLUMNS]) for start in range(0, len(sample), COLUMNS)]
+    return rows
+
+
+def by_content(items: list[Item]) -> list[Item]:
+    """In an order that no file name decides, so that a sample changes little with the dataset."""
+    return sorted(items, key=lambda item: (item.sha256, item.file_name))
+
+
+def size_of(item: Item) -> Size:
+    return item.width, item.height
+
+
+def cell(manifest: Manifest, item: Item, read: Read) -> Image.Image:
+    """A picture as the model sees it, dimmed where the loss does not look, in a square whose bars are no part of it."""
+    image = first_view(manifest, item, read)
+    if item.mask:
+        image = dim(image, first_mask(manifest, item, read))
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), LETTERBOX)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def dim(image: Image.Image, mask: np.ndarray) -> Image.Image:
+    """Greyer the less a pixel counts.
+
+    Args:
+        mask: float32 [H, W], 0 to 1.
+    """
+    pixels = np.asarray(image, np.float32)  # [H, W, 3]
+    share = MASKED_SHARE * (1 - mask[..., None])
+    return Image.fromarray((pixels * (1 - share) + MASKED * share).round().astype(np.uint8))
+
+
+def first_view(manifest: Manifest, item: Item, read: Read) -> Image.Image:
+    (view,) = manifest.augmentation.views(item, 1)
+    return load_view(read(item.file_name), item, view, manifest.preprocessing)
+
+
+def first_mask(manifest: Manifest, item: Item, read: Read) -> np.ndarray:
+    (view,) = manifest.augmentation.views(item, 1)
+    if item.mask == "alpha":
+        return load_mask(read(item.file_name), item, view, manifest.preprocessing, "alpha")
+    return load_mask(read(item.mask or ""), item, view, manifest.preprocessing, "file")

@@ -1,0 +1,115 @@
+"""One subset on its way into a Listing, and what every kind of source asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from stages.core.console import UserError
+from stages.prepare.listing import Entry, Problem
+from stages.prepare.names import Root
+from stages.prepare.params import DatasetParams, Subset
+
+T = TypeVar("T")
+
+
+@dataclass
+class Scope:
+    """One subset on its way into a Listing."""
+
+    dataset: DatasetParams
+    subset: Subset
+    index: int
+    root: Root
+    below: str
+    """The subset's folder or file, relative to the root; "" is the root."""
+    entries: list[Entry] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    """Of the entries, relative to the root."""
+    problems: list[Problem] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        return self.root.place(self.below)
+
+    @property
+    def column(self) -> str:
+        return self.subset.caption_column or self.dataset.caption_column
+
+    @property
+    def mask_folder(self) -> str | None:
+        return None if self.dataset.mask == "alpha" else self.dataset.mask
+
+    def key(self, name: str) -> str:
+        """Where the value of a setting stands in params.yaml."""
+        own = self.dataset.subsets and getattr(self.dataset.subsets[self.index], name) is not None
+        return f"params.yaml dataset.subsets.{self.index}.{name}" if own else f"params.yaml dataset.{name}"
+
+    def below_it(self, name: str) -> str:
+        """A name relative to the root, as seen from the subset's folder."""
+        return name.removeprefix(self.below + "/") if self.below else name
+
+    def add(self, name: str, found: tuple[str, ...], place: str, split: str | None = None) -> None:
+        self.entries.append(Entry(self.root.prefix + name, found, place, self.index, split))
+        self.names.append(name)
+
+    def warn_about(self, count: int, what: str) -> None:
+        if count:
+            self.warnings.append(f"{count} {what}")
+
+
+def attempt(problems: list[str], function: Callable[[], T]) -> T | None:
+    """The function's value; None where it raises, with what it says added to ``problems``."""
+    try:
+        return function()
+    except UserError as error:
+        problems += error.problems
+        return None
+
+
+def all_of(function: Callable[[str], T], names: Iterable[str]) -> list[T]:
+    """The function's value for each name.
+
+    Raises:
+        UserError: with the problems of all names.
+    """
+    values: list[T] = []
+    problems: list[str] = []
+    for name in names:
+        try:
+            values.append(function(name))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return values
+
+
+def instance_prompt(scope: Scope, has_captions: bool, where: str, missing: str) -> tuple[str, ...] | None:
+    """The instance prompt if it is every picture's caption; None if each has its own.
+
+    Args:
+        where: what may hold captions.
+        missing: what to say where there are neither.
+
+    Raises:
+        UserError: there are both, or neither.
+    """
+    prompt = scope.subset.instance_prompt
+    if prompt is None and not has_captions:
+        raise UserError(missing)
+    if prompt is not None and has_captions:
+        raise UserError(
+            f"{scope.key('instance_prompt')}: '{prompt}' would replace the captions in {where};"
+            " set it to null, or in dataset.subsets for the folder without captions only"
+        )
+    return None if prompt is None else (prompt,)
+
+
+def no_column(scope: Scope, columns: list[str], place: str) -> str:
+    found = sorted(set(columns) - {"file_name"})
+    there = f"it has {', '.join(found)}" if found else "it has file_name only"
+    return f"{scope.key('caption_column')}: '{scope.column}' is no column of {place}; {there}"

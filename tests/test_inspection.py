@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.core import pictures
+from stages.core.console import UserError
+from stages.prepare import inspection
+from stages.prepare.inspection import Inspected, inspect
+from stages.prepare.listing import Entry, Problem
+from tests.conftest import picture
+from tests.images import dataset, encoded
+
+
+class Blobs:
+    """A dataset in memory that counts what is read."""
+
+    def __init__(self, **blobs: bytes | BaseException) -> None:
+        self.blobs = {name.replace("__", "."): blob for name, blob in blobs.items()}
+        self.reads: Counter[str] = Counter()
+
+    def read(self, file_name: str) -> bytes:
+        self.reads[file_name] += 1
+        blob = self.blobs[file_name]
+        if isinstance(blob, BaseException):
+            raise blob
+        return blob
+
+
+def entry(name: str, mask: str | None = None) -> Entry:
+    return Entry(name, ("",), f"meta.jsonl:{name[:2]}", mask=mask)
+
+
+def look(files: Blobs, masks: dict[str, str] | None = None, **changes: Any) -> Inspected:
+    names = [name for name in files.blobs if name not in (masks or {}).values()]
+    return inspect([entry(name, (masks or {}).get(name)) for name in names], dataset(**changes), files)
+
+
+def many(number: int) -> Blobs:
+    return Blobs(**{f"{index:03}__png": encoded(picture(index, 70, 64)) for index in range(number)})
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORA_STATE_DIR", str(tmp_path))
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the pictures that are decoded."""
+    names: list[str] = []
+    real = pictures.check_picture
+
+    def check_picture(blob: bytes, name: str, first_frame: bool) -> pictures.Checked:
+        names.append(name)
+        return real(blob, name, first_frame)
+
+    monkeypatch.setattr(pictures, "check_picture", check_picture)
+    return names
+
+
+def test_rows_say_what_was_found() -> None:
+    image = picture(1, 90, 64)
+    image.putalpha(128)
+    files = Blobs(a__png=encoded(image), b__jpg=encoded(picture(2, 64, 100), "JPEG"))
+    first, second = look(files, resolution=64, aspect_buckets=True).rows
+    assert (first.entry, first.width, first.height) == (entry("a.png"), 90, 64)
+    assert (first.target_width, first.target_height, first.has_alpha) == (80, 48, True)
+    assert first.sha256 == hashlib.sha256(files.blobs["a.png"]).hexdigest()  # type: ignore[arg-type]
+    assert len(first.dhash) == 64 and first.mask_sha256 is None
+    assert (second.target_width, second.target_height, second.has_alpha) == (48, 80, False)
+
+
+def test_order_is_that_of_the_source_and_each_picture_is_read_once() -> None:
+    files = many(60)
+    found = look(files)
+    assert [row.entry.file_name for row in found.rows] == [f"{index:03}.png" for index in range(60)]
+    assert set(files.reads.values()) == {1}
+    assert (found.problems, found.warnings) == ([], [])
+
+
+def test_all_problems_are_reported_in_one_pass() -> None:
+    files = Blobs(
+        a__png=encoded(picture(1, 64)),
+        b__png=b"",
+        c__png=encoded(picture(1, 20)),
+        d__png=UserError("'d.png' is no file any more"),
+        e__png=PermissionError(13, "Permission denied"),
+        f__png=encoded(picture(2, 64)),
+        g__png=encoded(picture(3))[:-30],
+    )
+    found = look(files)
+    assert [row.entry.file_name for row in found.rows] == ["a.png", "f.png"]
+    assert found.problems[:4] == [
+        Problem("meta.jsonl:b.", "'b.png' is an empty file; restore it or remove it", "b.png"),
+        Problem(
+            "meta.jsonl:c.",
+            "'c.png' has 20 x 20 pixels and would be enlarged 3.2 times to 64 x 64; use a larger picture or a smaller "
+            "dataset.resolution, or allow it: dataset.max_upscale 3.2",
+            "c.png",
+        ),
+        Problem("meta.jsonl:d.", "'d.png' is no file any more", "d.png"),
+        Problem(
+            "meta.jsonl:e.", "'e.png' cannot be read (Permission denied); restore it or remove it", "e.png"
+        ),
+    ]  # fmt: skip
+    assert found.problems[4].text.startswith("'g.png' is damaged (")
+
+
+def test_warnings_are_one_line_for_all_pictures() -> None:
+    blobs = {f"{index}__jpg": encoded(Image.new("CMYK", (64, 64), (index, 0, 0, 0)), "JPEG") for index in range(5)}
+    found = look(Blobs(**blobs, x__jpg=encoded(picture(1, 64))))
+    assert found.warnings == [
+        "5 pictures are CMYK and are converted to sRGB (0.jpg, 1.jpg, 2.jpg, ...)",
+        "1 pictures are PNG files under another format's suffix (x.jpg)",
+    ]
+
+
+def test_settings_that_do_nothing_are_warned_about() -> None:
+    files = Blobs(a__png=encoded(picture(1, 64)), b__png=encoded(picture(2, 90, 64)))
+    assert look(files, crop="random").warnings == [
+        "1 pictures have the shape that the model sees, so that dataset.crop random changes nothing (a.png)"
+    ]
+    assert look(files, mask="alpha").warnings == [
+        "2 pictures have no transparent pixel, so that with dataset.mask alpha the loss looks at all of them "
+        "(a.png, b.png)"
+    ]
+    assert look(files, max_upscale=2.0, resolution=96).warnings == [
+        "2 pictures are enlarged, as dataset.max_upscale allows (a.png, b.png)"
+    ]
+
+
+# Masks
+
+
+def masked(mask: Image.Image | bytes, **changes: Any) -> Inspected:
+    blob = mask if isinstance(mask, bytes) else encoded(mask)
+    files = Blobs(a__png=encoded(picture(1, 90, 60)), m__png=blob)
+    return look(files, {"a.png": "m.png"}, resolution=32, mask="masks", **changes)
+
+
+def test_masks_are_checked_with_their_pictures() -> None:
+    (row,) = masked(Image.new("L", (45, 30), 9)).rows
+    assert row.mask_sha256 == hashlib.sha256(encoded(Image.new("L", (45, 30), 9))).hexdigest()
+    assert not masked(Image.new("L", (901, 601), 9)).problems  # rounded when it was scaled
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            Image.new("L", (60, 90), 9),
+            "mask 'm.png' has 60 x 90 pixels, another shape than the 90 x 60 of 'a.png'; make",
+        ),
+        (
+            Image.new("L", (92, 60), 9),
+            "mask 'm.png' has 92 x 60 pixels, another shape than the 90 x 60 of 'a.png'; make",
+        ),
+        (Image.new("L", (90, 60)), "mask 'm.png' is black all over, so that the loss would look at nothing; mend it"),
+        (b"text", "'m.png' is no JPEG, PNG, WebP, GIF, TIFF or BMP picture"),
+    ],
+)
+def test_masks_that_cannot_be_used(mask: Image.Image | bytes, message: str) -> None:
+    found = masked(mask)
+    assert found.rows == []
+    (problem,) = found.problems
+    assert (problem.place, problem.file_name) == ("meta.jsonl:a.", "a.png")
+    assert problem.text.startswith(message)
+
+
+def test_a_black_mask_is_fine_where_what_is_masked_counts_a_little() -> None:
+    assert not masked(Image.new("L", (90, 60)), unmasked_weight=0.1).problems
+
+
+def test_pictures_that_alpha_hides_altogether_are_refused() -> None:
+    files = Blobs(a__png=encoded(Image.new("RGBA", (64, 64))))
+    (problem,) = look(files, mask="alpha").problems
+    assert problem.text.startswith("'a.png' is transparent all over, so that the loss would look at nothing; mend it")
+    assert not look(files, mask="alpha", unmasked_weight=0.5).problems
+    assert not look(files).problems
+
+
+# What is remembered
+
+
+def signed(text: str) -> str:
+    return f"{crc32(text.encode()):08x} {text}"
+
+
+def test_a_second_run_decodes_nothing(state: Path, checks: list[str]) -> None:
+    files = many(20)
+    first = look(files)
+    assert len(checks) == 20
+    (path,) = state.iterdir()
+    before = path.stat()
+    assert look(files) == first
+    assert len(checks) == 20
+    assert path.stat() == before  # nor writes anything
+
+
+def test_only_what_is_new_is_decoded_whatever_its_name(checks: list[str]) -> None:
+    files = many(6)
+    look(files)
+    files.blobs = {f"renamed-{name}": blob for name, blob in files.blobs.items()}
+    files.blobs["renamed-002.png"] = encoded(picture(77, 64))
+    checks.clear()
+    look(files)
+    assert checks == ["renamed-002.png"]
+
+
+def test_first_frame_is_another_check(checks: list[str]) -> None:
+    red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    files = Blobs(a__gif=encoded(red, "GIF", save_all=True, append_images=[blue]))
+    assert look(files, first_frame=True).warnings == [
+        "1 pictures have several frames or pages, of which the first is taken (a.gif)"
+    ]
+    (problem,) = look(files).problems
+    assert "is animated or has several pages" in problem.text
+    assert len(checks) == 2
+
+
+def test_refused_pictures_are_not_remembered(checks: list[str]) -> None:
+    files = Blobs(a__png=b"text")
+    assert "'a.png'" in look(files).problems[0].text
+    files.blobs = {"b.png": b"text"}
+    assert "'b.png'" in look(files).problems[0].text
+    assert len(checks) == 2
+
+
+def test_what_was_remembered_is_the_same_as_what_is_found(state: Path) -> None:
+    image = picture(1, 64)
+    image.putalpha(Image.fromarray(np.full((64, 64), 7, np.uint8)))
+    files = Blobs(a__png=encoded(image), b__jpg=encoded(Image.new("CMYK", (64, 64)), "JPEG"))
+    first = look(files)
+    assert look(files) == first
+    assert len(next(state.iterdir()).read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [lines[0][: len(lines[0]) // 2], *lines[1:]],
+        lambda lines: ["[]", "7", "null", '["ab", true, {}]', "\0\xff", *lines[1:]],
+        lambda lines: [lines[0].replace('"width": 70', '"width": 71'), *lines[1:]],
+        lambda lines: [signed('["ab", true, {"width": 3}]'), signed("[1, 2]"), signed("[[], 2, null]"), *lines[1:]],
+    ],
+)
+def test_damaged_lines_are_checked_again(state: Path, checks: list[str], damage: Any) -> None:
+    files = many(5)
+    first = look(files)
+    (path,) = state.iterdir()
+    path.write_text("\n".join(damage(path.read_text().splitlines())), encoding="latin-1")
+    checks.clear()
+    assert look(files) == first
+    assert len(checks) == 1
+    checks.clear()
+    assert look(files) == first
+    assert checks == []
+
+
+def test_the_memory_is_bounded(state: Path, monkeypatch: pytest.MonkeyPatch, checks: list[str]) -> None:
+    monkeypatch.setattr(inspection, "MAX_REMEMBERED", 3)
+    look(many(10))
+    look(Blobs(x__png=encoded(picture(99, 64))))
+    (path,) = state.iterdir()
+    assert len(path.read_text().splitlines()) == 4  # its own, and three of the others
+    checks.clear()
+    look(many(10))
+    assert len(checks) == 7
+
+
+def test_an_interrupted_check_is_remembered(monkeypatch: pytest.MonkeyPatch, checks: list[str]) -> None:
+    files = many(30)
+    files.blobs["025.png"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        look(files)
+    num_checked = len(checks)
+    assert num_checked > 20
+    files.blobs["025.png"] = encoded(picture(25, 64))
+    checks.clear()
+    look(files)
+    assert len(checks) <= 30 - num_checked + inspection.NUM_READERS
+
+
+def test_few_pictures_are_read_ahead() -> None:
+    """A dataset is never in memory as a whole."""
+    files = many(60)
+    params = dataset()
+    outcomes = inspection.in_order([entry(name) for name in files.blobs], params, files, inspection.Memory())
+    for _ in range(10):
+        next(outcomes)
+    assert sum(files.reads.values()) <= 10 + inspection.AHEAD
+    outcomes.close()  # type: ignore[attr-defined]
