@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from stages.artifacts import latent_cache
 from stages.artifacts.adapter import Adapter
-from stages.artifacts.latent_cache import LatentCache
+from stages.artifacts.latent_cache import CachedItem, LatentCache
 from stages.artifacts.manifest import Manifest
 from stages.core.console import UserError
 from tests.conftest import Workspace
@@ -43,6 +45,47 @@ def test_a_cache_without_a_caption_that_training_needs_is_refused_at_once(worksp
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="edited by hand"):
         LatentCache(path.parent)
+
+
+@pytest.mark.parametrize("field", ["captions", "views", "masks"])
+def test_a_cache_without_an_entry_that_an_item_names_is_refused_at_once(workspace: Workspace, field: str) -> None:
+    argv = ("--set", "dataset.mask=alpha")
+    workspace.run("prepare", *argv)
+    workspace.run("cache_latents", *argv)
+    path = Path("data/latents/manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["items"][3][field][0] = "another"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"edited by hand .*another.*; run `python -m stages.cache_latents` again"):
+        LatentCache(path.parent)
+
+
+def test_a_cache_keeps_what_training_asks_for(tmp_path: Path) -> None:
+    item = CachedItem("a.png", "train", "one", ("one", "two"), "c", ("v1", "v2"), ("m1", "m2"), 3, 0.5, True)
+    captions = {"": "t0", "one": "t1", "two": "t2"}
+    entries = {
+        "images": {"mean": torch.zeros(4, 2, 2), "std": torch.ones(4, 2, 2)},
+        "masks": {"mask": torch.full((1, 2, 2), 0.25)},
+        "text": {"prompt_embeds": torch.zeros(3, 8)},
+    }
+
+    def load(kind: str, key: str) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in entries[kind].items()}
+
+    latent_cache.write(tmp_path, [item], captions, {}, ["prompt_embeds"], load)
+    cache = LatentCache(tmp_path)
+    assert cache.items == [item]
+    assert torch.equal(cache.mask("m2"), torch.full((1, 2, 2), 0.25))
+    assert all(cache.prompt(caption)["prompt_embeds"].shape == (3, 8) for caption in captions)
+
+
+def test_shards_are_named_by_their_owners(tmp_path: Path) -> None:
+    """An entry that two pictures share stands with the first by name."""
+    rows = [CachedItem(f"{i}.png", "train", "same", ("same",), "c", ("v0" if i < 2 else f"v{i}",)) for i in range(5)]
+    owners = latent_cache.owners(rows, {"": "t0", "same": "t1"})
+    assert owners["images"] == {"v0": "0.png", "v2": "2.png", "v3": "3.png", "v4": "4.png"}
+    assert owners["text"] == {"t0": "", "t1": "0.png"}
+    assert owners["masks"] == {}
 
 
 def test_prepared_without_its_second_file_is_refused(workspace: Workspace) -> None:

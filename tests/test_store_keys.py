@@ -11,18 +11,31 @@ from typing import Any
 
 import pytest
 
-from stages import cache_latents
+from stages.cache_latents import encoding, entries, keys
 from stages.core import device, pictures
 from stages.families import sd
 
-PIXELS = (pictures.load_view, pictures.to_rgb, pictures.to_srgb)
+PIXELS = (
+    pictures.load_view,
+    pictures.decode,
+    pictures.cut_view,
+    pictures.load_mask,
+    pictures.to_rgb,
+    pictures._upright,
+    pictures._flat,
+    pictures._luminance,
+    pictures.to_srgb,
+)
 ENTRIES = (
-    cache_latents.encode_pictures,
-    cache_latents.encode_captions,
-    cache_latents.encode_all,
-    cache_latents.forward,
+    entries.Views.encoder.func,
+    entries.Views.read,
+    entries.Views.decode,
+    entries.Captions.encoder.func,
+    encoding.encode_all,
+    encoding.forward,
     device.autocast,
     sd.load_vae,
+    sd.vae_dtype,
     sd.encode_images,
     sd.load_tokenizer,
     sd.load_text,
@@ -30,9 +43,11 @@ ENTRIES = (
     sd._source,
     sd._freeze,
 )
+MASKS = (entries.Masks.read, entries.mask_weights)
 RECORDED = {  # number, digest of the source that it stands for
-    "pictures.VERSION": (1, "d99438d00a034ae8"),
-    "cache_latents.FORMAT": (1, "c827c2a340ad6b73"),
+    "pictures.VERSION": (1, "70b95e01f0c4868b"),
+    "keys.FORMAT": (1, "70bf4a67bd87a900"),
+    "keys.MASK_FORMAT": (1, "6f0fe20691497a20"),
 }
 
 
@@ -66,7 +81,8 @@ def source(text: str) -> str:
     ("name", "number", "functions"),
     [
         ("pictures.VERSION", pictures.VERSION, PIXELS),
-        ("cache_latents.FORMAT", cache_latents.FORMAT, ENTRIES),
+        ("keys.FORMAT", keys.FORMAT, ENTRIES),
+        ("keys.MASK_FORMAT", keys.MASK_FORMAT, MASKS),
     ],
 )
 def test_code_that_decides_an_entry_changes_with_its_number(

@@ -1,15 +1,18 @@
 """data/latents/: what cache_latents hands to train and validate.
 
-manifest.json       items (file name, split, caption, content id, view keys), captions -> keys, digests (shards, base)
+manifest.json       items (file name, split, captions, content id, keys), captions -> keys, digests (shards, base)
 images/<p>.safetensors   per view key: ``<key>.mean`` and ``<key>.std``, float32 [C, H/f, W/f]
+masks/<p>.safetensors    per mask key: ``<key>.mask``, float32 [1, H/f, W/f]
 text/<p>.safetensors     per text key: one tensor per conditioning input, such as ``<key>.prompt_embeds`` [L, D]
 
-Latents are in the denoiser's own space: shifted and scaled by the VAE's config. Shards are named by the first digits of
-the keys they hold and depend on the set of items alone, so an edited picture rewrites few of them.
+Latents are in the denoiser's own space: shifted and scaled by the VAE's config. An entry stands in the shard of the
+picture that owns it, the first by file name that uses it, and shards are named by the digest of their owners' names: an
+edited picture rewrites one shard of images, an edited caption one of text (a second one where the owner changes).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -18,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from stages.artifacts.manifest import Split
 from stages.core.console import UserError
-from stages.core.files import load_tensors, read_json, save_tensors, sha256_file, understood, write_json
+from stages.core.files import load_tensors, read_json, save_tensors, sha256_file, sha256_json, understood, write_json
 
 if TYPE_CHECKING:
     import torch
 
-MANY = 4096  # above this many keys, shards go by two hex digits instead of one
+MANY = 2048  # above this many pictures, shards go by two hex digits of their owners' digests instead of one
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,20 @@ class CachedItem:
     file_name: str
     split: Split
     caption: str
+    """What evidence is measured with."""
+    captions: tuple[str, ...]
+    """Training draws one per step."""
     content: str
-    """Names the first view by what it shows: the same under every VAE, dtype, device and batch size."""
+    """Names the first view, and its mask, by what they show: the same under every VAE, dtype, device and batch size."""
     views: tuple[str, ...]
     """Key of each view; training draws one per step."""
+    masks: tuple[str, ...] = ()
+    """Key of each view's mask; empty where the loss looks at everything."""
+    repeats: int = 1
+    """How often it comes up per epoch."""
+    loss_weight: float = 1.0
+    regularization: bool = False
+    """Trained on, and no part of any evidence."""
 
 
 class LatentCache:
@@ -50,7 +63,10 @@ class LatentCache:
             raise UserError(f"{path}: no such file; run `python -m stages.cache_latents` first")
         self.manifest: dict[str, Any] = read_json(path)
         with understood(path, "stages.cache_latents"):
-            self.items = [CachedItem(**row | {"views": tuple(row["views"])}) for row in self.manifest["items"]]
+            self.items = [
+                CachedItem(**row | {name: tuple(row[name]) for name in ("captions", "views", "masks")})
+                for row in self.manifest["items"]
+            ]
             shards = dict(self.manifest["shards"])
         self.tensors: dict[str, torch.Tensor] = {}
         for name, digest in shards.items():
@@ -60,7 +76,7 @@ class LatentCache:
             self.tensors |= load_tensors(shard)
         with understood(path, "stages.cache_latents"):
             for item in self.items:  # every entry that a stage can ask for is there
-                self.prompt(item.caption), *map(self.latents, item.views)
+                self._require(item)
             self.prompt("")
 
     @property
@@ -71,8 +87,6 @@ class LatentCache:
     @property
     def digest(self) -> str:
         """Digest of everything in the cache."""
-        from stages.core.files import sha256_json
-
         return sha256_json(self.manifest)
 
     def split(self, split: Split) -> list[CachedItem]:
@@ -82,11 +96,24 @@ class LatentCache:
         """Mean and std of one view's posterior, float32 [C, H/f, W/f] each."""
         return self.tensors[f"{key}.mean"].float(), self.tensors[f"{key}.std"].float()
 
+    def mask(self, key: str) -> torch.Tensor:
+        """Weight of each latent pixel's loss, float32 [1, H/f, W/f], from dataset.unmasked_weight to 1."""
+        return self.tensors[f"{key}.mask"].float()
+
     def prompt(self, caption: str) -> dict[str, torch.Tensor]:
         """Conditioning of one caption without a batch dimension, such as ``{"prompt_embeds": [L, D]}``."""
         key = self.manifest["captions"][caption]
         start = f"{key}."
         return {name.removeprefix(start): self.tensors[name] for name in self._names(key)}
+
+    def _require(self, item: CachedItem) -> None:
+        names = [f"{key}.{part}" for key in item.views for part in ("mean", "std")]
+        names += [f"{key}.mask" for key in item.masks]
+        for caption in (item.caption, *item.captions):
+            names += self._names(self.manifest["captions"][caption])
+        missing = [name for name in names if name not in self.tensors]
+        if missing or not item.views or len(item.masks) not in (0, len(item.views)):
+            raise KeyError(missing[0] if missing else f"views of {item.file_name}")
 
     def _names(self, key: str) -> list[str]:
         return [f"{key}.{name}" for name in self.manifest["conditioning"]]
@@ -100,7 +127,7 @@ def write(
     conditioning: list[str],
     load: Callable[[str, str], dict[str, torch.Tensor]],
 ) -> None:
-    """Assemble the cache from entries that ``load(kind, key)`` returns, kind being ``images`` or ``text``.
+    """Assemble the cache from entries that ``load(kind, key)`` returns, kind being ``images``, ``masks`` or ``text``.
 
     Args:
         captions: caption -> key; holds the empty caption too.
@@ -108,26 +135,36 @@ def write(
         conditioning: sorted names of a text entry's tensors.
     """
     rows = sorted(items, key=lambda item: item.file_name)
-    keys = {"images": {key for item in rows for key in item.views}, "text": set(captions.values())}
-    digits = 1 if sum(map(len, keys.values())) <= MANY else 2
+    digits = 1 if len(rows) <= MANY else 2
     shards: dict[str, str] = {}
-    for kind, members in keys.items():
-        by_prefix = defaultdict(list)
-        for key in sorted(members):
-            by_prefix[key[:digits]].append(key)
-        for prefix, group in sorted(by_prefix.items()):
+    for kind, owner in owners(rows, captions).items():
+        by_shard = defaultdict(list)
+        for key in sorted(owner):
+            by_shard[hashlib.sha256(owner[key].encode()).hexdigest()[:digits]].append(key)
+        for prefix, keys in sorted(by_shard.items()):
             name = f"{kind}/{prefix}.safetensors"
-            entries = {key: load(kind, key) for key in group}
-            tensors = {f"{key}.{part}": value for key, parts in entries.items() for part, value in parts.items()}
-            save_tensors(folder / name, tensors)
+            tensors = {f"{key}.{part}": value for key in keys for part, value in load(kind, key).items()}
+            save_tensors(folder / name, tensors, sync=False)  # its digest stands in the manifest
             shards[name] = sha256_file(folder / name)
-    write_json(
-        folder / "manifest.json",
-        {
-            "base": base,
-            "captions": captions,
-            "conditioning": conditioning,
-            "items": [asdict(item) for item in rows],
-            "shards": shards,
-        },
-    )
+    write_json(folder / "manifest.json", contents(rows, captions, base, conditioning) | {"shards": shards})
+
+
+def contents(
+    rows: list[CachedItem], captions: dict[str, str], base: dict[str, str], conditioning: list[str]
+) -> dict[str, Any]:
+    """The manifest without the shards' digests; rows sorted by file name."""
+    return {"base": base, "captions": captions, "conditioning": conditioning, "items": [asdict(row) for row in rows]}
+
+
+def owners(rows: list[CachedItem], captions: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Kind -> key -> file name of the first row that uses it; the empty caption is owned by the empty name."""
+    found: dict[str, dict[str, str]] = {"images": {}, "masks": {}, "text": {captions[""]: ""}}
+    for row in rows:
+        for kind, keys in (
+            ("images", row.views),
+            ("masks", row.masks),
+            ("text", (captions[caption] for caption in (row.caption, *row.captions))),
+        ):
+            for key in keys:
+                found[kind].setdefault(key, row.file_name)
+    return found

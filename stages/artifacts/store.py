@@ -1,25 +1,31 @@
 """The content-addressed store: encoded pictures and captions under the state directory, where no DAG tool deletes them.
 
-<state>/store/<kind>/<2 hex>/<key>.safetensors   kind: ``latents`` or ``text``; a key names all that decides the tensors
+<state>/store/<kind>/<2 hex>/<key>.safetensors   kind: ``latents``, ``masks`` or ``text``; a key names all that decides
+the tensors.   <state>/store/last.json   what the last run wrote down for the next one; see cache_latents.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TextIO, get_args
 
-from stages.core.console import log
+from stages.core.console import UserError, log
 from stages.core.files import save_tensors, state_dir
 
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["latents", "text"]
+Kind = Literal["latents", "masks", "text"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Store:
-    """Entries are written whole, and read only if their checksum holds."""
+    """Entries are written whole, and read only if their checksum holds; so no write waits for the disk."""
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or state_dir() / "store"
@@ -28,25 +34,79 @@ class Store:
         return self.root / kind / key[:2] / f"{key}.safetensors"
 
     def save(self, kind: Kind, key: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_tensors(self.path(kind, key), tensors, {"sha256": checksum(tensors)})
+        save_tensors(self.path(kind, key), tensors, {"sha256": checksum(tensors)}, sync=False)
 
-    def find(self, kind: Kind, key: str) -> dict[str, torch.Tensor] | None:
+    def has(self, kind: Kind, key: str) -> bool:
+        """Whether an entry stands there in its full length: 20 microseconds; ``load`` looks at the bytes."""
+        path = self.path(kind, key)
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                size = file.seek(0, 2)
+                file.seek(8)
+                header = json.loads(file.read(length)) if length < size else {}
+            whole = 8 + length + max(entry["data_offsets"][1] for entry in header.values() if "dtype" in entry) == size
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            log.warning("warning: %s is damaged and is made again", path)
+        return whole
+
+    def load(self, kind: Kind, key: str) -> dict[str, torch.Tensor] | None:
         """The entry's tensors; None where there is none, or, with a warning, where its bytes are not what was saved."""
-        from safetensors import SafetensorError, safe_open
-
         path = self.path(kind, key)
         if not path.exists():
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                saved = (file.metadata() or {}).get("sha256")
-            if saved == checksum(tensors):
-                return tensors
-        except (SafetensorError, OSError):
-            pass
-        log.warning("warning: %s is damaged and is made again", path)
+        tensors = read(path)
+        if tensors is None:
+            log.warning("warning: %s is damaged and is made again", path)
+        return tensors
+
+    def entries(self) -> Iterator[tuple[Kind, Path]]:
+        """Every file below the kinds' folders, leftovers of killed writes included; their names start with a dot."""
+        for kind in KINDS:
+            for folder in sorted((self.root / kind).glob("*")):
+                yield from ((kind, path) for path in sorted(folder.iterdir()))
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Held by any number of runs that read and write; waits while another process has it alone."""
+        with self._lock_file() as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Held by one process, to delete.
+
+        Raises:
+            UserError: a run is at work.
+        """
+        with self._lock_file() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.root}: a run of cache_latents is at work here; wait for its end") from None
+            yield
+
+    def _lock_file(self) -> TextIO:
+        self.root.mkdir(parents=True, exist_ok=True)
+        return (self.root / "lock").open("a")
+
+
+def read(path: Path) -> dict[str, torch.Tensor] | None:
+    """An entry's tensors, if its checksum holds."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            saved = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError):
         return None
+    return tensors if saved == checksum(tensors) else None
 
 
 def checksum(tensors: dict[str, torch.Tensor]) -> str:

@@ -29,8 +29,12 @@ def state_dir() -> Path:
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is synced and renamed, on an error removed."""
+def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is synced and renamed, on an error removed.
+
+    Args:
+        sync: wait for the disk, so that a power cut leaves the old file or the new one. False where a checksum tells.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -38,10 +42,12 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~umask())  # mkstemp and safetensors write 0600
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -107,12 +113,14 @@ def understood(path: Path, stage: str) -> Iterator[None]:
         ) from None
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, written whole; keys sorted, one byte sequence for one content."""
+def save_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None, sync: bool = True
+) -> None:
+    """A safetensors file, written whole; keys sorted, one byte sequence for one content. ``sync`` as in ``atomic``."""
     from safetensors.torch import save
 
     data = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    with atomic(path) as temporary:
+    with atomic(path, sync) as temporary:
         temporary.write_bytes(sorted_header(save(data, dict(sorted((metadata or {}).items())))))
 
 

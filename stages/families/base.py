@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from stages.core.params import ModelParams
+    from stages.core.params import Dtype, ModelParams
 
 
 class Family(Protocol):
@@ -31,8 +31,18 @@ class Family(Protocol):
     def pixel_multiple(self, model: ModelParams) -> int:
         """Width and height must be multiples of this."""
 
-    def load_vae(self, model: ModelParams, device: torch.device) -> Any:
-        """Frozen, eval, in the frozen dtype."""
+    def vae_scale_factor(self, model: ModelParams) -> int:
+        """Pixels per latent pixel, in each direction."""
+
+    def vae_dtype(self, model: ModelParams) -> Dtype:
+        """What the VAE is loaded and run in: the frozen dtype, or float32 where it would overflow."""
+
+    def load_vae(self, model: ModelParams, device: torch.device, tiling: bool = False) -> Any:
+        """Frozen, eval, in ``model.dtype``.
+
+        Args:
+            tiling: encode pictures larger than the VAE's sample size in overlapping tiles, for less memory.
+        """
 
     def encode_images(self, vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float [B, 3, H, W] in [-1, 1] -> posterior mean and std in the denoiser's space, float32 [B, C, H/f, W/f]."""

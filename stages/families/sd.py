@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from stages.core.params import ModelParams
+    from stages.core.params import Dtype, ModelParams
 
 PIPELINE = "StableDiffusionPipeline"
 COMPONENTS = {
@@ -30,15 +30,31 @@ DENOISER = "unet"
 
 
 def pixel_multiple(model: ModelParams) -> int:
-    vae = read_json(Path(model.pretrained) / "vae" / "config.json")
     unet = read_json(Path(model.pretrained) / "unet" / "config.json")
-    return 2 ** (len(vae["block_out_channels"]) - 1) * 2 ** (len(unet["block_out_channels"]) - 1)
+    return vae_scale_factor(model) * 2 ** (len(unet["block_out_channels"]) - 1)
 
 
-def load_vae(model: ModelParams, device: torch.device) -> AutoencoderKL:
+def vae_scale_factor(model: ModelParams) -> int:
+    vae = read_json(Path(model.pretrained) / "vae" / "config.json")
+    return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def vae_dtype(model: ModelParams) -> Dtype:
+    """float32 for a VAE whose config says ``force_upcast`` and that float16 would overflow.
+
+    Source: diffusers' StableDiffusionXLPipeline, ``needs_upcasting``.
+    """
+    vae = read_json(Path(model.pretrained) / "vae" / "config.json")
+    return "float32" if model.dtype == "float16" and vae.get("force_upcast") else model.dtype
+
+
+def load_vae(model: ModelParams, device: torch.device, tiling: bool = False) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
-    return _freeze(AutoencoderKL.from_pretrained(model.pretrained, **_source(model, "vae")), device)
+    vae = _freeze(AutoencoderKL.from_pretrained(model.pretrained, **_source(model, "vae")), device)
+    if tiling:
+        vae.enable_tiling()
+    return vae
 
 
 def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

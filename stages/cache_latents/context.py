@@ -1,0 +1,126 @@
+"""What every kind of entry needs: the manifest, the base, the store, and the pictures as prepare saw them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.artifacts.manifest import Item, Manifest, View
+from stages.artifacts.store import Kind, Store
+from stages.cache_latents.encoding import NUM_READERS
+from stages.cache_latents.keys import Setting
+from stages.cache_latents.params import CacheParams
+from stages.core.console import UserError
+from stages.core.containers import PictureFiles
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.core.params import ModelParams
+    from stages.families.base import Family
+
+AGAIN = "run `python -m stages.prepare` again"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every function below and every kind of entry is given."""
+
+    manifest: Manifest
+    files: PictureFiles
+    family: Family
+    model: ModelParams
+    cache: CacheParams
+    device: torch.device
+    base: dict[str, str]
+    """Digest per component of the base."""
+    store: Store
+    log_every_n_steps: int
+
+    def views(self, item: Item) -> tuple[View, ...]:
+        """A held-out picture's first view alone: evidence looks at no other."""
+        count = self.cache.num_variants if item.split == "train" else 1
+        return self.manifest.augmentation.views(item, count)
+
+    def captions(self, item: Item) -> tuple[str, ...]:
+        """What can be asked for: of a held-out picture, the caption that evidence is measured with."""
+        return item.captions if item.split == "train" else (item.caption,)
+
+    def setting(self, kind: Kind) -> Setting:
+        """As params.yaml asks for it."""
+        pictures = kind == "latents"
+        return Setting(
+            components={name: self.base[name] for name in (self.family.VAE if pictures else self.family.TEXT)},
+            family=self.model.family,
+            dtype=self.family.vae_dtype(self.model) if pictures else self.model.dtype,
+            device=self.device.type,
+            batch_size=self.cache.batch_size,
+            tiling=pictures and self.cache.tiling,
+        )
+
+
+class Changed(Exception):
+    """A file is gone, or its bytes are not those that prepare checked."""
+
+
+def mask_file(item: Item) -> tuple[str, str | None]:
+    """Name and digest of the file that holds the mask: the picture's own, for alpha."""
+    return (item.file_name, item.sha256) if item.mask == "alpha" else (str(item.mask), item.mask_sha256)
+
+
+def read_checked(files: PictureFiles, name: str, digest: str | None) -> bytes:
+    """The file's bytes.
+
+    Raises:
+        Changed: they are not those of the digest.
+    """
+    try:
+        blob = files.read(name)
+    except UserError:
+        raise Changed(name) from None
+    if digest not in (None, hashlib.sha256(blob).hexdigest()):
+        raise Changed(name)
+    return blob
+
+
+def naming_changes(work: Callable[[], None], context: Context, items: Iterable[Item]) -> None:
+    """Do the work; where it meets a changed file, look at those of all the items and name every one.
+
+    Raises:
+        UserError: one line per file.
+    """
+    try:
+        work()
+    except Changed as error:
+        source = Path(context.manifest.source)
+        raise UserError(
+            *[
+                f"{source}: {reason}" if reason else f"{source / name}: changed since prepare checked it; {AGAIN}"
+                for name, reason in sorted(changes(context, items).items())
+            ]
+            or [f"{source / str(error)}: changed while it was read; {AGAIN}"]
+        ) from None
+
+
+def changes(context: Context, items: Iterable[Item]) -> dict[str, str | None]:
+    """Pictures and masks that are not what prepare checked: name -> why it cannot be read, or None for other bytes."""
+    files: dict[str, str | None] = {}
+    for item in items:
+        files[item.file_name] = item.sha256
+        if item.mask:
+            files |= [mask_file(item)]
+
+    def look(name: str) -> tuple[bool, str | None]:
+        try:
+            blob = context.files.read(name)
+        except UserError as error:
+            return False, error.problems[0]
+        return files[name] in (None, hashlib.sha256(blob).hexdigest()), None
+
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        found = zip(files, pool.map(look, files), strict=True)
+        return {name: reason for name, (same, reason) in found if not same}

@@ -1,0 +1,210 @@
+"""``cache_latents --gc``: what a commit can bring back stays, all else is freed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.artifacts.store import Store
+from stages.core.console import UserError
+from tests.conftest import Workspace
+
+DVC_YAML = "stages:\n  cache_latents:\n    cmd: python -m stages.cache_latents\n    outs: [data/latents]\n"
+SIZES = {"A": 24, "B": 40, "C": 48}
+"""Versions differ in resolution: eight other latents each, and the same captions."""
+
+
+def git(*words: str) -> str:
+    identity = ("-c", "user.name=t", "-c", "user.email=t@t")
+    return subprocess.run(("git", *identity, *words), check=True, capture_output=True, text=True).stdout.strip()
+
+
+def dvc(*words: str) -> None:
+    subprocess.run((sys.executable, "-m", "dvc", *words), check=True, capture_output=True)
+
+
+class Repository:
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.store = Store()
+
+    def make(self, version: str) -> None:
+        """data/latents of that version, in the workspace alone."""
+        words = ("--set", f"dataset.resolution={SIZES[version]}")
+        self.workspace.run("prepare", *words)
+        self.workspace.run("cache_latents", *words)
+
+    def commit(self, version: str) -> None:
+        self.make(version)
+        dvc("commit", "--quiet", "--force", "cache_latents")
+        git("add", "dvc.yaml", "dvc.lock")
+        git("commit", "--quiet", "--message", version)
+
+    def clear(self) -> None:
+        """A workspace that uses nothing itself."""
+        shutil.rmtree("data/latents")
+        shutil.rmtree("data/prepared")
+
+    def collect(self, *argv: str) -> str:
+        return self.workspace.run("cache_latents", "--gc", *argv)[-1]
+
+    def num_entries(self) -> int:
+        return len(list(self.store.entries()))
+
+
+@pytest.fixture
+def repository(workspace: Workspace) -> Repository:
+    git("init", "--quiet", "--initial-branch=main")
+    dvc("init", "--quiet")
+    Path("dvc.yaml").write_text(DVC_YAML)
+    git("add", ".dvc", "dvc.yaml")
+    git("commit", "--quiet", "--message", "start")
+    return Repository(workspace)
+
+
+def freed(line: str) -> tuple[str, int, int]:
+    """``freed`` or ``would free``, and the two numbers of entries."""
+    found = re.fullmatch(r"(freed|would free) (\d+\.\d) MB: (\d+) of (\d+) entries", line)
+    assert found, line
+    return found[1], int(found[3]), int(found[4])
+
+
+def test_what_no_commit_uses_is_freed_and_the_rest_stays(repository: Repository) -> None:
+    repository.commit("A")
+    repository.make("B")
+    repository.commit("C")
+    repository.clear()
+    assert repository.num_entries() == 3 * 8 + 9
+    assert freed(repository.collect("--dry-run")) == ("would free", 8, 33)
+    assert repository.num_entries() == 33
+    assert freed(repository.collect()) == ("freed", 8, 33)
+    assert freed(repository.collect()) == ("freed", 0, 25)
+    for version, encoded in (("A", 0), ("C", 0), ("B", 8)):
+        before = repository.num_entries()
+        repository.make(version)
+        assert repository.num_entries() - before == encoded
+
+
+@pytest.mark.parametrize("kept_by", ["branch", "tag", "remote", "stash", "older stash", "experiment", "detached", None])
+def test_every_kind_of_ref_keeps_its_entries(repository: Repository, kept_by: str | None) -> None:
+    start = git("rev-parse", "HEAD")
+    repository.commit("A")
+    if kept_by == "detached":
+        git("checkout", "--quiet", "--detach")
+        git("branch", "--force", "main", start)
+    elif kept_by in ("stash", "older stash"):
+        git("reset", "--quiet", "--soft", start)
+        git("stash", "--quiet")
+        if kept_by == "older stash":
+            Path("dvc.yaml").write_text(DVC_YAML + "# newer\n")
+            git("stash", "--quiet")
+    else:
+        refs = {
+            "branch": "refs/heads/other",
+            "tag": "refs/tags/v1",
+            "remote": "refs/remotes/origin/main",
+            "experiment": "refs/exps/ab/cdef/wise-owl",
+        }
+        if kept_by:
+            git("update-ref", refs[kept_by], "HEAD")
+        git("reset", "--quiet", "--hard", start)
+    repository.clear()
+    assert freed(repository.collect()) == ("freed", 0 if kept_by else 17, 17)
+
+
+@pytest.mark.parametrize("folder", ["data/latents", "runs/latents", ".dvc/tmp/exps/standalone/tmp1/data/latents"])
+def test_folders_at_work_keep_their_entries(repository: Repository, folder: str) -> None:
+    repository.make("A")
+    if folder != "data/latents":
+        shutil.copytree("data/latents", folder)
+        shutil.rmtree("data/latents")
+    shutil.rmtree("data/prepared")
+    assert freed(repository.collect()) == ("freed", 0, 17)
+
+
+def test_the_present_parameters_keep_their_entries(repository: Repository) -> None:
+    repository.make("A")
+    shutil.rmtree("data/latents")
+    assert freed(repository.collect()) == ("freed", 0, 17)
+    assert freed(repository.collect("--set", "cache.batch_size=3")) == ("freed", 17, 17)
+
+
+def test_leftovers_of_killed_writes_are_freed(repository: Repository) -> None:
+    repository.make("A")
+    leftover = next(Path(".state/store/latents").iterdir()) / ".abc.safetensors.x1"
+    leftover.write_bytes(bytes(2_000_000))
+    assert repository.collect() == "freed 2.0 MB: 0 of 17 entries"
+    assert not leftover.exists()
+
+
+def test_a_version_that_is_not_here_stops_it(repository: Repository) -> None:
+    repository.commit("A")
+    repository.commit("B")
+    repository.clear()
+    shutil.rmtree(".dvc/cache")
+    with pytest.raises(UserError) as caught:
+        repository.collect()
+    (problem,) = caught.value.problems
+    assert re.fullmatch(
+        r"2 committed versions are not in DVC's cache \(\w{8}, \w{8}\): their entries cannot be known; "
+        r"run `dvc fetch --all-commits cache_latents` first or pass --force",
+        problem,
+    )
+    assert repository.num_entries() == 25
+    assert freed(repository.collect("--force")) == ("freed", 25, 25)
+
+
+def test_a_lock_file_that_cannot_be_read_stops_it(repository: Repository) -> None:
+    repository.commit("A")
+    lock = Path("dvc.lock")
+    lock.write_text(re.sub(r"md5: \w+\.dir", "<<<<<<< HEAD", lock.read_text()))
+    git("commit", "--quiet", "--all", "--message", "conflict")
+    with pytest.raises(UserError, match=r"1 committed dvc.lock \(blob \w{8}\) cannot be read: .* pass --force"):
+        repository.collect()
+
+
+def test_dvc_may_keep_its_cache_elsewhere(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> None:
+    dvc("cache", "dir", "--quiet", str(tmp_path_factory.mktemp("elsewhere")))
+    repository.commit("A")
+    assert not Path(".dvc/cache/files").exists()
+    repository.clear()
+    assert freed(repository.collect()) == ("freed", 0, 17)
+
+
+def test_a_run_at_work_is_not_disturbed(repository: Repository) -> None:
+    repository.make("A")
+    with repository.store.in_use(), pytest.raises(UserError, match="a run of cache_latents is at work here"):
+        repository.collect()
+
+
+def test_a_store_that_others_may_use_is_refused(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("shared")
+    monkeypatch.setenv("LORA_STATE_DIR", str(folder))
+    repository.make("A")
+    with pytest.raises(UserError, match="may serve other repositories, whose use cannot be known; pass --force"):
+        repository.collect()
+    repository.clear()
+    assert freed(repository.collect("--force")) == ("freed", 17, 17)
+
+
+def test_outside_of_git_nothing_is_freed(workspace: Workspace) -> None:
+    with pytest.raises(UserError, match="--gc: no git repository here, .* nothing is freed"):
+        workspace.run("cache_latents", "--gc")
+
+
+def test_an_empty_store(repository: Repository) -> None:
+    assert repository.collect().endswith("no store, nothing to free")
+
+
+def test_exit_codes(repository: Repository) -> None:
+    assert repository.workspace.process("cache_latents", "--dry-run").returncode == 2
+    repository.make("A")
+    repository.store.root.rename(repository.store.root.with_name("gone"))
+    assert repository.workspace.process("cache_latents", "--gc").returncode == 0
