@@ -78,7 +78,10 @@ def test_neither_names_nor_the_encoders_settings_make_another_table() -> None:
         return evaluation.digest(evaluation.table(evaluation.choose(pictures, 2), 2, 1000, seed=0), 0, {})
 
     pictures = make_pictures(4) + make_pictures(4, "train")
-    others = [dataclasses.replace(p, file_name=f"{9 - i}.png", view=f"key{9 - i}") for i, p in enumerate(pictures)]
+    others = [
+        dataclasses.replace(p, file_name=f"{9 - i}.png", view=f"key{9 - i}", mask=f"mask{i}")
+        for i, p in enumerate(pictures)
+    ]
     assert digest(others) == digest(pictures)
 
 

@@ -11,7 +11,7 @@ from stages.core import lora
 from stages.core.console import UserError
 from stages.core.params import ModelParams
 from stages.families import sd
-from stages.train import LoraParams
+from stages.train.params import LoraParams
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 

@@ -1,13 +1,18 @@
-"""Targets and weights against the papers' formulas in float64, from the betas on."""
+"""Targets, weights and masks against the papers' formulas in float64, from the betas on."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from stages.artifacts.latent_cache import CachedItem
 from stages.core import objectives
+from stages.core.console import UserError
+from tests.caches import write_cache
 
 NUM_TRAIN_TIMESTEPS = 1000
 BETAS = (0.00085, 0.012)
@@ -127,3 +132,81 @@ def test_unknown_prediction_type_is_named() -> None:
     latents, noise = draws(1)
     with pytest.raises(ValueError, match="prediction_type 'flow': expected epsilon, v_prediction or sample"):
         objectives.target(scheduler("flow"), latents, noise, torch.tensor([0]))
+
+
+# Masks
+
+
+def random_errors(count: int, channels: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared errors [B, C, h, w] and masks [B, 1, h, w] from 0 to 1."""
+    generator = torch.Generator().manual_seed(3)
+    errors = torch.randn(count, channels, height, width, generator=generator).square()
+    return errors, torch.rand(count, 1, height, width, generator=generator)
+
+
+def masked_mean_by_hand(errors: torch.Tensor, mask: torch.Tensor) -> float:
+    """Of one sample [C, h, w] in float64, pixel by pixel."""
+    total = covered = 0.0
+    channels, height, width = errors.shape
+    for c, y, x in np.ndindex(channels, height, width):
+        total += float(mask[0, y, x]) * float(errors[c, y, x])
+        covered += float(mask[0, y, x])
+    return total / covered
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (3, 4, 5, 7), (2, 1, 8, 3)], ids=str)
+def test_masked_mean_is_the_formula(shape: tuple[int, int, int, int]) -> None:
+    errors, masks = random_errors(*shape)
+    masks[0, 0, 0, 0] = 1.0
+    masks[masks < 0.4] = 0.0
+    found = objectives.masked_mean(errors, masks)
+    assert found.shape == shape[:1] and found.dtype == torch.float32
+    expected = [masked_mean_by_hand(error, mask) for error, mask in zip(errors, masks, strict=True)]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+
+
+def test_a_mask_of_ones_or_of_any_constant_is_the_plain_mean() -> None:
+    errors, masks = random_errors(4, 4, 8, 12)
+    plain = objectives.masked_mean(errors, None)
+    np.testing.assert_allclose(plain.numpy(), errors.double().mean((1, 2, 3)).numpy(), rtol=1e-5)
+    assert torch.equal(objectives.masked_mean(errors, torch.ones_like(masks)), plain)  # to the bit, on a CPU
+    torch.testing.assert_close(objectives.masked_mean(errors, torch.full_like(masks, 0.01)), plain)
+
+
+def test_errors_under_black_do_not_count_and_a_small_mask_counts_in_full() -> None:
+    errors = torch.full((1, 4, 8, 8), 1e6)
+    errors[..., 2, 3] = 0.5
+    masks = torch.zeros(1, 1, 8, 8)
+    masks[..., 2, 3] = 1.0
+    assert objectives.masked_mean(errors, masks).tolist() == [0.5]
+    wide = torch.full((1, 4, 8, 8), 0.5)
+    assert objectives.masked_mean(wide, torch.ones_like(masks)).tolist() == [0.5]
+
+
+def test_gradient_is_zero_under_black() -> None:
+    errors, masks = random_errors(2, 4, 6, 6)
+    masks[:, :, :3] = 0.0
+    errors.requires_grad_(True)
+    objectives.masked_mean(errors, masks).sum().backward()
+    assert errors.grad is not None and not errors.grad[:, :, :3].any() and errors.grad[:, :, 3:].all()
+
+
+def test_masks_without_anything_to_look_at_are_named(tmp_path: Path) -> None:
+    views = {f"{name}{view}": torch.zeros(4, 2, 2) for name in "abc" for view in range(2)}
+    items = [
+        CachedItem(f"{name}.png", "train", "", ("",), name, views_of, masks)
+        for name, views_of, masks in (
+            ("a", ("a0", "a1"), ("white", "black")),
+            ("b", ("b0",), ("black",)),
+            ("c", ("c0",), ("faint",)),
+        )
+    ]
+    masks = {"white": torch.ones(1, 2, 2), "black": torch.zeros(1, 2, 2), "faint": torch.full((1, 2, 2), 0.01)}
+    cache = write_cache(tmp_path, items, views, {"": torch.zeros(3, 2)}, masks=masks)
+    with pytest.raises(UserError) as error:
+        objectives.require_visible(cache)
+    cures = "so no loss is left; mend the mask, leave the picture out, or raise dataset.unmasked_weight above 0"
+    assert error.value.problems == (
+        f"a.png: its mask is black in 1 of its 2 views, {cures}",
+        f"b.png: its mask is black everywhere, {cures}",
+    )

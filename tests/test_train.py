@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from stages.artifacts.adapter import FINAL, Adapter, snapshot_name
 from stages.artifacts.latent_cache import LatentCache
 from stages.artifacts.manifest import Manifest
-from stages.core import lora, objectives, params
+from stages.core import closure, lora, objectives, params
 from stages.core.batches import Batches
 from stages.core.console import UserError
 from stages.core.files import load_tensors, read_json
@@ -28,7 +28,8 @@ from stages.core.params import ModelParams
 from stages.core.pictures import load_view
 from stages.core.selfcheck import Watch
 from stages.families import sd
-from stages.train import Trainer
+from stages.train.trainer import Trainer
+from tests.caches import write_mixed_cache
 from tests.conftest import REPOSITORY, TINY, Workspace, picture, write_params, write_rows
 
 LONG = ("--set", "train.num_steps=6", "--set", "lora.dropout=0.25", "--set", "train.prompt_dropout=0.5")
@@ -50,7 +51,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path
         patch.setenv("LORA_STATE_DIR", str(folder / ".state"))
         for stage, argv in (("prepare", ()), ("cache_latents", ()), ("train", LONG)):
             patch.setattr(sys, "argv", [stage, *argv])
-            importlib.import_module(f"stages.{stage}").main()
+            importlib.import_module(f"stages.{stage}.__main__").main()
     return folder
 
 
@@ -73,7 +74,7 @@ class Interrupted(Exception):
 
 
 @pytest.fixture
-def interrupt(encoded: Workspace) -> Callable[..., None]:
+def interrupt(workspace: Workspace) -> Callable[..., None]:
     """``interrupt(3, *argv)`` runs train and breaks off in place of step 3."""
 
     def broken_off(at: int, *argv: str) -> None:
@@ -86,7 +87,7 @@ def interrupt(encoded: Workspace) -> Callable[..., None]:
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(Trainer, "step", step)
-            encoded.run("train", *argv)
+            workspace.run("train", *argv)
 
     return broken_off
 
@@ -189,13 +190,13 @@ def test_first_loss_equals_an_independent_computation(encoded: Workspace, gamma:
     assert history()[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-def batches(cache: LatentCache) -> Batches:
+def batches(cache: LatentCache, accumulation: int = 1) -> Batches:
     """The tiny parameters' batches."""
     return Batches(
         cache,
         cache.split("train"),
         batch_size=2,
-        accumulation=1,
+        accumulation=accumulation,
         prompt_dropout=0.1,
         num_train_timesteps=1000,
         seed=0,
@@ -244,6 +245,7 @@ def test_interrupted_twice_and_with_the_newest_checkpoint_damaged(
     assert (Path("data/adapter") / FINAL).read_bytes() == (reference / "data/adapter" / FINAL).read_bytes()
 
 
+@pytest.mark.usefixtures("encoded")
 def test_only_the_very_same_run_is_resumed(interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
     def resumed(*argv: str) -> bool:
         interrupt(3, *LONG, *argv)
@@ -261,7 +263,7 @@ def test_other_latents_or_code_are_no_resume(
 ) -> None:
     interrupt(3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.core.closure.code_digest", lambda *_: "other")
+        patch.setattr(closure, "code_digest", lambda *_: "other")
         interrupt(3)
         assert "resumed from step 2" not in caplog.messages
     picture(50).save("data/raw/00.png")
@@ -358,7 +360,8 @@ def test_cached_loss_equals_uncached_loss(encoded: Workspace, reference: Path, m
 
     def latents(self: LatentCache, key: str) -> tuple[torch.Tensor, torch.Tensor]:
         item = by_key[key]
-        image = load_view(Path("data/raw") / item.file_name, item, item.views[0], manifest.preprocessing)
+        (view,) = manifest.augmentation.views(item, 1)
+        image = load_view((Path("data/raw") / item.file_name).read_bytes(), item, view, manifest.preprocessing)
         pixel_values = torch.tensor(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
         mean, std = (tensor[0].clone() for tensor in sd.encode_images(vae, pixel_values))
         encodings.append(key)
@@ -386,6 +389,130 @@ def test_min_snr_lowers_every_loss_of_v(encoded: Workspace) -> None:
     encoded.run("train", "--set", "train.snr_gamma=5.0")
     assert history()[0]["loss"] < plain[0]["loss"]  # min(SNR, gamma) / (SNR + 1) is below 1
     assert all(math.isfinite(row["loss"]) for row in history())
+
+
+# Several shapes, masks, captions, repeats and weights
+
+
+@pytest.fixture
+def mixed(workspace: Workspace) -> Workspace:
+    """The workspace with latents of three shapes."""
+    write_mixed_cache()
+    return workspace
+
+
+def test_mixed_pictures_are_trained_and_told_about(mixed: Workspace) -> None:
+    lines = mixed.run("train")
+    assert "pictures    6 for training, 7 per epoch" in lines
+    assert "buckets     latents of 12 x 4 (2), 8 x 8 (2), 4 x 12 (2)" in lines
+    metrics = read_json(Path("reports/train/metrics.json"))
+    assert metrics["train.num_pictures"] == 6 and metrics["train.epochs"] == pytest.approx(4 * 2 / 7, rel=1e-4)
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in weights().values())
+
+
+def test_buckets_smaller_than_a_batch_are_named_once(mixed: Workspace) -> None:
+    lines = mixed.run("train", "--set", "train.batch_size=3")
+    assert [line for line in lines if "warning" in line] == [
+        f"warning: bucket {size}: 2 pictures for batches of 3; some come up twice in a batch"
+        for size in ("12 x 4", "8 x 8", "4 x 12")
+    ]
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_mixed_run_resumes_to_the_same_bytes(mixed: Workspace, interrupt: Callable[..., None], at: int) -> None:
+    argv = (*LONG, "--set", "train.gradient_accumulation_steps=2", "--set", "train.checkpoint_every_n_steps=1")
+    mixed.run("train", *argv)
+    expected = outputs(mixed)
+    shutil.rmtree("data/adapter")
+    interrupt(at, *argv)
+    assert f"resumed from step {at}" in mixed.run("train", *argv)
+    assert outputs(mixed) == expected
+
+
+def test_first_loss_of_mixed_pictures_equals_an_independent_computation(mixed: Workspace) -> None:
+    """Masked, weighted, and each micro-batch in its own shape."""
+    mixed.run("train", "--set", "train.num_steps=2", "--set", "train.gradient_accumulation_steps=3")
+    model = params.load(Path("params.yaml")).section(ModelParams)
+    denoiser, scheduler = sd.load_denoiser(model, torch.device("cpu")), sd.load_scheduler(model)
+    source = batches(LatentCache(Path("data/latents")), accumulation=3)
+    losses, shapes, factors = [], set(), set()
+    for micro in range(3):
+        batch = source.batch(0, micro)
+        assert batch.masks is not None
+        for index, t in enumerate(batch.timesteps.tolist()):
+            signal = scheduler.alphas_cumprod[t].double()
+            latents, noise = batch.latents[index].double(), batch.noise[index].double()
+            noisy_latents = (signal.sqrt() * latents + (1 - signal).sqrt() * noise).float()[None]
+            prompt = {name: tensor[index : index + 1] for name, tensor in batch.prompt.items()}
+            with torch.no_grad():
+                model_pred = sd.predict(denoiser, noisy_latents, torch.tensor([t]), prompt)[0].double()
+            errors = (model_pred - (signal.sqrt() * noise - (1 - signal).sqrt() * latents)).square()
+            mask = batch.masks[index].double().expand_as(errors)
+            losses.append(float((errors * mask).sum() / mask.sum() * batch.weights[index]))
+            shapes.add(tuple(latents.shape))
+            factors.add((float(batch.weights[index]), bool(mask.eq(1).all())))
+    assert len(shapes) > 1 and len(factors) > 1
+    assert history()[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_what_the_target_is_under_black_does_not_matter(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All masks are black in the upper half: two kinds of garbage there give one adapter, to the bit."""
+    original = objectives.target
+
+    def trained(garbage: float, **every: Any) -> dict[str, torch.Tensor]:
+        def target(*args: Any) -> torch.Tensor:
+            found = original(*args).clone()
+            found[:, :, : found.shape[2] // 2] += garbage
+            return found
+
+        write_mixed_cache(**every)
+        monkeypatch.setattr(objectives, "target", target)
+        workspace.run("train")
+        return weights()
+
+    plain, loud, louder = (trained(garbage, masked=True) for garbage in (0.0, 7.0, -1e4))
+    assert all(torch.equal(plain[name], loud[name]) and torch.equal(plain[name], louder[name]) for name in plain)
+    seen, seen_loud = (trained(garbage, masked=False) for garbage in (0.0, 7.0))
+    assert any(not torch.equal(seen[name], seen_loud[name]) for name in seen)
+
+
+def test_a_weight_scales_the_loss(workspace: Workspace) -> None:
+    losses = []
+    for loss_weight in (1.0, 0.25):
+        write_mixed_cache(loss_weight=loss_weight)
+        workspace.run("train")
+        losses.append(history()[0]["loss"])
+    assert losses[1] == pytest.approx(0.25 * losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"repeats": 3}, {"loss_weight": 0.9}, {"captions": ("caption 0",)}], ids=str)
+def test_another_weight_repetition_or_choice_of_captions_is_another_run(
+    workspace: Workspace, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture, change: dict[str, Any]
+) -> None:
+    write_mixed_cache()
+    interrupt(3)
+    interrupt(3)
+    assert "resumed from step 2" in caplog.messages
+    caplog.clear()
+    write_mixed_cache(**change)
+    interrupt(3)
+    assert "resumed from step 2" not in caplog.messages
+
+
+def test_repeats_count_towards_a_full_batch(mixed: Workspace) -> None:
+    assert refusal(mixed, "--set", "train.batch_size=8") == (
+        "params.yaml train.batch_size: 8 is more than the 6 training pictures and their repeats (7)"
+    )
+    mixed.run("train", "--set", "train.batch_size=7", "--set", "train.num_steps=2")
+
+
+def test_a_mask_that_hides_everything_is_refused(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.caches.half_mask", lambda shape, view: torch.full((1, *shape), float(shape[0] != 8)))
+    write_mixed_cache()
+    assert refusal(workspace) == (
+        "09.png: its mask is black in 2 of its 2 views, so no loss is left; "
+        "mend the mask, leave the picture out, or raise dataset.unmasked_weight above 0"
+    )
 
 
 # What training notices

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from stages import validate
 from stages.artifacts import metrics
 from stages.artifacts.adapter import FINAL, Adapter, snapshot_name
 from stages.artifacts.latent_cache import LatentCache
@@ -22,6 +21,8 @@ from stages.core.console import UserError
 from stages.core.files import read_json, save_tensors, sha256_file
 from stages.core.params import ModelParams
 from stages.families import sd
+from stages.validate import __main__ as validate
+from tests.caches import write_mixed_cache
 from tests.conftest import Workspace, read_rows, write_rows
 
 CONFIG = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"]}
@@ -53,6 +54,14 @@ def cached(workspace: Workspace) -> Workspace:
     """A workspace with data/latents."""
     workspace.run("prepare")
     workspace.run("cache_latents")
+    return workspace
+
+
+@pytest.fixture
+def mixed(workspace: Workspace) -> Workspace:
+    """A workspace with latents of three shapes, some with masks, and an adapter."""
+    write_mixed_cache()
+    write_adapter(0.3)
     return workspace
 
 
@@ -186,6 +195,91 @@ def test_twins_are_two_pictures_of_the_table(workspace: Workspace) -> None:
         assert [s.base for s in one] != [s.base for s in other]  # the captions differ
 
 
+# Several shapes, masks, regularization
+
+
+def test_mixed_pictures_are_validated(mixed: Workspace) -> None:
+    mixed.run("validate", "--set", "validate.max_pictures=64")
+    first = mixed.tree("reports")
+    mixed.run("validate", "--set", "validate.max_pictures=64")
+    assert mixed.tree("reports") == first
+    assert set(metrics.load(Path("reports/metrics.json"))) == KEYS
+    lineage = json.loads(first["validate/lineage.json"])
+    assert lineage["sheet"] == {"cell": 128, "picture": [48, 16]}  # most of the table's pictures are wide
+    assert lineage["table"]["num_pictures"] == {"heldout": 5, "train": 5}
+    assert all(len(first[f"{name}.png"]) <= 300_000 for name in ("samples", "progress"))
+
+
+def test_pictures_for_regularization_are_no_evidence(mixed: Workspace) -> None:
+    mixed.run("validate", "--set", "validate.max_pictures=64")
+    regularization = {item.file_name for item in LatentCache(Path("data/latents")).items if item.regularization}
+    assert len(regularization) == 2 and regularization.isdisjoint(score.file_name for score in heldout(mixed))
+    write_mixed_cache(regularization=True)
+    with pytest.raises(UserError, match="dataset.heldout_fraction: of 0 pictures 0 are held out and 0 left to probe"):
+        mixed.run("validate")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_mixed_losses_equal_an_independent_computation(mixed: Workspace, batch_size: int) -> None:
+    """Each row by itself, in the order of the table, with its first mask."""
+    mixed.run("validate", "--set", f"validate.batch_size={batch_size}", "--set", "validate.max_pictures=64")
+    model = params.load(Path("params.yaml")).section(ModelParams)
+    cache, scheduler = LatentCache(Path("data/latents")), sd.load_scheduler(model)
+    denoiser = sd.load_denoiser(model, torch.device("cpu"))
+    items = {item.file_name: item for item in cache.items}
+    scores = heldout(mixed)
+    chosen = list(dict.fromkeys(score.file_name for score in scores))
+    assert chosen == sorted(chosen, key=lambda name: (items[name].split != "heldout", items[name].content))
+    assert len({cache.latents(items[name].views[0])[0].shape for name in chosen}) == 3
+    for index, score in enumerate(scores):
+        item, t = items[score.file_name], score.timestep
+        latents = cache.latents(item.views[0])[0]
+        noise = torch.randn(latents.shape, generator=seeding.generator(0, "validate-noise", item.content, index % 2))
+        a, b = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
+        prompt = {name: value[None] for name, value in cache.prompt(item.caption).items()}
+        with torch.no_grad():
+            model_pred = sd.predict(denoiser, (a * latents + b * noise)[None], torch.tensor([t]), prompt)[0]
+        errors = ((model_pred - (a * noise - b * latents)) ** 2).double()
+        mask = (cache.mask(item.masks[0]) if item.masks else torch.ones(1, *latents.shape[1:])).expand_as(errors)
+        assert score.base == pytest.approx(float((errors * mask).sum() / mask.sum()), rel=1e-4)
+
+
+def test_a_mask_changes_its_own_rows_alone(mixed: Workspace) -> None:
+    def losses() -> dict[tuple[str, int], float]:
+        mixed.run("validate", "--set", "validate.max_pictures=64")
+        return {(score.file_name, score.timestep): score.base for score in heldout(mixed)}
+
+    with_masks = losses()
+    masked = {item.file_name for item in LatentCache(Path("data/latents")).items if item.masks}
+    write_mixed_cache(masked=False)
+    without = losses()
+    assert with_masks.keys() == without.keys()
+    assert {name for name, _ in with_masks if name in masked}
+    for (name, timestep), loss in with_masks.items():
+        assert (loss != without[name, timestep]) == (name in masked)
+
+
+def test_a_mask_that_hides_everything_is_refused(mixed: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.caches.half_mask", lambda shape, view: torch.full((1, *shape), float(shape[0] != 8)))
+    write_mixed_cache()
+    with pytest.raises(UserError, match="09.png: its mask is black in 2 of its 2 views, so no loss is left"):
+        mixed.run("validate")
+    assert not Path("reports").exists()
+
+
+def test_a_size_answered_alone_or_among_others_is_the_same(mixed: Workspace) -> None:
+    argv = ("--set", "validate.max_pictures=64", "--set", "validate.batch_size=4")
+    mixed.run("validate", *argv)
+    among = {(s.file_name, s.timestep): (s.base, s.adapter) for s in heldout(mixed)}
+    manifest = read_json(Path("data/latents/manifest.json"))
+    wide = {"00.png", "01.png", "02.png", "03.png", "10.png"}
+    manifest["items"] = [item for item in manifest["items"] if item["file_name"] in wide]
+    Path("data/latents/manifest.json").write_text(json.dumps(manifest))
+    mixed.run("validate", *argv)
+    alone = {(s.file_name, s.timestep): (s.base, s.adapter) for s in heldout(mixed)}
+    assert len(alone) == 10 and alone.items() <= among.items()
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
@@ -209,7 +303,7 @@ def test_losses_that_are_not_finite(
 
 
 def test_pictures_of_a_prompt_do_not_depend_on_the_others(cached: Workspace) -> None:
-    from stages.core.pictures import cut
+    from stages.core.sheets import cut
 
     write_adapter(0.3)
     cells = []

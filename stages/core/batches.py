@@ -1,7 +1,9 @@
-"""Training batches drawn from the cache: picture, view, noise, timestep and caption, functions of the step."""
+"""Training batches drawn from the cache: pictures of one shape, each with view, caption, noise and timestep."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,21 +12,54 @@ import torch
 from stages.core import seeding
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from stages.artifacts.latent_cache import CachedItem, LatentCache
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of B samples, on the device."""
+    """Tensors of B samples of one latent shape."""
 
     latents: torch.Tensor  # [B, C, h, w] float32, in the denoiser's space
     noise: torch.Tensor  # [B, C, h, w] float32
     timesteps: torch.Tensor  # [B] int64
     prompt: dict[str, torch.Tensor]  # name -> [B, ...]
+    weights: torch.Tensor  # [B] float32, each picture's own loss_weight
+    masks: torch.Tensor | None  # [B, 1, h, w] float32; None where no picture of the run has one
+
+    @classmethod
+    def cat(cls, parts: Sequence[Batch]) -> Batch:
+        """One batch of them all, in their order."""
+        masks = [part.masks for part in parts if part.masks is not None]
+        return cls(
+            torch.cat([part.latents for part in parts]),
+            torch.cat([part.noise for part in parts]),
+            torch.cat([part.timesteps for part in parts]),
+            {name: torch.cat([part.prompt[name] for part in parts]) for name in parts[0].prompt},
+            torch.cat([part.weights for part in parts]),
+            torch.cat(masks) if masks else None,
+        )
 
     def first(self, count: int) -> Batch:
-        prompt = {name: tensor[:count] for name, tensor in self.prompt.items()}
-        return Batch(self.latents[:count], self.noise[:count], self.timesteps[:count], prompt)
+        return Batch(
+            self.latents[:count],
+            self.noise[:count],
+            self.timesteps[:count],
+            {name: tensor[:count] for name, tensor in self.prompt.items()},
+            self.weights[:count],
+            None if self.masks is None else self.masks[:count],
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.latents.to(device),
+            self.noise.to(device),
+            self.timesteps.to(device),
+            {name: tensor.to(device) for name, tensor in self.prompt.items()},
+            self.weights.to(device),
+            None if self.masks is None else self.masks.to(device),
+        )
 
 
 class Batches:
@@ -42,34 +77,112 @@ class Batches:
         seed: int,
         device: torch.device,
     ) -> None:
-        self.cache, self.items, self.device, self.seed = cache, items, device, seed
+        self.cache, self.device, self.seed = cache, device, seed
         self.batch_size, self.accumulation = batch_size, accumulation
         self.prompt_dropout, self.num_train_timesteps = prompt_dropout, num_train_timesteps
+        self.order = Order(by_shape(cache, items), batch_size, seed)
+        self.masked = any(item.masks for item in items)
 
     def batch(self, step: int, micro: int) -> Batch:
         """The micro-batch ``micro`` of an optimizer step."""
+        items = self.order.items(step * self.accumulation + micro)
         slots = range(micro * self.batch_size, (micro + 1) * self.batch_size)
-        latents, noise, timesteps, prompts = zip(*(self.sample(step, slot) for slot in slots), strict=True)
-        return Batch(
-            torch.stack(latents).to(self.device),
-            torch.stack(noise).to(self.device),
-            torch.stack(timesteps).to(self.device),
-            {name: torch.stack([p[name] for p in prompts]).to(self.device) for name in prompts[0]},
-        )
+        samples = [self.sample(item, step, slot) for item, slot in zip(items, slots, strict=True)]
+        return Batch.cat(samples).to(self.device)
 
-    def sample(self, step: int, slot: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """One sample: latents and noise [C, h, w], timestep [], prompt tensors; drawn on the CPU."""
+    def sample(self, item: CachedItem, step: int, slot: int) -> Batch:
+        """A batch of this one picture, drawn on the CPU."""
 
         def draw(purpose: str) -> torch.Generator:
             return seeding.generator(self.seed, purpose, step, slot)
 
-        position = step * self.batch_size * self.accumulation + slot
-        epoch, offset = divmod(position, len(self.items))
-        item = self.items[seeding.permutation(self.seed, epoch, len(self.items))[offset]]
-        view = item.views[int(torch.randint(len(item.views), (), generator=draw("view")))]
-        mean, std = self.cache.latents(view)
+        view = int(torch.randint(len(item.views), (), generator=draw("view")))
+        mean, std = self.cache.latents(item.views[view])
         latents = mean + std * torch.randn(mean.shape, generator=draw("posterior"))
         noise = torch.randn(mean.shape, generator=draw("noise"))
         timestep = torch.randint(self.num_train_timesteps, (), generator=draw("timestep"))
         dropped = torch.rand((), generator=draw("prompt")) < self.prompt_dropout
-        return latents, noise, timestep, self.cache.prompt("" if dropped else item.caption)
+        caption = item.captions[int(torch.randint(len(item.captions), (), generator=draw("caption")))]
+        prompt = self.cache.prompt("" if dropped else caption)
+        mask = self.cache.mask(item.masks[view]) if item.masks else torch.ones_like(mean[:1])  # [1, h, w]
+        return Batch(
+            latents[None],
+            noise[None],
+            timestep[None],
+            {name: tensor[None] for name, tensor in prompt.items()},
+            torch.tensor([item.loss_weight]),
+            mask[None] if self.masked else None,
+        )
+
+
+# Which pictures stand together
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The pictures of one latent shape."""
+
+    height: int
+    """Of the latents, not in pixels."""
+    width: int
+    items: list[CachedItem]
+
+    @property
+    def name(self) -> str:
+        return f"{self.width} x {self.height}"
+
+    @property
+    def entries(self) -> list[CachedItem]:
+        """An epoch's pictures: each as often as it repeats."""
+        return [item for item in self.items for _ in range(item.repeats)]
+
+
+def by_shape(cache: LatentCache, items: Iterable[CachedItem]) -> list[Bucket]:
+    """Buckets in order of height and width. All views of a picture have one shape."""
+    found = defaultdict(list)
+    for item in items:
+        height, width = cache.latents(item.views[0])[0].shape[-2:]
+        found[height, width].append(item)
+    return [Bucket(*shape, members) for shape, members in sorted(found.items())]
+
+
+class Order:
+    """Which pictures each micro-batch of a run holds: a function of the seed and its number.
+
+    A bucket of n entries is an endless stream of epochs, each another permutation of them; its k-th micro-batch holds
+    the entries k * B to (k + 1) * B - 1 of that stream, and so is always full. The buckets take turns in cycles of
+    about one epoch: cycle c holds floor(n * (c + 1) / B) - floor(n * c / B) micro-batches of the bucket, and seeded
+    shuffling mixes those of all buckets. So every picture comes up as often as its epochs say, whatever B leaves over.
+    """
+
+    def __init__(self, buckets: list[Bucket], batch_size: int, seed: int) -> None:
+        self.buckets, self.batch_size, self.seed = buckets, batch_size, seed
+        self.entries = [bucket.entries for bucket in buckets]
+        self.num_entries = sum(map(len, self.entries))  # of an epoch
+
+    def items(self, number: int) -> list[CachedItem]:
+        """The ``batch_size`` pictures of a micro-batch, counted from 0 over the whole run."""
+        bucket, rank = self.turn(number)
+        entries = self.entries[bucket]
+        purpose = "order" if len(self.buckets) == 1 else f"order {self.buckets[bucket].name}"
+        found = []
+        for position in range(rank * self.batch_size, (rank + 1) * self.batch_size):
+            epoch, offset = divmod(position, len(entries))
+            found.append(entries[seeding.permutation(self.seed, epoch, len(entries), purpose)[offset]])
+        return found
+
+    def turn(self, number: int) -> tuple[int, int]:
+        """Index of the bucket whose turn a micro-batch is, and how many the same bucket has had before."""
+        # num_before(c) is above c * num_entries / B - len(buckets), so the cycle's number is below this one.
+        beyond = (number + len(self.buckets)) * self.batch_size // self.num_entries + 1
+        cycle = bisect_right(range(beyond), number, key=lambda c: sum(self.num_before(c))) - 1
+        before, after = self.num_before(cycle), self.num_before(cycle + 1)
+        turns = [bucket for bucket, ends in enumerate(zip(before, after, strict=True)) for _ in range(*ends)]
+        shuffled = seeding.permutation(self.seed, cycle, len(turns), "buckets")
+        place = number - sum(before)
+        bucket = turns[shuffled[place]]
+        return bucket, before[bucket] + sum(turns[index] == bucket for index in shuffled[:place])
+
+    def num_before(self, cycle: int) -> list[int]:
+        """Micro-batches of each bucket in the cycles before this one."""
+        return [len(entries) * cycle // self.batch_size for entries in self.entries]

@@ -36,6 +36,8 @@ class Picture:
     caption: str
     view: str
     """Key of its first view's latents."""
+    mask: str | None = None
+    """Key of that view's mask; None where the loss looks at everything."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from stages.core import seeding
 from stages.core.console import UserError
 
 if TYPE_CHECKING:
-    from stages.train import LoraParams
+    from stages.train.params import LoraParams
 
 NAME = "default"
 

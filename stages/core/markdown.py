@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from urllib.parse import quote
 
 MINUS = "\N{MINUS SIGN}"  # unlike a hyphen, it never ends a line
 
@@ -16,6 +19,20 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---:
     return "\n".join([first, f"| {' | '.join(rule)} |", *others])
 
 
+def facts(head: str, pairs: Mapping[str, object], values: str = "") -> str:
+    """A table of labels and values."""
+    return table((head, values), [(label, str(value)) for label, value in pairs.items()], align=":---")
+
+
+def link(text: str, path: Path, folder: Path) -> str:
+    """To a file, from a page in ``folder``."""
+    return f"[{text}]({quote(Path(os.path.relpath(path, folder)).as_posix())})"
+
+
+def image(text: str, path: Path, folder: Path) -> str:
+    return f"!{link(text, path, folder)}"
+
+
 def signed(value: float, spec: str = ".4f") -> str:
     """``+0.0120`` or ``−0.0120``."""
     return f"{value:+{spec}}".replace("-", MINUS)
@@ -24,3 +41,9 @@ def signed(value: float, spec: str = ".4f") -> str:
 def interval(low: float, high: float) -> str:
     """``[−0.0140, −0.0090]``"""
     return f"[{signed(low)}, {signed(high)}]"
+
+
+def code(text: str, max_length: int = 100) -> str:
+    """Text of a dataset as a code span, where no page takes it for markup: one line, cut at ``max_length``."""
+    line = " ".join(text.split()).replace("`", "'")
+    return f"`{line if len(line) <= max_length else line[: max_length - 1] + '…'}`" if line else "(empty)"

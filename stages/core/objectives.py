@@ -1,4 +1,4 @@
-"""What the denoiser is asked to predict, and how much each timestep counts.
+"""What the denoiser is asked to predict, and how much each timestep and each pixel counts.
 
 Sources: epsilon and alpha-bar, Ho et al. 2020 (arXiv:2006.11239) eq. 4 and 14; v, Salimans & Ho 2022 (arXiv:2202.00512)
 appendix D; min-SNR, Hang et al. 2023 (arXiv:2303.09556) eq. 8 and section 3.4.
@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stages.core.console import UserError
+
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    from stages.artifacts.latent_cache import LatentCache
 
 
 def target(
@@ -48,3 +52,35 @@ def loss_weights(noise_scheduler: SchedulerMixin, timesteps: torch.Tensor, snr_g
     if kind == "epsilon":
         return clipped / ratio
     return clipped / (ratio + 1) if kind == "v_prediction" else clipped
+
+
+def masked_mean(errors: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
+    """Mean of each sample's errors where its mask looks, [B]: sum(m * e) / (C * sum(m)); a plain mean without masks.
+
+    Divided by what the mask covers, so that a small subject counts as much as a large one.
+
+    Args:
+        errors: [B, C, h, w].
+        masks: [B, 1, h, w], weights from 0 to 1, not all 0 in a sample (`require_visible`).
+    """
+    if masks is None:
+        return errors.flatten(1).mean(1)
+    covered = masks.flatten(1).sum(1) * errors.shape[1]  # [B]
+    return (errors * masks).flatten(1).sum(1) / covered
+
+
+def require_visible(cache: LatentCache) -> None:
+    """Every mask leaves something to look at.
+
+    Raises:
+        UserError: masks are all zero, for which there is no mean; one line per picture.
+    """
+    problems = []
+    for item in cache.items:
+        black = sum(not cache.mask(key).any() for key in item.masks)
+        if black:
+            views = f"in {black} of its {len(item.masks)} views" if len(item.masks) > 1 else "everywhere"
+            cures = "mend the mask, leave the picture out, or raise dataset.unmasked_weight above 0"
+            problems.append(f"{item.file_name}: its mask is black {views}, so no loss is left; {cures}")
+    if problems:
+        raise UserError(*problems)

@@ -29,9 +29,9 @@ def generator(seed: int, purpose: str, *parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(key(seed, purpose, *parts))
 
 
-@lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
+@lru_cache(maxsize=8)
+def permutation(seed: int, epoch: int, size: int, purpose: str = "order") -> tuple[int, ...]:
     """The order of one epoch."""
     import torch
 
-    return tuple(torch.randperm(size, generator=generator(seed, "order", epoch)).tolist())
+    return tuple(torch.randperm(size, generator=generator(seed, purpose, epoch)).tolist())

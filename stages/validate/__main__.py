@@ -10,66 +10,28 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
-
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING, Any
 
 from stages.artifacts import metrics
 from stages.artifacts.adapter import FINAL, Adapter
 from stages.artifacts.latent_cache import LatentCache
-from stages.core import base_files, evaluation, params, seeding
+from stages.core import base_files, evaluation, params
 from stages.core.console import UserError, log, parser, run
-from stages.core.device import autocast, log_device, setup
-from stages.core.evaluation import Picture, Row, Score
+from stages.core.device import setup
+from stages.core.evaluation import Score
 from stages.core.files import sha256_json, write_json, write_text
-from stages.core.params import ModelParams, Params, RuntimeParams
-from stages.families.base import Family, load_family
+from stages.core.params import ModelParams, RuntimeParams
+from stages.families.base import load_family
+from stages.validate.exam import Exam, answer, make_exam
+from stages.validate.params import ValidateParams
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from stages.core.sampling import Sampling
 
 SHEET_BYTES = 300_000  # each stays in git's history
 DIGEST_DIGITS = 12  # enough to tell files apart by eye
-
-
-class ValidateParams(Params):
-    """Section ``validate``: the frozen table and the pictures."""
-
-    num_timesteps: int = Field(ge=1, le=1000)
-    """Strata of the training timesteps, one row of the table in each, per picture."""
-    max_pictures: int = Field(ge=1)
-    """Held-out pictures in the table, and as many training pictures beside them."""
-    batch_size: int = Field(ge=1, le=1024)
-    """Rows, or pictures being drawn, at a time."""
-    prompts: list[str] = Field(min_length=1)
-    """Rows of the sheets."""
-    num_inference_steps: int = Field(ge=1, le=1000)
-    guidance_scale: float = Field(ge=0)
-    """Classifier-free guidance; at 1 or below there is none."""
-    negative_prompt: str
-    scales: list[float] = Field(min_length=1)
-    """Adapter strengths, columns of the sample sheet; the progress sheet and the measures are at 1."""
-    ink_measures: bool
-    """Measure chroma and dark share of the samples."""
-    seed: int = Field(ge=0)
-    """Of the table's timesteps and noise, of the bootstrap and of the samples."""
-
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        for name, values in (("prompts", self.prompts), ("scales", self.scales)):
-            twice = [value for value, count in Counter(values).items() if count > 1]
-            if twice:
-                raise ValueError(f"{name} lists {twice[0]!r} twice; name it once")
-        if not all(prompt.strip() for prompt in self.prompts):
-            raise ValueError("prompts has an empty prompt; describe a picture or remove it")
-        if self.negative_prompt and self.guidance_scale <= 1:
-            raise ValueError(
-                f"negative_prompt is ignored at guidance_scale {self.guidance_scale}; raise that above 1 or empty this"
-            )
-        return self
 
 
 def main() -> None:
@@ -94,107 +56,6 @@ def main() -> None:
     write_json(args.reports / "validate" / "lineage.json", made_from)
     metrics.save(args.reports / "metrics.json", measured)
     log_end(args.reports, measured)
-
-
-# The frozen table
-
-
-@dataclass(frozen=True)
-class Exam:
-    """The table with what is needed to answer it."""
-
-    rows: list[Row]
-    cache: LatentCache
-    scheduler: Any
-    family: Family
-    model: ModelParams
-    device: torch.device
-    seed: int
-    batch_size: int
-
-    @property
-    def num_train_timesteps(self) -> int:
-        return self.scheduler.config.num_train_timesteps
-
-    @property
-    def picture_size(self) -> tuple[int, ...]:
-        """Height and width of the table's latents; of most of them, where they differ."""
-        shapes = Counter(tuple(self.cache.latents(row.picture.view)[0].shape[-2:]) for row in self.rows)
-        return max(shapes, key=lambda shape: (shapes[shape], shape))
-
-
-def make_exam(
-    settings: ValidateParams, model: ModelParams, family: Family, cache: LatentCache, device: torch.device
-) -> Exam:
-    """Choose the pictures and lay out the rows.
-
-    Raises:
-        UserError: nothing is held out, or there are more strata than timesteps.
-    """
-    known = (Picture(item.content, item.file_name, item.split, item.caption, item.views[0]) for item in cache.items)
-    pictures = evaluation.choose(known, settings.max_pictures)
-    counts = Counter(picture.split for picture in pictures)
-    if len(counts) < 2:
-        raise UserError(
-            f"params.yaml dataset.heldout_fraction: of {len(cache.items)} pictures {counts['heldout']} are held out "
-            f"and {counts['train']} left to probe; validate needs both: use more pictures or another fraction"
-        )
-    scheduler = family.load_scheduler(model)
-    num_train_timesteps = scheduler.config.num_train_timesteps
-    if settings.num_timesteps > num_train_timesteps:
-        raise UserError(
-            f"params.yaml validate.num_timesteps: got {settings.num_timesteps}, "
-            f"but the base was trained with {num_train_timesteps} timesteps; use fewer"
-        )
-    rows = evaluation.table(pictures, settings.num_timesteps, num_train_timesteps, settings.seed)
-    log_device(device, model)
-    log.info("pictures    %d held out, %d of the training set beside them", counts["heldout"], counts["train"])
-    log.info("table       %d rows: %d timesteps per picture", len(rows), settings.num_timesteps)
-    return Exam(rows, cache, scheduler, family, model, device, settings.seed, settings.batch_size)
-
-
-def answer(exam: Exam, denoiser: Any) -> list[float]:
-    """Loss of every row under the denoiser's present weights: mean squared error, six significant digits.
-
-    Every batch is full (the last one repeats its last row), so that kernels do not depend on the table's length.
-    """
-    import torch
-
-    losses: list[float] = []
-    for start in range(0, len(exam.rows), exam.batch_size):
-        rows = exam.rows[start : start + exam.batch_size]
-        full = rows + rows[-1:] * (exam.batch_size - len(rows))
-        noisy_latents, timesteps, prompt, target = questions(exam, full)
-        with torch.inference_mode(), autocast(exam.device, exam.model):
-            model_pred = exam.family.predict(denoiser, noisy_latents, timesteps, prompt)
-        errors = (model_pred.float() - target).square().mean(dim=(1, 2, 3))  # [B]
-        losses += [float(f"{loss:.6g}") for loss in errors[: len(rows)].tolist()]
-    return losses
-
-
-def questions(exam: Exam, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """Noisy latents [B, C, h, w], timesteps [B], conditioning and target [B, C, h, w] of some rows, on the device.
-
-    Latents are the posterior's mean: the VAE's sampling noise would only widen the intervals.
-    """
-    import torch
-
-    from stages.core import objectives
-
-    latents = torch.stack([exam.cache.latents(row.picture.view)[0] for row in rows])
-    noise = torch.stack([row_noise(exam.seed, row, latents[0].shape) for row in rows])
-    timesteps = torch.tensor([row.timestep for row in rows])
-    prompts = [exam.cache.prompt(row.picture.caption) for row in rows]
-    prompt = {name: torch.stack([p[name].float() for p in prompts]).to(exam.device) for name in prompts[0]}
-    noisy_latents = exam.scheduler.add_noise(latents, noise, timesteps)
-    target = objectives.target(exam.scheduler, latents, noise, timesteps)
-    return noisy_latents.to(exam.device), timesteps.to(exam.device), prompt, target.to(exam.device)
-
-
-def row_noise(seed: int, row: Row, shape: torch.Size) -> torch.Tensor:
-    import torch
-
-    return torch.randn(shape, generator=seeding.generator(seed, "validate-noise", row.picture.content, row.stratum))
 
 
 # Base, snapshots, final adapter
@@ -312,7 +173,7 @@ def write_losses(reports: Path, exam: Exam, evidence: Evidence, settings: Valida
 
 def draw_sheets(reports: Path, evidence: Evidence, settings: ValidateParams) -> dict[str, metrics.Value]:
     """samples.png and progress.png; returns the ``samples.*`` metrics."""
-    from stages.core.pictures import save_png, sheet
+    from stages.core.sheets import save_png, sheet
 
     cell = sheet_cell(evidence)
     samples = {"base": evidence.pictures[0]} | {scale_label(scale): drawn for scale, drawn in evidence.scaled.items()}

@@ -1,0 +1,105 @@
+"""What a training leaves: its plan in the log, data/adapter, and reports/train."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from typing import TYPE_CHECKING
+
+from stages.artifacts import adapter, metrics
+from stages.core import device, lora
+from stages.core.console import log
+from stages.core.files import sha256_file, write_json, write_text
+from stages.core.progress import smoothed_loss
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stages.train.trainer import Trainer
+
+MAX_LOSS_ROWS = 2000
+
+
+def log_plan(trainer: Trainer, start: int) -> None:
+    """What is about to be trained; warns of buckets that are smaller than a batch."""
+    params, order = trainer.params, trainer.batches.order
+    repeated = f", {order.num_entries} per epoch" if order.num_entries > len(trainer.items) else ""
+    log.info("pictures    %d for training%s", len(trainer.items), repeated)
+    if len(order.buckets) > 1:
+        sizes = ", ".join(f"{bucket.name} ({len(bucket.items)})" for bucket in order.buckets)
+        log.info("buckets     latents of %s", sizes)
+    for bucket in order.buckets:
+        if len(bucket.items) < params.batch_size:
+            few = f"bucket {bucket.name}: {len(bucket.items)} pictures for batches of {params.batch_size}"
+            log.warning("warning: %s; some come up twice in a batch", few)
+    num = sum(t.numel() for t in trainer.trainable.values())
+    total = sum(t.numel() for t in trainer.denoiser.parameters())
+    log.info(
+        "adapter     rank %d, %d layers, %s parameters (%.2f %% of the denoiser)",
+        trainer.lora_config["r"],
+        len(trainer.trainable) // 2,
+        f"{num:,}",
+        100 * num / total,
+    )
+    log.info("batch       %d x %d accumulated", params.batch_size, params.gradient_accumulation_steps)
+    log.info("steps       %d to %d, %.1f epochs", start, params.num_steps, trainer.num_epochs)
+
+
+def save(trainer: Trainer, adapter_folder: Path, reports: Path) -> None:
+    """Write the adapter and its reports, then drop the checkpoints, which nothing needs any more."""
+    files = save_adapter(trainer, adapter_folder)
+    save_reports(trainer, reports, files)
+    for name in ("checkpoints", "snapshots"):  # the lock stays: another process may wait for it
+        shutil.rmtree(trainer.folder / name, ignore_errors=True)
+    log.info("wrote       %s, %d snapshots, %s", adapter_folder, len(files) - 1, reports / "metrics.json")
+    log.info("next        python -m stages.validate")
+
+
+def save_adapter(trainer: Trainer, adapter_folder: Path) -> dict[str, str]:
+    """Final adapter, snapshots and, last, adapter.json; returns the digest of each weight file."""
+    frozen_after = lora.frozen_digest(trainer.accelerator.unwrap_model(trainer.denoiser))
+    if frozen_after != trainer.frozen_before:
+        raise RuntimeError("training changed the frozen base")
+    shutil.rmtree(adapter_folder, ignore_errors=True)
+    params = trainer.params
+    steps = [step for step in range(1, params.num_steps) if step % params.snapshot_every_n_steps == 0]
+    files = {}
+    for step in steps:
+        name = adapter.snapshot_name(step)
+        (adapter_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(trainer.folder / name, adapter_folder / name)
+        files[name] = sha256_file(adapter_folder / name)
+    trainer.save_weights(adapter_folder / adapter.FINAL)
+    files[adapter.FINAL] = sha256_file(adapter_folder / adapter.FINAL)
+    # Dropout is training's alone: diffusers leaves a loaded adapter in train mode and would drop while sampling.
+    for_use = trainer.lora_config | {"lora_dropout": 0.0}
+    adapter.Adapter(for_use, trainer.base, params.num_steps, steps, files).save(adapter_folder)
+    return files
+
+
+def save_reports(trainer: Trainer, reports: Path, files: dict[str, str]) -> None:
+    """loss.csv and metrics.json for git; run.json, ignored by git and DVC, for what differs between equal runs."""
+    history, num_steps = trainer.history, trainer.params.num_steps
+    stride = math.ceil(len(history) / MAX_LOSS_ROWS)
+    rows = [
+        f"{i + 1},{loss:.6g},{rate:.6g},{norm:.6g}"
+        for i, (loss, rate, norm) in enumerate(history)
+        if (i + 1) % stride == 0
+    ]
+    write_text(reports / "loss.csv", "\n".join(["step,loss,learning_rate,grad_norm", *rows]) + "\n")
+    metrics.save(
+        reports / "metrics.json",
+        {
+            "train.loss_final": smoothed_loss(history),
+            "train.num_steps": num_steps,
+            "train.images_seen": num_steps * trainer.images_per_step,
+            "train.epochs": trainer.num_epochs,
+            "train.num_pictures": len(trainer.items),
+            "train.num_trainable_parameters": sum(t.numel() for t in trainer.trainable.values()),
+            "train.grad_norm_max": max((row[2] for row in history if math.isfinite(row[2])), default=0.0),
+            "train.base_unchanged": True,
+            "train.base_digest": trainer.frozen_before[:16],
+            "train.adapter_digest": files[adapter.FINAL][:16],
+        },
+    )
+    write_json(reports / "run.json", {"environment": device.environment(trainer.device), **trainer.measured})

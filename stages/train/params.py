@@ -1,0 +1,56 @@
+"""Sections ``lora`` and ``train``: the adapter's shape, and how it is trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stages.core.params import Params
+
+
+class LoraParams(Params):
+    """Section ``lora``: the adapter's shape."""
+
+    rank: int = Field(ge=1, le=1024)
+    alpha: float = Field(gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(ge=0, lt=1)
+    """Share of the adapter's inputs dropped in training."""
+    target_modules: list[str] = Field(min_length=1)
+    """Endings of module names, such as to_q."""
+    init_lora_weights: Literal["gaussian", "kaiming"]
+    """How A starts; B starts at zero, so that step 0 equals the base."""
+
+
+class TrainParams(Params):
+    """Section ``train``. A step is an optimizer step everywhere."""
+
+    num_steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    """Pictures per forward pass."""
+    gradient_accumulation_steps: int = Field(ge=1)
+    """Forward passes per step."""
+    learning_rate: float = Field(gt=0)
+    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    lr_warmup_steps: int = Field(ge=0)
+    adam_beta1: float = Field(ge=0, lt=1)
+    adam_beta2: float = Field(ge=0, lt=1)
+    adam_weight_decay: float = Field(ge=0)
+    adam_epsilon: float = Field(gt=0)
+    max_grad_norm: float = Field(gt=0)
+    """Gradients are scaled down to this 2-norm over all adapter parameters."""
+    snr_gamma: float | None = Field(gt=0)
+    """min-SNR gamma, null for uniform weights."""
+    prompt_dropout: float = Field(ge=0, le=1)
+    """Share of captions replaced by the empty one, for classifier-free guidance."""
+    checkpoint_every_n_steps: int = Field(ge=1)
+    snapshot_every_n_steps: int = Field(ge=1)
+    """Adapters kept for validate's curve and progress sheet."""
+    seed: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def warmup_ends(self) -> TrainParams:
+        if self.lr_warmup_steps >= self.num_steps:
+            raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must be below num_steps ({self.num_steps})")
+        return self

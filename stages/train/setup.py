@@ -1,0 +1,103 @@
+"""What a run is made of, each from its settings: accelerator, optimizer, schedule; and the digest that names it."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+
+from stages.core import closure, device
+from stages.core.console import UserError
+from stages.core.files import sha256_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from stages.artifacts.latent_cache import CachedItem, LatentCache
+    from stages.core.params import ModelParams, RuntimeParams
+    from stages.train.params import TrainParams
+
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def training_items(cache: LatentCache, batch_size: int) -> list[CachedItem]:
+    """The pictures that are trained on, regularization pictures among them.
+
+    Raises:
+        UserError: an epoch of them, with repeats, does not fill a batch.
+    """
+    items = cache.split("train")
+    num_entries = sum(item.repeats for item in items)
+    if batch_size > num_entries:
+        repeated = f" and their repeats ({num_entries})" if num_entries > len(items) else ""
+        found = f"{batch_size} is more than the {len(items)} training pictures{repeated}"
+        raise UserError(f"params.yaml train.batch_size: {found}")
+    return items
+
+
+def make_accelerator(runtime: RuntimeParams, model: ModelParams) -> Accelerator:
+    """On the device that ``runtime`` asks for, in the frozen base's dtype.
+
+    Raises:
+        UserError: the tracker is not installed, the device is not here, or there are several processes.
+    """
+    if runtime.tracker != "none" and importlib.util.find_spec(runtime.tracker) is None:
+        missing = f"params.yaml runtime.tracker: {runtime.tracker} is not installed"
+        raise UserError(f"{missing}; pip install {runtime.tracker}, or use none")
+    where = device.setup(runtime, model)
+    accelerator = Accelerator(
+        cpu=where.type == "cpu",
+        mixed_precision=MIXED_PRECISION[model.dtype],
+        log_with=None if runtime.tracker == "none" else runtime.tracker,
+        project_dir="logs",
+    )
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"{accelerator.num_processes} processes: train runs in one; start it without `accelerate launch`"
+        )
+    return accelerator
+
+
+def make_optimizer(params: TrainParams, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        list(parameters),
+        lr=params.learning_rate,
+        betas=(params.adam_beta1, params.adam_beta2),
+        weight_decay=params.adam_weight_decay,
+        eps=params.adam_epsilon,
+    )
+
+
+def make_lr_scheduler(params: TrainParams, optimizer: torch.optim.Optimizer) -> Any:
+    warm_constant = params.lr_scheduler == "constant" and params.lr_warmup_steps > 0
+    return get_scheduler(
+        "constant_with_warmup" if warm_constant else params.lr_scheduler,
+        optimizer,
+        num_warmup_steps=params.lr_warmup_steps,
+        num_training_steps=params.num_steps,
+    )
+
+
+def run_digest(
+    params: TrainParams,
+    model: ModelParams,
+    lora_config: dict[str, Any],
+    cache: LatentCache,
+    base: dict[str, str],
+    where: torch.device,
+) -> str:
+    """Names everything that decides a run's bytes: a checkpoint is resumed by the run of the same digest alone."""
+    return sha256_json(
+        {
+            "base": base,
+            "cache": cache.digest,
+            "code": closure.code_digest("train", model.family),
+            "dtype": model.dtype,
+            "environment": device.environment(where),
+            "lora": lora_config,
+            "train": params.model_dump(exclude={"checkpoint_every_n_steps"}),
+        }
+    )

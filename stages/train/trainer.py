@@ -1,0 +1,174 @@
+"""The training loop: one step on one screen, checkpoints, and going on where a killed run stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from stages.artifacts.adapter import snapshot_name
+from stages.core import device, lora, objectives, seeding, selfcheck
+from stages.core.batches import Batches
+from stages.core.checkpoint import Checkpoints
+from stages.core.console import log
+from stages.core.files import save_tensors, state_dir
+from stages.core.params import ModelParams, RuntimeParams
+from stages.core.progress import Progress
+from stages.train import outputs
+from stages.train.params import LoraParams, TrainParams
+from stages.train.setup import make_accelerator, make_lr_scheduler, make_optimizer, run_digest, training_items
+
+if TYPE_CHECKING:
+    from stages.artifacts.latent_cache import LatentCache
+    from stages.core.params import Config
+    from stages.families.base import Family
+
+
+class Trainer:
+    """One run: the frozen denoiser, the adapter in it, its optimizer, and what has been logged so far."""
+
+    def __init__(self, config: Config, family: Family, cache: LatentCache, base: dict[str, str]) -> None:
+        model = config.section(ModelParams)
+        self.params, self.runtime = config.section(TrainParams), config.section(RuntimeParams)
+        self.family, self.base = family, base
+        self.items = training_items(cache, self.params.batch_size)
+        objectives.require_visible(cache)
+        self.accelerator = make_accelerator(self.runtime, model)
+        self.device = self.accelerator.device
+        device.log_device(self.device, model)
+
+        denoiser = family.load_denoiser(model, self.device)
+        self.frozen_before = lora.frozen_digest(denoiser)
+        self.lora_config = lora.make_config(config.section(LoraParams), denoiser)
+        self.trainable = lora.inject(denoiser, self.lora_config)
+        lora.keyed_init(denoiser, self.lora_config, self.params.seed)
+        optimizer = make_optimizer(self.params, self.trainable.values())
+        self.lr_scheduler = make_lr_scheduler(self.params, optimizer)
+        self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
+        self.noise_scheduler = family.load_scheduler(model)
+        self.batches = Batches(
+            cache,
+            self.items,
+            batch_size=self.params.batch_size,
+            accumulation=self.params.gradient_accumulation_steps,
+            prompt_dropout=self.params.prompt_dropout,
+            num_train_timesteps=self.noise_scheduler.config.num_train_timesteps,
+            seed=self.params.seed,
+            device=self.device,
+        )
+
+        self.digest = run_digest(self.params, model, self.lora_config, cache, base, self.device)
+        self.folder = state_dir() / "runs" / self.digest[:16]
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.history: list[tuple[float, float, float]] = []  # loss, learning rate, gradient norm of every step
+        self.watch = selfcheck.Watch(self.trainable, self.params.max_grad_norm)
+        self.images_per_step = self.params.batch_size * self.params.gradient_accumulation_steps
+
+    @property
+    def num_epochs(self) -> float:
+        """In one epoch each picture comes up as often as it repeats."""
+        return self.params.num_steps * self.images_per_step / self.batches.order.num_entries
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run or go on to ``train.num_steps``; checkpoints and snapshots first, then the step."""
+        start = self.resume()
+        if start == 0:
+            self.check_step_zero()
+        outputs.log_plan(self, start)
+        progress = Progress(
+            self.accelerator,
+            start=start,
+            num_steps=self.params.num_steps,
+            images_per_step=self.images_per_step,
+            every=self.runtime.log_every_n_steps,
+        )
+        progress.init_trackers(self.params.model_dump())
+        for step in range(start, self.params.num_steps):
+            if step > start and step % self.params.checkpoint_every_n_steps == 0:
+                self.checkpoint(step)
+            if step > 0 and step % self.params.snapshot_every_n_steps == 0:
+                self.snapshot(step)
+            self.step(step)
+            progress.step(self.history)
+        self.measured = progress.end()
+        self.watch.end()
+
+    def step(self, step: int) -> None:
+        """One optimizer step. Everything random in it is a function of (seed, purpose, step, slot)."""
+        accumulation = self.params.gradient_accumulation_steps
+        total_loss = 0.0
+        for micro in range(accumulation):
+            batch = self.batches.batch(step, micro)
+            noisy_latents = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+            target = objectives.target(self.noise_scheduler, batch.latents, batch.noise, batch.timesteps)
+            weights = objectives.loss_weights(self.noise_scheduler, batch.timesteps, self.params.snr_gamma)  # [B]
+
+            torch.manual_seed(seeding.key(self.params.seed, "layers", step, micro))  # for dropout inside the layers
+            with self.accelerator.autocast():
+                model_pred = self.family.predict(self.denoiser, noisy_latents, batch.timesteps, batch.prompt)
+
+            loss = objectives.masked_mean((model_pred.float() - target).square(), batch.masks)  # [B]
+            loss = (loss * weights * batch.weights).mean()
+            self.accelerator.backward(loss / accumulation)
+            total_loss += loss.item() / accumulation
+
+        self.watch.gradients()
+        grad_norm = float(self.accelerator.clip_grad_norm_(list(self.trainable.values()), self.params.max_grad_norm))
+        self.watch.clipping(grad_norm)
+        scaled = self.accelerator.scaler is not None
+        if self.watch.finite(total_loss, grad_norm, step, scaled) or scaled:
+            self.optimizer.step()  # a GradScaler skips bad updates itself and lowers its scale
+        self.history.append((float(total_loss), self.lr_scheduler.get_last_lr()[0], grad_norm))
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def check_step_zero(self) -> None:
+        """The fresh adapter is sound, and equals the base on two samples of the first batch."""
+        batch = self.batches.batch(0, 0).first(2)
+        noisy_latents = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        denoiser = self.accelerator.unwrap_model(self.denoiser)
+        lora.require_sound(denoiser, self.trainable)
+        with self.accelerator.autocast():
+            selfcheck.step_zero(
+                denoiser, lambda: self.family.predict(self.denoiser, noisy_latents, batch.timesteps, batch.prompt)
+            )
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def resume(self) -> int:
+        """Load the newest good checkpoint of this very run; return the number of steps it has done."""
+        state = self.checkpoints.load()
+        if state is None:
+            return 0
+        lora.load(self.accelerator.unwrap_model(self.denoiser), state["adapter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.history = [tuple(row) for row in state["history"]]
+        self.watch.silent = set(state["silent"])
+        log.info("resumed from step %d", state["step"])
+        return state["step"]
+
+    def checkpoint(self, step: int) -> None:
+        scaler = self.accelerator.scaler
+        self.checkpoints.save(
+            step,
+            {
+                "adapter": lora.state_dict(self.accelerator.unwrap_model(self.denoiser)),
+                "optimizer": self.optimizer.state_dict(),
+                "lr_scheduler": self.lr_scheduler.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "history": self.history,
+                "silent": sorted(self.watch.silent),
+            },
+        )
+
+    def snapshot(self, step: int) -> None:
+        self.save_weights(self.folder / snapshot_name(step))
+
+    def save_weights(self, path: Path) -> None:
+        save_tensors(path, lora.state_dict(self.accelerator.unwrap_model(self.denoiser)), {"format": "pt"})

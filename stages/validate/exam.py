@@ -1,0 +1,160 @@
+"""The frozen table with what is needed to answer it, and the loss of every row under the denoiser's present weights."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.core import evaluation, seeding
+from stages.core.console import UserError, log
+from stages.core.device import autocast, log_device
+from stages.core.evaluation import Picture, Row
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.artifacts.latent_cache import CachedItem, LatentCache
+    from stages.core.params import ModelParams
+    from stages.families.base import Family
+    from stages.validate.params import ValidateParams
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The table with what is needed to answer it."""
+
+    rows: list[Row]
+    cache: LatentCache
+    scheduler: Any
+    family: Family
+    model: ModelParams
+    device: torch.device
+    seed: int
+    batch_size: int
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    @property
+    def picture_size(self) -> tuple[int, ...]:
+        """Height and width of the table's latents; of most of them, where they differ."""
+        shapes = Counter(map(self.shape, self.rows))
+        return max(shapes, key=lambda shape: (shapes[shape], shape))
+
+    def shape(self, row: Row) -> tuple[int, ...]:
+        """Height and width of a row's latents."""
+        return tuple(self.cache.latents(row.picture.view)[0].shape[-2:])
+
+    def batches(self) -> Iterator[list[int]]:
+        """Positions of all rows, at most ``batch_size`` of one shape at a time."""
+        by_shape = defaultdict(list)
+        for index, row in enumerate(self.rows):
+            by_shape[self.shape(row)].append(index)
+        for indices in by_shape.values():
+            for start in range(0, len(indices), self.batch_size):
+                yield indices[start : start + self.batch_size]
+
+
+def make_exam(
+    settings: ValidateParams, model: ModelParams, family: Family, cache: LatentCache, device: torch.device
+) -> Exam:
+    """Choose the pictures and lay out the rows.
+
+    Raises:
+        UserError: nothing is held out, a mask leaves nothing to look at, or there are more strata than timesteps.
+    """
+    from stages.core import objectives
+
+    known = [as_picture(item) for item in cache.items if not item.regularization]
+    pictures = evaluation.choose(known, settings.max_pictures)
+    counts = Counter(picture.split for picture in pictures)
+    if len(counts) < 2:
+        raise UserError(
+            f"params.yaml dataset.heldout_fraction: of {len(known)} pictures {counts['heldout']} are held out "
+            f"and {counts['train']} left to probe; validate needs both: use more pictures or another fraction"
+        )
+    objectives.require_visible(cache)
+    scheduler = family.load_scheduler(model)
+    num_train_timesteps = scheduler.config.num_train_timesteps
+    if settings.num_timesteps > num_train_timesteps:
+        raise UserError(
+            f"params.yaml validate.num_timesteps: got {settings.num_timesteps}, "
+            f"but the base was trained with {num_train_timesteps} timesteps; use fewer"
+        )
+    rows = evaluation.table(pictures, settings.num_timesteps, num_train_timesteps, settings.seed)
+    log_device(device, model)
+    log.info("pictures    %d held out, %d of the training set beside them", counts["heldout"], counts["train"])
+    log.info("table       %d rows: %d timesteps per picture", len(rows), settings.num_timesteps)
+    return Exam(rows, cache, scheduler, family, model, device, settings.seed, settings.batch_size)
+
+
+def as_picture(item: CachedItem) -> Picture:
+    """With its first caption, view and mask: evidence draws nothing that training draws."""
+    mask = item.masks[0] if item.masks else None
+    return Picture(item.content, item.file_name, item.split, item.caption, item.views[0], mask)
+
+
+def answer(exam: Exam, denoiser: Any) -> list[float]:
+    """Loss of every row under the denoiser's present weights: mean squared error, six significant digits.
+
+    Every batch is full (one that would not be repeats its last row), so that kernels do not depend on the table's
+    length.
+    """
+    import torch
+
+    from stages.core import objectives
+
+    losses = [0.0] * len(exam.rows)
+    for indices in exam.batches():
+        rows = [exam.rows[index] for index in indices]
+        asked = ask(exam, rows + rows[-1:] * (exam.batch_size - len(rows)))
+        with torch.inference_mode(), autocast(exam.device, exam.model):
+            model_pred = exam.family.predict(denoiser, asked.noisy_latents, asked.timesteps, asked.prompt)
+        errors = (model_pred.float() - asked.target).square()
+        found = objectives.masked_mean(errors, asked.masks)  # [B]
+        for index, loss in zip(indices, found.tolist(), strict=False):  # without the repeated rows
+            losses[index] = float(f"{loss:.6g}")
+    return losses
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Some rows of one latent shape as tensors on the device."""
+
+    noisy_latents: torch.Tensor  # [B, C, h, w] float32
+    timesteps: torch.Tensor  # [B] int64
+    prompt: dict[str, torch.Tensor]  # name -> [B, ...]
+    target: torch.Tensor  # [B, C, h, w] float32
+    masks: torch.Tensor | None  # [B, 1, h, w] float32; None where none of these pictures has one
+
+
+def ask(exam: Exam, rows: list[Row]) -> Questions:
+    """Latents are the posterior's mean: the VAE's sampling noise would only widen the intervals."""
+    import torch
+
+    from stages.core import objectives
+
+    latents = torch.stack([exam.cache.latents(row.picture.view)[0] for row in rows])
+    noise = torch.stack([row_noise(exam.seed, row, latents[0].shape) for row in rows])
+    timesteps = torch.tensor([row.timestep for row in rows])
+    prompts = [exam.cache.prompt(row.picture.caption) for row in rows]
+    masks = None
+    if any(row.picture.mask for row in rows):
+        everything = torch.ones_like(latents[0, :1])  # [1, h, w]
+        masks = torch.stack([exam.cache.mask(row.picture.mask) if row.picture.mask else everything for row in rows])
+    return Questions(
+        exam.scheduler.add_noise(latents, noise, timesteps).to(exam.device),
+        timesteps.to(exam.device),
+        {name: torch.stack([p[name].float() for p in prompts]).to(exam.device) for name in prompts[0]},
+        objectives.target(exam.scheduler, latents, noise, timesteps).to(exam.device),
+        None if masks is None else masks.to(exam.device),
+    )
+
+
+def row_noise(seed: int, row: Row, shape: torch.Size) -> torch.Tensor:
+    import torch
+
+    return torch.randn(shape, generator=seeding.generator(seed, "validate-noise", row.picture.content, row.stratum))

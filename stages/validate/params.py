@@ -1,0 +1,47 @@
+"""Section ``validate``: the frozen table, and the pictures that are drawn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from stages.core.params import Params
+
+
+class ValidateParams(Params):
+    """Section ``validate``."""
+
+    num_timesteps: int = Field(ge=1, le=1000)
+    """Strata of the training timesteps, one row of the table in each, per picture."""
+    max_pictures: int = Field(ge=1)
+    """Held-out pictures in the table, and as many training pictures beside them."""
+    batch_size: int = Field(ge=1, le=1024)
+    """Rows, or pictures being drawn, at a time."""
+    prompts: list[str] = Field(min_length=1)
+    """Rows of the sheets."""
+    num_inference_steps: int = Field(ge=1, le=1000)
+    guidance_scale: float = Field(ge=0)
+    """Classifier-free guidance; at 1 or below there is none."""
+    negative_prompt: str
+    scales: list[float] = Field(min_length=1)
+    """Adapter strengths, columns of the sample sheet; the progress sheet and the measures are at 1."""
+    ink_measures: bool
+    """Measure chroma and dark share of the samples."""
+    seed: int = Field(ge=0)
+    """Of the table's timesteps and noise, of the bootstrap and of the samples."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        for name, values in (("prompts", self.prompts), ("scales", self.scales)):
+            twice = [value for value, count in Counter(values).items() if count > 1]
+            if twice:
+                raise ValueError(f"{name} lists {twice[0]!r} twice; name it once")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("prompts has an empty prompt; describe a picture or remove it")
+        if self.negative_prompt and self.guidance_scale <= 1:
+            raise ValueError(
+                f"negative_prompt is ignored at guidance_scale {self.guidance_scale}; raise that above 1 or empty this"
+            )
+        return self
