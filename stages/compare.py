@@ -1,7 +1,7 @@
 """Two revisions side by side: what was set differently, what came of it, and whether the held-out pictures can tell.
 
 In: params.yaml and reports/ of two revisions (commit, branch, tag, DVC experiment, or the workspace).
-Out: compare/A..B/compare.md and samples.png, and the page on the terminal.
+Out: compare/A..B/compare.md, samples.png and, where the datasets differ, dataset.png; and the page on the terminal.
 Run: `python -m stages.compare [A] [B]`, such as `python -m stages.compare main brave-owl`
 """
 
@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
+from stages.artifacts import picture_table
 from stages.core import evaluation
 from stages.core.console import UserError, log, run
+from stages.core.dataset_changes import Changes, compare_tables
 from stages.core.evaluation import Estimate, Score
 from stages.core.files import write_text
 from stages.core.markdown import interval, signed, table
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 WORKSPACE = "workspace"
 SHEET_BYTES = 300_000
 REPORTS = ("reports/metrics.json", "reports/train/metrics.json", "reports/export/metrics.json")
+PICTURE_TABLE = "reports/dataset/pictures.csv"
 SAMPLING = ("num_inference_steps", "guidance_scale", "negative_prompt", "seed")  # of section validate
 IGNORED_SECTIONS = ("runtime", "report")  # they change no result
 PICTURES, LATENTS = "pictures and captions", "latents and prompt embeddings"
@@ -53,6 +56,8 @@ class Side:
     lineage: dict[str, Any]
     samples: bytes
     """reports/samples.png"""
+    pictures: list[picture_table.Row] | None
+    """reports/dataset/pictures.csv; None for a revision from before there was one"""
 
     @property
     def prompts(self) -> list[str]:
@@ -62,9 +67,9 @@ class Side:
 def main() -> None:
     args = arguments().parse_args()
     a, b = read_side(args.a), read_side(args.b)
-    page = write_page(a, b)
+    page, changes = write_page(a, b), changed_pictures(a, b)
     out = args.out / f"{folder_name(a.name)}..{folder_name(b.name)}"
-    drawn = draw_sheet(a, b, out / "samples.png")
+    drawn = draw_thumbnails(changes, out / "dataset.png") + draw_sheet(a, b, out / "samples.png")
     write_text(out / "compare.md", page + drawn)
     log.info("%s", page)
     log.info("wrote       %s", out)
@@ -93,14 +98,18 @@ def read_side(name: str) -> Side:
     """
     commit = None if name == WORKSPACE else resolve(name)
 
+    def find(path: str) -> bytes | None:
+        return read_workspace(path) if commit is None else read_commit(commit, path)
+
     def read(path: str) -> bytes:
-        found = read_workspace(path) if commit is None else read_commit(commit, path)
+        found = find(path)
         if found is None:
             raise UserError(f"{name}: has no {path}; {how_to_report(commit)}")
         return found
 
-    optional = [read_workspace(path) if commit is None else read_commit(commit, path) for path in REPORTS[1:]]
+    optional = [find(path) for path in REPORTS[1:]]
     measured = [read(REPORTS[0]), *(blob for blob in optional if blob is not None)]
+    table = find(PICTURE_TABLE)
     return Side(
         name=name,
         params=flatten(YAML(typ="safe", pure=True).load(read("params.yaml"))),
@@ -108,7 +117,15 @@ def read_side(name: str) -> Side:
         scores=evaluation.read_scores(read("reports/validate/heldout.csv").decode()),
         lineage=json.loads(read("reports/validate/lineage.json")),
         samples=read("reports/samples.png"),
+        pictures=None if table is None else read_pictures(name, table),
     )
+
+
+def read_pictures(name: str, table: bytes) -> list[picture_table.Row]:
+    try:
+        return picture_table.parse(table.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{name}: {PICTURE_TABLE} is damaged ({error}); run `dvc repro` there") from None
 
 
 def how_to_report(commit: str | None) -> str:
@@ -186,8 +203,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_page(a: Side, b: Side) -> str:
-    """Markdown: verdict, parameters and inputs that differ, metrics."""
-    paired = paired_difference(a, b)
+    """Markdown: verdict, parameters and inputs that differ, metrics, and what was done to the dataset."""
+    paired, changes = paired_difference(a, b), changed_pictures(a, b)
     sections = [
         f"# {a.name} and {b.name}",
         f"**{verdict(a, b, paired)}{caveat(a, b) if paired else ''}**",
@@ -195,6 +212,7 @@ def write_page(a: Side, b: Side) -> str:
         differences(a, b),
         "## Metrics",
         metrics_table(a, b),
+        *(["## Dataset", f"From {a.name} to {b.name}: {changes.summary()}.", changes.markdown()] if changes else []),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -308,12 +326,30 @@ def show(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value}"
 
 
-# The sheet
+def changed_pictures(a: Side, b: Side) -> Changes:
+    """None where a revision has no table of its pictures."""
+    return Changes() if a.pictures is None or b.pictures is None else compare_tables(a.pictures, b.pictures)
+
+
+# The sheets
+
+
+def draw_thumbnails(changes: Changes, path: Path) -> str:
+    """Thumbnails of what changed, where prepare kept some on this machine; returns what the page says of them."""
+    from stages.core import thumbnails
+    from stages.core.sheets import save_png
+
+    image = thumbnails.changes_sheet(changes)
+    path.unlink(missing_ok=True)
+    if image is None:
+        return ""
+    save_png(path, image, max_bytes=thumbnails.SHEET_MAX_BYTES)
+    return "\n![Thumbnails](dataset.png)\n"
 
 
 def draw_sheet(a: Side, b: Side, path: Path) -> str:
     """Base, A's adapter and B's adapter for each prompt that both drew; returns the page's section."""
-    from stages.core.pictures import save_png, sheet
+    from stages.core.sheets import save_png, sheet
 
     prompts = [prompt for prompt in a.prompts if prompt in b.prompts]
     if not prompts:
@@ -333,7 +369,7 @@ def cells_by_prompt(side: Side) -> dict[str, tuple[Image.Image, Image.Image]]:
     """Prompt -> base and adapter, the adapter at strength 1 where the sheet has it, else at the first."""
     from PIL import Image
 
-    from stages.core.pictures import cut
+    from stages.core.sheets import cut
 
     scales = side.lineage["validate"]["scales"]
     column = 1 + (scales.index(1) if 1 in scales else 0)

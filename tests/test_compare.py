@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from stages import compare
-from stages.artifacts import metrics
-from stages.core import evaluation
+from stages.artifacts import metrics, picture_table
+from stages.core import evaluation, thumbnails
 from stages.core.console import UserError
 from stages.core.evaluation import Score
 from stages.core.files import read_json, write_json, write_text
-from stages.core.pictures import cut, save_png, sheet
+from stages.core.sheets import cut, save_png, sheet
 
 PROMPTS = ["red apple", "blue boat"]
 COLOURS = {"base": "#cc2222", 8: "#22cc22", 16: "#2222cc"}
@@ -175,6 +176,55 @@ def test_inputs_that_the_parameter_moves_are_its_doing(repository: Repository) -
     assert "| latents and prompt embeddings | `d` | `f` |" in page
 
 
+PICTURE_TABLE = Path("reports/dataset/pictures.csv")
+
+
+def write_pictures(captions: dict[str, str]) -> None:
+    """pictures.csv of red squares, named by their captions' keys."""
+    rows = [
+        {"file_name": f"{name}.png", "split": "train", "captions": caption, "sha256": f"{ord(name):064x}"}
+        for name, caption in captions.items()
+    ]
+    picture_table.save(PICTURE_TABLE, rows)
+
+
+def test_dataset_changes_are_listed_with_the_thumbnails_that_are_kept(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_STATE_DIR", str(tmp_path / ".state"))
+    write_pictures({"a": "apple", "b": "boat"})
+    commit("Two pictures")
+    write_pictures({"b": "blue boat", "c": "cat"})
+    page = repository.run()
+    assert "## Dataset\n\nFrom HEAD to workspace: 1 added, 1 removed, 1 recaptioned.\n\n**1 added**" in page
+    assert "- `b.png`: `boat` → `blue boat`" in page
+    assert "dataset.png" not in page and not Path("compare/HEAD..workspace/dataset.png").exists()
+    thumbnails.save(f"{ord('a'):064x}", Image.new("RGB", (64, 64), "#ff0000"))
+    page = repository.run()
+    assert "![Thumbnails](dataset.png)\n\n## Samples" in page
+    with Image.open("compare/HEAD..workspace/dataset.png") as drawn:
+        pixels = np.asarray(drawn.convert("RGB"))
+    assert ((pixels[..., 0] > 240) & (pixels[..., 1:].max(-1) < 20)).sum() > 70 * 70
+
+
+def test_equal_datasets_have_no_section(repository: Repository) -> None:
+    write_pictures({"a": "apple"})
+    commit("One picture")
+    assert "Dataset" not in repository.run()
+
+
+@pytest.mark.parametrize("arguments", [[], ["workspace", "HEAD"]])
+def test_a_revision_from_before_the_table_is_no_change(repository: Repository, arguments: list[str]) -> None:
+    write_pictures({"a": "apple"})
+    assert "Dataset" not in repository.run(*arguments)
+
+
+def test_a_damaged_table_is_one_line(repository: Repository) -> None:
+    write_text(PICTURE_TABLE, "nonsense\n")
+    with pytest.raises(UserError, match="^workspace: reports/dataset/pictures.csv is damaged .*; run `dvc repro`"):
+        repository.run()
+
+
 def test_sheet_shows_both_bases_where_they_were_drawn_in_another_size(repository: Repository) -> None:
     change_lineage(sheet={"cell": 64, "picture": [32, 32]})
     repository.run()
@@ -243,7 +293,7 @@ def test_one_name_for_experiments_of_two_commits(repository: Repository) -> None
 
 
 def test_starts_without_torch() -> None:
-    modules = "stages.compare, stages.validate, stages.report"
+    modules = "stages.compare, stages.validate.__main__, stages.report.__main__"
     code = f"import sys, {modules}; print({{'torch', 'diffusers', 'matplotlib'}} & {{*sys.modules}})"
     command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
     assert subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""The page: honest verdicts, working links, equal bytes."""
+"""The pages: honest verdicts, working links, equal bytes, and what a person may want to mend in the dataset."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from stages import report
-from stages.artifacts import metrics
+from stages.artifacts import metrics, picture_table
 from stages.core.console import UserError
 from stages.core.files import write_json, write_text
+from stages.report import page as report
+from stages.report.plots import smooth
 from tests.conftest import Workspace
 
 MEASURED: dict[str, Any] = {
@@ -61,6 +62,35 @@ TRAIN = {
     "train.num_trainable_parameters": 107520,
     "train.base_unchanged": True,
 }
+DATASET: dict[str, Any] = {
+    "num_pictures": 8,
+    "num_train": 6,
+    "num_heldout": 2,
+    "num_left_out": 0,
+    "num_unlisted": 0,
+    "num_captions": 8,
+    "caption_words_median": 2.0,
+    "caption_words_max": 3,
+    "chroma": 1.5,
+}
+LATENTS: dict[str, Any] = {
+    "captions.num": 9,
+    "captions.num_cut": 0,
+    "captions.max_tokens": 11,
+    "captions.tokens_median": 5.5,
+    "captions.tokens_limit": 77,
+    "latents.num_views": 8,
+    "latents.num_masks": 0,
+}
+
+
+def row(file_name: str, **changes: str) -> picture_table.Row:
+    """One of pictures.csv: kept, to train on."""
+    values = {"split": "train", "width": "64", "height": "64", "bucket": "32x32", "repeats": "1", "num_captions": "1"}
+    return values | {"file_name": file_name, "captions": f"picture {file_name}", "sha256": file_name} | changes
+
+
+ROWS = [row(f"{index}.png", split="train" if index < 6 else "heldout") for index in range(8)]
 
 
 def write_reports(folder: Path) -> None:
@@ -71,9 +101,9 @@ def write_reports(folder: Path) -> None:
     metrics.save(folder / "train" / "metrics.json", TRAIN)
     rows = "".join(f"{step},{0.2 - step / 50},{step * 1e-4},0.5\n" for step in range(1, 5))
     write_text(folder / "train" / "loss.csv", "step,loss,learning_rate,grad_norm\n" + rows)
-    metrics.save(
-        folder / "dataset" / "metrics.json", {"num_pictures": 8, "num_train": 6, "num_heldout": 2, "chroma": 1.5}
-    )
+    metrics.save(folder / "dataset" / "metrics.json", DATASET)
+    metrics.save(folder / "latents" / "metrics.json", LATENTS)
+    picture_table.save(folder / "dataset" / "pictures.csv", ROWS)
     metrics.save(
         folder / "export" / "metrics.json",
         {"export.diffusers.max_abs_error": 1.5e-7, "export.effect": 0.5, "export.megabytes": 0.43},
@@ -116,6 +146,7 @@ def test_page_has_links_that_exist_and_no_path_of_this_machine(workspace: Worksp
     page = (workspace.path / "reports" / "report.md").read_text()
     links = re.findall(r"!\[[^]]*]\(([^)]+)\)", page)
     assert sorted(links) == ["dataset/contact.png", "loss.png", "progress.png", "samples.png"]
+    assert "[The dataset page](dataset.md)" in page and (workspace.path / "reports" / "dataset.md").is_file()
     assert all((workspace.path / "reports" / link).is_file() for link in links)
     assert str(workspace.path) not in page
     assert "/tmp" not in page and "nan" not in page and "None" not in page
@@ -137,9 +168,12 @@ def test_links_are_relative_when_reports_stand_elsewhere(workspace: Workspace) -
     (workspace.path / "runs" / "a" / "reports" / "dataset").rename(workspace.path / "runs" / "the dataset")
     paths = {"reports": "", "train-reports": "/train", "export-reports": "/export"}
     arguments = [word for name, tail in paths.items() for word in (f"--{name}", f"runs/a/reports{tail}")]
-    workspace.run("report", *arguments, "--dataset-reports", "runs/the dataset")
-    page = (workspace.path / "runs/a/reports/report.md").read_text()
-    assert "![Contact sheet](../../the%20dataset/contact.png)" in page
+    arguments += ["--latents-reports", "runs/a/reports/latents", "--dataset-reports", "runs/the dataset"]
+    workspace.run("report", *arguments)
+    for name in ("report.md", "dataset.md"):
+        page = (workspace.path / "runs/a/reports" / name).read_text()
+        assert "![Contact sheet](../../the%20dataset/contact.png)" in page
+    assert "[pictures.csv](../../the%20dataset/pictures.csv)" in page
 
 
 def test_bytes_are_equal_between_runs(workspace: Workspace) -> None:
@@ -165,13 +199,138 @@ def test_missing_reports_name_their_stages(workspace: Workspace) -> None:
     write_reports(workspace.path / "reports")
     (workspace.path / "reports" / "progress.png").unlink()
     (workspace.path / "reports" / "train" / "loss.csv").unlink()
+    (workspace.path / "reports" / "dataset" / "pictures.csv").unlink()
+    (workspace.path / "reports" / "latents" / "metrics.json").unlink()
     with pytest.raises(UserError) as error:
         workspace.run("report")
     assert error.value.problems == (
         "reports/progress.png: no such file; run `python -m stages.validate` first",
         "reports/train/loss.csv: no such file; run `python -m stages.train` first",
+        "reports/dataset/pictures.csv: no such file; run `python -m stages.prepare` first",
+        "reports/latents/metrics.json: no such file; run `python -m stages.cache_latents` first",
     )
 
 
 def test_smoothing_averages_the_last_values() -> None:
-    assert report.smooth([1.0, 2.0, 3.0, 7.0], 2) == [1.0, 1.5, 2.5, 5.0]
+    assert smooth([1.0, 2.0, 3.0, 7.0], 2) == [1.0, 1.5, 2.5, 5.0]
+
+
+# The dataset
+
+
+def pages(
+    workspace: Workspace, rows: list[picture_table.Row], latents: dict[str, Any], **dataset: Any
+) -> tuple[str, str]:
+    """report.md's section about the dataset, and dataset.md."""
+    reports = workspace.path / "reports"
+    write_reports(reports)
+    metrics.save(reports / "dataset" / "metrics.json", DATASET | dataset)
+    metrics.save(reports / "latents" / "metrics.json", LATENTS | latents)
+    picture_table.save(reports / "dataset" / "pictures.csv", rows)
+    workspace.run("report")
+    found = tuple((reports / name).read_text() for name in ("report.md", "dataset.md"))
+    assert not any(word in page for page in found for word in ("nan", "None", "/tmp"))
+    return found[0].split("## Dataset")[1].split("## Settings")[0], found[1]
+
+
+def test_a_clean_dataset_has_nothing_to_look_at(workspace: Workspace) -> None:
+    section, page = pages(workspace, ROWS, {})
+    assert "Worth a look" not in section
+    assert "No caption is cut or empty; no picture is double or left out." in page
+    assert "**8 pictures: 6 to train on, 2 held out.**" in page
+    assert "| Tokens per caption, median and longest | 5.5 and 11 |" in page
+    assert "| Sizes that the model sees | 32 x 32 |" in section
+    assert "| 32 x 32 | 1.00 | 6 | 2 | 0 |" in page
+    for absent in ("Repeats", "Duplicates", "## Left out", "Masks", "regularization"):
+        assert absent not in page + section
+
+
+@pytest.mark.parametrize(
+    ("rows", "latents", "dataset", "line"),
+    [
+        ([], {"captions.num_cut": 3}, {}, "Captions cut at 77 tokens: 3 of 9. The model never sees the rest of them."),
+        ([row("x.png", captions=" ")], {}, {}, "Empty captions: 1. Those pictures are learned without a prompt."),
+        (
+            [row("x.png", split="left out", reason="bad")],
+            {},
+            {"num_left_out": 1},
+            "Pictures left out because something is wrong with them: 1.",
+        ),
+        (
+            [row("x.png", split="left out", near_duplicates="0.png", reason="near-duplicate")],
+            {},
+            {"num_left_out": 1},
+            "Near-duplicates withheld: 1. They look like pictures on the other side of the split.",
+        ),
+        ([row("x.png", sha256="1.png")], {}, {}, "Pictures with the same bytes as another one: 1. They weigh double."),
+        ([], {}, {"num_unlisted": 4}, "Pictures in the source that no row names: 4. They are left out."),
+    ],
+)
+def test_what_is_worth_a_look_stands_on_both_pages(
+    workspace: Workspace, rows: list[picture_table.Row], latents: dict[str, Any], dataset: dict[str, Any], line: str
+) -> None:
+    section, page = pages(workspace, ROWS + rows, latents, **dataset)
+    assert f"Worth a look:\n\n- {line}\n\n" in section
+    assert f"\n\n- {line}\n\n" in page
+
+
+def test_sizes_are_counted_wide_to_tall(workspace: Workspace) -> None:
+    rows = [*ROWS, row("wide.png", bucket="48x24", width="32", height="16"), row("tall.png", bucket="24x48")]
+    section, page = pages(workspace, rows, {})
+    lines = [line for line in page.splitlines() if " x " in line]
+    assert lines == [
+        "| 48 x 24 | 2.00 | 1 | 0 | 1 |",
+        "| 32 x 32 | 1.00 | 6 | 2 | 0 |",
+        "| 24 x 48 | 0.50 | 1 | 0 | 0 |",
+    ]
+    assert "The most enlarged picture grows by a factor of 1.50." in page
+    assert "| Sizes that the model sees | 3 |" in section
+
+
+def test_repeats_and_regularization(workspace: Workspace) -> None:
+    rows = [*ROWS, row("x.png", repeats="4"), row("y.png", repeats="4", split="heldout")]
+    section, page = pages(workspace, rows, {}, num_regularization=2)
+    assert "| 4 | 1 | 4 |\n| 1 | 6 | 6 |\n| all | 7 | 10 |" in page
+    assert "6 to train on, 2 of them for regularization, 2 held out" in page
+    assert "| of them for regularization | 2 |" in section
+
+
+def test_duplicates_name_their_sides(workspace: Workspace) -> None:
+    near = {"near_duplicates": "a.png"}
+    rows = [
+        *ROWS,
+        row("twin.png", sha256="1.png"),
+        row("a.png", **near),
+        row("b.png", split="left out", reason="near-duplicate of a.png", **near),
+        *[row(f"copy-{i:02}.png", sha256="0.png") for i in range(20)],
+    ]
+    _, page = pages(workspace, rows, {})
+    assert "| the same bytes | `1.png` (train), `twin.png` (train) |" in page
+    assert "| near-duplicates | `a.png` (train), `b.png` (left out) |" in page
+    assert "`copy-08.png` (train), and 11 more |" in page
+    assert "| `b.png` | `near-duplicate of a.png` |" in page
+
+
+def test_long_lists_are_cut_and_text_of_the_dataset_is_no_markup(workspace: Workspace) -> None:
+    reason = "rows:3: '<img src=x> | `y`' is damaged"
+    rows = [*ROWS, *[row(f"bad-{i:03}.png", split="left out", reason=reason) for i in range(60)]]
+    _, page = pages(workspace, rows, {}, num_left_out=60)
+    assert page.count("| `bad-") == 40
+    assert "And 20 more in [pictures.csv](dataset/pictures.csv)." in page
+    assert "`rows:3: '<img src=x> \\| 'y'' is damaged` |" in page
+
+
+def test_a_damaged_table_names_its_stage(workspace: Workspace) -> None:
+    write_reports(workspace.path / "reports")
+    (workspace.path / "reports/dataset/pictures.csv").write_text("nonsense\n")
+    with pytest.raises(UserError, match="^reports/dataset/pictures.csv: .*run `python -m stages.prepare` again$"):
+        workspace.run("report")
+
+
+def test_reports_of_stages_that_say_less(workspace: Workspace) -> None:
+    """Families whose encoders have no limit write no tokens."""
+    write_reports(workspace.path / "reports")
+    metrics.save(workspace.path / "reports/latents/metrics.json", {"latents.num_views": 8})
+    workspace.run("report")
+    page = (workspace.path / "reports/dataset.md").read_text()
+    assert "Tokens" not in page and "nan" not in page and "None" not in page

@@ -1,118 +1,13 @@
-"""All that was measured and drawn -> one page for a reviewer.
-
-In: reports/ of the other stages.  Out: reports/report.md, reports/loss.png
-Run: `python -m stages.report`
-"""
+"""reports/report.md: the verdict, what bears it, and what went in."""
 
 from __future__ import annotations
 
-import csv
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
-from pydantic import Field
-
-from stages.artifacts import metrics
-from stages.artifacts.metrics import Value
-from stages.core import params
-from stages.core.console import UserError, log, parser, run
-from stages.core.files import atomic, read_json, write_text
-from stages.core.markdown import interval, signed, table
-from stages.core.params import Params
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Metrics = Mapping[str, Value]
-
-INK, FAINT, GRID = "#24292f", "#8c959f", "#d8dee4"
-TRAIN, HELDOUT, PROBE = "#9a6700", "#0969da", "#cf222e"
-SMOOTHED_SHARE = 0.05  # of the run's steps that a smoothed training loss averages over
-
-
-class ReportParams(Params):
-    """Section ``report``."""
-
-    title: str = Field(min_length=1)
-    """First heading of the page."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the other stages reported."""
-
-    measured: Metrics
-    """reports/metrics.json"""
-    lineage: dict[str, Any]
-    """reports/validate/lineage.json"""
-    curve: list[dict[str, float]]
-    """step, heldout, train_probe"""
-    train: Metrics
-    loss: list[dict[str, float]]
-    """step, loss, learning_rate, grad_norm"""
-    dataset: Metrics
-    export: Metrics
-    pictures: dict[str, Path]
-    """samples, progress, contact, loss"""
-
-
-def main() -> None:
-    args = parser(__doc__, ["reports", "train_reports", "dataset_reports", "export_reports"]).parse_args()
-    settings = params.load(args.params, args.overrides).section(ReportParams)
-    inputs = read_inputs(args.reports, args.train_reports, args.dataset_reports, args.export_reports)
-    plot_losses(inputs, inputs.pictures["loss"])
-    page = write_page(settings.title, inputs, args.reports)
-    write_text(args.reports / "report.md", page)
-    log.info("verdict     %s", verdict(inputs.measured, inputs.lineage["num_steps"]))
-    log.info("wrote       %s, %s", args.reports / "report.md", inputs.pictures["loss"])
-
-
-def read_inputs(reports: Path, train: Path, dataset: Path, export: Path) -> Inputs:
-    """Read every stage's report.
-
-    Raises:
-        UserError: files are missing; the stage that writes each is named.
-    """
-    writers = {
-        reports / "metrics.json": "validate",
-        reports / "validate" / "lineage.json": "validate",
-        reports / "validate" / "curve.csv": "validate",
-        reports / "samples.png": "validate",
-        reports / "progress.png": "validate",
-        train / "metrics.json": "train",
-        train / "loss.csv": "train",
-        dataset / "metrics.json": "prepare",
-        dataset / "contact.png": "prepare",
-        export / "metrics.json": "export",
-    }
-    missing = [
-        f"{path}: no such file; run `python -m stages.{stage}` first"
-        for path, stage in writers.items()
-        if not path.exists()
-    ]
-    if missing:
-        raise UserError(*missing)
-    pictures = {name: reports / f"{name}.png" for name in ("samples", "progress", "loss")}
-    return Inputs(
-        measured=metrics.load(reports / "metrics.json"),
-        lineage=read_json(reports / "validate" / "lineage.json"),
-        curve=read_numbers(reports / "validate" / "curve.csv"),
-        train=metrics.load(train / "metrics.json"),
-        loss=read_numbers(train / "loss.csv"),
-        dataset=metrics.load(dataset / "metrics.json"),
-        export=metrics.load(export / "metrics.json"),
-        pictures=pictures | {"contact": dataset / "contact.png"},
-    )
-
-
-def read_numbers(path: Path) -> list[dict[str, float]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
+from stages.core.markdown import facts, image, interval, signed, table
+from stages.report import dataset
+from stages.report.inputs import Inputs, Metrics, number
 
 # The verdict
 
@@ -151,12 +46,6 @@ def overfitting(measured: Metrics, num_steps: int) -> str:
     return f"it overfits: {gained}, and held-out loss was lowest at step {best}, not at {num_steps}"
 
 
-def number(values: Metrics, name: str) -> float:
-    """NaN where a metric is null or absent."""
-    value = values.get(name)
-    return float(value) if isinstance(value, int | float) else float("nan")
-
-
 # The page
 
 
@@ -175,8 +64,7 @@ def write_page(title: str, inputs: Inputs, folder: Path) -> str:
         image("Progress", inputs.pictures["progress"], folder),
         image("Losses", inputs.pictures["loss"], folder),
         "## Dataset",
-        image("Contact sheet", inputs.pictures["contact"], folder),
-        facts("Pictures and captions", dataset_facts(inputs.dataset)),
+        *dataset.section(inputs, folder),
         "## Settings and cost",
         facts("What decided the result", settings_facts(inputs)),
         "## Export",
@@ -185,11 +73,6 @@ def write_page(title: str, inputs: Inputs, folder: Path) -> str:
         facts("What went in", lineage_facts(inputs), "SHA-256, first digits"),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def image(text: str, path: Path, folder: Path) -> str:
-    link = Path(os.path.relpath(path, folder)).as_posix()
-    return f"![{text}]({quote(link)})"
 
 
 def drawn_how(inputs: Inputs) -> str:
@@ -248,18 +131,6 @@ def table_note(inputs: Inputs) -> str:
     )
 
 
-def dataset_facts(dataset: Metrics) -> dict[str, object]:
-    names = {
-        "num_pictures": "Pictures",
-        "num_train": "to train on",
-        "num_heldout": "held out",
-        "num_views": "Views (crops, mirrors)",
-        "num_unlisted": "Files without a caption, left out",
-        "caption_words_median": "Words per caption, median",
-    }
-    return {label: dataset[name] for name, label in names.items() if name in dataset}
-
-
 def settings_facts(inputs: Inputs) -> dict[str, object]:
     """What decided the result, read from what the stages recorded."""
     lora, model, validate = (inputs.lineage[name] for name in ("lora_config", "model", "validate"))
@@ -313,64 +184,3 @@ def lineage_facts(inputs: Inputs) -> Mapping[str, object]:
         "Adapter": f"`{inputs.lineage['adapter']}`",
         "Table of held-out rows": f"`{inputs.measured['val.table']}`",
     }
-
-
-def facts(head: str, pairs: Mapping[str, object], values: str = "") -> str:
-    return table((head, values), [(label, str(value)) for label, value in pairs.items()], align=":---")
-
-
-# The curve
-
-
-def plot_losses(inputs: Inputs, path: Path) -> None:
-    """Losses on the frozen table, the noisy training loss below them, and the learning rate small."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID}):
-        figure, (above, below, rate) = plt.subplots(
-            3, 1, figsize=(9, 6.4), sharex=True, layout="constrained", height_ratios=[3, 2, 1]
-        )
-        steps = [row["step"] for row in inputs.curve]
-        for column, colour, label in (("heldout", HELDOUT, "held-out"), ("train_probe", PROBE, "training pictures")):
-            above.plot(steps, [row[column] for row in inputs.curve], "o-", color=colour, label=label, markersize=4)
-        style(above, "loss on the frozen table")
-        above.legend(frameon=False)
-        plot_training(below, inputs.loss)
-        rate.plot([r["step"] for r in inputs.loss], [r["learning_rate"] for r in inputs.loss], color=FAINT)
-        style(rate, "learning rate")
-        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        rate.set_xlabel("step", color=INK)
-        last = max(steps[-1], inputs.loss[-1]["step"])
-        rate.set_xlim(-0.01 * last, 1.01 * last)
-        with atomic(path) as temporary:
-            # Without metadata Matplotlib writes its version; format is named because the temporary file has no suffix.
-            figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
-        plt.close(figure)
-
-
-def plot_training(axes: Axes, loss: list[dict[str, float]]) -> None:
-    steps, values = [row["step"] for row in loss], [row["loss"] for row in loss]
-    window = max(1, round(len(values) * SMOOTHED_SHARE))
-    axes.plot(steps, values, color=TRAIN, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth(values, window), color=TRAIN, label=f"mean of the last {window}")
-    style(axes, "training loss")
-    axes.legend(frameon=False)
-
-
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last ``window`` values, of fewer at the start."""
-    return [sum(part) / len(part) for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))]
-
-
-def style(axes: Axes, label: str) -> None:
-    axes.set_ylabel(label, color=INK)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(color=GRID, labelcolor=INK)
-
-
-if __name__ == "__main__":
-    run(main)

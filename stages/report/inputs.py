@@ -1,0 +1,94 @@
+"""What the other stages reported: the numbers, tables and pictures that the pages are made of."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts import metrics, picture_table
+from stages.artifacts.metrics import Value
+from stages.core.console import UserError
+from stages.core.files import read_json, understood
+
+Metrics = Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the other stages reported."""
+
+    measured: Metrics
+    """reports/metrics.json"""
+    lineage: dict[str, Any]
+    """reports/validate/lineage.json"""
+    curve: list[dict[str, float]]
+    """step, heldout, train_probe"""
+    train: Metrics
+    loss: list[dict[str, float]]
+    """step, loss, learning_rate, grad_norm"""
+    dataset: Metrics
+    rows: list[picture_table.Row]
+    """reports/dataset/pictures.csv"""
+    latents: Metrics
+    export: Metrics
+    pictures: dict[str, Path]
+    """samples, progress, contact, loss, table (pictures.csv)"""
+
+
+def read_inputs(reports: Path, dataset: Path, latents: Path, train: Path, export: Path) -> Inputs:
+    """Read every stage's report.
+
+    Raises:
+        UserError: files are missing or damaged; the stage that writes each is named.
+    """
+    writers = {
+        reports / "metrics.json": "validate",
+        reports / "validate" / "lineage.json": "validate",
+        reports / "validate" / "curve.csv": "validate",
+        reports / "samples.png": "validate",
+        reports / "progress.png": "validate",
+        train / "metrics.json": "train",
+        train / "loss.csv": "train",
+        dataset / "metrics.json": "prepare",
+        dataset / "contact.png": "prepare",
+        dataset / "pictures.csv": "prepare",
+        latents / "metrics.json": "cache_latents",
+        export / "metrics.json": "export",
+    }
+    missing = [
+        f"{path}: no such file; run `python -m stages.{stage}` first"
+        for path, stage in writers.items()
+        if not path.exists()
+    ]
+    if missing:
+        raise UserError(*missing)
+    pictures = {name: reports / f"{name}.png" for name in ("samples", "progress", "loss")}
+    table = dataset / "pictures.csv"
+    with understood(table, "stages.prepare"):
+        rows = picture_table.load(table)
+    return Inputs(
+        measured=metrics.load(reports / "metrics.json"),
+        lineage=read_json(reports / "validate" / "lineage.json"),
+        curve=read_numbers(reports / "validate" / "curve.csv"),
+        train=metrics.load(train / "metrics.json"),
+        loss=read_numbers(train / "loss.csv"),
+        dataset=metrics.load(dataset / "metrics.json"),
+        rows=rows,
+        latents=metrics.load(latents / "metrics.json"),
+        export=metrics.load(export / "metrics.json"),
+        pictures=pictures | {"contact": dataset / "contact.png", "table": table},
+    )
+
+
+def read_numbers(path: Path) -> list[dict[str, float]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def number(values: Metrics, name: str) -> float:
+    """NaN where a metric is null or absent."""
+    value = values.get(name)
+    return float(value) if isinstance(value, int | float) else float("nan")

@@ -1,0 +1,67 @@
+"""reports/loss.png: losses on the frozen table, the noisy training loss below them, and the learning rate small."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.core.files import atomic
+from stages.report.inputs import Inputs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, FAINT, GRID = "#24292f", "#8c959f", "#d8dee4"
+TRAIN, HELDOUT, PROBE = "#9a6700", "#0969da", "#cf222e"
+SMOOTHED_SHARE = 0.05  # of the run's steps that a smoothed training loss averages over
+
+
+def plot_losses(inputs: Inputs, path: Path) -> None:
+    """Losses on the frozen table, the noisy training loss below them, and the learning rate small."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID}):
+        figure, (above, below, rate) = plt.subplots(
+            3, 1, figsize=(9, 6.4), sharex=True, layout="constrained", height_ratios=[3, 2, 1]
+        )
+        steps = [row["step"] for row in inputs.curve]
+        for column, colour, label in (("heldout", HELDOUT, "held-out"), ("train_probe", PROBE, "training pictures")):
+            above.plot(steps, [row[column] for row in inputs.curve], "o-", color=colour, label=label, markersize=4)
+        style(above, "loss on the frozen table")
+        above.legend(frameon=False)
+        plot_training(below, inputs.loss)
+        rate.plot([r["step"] for r in inputs.loss], [r["learning_rate"] for r in inputs.loss], color=FAINT)
+        style(rate, "learning rate")
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        rate.set_xlabel("step", color=INK)
+        last = max(steps[-1], inputs.loss[-1]["step"])
+        rate.set_xlim(-0.01 * last, 1.01 * last)
+        with atomic(path) as temporary:
+            # Without metadata Matplotlib writes its version; format is named because the temporary file has no suffix.
+            figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        plt.close(figure)
+
+
+def plot_training(axes: Axes, loss: list[dict[str, float]]) -> None:
+    steps, values = [row["step"] for row in loss], [row["loss"] for row in loss]
+    window = max(1, round(len(values) * SMOOTHED_SHARE))
+    axes.plot(steps, values, color=TRAIN, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth(values, window), color=TRAIN, label=f"mean of the last {window}")
+    style(axes, "training loss")
+    axes.legend(frameon=False)
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last ``window`` values, of fewer at the start."""
+    return [sum(part) / len(part) for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))]
+
+
+def style(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label, color=INK)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=GRID, labelcolor=INK)
