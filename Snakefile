@@ -41,9 +41,11 @@ def sections(stage):
     return values
 
 
-def files(folder):
-    """Every file below a folder: Snakemake does not notice an edit inside a directory() input."""
-    return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
+def files(path):
+    """A file, or every file below a folder: Snakemake does not notice an edit inside a directory() input."""
+    if Path(path).is_file():
+        return [path]
+    return sorted(str(path) for path in Path(path).rglob("*") if path.is_file())
 
 
 RAW = files(VALUES["dataset"]["source"])
@@ -76,6 +78,7 @@ rule prepare:
         dataset="runs/prepared/dataset.json",
         metrics="runs/reports/dataset/metrics.json",
         contact="runs/reports/dataset/contact.png",
+        pictures="runs/reports/dataset/pictures.csv",
     log:
         "runs/logs/prepare.log",
     conda:
@@ -95,6 +98,7 @@ rule cache_latents:
         code=code("cache_latents"),
     output:
         manifest="runs/latents/manifest.json",
+        metrics="runs/reports/latents/metrics.json",
     log:
         "runs/logs/cache_latents.log",
     conda:
@@ -102,7 +106,8 @@ rule cache_latents:
     params:
         sections=sections("cache_latents"),
     shell:
-        "python -m stages.cache_latents --prepared runs/prepared --latents runs/latents > {log} 2>&1"
+        "python -m stages.cache_latents --prepared runs/prepared --latents runs/latents"
+        " --latents-reports runs/reports/latents > {log} 2>&1"
 
 
 rule train:
@@ -186,6 +191,8 @@ rule report:
     input:
         dataset="runs/reports/dataset/metrics.json",
         contact="runs/reports/dataset/contact.png",
+        pictures="runs/reports/dataset/pictures.csv",
+        latents="runs/reports/latents/metrics.json",
         train="runs/rank-{rank}/reports/train/metrics.json",
         loss="runs/rank-{rank}/reports/train/loss.csv",
         metrics="runs/rank-{rank}/reports/metrics.json",
@@ -197,6 +204,7 @@ rule report:
         code=code("report"),
     output:
         report="runs/rank-{rank}/reports/report.md",
+        dataset="runs/rank-{rank}/reports/dataset.md",
         loss="runs/rank-{rank}/reports/loss.png",
     log:
         "runs/rank-{rank}/logs/report.log",
@@ -207,4 +215,5 @@ rule report:
     shell:
         "python -m stages.report --set lora.rank={wildcards.rank} --reports runs/rank-{wildcards.rank}/reports"
         " --train-reports runs/rank-{wildcards.rank}/reports/train --dataset-reports runs/reports/dataset"
+        " --latents-reports runs/reports/latents"
         " --export-reports runs/rank-{wildcards.rank}/reports/export > {log} 2>&1"
