@@ -43,9 +43,11 @@ def sections(stage):
 
 def files(path):
     """A file, or every file below a folder: Snakemake does not notice an edit inside a directory() input."""
-    if Path(path).is_file():
-        return [path]
-    return sorted(str(path) for path in Path(path).rglob("*") if path.is_file())
+    found = [path] if Path(path).is_file() else sorted(str(path) for path in Path(path).rglob("*") if path.is_file())
+    braced = [f"{name}: Snakemake takes braces for wildcards; rename the file" for name in found if "{" in name]
+    if braced:
+        raise WorkflowError(*braced)
+    return found
 
 
 RAW = files(VALUES["dataset"]["source"])

@@ -122,6 +122,22 @@ def test_snakemake_plans_a_list_of_ranks_with_shared_latents(tiny_checkout: Chec
     assert {name: int(counts[name]) for name in STAGES} == expected
 
 
+@pytest.mark.parametrize("name", ["runs", "logs", "compare", "base/build", ".venv"])
+def test_dvc_sees_all_of_a_dataset(tiny_checkout: Checkout, name: str) -> None:
+    """A folder of pictures that DVC ignores could change without a stage running."""
+    own, theirs = f"{name}/a.jpg", f"data/mine/{name}/a.jpg"
+    ignored = tiny_checkout.run(sys.executable, "-m", "dvc", "check-ignore", own, theirs).stdout.split()
+    assert ignored == [own]
+
+
+def test_snakemake_refuses_braces_in_a_picture_s_name(tiny_checkout: Checkout) -> None:
+    path = tiny_checkout.path / "data/raw/{GUID}.png"
+    path.write_bytes(b"")
+    done = tiny_checkout.run(sys.executable, "-m", "snakemake", "--cores", "1", "--dry-run", check=False)
+    path.unlink()
+    assert "data/raw/{GUID}.png: Snakemake takes braces for wildcards; rename the file" in done.stdout + done.stderr
+
+
 def test_committed_params_are_valid() -> None:
     assert set(load(ROOT / "params.yaml").sections) == set(SECTIONS)
 

@@ -12,7 +12,7 @@ import torch
 from stages.core import seeding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from stages.artifacts.latent_cache import CachedItem, LatentCache
 
@@ -31,35 +31,24 @@ class Batch:
     @classmethod
     def cat(cls, parts: Sequence[Batch]) -> Batch:
         """One batch of them all, in their order."""
-        masks = [part.masks for part in parts if part.masks is not None]
-        return cls(
-            torch.cat([part.latents for part in parts]),
-            torch.cat([part.noise for part in parts]),
-            torch.cat([part.timesteps for part in parts]),
-            {name: torch.cat([part.prompt[name] for part in parts]) for name in parts[0].prompt},
-            torch.cat([part.weights for part in parts]),
-            torch.cat(masks) if masks else None,
-        )
+        return cls._each(parts, torch.cat)
 
     def first(self, count: int) -> Batch:
-        return Batch(
-            self.latents[:count],
-            self.noise[:count],
-            self.timesteps[:count],
-            {name: tensor[:count] for name, tensor in self.prompt.items()},
-            self.weights[:count],
-            None if self.masks is None else self.masks[:count],
-        )
+        return self._each([self], lambda tensors: tensors[0][:count])
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.latents.to(device),
-            self.noise.to(device),
-            self.timesteps.to(device),
-            {name: tensor.to(device) for name, tensor in self.prompt.items()},
-            self.weights.to(device),
-            None if self.masks is None else self.masks.to(device),
-        )
+        return self._each([self], lambda tensors: tensors[0].to(device))
+
+    @classmethod
+    def _each(cls, parts: Sequence[Batch], combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> Batch:
+        """The batch whose every tensor is made of that tensor of the parts."""
+
+        def combined(name: str) -> torch.Tensor:
+            return combine([getattr(part, name) for part in parts])
+
+        prompt = {name: combine([part.prompt[name] for part in parts]) for name in parts[0].prompt}
+        masks = None if parts[0].masks is None else combined("masks")
+        return cls(combined("latents"), combined("noise"), combined("timesteps"), prompt, combined("weights"), masks)
 
 
 class Batches:
