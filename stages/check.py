@@ -20,8 +20,10 @@ from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams, load
 from stages.families.base import load_family
 from stages.prepare.geometry import buckets
+from stages.prepare.listing import Listing
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
+from stages.train.params import TrainParams
 
 # Series that the project is tested with; the exact versions stand in requirements.lock.
 PACKAGES = {
@@ -105,11 +107,24 @@ def dataset_problems(config: Config) -> list[str]:
         listing = list_entries(dataset)
     except UserError as error:
         return [*found, *error.problems]
+    found += batch_problems(listing, config)
     if dataset.on_bad == "error":
         return found + [str(problem) for problem in listing.problems]
     for problem in listing.problems:
         log.warning("warning: will be left out: %s", problem)
     return found
+
+
+def batch_problems(listing: Listing, config: Config) -> list[str]:
+    """A batch that even all pictures, held-out ones included, cannot fill; train counts again."""
+    subsets = config.section(DatasetParams).as_subsets()
+    total = sum(subsets[entry.subset].repeats for entry in listing.entries)
+    size = config.section(TrainParams).batch_size
+    if not total or size <= total:
+        return []
+    return [
+        f"params.yaml train.batch_size: {size} is more than the dataset's {total} pictures, repeats counted; lower it"
+    ]
 
 
 def disk_problems() -> list[str]:

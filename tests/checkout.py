@@ -37,10 +37,14 @@ class Checkout:
         for index in range(8):
             picture(index).save(path / f"data/raw/{index:02}.png")
         write_rows(path / "data/raw", [{"file_name": f"{i:02}.png", "text": f"thing {i}"} for i in range(8)])
+        (path / "data/other").mkdir()  # six of the eight and two more, with captions beside them
+        for index in range(2, 10):
+            picture(index).save(path / f"data/other/new-{index}.png")
+            (path / f"data/other/new-{index}.txt").write_text(f"thing {index}\n")
         self.git("init", "--quiet", "--initial-branch=main")
         self.dvc("init", "--quiet")
         self.dvc("config", "core.analytics", "false")
-        self.dvc("add", "--quiet", "data/raw", "data/base")
+        self.dvc("add", "--quiet", "data/raw", "data/other", "data/base")
         self.commit("start")
 
     @property

@@ -255,6 +255,12 @@ def test_bad_rows_that_are_left_out_are_said(copied: Workspace) -> None:
     assert any(line.startswith(said) for line in lines)
 
 
+def test_batch_of_more_pictures_than_there_are(copied: Workspace) -> None:
+    assert problem(copied, "train.batch_size=9") == (
+        "params.yaml train.batch_size: 9 is more than the dataset's 8 pictures, repeats counted; lower it"
+    )
+
+
 def test_mirrors_without_a_second_view(copied: Workspace) -> None:
     assert problem(copied, "dataset.flip=true").startswith("params.yaml dataset.flip: true with cache.num_variants 1")
 

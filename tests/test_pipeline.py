@@ -81,6 +81,17 @@ def test_an_edited_picture_is_the_only_one_encoded(reproduced: Checkout) -> None
     assert reproduced.git("status", "--porcelain") == ""
 
 
+def test_another_source_runs_everything_and_encodes_what_is_new(reproduced: Checkout) -> None:
+    reproduced.set(dataset__source="data/other")
+    output = reproduced.dvc("repro")
+    assert ran(output) == {"prepare", "cache_latents", *AFTER_TRAIN}
+    assert re.search(r"^encoded 2, reused 6$", output, re.MULTILINE)
+    assert re.search(r"^captions: encoded 2, reused 7$", output, re.MULTILINE)
+    reproduced.git("checkout", "--quiet", "params.yaml")
+    assert ran(reproduced.dvc("repro")) <= {"report"}
+    assert reproduced.git("status", "--porcelain") == ""
+
+
 def test_two_runs_give_the_same_bytes_from_nothing(reproduced: Checkout) -> None:
     """Without DVC's caches and with an empty state directory, every file in git comes out as it was."""
     before = reproduced.adapter()
