@@ -20,7 +20,7 @@ from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams, load
 from stages.families.base import load_family
 from stages.prepare.geometry import buckets
-from stages.prepare.listing import Listing
+from stages.prepare.listing import Listing, lines
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
 from stages.train.params import TrainParams
@@ -104,14 +104,16 @@ def dataset_problems(config: Config) -> list[str]:
     dataset = config.section(DatasetParams)
     found = flip_problems(dataset.flip, config.section(CacheParams).num_variants)
     try:
-        listing = list_entries(dataset)
+        listing = list_entries(dataset, fetch=False)
     except UserError as error:
         return [*found, *error.problems]
+    for text in listing.warnings:
+        log.warning("warning: %s", text)
     found += batch_problems(listing, config)
     if dataset.on_bad == "error":
-        return found + [str(problem) for problem in listing.problems]
-    for problem in listing.problems:
-        log.warning("warning: will be left out: %s", problem)
+        return found + lines(listing.problems)
+    for text in lines(listing.problems):
+        log.warning("warning: will be left out: %s", text)
     return found
 
 
@@ -120,7 +122,7 @@ def batch_problems(listing: Listing, config: Config) -> list[str]:
     subsets = config.section(DatasetParams).as_subsets()
     total = sum(subsets[entry.subset].repeats for entry in listing.entries)
     size = config.section(TrainParams).batch_size
-    if not total or size <= total:
+    if not listing.is_whole or not total or size <= total:
         return []
     return [
         f"params.yaml train.batch_size: {size} is more than the dataset's {total} pictures, repeats counted; lower it"

@@ -211,7 +211,7 @@ def write_page(a: Side, b: Side) -> str:
         "## What differs",
         differences(a, b),
         "## Metrics",
-        metrics_table(a, b),
+        metrics_table(a, b, paired),
         *(["## Dataset", f"From {a.name} to {b.name}: {changes.summary()}.", changes.markdown()] if changes else []),
     ]
     return "\n\n".join(sections) + "\n"
@@ -301,24 +301,31 @@ def differences(a: Side, b: Side) -> str:
     return table(("", a.name, b.name), rows) if rows else "None."
 
 
-def metrics_table(a: Side, b: Side) -> str:
-    """Numbers that both have and that moved, the losses first; whatever else is equal is counted."""
+def metrics_table(a: Side, b: Side, paired: Estimate | None) -> str:
+    """Numbers that both have and that moved, the losses first; whatever else is equal is counted.
+
+    Losses are marked as better or worse only where the paired interval bears that out.
+    """
+    marked = paired is not None and (paired.high < 0 or paired.low > 0)
     shared = {key for key in a.metrics.keys() & b.metrics.keys() if not HIDDEN.search(key)}
     numbers = sorted(key for key in shared if is_number(a.metrics[key]) and is_number(b.metrics[key]))
-    rows = [metric_row(key, a.metrics[key], b.metrics[key]) for key in numbers if a.metrics[key] != b.metrics[key]]
+    rows = [
+        metric_row(key, a.metrics[key], b.metrics[key], marked) for key in numbers if a.metrics[key] != b.metrics[key]
+    ]
     rows.sort(key=lambda row: not row[0].startswith("val."))
     if not rows:
         return f"All {len(numbers)} are equal."
     equal = f"{len(numbers) - len(rows)} others are equal."
-    return table(("Metric", a.name, b.name, "difference"), rows) + f"\n\n{equal} ✓ better, ✗ worse than {a.name}."
+    legend = f" ✓ better, ✗ worse than {a.name}." if marked else ""
+    return table(("Metric", a.name, b.name, "difference"), rows) + f"\n\n{equal}{legend}"
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def metric_row(key: str, a: float, b: float) -> tuple[str, ...]:
-    mark = (" ✓" if b < a else " ✗") if LOWER_IS_BETTER.search(key) else ""
+def metric_row(key: str, a: float, b: float, marked: bool) -> tuple[str, ...]:
+    mark = (" ✓" if b < a else " ✗") if marked and LOWER_IS_BETTER.search(key) else ""
     return key, show(a), show(b), signed(b - a, ".4g") + mark
 
 

@@ -32,3 +32,11 @@ def photo(seed: int, width: int = 96, height: int = 72) -> Image.Image:
     coarse = draw.integers(0, 256, (6, 8, 3), np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
     return Image.fromarray((smooth + draw.integers(-6, 7, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def see_through(image: Image.Image) -> Image.Image:
+    """Its left half, with the right one transparent."""
+    alpha = Image.new("L", image.size)
+    alpha.paste(255, (0, 0, image.width // 2, image.height))
+    image.putalpha(alpha)
+    return image

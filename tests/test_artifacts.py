@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from stages.artifacts import latent_cache
 from stages.artifacts.adapter import Adapter
 from stages.artifacts.latent_cache import CachedItem, LatentCache
-from stages.artifacts.manifest import Manifest
+from stages.artifacts.manifest import Manifest, natural_key
 from stages.core.console import UserError
-from tests.conftest import Workspace
+from tests.caches import write_cache
+from tests.conftest import Workspace, picture
 
 STAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "data/prepared/manifest.jsonl": ("prepare", Manifest.load),
@@ -47,9 +49,60 @@ def test_a_cache_without_a_caption_that_training_needs_is_refused_at_once(worksp
         LatentCache(path.parent)
 
 
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda m: m["items"][2].update(loss_weight="x"), r"items\.2\.loss_weight: Input should be a valid number"),
+        (lambda m: m["items"][2].update(loss_weight=float("nan")), r"items\.2\.loss_weight: .*finite number"),
+        (lambda m: m["items"][2].update(loss_weight=0), r"items\.2\.loss_weight: .*greater than 0"),
+        (lambda m: m["items"][2].update(repeats=0), r"items\.2\.repeats: .*greater than or equal to 1"),
+        (lambda m: m["items"][2].update(views=[]), r"items\.2\.views: .*at least 1 item"),
+        (lambda m: m["items"][2].update(other=float("nan")), r"items\.2\.other: Unexpected keyword"),
+        (lambda m: m.update(items=[]), r"items: .*at least 1 item"),
+        (lambda m: m.update(base=None), r"base: Input should be an object"),
+        (lambda m: m.update(captions=[]), r"captions: Input should be an object"),
+        (
+            lambda m: m["shards"].update({"../../params.yaml": "0" * 64}),
+            r"shards\.\.\./\.\./params\.yaml\.\[key\]: .*pattern",
+        ),
+        (lambda m: m["shards"].update({"text/0.safetensors": 3}), r"shards\.text/0\.safetensors: .*valid string"),
+    ],
+)
+def test_a_cache_edited_by_hand_says_where(tmp_path: Path, edit: Callable[[Any], None], expected: str) -> None:
+    path = a_cache(tmp_path) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(
+        UserError, match=rf"manifest\.json: edited by hand or of another version \({expected}"
+    ) as caught:
+        LatentCache(tmp_path)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("run `python -m stages.cache_latents` again")
+
+
+def test_a_shard_that_is_none_is_damaged_also_if_its_digest_was_edited(tmp_path: Path) -> None:
+    path = a_cache(tmp_path) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    name = min(manifest["shards"])
+    (tmp_path / name).write_bytes(b"nothing")
+    manifest["shards"][name] = hashlib.sha256(b"nothing").hexdigest()
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"{name}: missing or damaged; run `python -m stages\.cache_latents` again"):
+        LatentCache(tmp_path)
+
+
+def a_cache(folder: Path) -> Path:
+    items = [CachedItem(f"{i}.png", "train", "", ("",), "c", (f"v{i}",)) for i in range(3)]
+    write_cache(folder, items, {f"v{i}": torch.zeros(4, 2, 2) for i in range(3)}, {"": torch.zeros(3, 8)})
+    return folder
+
+
 @pytest.mark.parametrize("field", ["captions", "views", "masks"])
 def test_a_cache_without_an_entry_that_an_item_names_is_refused_at_once(workspace: Workspace, field: str) -> None:
     argv = ("--set", "dataset.mask=alpha")
+    translucent = picture(3)
+    translucent.putalpha(100)
+    translucent.save("data/raw/03.png")  # the fourth item; opaque ones need no mask
     workspace.run("prepare", *argv)
     workspace.run("cache_latents", *argv)
     path = Path("data/latents/manifest.json")
@@ -93,3 +146,11 @@ def test_prepared_without_its_second_file_is_refused(workspace: Workspace) -> No
     Path("data/prepared/dataset.json").unlink()
     with pytest.raises(UserError, match=r"dataset\.json: no such file; run `python -m stages\.prepare`"):
         Manifest.load(Path("data/prepared"))
+
+
+def test_numbers_in_names_compare_as_numbers() -> None:
+    names = ["a.parquet::10", "a.parquet::9", "b/2.png", "a", "b/10.png", "10.png", "9.png", "b/2x.png"]
+    assert sorted(names, key=natural_key) == [
+        *("9.png", "10.png", "a", "a.parquet::9", "a.parquet::10"),
+        *("b/2.png", "b/2x.png", "b/10.png"),
+    ]

@@ -20,12 +20,17 @@ from PIL import Image
 
 from stages.artifacts.latent_cache import LatentCache
 from stages.artifacts.manifest import Manifest
+from stages.artifacts.store import Store
+from stages.cache_latents import __main__ as cache_latents
+from stages.cache_latents import encoding, entries
 from stages.core import objectives, pictures
 from stages.core.console import UserError
-from stages.core.files import load_tensors, read_json, save_tensors
+from stages.core.containers import PictureFiles
+from stages.core.files import load_tensors, read_json, save_tensors, writing
 from stages.core.params import ModelParams
 from stages.families import sd
 from tests.conftest import Workspace, picture, read_rows, write_rows
+from tests.images import see_through
 
 LATENTS = Path("data/latents")
 
@@ -172,8 +177,8 @@ def test_content_names_a_picture_whatever_encodes_it(cached: Workspace) -> None:
     assert len(set(first.values())) == 8
     assert contents("model.dtype=bfloat16", "cache.batch_size=3") == first
     assert contents("dataset.flip=true", "cache.num_variants=2") == first  # of the first view alone
-    for change in ("dataset.resolution=40", 'dataset.background="#000000"', "dataset.mask=alpha"):
-        assert set(contents(change).values()).isdisjoint(first.values())
+    assert contents('dataset.background="#000000"') == first  # nothing lets it through
+    assert set(contents("dataset.resolution=40").values()).isdisjoint(first.values())
     picture(50).save("data/raw/05.png")
     assert {name for name, content in contents().items() if content != first[name]} == {"05.png"}
 
@@ -275,7 +280,7 @@ def test_equal_pictures_are_encoded_once(workspace: Workspace, calls: Calls) -> 
     ("changes", "num_pictures", "num_captions"),
     [
         (("dataset.resolution=40",), 8, 0),
-        (('dataset.background="#000000"',), 8, 0),
+        (('dataset.background="#000000"',), 0, 0),  # the pictures are opaque
         (("dataset.image_interpolation_mode=bicubic",), 8, 0),
         (("model.dtype=bfloat16",), 8, 8),
         (("cache.batch_size=3",), 8, 8),
@@ -296,6 +301,18 @@ def test_what_a_change_encodes(
     assert second == f"captions: encoded {num_texts}, reused {9 - num_texts}"
     encode(cached)
     assert calls.take() == (0, 0)  # and back again
+
+
+def test_another_background_encodes_the_pictures_that_let_it_through(cached: Workspace, calls: Calls) -> None:
+    see_through(picture(5)).save("data/raw/05.png")
+    encode(cached)
+    before = {item.file_name: item for item in LatentCache(LATENTS).items}
+    assert calls.take() == (1, 0)
+    encode(cached, 'dataset.background="#000000"')
+    assert calls.take() == (1, 0)
+    differ = [item for item in LatentCache(LATENTS).items if before[item.file_name].views != item.views]
+    assert [item.file_name for item in differ] == ["05.png"]
+    assert differ[0].content != before["05.png"].content
 
 
 def test_another_version_of_the_preprocessing_encodes_all_pictures(
@@ -425,6 +442,47 @@ def test_a_mirrored_view_has_a_mirrored_mask(masked: Workspace) -> None:
     assert torch.equal(plain.flip(-1), mirrored) and not torch.equal(plain, mirrored)
 
 
+def test_a_mask_is_decoded_once_for_all_of_its_views(masked: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+
+    def decode(blob: bytes, kind: Any) -> Image.Image:
+        decoded.append(blob)
+        return pictures.decode_mask(blob, kind)
+
+    monkeypatch.setattr(entries, "decode_mask", decode)
+    encode(masked, *MASKED, "dataset.flip=true", "cache.num_variants=2")
+    assert read_json(Path("reports/latents/metrics.json"))["latents.num_masks"] > 8
+    assert len(decoded) == 8
+
+
+def test_masks_that_hide_all_of_a_view_are_refused_before_anything_is_encoded(masked: Workspace, calls: Calls) -> None:
+    """White is the left third of wide pictures, which random crops can miss."""
+    for index in (2, 3):
+        mask = Image.new("L", (96, 32))
+        mask.paste(255, (0, 0, 30, 32))
+        mask.save(f"data/raw/masks/{index:02}.png")
+        picture(index, 96, 32).save(f"data/raw/{index:02}.png")
+    changes = ("dataset.mask=masks", "dataset.crop=random", "cache.num_variants=8")
+    masked.run("prepare", *words(changes))
+    manifest = Manifest.load(Path("data/prepared"))
+    expected = []
+    for item in (item for item in manifest.items if item.file_name in ("02.png", "03.png")):
+        views = manifest.augmentation.views(item, 8 if item.split == "train" else 1)
+        black = [str(number) for number, view in enumerate(views, 1) if view.crop[0] >= 30]
+        if black:
+            expected.append(
+                f"data/raw/{item.file_name}: its mask hides all of view{'s' if len(black) > 1 else ''} "
+                f"{', '.join(black)} of {len(views)}, so no loss is left; set dataset.crop to center, "
+                "set dataset.unmasked_weight above 0, or mend the mask"
+            )
+    assert expected
+    for _ in range(2):  # it is not remembered as done
+        assert refusal(masked, *changes) == tuple(expected)
+    assert calls.loaded == []
+    encode(masked, *changes, "dataset.unmasked_weight=0.1")
+    assert LatentCache(LATENTS).items
+
+
 # Killed, damaged, unreadable
 
 KILL = """
@@ -488,6 +546,61 @@ def test_damaged_entry_is_made_again(cached: Workspace, calls: Calls, kind: str,
     assert cached.tree("data/latents") == before
 
 
+def test_swapped_entries_are_made_again(cached: Workspace, calls: Calls) -> None:
+    before = cached.tree("data/latents")
+    first, second = sorted(Path(".state/store/latents").rglob("*.safetensors"))[:2]
+    aside = first.rename("aside")
+    second.rename(first)
+    aside.rename(second)
+    lines = cached.run("cache_latents")
+    for path in (first, second):
+        assert f"warning: {path.resolve()} is damaged and is made again" in lines
+    assert calls.take() == (2, 0)
+    assert cached.tree("data/latents") == before
+
+
+def test_a_second_run_on_the_same_folder_is_refused(cached: Workspace) -> None:
+    before = cached.tree("data/latents")
+    with writing(LATENTS), pytest.raises(UserError, match=rf"data/latents: process {os.getpid()} is at work"):
+        cached.run("cache_latents")
+    assert cached.tree("data/latents") == before
+    with writing(Path("runs/latents")):
+        cached.run("cache_latents")
+
+
+def test_a_folder_in_place_of_the_notes_is_a_warning(cached: Workspace) -> None:
+    path = Path(".state/store/last.json")
+    path.unlink()
+    path.mkdir()
+    Path("reports/latents/metrics.json").unlink()
+    lines = cached.run("cache_latents")
+    assert f"warning: {path.resolve()}: Is a directory; --status will not know what this run did" in lines
+    assert Path("reports/latents/metrics.json").exists() and lines[-1] == "encoded 0, reused 8"
+
+
+def test_a_folder_in_place_of_an_entry_is_named(cached: Workspace) -> None:
+    entry = sorted(Path(".state/store/latents").rglob("*.safetensors"))[0]
+    entry.unlink()
+    entry.mkdir()
+    done = cached.process("cache_latents")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {entry.resolve()}: Is a directory; remove or rename the folder that stands in the place of a file"
+    )
+
+
+def test_damaged_entries_share_a_batch(cached: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cached.tree("data/latents")
+    for entry in sorted(Path(".state/store/latents").rglob("*.safetensors"))[:3]:
+        entry.write_bytes(entry.read_bytes()[:-1] + b"\x07")
+    sizes: list[int] = []
+    encode_images = sd.encode_images
+    monkeypatch.setattr(sd, "encode_images", lambda vae, x: sizes.append(len(x)) or encode_images(vae, x))
+    assert cached.run("cache_latents")[-1] == "encoded 3, reused 5"
+    assert sizes == [4]
+    assert cached.tree("data/latents") == before
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_damaged_shard_is_refused_and_filled_again(cached: Workspace, calls: Calls, cut: bool) -> None:
     before = cached.tree("data/latents")
@@ -539,7 +652,7 @@ def test_prepare_first(workspace: Workspace) -> None:
 
 def test_resolution_must_fit_the_base(workspace: Workspace) -> None:
     workspace.run("prepare", "--set", "dataset.resolution=36")
-    (problem,) = refusal(workspace)
+    (problem,) = refusal(workspace, "dataset.resolution=36")
     assert problem.startswith(
         "params.yaml dataset.resolution: 36 is no multiple of 8, which data/base needs; use 32 or"
     )
@@ -550,6 +663,16 @@ def test_a_flip_that_never_happens_is_refused(workspace: Workspace) -> None:
     (problem,) = refusal(workspace, "dataset.flip=true")
     assert problem.startswith("params.yaml dataset.flip: true with cache.num_variants 1 would freeze")
     assert problem.endswith("set cache.num_variants to 2 or more, or dataset.flip to false")
+
+
+def test_what_prepare_would_make_otherwise_is_warned_of(workspace: Workspace) -> None:
+    workspace.run("prepare", "--set", "dataset.flip=true")
+    (problem,) = refusal(workspace)
+    assert problem == (
+        "data/prepared was made with dataset.flip true; params.yaml says false; run `python -m stages.prepare` first"
+    )
+    lines = workspace.run("cache_latents", "--set", "cache.num_variants=2")
+    assert lines[0] == f"warning: {problem} to use that"
 
 
 def test_a_random_crop_that_happens_once_is_warned_of(workspace: Workspace) -> None:
@@ -620,11 +743,14 @@ def test_captions_are_counted(workspace: Workspace) -> None:
     facts = read_json(Path("reports/latents/metrics.json"))
     assert facts.pop("captions.max_tokens") > 60 and 3 <= facts.pop("captions.tokens_median") <= 20
     assert facts == {
+        "captions.batch_size": 4,
         "captions.num": 7,
         "captions.num_cut": 1,
         "captions.tokens_limit": 20,
+        "latents.batch_size": 4,
         "latents.num_masks": 0,
         "latents.num_views": 8,
+        "latents.tiling": False,
     }
     before = Path("reports/latents/metrics.json").read_bytes()
     workspace.run("cache_latents")
@@ -635,3 +761,81 @@ def test_progress_is_logged_where_there_is_no_terminal(workspace: Workspace) -> 
     workspace.run("prepare")
     lines = [line for line in workspace.run("cache_latents") if line.startswith("latents ")]
     assert [line.split()[1:4] for line in lines] == [["4", "/", "8"], ["8", "/", "8"]]
+
+
+# Versions, and the order of reading
+
+
+class Machine:
+    """Where this runs, as far as entries record it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.changes: dict[str, str | int] = {}
+        environment = cache_latents.environment
+        monkeypatch.setattr(cache_latents, "environment", lambda device: environment(device) | self.changes)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def mixtures(lines: list[str]) -> list[str]:
+    return [line for line in lines if "the last bits may differ" in line]
+
+
+def test_entries_of_several_environments_are_warned_of(workspace: Workspace, machine: Machine) -> None:
+    machine.changes = {"torch": "1.0"}
+    encode(workspace)
+    machine.changes = {"torch": "1.1"}
+    assert mixtures(workspace.run("cache_latents")) == []  # all of one
+    picture(50).save("data/raw/05.png")
+    workspace.run("prepare")
+    expected = [
+        "warning: 7 latents were made with torch 1.0, 1 with torch 1.1: the last bits may differ from those of a fresh "
+        f"run; delete {Path('.state/store/latents').resolve()} to make them all anew"
+    ]
+    assert mixtures(workspace.run("cache_latents")) == expected
+    assert mixtures(workspace.run("cache_latents", "--status")) == expected
+    shutil.rmtree(".state/store/latents")
+    assert mixtures(workspace.run("cache_latents")) == []
+
+
+def test_what_cannot_move_a_bit_is_no_mixture(workspace: Workspace, machine: Machine) -> None:
+    encode(workspace)
+    machine.changes = {"peft": "0.0.1", "python": "3.0"}
+    picture(50).save("data/raw/05.png")
+    workspace.run("prepare")
+    assert mixtures(workspace.run("cache_latents")) == []
+
+
+def test_entries_that_do_not_record_what_made_them_are_no_mixture(workspace: Workspace, machine: Machine) -> None:
+    encode(workspace)
+    store = Store()
+    for kind, path in store.entries():
+        entry = store.load(kind, path.stem)
+        assert entry is not None and entry.made_by
+        store.save(kind, path.stem, entry.tensors)
+    machine.changes = {"torch": "1.1"}
+    picture(50).save("data/raw/05.png")
+    workspace.run("prepare")
+    assert mixtures(workspace.run("cache_latents")) == []
+
+
+def test_pictures_are_read_in_the_order_of_rows(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of numbers, not of digits: rows of a Parquet file are read in groups."""
+    shutil.rmtree("data/raw")
+    Path("data/raw").mkdir()
+    for index in range(12):
+        picture(index, 64 if index % 3 else 48).save(f"data/raw/{index}.png")
+    write_rows(Path("data/raw"), [{"file_name": f"{i}.png", "text": f"thing {i}"} for i in range(12)])
+    workspace.run("prepare")
+    read: list[str] = []
+    for module in (encoding, entries):
+        monkeypatch.setattr(module, "NUM_READERS", 1)
+    original = PictureFiles.read
+    monkeypatch.setattr(PictureFiles, "read", lambda self, name: read.append(name) or original(self, name))
+    workspace.run("cache_latents")
+    assert read == [f"{index}.png" for index in range(12)]
+    names = [item.file_name for item in LatentCache(LATENTS).items]
+    assert names == sorted(names)  # what is written does not depend on it

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from stages.artifacts import picture_table
 from stages.artifacts.picture_table import Row
 from stages.core import thumbnails
 from stages.core.dataset_changes import MAX_LISTED, Changes, compare_tables
+from stages.core.files import sha256_file
 from stages.core.markdown import code
 from stages.prepare import changes, page
 from tests.conftest import Pictures, picture
+from tests.images import encoded
 from tests.manifests import item_of, manifest_of, reader
 
 
@@ -159,7 +163,7 @@ def change_everything() -> dict[str, str]:
 
 
 def test_changes_since_the_committed_version(prepare: Prepare) -> None:
-    assert prepare() == ["changes     none to show: the first version"]
+    assert prepare() == ["changes     not shown: git holds no earlier pictures.csv"]
     commit()
     assert prepare() == ["changes     none since the committed version"]
     assert not list(FOLDER.glob("changes.*"))
@@ -167,10 +171,21 @@ def test_changes_since_the_committed_version(prepare: Prepare) -> None:
     summary = "1 added, 1 removed, 1 edited, 1 recaptioned, 1 renamed"
     assert line == f"changes     {summary} since the committed version; reports/dataset/changes.md"
     text = (FOLDER / "changes.md").read_text()
-    assert f": {summary}.\n\n![Thumbnails](changes.png)\n" in text
+    assert f": {summary}.\n\n" in text and "\n\n![Thumbnails](changes.png)\n" in text
     assert "- `03.png`: `03` → `another caption`" in text and "- `02.png` → `moved.png`" in text
     with Image.open(FOLDER / "changes.png") as sheet:
         assert sheet.info == {} and sheet.height > 4 * thumbnails.CELL  # a row of each kind but renamed
+
+
+def test_a_stale_page_shows_as_one(prepare: Prepare) -> None:
+    """DVC restores the outputs of an earlier version and leaves the page, which it does not track."""
+    prepare()
+    commit()
+    table = FOLDER / "pictures.csv"
+    old = sha256_file(table)[:12]
+    prepare(change_everything())
+    new = sha256_file(table)[:12]
+    assert f"`pictures.csv` was `{old}` and is `{new}`, the first digits of its" in (FOLDER / "changes.md").read_text()
 
 
 def test_nothing_stale_is_left_when_a_change_is_undone(prepare: Prepare) -> None:
@@ -196,7 +211,24 @@ def test_thumbnails_are_made_once(prepare: Prepare, monkeypatch: pytest.MonkeyPa
     prepare()
     assert len(list(Path(".state").rglob("*.jpg"))) == 8
     monkeypatch.setattr(changes, "load_view", None)
-    assert prepare() == ["changes     none to show: the first version"]
+    assert prepare() == ["changes     not shown: git holds no earlier pictures.csv"]
+
+
+def test_thumbnails_are_made_in_the_order_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By content, each row group of a Parquet file would be read again and again."""
+    monkeypatch.setenv("LORA_STATE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    (tmp_path / "x.png").write_bytes(encoded(picture(0)))
+    one = item_of(tmp_path, "x.png")
+    items = [replace(one, file_name=f"a.parquet::{i}", sha256=f"{i * 7 % 12:064x}") for i in range(12)]
+    read: list[str] = []
+
+    def counted(name: str) -> bytes:
+        read.append(name)
+        return (tmp_path / "x.png").read_bytes()
+
+    changes.keep_thumbnails(changes.wanted(items, Changes()), manifest_of(tmp_path, items), counted)
+    assert read == [f"a.parquet::{i}" for i in range(12)]
 
 
 def test_thumbnails_are_bounded_but_what_changed_has_one(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,15 +252,15 @@ def test_a_thumbnail_keeps_its_shape_and_a_damaged_one_is_made_again(tmp_path: P
     assert thumbnails.find(sha256) is not None
 
 
-def test_outside_a_repository_it_is_a_first_version(prepare: Prepare) -> None:
-    assert prepare() == ["changes     none to show: the first version"]
+def test_outside_a_repository_nothing_is_shown(prepare: Prepare) -> None:
+    assert prepare() == ["changes     not shown: git holds no earlier pictures.csv"]
 
 
-def test_without_git_it_is_a_first_version(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_nothing_is_shown(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare()
     commit()
     monkeypatch.setenv("PATH", "")
-    assert prepare() == ["changes     none to show: the first version"]
+    assert prepare() == ["changes     not shown: git holds no earlier pictures.csv"]
 
 
 def test_a_damaged_committed_table_fails_no_stage(prepare: Prepare) -> None:
@@ -240,7 +272,8 @@ def test_a_damaged_committed_table_fails_no_stage(prepare: Prepare) -> None:
 
 
 def test_a_full_state_directory_fails_no_stage(prepare: Prepare, tmp_path: Path) -> None:
-    (tmp_path / ".state").write_text("a file where a folder should be")
+    (tmp_path / ".state/store").mkdir(parents=True)
+    (tmp_path / ".state/store/thumbnails").write_text("a file where a folder should be")
     (line,) = prepare()
     assert line.startswith("warning: what changed in the dataset is not shown (")
     assert (FOLDER / "pictures.csv").exists()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from stages import check
+from stages.core import hub
 from stages.core.console import UserError
 from stages.core.files import read_json
 from tests.conftest import Workspace, read_rows, write_rows
@@ -238,6 +239,16 @@ def test_bucket_sides(copied: Workspace) -> None:
     )
 
 
+def test_hundreds_of_bucket_sides_are_shown_in_part(copied: Workspace) -> None:
+    change = ("dataset.aspect_buckets=true", "dataset.resolution=2048", "dataset.bucket_step=8")
+    path = Path("data/base/unet/config.json")
+    path.write_text(json.dumps(read_json(path) | {"block_out_channels": [32] * 5}))
+    assert problem(copied, *change) == (
+        "params.yaml dataset.bucket_step: sides of 1448, 1456, 1464, 1480, 1488 and 154 more pixels are no multiples of"
+        " 64, which data/base needs; use 64"
+    )
+
+
 # The dataset
 
 
@@ -268,6 +279,15 @@ def test_mirrors_without_a_second_view(copied: Workspace) -> None:
 def test_metadata_that_is_empty(copied: Workspace) -> None:
     Path("data/raw/metadata.jsonl").write_text("")
     assert problem(copied) == "data/raw/metadata.jsonl: no rows; the dataset is empty"
+
+
+def test_a_hub_dataset_is_not_downloaded(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "download", None)
+    Path("data/pin.yaml").write_text(f"hub: acme/icons\nrevision: '{'12' * 20}'\n")
+    lines = copied.run("check", "--set", "dataset.source=data/pin.yaml")
+    assert "warning: data/pin.yaml: not fetched yet; `python -m stages.prepare` downloads and checks it" in lines
+    Path("data/pin.yaml").write_text("hub: acme/icons\nrevision: main\n")
+    assert problem(copied, "dataset.source=data/pin.yaml").startswith("data/pin.yaml revision: got 'main'")
 
 
 def test_every_bad_row_is_named(copied: Workspace) -> None:

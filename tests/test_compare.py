@@ -125,13 +125,16 @@ def test_a_difference_that_the_pictures_cannot_show(repository: Repository) -> N
         for s in scores
     ]
     write_text(Path("reports/validate/heldout.csv"), evaluation.write_scores(shifted))
-    assert "No difference that the held-out pictures can show: +0.0001" in repository.run()
+    page = repository.run()
+    assert "No difference that the held-out pictures can show: +0.0001" in page
+    assert "✗" not in page and "✓" not in page
 
 
 def test_other_tables_are_not_paired(repository: Repository) -> None:
     write_revision(rank=16, gain=0.2, table="another")
     page = repository.run()
     assert "No verdict: the tables of held-out rows differ" in page
+    assert "✗" not in page and "✓" not in page
     assert "interval" not in page
 
 

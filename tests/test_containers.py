@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import random
 import tarfile
@@ -67,6 +68,22 @@ def test_names_that_cannot_be_read(tmp_path: Path, name: str, message: str) -> N
     assert refusal(PictureFiles(str(folder)), name).startswith(message)
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_drive_that_fails_is_told_with_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Not as a picture that is none, whether the file cannot be opened or not be read."""
+    (tmp_path / "a.png").write_bytes(png())
+
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(number, "the drive fails")
+
+    for function in ("os.open", "builtins.open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(function, fail)
+            with pytest.raises(OSError, match="the drive fails") as caught:
+                PictureFiles(str(tmp_path)).read("a.png")
+        assert function == "os.open" or caught.value.filename == str(tmp_path / "a.png")
+
+
 def test_huge_files_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "a.png").open("wb") as file:
         file.truncate(600 * 2**20)
@@ -120,6 +137,47 @@ def test_damaged_tar(tmp_path: Path, spoil: object, message: str) -> None:
     path = write_tar(tmp_path / "00.tar", {"a.png": b"x" * 512, "b.png": b"x" * 512})
     path.write_bytes(spoil(path.read_bytes()))  # type: ignore[operator]
     assert message in refusal(PictureFiles(str(tmp_path)), "00.tar::a.png")
+
+
+def header(name: bytes, kind: bytes, size: int) -> bytes:
+    """Of a .tar, with any size: tarfile writes no lies."""
+    blob = bytearray(tarfile.TarInfo(name.decode()).tobuf(tarfile.GNU_FORMAT))
+    blob[124:136] = (b"\x80" if size >= 0 else b"\xff") + (size % 256**11).to_bytes(11, "big")
+    blob[148:157] = b" " * 8 + kind
+    blob[148:156] = b"%06o\0 " % sum(blob)
+    return bytes(blob)
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (header(b"z.png", b"0", -512), "a member of negative size"),
+        (header(b"z.png", b"0", -1024), "a member of negative size"),
+        (header(b"z.png", b"S", -512), "a member of negative size"),
+        (header(b"long", b"L", -512), "a header of -512 bytes"),
+        (header(b"long", b"L", 2**62), "a header of 4,611,686,018,427,387,904 bytes"),
+        (header(b"pax", b"x", 2**45), "a header of 35,184,372,088,832 bytes"),
+        (header(b"z.png", b"0", 2**62), "unexpected end of data"),
+        ((header(b"long", b"L", 5) + b"abcd".ljust(512, b"\0")) * 3000, "headers of headers without end"),
+    ],
+)
+def test_tar_with_sizes_that_cannot_be(tmp_path: Path, first: bytes, message: str) -> None:
+    path = write_tar(tmp_path / "00.tar", {"a.png": b"x" * 512})
+    path.write_bytes(first + path.read_bytes())
+    problem = refusal(PictureFiles(str(tmp_path)), "00.tar::a.png")
+    assert f"({message}); restore it" in problem and "\n" not in problem
+
+
+def test_tars_joined_by_cat(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "00.tar", {"a.png": b"x" * 512})
+    blob = path.read_bytes()
+    path.write_bytes(blob + bytes(20 * 512))
+    assert PictureFiles(str(tmp_path)).read("00.tar::a.png") == b"x" * 512  # padded, as tar -b does
+    path.write_bytes(blob + blob)
+    assert refusal(PictureFiles(str(tmp_path)), "00.tar::a.png") == (
+        "'00.tar' goes on behind its end mark, after 1 members, as .tar files do that were joined by cat; unpack it"
+        " with tar --ignore-zeros and pack it anew"
+    )
 
 
 def test_tar_that_shrinks_after_it_was_indexed(tmp_path: Path) -> None:
@@ -186,6 +244,16 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1" + b"\xff" * 40 + blob[44:])
     assert refusal(PictureFiles(str(tmp_path)), "a.parquet::0").startswith(
         "'a.parquet' is no Parquet file, or a damaged one ("
+    )
+
+
+def test_a_parquet_bomb(tmp_path: Path) -> None:
+    """77 KB can hold 20 million rows."""
+    import pyarrow as pa
+
+    write_parquet(tmp_path / "a.parquet", {"image": pa.nulls(1_000_001, pa.binary())})
+    assert refusal(PictureFiles(str(tmp_path)), "a.parquet::0") == (
+        "'a.parquet' has 1,000,001 rows; at most 1,000,000 are read from one file, so split it"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from stages.core.pictures import check_picture
-from stages.prepare.duplicates import components
+from stages.prepare.duplicates import _colours, _distances, components
 from tests.conftest import REPOSITORY
 from tests.images import DEFAULTS, encoded, photo
 
@@ -104,3 +104,22 @@ def test_thousands_are_compared_in_seconds() -> None:
     labels = components(thumbnails, BITS, mirrored=False)
     assert time.perf_counter() - start < 10
     assert labels[4999] == labels[0] and len(set(labels)) == 4999
+
+
+def test_distances_are_exact_whatever_is_compared_with_them_and_in_which_order() -> None:
+    """A pair at the threshold is on one side of it on every machine, whatever other pictures there are."""
+    draw = np.random.default_rng(1)
+    pixels = draw.integers(0, 256, (200, 816)).astype(np.uint8)
+    pixels[50:100] = pixels[:50] // 2 + 60  # less contrast
+    pixels[0] = 200  # flat
+    colours = _colours(pixels)
+    found = _distances(colours, colours)
+    order = draw.permutation(816)
+    np.testing.assert_array_equal(_distances(colours[:, order], colours[:, order]), found)
+    for row, column in draw.integers(0, 200, (300, 2)):
+        pair = _distances(colours[row : row + 1], colours[column : column + 1])
+        assert pair.item() == found[row, column]
+    even = pixels - pixels.mean(axis=1, keepdims=True)
+    even /= np.maximum(pixels.std(axis=1, keepdims=True), 4)
+    expected = np.sqrt(((even[:, None] - even[None]) ** 2).mean(axis=-1))
+    np.testing.assert_allclose(found, expected, atol=1e-7)

@@ -14,8 +14,18 @@ import pytest
 import torch
 
 from stages.artifacts.latent_cache import LatentCache
-from stages.cache_latents.encoding import Encoder, OutOfMemory, Recent, forward, read_ahead, require_independent
+from stages.cache_latents.encoding import (
+    Encoder,
+    OutOfMemory,
+    Proofs,
+    Recent,
+    batched,
+    forward,
+    read_ahead,
+    require_independent,
+)
 from stages.core.console import UserError
+from stages.core.files import read_json
 from stages.core.params import ModelParams
 from stages.families import sd
 from tests.conftest import Workspace, picture
@@ -29,7 +39,7 @@ def model_params(base: Path, dtype: str = "float32") -> ModelParams:
 
 
 def make_encoder(encode: Any, model: ModelParams) -> Encoder[torch.Tensor]:
-    return Encoder("latents", lambda key: torch.zeros(1), encode, torch.zeros_like, model, CPU, 4)
+    return Encoder("latents", lambda key: torch.zeros(1), encode, torch.zeros_like, lambda key: (1,), model, CPU, 4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -66,6 +76,45 @@ def test_the_next_batch_is_read_while_one_is_encoded_and_no_more() -> None:
         assert second.wait(10), "the second batch is not read while the first one is at the encoder"
         assert "c0" not in started
         assert list(batches) == [(["b0", "b1"], ["B0", "B1"]), (["c0"], ["C0"])]
+
+
+def test_batches_follow_the_order_of_reading_and_the_largest_goes_first() -> None:
+    sizes = {"a": 1, "b": 2, "c": 1, "d": 3, "e": 2, "f": 1, "g": 3, "h": 3}
+    found = batched(list(sizes), lambda key: (sizes[key], 10), 2)
+    assert found == [["d", "g"], ["a", "c"], ["b", "e"], ["f"], ["h"]]
+    assert batched([], lambda key: (), 2) == []
+
+
+def test_independence_is_proven_once_for_a_shape_and_a_setting(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    encode_images = sd.encode_images
+    monkeypatch.setattr(sd, "encode_images", lambda vae, x: sizes.append(len(x)) or encode_images(vae, x))
+
+    def encoded(*argv: str) -> list[int]:
+        """Size of each batch that reaches the VAE."""
+        sizes.clear()
+        workspace.run("cache_latents", *argv)
+        return sizes
+
+    workspace.run("prepare")
+    assert encoded() == [4, 4, 4]  # the second one is the proof
+    picture(50).save("data/raw/05.png")
+    workspace.run("prepare")
+    assert encoded() == [4]
+    assert encoded("--set", "cache.batch_size=8") == [8, 8]
+    Path(".state/store/proven.json").write_text("{damaged")
+    shutil.rmtree(".state/store/latents")
+    assert encoded() == [4, 4, 4]
+
+
+def test_a_proof_holds_under_its_own_conditions_alone(tmp_path: Path) -> None:
+    path = tmp_path / "proven.json"
+    Proofs(path, ["latents", {"torch": "1.0"}]).add((64, 64))
+    assert (64, 64) in Proofs(path, ["latents", {"torch": "1.0"}])
+    assert (64, 48) not in Proofs(path, ["latents", {"torch": "1.0"}])
+    assert (64, 64) not in Proofs(path, ["latents", {"torch": "1.1"}])
 
 
 # Short memory
@@ -113,21 +162,74 @@ def test_batches_are_halved_until_they_fit(workspace: Workspace, short: ShortMem
     assert [item.views for item in LatentCache(LATENTS).items] == views  # keys of that very size
 
 
-def test_what_fitted_is_remembered(workspace: Workspace, short: ShortMemory) -> None:
+def test_what_fitted_is_found_again_and_decides_nothing(workspace: Workspace, short: ShortMemory) -> None:
     short.fits = 2
     workspace.run("cache_latents")
     short.sizes.clear()
     picture(50).save("data/raw/05.png")
     workspace.run("prepare")
-    assert workspace.run("cache_latents")[-1] == "encoded 1, reused 7"
-    assert set(short.sizes) == {2}
-    assert workspace.run("cache_latents", "--status")[-1] == "a run would encode nothing"
+    lines = workspace.run("cache_latents")
+    assert lines[-1] == "encoded 1, reused 7"
+    assert short.sizes == [4, 2]
+    assert any("cache.batch_size: 4 does not fit into memory; starting latents again with 2" in line for line in lines)
+    tree = workspace.tree("data/latents")
+    Path(".state/store/last.json").unlink()
+    workspace.run("cache_latents")
+    assert workspace.tree("data/latents") == tree
+    short.fits = 4  # where memory is back, it is used, and the bytes are those of a machine that never lacked any
+    assert workspace.run("cache_latents")[-1] == "encoded 8, reused 0"
+    tree = workspace.tree("data/latents")
+    shutil.rmtree(".state")
+    workspace.run("cache_latents")
+    assert workspace.tree("data/latents") == tree
+
+
+def test_what_was_used_stands_in_the_metrics(workspace: Workspace, short: ShortMemory) -> None:
+    def used() -> tuple[Any, ...]:
+        facts = read_json(Path("reports/latents/metrics.json"))
+        return tuple(facts[name] for name in ("latents.batch_size", "latents.tiling", "captions.batch_size"))
+
+    workspace.run("cache_latents")
+    assert used() == (4, False, 4)
+    short.fits = 2
+    shutil.rmtree(".state/store/latents")
+    workspace.run("cache_latents")
+    assert used() == (2, False, 4)
+    short.needs_tiles = True
+    shutil.rmtree(".state/store/latents")
+    workspace.run("cache_latents")
+    assert used() == (1, True, 4)
+
+
+def test_status_says_that_memory_was_short(workspace: Workspace, short: ShortMemory) -> None:
+    short.fits = 2
+    workspace.run("cache_latents")
+    assert workspace.run("cache_latents", "--status") == [
+        "8 pictures: 8 valid, 0 not",
+        "warning: latents: cache.batch_size 4 did not fit into memory in the last run; the next one tries again, and "
+        "encodes everything anew if it fits by then; set cache.batch_size: 2 to stay with what is valid here",
+        "a run would encode nothing",
+    ]
+    lines = workspace.run("cache_latents", "--status", "--set", "cache.batch_size=2")
+    assert not any("memory" in line for line in lines)
+
+
+def test_a_damaged_entry_that_does_not_fit_any_more_is_one_line(workspace: Workspace, short: ShortMemory) -> None:
+    workspace.run("cache_latents")
+    entry = sorted(Path(".state/store/latents").rglob("*.safetensors"))[0]
+    entry.write_bytes(entry.read_bytes()[:-1] + b"\x07")
+    short.fits = 2
+    with pytest.raises(UserError, match="store/latents: 1 damaged entries are deleted, .*; run again: smaller batches"):
+        workspace.run("cache_latents")
+    assert not entry.exists()
+    assert workspace.run("cache_latents")[-1] == "encoded 8, reused 0"
+    assert set(short.sizes[-4:]) == {2}
 
 
 def test_then_tiles_are_tried(workspace: Workspace, short: ShortMemory) -> None:
     short.needs_tiles = True
     lines = workspace.run("cache_latents")
-    assert any("starting again in tiles; set cache.tiling: true" in line for line in lines)
+    assert any("starting again in tiles; set cache.batch_size: 1 and cache.tiling: true" in line for line in lines)
     assert short.sizes[:4] == [4, 2, 1, 1]
     assert lines[-1] == "encoded 8, reused 0"
 

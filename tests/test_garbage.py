@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from stages.artifacts.store import Store
 from stages.core.console import UserError
-from tests.conftest import Workspace
+from tests.conftest import Workspace, picture
 
 DVC_YAML = "stages:\n  cache_latents:\n    cmd: python -m stages.cache_latents\n    outs: [data/latents]\n"
 SIZES = {"A": 24, "B": 40, "C": 48}
@@ -46,12 +47,12 @@ class Repository:
         git("commit", "--quiet", "--message", version)
 
     def clear(self) -> None:
-        """A workspace that uses nothing itself."""
+        """A workspace without data/latents."""
         shutil.rmtree("data/latents")
-        shutil.rmtree("data/prepared")
 
     def collect(self, *argv: str) -> str:
-        return self.workspace.run("cache_latents", "--gc", *argv)[-1]
+        """Under parameters with which nothing was encoded, unless ``argv`` says otherwise."""
+        return self.workspace.run("cache_latents", "--gc", "--set", "cache.batch_size=3", *argv)[-1]
 
     def num_entries(self) -> int:
         return len(list(self.store.entries()))
@@ -123,15 +124,72 @@ def test_folders_at_work_keep_their_entries(repository: Repository, folder: str)
     if folder != "data/latents":
         shutil.copytree("data/latents", folder)
         shutil.rmtree("data/latents")
-    shutil.rmtree("data/prepared")
     assert freed(repository.collect()) == ("freed", 0, 17)
 
 
 def test_the_present_parameters_keep_their_entries(repository: Repository) -> None:
     repository.make("A")
-    shutil.rmtree("data/latents")
-    assert freed(repository.collect()) == ("freed", 0, 17)
-    assert freed(repository.collect("--set", "cache.batch_size=3")) == ("freed", 17, 17)
+    repository.clear()
+    assert freed(repository.collect("--set", "cache.batch_size=4")) == ("freed", 0, 17)
+    assert freed(repository.collect()) == ("freed", 17, 17)
+
+
+@pytest.mark.parametrize("changes", [("cache.batch_size=2",), ("cache.batch_size=1", "cache.tiling=true")])
+def test_what_a_killed_run_encoded_where_memory_was_short_stays(
+    repository: Repository, changes: tuple[str, ...]
+) -> None:
+    """The next run with batches of 4 falls back to the same."""
+    repository.make("A")
+    repository.workspace.run("cache_latents", *(word for change in changes for word in ("--set", change)))
+    repository.clear()
+    assert repository.num_entries() == 2 * 17
+    assert freed(repository.collect("--set", "cache.batch_size=4")) == ("freed", 0, 34)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("--prepared", "nowhere"), "nowhere/manifest.jsonl: no such file; run `python -m stages.prepare` first"),
+        (("--set", "cache.batch_size=0"), "params.yaml cache.batch_size"),
+        (("--set", "runtime.device=mps"), "params.yaml runtime.device: 'mps' is not available here"),
+    ],
+)
+def test_what_the_present_parameters_use_must_be_known(
+    repository: Repository, argv: tuple[str, ...], expected: str
+) -> None:
+    repository.make("A")
+    repository.clear()
+    with pytest.raises(UserError) as caught:
+        repository.collect(*argv)
+    (problem,) = caught.value.problems
+    assert problem.startswith(expected)
+    assert problem.endswith("; until then it cannot be known which entries the present parameters use; or pass --force")
+    assert repository.num_entries() == 17
+    assert freed(repository.collect(*argv, "--force")) == ("freed", 17, 17)
+
+
+def thumbnails() -> set[str]:
+    return {path.stem for path in Path(".state/store/thumbnails").glob("*/*")}
+
+
+def test_thumbnails_of_pictures_that_no_version_names_are_freed(repository: Repository) -> None:
+    def edit(seed: int) -> str:
+        """Another picture 05.png; its digest."""
+        picture(seed).save("data/raw/05.png")
+        repository.make("A")
+        return hashlib.sha256(Path("data/raw/05.png").read_bytes()).hexdigest()
+
+    committed = edit(50)
+    git("add", "--force", "reports/dataset/pictures.csv")
+    git("commit", "--quiet", "--message", "pictures")
+    forgotten, present = edit(51), edit(52)
+    before = thumbnails()
+    assert {committed, forgotten, present} <= before and len(before) == 10
+    lines = repository.workspace.run("cache_latents", "--gc", "--dry-run")
+    assert any(re.fullmatch(r"would free \d+\.\d MB: 1 of 10 thumbnails", line) for line in lines)
+    assert thumbnails() == before
+    repository.collect()
+    assert thumbnails() == before - {forgotten}
 
 
 def test_leftovers_of_killed_writes_are_freed(repository: Repository) -> None:
@@ -152,7 +210,8 @@ def test_a_version_that_is_not_here_stops_it(repository: Repository) -> None:
     (problem,) = caught.value.problems
     assert re.fullmatch(
         r"2 committed versions are not in DVC's cache \(\w{8}, \w{8}\): their entries cannot be known; "
-        r"run `dvc fetch --all-commits cache_latents` first or pass --force",
+        r"run `dvc fetch --all-commits cache_latents` first. Where no remote holds them, pass --force: it frees the "
+        r"entries that only those versions use, which a run encodes again when they are needed",
         problem,
     )
     assert repository.num_entries() == 25
@@ -166,6 +225,88 @@ def test_a_lock_file_that_cannot_be_read_stops_it(repository: Repository) -> Non
     git("commit", "--quiet", "--all", "--message", "conflict")
     with pytest.raises(UserError, match=r"1 committed dvc.lock \(blob \w{8}\) cannot be read: .* pass --force"):
         repository.collect()
+
+
+def stopped(repository: Repository, *expected: str) -> None:
+    """Each line is one of the problems, and there is no other; with --force, there is none."""
+    with pytest.raises(UserError) as caught:
+        repository.collect()
+    assert len(caught.value.problems) == len(expected), caught.value.problems
+    for problem, pattern in zip(caught.value.problems, expected, strict=True):
+        assert re.fullmatch(pattern, problem), problem
+
+
+def commit_lock(blob: bytes) -> None:
+    Path("dvc.lock").write_bytes(blob)
+    git("commit", "--quiet", "--all", "--message", "lock")
+
+
+def test_a_path_in_quotes_is_the_same_path(repository: Repository) -> None:
+    repository.commit("A")
+    lock = Path("dvc.lock").read_bytes().replace(b"path: data/latents", b'path: "data/latents"')
+    git("reset", "--quiet", "--soft", "HEAD~")
+    commit_lock(lock)
+    repository.clear()
+    assert freed(repository.collect()) == ("freed", 0, 17)
+
+
+@pytest.mark.parametrize(
+    "added", [b"# \xff\n", b"[", b"stages: 3\n", b"", b"stages:\n  a:\n    outs: [data/latents]\n"]
+)
+def test_a_lock_file_of_another_shape_stops_it(repository: Repository, added: bytes) -> None:
+    repository.commit("A")
+    commit_lock(Path("dvc.lock").read_bytes() + added if added.startswith(b"#") else added)
+    repository.clear()
+    stopped(repository, r"1 committed dvc\.lock \(blob \w{8}\) cannot be read: .*; pass --force to free them")
+    assert freed(repository.collect("--force")) == ("freed", 0, 17)  # the commit before it can be read
+
+
+@pytest.mark.parametrize("content", ["garbage", "1" * 40])
+def test_a_broken_ref_stops_it(repository: Repository, content: str) -> None:
+    repository.commit("A")
+    Path(".git/refs/heads/broken").write_text(content + "\n")
+    repository.clear()
+    stopped(repository, r"git: .*refs/heads/broken.*: what was committed there cannot be known; .* pass --force .*")
+    assert freed(repository.collect("--force")) == ("freed", 0, 17)
+
+
+@pytest.mark.parametrize("missing", ["HEAD^{tree}", "HEAD:dvc.lock"])
+def test_missing_objects_stop_it(repository: Repository, missing: str) -> None:
+    repository.commit("A")
+    repository.commit("B")
+    repository.clear()
+    digest = git("rev-parse", missing)
+    (Path(".git/objects") / digest[:2] / digest[2:]).unlink()
+    stopped(
+        repository, r"git: .*: what was committed there cannot be known; run `git fsck`, or pass --force to free it"
+    )
+    assert freed(repository.collect("--force")) == ("freed", 8, 25)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"captions": [], "items": []}', "[" * 100_000, "{", "[]", '{"items": [3], "captions": {}}']
+)
+def test_a_manifest_of_another_shape_stops_it(repository: Repository, text: str) -> None:
+    repository.make("A")
+    Path("data/latents/manifest.json").write_text(text)
+    unknown = "cannot be read: the entries it uses cannot be known; delete it, or pass --force to free them"
+    stopped(repository, rf"data/latents/manifest\.json: {unknown}")
+    assert freed(repository.collect("--force")) == ("freed", 17, 17)
+
+
+def test_a_damaged_manifest_in_the_cache_of_dvc_stops_it(repository: Repository) -> None:
+    repository.commit("A")
+    digest = hashlib.md5(Path("data/latents/manifest.json").read_bytes()).hexdigest()
+    path = Path(".dvc/cache/files/md5") / digest[:2] / digest[2:]
+    repository.clear()
+    path.chmod(0o644)
+    path.write_text('{"captions": [], "items": []}')
+    stopped(
+        repository,
+        r"1 committed version of data/latents \(\w{8}\) cannot be read in DVC's cache: the entries used there cannot be "
+        r"known; pass --force to free them",
+    )
+    assert freed(repository.collect("--force")) == ("freed", 17, 17)
 
 
 def test_dvc_may_keep_its_cache_elsewhere(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,10 @@ from huggingface_hub import errors
 from stages.core import hub
 from stages.core.console import UserError
 from stages.core.containers import PictureFiles
-from tests.sources import captions, listed, png, splits, write_parquet
+from stages.core.files import sha256_file
+from stages.prepare.params import DatasetParams
+from stages.prepare.sources import list_entries
+from tests.sources import DEFAULTS, captions, listed, png, splits, write_parquet
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -94,11 +98,60 @@ def test_killed_download_goes_on(repository: Repository) -> None:
     assert repository.calls == ["info", "download"] * 2
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"x")])
-def test_lost_files_are_fetched_again(repository: Repository, spoil: Callable[[Path], object]) -> None:
+def edit(path: Path) -> None:
+    """Other bytes of the same number, and the same time."""
+    status = path.stat()
+    path.write_bytes(b"x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"x"), edit])
+def test_lost_and_edited_files_are_fetched_again(
+    repository: Repository, spoil: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
     folder = hub.fetch(Path("data/pin.yaml"))
     spoil(folder / "train/a.png")
     assert (hub.fetch(Path("data/pin.yaml")) / "train/a.png").read_bytes() == png(0)
+    assert (
+        "warning: 1 files of the snapshot of data/pin.yaml were changed or lost since they were downloaded, such as"
+        " train/a.png; they are fetched again"
+    ) in caplog.text
+
+
+def test_the_client_does_not_find_what_was_edited(repository: Repository) -> None:
+    """It would take a file for whole whose time is that of the download."""
+    folder = hub.fetch(Path("data/pin.yaml"))
+    edit(folder / "train/a.png")
+    repository.error = ConnectionError("no network")
+    problems(lambda: hub.fetch(Path("data/pin.yaml")))
+    assert not (folder / "train/a.png").exists()
+
+
+def test_a_snapshot_is_verified_once_per_stage(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later reads compare sizes; the bytes of pictures have digests of their own."""
+    listed("data/pin.yaml")
+    digests: list[Path] = []
+
+    def digest(path: Path) -> str:
+        digests.append(path)
+        return sha256_file(path)
+
+    monkeypatch.setattr(hub, "sha256_file", digest)
+    listed("data/pin.yaml")
+    PictureFiles("data/pin.yaml").read("pin.yaml::train/a.png")
+    assert len(digests) == 3
+
+
+def test_files_put_into_a_snapshot_are_no_part_of_the_commit(repository: Repository) -> None:
+    folder = hub.fetch(Path("data/pin.yaml"))
+    (folder / ".cache/huggingface").mkdir(parents=True)
+    (folder / ".cache/huggingface/x").write_bytes(b"the client's")
+    assert hub.fetch(Path("data/pin.yaml")) == folder
+    (folder / "train/b.png").write_bytes(png(1))
+    (problem,) = problems(lambda: hub.fetch(Path("data/pin.yaml")))
+    assert problem.startswith("data/pin.yaml: 1 files in ") and problem.endswith(
+        " are none of acme/icons, such as train/b.png; move them to a folder of your own"
+    )
 
 
 def test_damaged_marker_is_no_snapshot(repository: Repository) -> None:
@@ -157,6 +210,24 @@ def test_problems_name_no_place_in_the_state_directory(repository: Repository) -
     ]
 
 
+def test_the_preflight_downloads_nothing(repository: Repository) -> None:
+    changes = {"source": "data/pin.yaml", "heldout_fraction": None, "heldout_split": "test"}
+    params = DatasetParams.model_validate(DEFAULTS | changes)
+    listing = list_entries(params, fetch=False)
+    assert (listing.entries, listing.is_whole, repository.calls) == ([], False, [])
+    assert listing.warnings == ["data/pin.yaml: not fetched yet; `python -m stages.prepare` downloads and checks it"]
+    hub.fetch(Path("data/pin.yaml"))
+    repository.calls.clear()
+    listing = list_entries(DatasetParams.model_validate(DEFAULTS | {"source": "data/pin.yaml"}), fetch=False)
+    assert (len(listing.entries), listing.is_whole, repository.calls) == (1, True, [])
+
+
+def test_the_preflight_checks_the_pin_itself(repository: Repository) -> None:
+    params = DatasetParams.model_validate(DEFAULTS | {"source": str(pin("hub: acme/icons\nrevision: main\n"))})
+    (problem,) = problems(lambda: list_entries(params, fetch=False))
+    assert problem.startswith("data/pin.yaml revision: got 'main'")
+
+
 # Refused
 
 
@@ -180,6 +251,28 @@ def test_bad_pin(repository: Repository, text: str, message: str) -> None:
     (problem,) = problems(lambda: listed(pin(text)))
     assert problem.startswith(f"data/pin.yaml {message}")
     assert repository.calls == []
+
+
+BOMB = "\n".join(["x0: &x0 [a, a]", *(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40)), "files: *x39", ""])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "data/pin.yaml:2: an alias (*x0); write the value itself, and a pattern in quotes"),
+        ("files:\n- *.parquet\n", "data/pin.yaml:2: an alias (*.parquet); write the value itself, and a pattern in q"),
+        ("x" * 70_000, "data/pin.yaml: 70,000 bytes; a file that pins a dataset has at most 65,536"),
+        (f"hub: {'x' * 9000}\nrevision: {COMMIT}", f"data/pin.yaml hub: got 'xxx{'x' * 116}...; expected owner/name"),
+        (
+            f"hub: acme/icons\nrevision: {COMMIT}\nfiles: {[[1]] * 9000}",
+            f"data/pin.yaml files: got {str([[1]] * 24)[:119]},...; expected a list of patterns",
+        ),
+    ],
+    ids=["bomb", "pattern", "large", "name", "files"],
+)
+def test_pins_that_would_flood(repository: Repository, text: str, message: str) -> None:
+    (problem,) = problems(lambda: listed(pin(text)))
+    assert problem.startswith(message) and len(problem) < 400
 
 
 def test_the_refusal_says_how_to_find_the_commit(repository: Repository) -> None:
@@ -250,8 +343,9 @@ def test_no_file_matches(repository: Repository) -> None:
 
 def test_marker_names_every_file(repository: Repository) -> None:
     folder = hub.fetch(Path("data/pin.yaml"))
-    sizes = json.loads(folder.with_name(f"{COMMIT}.json").read_text())
-    assert sorted(sizes) == ["README.md", "train/a.png", "train/metadata.csv"]
+    marker = json.loads(folder.with_name(f"{COMMIT}.json").read_text())
+    assert sorted(marker) == ["README.md", "train/a.png", "train/metadata.csv"]
+    assert marker["README.md"] == {"bytes": 7, "sha256": sha256_file(folder / "README.md")}
     shutil.rmtree(folder)
     hub.fetch(Path("data/pin.yaml"))
     assert (folder / "README.md").exists()

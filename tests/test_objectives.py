@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from stages.artifacts.latent_cache import CachedItem
 from stages.core import objectives
-from stages.core.console import UserError
-from tests.caches import write_cache
 
 NUM_TRAIN_TIMESTEPS = 1000
 BETAS = (0.00085, 0.012)
@@ -189,24 +184,3 @@ def test_gradient_is_zero_under_black() -> None:
     errors.requires_grad_(True)
     objectives.masked_mean(errors, masks).sum().backward()
     assert errors.grad is not None and not errors.grad[:, :, :3].any() and errors.grad[:, :, 3:].all()
-
-
-def test_masks_without_anything_to_look_at_are_named(tmp_path: Path) -> None:
-    views = {f"{name}{view}": torch.zeros(4, 2, 2) for name in "abc" for view in range(2)}
-    items = [
-        CachedItem(f"{name}.png", "train", "", ("",), name, views_of, masks)
-        for name, views_of, masks in (
-            ("a", ("a0", "a1"), ("white", "black")),
-            ("b", ("b0",), ("black",)),
-            ("c", ("c0",), ("faint",)),
-        )
-    ]
-    masks = {"white": torch.ones(1, 2, 2), "black": torch.zeros(1, 2, 2), "faint": torch.full((1, 2, 2), 0.01)}
-    cache = write_cache(tmp_path, items, views, {"": torch.zeros(3, 2)}, masks=masks)
-    with pytest.raises(UserError) as error:
-        objectives.require_visible(cache)
-    cures = "so no loss is left; mend the mask, leave the picture out, or raise dataset.unmasked_weight above 0"
-    assert error.value.problems == (
-        f"a.png: its mask is black in 1 of its 2 views, {cures}",
-        f"b.png: its mask is black everywhere, {cures}",
-    )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,15 @@ import pytest
 from PIL import Image
 
 from stages.artifacts import picture_table
-from stages.artifacts.manifest import Item
+from stages.artifacts.manifest import Augmentation, Item
 from stages.prepare import page
 from tests.conftest import Pictures, picture
 from tests.manifests import item_of, manifest_of, reader
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_STATE_DIR", str(tmp_path / ".state"))
 
 
 @pytest.fixture
@@ -103,7 +110,45 @@ def test_pixel_measures_are_of_a_sample_that_file_names_do_not_decide(
 
     first = page.measure(manifest_of(raw, items), reader(raw))
     assert page.measure(manifest_of(raw, renamed), counted) == first
+    assert read == []  # they are remembered by content
+    shutil.rmtree(raw.parent / ".state")
+    assert page.measure(manifest_of(raw, renamed), counted) == first
     assert len(read) == 3
+
+
+def test_pixel_measures_are_remembered_for_one_way_to_look(raw: Path) -> None:
+    manifest = manifest_of(raw, items_of(raw))
+    read: list[str] = []
+
+    def counted(name: str) -> bytes:
+        read.append(name)
+        return reader(raw)(name)
+
+    first = page.measure(manifest, counted)
+    assert page.measure(manifest, counted) == first and len(read) == 6
+    page.measure(manifest_of(raw, items_of(raw, width=24)), counted)
+    assert len(read) == 12
+    page.measure(replace(manifest, preprocessing=manifest.preprocessing | {"filter": "bilinear"}), counted)
+    assert len(read) == 18
+    page.measure(replace(manifest, augmentation=Augmentation("random", flip=False, seed=0)), counted)
+    assert len(read) == 18  # square pictures have one crop
+
+
+def test_pictures_are_read_in_the_order_of_their_files(raw: Path) -> None:
+    """So that each row group of a Parquet file is read once."""
+    items = [replace(item, file_name=f"a.parquet::{8 + index}") for index, item in enumerate(items_of(raw))]
+    names = {item.file_name: f"{index:02}.png" for index, item in enumerate(items)}
+    read: list[str] = []
+
+    def counted(name: str) -> bytes:
+        read.append(name)
+        return reader(raw)(names[name])
+
+    manifest = manifest_of(raw, items)
+    page.measure(manifest, counted)
+    page.contact_sheet(manifest, counted)
+    rows = [int(name.partition("::")[2]) for name in read]
+    assert rows == [*range(8, 14), *range(8, 16)]
 
 
 def test_pixel_measures_leave_regularization_out(raw: Path) -> None:
@@ -230,7 +275,7 @@ def test_contact_sheet_is_small_and_nothing_but_pixels(tmp_path: Path) -> None:
     ]
     write(raw, items, tmp_path / "out")
     path = tmp_path / "out" / "contact.png"
-    assert path.stat().st_size <= 200_000
+    assert path.stat().st_size <= page.SHEET_MAX_BYTES
     with Image.open(path) as contact:
         assert contact.info == {} and contact.width > 600
 

@@ -18,7 +18,7 @@ from stages.core.pictures import (
     check_picture,
     chroma,
     dark_share,
-    dhash,
+    gradient_bits,
     load_mask,
     load_view,
     misnamed,
@@ -93,6 +93,36 @@ def png(width: int, height: int, *more: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+def deep_tiff(photometric: int, planes: np.ndarray, planar: bool = False) -> bytes:
+    """A TIFF of 16 bits per channel, uint16 [channels, height, width]; Pillow itself writes neither of its kinds."""
+    count, height, width = planes.shape
+    data = (planes if planar else np.moveaxis(planes, 0, -1)).astype("<u2").tobytes()
+    parts = count if planar else 1
+    values = {
+        **{256: [width], 257: [height], 258: [16] * count, 259: [1], 262: [photometric], 273: [0] * parts},
+        **{277: [count], 278: [height], 279: [len(data) // parts] * parts, 284: [2 if planar else 1]},
+    }
+    end = 8 + 2 + 12 * len(values) + 4
+    start = end + sum(4 * len(numbers) for numbers in values.values() if len(numbers) > 1)
+    values[273] = [start + index * (len(data) // parts) for index in range(parts)]
+    entries, more = b"", b""
+    for tag, numbers in values.items():
+        packed = struct.pack(f"<{len(numbers)}I", *numbers)
+        entries += struct.pack("<HHI", tag, 4, len(numbers))
+        entries += packed if len(numbers) == 1 else struct.pack("<I", end + len(more))
+        more += packed if len(numbers) > 1 else b""
+    return b"II*\0" + struct.pack("<IH", 8, len(values)) + entries + bytes(4) + more + data
+
+
+def deep_png(*more: bytes) -> bytes:
+    """One pixel of 16-bit colours."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    pixel = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">HHH", 65535, 32768, 257)))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + pixel + chunk(b"IEND", b"")
+
+
+RAMP16 = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+
 # check_picture
 
 
@@ -145,6 +175,18 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), n
         (encoded(Image.fromarray(np.ones((8, 8), np.int32)), "TIFF"), "'x.png' has pixels of type I of 32 bits; "),
         (encoded(Image.new("LAB", (8, 8)), "TIFF"), "'x.png' has pixels of type LAB; save it with 8"),
         (encoded(grey16(), transparency=7), "'x.png' is 16-bit grey with a transparent shade; save it with 8 bits"),
+        (
+            deep_png(chunk(b"tRNS", struct.pack(">HHH", 65535, 32768, 257))),
+            "'x.png' is 16-bit colour with a transparent shade; save it with 8 bits",
+        ),
+        (
+            deep_tiff(2, np.stack([RAMP16] * 3), planar=True),
+            "'x.png' is a TIFF with 16-bit colours in separate planes; save it with 8 bits",
+        ),
+        (
+            deep_tiff(0, RAMP16[None]),
+            "'x.png' is a TIFF of 16-bit grey in which 0 is white; save it with 8 bits",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_in_one_line(
@@ -224,12 +266,12 @@ def test_lightest_is_laid_on_black() -> None:
 # Likeness
 
 
-def test_dhash_against_a_plain_loop() -> None:
+def test_gradient_bits_against_a_plain_loop() -> None:
     thumbnail = checked(encoded(photo(1))).thumbnail
     grey = Image.fromarray(thumbnail_pixels(thumbnail)).convert("L")
-    bits = "".join(str(int(grey.getpixel((x + 1, y)) > grey.getpixel((x, y)))) for y in range(16) for x in range(16))  # type: ignore[operator]
-    assert dhash(thumbnail) == f"{int(bits, 2):064x}" == checked(encoded(photo(1))).dhash
-    assert dhash(checked(encoded(Image.new("RGB", (50, 50), "red"))).thumbnail) == "0" * 64
+    bits = [grey.getpixel((x + 1, y)) > grey.getpixel((x, y)) for y in range(16) for x in range(16)]  # type: ignore[operator]
+    assert gradient_bits(thumbnail_pixels(thumbnail)).tolist() == bits
+    assert not gradient_bits(thumbnail_pixels(checked(encoded(Image.new("RGB", (50, 50), "red"))).thumbnail)).any()
 
 
 def test_thumbnails_show_what_is_seen() -> None:
@@ -319,11 +361,18 @@ def test_16_bit_grey_is_scaled(form: str) -> None:
 
 
 def test_16_bit_colours_keep_their_brightness() -> None:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
-    pixel = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">HHH", 65535, 32768, 257)))
-    blob = b"\x89PNG\r\n\x1a\n" + header + pixel + chunk(b"IEND", b"")
+    blob = deep_png()
     assert seen(blob, 1, (0, 0, 1, 1))[0, 0].tolist() == [255, 128, 1]
     assert checked(blob).warnings == ()
+
+
+def test_16_bit_tiffs_that_are_read_right() -> None:
+    """What tells those that are not from these."""
+    np.testing.assert_array_equal(seen(deep_tiff(1, RAMP16[None]), 8, (0, 0, 8, 8))[..., 0], np.round(RAMP16 / 257))
+    interleaved = seen(deep_tiff(2, np.stack([RAMP16, RAMP16 // 2, RAMP16 * 0])), 8, (0, 0, 8, 8))
+    np.testing.assert_allclose(interleaved[..., 1], RAMP16 / 2 / 257, atol=1)
+    for planes in (RAMP16[None], np.stack([RAMP16] * 3)):
+        assert checked(deep_tiff(1 if len(planes) == 1 else 2, planes)).warnings == ()
 
 
 @pytest.mark.parametrize(("mode", "value"), [("L", 128), ("1", 255), ("CMYK", 128)])

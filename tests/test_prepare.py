@@ -9,12 +9,15 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from stages.artifacts import manifest as manifest_module
 from stages.artifacts.manifest import Manifest
 from stages.core.console import UserError
+from stages.core.files import writing
 from tests.conftest import Workspace, picture, read_rows, write_rows
 from tests.sources import write_parquet, write_tar
 
@@ -94,6 +97,17 @@ def test_sizes_are_those_of_the_upright_picture(workspace: Workspace) -> None:
     picture(0, 60, 40).save(RAW / "02.png", exif=exif)
     item = prepared(workspace).items[2]
     assert (item.source_width, item.source_height) == (40, 60)
+
+
+def test_only_pictures_with_transparent_pixels_depend_on_background_and_alpha(workspace: Workspace) -> None:
+    for index, alpha in ((2, 255), (3, 254)):
+        image = picture(index)
+        image.putalpha(alpha)
+        image.save(RAW / f"{index:02}.png")
+    plain, masked = prepared(workspace), prepared(workspace, "--set", "dataset.mask=alpha")
+    assert [item.file_name for item in plain.items if item.transparent] == ["03.png"]
+    assert [item.file_name for item in masked.items if item.mask == "alpha"] == ["03.png"]
+    assert {item.mask for item in plain.items} == {None}
 
 
 def test_empty_captions_are_counted(workspace: Workspace) -> None:
@@ -216,6 +230,24 @@ def test_bad_pictures_are_left_out_and_listed(workspace: Workspace) -> None:
     assert json.loads(Path("reports/dataset/metrics.json").read_text())["num_left_out"] == 4
 
 
+def test_everything_that_is_wrong_with_a_picture_left_out_is_listed(workspace: Workspace) -> None:
+    Image.new("RGBA", (8, 8)).save(RAW / "03.png")
+    argv = ("dataset.on_bad=skip", "dataset.max_bad_fraction=0.5", "dataset.mask=alpha")
+    workspace.run("prepare", *(part for each in argv for part in ("--set", each)))
+    reason = table()["03.png"]["reason"]
+    assert reason.startswith("data/raw/metadata.jsonl:4: '03.png' has 8 x 8 pixels and would be enlarged 4.0 times")
+    assert "; '03.png' is transparent all over, so that" in reason and reason.count("metadata.jsonl") == 1
+
+
+def test_a_flood_of_problems_is_cut(workspace: Workspace) -> None:
+    write_rows(RAW, [{"file_name": f"{index}.png", "text": "x"} for index in range(1000)])
+    found = problems(workspace)
+    assert len(found) == 101
+    assert found[-1] == "data/raw/metadata.jsonl: and 900 more problems"
+    *skipped, last = problems(workspace, "--set", "dataset.on_bad=skip")
+    assert len(skipped) == 101 and last.startswith("params.yaml dataset.on_bad: 1000 of 1000 pictures are bad")
+
+
 def test_too_many_bad_pictures_are_refused(workspace: Workspace) -> None:
     spoil_four()
     *rows, last = problems(workspace, "--set", "dataset.on_bad=skip", "--set", "dataset.max_bad_fraction=0.25")
@@ -229,3 +261,65 @@ def test_the_command_refuses_in_one_line(workspace: Workspace) -> None:
     result = workspace.process("prepare")
     assert result.returncode == 2
     assert result.stderr == ("error: data/raw/metadata.jsonl:4: '03.png' is an empty file; restore it or remove it\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "what"), [("data", "holds data/prepared"), ("data/prepared/x", "lies in data/prepared")]
+)
+def test_a_source_is_apart_from_what_is_written(workspace: Workspace, source: str, what: str) -> None:
+    with pytest.raises(UserError) as caught:
+        workspace.run("prepare", "--set", f"dataset.source={source}")
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"params.yaml dataset.source: '{source}' {what}, which a stage writes")
+
+
+def test_two_runs_do_not_mix_their_outputs(workspace: Workspace) -> None:
+    with writing(Path("data/prepared")), pytest.raises(UserError) as caught:
+        workspace.run("prepare")
+    assert caught.value.problems[0].startswith(f"data/prepared: process {os.getpid()} is at work on this run")
+
+
+def test_a_run_that_cannot_write_leaves_the_last_one(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace.run("prepare")
+    before = workspace.tree("data/prepared")
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(manifest_module, "write_text", full)
+    with pytest.raises(OSError):
+        workspace.run("prepare", "--set", "dataset.seed=5", "--set", "dataset.crop=random")
+    assert workspace.tree("data/prepared") == before
+
+
+def test_captions_with_unusual_ends_of_lines(workspace: Workspace) -> None:
+    rows = read_rows(RAW)
+    rows[2]["text"] = "one\u2028two\x85three"
+    write_rows(RAW, rows)
+    assert prepared(workspace).items[2].caption == "one\u2028two\x85three"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"captions": "abc"},
+        {"captions": []},
+        {"caption": None},
+        {"split": "foo"},
+        {"width": "64"},
+        {"width": 0},
+        {"file_name": 5},
+        {"file_name": "01.png"},
+        {"repeats": 0},
+        {"loss_weight": -1.0},
+    ],
+    ids=str,
+)
+def test_a_manifest_edited_by_hand(workspace: Workspace, change: dict[str, Any]) -> None:
+    workspace.run("prepare")
+    path = Path("data/prepared/manifest.jsonl")
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | change), *others]) + "\n")
+    with pytest.raises(UserError) as caught:
+        workspace.run("cache_latents")
+    assert caught.value.problems[0].startswith("data/prepared/manifest.jsonl: edited by hand or of another version")

@@ -137,7 +137,12 @@ def write_reports(folder: Path) -> None:
     ],
 )
 def test_verdict_says_what_the_intervals_bear(changes: dict[str, Any], words: str) -> None:
-    assert words in report.verdict(MEASURED | changes, num_steps=4)
+    assert words in report.verdict(MEASURED | changes, num_steps=4, num_heldout=25)
+
+
+def test_few_held_out_pictures_show_no_absence_of_overfitting() -> None:
+    said = report.verdict(MEASURED, num_steps=4, num_heldout=4)
+    assert "4 held-out pictures are too few to tell whether it overfits" in said and "no sign" not in said
 
 
 def test_page_has_links_that_exist_and_no_path_of_this_machine(workspace: Workspace) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from stages.core import pictures
 from stages.core.console import UserError
 from stages.core.containers import PictureFiles
+from stages.prepare import names
 from tests.conftest import picture, write_rows
 from tests.sources import (
     captions,
@@ -60,6 +62,50 @@ def test_text_files_beside_pictures(here: Path) -> None:
     assert listing.warnings == ["1 .txt files in data/raw belong to no picture and are left out"]
 
 
+def test_captions_named_like_licences(here: Path) -> None:
+    write_files(here, "license plate 1.png", "README.png", "notice.jpg", "LICENSE.txt")
+    write_files(here, **{"license plate 1": "a plate", "README": "a page", "notice": "a sign"})
+    listing = listed(here)
+    assert captions(listing) == {
+        "README.png": ("a page",),
+        "license plate 1.png": ("a plate",),
+        "notice.jpg": ("a sign",),
+    }
+    assert (listing.problems, listing.warnings) == ([], [])
+
+
+def others(count: int, shown: str, place: str = "data/raw") -> str:
+    return (
+        f"{count} files in {place} are no pictures by their suffix and are left out ({shown}); convert those that are"
+    )
+
+
+def test_files_that_may_be_pictures_are_told(here: Path) -> None:
+    write_files(here, "a.png", "c.mpo", "IMG_1.cr2", "sub/IMG_2.CR2", "without", "x.caption", a="x", c="y")
+    write_files(here, "LICENSE", "README.md", "notes.md", "a.png.dvc", ".gitignore", ".DS_Store")
+    listing = listed(here)
+    assert sorted(captions(listing)) == ["a.png", "c.mpo"]
+    assert listing.warnings == [others(4, "IMG_1.cr2, sub/IMG_2.CR2, without, ...")]
+
+
+def test_files_that_rows_name_are_not_told_as_others(here: Path) -> None:
+    write_files(here, "a.png", "without", "b.cr2")
+    write_rows(here, [{"file_name": name, "text": "x"} for name in ("a.png", "without")])
+    listing = listed(here)
+    assert sorted(captions(listing)) == ["a.png", "without"]
+    assert listing.warnings == [others(1, "b.cr2")]
+
+
+def test_files_beside_containers_are_told(here: Path) -> None:
+    write_tar(here / "00.tar", {"0.png": png(), "0.txt": "x"})
+    write_files(here, "01.zip", "README.md")
+    assert listed(here).warnings == [others(1, "01.zip")]
+
+
+def test_suffixes_of_pictures_are_those_that_can_be_read() -> None:
+    assert {suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes} < names.SUFFIXES
+
+
 def test_a_picture_without_its_text_file(here: Path) -> None:
     write_files(here, "a.png", "b.png", a="cat")
     assert problems(here) == [
@@ -73,8 +119,8 @@ def test_a_picture_without_its_text_file(here: Path) -> None:
     ("blob", "message"),
     [
         (b"caf\xe9", "'b.txt' is not UTF-8 text; save it as UTF-8"),
-        (b"a\0b", "'b.txt' holds a NUL character"),
-        (b"x" * (2**20 + 1), "'b.txt' has 1,048,577 bytes; at most 1,048,576 are read"),
+        (b"a\0b", "'b.txt' holds a control character; write the caption as plain text"),
+        (b"x" * (2**20 + 1), "'b.txt' has 1,048,577 bytes; at most 1,048,576 are read, so shorten"),
     ],
 )
 def test_bad_text_file(here: Path, blob: bytes, message: str) -> None:
@@ -194,7 +240,19 @@ def test_caption_column_of_parquet(here: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"text": ["x"]}, "has no column of embedded pictures, such as 'image'; it has text"),
+        (
+            {"text": ["x"]},
+            "has no column of embedded pictures, such as 'image' with bytes; it has text (string)",
+        ),
+        (
+            {"image": [{"bytes": "x"}]},
+            "has no column of embedded pictures, such as 'image' with bytes; it has image (struct<bytes: string>)",
+        ),
+        (
+            {"image": [{"bytes": [b"x"]}]},
+            "has no column of embedded pictures, such as 'image' with bytes; it has image (struct<bytes: list<element:"
+            " binary>>)",
+        ),
         ({"a": [{"bytes": b"x"}], "b": [{"bytes": b"x"}]}, "has pictures in a, b; name the column to use 'image'"),
         ({"a": [b"x"], "b": [b"x"]}, "has pictures in a, b; name the column to use 'image'"),
     ],
@@ -202,6 +260,54 @@ def test_caption_column_of_parquet(here: Path) -> None:
 def test_image_column(here: Path, columns: dict[str, list[object]], message: str) -> None:
     write_parquet(here / "x.parquet", columns)
     assert refusal(here) == f"'data/raw/x.parquet' {message}"
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (pa.array([2**31 - 1], pa.date32()), "date32[day]"),  # no date that Python has
+        (pa.array([2**62], pa.timestamp("ms")), "timestamp[ms]"),
+        (pa.array([1], pa.timestamp("ms", "Nowhere/At_all")), "timestamp[ms, tz=Nowhere/At_all]"),
+        (pa.array([7]), "int64"),
+    ],
+)
+def test_caption_columns_that_hold_no_text(here: Path, values: pa.Array, kind: str) -> None:
+    write_parquet(here / "x.parquet", {"image": embedded(1), "text": values})
+    assert refusal(here) == (f"data/raw/x.parquet: column 'text' is of type {kind}; expected text or lists of text")
+
+
+def test_split_columns_that_hold_no_text(here: Path) -> None:
+    """``datasets`` writes class labels as numbers; who holds no named split out need not care."""
+    write_parquet(here / "x.parquet", {"image": embedded(1), "text": ["x"], "split": [1]})
+    assert captions(listed(here)) == {"x.parquet::0": ("x",)}
+    write_files(Path("data/test"), "a.png", a="x")
+    subsets = [{"path": "raw"}, {"path": "test"}]
+    assert problems("data", subsets=subsets, heldout_fraction=None, heldout_split="test") == [
+        "data/raw/x.parquet::0: split: got a value of type int64; expected the name of a split, such as 'test'"
+    ]
+
+
+def test_parquet_captions_that_are_no_utf8(here: Path) -> None:
+    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"caf\xe9"], pa.binary()).buffers())
+    write_parquet(here / "x.parquet", {"image": embedded(2), "text": texts})
+    assert problems(here) == ["data/raw/x.parquet::1: not UTF-8 text; save the file as UTF-8"]
+
+
+def test_categories_are_text(here: Path) -> None:
+    values = pa.array(["x", "y"]).dictionary_encode()
+    write_parquet(here / "x.parquet", {"image": embedded(2), "text": values})
+    assert list(captions(listed(here)).values()) == [("x",), ("y",)]
+
+
+def test_parquet_of_nulls_is_one_line(here: Path) -> None:
+    num_rows = 10_001
+    blobs = pa.array([png()] * num_rows)
+    write_parquet(here / "x.parquet", {"image": blobs, "text": pa.nulls(num_rows, pa.string())})
+    assert refusal(here) == ("data/raw/x.parquet: column 'text' is null in all 10,001 rows; write text, \"\" for none")
+    write_parquet(here / "x.parquet", {"image": pa.nulls(num_rows, pa.binary()), "text": ["x"] * num_rows})
+    assert refusal(here) == (
+        "data/raw/x.parquet: column 'image' holds no picture in any of 10,001 rows; embed their bytes"
+    )
 
 
 def test_struct_is_preferred_to_binary_column(here: Path) -> None:
@@ -260,6 +366,13 @@ def test_tar_without_captions(here: Path) -> None:
         ({"0.png": b"", "0.json": "{"}, "data/raw/00.tar::0.png: '0.json' is no valid JSON (Expecting"),
         ({"0.png": b"", "0.json": "[]"}, "data/raw/00.tar::0.png: '0.json' holds a list; expected one JSON object"),
         ({"0.png": b"", "0.json": '{"text": 3}'}, "data/raw/00.tar::0.png: text: got 3; expected a string"),
+        (
+            {"0.png": b"", "0.json": '{"text": "x", "text": "y"}'},
+            "data/raw/00.tar::0.png: '0.json': \"text\" stands there twice; remove one",
+        ),
+        ({"0.png": b"", "0.txt": "a", "0.seg.txt": "b"}, "data/raw/00.tar::0.png: '0' has 2 .txt members (0.txt, 0.s"),
+        ({"0.png": b"", "0.json": "{}", "0.x.json": "{}"}, "data/raw/00.tar::0.png: '0' has 2 .json members (0.json, "),
+        ({"0.png": b"", "0.txt": "a\x1bb"}, "data/raw/00.tar::0.png: '0.txt' holds a control character; write"),
     ],
 )
 def test_bad_member(here: Path, members: dict[str, bytes | str], message: str) -> None:
@@ -436,6 +549,7 @@ def test_nothing_but_regular_files_inside(here: Path, monkeypatch: pytest.Monkey
         listener.bind(str(here / "socket.jpg"))
         listing = listed(here, instance_prompt="x")
     assert [entry.file_name for entry in listing.entries] == ["inside.png", "ok.png"]
+    assert "(pictures linked by DVC: dvc config cache.type reflink,hardlink,copy," in str(listing.problems[4])
     leaves = "is a link that leaves data/raw; put the picture itself there"
     assert [str(problem).split(" (")[0] for problem in listing.problems] == [
         "data/raw/dangling.png: 'dangling.png' is no file in data/raw, but a link to nothing; restore what it links to",
@@ -550,3 +664,49 @@ def test_masks_of_containers(here: Path) -> None:
         "params.yaml dataset.mask: 'masks' is a folder, and data/raw holds containers, whose pictures can have a mask"
         " in their alpha channel only; set it to alpha or null"
     )
+
+
+def test_mask_folder_that_is_the_source(here: Path) -> None:
+    write_files(here, "a.png", a="x")
+    for mask in (".", "./"):
+        assert refusal(here, mask=mask) == (
+            f"params.yaml dataset.mask: '{mask}' is the folder of the pictures themselves; name a folder below it that"
+            " holds the masks alone"
+        )
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet", "yaml"])
+def test_source_file_whose_name_holds_the_separator(here: Path, suffix: str) -> None:
+    path = Path(f"data/a::b.{suffix}")
+    path.write_bytes(b"")
+    assert refusal(path) == (
+        f"params.yaml dataset.source: 'a::b.{suffix}' holds '::', which stands between a file and what it holds; rename"
+        " the file"
+    )
+
+
+# What is said of captions
+
+
+def test_captions_that_are_no_captions_are_told(here: Path) -> None:
+    write_files(here, "a.png", "b.png", "c.png", a=", ,", b="one, two", c="")
+    assert listed(here).warnings == ["1 captions hold nothing but commas"]
+    varied = {"shuffle_tags": True, "num_caption_variants": 4}
+    assert listed(here, **varied, keep_tags=2).warnings == [
+        "1 captions hold nothing but commas",
+        "no caption has more than 2 tags, so that with dataset.keep_tags 2 none is moved or dropped",
+    ]
+    assert listed(here, **varied, keep_tags=1).warnings == ["1 captions hold nothing but commas"]
+
+
+def test_variants_without_a_tag_are_told(here: Path) -> None:
+    write_files(here, "a.png", "b.png", a="one", b="one, two, three, four, five, six, seven, eight, nine")
+    changes = {"tag_dropout": 0.5, "num_caption_variants": 8}
+    (warning,) = listed(here, **changes).warnings
+    assert warning.endswith(
+        " variants of 1 captions have no tag left and are learned without a prompt; lower dataset.tag_dropout 0.5, or"
+        " raise dataset.keep_tags 0"
+    )
+    assert 0 < int(warning.split()[0]) < 8
+    assert listed(here, **changes, keep_tags=1).warnings == []
+    assert listed(here, **changes, caption_prefix="sks").warnings == []

@@ -10,7 +10,7 @@ import pytest
 
 from stages.core import seeding
 from stages.core.console import UserError
-from stages.prepare.inspection import Row
+from stages.prepare.inspection import CheckedPicture
 from stages.prepare.listing import Entry
 from stages.prepare.params import DatasetParams
 from stages.prepare.split import Assignment, assign
@@ -23,11 +23,13 @@ def pixels(seed: int) -> Pixels:
     return np.random.default_rng(seed).integers(40, 216, (16, 17, 3)).astype(np.uint8)
 
 
-def row(name: str, shown: Pixels, content: str | None = None, subset: int = 0, split: str | None = None) -> Row:
+def row(
+    name: str, shown: Pixels, content: str | None = None, subset: int = 0, split: str | None = None
+) -> CheckedPicture:
     """A picture; ``content`` stands for its bytes."""
     sha256 = hashlib.sha256((content or name).encode()).hexdigest()
     entry = Entry(name, ("",), f"data/raw/{name}", subset, split)
-    return Row(entry, sha256, 64, 64, 64, 64, False, base64.b64encode(shown.tobytes()).decode())
+    return CheckedPicture(entry, sha256, 64, 64, 64, 64, False, base64.b64encode(shown.tobytes()).decode())
 
 
 def own(sha256: str, params: DatasetParams) -> str:
@@ -39,13 +41,13 @@ def named(**changes: Any) -> DatasetParams:
     return dataset(heldout_fraction=None, heldout_split="test", **changes)
 
 
-def refusal(rows: list[Row], params: DatasetParams) -> tuple[str, ...]:
+def refusal(rows: list[CheckedPicture], params: DatasetParams) -> tuple[str, ...]:
     with pytest.raises(UserError) as caught:
         assign(rows, params)
     return caught.value.problems
 
 
-def random_rows(draw: random.Random, number: int) -> list[Row]:
+def random_rows(draw: random.Random, number: int) -> list[CheckedPicture]:
     """Of few scenes, so that many are near-duplicates; some have the same bytes."""
     rows = []
     for index in range(number):
@@ -108,7 +110,7 @@ def test_the_result_does_not_depend_on_the_order_of_rows() -> None:
     assert (again.sides, again.withheld, again.groups) == (expected.sides, expected.withheld, expected.groups)
 
 
-def straddling(params: DatasetParams) -> tuple[Row, Row]:
+def straddling(params: DatasetParams) -> tuple[CheckedPicture, CheckedPicture]:
     """Two near-duplicates that drew different sides, the one that decides first."""
     rows = [row(f"{index}.png", pixels(0)) for index in range(40)]
     first = min(rows, key=lambda r: r.sha256)
@@ -172,7 +174,10 @@ def test_an_empty_side_is_refused(fraction: float, split: str, advice: str) -> N
 
 def test_a_side_that_near_duplicates_empty_is_explained() -> None:
     params = dataset(heldout_fraction=0.5)
-    assert " of 1 pictures (1 withheld as near-duplicates) leaves the " in refusal(list(straddling(params)), params)[0]
+    rows = list(straddling(params))
+    assert " of 1 pictures (1 withheld as near-duplicates) leaves the " in refusal(rows, params)[0]
+    with pytest.raises(UserError, match=r"\(1 withheld as near-duplicates, 3 bad and left out\) leaves the"):
+        assign(rows, params, num_left_out=3)
 
 
 # By name

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from stages.artifacts.manifest import Manifest
+from stages.cache_latents import entries
 from stages.core.files import read_json
 from stages.families import sd
 from tests.conftest import Workspace, picture, read_rows, write_rows
+from tests.images import see_through
 
 
 def words(changes: tuple[str, ...]) -> list[str]:
@@ -42,6 +46,7 @@ def caption(index: int, text: str) -> None:
     write_rows(Path("data/raw"), rows)
 
 
+EDITS = "data/raw: edits there since prepare ran, of captions too, show after prepare"
 NOTHING = ["8 pictures: 8 valid, 0 not", "a run would encode nothing"]
 
 
@@ -82,13 +87,13 @@ def test_an_edited_picture_before_prepare_runs_again(cached: Workspace) -> None:
         "prepare must run first: python -m stages.prepare, or dvc repro",
     ]
     assert re.fullmatch(r"a run would encode 1 view and 0 captions: about 0 s on cpu, 0\.\d MB", lines[4])
+    assert lines[5:] == [EDITS]
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         (("dataset.resolution=40",), "size changed (32x32 -> 40x40)"),
-        (('dataset.background="#000000"',), "preprocessing changed (background)"),
         (("dataset.image_interpolation_mode=bicubic",), "preprocessing changed (filter)"),
         (("model.dtype=bfloat16",), "dtype float32 -> bfloat16"),
         (("cache.batch_size=3",), "batch_size 4 -> 3"),
@@ -99,6 +104,17 @@ def test_settings_are_named(cached: Workspace, changes: tuple[str, ...], expecte
     lines = prepared_status(cached, *changes)
     assert [line for line in lines if ".png: " in line] == [f"{index:02}.png: {expected}" for index in range(8)]
     assert "8 pictures: 0 valid, 8 not" in lines
+
+
+def test_another_background_is_named_where_it_is_seen(cached: Workspace) -> None:
+    see_through(picture(3)).save("data/raw/03.png")
+    cached.run("prepare")
+    cached.run("cache_latents")
+    lines = prepared_status(cached, 'dataset.background="#000000"')
+    assert lines[:2] == ["03.png: preprocessing changed (background)", "8 pictures: 7 valid, 1 not"]
+    lines = prepared_status(cached, 'dataset.background="#000000"', "dataset.image_interpolation_mode=bicubic")
+    assert lines[2] == "02.png: preprocessing changed (filter)"
+    assert lines[3] == "03.png: preprocessing changed (background, filter)"
 
 
 def test_pictures_and_captions(cached: Workspace) -> None:
@@ -114,6 +130,70 @@ def test_pictures_and_captions(cached: Workspace) -> None:
         "9 pictures: 6 valid, 3 not",
     ]
     assert lines[4].startswith("a run would encode 2 views and 2 captions: about ")
+
+
+def test_an_edited_caption_shows_after_prepare(cached: Workspace) -> None:
+    caption(2, "green circle")
+    assert status(cached) == [*NOTHING, EDITS]
+    cached.run("prepare")
+    assert status(cached)[-1].startswith("a run would encode 0 views and 1 caption: about ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "before", "now"),
+    [
+        (("dataset.source=data/other",), "dataset.source data/raw", "data/other"),
+        (("dataset.resolution=40",), "dataset.resolution 32", "40"),
+        (("dataset.aspect_buckets=true", "dataset.resolution=48"), "dataset.resolution 32", "48"),
+        (("dataset.seed=7", "dataset.crop=random"), "dataset.crop center, dataset.seed 0", "random, 7"),
+        (('dataset.background="#000000"',), "preprocessing background #ffffff", "#000000"),
+        (("dataset.image_interpolation_mode=bicubic",), "preprocessing filter lanczos", "bicubic"),
+        (("dataset.mask=alpha", "dataset.unmasked_weight=0.5"), "dataset.unmasked_weight 0.0", "0.5"),
+    ],
+)
+def test_what_prepare_would_make_otherwise_comes_first(
+    cached: Workspace, changes: tuple[str, ...], before: str, now: str
+) -> None:
+    shutil.copytree("data/raw", "data/other")
+    lines = [line for line in status(cached, *changes) if not line.startswith("warning: ")]
+    assert lines == [
+        f"data/prepared was made with {before}; params.yaml says {now}: prepare runs first; what follows is for "
+        "data/prepared as it is",
+        *NOTHING,
+    ]
+    lines = prepared_status(cached, *changes)
+    assert not any("prepare runs first" in line for line in lines)
+
+
+def test_buckets_of_another_resolution_are_seen(workspace: Workspace) -> None:
+    for index in range(8):
+        picture(index, 96, 64).save(f"data/raw/{index:02}.png")
+    changes = ("dataset.aspect_buckets=true", "dataset.bucket_step=8")
+    assert "made with" not in prepared_status(workspace, *changes)[0]
+    assert (
+        "made with dataset.resolution 40x24; params.yaml says 48:"
+        in status(workspace, *changes, "dataset.resolution=48")[0]
+    )
+    assert "made with dataset.resolution 40x24; params.yaml says 32:" in status(workspace)[0]
+
+
+def test_a_flip_that_is_gone_is_no_refusal(cached: Workspace) -> None:
+    cached.run("prepare", "--set", "dataset.flip=true")
+    lines = status(cached)
+    assert lines[0].startswith("data/prepared was made with dataset.flip true; params.yaml says false: prepare runs ")
+    assert lines[1:] == NOTHING
+
+
+def test_reading_large_pictures_is_part_of_the_estimate(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = entries.decode
+    monkeypatch.setattr(entries, "decode", lambda *args: time.sleep(0.2) or decode(*args))
+    workspace.run("prepare")
+    workspace.run("cache_latents")
+    for index in range(8):
+        picture(index, 48 * 5).save(f"data/raw/{index:02}.png")
+    (line,) = [line for line in prepared_status(workspace) if line.startswith("a run would")]
+    found = re.fullmatch(r"a run would encode 8 views and 0 captions: about (\d+) s on cpu, 0\.\d MB", line)
+    assert found and 10 <= int(found[1]) <= 20  # 8 pictures in 0.2 s each and 4 threads, and 25 times the pixels
 
 
 def test_a_caption_that_is_known_already_costs_nothing(cached: Workspace) -> None:
@@ -183,8 +263,17 @@ def test_a_deleted_output_is_no_cost(cached: Workspace) -> None:
 
 
 def test_notes_of_another_version_are_not_needed(cached: Workspace) -> None:
-    Path(".state/store/last.json").write_text('{"other": 1}')
+    path = Path(".state/store/last.json")
+    notes = read_json(path)
+    notes["used"]["latents"] |= {"compiled": True}  # one field more
+    path.write_text(json.dumps(notes | {"other": 1}))
     assert status(cached) == NOTHING
+    assert status(cached, "cache.batch_size=3")[0] == "00.png: batch_size 4 -> 3"
+    for change in ("used", "items", "efforts"):
+        path.write_text(json.dumps(notes | {change: {"latents": {"another": "shape"}}}))
+        assert status(cached) == NOTHING
+        assert status(cached, "cache.batch_size=3")[0] == "00.png: new"
+    path.write_text('{"other": 1}')
     assert status(cached, "cache.batch_size=3")[0] == "00.png: new"
 
 
@@ -192,3 +281,8 @@ def test_the_exit_code_is_zero_whatever_it_finds(cached: Workspace) -> None:
     picture(50).save("data/raw/05.png")
     done = cached.process("cache_latents", "--status")
     assert done.returncode == 0 and "05.png: pixels changed" in done.stdout
+
+
+def test_the_exit_code_is_two_where_there_is_nothing_to_look_at(workspace: Workspace) -> None:
+    assert workspace.process("cache_latents", "--status").returncode == 2
+    assert "2 where there is nothing to look at" in workspace.process("cache_latents", "--help").stdout

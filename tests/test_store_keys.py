@@ -20,6 +20,8 @@ PIXELS = (
     pictures.decode,
     pictures.cut_view,
     pictures.load_mask,
+    pictures.decode_mask,
+    pictures.cut_mask,
     pictures.to_rgb,
     pictures._upright,
     pictures._flat,
@@ -32,6 +34,7 @@ ENTRIES = (
     entries.Views.decode,
     entries.Captions.encoder.func,
     encoding.encode_all,
+    encoding.batched,
     encoding.forward,
     device.autocast,
     sd.load_vae,
@@ -43,11 +46,11 @@ ENTRIES = (
     sd._source,
     sd._freeze,
 )
-MASKS = (entries.Masks.read, entries.mask_weights)
+MASKS = (entries.Masks.read, entries.Masks.decode, entries.Masks._make, entries.mask_weights)
 RECORDED = {  # number, digest of the source that it stands for
-    "pictures.VERSION": (1, "70b95e01f0c4868b"),
-    "keys.FORMAT": (1, "70bf4a67bd87a900"),
-    "keys.MASK_FORMAT": (1, "6f0fe20691497a20"),
+    "pictures.VERSION": (1, "27d978230580fe10"),
+    "keys.FORMAT": (1, "8f8766e59d1ca3b7"),
+    "keys.MASK_FORMAT": (2, "1f64e39bdb69e15c"),
 }
 
 

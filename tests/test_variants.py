@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import time
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -70,5 +72,48 @@ def test_shuffling_does_not_change_what_is_dropped() -> None:
 
 
 def test_tags_are_told_by_commas() -> None:
-    params = dataset(shuffle_tags=True, keep_tags=9)
+    params = dataset(shuffle_tags=True, keep_tags=9, num_caption_variants=2)
     assert variant(" a cat ,,b,  c, ", 0, params) == "a cat, b, c"
+
+
+def test_very_many_tags_take_no_time() -> None:
+    """Hashing the caption for every tag took hours."""
+    caption = ", ".join(f"t{index}" for index in range(150_000))
+    start = time.process_time()
+    _, trained = captions_of((caption,), "", dataset(shuffle_tags=True, tag_dropout=0.1, num_caption_variants=3))
+    assert time.process_time() - start < 10
+    assert len(set(trained)) == 3
+
+
+def test_variants_of_the_first_version_stay() -> None:
+    """Their embeddings are cached by their text, and adapters were trained with them."""
+    params = dataset(shuffle_tags=True, tag_dropout=0.3, num_caption_variants=2)
+    assert captions_of((TAGS,), "", params)[1] == ("window, red, sofa, a cat", "night, red, sofa")
+
+
+def test_leading_tags_that_no_setting_could_move() -> None:
+    with pytest.raises(ValueError, match="keep_tags 2 needs shuffle_tags or tag_dropout; without them no tag is moved"):
+        dataset(keep_tags=2)
+
+
+def test_loss_weight_has_a_bound() -> None:
+    assert dataset(subsets=[{"path": ".", "loss_weight": 1000.0}])
+    with pytest.raises(ValueError, match="less than or equal to 1000"):
+        dataset(subsets=[{"path": ".", "loss_weight": 1e30}])
+
+
+@pytest.mark.parametrize("key", ["caption_prefix", "instance_prompt"])
+def test_control_characters_in_params(key: str) -> None:
+    for changes in ({key: "sks\0, "}, {"subsets": [{"path": ".", key: "sks\0, "}]}):
+        with pytest.raises(ValueError, match="holds a control character; write the caption as plain text"):
+            dataset(**changes)
+    assert dataset(**{key: "a\tb\n"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [({"shuffle_tags": True}, "shuffle_tags true"), ({"tag_dropout": 0.1}, "tag_dropout 0.1")],
+)
+def test_one_variant_would_be_one_drawn_caption_for_good(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} with num_caption_variants 1 would .*; set num_caption_variants to 8"):
+        dataset(**changes)

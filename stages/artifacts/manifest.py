@@ -6,15 +6,20 @@ manifest.jsonl  the rows        dataset.json  how they were made: preprocessing,
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
 
 from stages.core import seeding
 from stages.core.console import UserError
-from stages.core.files import read_json, understood, write_json, write_text
+from stages.core.files import replaced, understood, write_json, write_text
 
 Split = Literal["train", "heldout"]
+Pixels = Annotated[int, Field(gt=0)]
+Preprocessing = dict[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -36,21 +41,31 @@ class Item:
     """Of the picture's bytes."""
     caption: str
     """The first one, as it was written: what evidence is measured with."""
-    captions: tuple[str, ...]
+    captions: Annotated[tuple[str, ...], Field(min_length=1)]
     """What training draws from, one per step."""
     split: Split
-    source_width: int
+    source_width: Pixels
     """Of the picture itself, after EXIF rotation."""
-    source_height: int
-    width: int
+    source_height: Pixels
+    width: Pixels
     """Of the picture that the model sees, in pixels."""
-    height: int
+    height: Pixels
     mask: str | None = None
     """None for all of it, ``alpha``, or the name of a mask's file."""
     mask_sha256: str | None = None
-    repeats: int = 1
-    loss_weight: float = 1.0
+    repeats: Annotated[int, Field(ge=1)] = 1
+    loss_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     regularization: bool = False
+    transparent: bool = True
+    """Has transparent pixels; where False the background colour decides nothing."""
+
+
+def natural_key(file_name: str) -> list[tuple[int, int, str]]:
+    """Sorts ``b.parquet::9`` before ``b.parquet::10``: the order to read many pictures in, for it is that of the rows
+    of a Parquet file, which gives them a group at a time.
+    """
+    parts = re.split(r"(\d+)", file_name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,7 @@ class Augmentation:
 @dataclass(frozen=True)
 class Manifest:
     items: list[Item]
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     """What, beside the bytes, decides the pixels: filter, background colour, version. Part of every cache key."""
     augmentation: Augmentation
     unmasked_weight: float
@@ -98,28 +113,39 @@ class Manifest:
     """dataset.source, for the stage that reads the pictures again. Part of no cache key."""
 
     def save(self, folder: Path) -> None:
+        """Write the folder anew, whole."""
         rows = sorted(self.items, key=lambda item: item.file_name)
         lines = [json.dumps(asdict(item), sort_keys=True, ensure_ascii=False) for item in rows]
-        dataset = {
-            "preprocessing": self.preprocessing,
-            "augmentation": asdict(self.augmentation),
-            "unmasked_weight": self.unmasked_weight,
-            "source": self.source,
-        }
-        write_json(folder / "dataset.json", dataset)
-        write_text(folder / "manifest.jsonl", "\n".join(lines) + "\n")  # last: it says that the folder is whole
+        dataset = Dataset(self.preprocessing, self.augmentation, self.unmasked_weight, self.source)
+        with replaced(folder) as aside:
+            write_json(aside / "dataset.json", asdict(dataset))
+            write_text(aside / "manifest.jsonl", "\n".join(lines) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        path = folder / "manifest.jsonl"
-        for needed in (path, folder / "dataset.json"):
+        path, described = folder / "manifest.jsonl", folder / "dataset.json"
+        for needed in (path, described):
             if not needed.exists():
                 raise UserError(f"{needed}: no such file; run `python -m stages.prepare` first")
         with understood(path, "stages.prepare"):
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            items = [Item(**row | {"captions": tuple(row["captions"])}) for row in rows]
-            if not items:
-                raise ValueError("no rows")
-            dataset = read_json(folder / "dataset.json")
-            dataset["augmentation"] = Augmentation(**dataset["augmentation"])
-            return cls(items, **dataset)
+            # Captions may hold U+2028 and its like, which str.splitlines takes for ends of lines.
+            lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            items = [ITEM.validate_json(line, strict=True) for line in lines]
+            if len({item.file_name for item in items}) < len(items):
+                raise ValueError("a picture stands there twice")
+        with understood(described, "stages.prepare"):
+            dataset = DATASET.validate_json(described.read_text(encoding="utf-8"), strict=True)
+        return cls(items, dataset.preprocessing, dataset.augmentation, dataset.unmasked_weight, dataset.source)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """dataset.json: the fields of Manifest beside the items."""
+
+    preprocessing: Preprocessing
+    augmentation: Augmentation
+    unmasked_weight: float
+    source: str
+
+
+ITEM, DATASET = TypeAdapter(Item), TypeAdapter(Dataset)

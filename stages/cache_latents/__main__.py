@@ -3,7 +3,8 @@
 In: data/prepared, the pictures, the base's VAE and text encoder.
 Out: data/latents, assembled from the store; reports/latents/metrics.json
 Run: ``python -m stages.cache_latents``
-     ``--status``  says per picture why its entries are not valid, and what a run would cost; always exit code 0
+     ``--status``  says per picture why its entries are not valid, and what a run would cost: exit code 0 whatever it
+                   finds, 2 where there is nothing to look at, such as no data/prepared
      ``--gc``      frees what no committed experiment uses (``--dry-run`` only says how much)
 """
 
@@ -21,14 +22,15 @@ from stages.artifacts.store import Store
 from stages.cache_latents import garbage, notes, status
 from stages.cache_latents.context import Context
 from stages.cache_latents.encoding import Tensors
-from stages.cache_latents.entries import Captions, Masks, Views, complete
+from stages.cache_latents.entries import Captions, Masks, Views, attempts, complete, repair
+from stages.cache_latents.environments import Origins
 from stages.cache_latents.keys import content
 from stages.cache_latents.params import CacheParams, flip_problems
 from stages.core import base_files, params
 from stages.core.console import UserError, log, parser, run
 from stages.core.containers import PictureFiles
-from stages.core.device import log_device, setup
-from stages.core.files import read_json
+from stages.core.device import environment, log_device, setup
+from stages.core.files import read_json, writing
 from stages.core.params import ModelParams, RuntimeParams
 from stages.families.base import load_family
 
@@ -40,20 +42,21 @@ def main() -> None:
         return
     context = make_context(args)
     if args.status:
-        status.show(context, args.latents)
+        status.show(context, args.prepared, args.latents)
         return
+    if context.outdated:
+        log.warning("warning: %s; run `python -m stages.prepare` first to use that", context.outdated)
     log_device(context.device, context.model)
     facts = caption_facts(context)
-    before = notes.Notes.load(context.store)
-    with context.store.in_use():
-        views = complete(Views, context, before.setting("latents", context.setting("latents")))
-        captions = complete(Captions, context, before.setting("text", context.setting("text")))
-        masks = Masks(context)
+    with writing(args.latents), context.store.in_use():
+        masks = Masks(context)  # first: one that hides everything is found before anything is encoded
         masks.fill([key for key in masks.jobs if not context.store.has(masks.kind, key)])
-        assemble(args.latents, views, captions, masks)
-        notes.remember(views, captions, before)
-    facts |= {"latents.num_views": len(views.jobs), "latents.num_masks": len(masks.jobs)}
-    metrics.save(args.latents_reports / "metrics.json", facts)
+        views, captions = complete(Views, context), complete(Captions, context)
+        origins = assemble(args.latents, views, captions, masks)
+        notes.remember(views, captions)
+    metrics.save(args.latents_reports / "metrics.json", facts | entry_facts(views, captions, masks))
+    for line in origins.warnings(context.store):
+        log.warning("warning: %s", line)
     log_end(args.latents, views, captions)
 
 
@@ -79,22 +82,34 @@ def make_context(args: argparse.Namespace) -> Context:
     config = params.load(args.params, args.overrides)
     model, cache, runtime = config.section(ModelParams), config.section(CacheParams), config.section(RuntimeParams)
     manifest = Manifest.load(args.prepared)
-    require_variants(manifest, cache)
+    outdated = status.made_otherwise(manifest, args.prepared, config)
     family = load_family(model.family)
     base_files.require_base(model, family)
-    found = base_files.size_problems(model, family, {(item.width, item.height) for item in manifest.items})
-    if found:
-        raise UserError(*found)
-    base = base_files.digests(model, (*family.VAE, *family.TEXT))
-    files, device = PictureFiles(manifest.source), setup(runtime, model)
-    return Context(manifest, files, family, model, cache, device, base, Store(), runtime.log_every_n_steps)
-
-
-def require_variants(manifest: Manifest, cache: CacheParams) -> None:
-    """Refuse a flip that never happens; warn of a random crop that happens once."""
     found = flip_problems(manifest.augmentation.flip, cache.num_variants)
-    if found:
+    found += base_files.size_problems(model, family, {(item.width, item.height) for item in manifest.items})
+    if found and outdated and not args.status:
+        raise UserError(f"{outdated}; run `python -m stages.prepare` first")
+    if found and not outdated:
         raise UserError(*found)
+    warn_of_one_crop(manifest, cache)
+    base = base_files.digests(model, (*family.VAE, *family.TEXT))
+    device = setup(runtime, model)
+    return Context(
+        manifest,
+        PictureFiles(manifest.source),
+        family,
+        model,
+        cache,
+        device,
+        base,
+        environment(device),
+        Store(),
+        runtime.log_every_n_steps,
+        outdated,
+    )
+
+
+def warn_of_one_crop(manifest: Manifest, cache: CacheParams) -> None:
     if manifest.augmentation.crop == "random" and cache.num_variants == 1:
         log.warning(
             "warning: params.yaml dataset.crop: random with cache.num_variants 1 is one crop per picture for the whole "
@@ -127,6 +142,19 @@ def caption_facts(context: Context) -> dict[str, metrics.Value]:
     }
 
 
+def entry_facts(views: Views, captions: Captions, masks: Masks) -> dict[str, metrics.Value]:
+    """Of what data/latents is put together. Where memory was short, the settings are not those of params.yaml, and git
+    shows why two machines got other bytes.
+    """
+    return {
+        "captions.batch_size": captions.setting.batch_size,
+        "latents.batch_size": views.setting.batch_size,
+        "latents.tiling": views.setting.tiling,
+        "latents.num_views": len(views.jobs),
+        "latents.num_masks": len(masks.jobs),
+    }
+
+
 def cached_items(views: Views, masks: Masks) -> list[CachedItem]:
     """The rows of data/latents, sorted by file name."""
     context = views.context
@@ -147,9 +175,10 @@ def cached_items(views: Views, masks: Masks) -> list[CachedItem]:
     ]
 
 
-def assemble(folder: Path, views: Views, captions: Captions, masks: Masks) -> None:
+def assemble(folder: Path, views: Views, captions: Captions, masks: Masks) -> Origins:
     """Write data/latents from the store. Its manifest goes first and comes last: without it the folder is not read."""
-    load = loader({"images": views, "text": captions, "masks": masks})
+    origins = Origins()
+    load = loader({"images": views, "text": captions, "masks": masks}, origins)
     (folder / "manifest.json").unlink(missing_ok=True)
     conditioning = sorted(load("text", captions.keys[""]))
     latent_cache.write(folder, cached_items(views, masks), captions.keys, views.context.base, conditioning, load)
@@ -159,34 +188,36 @@ def assemble(folder: Path, views: Views, captions: Captions, masks: Masks) -> No
             path.unlink()
         elif path.is_dir() and not any(path.iterdir()):
             path.rmdir()
+    return origins
 
 
-def loader(works: dict[str, Views | Captions | Masks]) -> Callable[[str, str], Tensors]:
-    """Reads an entry once, checksum included, and makes it again if it is damaged."""
+def loader(works: dict[str, Views | Captions | Masks], origins: Origins) -> Callable[[str, str], Tensors]:
+    """Reads an entry, checksum included, makes it again if it is damaged, and counts what made it."""
 
     def load(kind: str, key: str) -> Tensors:
         work = works[kind]
         store = work.context.store
-        tensors = store.load(work.kind, key)
-        if tensors is None:
-            work.fill([key])
-            tensors = store.load(work.kind, key)
-        if tensors is None:
+        entry = store.load(work.kind, key)
+        if entry is None:
+            repair(work)
+            entry = store.load(work.kind, key)
+        if entry is None:
             raise RuntimeError(
                 f"{store.path(work.kind, key)}: vanished while the cache was written; run the stage again"
             )
-        return tensors
+        origins.add(work.kind, key, entry.made_by)
+        return entry.tensors
 
     return load
 
 
 def current_keys(args: argparse.Namespace) -> set[str]:
-    """Keys that a run with the present parameters and data/prepared would use."""
+    """Keys that a run with the present parameters and data/prepared would use, also where memory is short."""
     context = make_context(args)
-    before = notes.Notes.load(context.store)
-    views = Views(context, before.setting("latents", context.setting("latents")))
-    captions = Captions(context, before.setting("text", context.setting("text")))
-    return {*views.jobs, *captions.jobs, *Masks(context).jobs}
+    works: list[Views | Captions | Masks] = [Masks(context)]
+    for build in (Views, Captions):
+        works += [build(context, setting) for setting in attempts(context.setting(build.kind), build.kind)]
+    return {key for work in works for key in work.jobs}
 
 
 def log_end(folder: Path, views: Views, captions: Captions) -> None:

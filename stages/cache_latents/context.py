@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.artifacts.manifest import Item, Manifest, View
+from stages.artifacts.manifest import Item, Manifest, View, natural_key
 from stages.artifacts.store import Kind, Store
-from stages.cache_latents.encoding import NUM_READERS
+from stages.cache_latents import environments
+from stages.cache_latents.encoding import NUM_READERS, Proofs, Tensors
 from stages.cache_latents.keys import Setting
 from stages.cache_latents.params import CacheParams
 from stages.core.console import UserError
@@ -38,8 +39,12 @@ class Context:
     device: torch.device
     base: dict[str, str]
     """Digest per component of the base."""
+    environment: dict[str, str | int]
+    """What moves last bits: versions, processor, threads; see ``device.environment``."""
     store: Store
     log_every_n_steps: int
+    outdated: str
+    """What data/prepared was made with and the parameters have otherwise by now, in one line; empty for nothing."""
 
     def views(self, item: Item) -> tuple[View, ...]:
         """A held-out picture's first view alone: evidence looks at no other."""
@@ -61,6 +66,12 @@ class Context:
             batch_size=self.cache.batch_size,
             tiling=pictures and self.cache.tiling,
         )
+
+    def proofs(self, kind: Kind, setting: Setting) -> Proofs:
+        return Proofs(self.store.root / "proven.json", [kind, asdict(setting), self.environment])
+
+    def save(self, kind: Kind, key: str, tensors: Tensors) -> None:
+        self.store.save(kind, key, tensors, environments.made_by(kind, self.environment))
 
 
 class Changed(Exception):
@@ -109,7 +120,7 @@ def naming_changes(work: Callable[[], None], context: Context, items: Iterable[I
 def changes(context: Context, items: Iterable[Item]) -> dict[str, str | None]:
     """Pictures and masks that are not what prepare checked: name -> why it cannot be read, or None for other bytes."""
     files: dict[str, str | None] = {}
-    for item in items:
+    for item in sorted(items, key=lambda item: natural_key(item.file_name)):
         files[item.file_name] = item.sha256
         if item.mask:
             files |= [mask_file(item)]

@@ -2,24 +2,30 @@
 
 Every batch is filled up to the full size: kernels are chosen by shape, and another batch size gives other last bits
 (2e-6 in float32 on a CPU). At one shape an entry does not depend on its place or its neighbours, so that one edited
-picture gives the bytes that encoding everything anew would give; the first batch of each shape proves it.
+picture gives the bytes that encoding everything anew would give. The first batch of each shape proves it, with a second
+pass through the encoder; where that has been seen before, it is not done again. So one edited picture costs one batch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from stages.artifacts.store import Kind, Store
+from stages.artifacts.store import Kind
 from stages.core.console import UserError, log
 from stages.core.device import autocast
+from stages.core.files import sha256_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +40,7 @@ SHORTAGES = ("can't allocate memory", "not enough memory", "out of memory")
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 Tensors = dict[str, "torch.Tensor"]
+Shape = tuple[int, ...]
 
 
 class OutOfMemory(Exception):
@@ -51,37 +58,87 @@ class Encoder(Generic[T]):
     """Batched: name -> [B, ...]."""
     blank: Callable[[T], T]
     """Padding of the same shape."""
+    shape: Callable[[str], Shape]
+    """Keys of one shape can share a batch; a larger product needs more memory."""
     model: ModelParams
     """Its dtype is the one to compute in."""
     device: torch.device
     batch_size: int
 
 
-def encode_all(encoder: Encoder[T], groups: list[list[str]], store: Store, log_every_n_steps: int) -> None:
-    """Encode and store one entry per key; the keys of a group share one shape.
+def encode_all(
+    encoder: Encoder[T], keys: list[str], save: Callable[[str, Tensors], None], proofs: Proofs, log_every_n_steps: int
+) -> None:
+    """Encode and save one entry per key, read in their order as far as shapes allow.
 
-    At most three batches are in memory: the one at the encoder, and two that are read.
+    In memory are the batch at the encoder, once in parts and once stacked, the next batch, and what ``encoder.read``
+    keeps: of pictures, the last NUM_READERS decoded in full and those being decoded, at 3 bytes per pixel.
 
     Raises:
         OutOfMemory: a batch does not fit.
         UserError: entries depend on their neighbours on this device, or one is not finite.
     """
-    size = encoder.batch_size
-    batches = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-    first_of_shape = {group[0] for group in groups}
-    total = sum(map(len, groups))
+    size, total = encoder.batch_size, len(keys)
+    batches = batched(keys, encoder.shape, size)
     with ThreadPoolExecutor(NUM_READERS) as pool, progress(encoder.kind, total, log_every_n_steps) as advance:
-        for keys, values in read_ahead(pool, encoder.read, batches):
+        for batch, values in read_ahead(pool, encoder.read, batches):
             padding = encoder.blank(values[0])
             entries = forward(encoder, values + [padding] * (size - len(values)))
             for tensors in entries:
                 require_finite(encoder.kind, tensors, encoder.model)
-            if keys[0] in first_of_shape and size > 1:
+            if size > 1 and encoder.shape(batch[0]) not in proofs:
                 alone = forward(encoder, [padding] * (size - 1) + values[:1])[-1]
                 require_independent(entries[0], alone, size)
-            for key, tensors in zip(keys, entries, strict=False):  # what is left over is padding
-                store.save(encoder.kind, key, tensors)
-            advance(len(keys))
+                proofs.add(encoder.shape(batch[0]))
+            for key, tensors in zip(batch, entries, strict=False):  # what is left over is padding
+                save(key, tensors)
+            advance(len(batch))
+
+
+def batched(keys: list[str], shape: Callable[[str], Shape], size: int) -> list[list[str]]:
+    """Batches of one shape each, in the order in which they fill up, so that files are read nearly in order.
+
+    A batch of the largest shape goes first: what does not fit into memory fails before anything else is done.
+    """
+    waiting: dict[Shape, list[str]] = defaultdict(list)
+    found = []
+    for key in keys:
+        batch = waiting[shape(key)]
+        batch.append(key)
+        if len(batch) == size:
+            found.append(waiting.pop(shape(key)))
+    found += waiting.values()
+    largest = max(range(len(found)), key=lambda index: math.prod(shape(found[index][0])), default=None)
+    return found if largest is None else [found.pop(largest), *found]
+
+
+class Proofs:
+    """<state>/store/proven.json: where entries were seen not to depend on their neighbours. It decides no result.
+
+    Args:
+        conditions: all that a proof can depend on beside the shape: kind, setting, versions, device, threads.
+    """
+
+    def __init__(self, path: Path, conditions: Any) -> None:
+        self.path, self.conditions = path, conditions
+        self.known = self._load()
+
+    def __contains__(self, shape: Shape) -> bool:
+        return self._name(shape) in self.known
+
+    def add(self, shape: Shape) -> None:
+        self.known = self._load() | {self._name(shape)}
+        write_json(self.path, sorted(self.known))
+
+    def _name(self, shape: Shape) -> str:
+        return sha256_json([self.conditions, shape])
+
+    def _load(self) -> set[str]:
+        """Empty where there is none, or it is damaged: the proof is made again."""
+        try:
+            return set(json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return set()
 
 
 class Recent(Generic[K, T]):

@@ -5,29 +5,40 @@ Each class knows its keys and how to fill the store with those that it lacks; a 
 
 from __future__ import annotations
 
+import math
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from stages.artifacts.manifest import Item, View
+from stages.artifacts.manifest import Item, View, natural_key
 from stages.artifacts.store import Kind
 from stages.cache_latents.context import Context, mask_file, naming_changes, read_checked
-from stages.cache_latents.encoding import NUM_READERS, Encoder, OutOfMemory, Recent, Tensors, encode_all, progress
+from stages.cache_latents.encoding import (
+    NUM_READERS,
+    Encoder,
+    OutOfMemory,
+    Recent,
+    Shape,
+    Tensors,
+    encode_all,
+    progress,
+)
 from stages.cache_latents.keys import Setting, caption_key, mask_key, picture_key
 from stages.core.console import UserError, log
-from stages.core.pictures import cut_view, decode, load_mask
+from stages.core.pictures import cut_mask, cut_view, decode, decode_mask
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
 NUM_MASKS = 256  # made and stored at a time
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,30 @@ class Effort:
     units: int
     """Pixels of views, or captions."""
     seconds: float
+    """From the first picture read to the last entry stored."""
     bytes: int
     num_batches: int
+    source_units: int = 0
+    """Pixels of the pictures that the views were cut from, once per view."""
+    reading_seconds: float = 0.0
+    """The part of ``seconds`` that reading, decoding and cutting took, with all readers at it."""
+
+
+class Clock:
+    """Adds up what a function takes, in several threads at once."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def timed(self, function: Callable[[str], T]) -> Callable[[str], T]:
+        def call(key: str) -> T:
+            start = time.monotonic()
+            try:
+                return function(key)
+            finally:
+                self.seconds.append(time.monotonic() - start)
+
+        return call
 
 
 class Views:
@@ -58,6 +91,7 @@ class Views:
         self.context, self.setting = context, setting
         self.encoded: set[str] = set()
         self.effort: Effort | None = None
+        self.clock = Clock()
         self.decoded = Recent(self.decode, NUM_READERS)
         self.keys, self.jobs = plan(context, lambda item, view: picture_key(item, view, context.manifest, setting))
 
@@ -67,17 +101,8 @@ class Views:
         Raises:
             UserError: a picture is not the one that prepare checked; all such pictures are named.
         """
-        by_size = defaultdict(list)
-        for key in keys:
-            item = self.jobs[key].item
-            by_size[item.width, item.height].append(key)
-        groups, every = list(by_size.values()), self.context.log_every_n_steps
-        naming_changes(
-            lambda: encode_all(self.encoder, groups, self.context.store, every),
-            self.context,
-            [self.jobs[key].item for key in keys],
-        )
-        self.encoded |= set(keys)
+        items = [self.jobs[key].item for key in keys]
+        naming_changes(lambda: encode_into_store(self, self.encoder, keys), self.context, items)
 
     @cached_property
     def encoder(self) -> Encoder[torch.Tensor]:
@@ -91,7 +116,7 @@ class Views:
             return {"mean": mean, "std": std}  # [B, C, H/f, W/f]
 
         size = self.setting.batch_size
-        return Encoder(self.kind, self.read, encode, torch.zeros_like, model, self.context.device, size)
+        return Encoder(self.kind, self.read, encode, torch.zeros_like, self.shape, model, self.context.device, size)
 
     def read(self, key: str) -> torch.Tensor:
         """float32 [3, H, W] in [-1, 1]."""
@@ -105,9 +130,15 @@ class Views:
         blob = read_checked(self.context.files, item.file_name, item.sha256)
         return decode(blob, self.context.manifest.preprocessing)
 
+    def shape(self, key: str) -> Shape:
+        return self.jobs[key].item.width, self.jobs[key].item.height
+
     def units(self, key: str) -> int:
+        return math.prod(self.shape(key))
+
+    def source_units(self, key: str) -> int:
         item = self.jobs[key].item
-        return item.width * item.height
+        return item.source_width * item.source_height
 
 
 class Captions:
@@ -119,14 +150,14 @@ class Captions:
         self.context, self.setting = context, setting
         self.encoded: set[str] = set()
         self.effort: Effort | None = None
+        self.clock = Clock()
         items = context.manifest.items
         captions = {"", *(caption for item in items for caption in (item.caption, *context.captions(item)))}
         self.keys = {caption: caption_key(caption, setting) for caption in sorted(captions)}
         self.jobs = {key: caption for caption, key in self.keys.items()}
 
     def fill(self, keys: list[str]) -> None:
-        encode_all(self.encoder, [keys], self.context.store, self.context.log_every_n_steps)
-        self.encoded |= set(keys)
+        encode_into_store(self, self.encoder, keys)
 
     @cached_property
     def encoder(self) -> Encoder[str]:
@@ -139,10 +170,17 @@ class Captions:
         def blank(caption: str) -> str:
             return ""
 
-        return Encoder(self.kind, self.jobs.__getitem__, encode, blank, model, device, self.setting.batch_size)
+        size = self.setting.batch_size
+        return Encoder(self.kind, self.jobs.__getitem__, encode, blank, self.shape, model, device, size)
+
+    def shape(self, key: str) -> Shape:
+        return ()  # tokenizers pad
 
     def units(self, key: str) -> int:
         return 1
+
+    def source_units(self, key: str) -> int:
+        return 0
 
 
 class Masks:
@@ -153,6 +191,7 @@ class Masks:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.factor = context.family.vae_scale_factor(context.model)
+        self.decoded = Recent(self.decode, NUM_READERS)
         self.keys, self.jobs = plan(
             context, lambda item, view: mask_key(item, view, context.manifest, self.factor) if item.mask else None
         )
@@ -161,26 +200,53 @@ class Masks:
         """Make these.
 
         Raises:
-            UserError: a mask is not the one that prepare checked; all such masks are named.
+            UserError: a mask is not the one that prepare checked, or hides all of a view, so that no loss would be
+                left; all such masks are named.
         """
-        naming_changes(lambda: self._make(keys), self.context, [self.jobs[key].item for key in keys])
+        black: set[str] = set()
+        naming_changes(lambda: self._make(keys, black), self.context, [self.jobs[key].item for key in keys])
+        if black:
+            raise UserError(*black_problems(self, black))
 
-    def _make(self, keys: list[str]) -> None:
+    def _make(self, keys: list[str], black: set[str]) -> None:
+        """Store these, but for those that are zero all over, which are added to ``black``."""
         every = self.context.log_every_n_steps
         with ThreadPoolExecutor(NUM_READERS) as pool, progress(self.kind, len(keys), every) as advance:
             for start in range(0, len(keys), NUM_MASKS):
                 some = keys[start : start + NUM_MASKS]
                 for key, weights in zip(some, pool.map(self.read, some), strict=True):
-                    self.context.store.save(self.kind, key, {"mask": weights})
+                    if weights.any():
+                        self.context.save(self.kind, key, {"mask": weights})
+                    else:
+                        black.add(key)
                 advance(len(some))
 
     def read(self, key: str) -> torch.Tensor:
         """float32 [1, H/f, W/f]."""
         item, view = self.jobs[key].item, self.jobs[key].view
-        manifest = self.context.manifest
+        mask = cut_mask(self.decoded(item), item, view)
+        return mask_weights(mask, self.factor, self.context.manifest.unmasked_weight)
+
+    def decode(self, item: Item) -> Image.Image:
         blob = read_checked(self.context.files, *mask_file(item))
-        mask = load_mask(blob, item, view, manifest.preprocessing, "alpha" if item.mask == "alpha" else "file")
-        return mask_weights(mask, self.factor, manifest.unmasked_weight)
+        return decode_mask(blob, "alpha" if item.mask == "alpha" else "file")
+
+
+def black_problems(masks: Masks, black: set[str]) -> list[str]:
+    """One line per picture with a view whose mask is zero all over."""
+    manifest = masks.context.manifest
+    smaller_crop = "set dataset.crop to center, " if manifest.augmentation.crop == "random" else ""
+    problems = []
+    for item in manifest.items:
+        keys = masks.keys[item.file_name]
+        numbers = [str(number) for number, key in enumerate(keys, 1) if key in black]
+        if numbers:
+            views = f"view{'s' * (len(numbers) > 1)} {', '.join(numbers)} of {len(keys)}"
+            problems.append(
+                f"{Path(manifest.source) / item.file_name}: its mask hides all of {views}, so no loss is left; "
+                f"{smaller_crop}set dataset.unmasked_weight above 0, or mend the mask"
+            )
+    return problems
 
 
 def mask_weights(mask: np.ndarray, factor: int, unmasked_weight: float) -> torch.Tensor:
@@ -195,10 +261,10 @@ def mask_weights(mask: np.ndarray, factor: int, unmasked_weight: float) -> torch
 def plan(
     context: Context, key_of: Callable[[Item, View], str | None]
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, Job]]:
-    """File name -> key of each view, and key -> what it shows: of pictures that show the same, the first by name."""
+    """File name -> key of each view, and key -> what it shows, in the order to read files in."""
     keys: dict[str, tuple[str, ...]] = {}
     jobs: dict[str, Job] = {}
-    for item in sorted(context.manifest.items, key=lambda item: item.file_name):
+    for item in sorted(context.manifest.items, key=lambda item: natural_key(item.file_name)):
         pairs = [(key_of(item, view), view) for view in context.views(item)]
         named = [(key, view) for key, view in pairs if key is not None]
         keys[item.file_name] = tuple(key for key, _ in named)
@@ -212,52 +278,104 @@ def plan(
 W = TypeVar("W", Views, Captions)
 
 
-def complete(build: Callable[[Context, Setting], W], context: Context, setting: Setting) -> W:
+def complete(build: type[W], context: Context) -> W:
     """Encode what the store lacks; in smaller batches, then in tiles, where memory is short.
+
+    The asked setting is tried first each time, so that a run does not depend on what happened in an earlier one. What
+    an earlier one encoded at a smaller setting is found in the store: falling back costs the batches that do not fit.
 
     Raises:
         UserError: even one picture, in tiles, does not fit.
     """
-    while True:
+    tried: list[Setting] = attempts(context.setting(build.kind), build.kind)
+    for setting, smaller in zip(tried, [*tried[1:], None], strict=True):
         work = build(context, setting)
         missing = [key for key in work.jobs if not context.store.has(work.kind, key)]
-        if not missing:
-            return work
         try:
-            fill_timed(work, missing)
-        except OutOfMemory:
-            setting = smaller(setting, work.kind)
-        else:
+            if missing:
+                fill_timed(work, missing)
             return work
+        except OutOfMemory:
+            if smaller is None:
+                raise nothing_fits(work.kind) from None
+            log.warning("warning: %s", fallback(setting, smaller, work.kind))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def attempts(asked: Setting, kind: Kind) -> list[Setting]:
+    """What is tried in turn. All of it is part of every key: what was encoded otherwise never mixes with it."""
+    found = [asked]
+    while found[-1].batch_size > 1:
+        found.append(replace(found[-1], batch_size=found[-1].batch_size // 2))
+    if kind == "latents" and not asked.tiling:
+        found.append(replace(found[-1], tiling=True))
+    return found
 
 
 def fill_timed(work: Views | Captions, keys: list[str]) -> None:
     _ = work.encoder  # loading is no part of the rate
-    start = time.monotonic()
-    work.fill(keys)
-    seconds = time.monotonic() - start
+    try:
+        start = time.monotonic()
+        work.fill(keys)
+        seconds = time.monotonic() - start
+    finally:
+        del work.encoder  # frees its memory for what comes next
     size = sum(work.context.store.path(work.kind, key).stat().st_size for key in keys)
-    work.effort = Effort(sum(map(work.units, keys)), seconds, size, -(-len(keys) // work.setting.batch_size))
-    del work.encoder  # frees its memory for what comes next
+    work.effort = Effort(
+        units=sum(map(work.units, keys)),
+        seconds=seconds,
+        bytes=size,
+        num_batches=-(-len(keys) // work.setting.batch_size),
+        source_units=sum(map(work.source_units, keys)),
+        reading_seconds=min(seconds, sum(work.clock.seconds) / NUM_READERS),
+    )
 
 
-def smaller(setting: Setting, kind: Kind) -> Setting:
-    """The next thing to try. Both are part of every key, so that nothing that was encoded otherwise mixes with it."""
-    size = setting.batch_size
-    if size > 1:
-        tried, half = "params.yaml cache.batch_size", size // 2
-        advice = f"set cache.batch_size: {half} to say so"
-        log.warning(
-            "warning: %s: %d does not fit into memory; starting %s again with %d; %s", tried, size, kind, half, advice
+def encode_into_store(work: Views | Captions, encoder: Encoder[Any], keys: list[str]) -> None:
+    context = work.context
+    proofs = context.proofs(work.kind, work.setting)
+    encoder = replace(encoder, read=work.clock.timed(encoder.read))
+    encode_all(encoder, keys, partial(context.save, work.kind), proofs, context.log_every_n_steps)
+    work.encoded |= set(keys)
+
+
+def fallback(setting: Setting, smaller: Setting, kind: Kind) -> str:
+    if smaller.tiling != setting.tiling:
+        return (
+            "a picture does not fit into memory; starting again in tiles; "
+            "set cache.batch_size: 1 and cache.tiling: true to say so"
         )
-        return replace(setting, batch_size=half)
-    if kind == "latents" and not setting.tiling:
-        log.warning(
-            "warning: a picture does not fit into memory; starting again in tiles; set cache.tiling: true to say so"
-        )
-        return replace(setting, tiling=True)
-    tried = "one picture in tiles" if kind == "latents" else "one caption"
-    raise UserError(
-        f"params.yaml cache.batch_size: even {tried} does not fit into memory; free some of it, "
+    return (
+        f"params.yaml cache.batch_size: {setting.batch_size} does not fit into memory; starting {kind} again with "
+        f"{smaller.batch_size}; set cache.batch_size: {smaller.batch_size} to say so"
+    )
+
+
+def nothing_fits(kind: Kind) -> UserError:
+    what = "one picture in tiles" if kind == "latents" else "one caption"
+    return UserError(
+        f"params.yaml cache.batch_size: even {what} does not fit into memory; free some of it, "
         "lower dataset.resolution, or use another runtime.device"
     )
+
+
+def repair(work: Views | Captions | Masks) -> None:
+    """Make damaged entries again, all at once: a batch for each would be mostly padding.
+
+    Raises:
+        UserError: they do not fit into memory any more. They are deleted, so that the next run finds them missing and
+            tries smaller batches for all.
+    """
+    store = work.context.store
+    damaged = [key for key in work.jobs if store.load(work.kind, key) is None]
+    for key in damaged:
+        log.warning("warning: %s is damaged and is made again", store.path(work.kind, key))
+    try:
+        work.fill(damaged)
+    except OutOfMemory:
+        for key in damaged:
+            store.path(work.kind, key).unlink(missing_ok=True)
+        raise UserError(
+            f"{store.root / work.kind}: {len(damaged)} damaged entries are deleted, since a batch to make them again "
+            "does not fit into memory any more; run again: smaller batches are tried then"
+        ) from None

@@ -1,8 +1,8 @@
-"""What names an entry of the store: sha256 over all that decides its tensors, and nothing else.
+"""What names an entry of the store: sha256 over what decides its tensors, but for some of their last bits.
 
-The file's name, the folder and the container of a picture are no part of it. Versions, processor model and thread count
-are left out though they can move the last bits: they differ between the machines that share a store, and a library
-update would encode everything again.
+The file's name, the folder and the container of a picture decide nothing. Versions, processor model and thread count
+can move the last bits, and are left out all the same: they differ between the machines that share a store, and a
+library update would encode everything again. An entry records them, and a run warns of a mixture; see environments.py.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from stages.artifacts.manifest import Item, Manifest, View
 from stages.core.files import sha256_json
 
 FORMAT = 1  # of latents and text entries; raise it when the meaning of their tensors changes
-MASK_FORMAT = 1  # of masks
+MASK_FORMAT = 2  # of masks; none of format 2 is zero all over
+OPAQUE = {"background": "#ffffff"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the bits of a kind of entries beside the picture or the caption."""
+    """What names a kind of entries beside the picture or the caption."""
 
     components: dict[str, str]
     """Digest of each component of the base that encodes."""
@@ -65,18 +66,27 @@ def content(item: Item, view: View, manifest: Manifest) -> str:
 
 
 def shown(item: Item, view: View, manifest: Manifest) -> dict[str, Any]:
-    """All that decides the pixels of one view, whatever encodes them."""
+    """What decides the pixels of one view, whatever encodes them."""
     return {
         "picture": item.sha256,
         "crop": view.crop,
         "flip": view.flip,
         "size": [item.width, item.height],
-        "preprocessing": manifest.preprocessing,
+        "preprocessing": preprocessing_of(item, manifest),
     }
 
 
+def preprocessing_of(item: Item, manifest: Manifest) -> dict[str, Any]:
+    """The manifest's, with the usual background for an opaque picture: no background changes what it shows.
+
+    A constant in place of the colour, rather than no colour, keeps the keys of opaque pictures that were encoded when
+    the background was part of every key.
+    """
+    return manifest.preprocessing if item.transparent else manifest.preprocessing | OPAQUE
+
+
 def masked(item: Item, manifest: Manifest) -> dict[str, Any]:
-    """All that decides the mask beside the view; empty without one."""
+    """What decides the mask beside the view; empty without one."""
     if item.mask is None:
         return {}
     kind = "alpha" if item.mask == "alpha" else "file"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 WEIGHTS = {"model", "diffusion_pytorch_model"}
+NUM_EXAMPLES = 5  # sides in a message
 
 
 def problems(model: ModelParams, family: Family) -> list[str]:
@@ -152,7 +153,9 @@ def size_problems(model: ModelParams, family: Family, sizes: Iterable[tuple[int,
     if not bad:
         return []
     if len(sides) > 1:
-        found = f"sides of {', '.join(map(str, bad))} pixels are no multiples of {multiple}"
+        more = f" and {len(bad) - NUM_EXAMPLES:,} more" if len(bad) > NUM_EXAMPLES else ""
+        shown = ", ".join(map(str, bad[:NUM_EXAMPLES])) + more
+        found = f"sides of {shown} pixels are no multiples of {multiple}"
         return [f"params.yaml dataset.bucket_step: {found}, which {model.pretrained} needs; use {multiple}"]
     below = bad[0] - bad[0] % multiple
     near = f"{below} or {below + multiple}" if below else str(multiple)

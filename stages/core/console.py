@@ -32,6 +32,7 @@ PATHS = {
 REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose another disk",
     errno.EROFS: "choose a place that can be written",
     errno.EACCES: "change its permissions",
     errno.EPERM: "change its permissions",
@@ -40,6 +41,8 @@ REMEDIES = {
     errno.EISDIR: "remove or rename the folder that stands in the place of a file",
     errno.ELOOP: "remove the link",
     errno.ENAMETOOLONG: "use a shorter name",
+    errno.EIO: "check the disk or network drive, and run again",
+    errno.ESTALE: "check the disk or network drive, and run again",
 }
 
 
@@ -84,8 +87,13 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        path = error.filename2 or error.filename  # of a rename, the second is the one that a person knows
+        where = f"{path}: " if path else ""
         print(f"error: {where}{error.strerror}; {REMEDIES[error.errno]}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError as error:
+        what = str(error) or "out of memory"
+        print(f"error: {what}; end other programs, or use a machine with more of it", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import itertools
 import os
 import stat
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
 from stages.core import hub
 from stages.core.console import UserError
@@ -33,6 +34,15 @@ MAX_GROUP_BYTES = 2 * 2**30
 """Of the pictures of one Parquet row group, which are read together."""
 CACHED_BYTES = 512 * 2**20
 """Of row groups kept in memory; the last one always is."""
+MAX_ROWS = 1_000_000
+"""Of a Parquet file: a few KB can claim any number of equal ones."""
+MAX_HEADER_BYTES = 64 * 2**10
+"""Of a long name or of attributes in a .tar, which are read before the member that they are of."""
+MAX_PADDING = 16 * 2**20
+"""Zeros behind a .tar's end: tar writes 10 KB at a time, or what its -b says."""
+
+MAX_SHOWN = 200
+"""Characters of a list of columns in a message."""
 
 Kind = Literal["parquet", "tar", "compressed", "pin"]
 KINDS: dict[str, Kind] = {
@@ -42,6 +52,8 @@ KINDS: dict[str, Kind] = {
     ".yml": "pin",
     **dict.fromkeys((".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"), "compressed"),
 }
+NO_FILE = (errno.ENXIO, errno.ENODEV, errno.ELOOP, errno.ENAMETOOLONG)
+"""What opening says of a socket, a link to itself or no possible name; anything else is the machine's fault."""
 MAGIC = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\x00": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
@@ -84,7 +96,7 @@ class PictureFiles:
     def _snapshot(self, pin: str) -> Path:
         with self._lock:
             if pin not in self._snapshots:
-                self._snapshots[pin] = hub.fetch(self._folder / pin)
+                self._snapshots[pin] = hub.fetch(self._folder / pin, verify=False)  # whose pictures have digests
             return self._snapshots[pin]
 
     def _member(self, path: Path, member: str, file_name: str) -> bytes:
@@ -105,31 +117,40 @@ def read_regular(path: Path, shown: str, limit: int = MAX_BYTES) -> bytes:
 
     Raises:
         UserError: it is gone, something else than a file, or has more than ``limit`` bytes.
+        OSError: the machine cannot read it, with the path.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without it, a FIFO would wait for its writer
     except (FileNotFoundError, NotADirectoryError):
         raise gone(shown) from None
-    except PermissionError:
-        raise
-    except OSError as error:  # a socket, a link to itself
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
         raise UserError(f"'{shown}' cannot be opened ({error.strerror}); expected a regular file") from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"'{shown}' is not a regular file; replace it by one")
         refuse_huge(status.st_size, shown, limit)
-        with open(descriptor, "rb", closefd=False) as file:
+        with located(path), open(descriptor, "rb", closefd=False) as file:
             return file.read()
     finally:
         os.close(descriptor)
 
 
+@contextmanager
+def located(path: Path) -> Iterator[None]:
+    """Inside, an open file is read; what goes wrong with that names no path by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def refuse_huge(num_bytes: int, shown: str, limit: int = MAX_BYTES) -> None:
     if num_bytes > limit:
-        raise UserError(
-            f"'{shown}' has {num_bytes:,} bytes; at most {limit:,} are read, more than any picture of allowed size has"
-        )
+        cure = "more than any picture of allowed size has" if limit == MAX_BYTES else "so shorten or split it"
+        raise UserError(f"'{shown}' has {num_bytes:,} bytes; at most {limit:,} are read, {cure}")
 
 
 def require_regular(path: Path, shown: str) -> None:
@@ -161,7 +182,7 @@ class TarIndex:
         """
         offset, size = self.members[member]
         refuse_huge(size, shown, limit)
-        with path.open("rb") as file:
+        with located(path), path.open("rb") as file:
             file.seek(offset)
             blob = file.read(size)
         if len(blob) < size:
@@ -173,27 +194,64 @@ def index_tar(path: Path, shown: str) -> TarIndex:
     """Read the headers of an uncompressed .tar.
 
     Raises:
-        UserError: it is compressed, damaged, cut off, or no .tar at all.
+        UserError: it is compressed, damaged, cut off, goes on behind its end, or is no .tar at all.
     """
     require_regular(path, shown)
-    index = TarIndex()
-    with path.open("rb") as file:
+    with located(path), path.open("rb") as file:
         start = file.read(8)
         for magic, command in MAGIC.items():
             if start.startswith(magic):
                 raise UserError(f"'{shown}' is compressed; members are read in place, so unpack it once: {command}")
         file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    add_member(index, member)
-                end = tar.offset
-        except (tarfile.TarError, ValueError) as error:
+            index, end = read_headers(file)
+        except RecursionError:
+            raise UserError(f"'{shown}' is a damaged .tar file (headers of headers without end); restore it") from None
+        except (tarfile.TarError, ValueError, OverflowError) as error:
             raise UserError(f"'{shown}' is no .tar file, or a damaged one ({error}); restore it") from None
         file.seek(end)  # tarfile stops without a word at a header that it cannot read
         if file.read(512) != bytes(512):
             raise UserError(f"'{shown}' is damaged or cut off after {len(index.members)} members; restore it")
+        if any(file.read(MAX_PADDING)) or file.read(1):
+            raise UserError(
+                f"'{shown}' goes on behind its end mark, after {len(index.members)} members, as .tar files do that were"
+                " joined by cat; unpack it with tar --ignore-zeros and pack it anew"
+            )
     return index
+
+
+def read_headers(file: BinaryIO) -> tuple[TarIndex, int]:
+    """The members, and where the end mark should stand.
+
+    Raises:
+        tarfile.TarError, ValueError, OverflowError, RecursionError: it is damaged or no .tar file.
+    """
+    index, end = TarIndex(), 0
+    with tarfile.open(fileobj=cast(BinaryIO, Headers(file)), mode="r:") as tar:
+        for member in tar:
+            if member.size < 0 or tar.offset <= end:  # else the same header would be read for ever
+                raise tarfile.ReadError("a member of negative size")
+            add_member(index, member)
+            end = tar.offset
+        return index, tar.offset
+
+
+class Headers:
+    """A file as ``tarfile`` may see it, which believes any size that a header claims."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.tell = file, file.tell
+        self._size = os.fstat(file.fileno()).st_size
+
+    def seek(self, position: int) -> None:
+        if not 0 <= position <= self._size:
+            raise tarfile.ReadError("unexpected end of data")
+        self._file.seek(position)
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
 
 
 def add_member(index: TarIndex, member: tarfile.TarInfo) -> None:
@@ -227,9 +285,12 @@ def open_parquet(path: Path, shown: str) -> Iterator[pq.ParquetFile]:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
                 raise UserError(f"'{shown}' has a column twice: {', '.join(names)}; rename one")
+            if file.metadata.num_rows > MAX_ROWS:
+                rows = f"{file.metadata.num_rows:,} rows; at most {MAX_ROWS:,} are read from one file"
+                raise UserError(f"'{shown}' has {rows}, so split it")
             yield file
     except (pa.ArrowException, OSError) as error:
-        if getattr(error, "errno", None):  # the machine's fault, not the file's
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):  # the machine's fault, not the file's
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"'{shown}' is no Parquet file, or a damaged one ({reason}); restore it") from None
@@ -245,8 +306,15 @@ def image_column(schema: pa.Schema, shown: str) -> str:
     """
     import pyarrow.types as types
 
-    structs = [f.name for f in schema if types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    binaries = [f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type)]
+    def is_bytes(kind: pa.DataType) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    def holds_bytes(kind: pa.DataType) -> bool:
+        index = kind.get_field_index("bytes") if types.is_struct(kind) else -1
+        return index >= 0 and is_bytes(kind.field(index).type)
+
+    structs = [field.name for field in schema if holds_bytes(field.type)]
+    binaries = [field.name for field in schema if is_bytes(field.type)]
     if "image" in structs + binaries:
         return "image"
     candidates = structs or binaries
@@ -254,7 +322,8 @@ def image_column(schema: pa.Schema, shown: str) -> str:
         return candidates[0]
     if candidates:
         raise UserError(f"'{shown}' has pictures in {', '.join(candidates)}; name the column to use 'image'")
-    raise UserError(f"'{shown}' has no column of embedded pictures, such as 'image'; it has {', '.join(schema.names)}")
+    there = ", ".join(f"{field.name} ({field.type})" for field in schema)[:MAX_SHOWN]
+    raise UserError(f"'{shown}' has no column of embedded pictures, such as 'image' with bytes; it has {there}")
 
 
 @dataclass(frozen=True)

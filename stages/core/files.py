@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from stages.core.console import UserError
 
 if TYPE_CHECKING:
@@ -108,6 +110,9 @@ def understood(path: Path, stage: str) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            what = ".".join(map(str, first["loc"])) + ": " * bool(first["loc"]) + first["msg"]
         raise UserError(
             f"{path}: edited by hand or of another version ({what}); run `python -m {stage}` again"
         ) from None
@@ -153,8 +158,23 @@ def sha256_json(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
+    """Hold an output folder, so that two runs cannot leave a mix of both.
+
+    Raises:
+        UserError: another process is writing there; its pid is named.
+    """
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    with lock(state_dir() / "writing" / name, shown=folder):
+        yield
+
+
+@contextlib.contextmanager
+def lock(folder: Path, shown: Path | None = None) -> Iterator[None]:
     """Hold a folder for this process; the kernel frees it when the process dies, however it dies.
+
+    Args:
+        shown: what to name in the refusal instead.
 
     Raises:
         UserError: another process holds it; its pid is named.
@@ -167,7 +187,7 @@ def lock(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise UserError(
-                f"{folder}: process {holder} is at work on this run; wait for it, or stop it: kill {holder}"
+                f"{shown or folder}: process {holder} is at work on this run; wait for it, or stop it: kill {holder}"
             ) from None
         file.seek(0)
         file.truncate()

@@ -9,19 +9,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.events import AliasEvent
 
 from stages.core.console import REMEDIES, UserError, log
-from stages.core.files import sha256_json, state_dir, write_json
+from stages.core.files import sha256_file, sha256_json, state_dir, write_json
 from stages.core.params import read_yaml, unknown
 
 KEYS = ("hub", "revision", "files")
 NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 COMMIT = r"[0-9a-f]{40}"
+MAX_BYTES = 64 * 2**10
+"""Of a pin file."""
+MAX_SHOWN = 120
+"""Characters of a value in a message."""
 NEVER_FETCHED = ["*.py", "*.pkl", "*.pickle"]  # code, which no stage would run anyway
 
 
@@ -40,29 +48,87 @@ class Pin:
         chosen = "" if self.files is None else "-" + sha256_json(sorted(self.files))[:8]
         return state_dir() / "hub" / self.hub.replace("/", "--") / (self.revision + chosen)
 
+    @property
+    def marker(self) -> Path:
+        """Says that the snapshot is whole; beside it, since a snapshot holds what the Hub holds and nothing else."""
+        return self.folder.with_name(self.folder.name + ".json")
 
-def fetch(path: Path) -> Path:
+
+class FileState(TypedDict):
+    """What a downloaded file was."""
+
+    bytes: int
+    sha256: str
+
+
+def fetch(path: Path, verify: bool = True) -> Path:
     """Folder with the snapshot that a pin file names, downloaded unless it is whole already.
 
+    Args:
+        verify: read every file and compare its SHA-256 with that of what was downloaded; else its size alone.
+
     Raises:
-        UserError: the pin is none, or the Hub does not give the files.
+        UserError: the pin is none, the Hub does not give the files, or other files were put beside them.
     """
     pin = read_pin(path)
-    marker = pin.folder.with_name(pin.folder.name + ".json")  # beside it: a snapshot holds what the Hub holds
-    if not complete(pin.folder, marker):
-        log.info("download    %s at %s from the Hugging Face Hub", pin.hub, pin.revision[:12])
-        names = download(path, pin)
-        write_json(marker, {name: (pin.folder / name).stat().st_size for name in names})
+    stated = read_marker(pin)
+    spoiled = [name for name, state in stated.items() if not is_whole(pin.folder / name, state, verify)]
+    if stated and not spoiled:
+        if verify:
+            refuse_strangers(path, pin, stated)
+        return pin.folder
+    if spoiled:
+        log.warning(
+            "warning: %d files of the snapshot of %s were changed or lost since they were downloaded, such as %s; they"
+            " are fetched again",
+            *(len(spoiled), path, spoiled[0]),
+        )
+    for name in spoiled:  # the client could take it for what the Hub holds
+        (pin.folder / name).unlink(missing_ok=True)
+    log.info("download    %s at %s from the Hugging Face Hub", pin.hub, pin.revision[:12])
+    names = download(path, pin)
+    write_json(pin.marker, {name: state_of(pin.folder / name) for name in names})
     return pin.folder
 
 
-def complete(folder: Path, marker: Path) -> bool:
-    """Whether a download came to its end, and every file is still there with its size."""
+def is_fetched(pin: Pin) -> bool:
+    """Whether ``fetch`` would not ask the Hub, by the sizes of the files."""
+    stated = read_marker(pin)
+    return bool(stated) and all(is_whole(pin.folder / name, state, verify=False) for name, state in stated.items())
+
+
+def read_marker(pin: Pin) -> dict[str, FileState]:
+    """Files of a download that came to its end; empty where none did."""
     try:
-        sizes = json.loads(marker.read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+        stated = json.loads(pin.marker.read_text(encoding="utf-8"))
+        return {name: {"bytes": int(state["bytes"]), "sha256": str(state["sha256"])} for name, state in stated.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def is_whole(path: Path, state: FileState, verify: bool) -> bool:
+    try:
+        return path.stat().st_size == state["bytes"] and (not verify or sha256_file(path) == state["sha256"])
+    except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def refuse_strangers(path: Path, pin: Pin, stated: dict[str, FileState]) -> None:
+    """What else stands in the snapshot would be taken for a part of the pinned commit."""
+    there = {file.relative_to(pin.folder) for file in pin.folder.rglob("*") if not file.is_dir()}
+    strangers = sorted(str(name) for name in there if str(name) not in stated and not hidden(name))
+    if strangers:
+        found = f"{len(strangers)} files in {pin.folder} are none of {pin.hub}, such as {strangers[0]}"
+        raise UserError(f"{path}: {found}; move them to a folder of your own")
+
+
+def hidden(name: Path) -> bool:
+    """As the client's own ``.cache``; no listing looks at those."""
+    return any(part.startswith(".") for part in name.parts)
+
+
+def state_of(path: Path) -> FileState:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def read_pin(path: Path) -> Pin:
@@ -73,19 +139,33 @@ def read_pin(path: Path) -> Pin:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a YAML file with the keys hub and revision")
+    refuse_bombs(path)
     tree = read_yaml(path)
-    problems = [unknown(str(path), str(key), KEYS) for key in tree if key not in KEYS]
+    problems = [unknown(str(path), str(key)[:MAX_SHOWN], KEYS) for key in tree if key not in KEYS]
     problems += [f"{path} {text}" for text in (hub_problem(tree), revision_problem(tree), files_problem(tree)) if text]
     if problems:
         raise UserError(*problems)
     return Pin(tree["hub"], tree["revision"], None if tree.get("files") is None else tuple(tree["files"]))
 
 
+def refuse_bombs(path: Path) -> None:
+    """A few lines of YAML whose aliases name aliases are gigabytes when written out."""
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes; a file that pins a dataset has at most {MAX_BYTES:,}")
+    with contextlib.suppress(YAMLError, ValueError, RecursionError):  # read_yaml says what is wrong
+        for event in YAML(typ="safe", pure=True).parse(path.read_text(encoding="utf-8")):
+            if isinstance(event, AliasEvent):
+                raise UserError(
+                    f"{path}:{event.start_mark.line + 1}: an alias (*{event.anchor[:MAX_SHOWN]}); write the value"
+                    " itself, and a pattern in quotes"
+                )
+
+
 def hub_problem(tree: dict[str, Any]) -> str:
     name = tree.get("hub")
     if isinstance(name, str) and re.fullmatch(NAME, name):
         return ""
-    return f"hub: got {name!r}; expected owner/name, as in https://huggingface.co/datasets/owner/name"
+    return f"hub: got {shown(name)}; expected owner/name, as in https://huggingface.co/datasets/owner/name"
 
 
 def revision_problem(tree: dict[str, Any]) -> str:
@@ -93,9 +173,9 @@ def revision_problem(tree: dict[str, Any]) -> str:
     if isinstance(revision, str) and re.fullmatch(COMMIT, revision):
         return ""
     if isinstance(revision, int | float):
-        return f"revision: got the number {revision}; put the commit in quotes"
-    got = "missing" if revision is None else f"got {revision!r}"
-    name = tree.get("hub")
+        return f"revision: got the number {shown(revision)}; put the commit in quotes"
+    got = "missing" if revision is None else f"got {shown(revision)}"
+    name = tree.get("hub") if not hub_problem(tree) else "owner/name"
     return (
         f"revision: {got}; expected a commit of 40 hex digits, since what a branch, a tag or nothing names can change"
         f" and no run could be repeated; find it at https://huggingface.co/datasets/{name}/commits/main, or with"
@@ -107,7 +187,12 @@ def files_problem(tree: dict[str, Any]) -> str:
     files = tree.get("files")
     if files is None or (isinstance(files, list) and files and all(isinstance(f, str) and f for f in files)):
         return ""
-    return f'files: got {files!r}; expected a list of patterns such as ["data/train-*.parquet"], or leave it out'
+    return f'files: got {shown(files)}; expected a list of patterns such as ["data/train-*.parquet"], or leave it out'
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def download(path: Path, pin: Pin) -> list[str]:

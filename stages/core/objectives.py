@@ -10,12 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.core.console import UserError
-
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
-    from stages.artifacts.latent_cache import LatentCache
 
 
 def target(
@@ -61,26 +57,9 @@ def masked_mean(errors: torch.Tensor, masks: torch.Tensor | None) -> torch.Tenso
 
     Args:
         errors: [B, C, h, w].
-        masks: [B, 1, h, w], weights from 0 to 1, not all 0 in a sample (`require_visible`).
+        masks: [B, 1, h, w], weights from 0 to 1, not all 0 in a sample; cache_latents refuses masks that are.
     """
     if masks is None:
         return errors.flatten(1).mean(1)
     covered = masks.flatten(1).sum(1) * errors.shape[1]  # [B]
     return (errors * masks).flatten(1).sum(1) / covered
-
-
-def require_visible(cache: LatentCache) -> None:
-    """Every mask leaves something to look at.
-
-    Raises:
-        UserError: masks are all zero, for which there is no mean; one line per picture.
-    """
-    problems = []
-    for item in cache.items:
-        black = sum(not cache.mask(key).any() for key in item.masks)
-        if black:
-            views = f"in {black} of its {len(item.masks)} views" if len(item.masks) > 1 else "everywhere"
-            cures = "mend the mask, leave the picture out, or raise dataset.unmasked_weight above 0"
-            problems.append(f"{item.file_name}: its mask is black {views}, so no loss is left; {cures}")
-    if problems:
-        raise UserError(*problems)

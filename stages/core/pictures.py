@@ -46,7 +46,6 @@ MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK",
 MAX_PIXELS = 80_000_000  # a few KB of PNG can claim more, and Pillow itself refuses from 179 million only
 MAX_SIDE = 65_535  # of a JPEG
 VERSION = 1  # of the way from bytes to pixels; part of every cache key, so raise it when load_view changes
-CHECK_VERSION = 1  # of check_picture; raise it when it finds something else in the same bytes
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "bicubic": Image.Resampling.BICUBIC,
@@ -85,13 +84,12 @@ class Checked:
         """Some pixel lets the background through."""
         return self.alpha is not None and self.alpha[0] < 255
 
-    @property
-    def dhash(self) -> str:
-        return dhash(self.thumbnail)
-
 
 def check_picture(blob: bytes, name: str, first_frame: bool) -> Checked:
     """What the bytes hold, verified and decoded to the last pixel.
+
+    A JPEG that was cut and then given an end mark is not told from a whole one, nor is one with some damaged blocks:
+    libjpeg fills the rest with grey, warns, and Pillow drops the warning.
 
     Args:
         name: for messages; the format is told by content. See ``misnamed``.
@@ -99,6 +97,7 @@ def check_picture(blob: bytes, name: str, first_frame: bool) -> Checked:
 
     Raises:
         UserError: it cannot be read, has several frames, is too large, or has pixels that would be misread.
+        MemoryError: the machine's fault or that of broken bytes, which cannot be told apart; names the picture.
     """
     if not blob:
         raise UserError(f"'{name}' is an empty file; restore it or remove it")
@@ -116,6 +115,8 @@ def check_picture(blob: bytes, name: str, first_frame: bool) -> Checked:
     except Image.DecompressionBombError:
         raise UserError(f"'{name}' claims too many pixels; at most {MAX_PIXELS:,} are read, scale it down") from None
     except Exception as error:  # decoders raise what they like on broken bytes
+        if isinstance(error, MemoryError) or "out of memory" in str(error):  # Pillow makes an OSError of it
+            raise MemoryError(f"out of memory while '{name}' was decoded") from error
         what = " ".join(str(error).split()).rstrip(".")[:120]
         raise UserError(f"'{name}' is damaged ({what}); restore it or remove it") from None
 
@@ -145,8 +146,9 @@ def _refuse(image: Image.Image, first_frame: bool) -> list[str]:
         )
     if image.mode not in MODES or _odd_depth(image):
         raise UserError(f"has pixels of type {image.mode}{_odd_depth(image)}; save it with 8 or 16 bits per channel")
-    if image.mode.startswith("I") and "transparency" in image.info:
-        raise UserError("is 16-bit grey with a transparent shade; save it with 8 bits")
+    misread = _misread(image)
+    if misread:
+        raise UserError(f"is {misread}; save it with 8 bits")
     found = {
         "are CMYK and are converted to sRGB": image.mode == "CMYK",
         "have 1 bit per pixel, black or white": image.mode == "1",
@@ -159,6 +161,19 @@ def _odd_depth(image: Image.Image) -> str:
     """`` of 12 bits`` for a TIFF whose grey Pillow would show much too dark: it reads 12 bits as 16."""
     bits = getattr(image, "tag_v2", {}).get(258, (16,))
     return f" of {bits[0]} bits" if image.mode.startswith("I") and tuple(bits) != (16,) else ""
+
+
+def _misread(image: Image.Image) -> str | None:
+    """Which of the pictures of 16 bits per channel it is that Pillow opens and shows wrong, as noise or a negative."""
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(284) == 2 and max(tags.get(258, (8,))[1:], default=8) > 8:
+        return "a TIFF with 16-bit colours in separate planes"
+    if tags.get(262) == 0 and image.mode.startswith("I"):
+        return "a TIFF of 16-bit grey in which 0 is white"
+    # A shade's 16 bits are compared with the 8 that are left of each pixel.
+    if "transparency" in image.info and any("16" in str(tile.args) for tile in getattr(image, "tile", ())):
+        return f"16-bit {'grey' if image.mode.startswith('I') else 'colour'} with a transparent shade"
+    return None
 
 
 def _describe(image: Image.Image, found: list[str]) -> Checked:
@@ -194,11 +209,6 @@ def _unidentified(blob: bytes) -> str:
 
 
 # Likeness
-
-
-def dhash(thumbnail: str) -> str:
-    """Difference hash of ``Checked.thumbnail``: 256 bits in hex; see ``gradient_bits``."""
-    return np.packbits(gradient_bits(thumbnail_pixels(thumbnail))).tobytes().hex()
 
 
 def thumbnail_pixels(thumbnail: str) -> np.ndarray:
@@ -261,12 +271,20 @@ def load_mask(
             those of its mask for ``file``: luminance, black where transparent. The mask may have another size.
         preprocessing: the manifest's; its filter is for colours and could ring below 0 here.
     """
+    return cut_mask(decode_mask(blob, kind), item, view)
+
+
+def decode_mask(blob: bytes, kind: Literal["alpha", "file"]) -> Image.Image:
+    """The whole mask, upright, mode L: what the masks of all views are cut from."""
     with Image.open(io.BytesIO(blob), formats=FORMATS) as image:
         full = _upright(image)
     if kind == "file":
-        channel = _luminance(full)
-    else:
-        channel = full.getchannel("A") if full.mode == "RGBA" else Image.new("L", full.size, 255)
+        return _luminance(full)
+    return full.getchannel("A") if full.mode == "RGBA" else Image.new("L", full.size, 255)
+
+
+def cut_mask(channel: Image.Image, item: Item, view: View) -> np.ndarray:
+    """float32 [item.height, item.width], 0 to 1, from a decoded mask."""
     across, down = channel.width / item.source_width, channel.height / item.source_height
     left, top, right, bottom = view.crop
     box = (left * across, top * down, min(right * across, channel.width), min(bottom * down, channel.height))

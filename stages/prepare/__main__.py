@@ -7,19 +7,19 @@ Run: ``python -m stages.prepare``
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from stages.artifacts.manifest import Augmentation, Item, Manifest
+from stages.artifacts.manifest import Augmentation, Item, Manifest, natural_key
 from stages.core import params
-from stages.core.console import UserError, log, parser, run
+from stages.core.console import PATHS, UserError, log, parser, run
 from stages.core.containers import PictureFiles
+from stages.core.files import writing
 from stages.core.pictures import preprocessing
 from stages.prepare import changes, page, split, variants
-from stages.prepare.inspection import Row, inspect
-from stages.prepare.listing import Listing, Problem
+from stages.prepare.inspection import CheckedPicture, inspect
+from stages.prepare.listing import Listing, Problem, lines, reasons
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
 
@@ -28,11 +28,17 @@ def main() -> None:
     args = parser(__doc__, ("prepared", "dataset_reports")).parse_args()
     dataset = params.load(args.params, args.overrides).section(DatasetParams)
 
+    require_apart(Path(dataset.source), [args.prepared, args.dataset_reports, *map(Path, PATHS.values())])
+    with writing(args.prepared):
+        prepare(dataset, args.prepared, args.dataset_reports)
+
+
+def prepare(dataset: DatasetParams, prepared: Path, reports: Path) -> None:
     files = PictureFiles(dataset.source)
     listing = list_entries(dataset)
     checked = inspect(listing.entries, dataset, files)
     left_out = settle([*listing.problems, *checked.problems], listing, dataset)
-    sides = split.assign(checked.rows, dataset)
+    sides = split.assign(checked.rows, dataset, len(left_out))
     left_out |= sides.withheld
     items = [to_item(row, sides, dataset) for row in checked.rows if row.entry.file_name in sides.sides]
     warn([*listing.warnings, *checked.warnings, *sides.warnings], items, left_out)
@@ -44,12 +50,24 @@ def main() -> None:
         dataset.unmasked_weight,
         dataset.source,
     )
-    manifest.save(args.prepared)
-    reports = args.dataset_reports
+    manifest.save(prepared)
     page.write(manifest, sorted(left_out.items()), sides.groups, len(listing.unlisted), files.read, reports)
-    log_end(manifest, args.prepared, reports)
+    log_end(manifest, prepared, reports)
     changes.report(manifest, files.read, reports)
     log.info("next        python -m stages.cache_latents")
+
+
+def require_apart(source: Path, outputs: Iterable[Path]) -> None:
+    """Refuse a source that would feed the DAG with what it writes."""
+    whole = source.resolve()
+    for output in outputs:
+        if output.resolve().is_relative_to(whole):
+            what = f"holds {output}, which a stage writes"
+        elif whole.is_relative_to(output.resolve()):
+            what = f"lies in {output}, which a stage writes anew"
+        else:
+            continue
+        raise UserError(f"params.yaml dataset.source: '{source}' {what}; name a folder of pictures alone")
 
 
 def settle(problems: list[Problem], listing: Listing, dataset: DatasetParams) -> dict[str, str]:
@@ -58,27 +76,21 @@ def settle(problems: list[Problem], listing: Listing, dataset: DatasetParams) ->
     Raises:
         UserError: every problem, one line each; or too many to go on without.
     """
-    problems = sorted(problems, key=natural)
+    problems = sorted(problems, key=lambda problem: natural_key(problem.place))
     if not problems:
         return {}
     if dataset.on_bad == "error":
-        raise UserError(*map(str, problems))
-    named = {problem.file_name or problem.place: str(problem) for problem in problems}
+        raise UserError(*lines(problems))
+    named = reasons(problems)
     total = len({entry.file_name for entry in listing.entries} | named.keys())
     if len(named) > dataset.max_bad_fraction * total:
         limit = f"more than dataset.max_bad_fraction {dataset.max_bad_fraction}"
         found = f"{len(named)} of {total} pictures are bad, {limit}; mend them or raise it"
-        raise UserError(*map(str, problems), f"params.yaml dataset.on_bad: {found}")
+        raise UserError(*lines(problems), f"params.yaml dataset.on_bad: {found}")
     return named
 
 
-def natural(problem: Problem) -> list[tuple[int, int, str]]:
-    """Sorts ``metadata.jsonl:9`` before ``metadata.jsonl:10``."""
-    parts = re.split(r"(\d+)", problem.place)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
-
-
-def to_item(row: Row, sides: split.Assignment, dataset: DatasetParams) -> Item:
+def to_item(row: CheckedPicture, sides: split.Assignment, dataset: DatasetParams) -> Item:
     entry = row.entry
     subset = dataset.as_subsets()[entry.subset]
     caption, captions = variants.captions_of(entry.captions, subset.caption_prefix or "", dataset)
@@ -92,12 +104,20 @@ def to_item(row: Row, sides: split.Assignment, dataset: DatasetParams) -> Item:
         source_height=row.height,
         width=row.target_width,
         height=row.target_height,
-        mask="alpha" if dataset.mask == "alpha" else entry.mask,
+        mask=mask_of(row, dataset),
         mask_sha256=row.mask_sha256,
         repeats=subset.repeats,
         loss_weight=subset.loss_weight,
         regularization=subset.regularization,
+        transparent=row.has_alpha,
     )
+
+
+def mask_of(row: CheckedPicture, dataset: DatasetParams) -> str | None:
+    """``alpha`` where it hides anything, or the mask's file."""
+    if dataset.mask == "alpha":
+        return "alpha" if row.has_alpha else None
+    return row.entry.mask
 
 
 def warn(found: Iterable[str], items: list[Item], left_out: dict[str, str]) -> None:

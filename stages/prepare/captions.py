@@ -16,7 +16,7 @@ def from_value(values: dict[str, Any], column: str) -> tuple[str, ...]:
     """The captions in a row's column.
 
     Raises:
-        UserError: there are none, or something else than text.
+        UserError: there are none, something else than text, or text with control characters.
     """
     if column not in values:
         raise UserError(f"no '{column}' column; write the caption, or \"\" for none")
@@ -26,27 +26,34 @@ def from_value(values: dict[str, Any], column: str) -> tuple[str, ...]:
         got = json.dumps(value, default=str, ensure_ascii=False)[:80]
         raise UserError(f'{column}: got {got}; expected a string or a list of strings, "" for no caption')
     for caption in captions:
-        refuse_half_characters(caption, column)
+        odd = odd_characters(caption)
+        if odd:
+            raise UserError(f"{column}: {json.dumps(caption)[:80]} {odd}")
     return tuple(captions)
 
 
-def refuse_half_characters(caption: str, column: str) -> None:
-    if caption.isprintable() or not any(unicodedata.category(character) == "Cs" for character in caption):
-        return
-    raise UserError(f"{column}: {json.dumps(caption)[:80]} holds half a character (a lone surrogate); write it again")
+def odd_characters(caption: str) -> str | None:
+    """A predicate of text that no tokenizer was made for, and no table can show; None for other text."""
+    if caption.isprintable():
+        return None
+    kinds = {unicodedata.category(character) for character in caption if character not in "\n\r\t\x85"}
+    if "Cs" in kinds:
+        return "holds half a character (a lone surrogate); write it again"
+    return "holds a control character; write the caption as plain text" if "Cc" in kinds else None
 
 
 def from_text(blob: bytes, shown: str) -> tuple[str, ...]:
     """The captions in a .txt file: each line that is not blank is one; a blank file says that there is no caption.
 
     Raises:
-        UserError: it is no text.
+        UserError: it is no text, or has control characters.
     """
     try:
         text = blob.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"'{shown}' is not UTF-8 text; save it as UTF-8") from None
-    if "\0" in text:
-        raise UserError(f"'{shown}' holds a NUL character; write the caption as plain text")
+    odd = odd_characters(text)
+    if odd:
+        raise UserError(f"'{shown}' {odd}")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return tuple(line.strip() for line in lines if line.strip()) or ("",)

@@ -5,6 +5,7 @@ Neither git nor DVC tracks the two: they are no function of the stage's inputs, 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Callable
@@ -15,16 +16,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from stages.artifacts import picture_table
-from stages.artifacts.manifest import Item, Manifest, View
+from stages.artifacts.manifest import Item, Manifest, View, natural_key
 from stages.core import thumbnails
 from stages.core.console import log
 from stages.core.dataset_changes import Changes, compare_tables
-from stages.core.files import write_text
+from stages.core.files import sha256_file, write_text
 from stages.core.pictures import load_view
 from stages.core.sheets import save_png
 
 MAX_THUMBNAILS = 2000  # pictures of one version that are kept small: the first ones by content, some 4 MB
 GIT_SECONDS = 20
+DIGITS = 12  # of a table's SHA-256
 
 
 def report(manifest: Manifest, read: Callable[[str], bytes], folder: Path) -> None:
@@ -33,49 +35,60 @@ def report(manifest: Manifest, read: Callable[[str], bytes], folder: Path) -> No
     A convenience beside the stage's outputs: whatever goes wrong here is said, and the stage goes on.
     """
     try:
-        changes = since_committed(folder / "pictures.csv")
-        keep_thumbnails(wanted(manifest.items, changes or Changes()), manifest, read)
-        log.info("changes     %s", write(changes, folder))
+        table = folder / "pictures.csv"
+        committed = committed_table(table)
+        changes = Changes()
+        if committed is not None:
+            changes = compare_tables(picture_table.parse(committed.decode("utf-8")), picture_table.load(table))
+        keep_thumbnails(wanted(manifest.items, changes), manifest, read)
+        log.info("changes     %s", write(changes, committed, folder))
     except Exception as error:
         log.warning("warning: what changed in the dataset is not shown (%s: %s)", type(error).__name__, error)
 
 
-def since_committed(table: Path) -> Changes | None:
+def committed_table(table: Path) -> bytes | None:
     """None where git holds no earlier version."""
-    committed = git("show", f"HEAD:./{Path(os.path.relpath(table)).as_posix()}")
-    if committed is None:
-        return None
-    return compare_tables(picture_table.parse(committed), picture_table.load(table))
+    return git("show", f"HEAD:./{Path(os.path.relpath(table)).as_posix()}")
 
 
-def git(*arguments: str) -> str | None:
+def git(*arguments: str) -> bytes | None:
     """Standard output, or None: no git, no repository, no commit, no such file."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, stdin=subprocess.DEVNULL, timeout=GIT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.decode("utf-8") if done.returncode == 0 else None
+    return done.stdout if done.returncode == 0 else None
 
 
-def write(changes: Changes | None, folder: Path) -> str:
+def write(changes: Changes, committed: bytes | None, folder: Path) -> str:
     """Both files, or neither where there is nothing to show; returns what to say."""
     page, drawn = folder / "changes.md", folder / "changes.png"
     drawn.unlink(missing_ok=True)
-    if not changes:
+    if not changes or committed is None:
         page.unlink(missing_ok=True)
-        return "none since the committed version" if changes is not None else "none to show: the first version"
+        return "none since the committed version" if committed else "not shown: git holds no earlier pictures.csv"
     image = thumbnails.changes_sheet(changes)
     if image:
         save_png(drawn, image, thumbnails.SHEET_MAX_BYTES)
-    since = (git("rev-parse", "--short", "HEAD") or "").strip()
+    commit = (git("rev-parse", "--short", "HEAD") or b"").decode().strip()
     sections = [
         "# What changed in the dataset",
-        f"Since commit `{since}`: {changes.summary()}.",
+        f"Since commit `{commit}`: {changes.summary()}.",
+        compared(committed, folder / "pictures.csv"),
         *(["![Thumbnails](changes.png)"] if image else []),
         changes.markdown(),
     ]
     write_text(page, "\n\n".join(sections) + "\n")
     return f"{changes.summary()} since the committed version; {page}"
+
+
+def compared(committed: bytes, table: Path) -> str:
+    """Which tables the page is of: it stays behind when another version's outputs are taken from a cache."""
+    old, new = hashlib.sha256(committed).hexdigest()[:DIGITS], sha256_file(table)[:DIGITS]
+    return (
+        f"`{table.name}` was `{old}` and is `{new}`, the first digits of its SHA-256: where `sha256sum"
+        f" {table.as_posix()}` says others, this page is of another version; `python -m stages.prepare` writes it anew."
+    )
 
 
 def wanted(items: list[Item], changes: Changes) -> list[Item]:
@@ -96,6 +109,7 @@ def keep_thumbnails(items: list[Item], manifest: Manifest, read: Callable[[str],
         thumbnails.save(item.sha256, load_view(read(item.file_name), small, whole, manifest.preprocessing))
 
     missing = [item for item in items if not thumbnails.path_of(item.sha256).exists()]
+    missing.sort(key=lambda item: natural_key(item.file_name))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in tqdm(pool.map(make, missing), desc="thumbnails", total=len(missing), disable=None, leave=False):
             pass

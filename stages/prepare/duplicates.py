@@ -51,9 +51,9 @@ def _matches(thumbnails: Sequence[str], max_bits: int, mirrored: bool) -> Iterat
     if not thumbnails:
         return
     pixels = np.stack([thumbnail_pixels(thumbnail) for thumbnail in thumbnails])  # [N, 16, 17, 3]
-    signs, colours = _signs(pixels), _even(pixels)
+    signs, colours = _signs(pixels), _colours(pixels)
     views = [pixels, pixels[:, :, ::-1]] if mirrored else [pixels]
-    for other_signs, other_colours in [(_signs(view), _even(view)) for view in views]:
+    for other_signs, other_colours in [(_signs(view), _colours(view)) for view in views]:
         for start in range(0, len(pixels), BLOCK):
             near = signs[start : start + BLOCK] @ other_signs.T >= 256 - 2 * max_bits  # [R, N]
             np.fill_diagonal(near[:, start:], False)  # itself; and a picture is no copy of its own mirror image
@@ -69,14 +69,28 @@ def _signs(pixels: np.ndarray) -> np.ndarray:
     return gradient_bits(pixels).astype(np.float32) * 2 - 1
 
 
-def _even(pixels: np.ndarray) -> np.ndarray:
-    """Colours less their mean, in standard deviations: float32 [N, 816]."""
-    colours = pixels.reshape(len(pixels), -1).astype(np.float32)
-    colours = colours - colours.mean(axis=1, keepdims=True)
-    return colours / np.maximum(colours.std(axis=1, keepdims=True), MIN_DEVIATION)
+def _colours(pixels: np.ndarray) -> np.ndarray:
+    """float64 [N, 816]: integers, whose sums and products are exact in any order, on any processor."""
+    return pixels.reshape(len(pixels), -1).astype(np.float64)
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Root mean square difference of every row of ``a`` [R, 816] and of ``b`` [C, 816]: [R, C]."""
-    squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * (a @ b.T)
-    return np.sqrt(np.maximum(squares, 0) / a.shape[1])
+    """Root mean square difference of colours less their mean, in standard deviations: [R, C].
+
+    With n values in a row, n squared times (co)variances are integers below 2^53; the few operations after them are
+    rounded alike everywhere, so that no other picture and no machine decides on which side of a threshold a pair is.
+
+    Args:
+        a, b: ``_colours`` of R and of C pictures.
+    """
+    (sums_a, variances_a), (sums_b, variances_b) = _moments(a), _moments(b)
+    scale_a, scale_b = (np.sqrt(np.maximum(v, (a.shape[1] * MIN_DEVIATION) ** 2)) for v in (variances_a, variances_b))
+    covariances = a.shape[1] * (a @ b.T) - np.outer(sums_a, sums_b)  # [R, C]
+    own = (variances_a / scale_a**2)[:, None] + (variances_b / scale_b**2)[None]  # 2, if less than that is flat
+    return np.sqrt(np.maximum(own - 2 * covariances / np.outer(scale_a, scale_b), 0))
+
+
+def _moments(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums [N], and variances times n squared [N], of n values each."""
+    sums = colours.sum(axis=1)
+    return sums, colours.shape[1] * (colours**2).sum(axis=1) - sums**2

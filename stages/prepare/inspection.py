@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-from zlib import crc32
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import PIL
 from tqdm import tqdm
 
+from stages.artifacts.manifest import Augmentation, Item
 from stages.core import pictures
 from stages.core.console import UserError
-from stages.core.files import state_dir, write_text
 from stages.core.pictures import Checked
 from stages.prepare import geometry
+from stages.prepare.geometry import Size
 from stages.prepare.listing import Entry, Problem
+from stages.prepare.memory import Memory
 
 if TYPE_CHECKING:
     from stages.prepare.params import DatasetParams
 
 NUM_READERS = 4  # threads; Pillow decodes and hashlib hashes outside of Python's lock
 AHEAD = 16  # pictures handed to them at a time
-MAX_REMEMBERED = 20_000  # checks of pictures of other datasets; 1.3 KB each
 MAX_ASPECT_ERROR = 0.01  # between a mask's shape and its picture's
 NUM_EXAMPLES = 3
+NOTHING = "so that the loss would look at nothing; mend it, or set dataset.unmasked_weight above 0"
 
 
 class Files(Protocol):
@@ -40,7 +37,7 @@ class Files(Protocol):
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckedPicture:
     """One picture that passed every check."""
 
     entry: Entry
@@ -59,14 +56,10 @@ class Row:
     mask_sha256: str | None = None
     """Of the bytes of its mask's file."""
 
-    @property
-    def dhash(self) -> str:
-        return pictures.dhash(self.thumbnail)
-
 
 @dataclass(frozen=True)
 class Inspected:
-    rows: list[Row]
+    rows: list[CheckedPicture]
     """In the order of the entries, as are the problems."""
     problems: list[Problem]
     warnings: list[str]
@@ -75,10 +68,9 @@ class Inspected:
 
 def inspect(entries: list[Entry], dataset: DatasetParams, files: Files) -> Inspected:
     """Look at every picture, and at its mask if it has one; what was seen is remembered by content."""
-    memory = Memory()
     rows, problems = [], []
     found: dict[str, list[str]] = {}
-    try:
+    with Memory("checked") as memory:
         for entry, outcome in tqdm(
             in_order(entries, dataset, files, memory), desc="pictures", total=len(entries), disable=None, leave=False
         ):
@@ -89,8 +81,6 @@ def inspect(entries: list[Entry], dataset: DatasetParams, files: Files) -> Inspe
             rows.append(row)
             for text in texts:
                 found.setdefault(text, []).append(entry.file_name)
-    finally:
-        memory.save()
     return Inspected(
         rows, problems, [f"{len(names)} pictures {text} ({shown(names)})" for text, names in found.items()]
     )
@@ -98,16 +88,16 @@ def inspect(entries: list[Entry], dataset: DatasetParams, files: Files) -> Inspe
 
 def in_order(
     entries: Iterable[Entry], dataset: DatasetParams, files: Files, memory: Memory
-) -> Iterator[tuple[Entry, tuple[Row, list[str]] | UserError]]:
+) -> Iterator[tuple[Entry, tuple[CheckedPicture, list[str]] | UserError]]:
     """Each entry with its row and warnings or with its problems; few pictures are in memory at a time."""
 
-    def look(entry: Entry) -> tuple[Row, list[str]] | UserError:
+    def look(entry: Entry) -> tuple[CheckedPicture, list[str]] | UserError:
         try:
             return examine(entry, dataset, files, memory)
         except UserError as error:
             return error
 
-    waiting: deque[tuple[Entry, Future[tuple[Row, list[str]] | UserError]]] = deque()
+    waiting: deque[tuple[Entry, Future[tuple[CheckedPicture, list[str]] | UserError]]] = deque()
     with ThreadPoolExecutor(NUM_READERS) as pool:
         try:
             for entry in entries:
@@ -122,7 +112,7 @@ def in_order(
             pool.shutdown(cancel_futures=True)
 
 
-def examine(entry: Entry, dataset: DatasetParams, files: Files, memory: Memory) -> tuple[Row, list[str]]:
+def examine(entry: Entry, dataset: DatasetParams, files: Files, memory: Memory) -> tuple[CheckedPicture, list[str]]:
     """One picture's row, and its warnings.
 
     Raises:
@@ -131,33 +121,49 @@ def examine(entry: Entry, dataset: DatasetParams, files: Files, memory: Memory) 
     name = entry.file_name
     sha256, checked = check(name, dataset, files, memory)
     problems: list[str] = []
-    size, mask_sha256 = (0, 0), None
+    size, mask_sha256 = None, None
     try:
         size = geometry.fit(checked.width, checked.height, dataset)
     except UserError as error:
         problems.append(f"'{name}' {error}")
     try:
         mask_sha256 = check_mask(entry, checked, dataset, files, memory)
+        if size and dataset.crop == "center" and not dataset.unmasked_weight:
+            check_mask_in_crop(entry, mask_sha256 or sha256, checked, size, dataset, files, memory)
     except UserError as error:
         problems += error.problems
-    if problems:
+    if problems or size is None:
         raise UserError(*problems)
-    row = Row(entry, sha256, checked.width, checked.height, *size, checked.has_alpha, checked.thumbnail, mask_sha256)
+    row = CheckedPicture(
+        entry, sha256, checked.width, checked.height, *size, checked.has_alpha, checked.thumbnail, mask_sha256
+    )
     return row, remarks(row, checked, dataset)
 
 
 def check(name: str, dataset: DatasetParams, files: Files, memory: Memory) -> tuple[str, Checked]:
-    """A file's SHA-256, and what is in it."""
+    """A file's SHA-256, and what is in it; pictures that are refused are not remembered, for the message names one.
+
+    Raises:
+        UserError: there is no such file, or no picture in it that can be used.
+        OSError: the machine cannot read it, which says nothing of the picture.
+    """
     try:
         blob = files.read(name)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"'{name}' cannot be read ({error.strerror or error}); restore it or remove it") from None
     sha256 = hashlib.sha256(blob).hexdigest()
-    checked = memory.find(sha256, dataset.first_frame)
-    if checked is None:
-        checked = pictures.check_picture(blob, name, dataset.first_frame)
-        memory.add(sha256, dataset.first_frame, checked)
+    known = memory.find([sha256, dataset.first_frame])
+    if known is not None:
+        return sha256, restored(known)
+    checked = pictures.check_picture(blob, name, dataset.first_frame)
+    memory.add([sha256, dataset.first_frame], asdict(checked))
     return sha256, checked
+
+
+def restored(fields: dict[str, Any]) -> Checked:
+    """From JSON, which has no tuples."""
+    alpha = None if fields["alpha"] is None else tuple(fields["alpha"])
+    return Checked(**fields | {"alpha": alpha, "warnings": tuple(fields["warnings"])})
 
 
 def check_mask(entry: Entry, picture: Checked, dataset: DatasetParams, files: Files, memory: Memory) -> str | None:
@@ -166,9 +172,8 @@ def check_mask(entry: Entry, picture: Checked, dataset: DatasetParams, files: Fi
     Raises:
         UserError: the mask cannot be read, has another shape than the picture, or hides all of it.
     """
-    nothing = "so that the loss would look at nothing; mend it, or set dataset.unmasked_weight above 0"
     if dataset.mask == "alpha" and picture.alpha == (0, 0) and not dataset.unmasked_weight:
-        raise UserError(f"'{entry.file_name}' is transparent all over, {nothing}")
+        raise UserError(f"'{entry.file_name}' is transparent all over, {NOTHING}")
     if entry.mask is None or dataset.mask == "alpha":
         return None
     sha256, mask = check(entry.mask, dataset, files, memory)
@@ -178,11 +183,39 @@ def check_mask(entry: Entry, picture: Checked, dataset: DatasetParams, files: Fi
             f"{picture.width} x {picture.height} of '{entry.file_name}'; make it of the picture's aspect ratio"
         )
     if mask.lightest == 0 and not dataset.unmasked_weight:
-        raise UserError(f"mask '{entry.mask}' is black all over, {nothing}")
+        raise UserError(f"mask '{entry.mask}' is black all over, {NOTHING}")
     return sha256
 
 
-def remarks(row: Row, checked: Checked, dataset: DatasetParams) -> list[str]:
+def check_mask_in_crop(
+    entry: Entry, sha256: str, picture: Checked, size: Size, dataset: DatasetParams, files: Files, memory: Memory
+) -> None:
+    """A mask can show something in what is cut off alone; of random crops, ``cache_latents`` knows the places.
+
+    Args:
+        sha256: of the bytes that hold the mask.
+
+    Raises:
+        UserError: the centred crop holds nothing of it.
+    """
+    kind: Literal["alpha", "file"] = "alpha" if dataset.mask == "alpha" else "file"
+    name = entry.file_name if kind == "alpha" else entry.mask
+    uncut = picture.width * size[1] == picture.height * size[0]
+    if uncut or name is None or (kind == "alpha" and not picture.has_alpha):
+        return
+    item = Item(entry.file_name, sha256, "", ("",), "train", picture.width, picture.height, *size)
+    (view,) = Augmentation("center", False, dataset.seed).views(item, 1)
+    key = [sha256, kind, picture.width, picture.height, *size, "is seen"]
+    is_seen = memory.find(key)
+    if is_seen is None:
+        is_seen = bool(pictures.cut_mask(pictures.decode_mask(files.read(name), kind), item, view).any())
+        memory.add(key, is_seen)
+    if not is_seen:
+        what = f"'{name}' is transparent" if kind == "alpha" else f"mask '{name}' is black"
+        raise UserError(f"{what} all over the centred crop that the model sees, {NOTHING}")
+
+
+def remarks(row: CheckedPicture, checked: Checked, dataset: DatasetParams) -> list[str]:
     """Predicates of what is allowed but seldom meant."""
     size = (row.target_width, row.target_height)
     unmoved = row.width * size[1] == row.height * size[0]
@@ -201,52 +234,3 @@ def remarks(row: Row, checked: Checked, dataset: DatasetParams) -> list[str]:
 
 def shown(names: list[str]) -> str:
     return ", ".join(names[:NUM_EXAMPLES]) + (", ..." if len(names) > NUM_EXAMPLES else "")
-
-
-class Memory:
-    """What was seen in pictures, by the SHA-256 of their bytes: a second run only hashes them.
-
-    One line of CRC-32 and JSON each in <state>/store/, in a file per version of the check and of Pillow. Damaged lines
-    are left out and their pictures checked again; so are pictures that were refused, whose message names the file.
-    """
-
-    def __init__(self) -> None:
-        version = f"{pictures.CHECK_VERSION}-{PIL.__version__}"
-        self.path: Path = state_dir() / "store" / f"checked-{version}.jsonl"
-        self.old = dict(self._load())
-        self.used: dict[tuple[str, bool], Checked] = {}
-        self.changed = False
-
-    def find(self, sha256: str, first_frame: bool) -> Checked | None:
-        checked = self.used.get((sha256, first_frame)) or self.old.get((sha256, first_frame))
-        if checked is not None:
-            self.used[sha256, first_frame] = checked
-        return checked
-
-    def add(self, sha256: str, first_frame: bool, checked: Checked) -> None:
-        self.used[sha256, first_frame] = checked
-        self.changed = True
-
-    def save(self) -> None:
-        """Write it anew if there is anything new; the checks of this run last, and of the others the latest."""
-        if not self.changed:
-            return
-        others = [item for item in self.old.items() if item[0] not in self.used][-MAX_REMEMBERED:]
-        texts = [json.dumps([*key, asdict(checked)]) for key, checked in [*others, *self.used.items()]]
-        write_text(self.path, "".join(f"{crc32(text.encode()):08x} {text}\n" for text in texts))
-
-    def _load(self) -> Iterator[tuple[tuple[str, bool], Checked]]:
-        try:
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
-            return
-        for line in lines:
-            crc, _, text = line.partition(" ")
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                if int(crc, 16) == crc32(text.encode()):
-                    sha256, first_frame, fields = json.loads(text)
-                    alpha = None if fields["alpha"] is None else tuple(fields["alpha"])
-                    yield (
-                        (sha256, first_frame),
-                        Checked(**fields | {"alpha": alpha, "warnings": tuple(fields["warnings"])}),
-                    )

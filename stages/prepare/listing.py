@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+MAX_LINES = 100  # about one file or folder
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,15 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.place}: {self.text}"
 
+    @property
+    def file(self) -> str:
+        """The file whose row or member it is; of a loose picture, the folder."""
+        outer, _, inner = self.place.rpartition("::")
+        if outer:
+            return outer
+        table, _, row = inner.rpartition(":")
+        return table if table and row.isdecimal() else str(PurePosixPath(self.place).parent)
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -46,3 +59,29 @@ class Listing:
     """Pictures that no row names, by file name."""
     warnings: list[str] = field(default_factory=list)
     """What is allowed but seldom meant, one line each."""
+    is_whole: bool = True
+    """False where a pinned dataset was not downloaded: then no splits are assigned."""
+
+
+def lines(problems: Iterable[Problem]) -> list[str]:
+    """What is said of them: one line each, of one file or folder the first MAX_LINES."""
+    by_file: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_file.setdefault(problem.file, []).append(problem)
+    said: list[str] = []
+    for file, found in by_file.items():
+        said += map(str, found[:MAX_LINES])
+        if len(found) > MAX_LINES:
+            said.append(f"{file}: and {len(found) - MAX_LINES:,} more problems")
+    return said
+
+
+def reasons(problems: Iterable[Problem]) -> dict[str, str]:
+    """Picture, or place where none is known -> everything that is wrong with it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for problem in problems:
+        found.setdefault(problem.file_name or problem.place, {}).setdefault(problem.place, []).append(problem.text)
+    return {
+        name: "; ".join(f"{place}: {'; '.join(texts)}" for place, texts in places.items())
+        for name, places in found.items()
+    }

@@ -11,7 +11,7 @@ from stages.core.containers import read_regular
 from stages.prepare import captions
 from stages.prepare.listing import Problem
 from stages.prepare.mask_files import stem
-from stages.prepare.names import Tree, checked_file, checked_name, folded, printable
+from stages.prepare.names import Tree, checked_file, checked_name, clash, folded, is_about, printable
 from stages.prepare.scope import Scope, attempt, instance_prompt
 
 REPEATS = re.compile(r"\d+_")  # kohya's trainers read 10_name as: ten times per epoch
@@ -30,7 +30,8 @@ def read_loose(scope: Scope, tree: Tree) -> None:
     for name in tree.pictures:
         add_loose(scope, name, prompt, texts, seen)
     scope.problems += linked_folders(scope, tree)
-    scope.warn_about(len(texts.keys() - stems), f".txt files in {scope.place} belong to no picture and are left out")
+    orphans = [name for name in tree.texts if stem(name) not in stems and not is_about(name)]
+    scope.warn_about(len(orphans), f".txt files in {scope.place} belong to no picture and are left out")
     warn_of_kohya_repeats(scope)
 
 
@@ -42,7 +43,7 @@ def add_loose(
     found = prompt or attempt(problems, lambda: text_beside(scope, name, texts))
     first = seen.setdefault(folded(name), name)
     if first != name:
-        problems.append(f"'{name}' and '{first}' are one file where case or accents do not count; rename one")
+        problems.append(clash(name, first))
     place = scope.root.place(name)
     file_name = None if safe is None else scope.root.prefix + safe
     scope.problems += [Problem(place, text, file_name) for text in problems]

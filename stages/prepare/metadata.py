@@ -9,7 +9,7 @@ from stages.core.console import UserError
 from stages.prepare import captions, split_names
 from stages.prepare.listing import Problem
 from stages.prepare.mask_files import stem
-from stages.prepare.names import Tree, checked_file, checked_name, folded
+from stages.prepare.names import Tree, checked_file, checked_name, clash, folded
 from stages.prepare.scope import Scope, all_of, attempt, instance_prompt, no_column
 from stages.prepare.tables import Row, Table, good, read_table
 
@@ -93,7 +93,7 @@ def named_before(name: str, table: Table, row: Row, seen: Seen) -> str | None:
     where = f"on {table.unit} {earlier.number}" if other is table else f"in {earlier.place}"
     if first == name:
         return f"'{name}' is named {where} already; remove one of the two rows"
-    return f"'{name}' and '{first}' ({where}) are one file where case or accents do not count; rename one"
+    return clash(name, first, where)
 
 
 def row_file(scope: Scope, table: Table, name: Any) -> str:

@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from stages.core import pictures
 from stages.core.console import UserError
 from stages.core.containers import SEPARATOR, kind_of
 
 # What people mean as a picture; whether it is one, and of a kind that can be read, its content says.
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg"}
-SUFFIXES |= {".avif", ".heic", ".heif", ".jxl"}
+SUFFIXES = {suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes}
+SUFFIXES |= {".svg", ".avif", ".heic", ".heif", ".jxl"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-PROSE = re.compile(r"(read\W?me|licen[cs]e|notice|copying|credits|authors|attribution|changelog)", re.IGNORECASE)
+COMPANIONS = {".md", ".rst", ".dvc"}
+"""Suffixes of files that stand beside pictures and are nobody's loss."""
+ABOUT = {"authors", "changelog", "copying", "credits", "licence", "license", "notice", "readme"}
+"""Such files without their suffix, in lower case."""
+MAX_NAME = 4096
+"""Characters; no file system takes longer paths, but rows and .tar files can hold them."""
+MAX_SHOWN = 120
+"""Characters of a name in a message."""
+NUM_EXAMPLES = 3
+"""Names in a message that is about many."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,12 @@ def printable(name: str) -> str:
     return json.dumps(name) if has_controls(name) else name
 
 
+def short(name: str) -> str:
+    """A name as a message quotes it, ``printable`` and without the middle of a very long one."""
+    name = printable(name)
+    return name if len(name) <= MAX_SHOWN else f"{name[: MAX_SHOWN // 2]}...{name[-MAX_SHOWN // 2 + 3 :]}"
+
+
 def has_controls(text: str) -> bool:
     """Control characters, or half characters (lone surrogates), which bytes that are no UTF-8 turn into as well."""
     return not text.isprintable() and any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
@@ -65,6 +79,12 @@ def has_controls(text: str) -> bool:
 def folded(name: str) -> str:
     """Equal for names that are one file where case or the Unicode form of accents does not count."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def clash(name: str, first: str, where: str = "") -> str:
+    """What is wrong with two names that are equal when ``folded``."""
+    other = f"'{first}' ({where})" if where else f"'{first}'"
+    return f"'{name}' and {other} are one file where case or accents do not count; rename one"
 
 
 def checked_name(name: Any, root: Root, below: str = "") -> str:
@@ -77,16 +97,19 @@ def checked_name(name: Any, root: Root, below: str = "") -> str:
     if not isinstance(name, str) or not name:
         raise UserError(f"got {json.dumps(name, default=str)[:80]}; expected the name of a picture in {folder}")
     if has_controls(name):
-        raise UserError(f"{json.dumps(name)} holds a control character; rename the file")
+        raise UserError(f"{short(name)} holds a control character; rename the file")
+    shown = short(name)
+    if len(name) > MAX_NAME:
+        raise UserError(f"'{shown}' has {len(name):,} characters; at most {MAX_NAME:,} are a name, rename the file")
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
-        raise UserError(f"'{name}' leaves {folder}; expected a name relative to that folder")
+        raise UserError(f"'{shown}' leaves {folder}; expected a name relative to that folder")
     if not pure.parts:
-        raise UserError(f"'{name}' is not a regular file; expected a picture")
+        raise UserError(f"'{shown}' is not a regular file; expected a picture")
     if any(part.startswith("-") for part in pure.parts):
-        raise UserError(f"'{name}' starts with '-', which commands take for an option; rename the file")
+        raise UserError(f"'{shown}' starts with '-', which commands take for an option; rename the file")
     if SEPARATOR in name:
-        raise UserError(f"'{name}' holds '{SEPARATOR}', which stands between a container and what it holds; rename it")
+        raise UserError(f"'{shown}' holds '{SEPARATOR}', which stands between a container and what it holds; rename it")
     return str(PurePosixPath(below) / pure)
 
 
@@ -96,6 +119,7 @@ def checked_file(name: str, root: Root) -> str:
     Raises:
         UserError: there is none, or what stands there is no file or a link that leaves the root.
     """
+    shown = short(name)
     for form in dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))):
         path = root.folder / form
         try:
@@ -105,16 +129,18 @@ def checked_file(name: str, root: Root) -> str:
         is_link = stat.S_ISLNK(status.st_mode)
         if not root.holds(path) or (is_link and not root.holds(Path(os.path.realpath(path)))):
             raise UserError(
-                f"'{name}' is a link that leaves {root.place('')}; put the picture itself there"
-                " (pictures linked by DVC: dvc config cache.type reflink,copy)"
+                f"'{shown}' is a link that leaves {root.place('')}; put the picture itself there"
+                " (pictures linked by DVC: dvc config cache.type reflink,hardlink,copy, then dvc checkout --relink)"
             )
         if is_link and not path.exists():
-            raise UserError(f"'{name}' is no file in {root.place('')}, but a link to nothing; restore what it links to")
+            raise UserError(
+                f"'{shown}' is no file in {root.place('')}, but a link to nothing; restore what it links to"
+            )
         if not path.is_file():
-            raise UserError(f"'{name}' is not a regular file; replace it by one")
+            raise UserError(f"'{shown}' is not a regular file; replace it by one")
         return form
     slashes = " with / between folders" if "\\" in name else ""
-    raise UserError(f"'{name}' is no file in {root.place('')}; add it{slashes} or remove the row")
+    raise UserError(f"'{shown}' is no file in {root.place('')}; add it{slashes} or remove the row")
 
 
 @dataclass(frozen=True)
@@ -124,14 +150,14 @@ class Tree:
     pictures: list[str] = field(default_factory=list)
     """By suffix, whatever they are."""
     texts: list[str] = field(default_factory=list)
-    """.txt files, without readmes and licences."""
+    """.txt files."""
     metadata: list[str] = field(default_factory=list)
     containers: list[str] = field(default_factory=list)
     """Parquet and .tar files, compressed ones too."""
     links: list[str] = field(default_factory=list)
     """To folders, or to nothing; not followed, so that nothing is met twice."""
-    others: Counter[str] = field(default_factory=Counter)
-    """Suffix -> number of other files."""
+    others: list[str] = field(default_factory=list)
+    """Other files."""
 
 
 def scan(root: Root, below: str, mask: str | None = None) -> Tree:
@@ -148,7 +174,7 @@ def scan(root: Root, below: str, mask: str | None = None) -> Tree:
                     continue
                 if not sort_in(tree, name, entry):
                     todo.append(name)
-    for names in (tree.pictures, tree.texts, tree.metadata, tree.containers, tree.links):
+    for names in (tree.pictures, tree.texts, tree.metadata, tree.containers, tree.links, tree.others):
         names.sort()
     return tree
 
@@ -166,8 +192,18 @@ def sort_in(tree: Tree, name: str, entry: os.DirEntry[str]) -> bool:
         tree.links.append(name)
     elif kind_of(entry.name) in ("parquet", "tar", "compressed"):
         tree.containers.append(name)
-    elif suffix == ".txt" and not PROSE.match(entry.name):
+    elif suffix == ".txt":
         tree.texts.append(name)
     else:
-        tree.others[suffix or "without suffix"] += 1
+        tree.others.append(name)
     return True
+
+
+def is_about(name: str) -> bool:
+    """A readme, a licence or the like, whatever its suffix."""
+    return PurePosixPath(name).stem.lower() in ABOUT
+
+
+def is_companion(name: str) -> bool:
+    """A file that nobody means as a picture or a caption."""
+    return is_about(name) or PurePosixPath(name).suffix.lower() in COMPANIONS

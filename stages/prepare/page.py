@@ -9,6 +9,7 @@ import json
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,21 @@ import numpy as np
 from PIL import Image
 
 from stages.artifacts import metrics, picture_table
-from stages.artifacts.manifest import Item, Manifest
+from stages.artifacts.manifest import Item, Manifest, natural_key
 from stages.core.pictures import chroma, dark_share, load_mask, load_view
 from stages.core.sheets import save_png, sheet
+from stages.prepare.geometry import Size
+from stages.prepare.memory import Memory
 
 Read = Callable[[str], bytes]
 """file_name -> the picture's bytes"""
-Size = tuple[int, int]
 
 NUM_MEASURED = 512  # training pictures that chroma and dark_share are means over
 NUM_SIZES = 40  # sizes that are counted one by one
 COLUMNS, MIN_COLUMNS = 8, 5  # of the contact sheet; with fewer, its title would be cut
 TRAIN_ROWS, CELL = 5, 80
 CAPTION = 200  # characters, far more than fit below a cell
-SHEET_MAX_BYTES = 200_000
+SHEET_MAX_BYTES = 500_000
 LETTERBOX = "#eaeef2"
 MASKED = 128  # grey that the loss looks past
 MASKED_SHARE = 0.75
@@ -93,10 +95,23 @@ def count(
 def measure(manifest: Manifest, read: Read) -> dict[str, metrics.Value]:
     """Means of the pixel measures over at most NUM_MEASURED training pictures chosen by content; null for none."""
     train = [item for item in manifest.items if item.split == "train" and not item.regularization]
-    arrays = (np.asarray(first_view(manifest, item, read)) for item in by_content(train)[:NUM_MEASURED])
-    pairs = [(chroma(array), dark_share(array)) for array in arrays]  # one in memory at a time
+    sample = in_reading_order(by_content(train)[:NUM_MEASURED])
+    with Memory("measured") as memory:
+        pairs = [measure_one(manifest, item, read, memory) for item in sample]
     names = ("chroma", "dark_share")
     return {name: statistics.fmean(pair[i] for pair in pairs) if pairs else None for i, name in enumerate(names)}
+
+
+def measure_one(manifest: Manifest, item: Item, read: Read, memory: Memory) -> list[float]:
+    """Chroma and dark share of what the model sees; only a picture that is new is decoded."""
+    (view,) = manifest.augmentation.views(item, 1)
+    key = [item.sha256, item.width, item.height, asdict(view), manifest.preprocessing]
+    known = memory.find(key)
+    if known is None:
+        array = np.asarray(first_view(manifest, item, read))
+        known = [chroma(array), dark_share(array)]
+        memory.add(key, known)
+    return known
 
 
 # The table
@@ -145,8 +160,10 @@ def contact_sheet(manifest: Manifest, read: Read) -> Image.Image:
     """What the model sees of a sample drawn by content: rows to train on by size, then at most one held-out row."""
     shown = rows_shown(manifest.items)
     columns = max(MIN_COLUMNS, *(len(items) for _, items in shown))
+    ordered = in_reading_order([item for _, items in shown for item in items])
+    cells = {item.file_name: cell(manifest, item, read) for item in ordered}
     return sheet(
-        [padded([cell(manifest, item, read) for item in items], columns, None) for _, items in shown],
+        [padded([cells[item.file_name] for item in items], columns, None) for _, items in shown],
         [label for label, _ in shown],
         None,
         CELL,
@@ -202,6 +219,10 @@ def rows_by_size(items: list[Item]) -> list[tuple[str, list[Item]]]:
 def by_content(items: list[Item]) -> list[Item]:
     """In an order that no file name decides, so that a sample changes little with the dataset."""
     return sorted(items, key=lambda item: (item.sha256, item.file_name))
+
+
+def in_reading_order(items: list[Item]) -> list[Item]:
+    return sorted(items, key=lambda item: natural_key(item.file_name))
 
 
 def size_of(item: Item) -> Size:

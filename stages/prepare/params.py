@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.core.params import Params
+from stages.prepare.captions import odd_characters
+
+
+def plain_text(value: str | None) -> str | None:
+    """Refuse what a caption of any source is refused for."""
+    odd = odd_characters(value or "")
+    if odd:
+        raise ValueError(f"{json.dumps(value)[:80]} {odd}")
+    return value
 
 
 class Subset(Params):
@@ -21,8 +31,10 @@ class Subset(Params):
     caption_prefix: str | None = None
     regularization: bool = False
     """Prior-preservation pictures: trained on, never held out, and no part of any evidence."""
-    loss_weight: float = Field(default=1.0, gt=0)
+    loss_weight: float = Field(default=1.0, gt=0, le=1000)
     """Factor of these pictures' loss."""
+
+    _plain = field_validator("instance_prompt", "caption_prefix")(plain_text)
 
 
 class DatasetParams(Params):
@@ -83,6 +95,8 @@ class DatasetParams(Params):
     seed: int = Field(ge=0)
     """Decides split, crops and caption variants."""
 
+    _plain = field_validator("instance_prompt", "caption_prefix")(plain_text)
+
     @model_validator(mode="after")
     def _check(self) -> DatasetParams:
         if self.caption_column == "file_name":
@@ -94,6 +108,16 @@ class DatasetParams(Params):
             raise ValueError(
                 f"num_caption_variants {self.num_caption_variants} needs shuffle_tags or tag_dropout; "
                 "without them every variant is the caption itself"
+            )
+        if varied and self.num_caption_variants == 1:
+            key = "shuffle_tags true" if self.shuffle_tags else f"tag_dropout {self.tag_dropout}"
+            raise ValueError(
+                f"{key} with num_caption_variants 1 would freeze one drawn order or choice of tags for the whole"
+                " training; set num_caption_variants to 8, say, or shuffle_tags to false and tag_dropout to 0"
+            )
+        if self.keep_tags and not varied:
+            raise ValueError(
+                f"keep_tags {self.keep_tags} needs shuffle_tags or tag_dropout; without them no tag is moved or dropped"
             )
         if self.unmasked_weight and self.mask is None:
             raise ValueError(f"unmasked_weight {self.unmasked_weight} needs a mask")

@@ -30,6 +30,8 @@ class Scope:
     problems: list[Problem] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    is_fetched: bool = True
+    """False for a pin whose dataset is not here yet."""
 
     @property
     def place(self) -> str:

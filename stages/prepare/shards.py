@@ -7,18 +7,20 @@ in the caption column of a ``.json``, else in a ``.txt``, of which each line tha
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.core.console import UserError
-from stages.core.containers import SEPARATOR, TarIndex, image_column, index_tar, kind_of, open_parquet
+from stages.core.containers import SEPARATOR, TarIndex, image_column, image_leaves, index_tar, kind_of, open_parquet
 from stages.prepare import captions, split_names
 from stages.prepare.listing import Problem
-from stages.prepare.names import SUFFIXES, Root, checked_file, checked_name, printable
+from stages.prepare.names import MAX_NAME, NUM_EXAMPLES, SUFFIXES, Root, checked_file, checked_name, short
 from stages.prepare.scope import Scope, all_of, instance_prompt, no_column
-from stages.prepare.tables import as_list
+from stages.prepare.tables import FLOOD, NOT_UTF8, NoText, parse_json, text_columns
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def add_shard(scope: Scope, shard: Shard, prompt: tuple[str, ...] | None) -> Non
 
 
 def captions_of(sample: Sample, column: str) -> tuple[str, ...]:
+    if sample.values.get(column) == NoText(NOT_UTF8):
+        raise UserError(NOT_UTF8)
     if column in sample.values:
         return captions.from_value(sample.values, column)
     if sample.text is None:
@@ -122,11 +126,23 @@ def read_parquet(path: Path, root: Root, name: str, column: str) -> Shard:
         columns = sorted(set(file.schema_arrow.names) - {images})
         wanted = [key for key in dict.fromkeys((column, "split")) if key in columns]
         num_rows = file.metadata.num_rows
-        table = file.read(columns=wanted) if wanted else None
-        values = {key: as_list(table.column(key)) for key in wanted} if table else {}
+        if num_rows > FLOOD and num_empty(file, images) == num_rows:
+            raise UserError(
+                f"{place}: column '{images}' holds no picture in any of {num_rows:,} rows; embed their bytes"
+            )
+        values = text_columns(file, wanted, place) if wanted else {}
     rows = ({key: cells[index] for key, cells in values.items()} for index in range(num_rows))
     samples: list[Sample | Problem] = [Sample(f"{name}{SEPARATOR}{i}", row) for i, row in enumerate(rows)]
     return Shard(place, columns, samples)
+
+
+def num_empty(file: pq.ParquetFile, images: str) -> int:
+    """Rows whose bytes are null, as far as the file itself says so."""
+    leaves = set(image_leaves(file, images))
+    groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+    chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+    found = [chunk.statistics for chunk in chunks if chunk.path_in_schema in leaves]
+    return sum(statistics.null_count for statistics in found if statistics and statistics.has_null_count)
 
 
 @dataclass
@@ -134,8 +150,8 @@ class Group:
     """Members with one name up to its first dot."""
 
     pictures: list[str] = field(default_factory=list)
-    text: str | None = None
-    json: str | None = None
+    texts: list[str] = field(default_factory=list)
+    jsons: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -153,11 +169,11 @@ class Grouping:
         for member in (*self.index.irregular, *self.index.repeated):
             if PurePosixPath(member).suffix.lower() in SUFFIXES:
                 what = "stands there twice" if member in self.index.members else "is a link or device, not a picture"
-                result.samples.append(Problem(self.place(member), f"'{printable(member)}' {what}; pack the files anew"))
+                result.samples.append(Problem(self.place(member), f"'{short(member)}' {what}; pack the files anew"))
         columns: set[str] = set()
         for key, group in self.groups().items():
             if not group.pictures:
-                result.num_orphans += bool(group.text or group.json)
+                result.num_orphans += bool(group.texts or group.jsons)
                 continue
             sample = self.sample(key, group, columns)
             result.samples.append(sample)
@@ -175,22 +191,22 @@ class Grouping:
             if suffix in SUFFIXES:
                 group.pictures.append(member)
             elif suffix == ".txt":
-                group.text = member
+                group.texts.append(member)
             elif suffix == ".json":
-                group.json = member
+                group.jsons.append(member)
         return found
 
     def sample(self, key: str, group: Group, columns: set[str]) -> Sample | Problem:
         member = group.pictures[0]
         try:
-            if len(group.pictures) > 1:
-                shown = ", ".join(map(printable, group.pictures))
-                raise UserError(
-                    f"'{printable(key.lstrip('/'))}' has {len(group.pictures)} pictures ({shown}); keep one"
-                )
+            kinds = {"pictures": group.pictures, ".txt members": group.texts, ".json members": group.jsons}
+            for what, members in kinds.items():
+                if len(members) > 1:
+                    names = ", ".join(map(short, members[:NUM_EXAMPLES]))
+                    raise UserError(f"'{short(key.lstrip('/'))}' has {len(members)} {what} ({names}); keep one")
             checked_name(member.replace(SEPARATOR, ":"), self.root, self.name)
-            values = self.json_values(group.json) if group.json else {}
-            text = captions.from_text(self.read(group.text), group.text) if group.text else None
+            values = self.json_values(group.jsons[0]) if group.jsons else {}
+            text = captions.from_text(self.read(group.texts[0]), short(group.texts[0])) if group.texts else None
         except UserError as error:
             return Problem(self.place(member), str(error))
         columns.update(values)
@@ -198,18 +214,22 @@ class Grouping:
         return Sample(f"{self.name}{SEPARATOR}{member}", wanted, text)
 
     def json_values(self, member: str) -> dict[str, Any]:
+        blob = self.read(member)
         try:
-            value = json.loads(self.read(member).decode("utf-8-sig"))
+            value = parse_json(blob.decode("utf-8-sig"))
         except UnicodeDecodeError:
-            raise UserError(f"'{printable(member)}' is not UTF-8 text; save it as UTF-8") from None
+            raise UserError(f"'{short(member)}' is not UTF-8 text; save it as UTF-8") from None
+        except UserError as error:
+            raise UserError(f"'{short(member)}': {error}") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"'{printable(member)}' is no valid JSON ({error})") from None
+            raise UserError(f"'{short(member)}' is no valid JSON ({error})") from None
         if not isinstance(value, dict):
-            raise UserError(f"'{printable(member)}' holds a {type(value).__name__}; expected one JSON object")
+            raise UserError(f"'{short(member)}' holds a {type(value).__name__}; expected one JSON object")
         return value
 
     def read(self, member: str) -> bytes:
-        return self.index.read(self.path, member, printable(member), captions.MAX_TEXT_BYTES)
+        return self.index.read(self.path, member, short(member), captions.MAX_TEXT_BYTES)
 
     def place(self, member: str) -> str:
-        return self.root.place(f"{self.name}{SEPARATOR}{member}")
+        shown = member if len(member) <= MAX_NAME else short(member)
+        return self.root.place(f"{self.name}{SEPARATOR}{shown}")

@@ -14,23 +14,38 @@ No picture is opened, so the preflight can afford it. What a subset's path may b
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from stages.core import hub
 from stages.core.console import UserError
-from stages.core.containers import kind_of
-from stages.prepare import mask_files, split_names
-from stages.prepare.listing import Listing
+from stages.core.containers import SEPARATOR, kind_of
+from stages.prepare import mask_files, split_names, variants
+from stages.prepare.listing import Listing, lines
 from stages.prepare.loose import read_loose
 from stages.prepare.metadata import read_metadata
-from stages.prepare.names import Root, checked_file, checked_name, folded, scan
+from stages.prepare.names import (
+    NUM_EXAMPLES,
+    Root,
+    Tree,
+    checked_file,
+    checked_name,
+    folded,
+    is_companion,
+    printable,
+    scan,
+    short,
+)
 from stages.prepare.params import DatasetParams, Subset
 from stages.prepare.scope import Scope
 from stages.prepare.shards import read_shards
 
 
-def list_entries(dataset: DatasetParams) -> Listing:
+def list_entries(dataset: DatasetParams, fetch: bool = True) -> Listing:
     """Every picture of every subset, in the order of the sources.
+
+    Args:
+        fetch: download what a pin names; else one that was not downloaded yet has no entries, and a warning says so.
 
     Raises:
         UserError: a source is none, is empty or contradicts the parameters, or two subsets list one picture. Problems
@@ -42,22 +57,22 @@ def list_entries(dataset: DatasetParams) -> Listing:
         try:
             scope = open_subset(dataset, subset, index)
             scopes.append(scope)
-            read_subset(scope)
+            read_subset(scope, fetch)
         except UserError as error:
             refused += error.problems
     entries = [entry for scope in scopes for entry in scope.entries]
     problems = [problem for scope in scopes for problem in scope.problems]
     refused += overlaps(scopes)
     if refused:
-        raise UserError(*refused, *(map(str, problems) if dataset.on_bad == "error" else ()))
-    names = [scope.below_it(name) for scope in scopes for name in scope.names]
-    entries, without_split = split_names.assign(entries, names, dataset)
-    return Listing(
-        entries,
-        problems + without_split,
-        [name for scope in scopes for name in scope.unlisted],
-        [warning for scope in scopes for warning in scope.warnings],
-    )
+        raise UserError(*refused, *(lines(problems) if dataset.on_bad == "error" else ()))
+    is_whole = all(scope.is_fetched for scope in scopes)
+    if is_whole:
+        names = [scope.below_it(name) for scope in scopes for name in scope.names]
+        entries, without_split = split_names.assign(entries, names, dataset)
+        problems += without_split
+    unlisted = [name for scope in scopes for name in scope.unlisted]
+    warnings = [text for scope in scopes for text in scope.warnings] + variants.warnings(entries, dataset)
+    return Listing(entries, problems, unlisted, warnings, is_whole)
 
 
 def overlaps(scopes: list[Scope]) -> list[str]:
@@ -91,6 +106,11 @@ def open_subset(dataset: DatasetParams, subset: Subset, index: int) -> Scope:
     if not source.is_dir():
         if subset.path != ".":
             raise UserError(f"params.yaml dataset.subsets: '{subset.path}' cannot be below {source}, which is a file")
+        if SEPARATOR in source.name:
+            raise UserError(
+                f"params.yaml dataset.source: '{short(source.name)}' holds '{SEPARATOR}', which stands between a file"
+                " and what it holds; rename the file"
+            )
         return Scope(dataset, subset, index, Root(source.parent, label(source.parent)), source.name)
     root = Root(source, label(source))
     path = "" if PurePosixPath(subset.path) == PurePosixPath(".") else subset.path
@@ -134,7 +154,7 @@ def missing_source(source: str) -> str:
     )
 
 
-def read_subset(scope: Scope) -> None:
+def read_subset(scope: Scope, fetch: bool) -> None:
     """Fill a scope from the folder or file that it stands for."""
     path = scope.root.folder / scope.below
     if path.is_dir():
@@ -145,13 +165,18 @@ def read_subset(scope: Scope) -> None:
             f"{scope.place}: expected a folder, a .parquet or .tar file, or a .yaml file that pins a Hub dataset"
         )
     if kind == "pin":
-        return read_pinned(scope)
+        return read_pinned(scope, fetch)
     return read_shards(scope, [scope.below])
 
 
-def read_pinned(scope: Scope) -> None:
+def read_pinned(scope: Scope, fetch: bool) -> None:
     pin = scope.below
-    snapshot = hub.fetch(scope.root.folder / pin)
+    path = scope.root.folder / pin
+    if not fetch and not hub.is_fetched(hub.read_pin(path)):
+        scope.warnings.append(f"{scope.place}: not fetched yet; `python -m stages.prepare` downloads and checks it")
+        scope.is_fetched = False
+        return
+    snapshot = hub.fetch(path, verify=fetch)
     scope.root = Root(snapshot, f"{scope.place}::", f"{pin}::")
     scope.below = ""
     read_folder(scope)
@@ -159,6 +184,11 @@ def read_pinned(scope: Scope) -> None:
 
 def read_folder(scope: Scope) -> None:
     if scope.mask_folder:
+        if not PurePosixPath(scope.mask_folder).parts:
+            raise UserError(
+                f"params.yaml dataset.mask: '{scope.mask_folder}' is the folder of the pictures themselves; name a"
+                " folder below it that holds the masks alone"
+            )
         try:
             checked_name(scope.mask_folder, scope.root)
         except UserError as error:
@@ -167,7 +197,7 @@ def read_folder(scope: Scope) -> None:
     if tree.metadata and (tree.pictures or not tree.containers):
         read_metadata(scope, tree)
     elif tree.containers and not (tree.pictures or tree.metadata):
-        return read_shards(scope, tree.containers)
+        read_shards(scope, tree.containers)
     elif tree.containers:
         loose = [*tree.metadata, *tree.pictures][0]
         raise UserError(
@@ -177,11 +207,29 @@ def read_folder(scope: Scope) -> None:
     elif tree.pictures:
         read_loose(scope, tree)
     else:
-        there = ", ".join(f"{count} {suffix}" for suffix, count in sorted(tree.others.items())[:5]) or "nothing"
-        raise UserError(
-            f"{scope.place}: no pictures, no metadata.jsonl and no .parquet or .tar files; the dataset is empty (found"
-            f" {there})"
-        )
+        raise UserError(nothing_there(scope, tree))
     if not (scope.entries or scope.problems):
         raise UserError(f"{scope.place}: no pictures; the dataset is empty")
+    warn_of_others(scope, tree)
     mask_files.attach(scope)
+
+
+def nothing_there(scope: Scope, tree: Tree) -> str:
+    counts = Counter(PurePosixPath(name).suffix.lower() or "without suffix" for name in [*tree.texts, *tree.others])
+    there = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items())[:5]) or "nothing"
+    return (
+        f"{scope.place}: no pictures, no metadata.jsonl and no .parquet or .tar files; the dataset is empty (found"
+        f" {there})"
+    )
+
+
+def warn_of_others(scope: Scope, tree: Tree) -> None:
+    """Files that may be pictures under a suffix that is nobody's, such as a camera's own."""
+    told = {(problem.file_name or "").removeprefix(scope.root.prefix) for problem in scope.problems}
+    used = told.union(scope.names)
+    others = [scope.below_it(name) for name in tree.others if name not in used and not is_companion(name)]
+    shown = ", ".join(map(printable, others[:NUM_EXAMPLES])) + (", ..." if len(others) > NUM_EXAMPLES else "")
+    scope.warn_about(
+        len(others),
+        f"files in {scope.place} are no pictures by their suffix and are left out ({shown}); convert those that are",
+    )

@@ -13,7 +13,7 @@ from stages.core.console import UserError
 from stages.prepare import duplicates
 
 if TYPE_CHECKING:
-    from stages.prepare.inspection import Row
+    from stages.prepare.inspection import CheckedPicture
     from stages.prepare.params import DatasetParams
 
 
@@ -28,13 +28,16 @@ class Assignment:
     warnings: list[str] = field(default_factory=list)
 
 
-def assign(rows: Sequence[Row], dataset: DatasetParams) -> Assignment:
+def assign(rows: Sequence[CheckedPicture], dataset: DatasetParams, num_left_out: int = 0) -> Assignment:
     """A side for every picture; what would be a near-duplicate of a picture on the other side is withheld.
 
     By fraction, a picture's side is a draw by its content, and a group of near-duplicates is on the side of the one
     with the smallest SHA-256; members that drew the other side are in neither split. So near-duplicates are on one
     side, and new pictures can withhold an old one or bring it back but never move it from one split to the other.
     By name, the pictures of ``dataset.heldout_split`` are held out and near-duplicates among the others are withheld.
+
+    Args:
+        num_left_out: pictures that are bad, for messages.
 
     Raises:
         UserError: a split is empty, or one picture is on both sides of the named split.
@@ -51,12 +54,12 @@ def assign(rows: Sequence[Row], dataset: DatasetParams) -> Assignment:
     if dataset.heldout_split is not None:
         require_one_side(grouped, own, dataset)
     sides = {name: side for name, side in own.items() if name not in withheld}
-    require_both_splits(sides, withheld, dataset)
+    require_both_splits(sides, len(withheld), num_left_out, dataset)
     names = sorted(tuple(sorted(row.entry.file_name for row in members)) for members in grouped)
     return Assignment(sides, withheld, names, warnings(rows, dataset))
 
 
-def own_side(row: Row, dataset: DatasetParams) -> Split:
+def own_side(row: CheckedPicture, dataset: DatasetParams) -> Split:
     """By content or by name alone, whatever else is in the dataset; regularisation pictures are trained on."""
     if regularizes(row, dataset):
         return "train"
@@ -66,11 +69,11 @@ def own_side(row: Row, dataset: DatasetParams) -> Split:
     return "heldout" if draw < (dataset.heldout_fraction or 0) else "train"
 
 
-def regularizes(row: Row, dataset: DatasetParams) -> bool:
+def regularizes(row: CheckedPicture, dataset: DatasetParams) -> bool:
     return dataset.as_subsets()[row.entry.subset].regularization
 
 
-def group(rows: Sequence[Row], dataset: DatasetParams) -> list[list[Row]]:
+def group(rows: Sequence[CheckedPicture], dataset: DatasetParams) -> list[list[CheckedPicture]]:
     """Near-duplicates and equal files, at least two in each group."""
     if dataset.near_duplicate_bits is None:
         return gather(rows, lambda row: row.sha256)
@@ -80,17 +83,17 @@ def group(rows: Sequence[Row], dataset: DatasetParams) -> list[list[Row]]:
     return gather(rows, lambda row: label_of[row.thumbnail])
 
 
-def gather(rows: Sequence[Row], key: Callable[[Row], object]) -> list[list[Row]]:
+def gather(rows: Sequence[CheckedPicture], key: Callable[[CheckedPicture], object]) -> list[list[CheckedPicture]]:
     found = defaultdict(list)
     for row in rows:
         found[key(row)].append(row)
     return [members for members in found.values() if len(members) > 1]
 
 
-def anchor(members: list[Row], own: dict[str, Split], dataset: DatasetParams) -> Row:
+def anchor(members: list[CheckedPicture], own: dict[str, Split], dataset: DatasetParams) -> CheckedPicture:
     """The member whose side the group is on."""
 
-    def rank(row: Row) -> tuple[bool, str, bool, str]:
+    def rank(row: CheckedPicture) -> tuple[bool, str, bool, str]:
         named = dataset.heldout_split is not None and own[row.entry.file_name] == "train"
         return named, row.sha256, regularizes(row, dataset), row.entry.file_name
 
@@ -100,7 +103,7 @@ def anchor(members: list[Row], own: dict[str, Split], dataset: DatasetParams) ->
 # Checks
 
 
-def require_one_side(groups: list[list[Row]], own: dict[str, Split], dataset: DatasetParams) -> None:
+def require_one_side(groups: list[list[CheckedPicture]], own: dict[str, Split], dataset: DatasetParams) -> None:
     """One picture, the same bytes or the same pixels under another encoding, on both sides is a mistake."""
     problems = []
     for members in groups:
@@ -117,12 +120,14 @@ def require_one_side(groups: list[list[Row]], own: dict[str, Split], dataset: Da
         raise UserError(*dict.fromkeys(problems))
 
 
-def seen(row: Row) -> tuple[int, int, str]:
+def seen(row: CheckedPicture) -> tuple[int, int, str]:
     return row.width, row.height, row.thumbnail
 
 
-def require_both_splits(sides: dict[str, Split], withheld: dict[str, str], dataset: DatasetParams) -> None:
-    lost = f" ({len(withheld)} withheld as near-duplicates)" if withheld else ""
+def require_both_splits(sides: dict[str, Split], num_withheld: int, num_left_out: int, dataset: DatasetParams) -> None:
+    counts = {"withheld as near-duplicates": num_withheld, "bad and left out": num_left_out}
+    others = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    lost = f" ({others})" if others else ""
     for split, advice in (("heldout", "raise"), ("train", "lower")):
         if split in sides.values():
             continue
@@ -136,7 +141,7 @@ def require_both_splits(sides: dict[str, Split], withheld: dict[str, str], datas
         )
 
 
-def warnings(rows: Sequence[Row], dataset: DatasetParams) -> list[str]:
+def warnings(rows: Sequence[CheckedPicture], dataset: DatasetParams) -> list[str]:
     """What is allowed but seldom meant."""
     found = []
     num_twins = len(rows) - len({row.sha256 for row in rows})

@@ -5,21 +5,32 @@ A place is ``FILE:N``: the line on which the row starts, or in Parquet the row, 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.core.console import UserError
 from stages.core.containers import open_parquet, read_regular
+from stages.prepare.captions import MAX_TEXT_BYTES
 from stages.prepare.listing import Problem
 from stages.prepare.names import Root, checked_file, has_controls
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
 MAX_METADATA_BYTES = 2**30
 NOT_UTF8 = "not UTF-8 text; save the file as UTF-8"
+FLOOD = 10_000
+"""Rows of which nothing is told one by one if all are empty: a few bytes of Parquet hold any number of those."""
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ def read_table(root: Root, name: str, columns: Iterable[str]) -> Table:
     """A metadata file's rows; of Parquet, those columns alone.
 
     Raises:
-        UserError: it is no regular file, leaves the source, or cannot be read at all.
+        UserError: it is no regular file, leaves the source, or cannot be read to its end.
     """
     place = root.place(name)
     try:
@@ -56,7 +67,9 @@ def read_table(root: Root, name: str, columns: Iterable[str]) -> Table:
         raise UserError(*(f"{place}: {problem}" for problem in error.problems)) from None
     if name.endswith(".parquet"):
         return parquet_table(path, name, place, columns)
-    blob = read_regular(path, name, MAX_METADATA_BYTES).removeprefix(b"\xef\xbb\xbf")
+    blob = read_regular(path, name, MAX_METADATA_BYTES).removeprefix(codecs.BOM_UTF8)
+    if blob.startswith(UTF16) or b"\0" in blob.partition(b"\n")[0]:
+        raise UserError(f"{place}: {NOT_UTF8}")
     return jsonl_table(blob, name, place) if name.endswith(".jsonl") else csv_table(blob, name, place)
 
 
@@ -71,9 +84,11 @@ def jsonl_table(blob: bytes, name: str, place: str) -> Table:
 
 def jsonl_row(line: bytes, number: int, place: str) -> Row | Problem:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError:
         return Problem(place, NOT_UTF8)
+    except UserError as error:
+        return Problem(place, str(error))
     except (ValueError, RecursionError) as error:
         return Problem(place, f"no valid JSON ({error}); expected one object per line")
     if not isinstance(value, dict):
@@ -81,26 +96,58 @@ def jsonl_row(line: bytes, number: int, place: str) -> Row | Problem:
     return Row(number, place, value)
 
 
+def parse_json(text: str) -> Any:
+    """JSON in which no object has a key twice: the last one would win without a word.
+
+    Raises:
+        UserError: one has.
+        ValueError, RecursionError: it is no JSON.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise UserError(f"{json.dumps(twice)[:80]} stands there twice; remove one")
+        return values
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def csv_table(blob: bytes, name: str, place: str) -> Table:
     text = blob.decode("utf-8", "surrogateescape")  # so that each bad row is told, not the first
-    reader = csv.reader(io.StringIO(text, newline=""))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row | Problem] = []
     header: list[str] = []
     start = 1
     try:
-        for cells in reader:
-            number, start = start, reader.line_num + 1
-            if not any(cells):
-                continue
-            if header:
-                rows.append(csv_row(header, cells, number, f"{place}:{number}"))
-                continue
-            header = cells
-            if len(set(header)) < len(header):
-                raise UserError(f"{place}:{number}: a column twice in the header {', '.join(header)}; rename one")
-    except csv.Error as error:
-        rows.append(Problem(f"{place}:{start}", f"no valid CSV ({error}); the rows from here on are not read"))
+        with cells_of(MAX_TEXT_BYTES):
+            for cells in reader:
+                number, start = start, reader.line_num + 1
+                if not any(cells):
+                    continue
+                if header:
+                    rows.append(csv_row(header, cells, number, f"{place}:{number}"))
+                    continue
+                header = cells
+                if len(set(header)) < len(header):
+                    raise UserError(f"{place}:{number}: a column twice in the header {', '.join(header)}; rename one")
+    except csv.Error as error:  # nobody knows how many rows are behind it, so they are not left out either
+        found = "a quote is not closed" if "unexpected end" in str(error) else error
+        raise UserError(
+            f'{place}:{start}: no valid CSV ({found}); quote a cell as "...", with "" for " in it'
+        ) from None
     return Table(name, place, "line", sorted(header), rows)
+
+
+@contextmanager
+def cells_of(num_characters: int) -> Iterator[None]:
+    """Inside, a cell of CSV may have this many."""
+    before = csv.field_size_limit(num_characters)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def csv_row(header: list[str], cells: list[str], number: int, place: str) -> Row | Problem:
@@ -116,8 +163,7 @@ def parquet_table(path: Path, name: str, place: str, columns: Iterable[str]) -> 
     with open_parquet(path, place) as file:
         there = sorted(file.schema_arrow.names)
         wanted = [column for column in dict.fromkeys(columns) if column in there]
-        table = file.read(columns=wanted)
-        values = [as_list(table.column(column)) for column in wanted]
+        values = list(text_columns(file, wanted, place).values())
     rows = [
         Row(number, f"{place}:{number}", dict(zip(wanted, cells, strict=True)))
         for number, cells in enumerate(zip(*values, strict=True), start=1)
@@ -125,11 +171,46 @@ def parquet_table(path: Path, name: str, place: str, columns: Iterable[str]) -> 
     return Table(name, place, "row", there, [problem_of(row) or row for row in rows])
 
 
-class NotUtf8:
-    """Stands for a value that cannot be decoded."""
+@dataclass(frozen=True)
+class NoText:
+    """Stands for a value that is not looked at."""
+
+    reason: str
+
+    def __repr__(self) -> str:
+        return self.reason
 
 
-def as_list(column: Any) -> list[Any]:
+def text_columns(file: pq.ParquetFile, columns: list[str], place: str) -> dict[str, list[Any]]:
+    """The values of columns that hold text or lists of text; of a ``split`` column of another type, ``NoText``.
+
+    Raises:
+        UserError: another column has another type, or no value in more than FLOOD rows.
+    """
+    table = file.read(columns=columns)
+    found: dict[str, list[Any]] = {}
+    for name in columns:
+        column = table.column(name)
+        if is_text(column.type):
+            found[name] = as_list(column)
+        elif name == "split":  # a number, as ``datasets`` has for labels, which only heldout_split asks for
+            found[name] = [NoText(f"a value of type {column.type}")] * len(column)
+        else:
+            raise UserError(f"{place}: column '{name}' is of type {column.type}; expected text or lists of text")
+        if name != "split" and FLOOD < len(column) == column.null_count:
+            raise UserError(f"{place}: column '{name}' is null in all {len(column):,} rows; write text, \"\" for none")
+    return found
+
+
+def is_text(kind: pa.DataType) -> bool:
+    import pyarrow.types as types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
+
+
+def as_list(column: pa.ChunkedArray) -> list[Any]:
     """A column's values; Parquet does not promise that its strings are UTF-8."""
 
     def values() -> Iterator[Any]:
@@ -137,7 +218,7 @@ def as_list(column: Any) -> list[Any]:
             try:
                 yield value.as_py()
             except UnicodeDecodeError:
-                yield NotUtf8()
+                yield NoText(NOT_UTF8)
 
     try:
         return column.to_pylist()
@@ -147,7 +228,7 @@ def as_list(column: Any) -> list[Any]:
 
 def problem_of(row: Row) -> Problem | None:
     """What no later check of a row's values can tell."""
-    if any(isinstance(value, NotUtf8) for value in row.values.values()):
+    if NoText(NOT_UTF8) in row.values.values():
         return Problem(row.place, NOT_UTF8)
     return None
 

@@ -25,7 +25,7 @@ def main() -> None:
     plot_losses(inputs, inputs.pictures["loss"])
     write_text(args.reports / "dataset.md", dataset.write_page(title, inputs, args.reports))
     write_text(args.reports / "report.md", page.write_page(title, inputs, args.reports))
-    log.info("verdict     %s", page.verdict(inputs.measured, inputs.lineage["num_steps"]))
+    log.info("verdict     %s", page.headline(inputs))
     log.info("wrote       %s", ", ".join(str(args.reports / name) for name in ("report.md", "dataset.md", "loss.png")))
 
 

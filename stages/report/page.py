@@ -11,8 +11,15 @@ from stages.report.inputs import Inputs, Metrics, number
 
 # The verdict
 
+FEW_PICTURES = 10  # held out; below it an interval is so wide that "no sign" would say nothing
 
-def verdict(measured: Metrics, num_steps: int) -> str:
+
+def headline(inputs: Inputs) -> str:
+    lineage = inputs.lineage
+    return verdict(inputs.measured, lineage["num_steps"], lineage["table"]["num_pictures"]["heldout"])
+
+
+def verdict(measured: Metrics, num_steps: int, num_heldout: int) -> str:
     """The outcome in plain words: no more than the intervals bear."""
     change, low, high = (number(measured, f"val.loss_change{bound}") for bound in ("", "_low", "_high"))
     base = number(measured, "val.loss_base")
@@ -21,24 +28,25 @@ def verdict(measured: Metrics, num_steps: int) -> str:
         return f"Held-out loss moved by {signed(change)}{percent}, but one held-out picture cannot tell more."
     known = f"{percent}, 95 % interval {interval(low, high)}"
     if high < 0:
-        learned = f"the adapter learned the style; {overfitting(measured, num_steps)}"
+        learned = f"the adapter learned the style; {overfitting(measured, num_steps, num_heldout)}"
         return f"Held-out loss fell by {-change:.4f}{known}: {learned}."
     if low > 0:
         return (
             f"Held-out loss rose by {change:.4f}{known}: on pictures that it never saw, "
-            f"the adapter is worse than the base; {overfitting(measured, num_steps)}."
+            f"the adapter is worse than the base; {overfitting(measured, num_steps, num_heldout)}."
         )
     return f"Held-out loss moved by {signed(change)}{known}: no difference that the held-out pictures can show."
 
 
-def overfitting(measured: Metrics, num_steps: int) -> str:
+def overfitting(measured: Metrics, num_steps: int, num_heldout: int) -> str:
     """Whether the training pictures gained more than the held-out ones, and whether that did harm.
 
     A gap alone is weak evidence: pictures that the base finds harder have more to gain.
     """
     gap, low, high = (number(measured, f"val.overfit_gap{bound}") for bound in ("", "_low", "_high"))
     if measured["val.overfit_gap_low"] is None or low <= 0:
-        return "no sign of overfitting"
+        few = f"{num_heldout} held-out pictures are too few to tell whether it overfits"
+        return "no sign of overfitting" if num_heldout >= FEW_PICTURES else few
     gained = f"training pictures gained {gap:.4f} more {interval(low, high)}"
     best = measured["val.best_step"]
     if best == num_steps:
@@ -54,7 +62,7 @@ def write_page(title: str, inputs: Inputs, folder: Path) -> str:
     prompts = len(inputs.lineage["validate"]["prompts"])
     sections = [
         f"# {title}",
-        f"**{verdict(inputs.measured, inputs.lineage['num_steps'])}**",
+        f"**{headline(inputs)}**",
         image("Samples", inputs.pictures["samples"], folder),
         f"{prompts} prompts from the same noise, drawn by the base and by the adapter ({drawn_how(inputs)}).",
         "## Figures",

@@ -33,7 +33,6 @@ class Trainer:
         self.params, self.runtime = config.section(TrainParams), config.section(RuntimeParams)
         self.family, self.base = family, base
         self.items = training_items(cache, self.params.batch_size)
-        objectives.require_visible(cache)
         self.accelerator = make_accelerator(self.runtime, model)
         self.device = self.accelerator.device
         device.log_device(self.device, model)

@@ -1,0 +1,53 @@
+"""What a machine or a person did is one line and exit code 2; what we did wrong is a traceback."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from stages.core.console import UserError, run
+
+
+def stderr_of(error: BaseException, capsys: pytest.CaptureFixture[str]) -> str:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("one; mend it", "two; mend it"), "error: one; mend it\nerror: two; mend it\n"),
+        (OSError(errno.ENOSPC, "No space left", "/x"), "error: /x: No space left; free some space\n"),
+        (
+            OSError(errno.EIO, "Input/output error", "/mnt/a.png"),
+            "error: /mnt/a.png: Input/output error; check the disk or network drive, and run again\n",
+        ),
+        (
+            OSError(errno.ESTALE, "Stale file handle"),
+            "error: Stale file handle; check the disk or network drive, and run again\n",
+        ),
+        (MemoryError(), "error: out of memory; end other programs, or use a machine with more of it\n"),
+        (
+            MemoryError("out of memory while 'a.tif' was decoded"),
+            "error: out of memory while 'a.tif' was decoded; end other programs, or use a machine with more of it\n",
+        ),
+    ],
+)
+def test_the_machines_faults(error: BaseException, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stderr_of(error, capsys) == said
+
+
+@pytest.mark.parametrize("make", [lambda: OSError("no number"), lambda: ValueError("ours")])
+def test_our_faults_have_a_traceback(make: Callable[[], Exception]) -> None:
+    def main() -> None:
+        raise make()
+
+    with pytest.raises((OSError, ValueError)):
+        run(main)
