@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from stages.cache_latents import encoding, entries, keys
-from stages.core import device, pictures
-from stages.families import sd
+from stages.core import components, device, pictures
+from stages.families import sd, sdxl
 
 PIXELS = (
     pictures.load_view,
@@ -34,19 +34,26 @@ ENTRIES = (
     encoding.encode_all,
     encoding.forward,
     device.autocast,
-    sd.load_vae,
     sd.vae_dtype,
-    sd.encode_images,
     sd.load_tokenizer,
     sd.load_text,
     sd.encode_prompts,
-    sd._source,
-    sd._freeze,
+    components.load_frozen,
+    components.load_tokenizer,
+    components._source,
+    components.upcast_vae_dtype,
+    components.load_vae,
+    components.encode_images,
+    components.input_ids,
+    components.clip_states,
+    sdxl.load_tokenizer,
+    sdxl.load_text,
+    sdxl.encode_prompts,
 )
 MASKS = (entries.Masks.read, entries.mask_weights)
 RECORDED = {  # number, digest of the source that it stands for
     "pictures.VERSION": (1, "70b95e01f0c4868b"),
-    "keys.FORMAT": (1, "70bf4a67bd87a900"),
+    "keys.FORMAT": (1, "3d629db545e4d2a6"),
     "keys.MASK_FORMAT": (1, "6f0fe20691497a20"),
 }
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 WEIGHTS = {"model", "diffusion_pytorch_model"}
+FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+"""Class named in model_index.json -> the ``model.family`` that trains it."""
 
 
 def problems(model: ModelParams, family: Family) -> list[str]:
@@ -40,7 +42,8 @@ def problems(model: ModelParams, family: Family) -> list[str]:
     except (ValueError, KeyError, TypeError):
         return [f"{index}: not a diffusers model index; fetch the model again"]
     if pipeline != family.PIPELINE:
-        return [f"{where} is a {pipeline}; model.family '{model.family}' trains {family.PIPELINE}"]
+        known = f"use model.family: {FAMILIES[pipeline]}" if pipeline in FAMILIES else "no family here trains that"
+        return [f"{where} is a {pipeline}; model.family '{model.family}' trains {family.PIPELINE}; {known}"]
     found = []
     for component, expected in family.COMPONENTS.items():
         folder = root / component
@@ -48,7 +51,7 @@ def problems(model: ModelParams, family: Family) -> list[str]:
         declared = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if not folder.is_dir():
             found.append(f"{folder}: no such folder; {family.PIPELINE} needs {expected} there")
-        elif expected and declared != expected:
+        elif expected and str(declared).removesuffix("Fast") != expected:
             found.append(
                 f"{index} {component}: got {declared}, expected {expected}; this is no base of family '{model.family}'"
             )
@@ -94,8 +97,25 @@ def damage(folder: Path, variant: str | None) -> list[str]:
         all((folder / name).is_file() for name in names) for names in VOCABULARIES
     ):
         found.append(f"{folder}: no vocab.json with merges.txt; the folder is incomplete, fetch the model again")
+    found += shard_problems(folder, variant)
     cut = [path for path in weight_files(folder, variant) if not is_whole(path)]
     found += [f"{path}: truncated or no safetensors file; fetch the model again" for path in cut]
+    return found
+
+
+def shard_problems(folder: Path, variant: str | None) -> list[str]:
+    """Shards that the variant's ``*.index.json`` names and the folder lacks."""
+    ending = f".safetensors.index{f'.{variant}' if variant else ''}.json"
+    found = []
+    for path in sorted(folder.glob(f"*{ending}")):
+        try:
+            shards = set(json.loads(path.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            found.append(f"{path}: no index of shards; fetch the model again")
+            continue
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            found.append(f"{path}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); fetch them")
     return found
 
 

@@ -20,7 +20,9 @@ class Family(Protocol):
     PIPELINE: str
     """Class named in model_index.json."""
     COMPONENTS: dict[str, str]
-    """Folder -> class, of all that is loaded."""
+    """Folder -> class, of all that is loaded; "" for any. A tokenizer's class goes without ``Fast``."""
+    LEFT_OUT: tuple[str, ...]
+    """What ``from_pretrained`` is told not to load, as the model card writes it."""
     VAE: tuple[str, ...]
     """Components that decide image latents."""
     TEXT: tuple[str, ...]
@@ -47,6 +49,17 @@ class Family(Protocol):
     def encode_images(self, vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float [B, 3, H, W] in [-1, 1] -> posterior mean and std in the denoiser's space, float32 [B, C, H/f, W/f]."""
 
+    def view_conditioning(
+        self, original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """Conditioning by how a view is cut, in pixels: name -> float32 [...]; empty where the model asks for none.
+
+        Args:
+            original_size: height and width of the picture before it was scaled.
+            crop_top_left: top and left of the view in the scaled (and mirrored) picture.
+            target_size: height and width of the view.
+        """
+
     def max_tokens(self, model: ModelParams) -> int: ...
     def count_tokens(self, model: ModelParams, captions: list[str]) -> list[int]:
         """Tokens per caption, special ones included, without truncation."""
@@ -66,7 +79,11 @@ class Family(Protocol):
     def predict(
         self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """The denoiser's output, [B, C, h, w]."""
+        """The denoiser's output, [B, C, h, w].
+
+        Args:
+            prompt: what ``encode_prompts`` and ``view_conditioning`` return, batched.
+        """
 
     def load_pipeline(self, model: ModelParams, device: torch.device) -> Any:
         """The whole diffusers pipeline, for sampling and for proving exports."""

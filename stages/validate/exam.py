@@ -140,7 +140,7 @@ def ask(exam: Exam, rows: list[Row]) -> Questions:
     latents = torch.stack([exam.cache.latents(row.picture.view)[0] for row in rows])
     noise = torch.stack([row_noise(exam.seed, row, latents[0].shape) for row in rows])
     timesteps = torch.tensor([row.timestep for row in rows])
-    prompts = [exam.cache.prompt(row.picture.caption) for row in rows]
+    prompts = [exam.cache.prompt(row.picture.caption, row.picture.view) for row in rows]
     masks = None
     if any(row.picture.mask for row in rows):
         everything = torch.ones_like(latents[0, :1])  # [1, h, w]

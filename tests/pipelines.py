@@ -1,0 +1,91 @@
+"""Tiny random pipelines of the true classes, below 1 M parameters each, built offline in the diffusers layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from base.tokenizer import train
+
+CORPUS = ["red apple", "blue boat", "green circle, ink icon", "thing 0 1 2 3 4 5 6 7"]
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    return train(CORPUS)
+
+
+def clip(cls: Any, tokenizer: CLIPTokenizer, hidden_size: int = 32) -> Any:
+    return cls(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            projection_dim=hidden_size,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def vae(latent_channels: int = 4, **options: Any) -> AutoencoderKL:
+    """4 pixels per latent pixel."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=latent_channels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=32,
+        **{"scaling_factor": 0.5} | options,
+    )
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    """Encoders of 16 and 32 features, so that a swap shows; pixels in multiples of 8."""
+    tokenizer = clip_tokenizer()
+    return StableDiffusionXLPipeline(
+        vae=vae(force_upcast=True),
+        text_encoder=clip(CLIPTextModel, tokenizer, 16),
+        text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer, 32),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16 + 32,
+            attention_head_dim=4,
+            norm_num_groups=8,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 32,
+            use_linear_projection=True,
+        ),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        add_watermarker=False,
+    )
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {"sdxl": sdxl}
+
+
+def build(name: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    pipeline = BUILDERS[name]()
+    modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
+    assert sum(p.numel() for module in modules for p in module.parameters()) < 1_000_000
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
