@@ -52,7 +52,8 @@ def main() -> None:
     log.info("dataset     %s", config.section(DatasetParams).source)
     log.info("packages    %s", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
     log.info("disk        %.1f GB free for the state directory", shutil.disk_usage(existing(state_dir())).free / 1e9)
-    check_device(config)  # last: it imports torch, which takes seconds
+    check_device(config)  # from here on it imports torch, which takes seconds
+    check_objective(config)
 
 
 def package_problems() -> list[str]:
@@ -157,6 +158,15 @@ def check_device(config: Config) -> None:
     if device.type == "cpu" and model.dtype == "bfloat16" and not torch.backends.mkldnn.is_available():
         log.warning("warning: bfloat16 is slow on this processor; --set model.dtype=float32 is faster")
     sys.stdout.flush()
+
+
+def check_objective(config: Config) -> None:
+    from stages.core import objectives
+
+    model = config.section(ModelParams)
+    noise_scheduler = load_family(model.family).load_scheduler(model)
+    objectives.require_weights(noise_scheduler, config.section(TrainParams).snr_gamma)
+    log.info("objective   %s", objectives.prediction_type(noise_scheduler))
 
 
 if __name__ == "__main__":

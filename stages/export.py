@@ -179,7 +179,7 @@ def model_card(model: ModelParams, family: Family, params: ExportParams, adapter
     # JSON strings are YAML and Python ones too, whatever colons and quotes are in them.
     pretrained, prompt = (json.dumps(text, ensure_ascii=False) for text in (model.pretrained, params.prompt))
     options = f", variant={json.dumps(model.variant)}" if model.variant else ""
-    options += "".join(f", {name}=None" for name in family.LEFT_OUT)
+    options += "".join(f", {name}=None" for name in family.left_out(model))
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from base.tokenizer import train
 
@@ -32,6 +50,33 @@ def clip(cls: Any, tokenizer: CLIPTokenizer, hidden_size: int = 32) -> Any:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """Unigram, ids as in T5: padding, end, unknown, then pieces."""
+    special = ["<pad>", "</s>", "<unk>"]
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=special, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    vocab = json.loads(backend.to_str())["model"]["vocab"]
+    return T5Tokenizer(vocab=[tuple(piece) for piece in vocab], extra_ids=0, model_max_length=512)
+
+
+def t5(tokenizer: T5Tokenizer, d_model: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=d_model,
+            d_kv=16,
+            d_ff=2 * d_model,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
     )
 
@@ -79,7 +124,34 @@ def sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-BUILDERS: dict[str, Callable[[], Any]] = {"sdxl": sdxl}
+def sd3() -> StableDiffusion3Pipeline:
+    """As SD 3.5: normalised queries and keys, a block with a second attention; CLIP's features are padded to T5's."""
+    tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
+    return StableDiffusion3Pipeline(
+        vae=vae(16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(CLIPTextModelWithProjection, tokenizer, 16),
+        text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer, 32),
+        text_encoder_3=t5(tokenizer_3, 64),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=tokenizer_3,
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            caption_projection_dim=32,
+            pooled_projection_dim=16 + 32,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {"sdxl": sdxl, "sd3": sd3}
 
 
 def build(name: str, folder: Path) -> Path:

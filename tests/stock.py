@@ -52,7 +52,24 @@ def call_sdxl(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, given: Te
     )[0]
 
 
+def encode_sd3(pipe: Any, captions: list[str]) -> Tensors:
+    prompt_embeds, _, pooled, _ = pipe.encode_prompt(captions, None, None, do_classifier_free_guidance=False)
+    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
+
+
+def call_sd3(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, given: Tensors) -> torch.Tensor:
+    return pipe.transformer(
+        hidden_states=noisy,
+        timestep=timesteps,
+        encoder_hidden_states=given["prompt_embeds"],
+        pooled_projections=given["pooled_prompt_embeds"],
+        joint_attention_kwargs=None,
+        return_dict=False,
+    )[0]
+
+
 STOCK = {
     "sd": Stock("StableDiffusionPipeline", encode_sd, call_sd, options={"guidance_scale": 1.0}),
+    "sd3": Stock("StableDiffusion3Pipeline", encode_sd3, call_sd3, options={"guidance_scale": 1.0}),
     "sdxl": Stock("StableDiffusionXLPipeline", encode_sdxl, call_sdxl, options={"guidance_scale": 1.0}),
 }

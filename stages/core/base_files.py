@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 WEIGHTS = {"model", "diffusion_pytorch_model"}
-FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+FAMILIES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+}
 """Class named in model_index.json -> the ``model.family`` that trains it."""
 
 
@@ -49,8 +53,12 @@ def problems(model: ModelParams, family: Family) -> list[str]:
         folder = root / component
         entry = listed.get(component)
         declared = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if component in family.OPTIONAL and entry == [None, None]:
+            continue
         if not folder.is_dir():
-            found.append(f"{folder}: no such folder; {family.PIPELINE} needs {expected} there")
+            found.append(f"{folder}: no such folder; {family.PIPELINE} needs {expected or 'it'} there")
+            if component in family.OPTIONAL:
+                found[-1] += f", or [null, null] for {component} in model_index.json"
         elif expected and str(declared).removesuffix("Fast") != expected:
             found.append(
                 f"{index} {component}: got {declared}, expected {expected}; this is no base of family '{model.family}'"
@@ -149,9 +157,19 @@ def component_files(folder: Path, variant: str | None) -> list[Path]:
     return texts + weight_files(folder, variant)
 
 
+def absent(model: ModelParams, components: Iterable[str]) -> set[str]:
+    """Those that model_index.json declares null."""
+    listed = json.loads((Path(model.pretrained) / "model_index.json").read_text(encoding="utf-8"))
+    return {component for component in components if listed.get(component) == [None, None]}
+
+
 def digests(model: ModelParams, components: Iterable[str]) -> dict[str, str]:
-    """sha256 per component, over the names and bytes of its files."""
-    return {component: digest(Path(model.pretrained) / component, model.variant) for component in sorted(components)}
+    """sha256 per component, over the names and bytes of its files; ``absent`` for one that the base goes without."""
+    names = sorted(components)
+    without = absent(model, names)
+    return {
+        name: "absent" if name in without else digest(Path(model.pretrained) / name, model.variant) for name in names
+    }
 
 
 def digest(folder: Path, variant: str | None) -> str:

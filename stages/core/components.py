@@ -101,6 +101,13 @@ def decode_in_own_dtype(vae: AutoencoderKL) -> AutoencoderKL:
     return vae
 
 
+def no_view_conditioning(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> dict[str, torch.Tensor]:
+    """Of a denoiser that is not told how a picture was cut."""
+    return {}
+
+
 # Captions
 
 
@@ -123,3 +130,11 @@ def clip_states(tokenizer: Any, encoder: Any, captions: list[str]) -> tuple[torc
     with torch.inference_mode():
         output = encoder(ids, output_hidden_states=True)
     return output.hidden_states[-2], output[0]
+
+
+def t5_states(tokenizer: Any, encoder: Any, captions: list[str], max_length: int) -> torch.Tensor:
+    """The last layer's states [B, L, D], padding attended to as in training."""
+    import torch
+
+    with torch.inference_mode():
+        return encoder(input_ids(tokenizer, captions, max_length, encoder.device))[0]

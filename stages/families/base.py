@@ -21,14 +21,17 @@ class Family(Protocol):
     """Class named in model_index.json."""
     COMPONENTS: dict[str, str]
     """Folder -> class, of all that is loaded; "" for any. A tokenizer's class goes without ``Fast``."""
-    LEFT_OUT: tuple[str, ...]
-    """What ``from_pretrained`` is told not to load, as the model card writes it."""
+    OPTIONAL: tuple[str, ...]
+    """Components that model_index.json may declare null."""
     VAE: tuple[str, ...]
     """Components that decide image latents."""
     TEXT: tuple[str, ...]
     """Components that decide conditioning."""
     DENOISER: str
     """``unet`` or ``transformer``: the folder, and the prefix of adapter keys in diffusers' files."""
+
+    def left_out(self, model: ModelParams) -> tuple[str, ...]:
+        """What a pipeline is loaded without: arguments of ``from_pretrained`` that are None."""
 
     def pixel_multiple(self, model: ModelParams) -> int:
         """Width and height must be multiples of this."""

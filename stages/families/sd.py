@@ -24,7 +24,7 @@ COMPONENTS = {
     "unet": "UNet2DConditionModel",
     "scheduler": "",  # any
 }
-LEFT_OUT = ("safety_checker",)
+OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder")
 DENOISER = "unet"
@@ -32,6 +32,11 @@ DENOISER = "unet"
 vae_scale_factor = components.vae_scale_factor
 load_vae = components.load_vae
 encode_images = components.encode_images
+view_conditioning = components.no_view_conditioning
+
+
+def left_out(model: ModelParams) -> tuple[str, ...]:
+    return ("safety_checker",)
 
 
 def pixel_multiple(model: ModelParams) -> int:
@@ -45,12 +50,6 @@ def vae_dtype(model: ModelParams) -> Dtype:
     """
     upcast = components.config(model, "vae").get("force_upcast")
     return "float32" if model.dtype == "float16" and upcast else model.dtype
-
-
-def view_conditioning(
-    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
-) -> dict[str, torch.Tensor]:
-    return {}
 
 
 def load_tokenizer(model: ModelParams) -> CLIPTokenizer:

@@ -27,7 +27,7 @@ COMPONENTS = {
     "unet": "UNet2DConditionModel",
     "scheduler": "",  # any
 }
-LEFT_OUT = ()
+OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 DENOISER = "unet"
@@ -36,6 +36,10 @@ vae_scale_factor = components.vae_scale_factor
 vae_dtype = components.upcast_vae_dtype
 load_vae = components.load_vae
 encode_images = components.encode_images
+
+
+def left_out(model: ModelParams) -> tuple[str, ...]:
+    return ()
 
 
 def pixel_multiple(model: ModelParams) -> int:

@@ -230,7 +230,7 @@ def lineage(
         "table": {
             "num_pictures": dict(Counter(row.picture.split for row in exam.rows if row.stratum == 0)),
             "num_rows": len(exam.rows),
-            "prediction_type": exam.scheduler.config.prediction_type,
+            "prediction_type": exam.prediction_type,
         },
         "validate": settings.model_dump(),
     }

@@ -39,6 +39,12 @@ class Exam:
         return self.scheduler.config.num_train_timesteps
 
     @property
+    def prediction_type(self) -> str:
+        from stages.core import objectives
+
+        return objectives.prediction_type(self.scheduler)
+
+    @property
     def picture_size(self) -> tuple[int, ...]:
         """Height and width of the table's latents; of most of them, where they differ."""
         shapes = Counter(map(self.shape, self.rows))
@@ -125,7 +131,7 @@ class Questions:
     """Some rows of one latent shape as tensors on the device."""
 
     noisy_latents: torch.Tensor  # [B, C, h, w] float32
-    timesteps: torch.Tensor  # [B] int64
+    timesteps: torch.Tensor  # [B], as the model counts them
     prompt: dict[str, torch.Tensor]  # name -> [B, ...]
     target: torch.Tensor  # [B, C, h, w] float32
     masks: torch.Tensor | None  # [B, 1, h, w] float32; None where none of these pictures has one
@@ -146,8 +152,8 @@ def ask(exam: Exam, rows: list[Row]) -> Questions:
         everything = torch.ones_like(latents[0, :1])  # [1, h, w]
         masks = torch.stack([exam.cache.mask(row.picture.mask) if row.picture.mask else everything for row in rows])
     return Questions(
-        exam.scheduler.add_noise(latents, noise, timesteps).to(exam.device),
-        timesteps.to(exam.device),
+        objectives.add_noise(exam.scheduler, latents, noise, timesteps).to(exam.device),
+        objectives.model_timesteps(exam.scheduler, timesteps).to(exam.device),
         {name: torch.stack([p[name].float() for p in prompts]).to(exam.device) for name in prompts[0]},
         objectives.target(exam.scheduler, latents, noise, timesteps).to(exam.device),
         None if masks is None else masks.to(exam.device),
