@@ -24,6 +24,7 @@ from stages.prepare.listing import Listing
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
 from stages.train.params import TrainParams
+from stages.validate.params import ValidateParams, prompt_problems
 
 # Series that the project is tested with; the exact versions stand in requirements.lock.
 PACKAGES = {
@@ -45,6 +46,7 @@ def main() -> None:
     config = load(args.params, args.overrides)
     model = config.section(ModelParams)
     found = package_problems() + base_check(config) + dataset_problems(config) + disk_problems()
+    found += prompt_problems(config.section(ValidateParams), load_family(model.family))
     if found:
         raise UserError(*found)
     log.info("parameters  %s, %d sections", args.params, len(config.sections))

@@ -12,6 +12,8 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -151,7 +153,30 @@ def sd3() -> StableDiffusion3Pipeline:
     )
 
 
-BUILDERS: dict[str, Callable[[], Any]] = {"sdxl": sdxl, "sd3": sd3}
+def flux(guidance_embeds: bool = True) -> FluxPipeline:
+    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
+    return FluxPipeline(
+        vae=vae(16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(CLIPTextModel, tokenizer, 16),
+        text_encoder_2=t5(tokenizer_2, 32),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        transformer=FluxTransformer2DModel(
+            in_channels=4 * 16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {"sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 
 def build(name: str, folder: Path) -> Path:

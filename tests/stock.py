@@ -68,7 +68,34 @@ def call_sd3(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, given: Ten
     )[0]
 
 
+def encode_flux(pipe: Any, captions: list[str]) -> Tensors:
+    prompt_embeds, pooled, _ = pipe.encode_prompt(captions, None)
+    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
+
+
+def call_flux(pipe: Any, noisy: torch.Tensor, timesteps: torch.Tensor, given: Tensors) -> torch.Tensor:
+    count, channels, height, width = noisy.shape
+    packed = pipe.transformer(
+        hidden_states=pipe._pack_latents(noisy, count, channels, height, width),
+        timestep=timesteps / 1000,
+        guidance=torch.full([count], 1.0) if pipe.transformer.config.guidance_embeds else None,
+        pooled_projections=given["pooled_prompt_embeds"],
+        encoder_hidden_states=given["prompt_embeds"],
+        txt_ids=torch.zeros(given["prompt_embeds"].shape[1], 3),
+        img_ids=pipe._prepare_latent_image_ids(count, height // 2, width // 2, "cpu", torch.float32),
+        return_dict=False,
+    )[0]
+    factor = pipe.vae_scale_factor
+    return pipe._unpack_latents(packed, height * factor, width * factor, factor)
+
+
+def unpack_flux(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    side = int(latents.shape[1] ** 0.5) * 2 * pipe.vae_scale_factor
+    return pipe._unpack_latents(latents, side, side, pipe.vae_scale_factor)
+
+
 STOCK = {
+    "flux": Stock("FluxPipeline", encode_flux, call_flux, unpack_flux, {"guidance_scale": 1.0}),
     "sd": Stock("StableDiffusionPipeline", encode_sd, call_sd, options={"guidance_scale": 1.0}),
     "sd3": Stock("StableDiffusion3Pipeline", encode_sd3, call_sd3, options={"guidance_scale": 1.0}),
     "sdxl": Stock("StableDiffusionXLPipeline", encode_sdxl, call_sdxl, options={"guidance_scale": 1.0}),

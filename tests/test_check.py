@@ -93,7 +93,7 @@ def test_problems_are_found_before_anything_slow_is_imported(workspace: Workspac
         ("train.batch_sise=4", "params.yaml train.batch_sise: unknown key (near: batch_size)"),
         ("lora.rank=0", "params.yaml lora.rank: got 0; input should be greater than or equal to 1"),
         ("lora.rank=eight", "params.yaml lora.rank: got 'eight'; input should be a valid integer"),
-        ("model.family=sdd", "params.yaml model.family: got 'sdd'; input should be 'sd', 'sdxl' or 'sd3'"),
+        ("model.family=sdd", "params.yaml model.family: got 'sdd'; input should be 'sd', 'sdxl', 'sd3' or 'flux'"),
     ],
 )
 def test_params(copied: Workspace, change: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from stages.artifacts.latent_cache import LatentCache
 from stages.artifacts.manifest import Manifest
@@ -26,6 +28,7 @@ CPU = torch.device("cpu")
 CAPTIONS = ["red apple", "blue boat", ""]
 GOLDEN = {  # the first three losses of a training, float32 on a CPU
     "sd": [0.524272, 0.520498, 0.711396],
+    "flux": [1.72353, 1.67101, 1.56854],
     "sd3": [1.69002, 1.71176, 1.66376],
     "sdxl": [1.17276, 1.21496, 1.09362],
 }
@@ -207,3 +210,20 @@ def test_the_dag_end_to_end(trained: Workspace, name: str, family: Family, stock
     adapted = draw()
     assert adapted.shape == (32, 32, 3) and np.abs(adapted - plain).max() > 0
     assert f"{family.PIPELINE}.from_pretrained" in Path("data/export/README.md").read_text()
+
+
+@pytest.fixture
+def another_precision() -> Iterator[None]:
+    """Accelerate keeps one precision for a whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("another_precision")
+def test_training_and_drawing_in_bfloat16(trained: Workspace, name: str) -> None:
+    """Frozen weights and autocast in half precision: every place where two dtypes could meet."""
+    for stage in ("prepare", "cache_latents", "train", "validate"):
+        trained.run(stage, *overrides(name, "model.dtype=bfloat16"))
+    losses = [row.split(",")[1] for row in Path("reports/train/loss.csv").read_text().splitlines()[1:]]
+    np.testing.assert_allclose([float(loss) for loss in losses], GOLDEN[name], rtol=2e-2)

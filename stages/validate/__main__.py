@@ -23,7 +23,7 @@ from stages.core.files import sha256_json, write_json, write_text
 from stages.core.params import ModelParams, RuntimeParams
 from stages.families.base import load_family
 from stages.validate.exam import Exam, answer, make_exam
-from stages.validate.params import ValidateParams
+from stages.validate.params import ValidateParams, prompt_problems
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,6 +40,8 @@ def main() -> None:
     settings, model = config.section(ValidateParams), config.section(ModelParams)
     family = load_family(model.family)
     base_files.require_base(model, family)
+    if found := prompt_problems(settings, family):
+        raise UserError(*found)
     cache, adapter = LatentCache(args.latents), Adapter.load(args.adapter)
     base = base_files.digests(model, family.COMPONENTS)
     base_files.require_same_base(cache.base, base, args.latents)
