@@ -24,6 +24,8 @@ class Stock:
     """(pipeline, what the denoiser takes and returns for a square picture) -> [B, C, h, w]."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of a call in which the denoiser sees the prompts alone, and sees what training sees."""
+    timestep_unit: float = 1.0
+    """How many timesteps one is that the denoiser is given."""
 
 
 def encode_sd(pipe: Any, captions: list[str]) -> Tensors:
@@ -95,7 +97,7 @@ def unpack_flux(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 STOCK = {
-    "flux": Stock("FluxPipeline", encode_flux, call_flux, unpack_flux, {"guidance_scale": 1.0}),
+    "flux": Stock("FluxPipeline", encode_flux, call_flux, unpack_flux, {"guidance_scale": 1.0}, 1000.0),
     "sd": Stock("StableDiffusionPipeline", encode_sd, call_sd, options={"guidance_scale": 1.0}),
     "sd3": Stock("StableDiffusion3Pipeline", encode_sd3, call_sd3, options={"guidance_scale": 1.0}),
     "sdxl": Stock("StableDiffusionXLPipeline", encode_sdxl, call_sdxl, options={"guidance_scale": 1.0}),

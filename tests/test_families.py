@@ -125,3 +125,6 @@ def test_sharded_weights_are_digested_and_a_missing_shard_is_named(tiny_base: Pa
     assert base_files.problems(params(folder, None), sd) == [f"{index}: {missing}; fetch them"]
     index.write_text("[]")
     assert f"{index}: no index of shards; fetch the model again" in base_files.problems(params(folder, None), sd)
+    index.unlink()
+    without = "a shard without its index (*.safetensors.index.json)"
+    assert base_files.problems(params(folder, None), sd) == [f"{shards[0]}: {without}; fetch the model again"]

@@ -113,10 +113,13 @@ def damage(folder: Path, variant: str | None) -> list[str]:
 
 
 def shard_problems(folder: Path, variant: str | None) -> list[str]:
-    """Shards that the variant's ``*.index.json`` names and the folder lacks."""
+    """Shards that the variant's ``*.index.json`` names and the folder lacks, or shards without an index."""
     ending = f".safetensors.index{f'.{variant}' if variant else ''}.json"
+    indexes, files = sorted(folder.glob(f"*{ending}")), weight_files(folder, variant)
     found = []
-    for path in sorted(folder.glob(f"*{ending}")):
+    if not indexes and files and all("-of-" in path.name for path in files):
+        found.append(f"{files[0]}: a shard without its index (*{ending}); fetch the model again")
+    for path in indexes:
         try:
             shards = set(json.loads(path.read_bytes())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
