@@ -24,6 +24,7 @@ from stages.prepare.listing import Listing, lines
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
 from stages.train.params import TrainParams
+from stages.validate.params import ValidateParams, prompt_problems
 
 # Series that the project is tested with; the exact versions stand in requirements.lock.
 PACKAGES = {
@@ -45,6 +46,7 @@ def main() -> None:
     config = load(args.params, args.overrides)
     model = config.section(ModelParams)
     found = package_problems() + base_check(config) + dataset_problems(config) + disk_problems()
+    found += prompt_problems(config.section(ValidateParams), load_family(model.family))
     if found:
         raise UserError(*found)
     log.info("parameters  %s, %d sections", args.params, len(config.sections))
@@ -52,7 +54,8 @@ def main() -> None:
     log.info("dataset     %s", config.section(DatasetParams).source)
     log.info("packages    %s", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
     log.info("disk        %.1f GB free for the state directory", shutil.disk_usage(existing(state_dir())).free / 1e9)
-    check_device(config)  # last: it imports torch, which takes seconds
+    check_device(config)  # from here on it imports torch, which takes seconds
+    check_objective(config)
 
 
 def package_problems() -> list[str]:
@@ -159,6 +162,15 @@ def check_device(config: Config) -> None:
     if device.type == "cpu" and model.dtype == "bfloat16" and not torch.backends.mkldnn.is_available():
         log.warning("warning: bfloat16 is slow on this processor; --set model.dtype=float32 is faster")
     sys.stdout.flush()
+
+
+def check_objective(config: Config) -> None:
+    from stages.core import objectives
+
+    model = config.section(ModelParams)
+    noise_scheduler = load_family(model.family).load_scheduler(model)
+    objectives.require_weights(noise_scheduler, config.section(TrainParams).snr_gamma)
+    log.info("objective   %s", objectives.prediction_type(noise_scheduler))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,8 @@ def model_card(model: ModelParams, family: Family, params: ExportParams, adapter
     base = "\n".join(f"| {name} | `{digest[:16]}` |" for name, digest in sorted(adapter.base.items()))
     # JSON strings are YAML and Python ones too, whatever colons and quotes are in them.
     pretrained, prompt = (json.dumps(text, ensure_ascii=False) for text in (model.pretrained, params.prompt))
-    variant = f", variant={json.dumps(model.variant)}" if model.variant else ""
+    options = f", variant={json.dumps(model.variant)}" if model.variant else ""
+    options += "".join(f", {name}=None" for name in family.left_out(model))
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -194,7 +195,7 @@ Rank {lora["r"]}, alpha {lora["lora_alpha"]:g}, on {targets}; {adapter.num_steps
 ```python
 from diffusers import {family.PIPELINE}
 
-pipe = {family.PIPELINE}.from_pretrained({pretrained}{variant}, safety_checker=None)
+pipe = {family.PIPELINE}.from_pretrained({pretrained}{options})
 pipe.load_lora_weights("data/export/diffusers")
 pipe({prompt}, guidance_scale={params.guidance_scale:g}).images[0].save("sample.png")
 ```

@@ -110,6 +110,15 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family -> a tiny random base of its pipeline class."""
+    from tests.pipelines import BUILDERS, build
+
+    folder = tmp_path_factory.mktemp("bases")
+    return {"sd": tiny_base} | {name: build(name, folder / name) for name in BUILDERS}
+
+
 def picture(index: int, width: int = 48, height: int | None = None) -> Image.Image:
     """A coloured ramp with a disc, another one for each index."""
     height = height or width

@@ -132,6 +132,25 @@ def test_a_cache_keeps_what_training_asks_for(tmp_path: Path) -> None:
     assert all(cache.prompt(caption)["prompt_embeds"].shape == (3, 8) for caption in captions)
 
 
+def test_conditioning_by_view_is_kept_beside_the_view_and_missed_at_once(tmp_path: Path) -> None:
+    item = CachedItem("a.png", "train", "", ("",), "c", ("v1", "v2"))
+    ids = {"v1": torch.arange(6.0), "v2": torch.arange(6.0) + 1}
+
+    def load(kind: str, key: str) -> dict[str, torch.Tensor]:
+        if kind == "text":
+            return {"prompt_embeds": torch.zeros(3, 8)}
+        return {"mean": torch.zeros(4, 2, 2), "std": torch.ones(4, 2, 2), "add_time_ids": ids[key].clone()}
+
+    latent_cache.write(tmp_path, [item], {"": "t0"}, {}, ["prompt_embeds"], load, ["add_time_ids"])
+    cache = LatentCache(tmp_path)
+    assert set(cache.prompt("")) == {"prompt_embeds"}
+    assert torch.equal(cache.prompt("", "v2")["add_time_ids"], ids["v2"])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"view_conditioning": ["other"]}))
+    with pytest.raises(UserError, match="run `python -m stages.cache_latents` again"):
+        LatentCache(tmp_path)
+
+
 def test_shards_are_named_by_their_owners(tmp_path: Path) -> None:
     """An entry that two pictures share stands with the first by name."""
     rows = [CachedItem(f"{i}.png", "train", "same", ("same",), "c", ("v0" if i < 2 else f"v{i}",)) for i in range(5)]

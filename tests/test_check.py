@@ -47,7 +47,9 @@ def test_all_is_well(workspace: Workspace) -> None:
     done = workspace.process("check")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["parameters", "base", "dataset", "packages", "disk", "device"]
+    names = ["parameters", "base", "dataset", "packages", "disk", "device", "objective"]
+    assert [line.split()[0] for line in lines] == names
+    assert lines[6] == "objective   v_prediction"
     assert "torch 2.13" in lines[3] and lines[5] == "device      cpu, 1 threads, float32"
 
 
@@ -92,7 +94,7 @@ def test_problems_are_found_before_anything_slow_is_imported(workspace: Workspac
         ("train.batch_sise=4", "params.yaml train.batch_sise: unknown key (near: batch_size)"),
         ("lora.rank=0", "params.yaml lora.rank: got 0; input should be greater than or equal to 1"),
         ("lora.rank=eight", "params.yaml lora.rank: got 'eight'; input should be a valid integer"),
-        ("model.family=sdd", "params.yaml model.family: got 'sdd'; input should be 'sd'"),
+        ("model.family=sdd", "params.yaml model.family: got 'sdd'; input should be 'sd', 'sdxl', 'sd3' or 'flux'"),
     ],
 )
 def test_params(copied: Workspace, change: str, message: str) -> None:
@@ -140,8 +142,13 @@ def test_another_pipeline(copied: Workspace) -> None:
     change_index(_class_name="StableDiffusionXLPipeline")
     assert problem(copied) == (
         "params.yaml model.pretrained: 'data/base' is a StableDiffusionXLPipeline; "
-        "model.family 'sd' trains StableDiffusionPipeline"
+        "model.family 'sd' trains StableDiffusionPipeline; use model.family: sdxl"
     )
+
+
+def test_a_pipeline_that_no_family_trains(copied: Workspace) -> None:
+    change_index(_class_name="KandinskyPipeline")
+    assert problem(copied).endswith("trains StableDiffusionPipeline; no family here trains that")
 
 
 def test_another_component(copied: Workspace) -> None:

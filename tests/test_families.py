@@ -74,9 +74,57 @@ def test_every_stage_runs_on_it(workspace: Workspace, sd15: Path) -> None:
     assert 'variant="fp16"' in Path("data/export/README.md").read_text()
 
 
+def test_zero_terminal_snr_is_the_schedulers_word(workspace: Workspace, tiny_base: Path, tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    base = tmp_path / "zero"
+    shutil.copytree(tiny_base, base)
+    DDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+        clip_sample=False,
+    ).save_pretrained(base / "scheduler")
+    noise_scheduler = sd.load_scheduler(params(base, None))
+    assert noise_scheduler.alphas_cumprod[-1] == 0 and noise_scheduler.config.prediction_type == "v_prediction"
+    overrides = ("--set", f"model.pretrained={base}", "--set", "train.snr_gamma=5.0")
+    for stage in ("prepare", "cache_latents", "train", "validate"):
+        workspace.run(stage, *overrides)
+    assert json.loads(Path("reports/validate/lineage.json").read_text())["table"]["prediction_type"] == "v_prediction"
+
+
 def test_everything_loaded_is_frozen_and_in_eval_mode(sd15: Path) -> None:
     device = torch.device("cpu")
     model = params(sd15).model_copy(update={"dtype": "bfloat16"})
     for module in (sd.load_vae(model, device), sd.load_text(model, device)[1], sd.load_denoiser(model, device)):
         assert not module.training
         assert all(not p.requires_grad and p.dtype == torch.bfloat16 for p in module.parameters())
+
+
+def test_sharded_weights_are_digested_and_a_missing_shard_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    shutil.copytree(tiny_base, folder)
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    sd.load_denoiser(params(tiny_base, None), torch.device("cpu")).save_pretrained(
+        folder / "unet", max_shard_size="400KB"
+    )
+    shards = sorted((folder / "unet").glob("*.safetensors"))
+    assert len(shards) > 1 and base_files.problems(params(folder, None), sd) == []
+    whole, parts = (sd.load_denoiser(params(base, None), torch.device("cpu")) for base in (tiny_base, folder))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+    before = base_files.digests(params(folder, None), sd.COMPONENTS)
+    content = bytearray(shards[-1].read_bytes())
+    content[-1] ^= 1
+    shards[-1].write_bytes(content)
+    assert base_files.digests(params(folder, None), sd.COMPONENTS)["unet"] != before["unet"]
+    shards[-1].unlink()
+    index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
+    missing = f"1 of {len(shards)} shards are missing ({shards[-1].name})"
+    assert base_files.problems(params(folder, None), sd) == [f"{index}: {missing}; fetch them"]
+    index.write_text("[]")
+    assert f"{index}: no index of shards; fetch the model again" in base_files.problems(params(folder, None), sd)
+    index.unlink()
+    without = "a shard without its index (*.safetensors.index.json)"
+    assert base_files.problems(params(folder, None), sd) == [f"{shards[0]}: {without}; fetch the model again"]

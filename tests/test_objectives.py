@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from stages.core import objectives
 
@@ -125,8 +125,81 @@ def test_without_gamma_every_timestep_counts_one(kind: str) -> None:
 
 def test_unknown_prediction_type_is_named() -> None:
     latents, noise = draws(1)
-    with pytest.raises(ValueError, match="prediction_type 'flow': expected epsilon, v_prediction or sample"):
+    with pytest.raises(ValueError, match="prediction_type 'flow': expected epsilon, v_prediction, sample or flow"):
         objectives.target(scheduler("flow"), latents, noise, torch.tensor([0]))
+
+
+# Zero terminal SNR: data of the scheduler
+
+
+def zero_snr(kind: str) -> DDPMScheduler:
+    return DDPMScheduler.from_config(scheduler(kind).config, rescale_betas_zero_snr=True)
+
+
+def test_the_last_step_of_zero_terminal_snr_is_pure_noise_and_asks_for_minus_the_picture() -> None:
+    """Lin et al. 2024 (arXiv:2305.08891), section 3.1 and 3.2."""
+    latents, noise = draws(2)
+    last = torch.tensor([999, 999])
+    noise_scheduler = zero_snr("v_prediction")
+    assert torch.equal(objectives.add_noise(noise_scheduler, latents, noise, last), noise)
+    assert torch.equal(objectives.target(noise_scheduler, latents, noise, last), -latents)
+
+
+@pytest.mark.parametrize(("kind", "last"), [("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)])
+def test_min_snr_weights_are_finite_under_zero_terminal_snr(kind: str, last: float) -> None:
+    found = objectives.loss_weights(zero_snr(kind), torch.tensor([0, 500, 999]), 5.0)
+    assert found.isfinite().all() and found[-1] == last
+
+
+# Flow matching
+
+
+def flow(shift: float = 1.0, **options: bool) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=shift, **options)
+
+
+def reference_sigma(timesteps: list[int], shift: float) -> np.ndarray:
+    """Esser et al. 2024, eq. 23, in float64; the least noise is a thousandth's."""
+    share = (np.array(timesteps) + 1) / NUM_TRAIN_TIMESTEPS
+    return shift * share / (1 + (shift - 1) * share)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("timesteps", TIMESTEPS, ids=str)
+def test_flow_matching_is_the_formula(timesteps: list[int], shift: float) -> None:
+    latents, noise = draws(len(timesteps))
+    noise_scheduler, asked = flow(shift), torch.tensor(timesteps)
+    sigma = reference_sigma(timesteps, shift)
+    x, eps, s = latents.double().numpy(), noise.double().numpy(), sigma[:, None, None, None]
+    np.testing.assert_allclose(objectives.sigmas(noise_scheduler, asked).numpy(), sigma, rtol=1e-6)
+    np.testing.assert_allclose(objectives.model_timesteps(noise_scheduler, asked).numpy(), 1000 * sigma, rtol=1e-6)
+    found = objectives.add_noise(noise_scheduler, latents, noise, asked)
+    np.testing.assert_allclose(found.numpy(), (1 - s) * x + s * eps, atol=1e-6)
+    target = objectives.target(noise_scheduler, latents, noise, asked)
+    assert found.dtype == target.dtype == torch.float32
+    np.testing.assert_allclose(target.numpy(), eps - x, atol=1e-6)
+    assert objectives.loss_weights(noise_scheduler, asked, None).tolist() == [1.0] * len(timesteps)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_is_what_diffusers_scales_noise_by(shift: float) -> None:
+    timesteps = torch.tensor([0, 1, 500, 998, 999])
+    latents, noise = draws(5)
+    told = objectives.model_timesteps(flow(shift), timesteps)
+    expected = flow(shift).scale_noise(latents, told, noise)
+    assert torch.equal(objectives.add_noise(flow(shift), latents, noise, timesteps), expected)
+
+
+def test_an_euler_step_along_the_target_ends_at_the_picture() -> None:
+    """The target is the velocity of the straight path (Lipman et al. 2023): one step of -sigma takes all noise away."""
+    latents, noise = draws(1)
+    noise_scheduler = flow()
+    noise_scheduler.set_timesteps(10)
+    target = objectives.target(noise_scheduler, latents, noise, torch.tensor([999]))
+    sample = noise
+    for timestep in noise_scheduler.timesteps:
+        sample = noise_scheduler.step(target, timestep, sample).prev_sample
+    torch.testing.assert_close(sample, latents, atol=1e-5, rtol=1e-4)
 
 
 # Masks

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from stages.cache_latents import encoding, entries, keys
-from stages.core import device, pictures
-from stages.families import sd
+from stages.core import components, device, pictures
+from stages.families import flux, sd, sd3, sdxl
 
 PIXELS = (
     pictures.load_view,
@@ -37,19 +37,33 @@ ENTRIES = (
     encoding.batched,
     encoding.forward,
     device.autocast,
-    sd.load_vae,
     sd.vae_dtype,
-    sd.encode_images,
     sd.load_tokenizer,
     sd.load_text,
     sd.encode_prompts,
-    sd._source,
-    sd._freeze,
+    components.load_frozen,
+    components.load_tokenizer,
+    components._source,
+    components.upcast_vae_dtype,
+    components.load_vae,
+    components.encode_images,
+    components.input_ids,
+    components.clip_states,
+    components.t5_states,
+    flux.load_tokenizer,
+    flux.load_text,
+    flux.encode_prompts,
+    sd3.load_tokenizer,
+    sd3.load_text,
+    sd3.encode_prompts,
+    sdxl.load_tokenizer,
+    sdxl.load_text,
+    sdxl.encode_prompts,
 )
 MASKS = (entries.Masks.read, entries.Masks.decode, entries.Masks._make, entries.mask_weights)
 RECORDED = {  # number, digest of the source that it stands for
     "pictures.VERSION": (1, "27d978230580fe10"),
-    "keys.FORMAT": (1, "8f8766e59d1ca3b7"),
+    "keys.FORMAT": (1, "7b2b67c5d9d157d2"),
     "keys.MASK_FORMAT": (2, "1f64e39bdb69e15c"),
 }
 

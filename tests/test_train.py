@@ -367,7 +367,7 @@ def test_cached_loss_equals_uncached_loss(encoded: Workspace, reference: Path, m
         encodings.append(key)
         return mean, std
 
-    def prompt(self: LatentCache, caption: str) -> dict[str, torch.Tensor]:
+    def prompt(self: LatentCache, caption: str, view: str | None = None) -> dict[str, torch.Tensor]:
         return {name: tensor[0].clone() for name, tensor in sd.encode_prompts(text, [caption]).items()}
 
     for key in list(by_key)[:3]:

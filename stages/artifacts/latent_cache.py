@@ -1,7 +1,8 @@
 """data/latents/: what cache_latents hands to train and validate.
 
 manifest.json       items (file name, split, captions, content id, keys), captions -> keys, digests (shards, base)
-images/<p>.safetensors   per view key: ``<key>.mean`` and ``<key>.std``, float32 [C, H/f, W/f]
+images/<p>.safetensors   per view key: ``<key>.mean`` and ``<key>.std``, float32 [C, H/f, W/f]; conditioning by the
+                         view where the model has some, such as ``<key>.add_time_ids`` [6]
 masks/<p>.safetensors    per mask key: ``<key>.mask``, float32 [1, H/f, W/f]
 text/<p>.safetensors     per text key: one tensor per conditioning input, such as ``<key>.prompt_embeds`` [L, D]
 
@@ -20,7 +21,7 @@ import contextlib
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,6 +72,7 @@ class Contents:
     conditioning: Annotated[list[str], Field(min_length=1)]
     items: Annotated[list[CachedItem], Field(min_length=1)]
     shards: dict[ShardName, Digest]
+    view_conditioning: tuple[str, ...] = ()
 
 
 CONTENTS = TypeAdapter(Contents)
@@ -123,23 +125,30 @@ class LatentCache:
         """Weight of each latent pixel's loss, float32 [1, H/f, W/f], from dataset.unmasked_weight to 1."""
         return self.tensors[f"{key}.mask"].float()
 
-    def prompt(self, caption: str) -> dict[str, torch.Tensor]:
-        """Conditioning of one caption without a batch dimension, such as ``{"prompt_embeds": [L, D]}``."""
+    def prompt(self, caption: str, view: str | None = None) -> dict[str, torch.Tensor]:
+        """Conditioning without a batch dimension, such as ``{"prompt_embeds": [L, D]}``.
+
+        Args:
+            view: key of the view that is asked about, for conditioning by the view.
+        """
         key = self.manifest["captions"][caption]
-        start = f"{key}."
-        return {name.removeprefix(start): self.tensors[name] for name in self._names(key)}
+        found = {name: self.tensors[f"{key}.{name}"] for name in self.manifest["conditioning"]}
+        return found | ({} if view is None else {name: self.tensors[f"{view}.{name}"] for name in self.by_view})
+
+    @property
+    def by_view(self) -> list[str]:
+        """Names of the conditioning that goes by the view."""
+        return self.manifest.get("view_conditioning", [])
 
     def _require(self, item: CachedItem) -> None:
-        names = [f"{key}.{part}" for key in item.views for part in ("mean", "std")]
+        names = [f"{key}.{part}" for key in item.views for part in ("mean", "std", *self.by_view)]
         names += [f"{key}.mask" for key in item.masks]
         for caption in (item.caption, *item.captions):
-            names += self._names(self.manifest["captions"][caption])
+            key = self.manifest["captions"][caption]
+            names += [f"{key}.{name}" for name in self.manifest["conditioning"]]
         missing = [name for name in names if name not in self.tensors]
         if missing or len(item.masks) not in (0, len(item.views)):
             raise KeyError(missing[0] if missing else f"views of {item.file_name}")
-
-    def _names(self, key: str) -> list[str]:
-        return [f"{key}.{name}" for name in self.manifest["conditioning"]]
 
 
 def load_shard(path: Path, digest: str) -> dict[str, torch.Tensor]:
@@ -158,6 +167,7 @@ def write(
     base: dict[str, str],
     conditioning: list[str],
     load: Callable[[str, str], dict[str, torch.Tensor]],
+    view_conditioning: Sequence[str] = (),
 ) -> None:
     """Assemble the cache from entries that ``load(kind, key)`` returns, kind being ``images``, ``masks`` or ``text``.
 
@@ -165,6 +175,7 @@ def write(
         captions: caption -> key; holds the empty caption too.
         base: digest per component of the base.
         conditioning: sorted names of a text entry's tensors.
+        view_conditioning: sorted names of a view's tensors beside mean and std.
     """
     rows = sorted(items, key=lambda item: item.file_name)
     digits = 1 if len(rows) <= MANY else 2
@@ -178,14 +189,20 @@ def write(
             tensors = {f"{key}.{part}": value for key in keys for part, value in load(kind, key).items()}
             save_tensors(folder / name, tensors, sync=False)  # its digest stands in the manifest
             shards[name] = sha256_file(folder / name)
-    write_json(folder / "manifest.json", contents(rows, captions, base, conditioning) | {"shards": shards})
+    manifest = contents(rows, captions, base, conditioning, view_conditioning)
+    write_json(folder / "manifest.json", manifest | {"shards": shards})
 
 
 def contents(
-    rows: list[CachedItem], captions: dict[str, str], base: dict[str, str], conditioning: list[str]
+    rows: list[CachedItem],
+    captions: dict[str, str],
+    base: dict[str, str],
+    conditioning: list[str],
+    view_conditioning: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The manifest without the shards' digests; rows sorted by file name."""
-    return {"base": base, "captions": captions, "conditioning": conditioning, "items": [asdict(row) for row in rows]}
+    found = {"base": base, "captions": captions, "conditioning": conditioning, "items": [asdict(row) for row in rows]}
+    return found | ({"view_conditioning": list(view_conditioning)} if view_conditioning else {})
 
 
 def owners(rows: list[CachedItem], captions: dict[str, str]) -> dict[str, dict[str, str]]:

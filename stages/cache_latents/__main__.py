@@ -181,7 +181,9 @@ def assemble(folder: Path, views: Views, captions: Captions, masks: Masks) -> Or
     load = loader({"images": views, "text": captions, "masks": masks}, origins)
     (folder / "manifest.json").unlink(missing_ok=True)
     conditioning = sorted(load("text", captions.keys[""]))
-    latent_cache.write(folder, cached_items(views, masks), captions.keys, views.context.base, conditioning, load)
+    by_view = sorted(views.conditioning(next(iter(views.jobs))))
+    items, base = cached_items(views, masks), views.context.base
+    latent_cache.write(folder, items, captions.keys, base, conditioning, load, by_view)
     kept = {"manifest.json", *read_json(folder / "manifest.json")["shards"]}
     for path in sorted(folder.rglob("*"), reverse=True):  # what is inside a folder comes before it
         if path.is_file() and path.relative_to(folder).as_posix() not in kept:
@@ -206,7 +208,7 @@ def loader(works: dict[str, Views | Captions | Masks], origins: Origins) -> Call
                 f"{store.path(work.kind, key)}: vanished while the cache was written; run the stage again"
             )
         origins.add(work.kind, key, entry.made_by)
-        return entry.tensors
+        return entry.tensors | (work.conditioning(key) if isinstance(work, Views) else {})
 
     return load
 

@@ -133,12 +133,29 @@ class Views:
     def shape(self, key: str) -> Shape:
         return self.jobs[key].item.width, self.jobs[key].item.height
 
+    def conditioning(self, key: str) -> Tensors:
+        """What the denoiser is told of the view beside its pixels. The key's own ingredients decide it: not stored."""
+        job = self.jobs[key]
+        return self.context.family.view_conditioning(*geometry(job.item, job.view))
+
     def units(self, key: str) -> int:
         return math.prod(self.shape(key))
 
     def source_units(self, key: str) -> int:
         item = self.jobs[key].item
         return item.source_width * item.source_height
+
+
+def geometry(item: Item, view: View) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Original size, crop top left and target size, heights first, as SDXL's training counts them.
+
+    The crop is counted in the picture after it was scaled and mirrored. Source: Podell et al. 2023
+    (arXiv:2307.01952), algorithm 1; diffusers' train_text_to_image_lora_sdxl.py, ``crop_top_left``.
+    """
+    left, top, right, bottom = view.crop
+    left = item.source_width - right if view.flip else left
+    crop_top_left = round(top * item.height / (bottom - top)), round(left * item.width / (right - view.crop[0]))
+    return (item.source_height, item.source_width), crop_top_left, (item.height, item.width)
 
 
 class Captions:

@@ -22,6 +22,13 @@ PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 WEIGHTS = {"model", "diffusion_pytorch_model"}
 NUM_EXAMPLES = 5  # sides in a message
+FAMILIES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+}
+"""Class named in model_index.json -> the ``model.family`` that trains it."""
 
 
 def problems(model: ModelParams, family: Family) -> list[str]:
@@ -41,15 +48,20 @@ def problems(model: ModelParams, family: Family) -> list[str]:
     except (ValueError, KeyError, TypeError):
         return [f"{index}: not a diffusers model index; fetch the model again"]
     if pipeline != family.PIPELINE:
-        return [f"{where} is a {pipeline}; model.family '{model.family}' trains {family.PIPELINE}"]
+        known = f"use model.family: {FAMILIES[pipeline]}" if pipeline in FAMILIES else "no family here trains that"
+        return [f"{where} is a {pipeline}; model.family '{model.family}' trains {family.PIPELINE}; {known}"]
     found = []
     for component, expected in family.COMPONENTS.items():
         folder = root / component
         entry = listed.get(component)
         declared = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if component in family.OPTIONAL and entry == [None, None]:
+            continue
         if not folder.is_dir():
-            found.append(f"{folder}: no such folder; {family.PIPELINE} needs {expected} there")
-        elif expected and declared != expected:
+            found.append(f"{folder}: no such folder; {family.PIPELINE} needs {expected or 'it'} there")
+            if component in family.OPTIONAL:
+                found[-1] += f", or [null, null] for {component} in model_index.json"
+        elif expected and str(declared).removesuffix("Fast") != expected:
             found.append(
                 f"{index} {component}: got {declared}, expected {expected}; this is no base of family '{model.family}'"
             )
@@ -95,8 +107,28 @@ def damage(folder: Path, variant: str | None) -> list[str]:
         all((folder / name).is_file() for name in names) for names in VOCABULARIES
     ):
         found.append(f"{folder}: no vocab.json with merges.txt; the folder is incomplete, fetch the model again")
+    found += shard_problems(folder, variant)
     cut = [path for path in weight_files(folder, variant) if not is_whole(path)]
     found += [f"{path}: truncated or no safetensors file; fetch the model again" for path in cut]
+    return found
+
+
+def shard_problems(folder: Path, variant: str | None) -> list[str]:
+    """Shards that the variant's ``*.index.json`` names and the folder lacks, or shards without an index."""
+    ending = f".safetensors.index{f'.{variant}' if variant else ''}.json"
+    indexes, files = sorted(folder.glob(f"*{ending}")), weight_files(folder, variant)
+    found = []
+    if not indexes and files and all("-of-" in path.name for path in files):
+        found.append(f"{files[0]}: a shard without its index (*{ending}); fetch the model again")
+    for path in indexes:
+        try:
+            shards = set(json.loads(path.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            found.append(f"{path}: no index of shards; fetch the model again")
+            continue
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            found.append(f"{path}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); fetch them")
     return found
 
 
@@ -130,9 +162,19 @@ def component_files(folder: Path, variant: str | None) -> list[Path]:
     return texts + weight_files(folder, variant)
 
 
+def absent(model: ModelParams, components: Iterable[str]) -> set[str]:
+    """Those that model_index.json declares null."""
+    listed = json.loads((Path(model.pretrained) / "model_index.json").read_text(encoding="utf-8"))
+    return {component for component in components if listed.get(component) == [None, None]}
+
+
 def digests(model: ModelParams, components: Iterable[str]) -> dict[str, str]:
-    """sha256 per component, over the names and bytes of its files."""
-    return {component: digest(Path(model.pretrained) / component, model.variant) for component in sorted(components)}
+    """sha256 per component, over the names and bytes of its files; ``absent`` for one that the base goes without."""
+    names = sorted(components)
+    without = absent(model, names)
+    return {
+        name: "absent" if name in without else digest(Path(model.pretrained) / name, model.variant) for name in names
+    }
 
 
 def digest(folder: Path, variant: str | None) -> str:

@@ -92,7 +92,7 @@ class Batches:
         timestep = torch.randint(self.num_train_timesteps, (), generator=draw("timestep"))
         dropped = torch.rand((), generator=draw("prompt")) < self.prompt_dropout
         caption = item.captions[int(torch.randint(len(item.captions), (), generator=draw("caption")))]
-        prompt = self.cache.prompt("" if dropped else caption)
+        prompt = self.cache.prompt("" if dropped else caption, item.views[view])
         mask = self.cache.mask(item.masks[view]) if item.masks else torch.ones_like(mean[:1])  # [1, h, w]
         return Batch(
             latents[None],

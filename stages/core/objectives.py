@@ -1,7 +1,10 @@
 """What the denoiser is asked to predict, and how much each timestep and each pixel counts.
 
+A timestep counts noise from 0 (least) to num_train_timesteps - 1 under every schedule.
+
 Sources: epsilon and alpha-bar, Ho et al. 2020 (arXiv:2006.11239) eq. 4 and 14; v, Salimans & Ho 2022 (arXiv:2202.00512)
-appendix D; min-SNR, Hang et al. 2023 (arXiv:2303.09556) eq. 8 and section 3.4.
+appendix D; min-SNR, Hang et al. 2023 (arXiv:2303.09556) eq. 8 and section 3.4; flow matching, Lipman et al. 2023
+(arXiv:2210.02747) eq. 22 and 23 and Esser et al. 2024 (arXiv:2403.03206) eq. 13: x_sigma = (1 - sigma) x + sigma noise.
 """
 
 from __future__ import annotations
@@ -10,8 +13,37 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stages.core.console import UserError
+
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+def prediction_type(noise_scheduler: SchedulerMixin) -> str:
+    """As the scheduler's config says; ``flow_prediction`` for flow matching, whose config has no such key."""
+    return noise_scheduler.config.get("prediction_type", "flow_prediction")
+
+
+def sigmas(noise_scheduler: SchedulerMixin, timesteps: torch.Tensor) -> torch.Tensor:
+    """Flow matching's share of noise per timestep, in (0, 1], shifted as the scheduler's config says; float32 [B]."""
+    return noise_scheduler.sigmas.flip(0).to(timesteps.device)[timesteps].float()  # the scheduler's run down
+
+
+def add_noise(
+    noise_scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """Noisy latents, float32 [B, C, h, w]."""
+    if prediction_type(noise_scheduler) != "flow_prediction":
+        return noise_scheduler.add_noise(latents, noise, timesteps)
+    sigma = sigmas(noise_scheduler, timesteps)[:, None, None, None]
+    return (1 - sigma) * latents + sigma * noise
+
+
+def model_timesteps(noise_scheduler: SchedulerMixin, timesteps: torch.Tensor) -> torch.Tensor:
+    """What the denoiser is told, [B]: the timestep, or sigma * num_train_timesteps under flow matching."""
+    if prediction_type(noise_scheduler) != "flow_prediction":
+        return timesteps
+    return sigmas(noise_scheduler, timesteps) * noise_scheduler.config.num_train_timesteps
 
 
 def target(
@@ -22,14 +54,16 @@ def target(
     Raises:
         ValueError: a prediction type that the scheduler's config names and this project does not know.
     """
-    kind = noise_scheduler.config.prediction_type
+    kind = prediction_type(noise_scheduler)
+    if kind == "flow_prediction":
+        return noise - latents
     if kind == "epsilon":
         return noise
     if kind == "v_prediction":
         return noise_scheduler.get_velocity(latents, noise, timesteps)
     if kind == "sample":
         return latents
-    raise ValueError(f"scheduler prediction_type '{kind}': expected epsilon, v_prediction or sample")
+    raise ValueError(f"scheduler prediction_type '{kind}': expected epsilon, v_prediction, sample or flow matching")
 
 
 def snr(noise_scheduler: SchedulerMixin, timesteps: torch.Tensor) -> torch.Tensor:
@@ -44,10 +78,17 @@ def loss_weights(noise_scheduler: SchedulerMixin, timesteps: torch.Tensor, snr_g
         return torch.ones_like(timesteps, dtype=torch.float32)
     ratio = snr(noise_scheduler, timesteps)
     clipped = ratio.clamp(max=snr_gamma)
-    kind = noise_scheduler.config.prediction_type
+    kind = prediction_type(noise_scheduler)
     if kind == "epsilon":
-        return clipped / ratio
+        return (clipped / ratio).nan_to_num(1.0)  # 0 / 0 at zero terminal SNR
     return clipped / (ratio + 1) if kind == "v_prediction" else clipped
+
+
+def require_weights(noise_scheduler: SchedulerMixin, snr_gamma: float | None) -> None:
+    """Raises UserError for min-SNR where there is no signal-to-noise ratio of a diffusion to weigh by."""
+    if snr_gamma is not None and prediction_type(noise_scheduler) == "flow_prediction":
+        found = f"min-SNR weighs diffusion losses, and the base's {type(noise_scheduler).__name__} is flow matching"
+        raise UserError(f"params.yaml train.snr_gamma: {found}; use null")
 
 
 def masked_mean(errors: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:

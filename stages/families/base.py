@@ -20,13 +20,20 @@ class Family(Protocol):
     PIPELINE: str
     """Class named in model_index.json."""
     COMPONENTS: dict[str, str]
-    """Folder -> class, of all that is loaded."""
+    """Folder -> class, of all that is loaded; "" for any. A tokenizer's class goes without ``Fast``."""
+    NEGATIVE_PROMPT: bool
+    """Whether the pipeline guides away from a negative prompt; if not, guidance_scale is an input of the model."""
+    OPTIONAL: tuple[str, ...]
+    """Components that model_index.json may declare null."""
     VAE: tuple[str, ...]
     """Components that decide image latents."""
     TEXT: tuple[str, ...]
     """Components that decide conditioning."""
     DENOISER: str
     """``unet`` or ``transformer``: the folder, and the prefix of adapter keys in diffusers' files."""
+
+    def left_out(self, model: ModelParams) -> tuple[str, ...]:
+        """What a pipeline is loaded without: arguments of ``from_pretrained`` that are None."""
 
     def pixel_multiple(self, model: ModelParams) -> int:
         """Width and height must be multiples of this."""
@@ -47,6 +54,17 @@ class Family(Protocol):
     def encode_images(self, vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float [B, 3, H, W] in [-1, 1] -> posterior mean and std in the denoiser's space, float32 [B, C, H/f, W/f]."""
 
+    def view_conditioning(
+        self, original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """Conditioning by how a view is cut, in pixels: name -> float32 [...]; empty where the model asks for none.
+
+        Args:
+            original_size: height and width of the picture before it was scaled.
+            crop_top_left: top and left of the view in the scaled (and mirrored) picture.
+            target_size: height and width of the view.
+        """
+
     def max_tokens(self, model: ModelParams) -> int: ...
     def count_tokens(self, model: ModelParams, captions: list[str]) -> list[int]:
         """Tokens per caption, special ones included, without truncation."""
@@ -66,7 +84,11 @@ class Family(Protocol):
     def predict(
         self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """The denoiser's output, [B, C, h, w]."""
+        """The denoiser's output, [B, C, h, w].
+
+        Args:
+            prompt: what ``encode_prompts`` and ``view_conditioning`` return, batched.
+        """
 
     def load_pipeline(self, model: ModelParams, device: torch.device) -> Any:
         """The whole diffusers pipeline, for sampling and for proving exports."""

@@ -1,17 +1,17 @@
-"""Stable Diffusion 1.x and 2.x, and the embedded base: UNet2DConditionModel, AutoencoderKL, one CLIP text encoder."""
+"""Stable Diffusion 1.x and 2.x, and the embedded base: UNet2DConditionModel, AutoencoderKL, one CLIP text encoder.
+
+v-prediction and zero terminal SNR are data of the scheduler.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stages.core import quiet
-from stages.core.files import read_json
+from stages.core import components, quiet
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from stages.core.params import Dtype, ModelParams
@@ -24,19 +24,24 @@ COMPONENTS = {
     "unet": "UNet2DConditionModel",
     "scheduler": "",  # any
 }
+OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder")
 DENOISER = "unet"
+NEGATIVE_PROMPT = True
+
+vae_scale_factor = components.vae_scale_factor
+load_vae = components.load_vae
+encode_images = components.encode_images
+view_conditioning = components.no_view_conditioning
+
+
+def left_out(model: ModelParams) -> tuple[str, ...]:
+    return ("safety_checker",)
 
 
 def pixel_multiple(model: ModelParams) -> int:
-    unet = read_json(Path(model.pretrained) / "unet" / "config.json")
-    return vae_scale_factor(model) * 2 ** (len(unet["block_out_channels"]) - 1)
-
-
-def vae_scale_factor(model: ModelParams) -> int:
-    vae = read_json(Path(model.pretrained) / "vae" / "config.json")
-    return 2 ** (len(vae["block_out_channels"]) - 1)
+    return vae_scale_factor(model) * 2 ** (len(components.config(model, "unet")["block_out_channels"]) - 1)
 
 
 def vae_dtype(model: ModelParams) -> Dtype:
@@ -44,32 +49,14 @@ def vae_dtype(model: ModelParams) -> Dtype:
 
     Source: diffusers' StableDiffusionXLPipeline, ``needs_upcasting``.
     """
-    vae = read_json(Path(model.pretrained) / "vae" / "config.json")
-    return "float32" if model.dtype == "float16" and vae.get("force_upcast") else model.dtype
-
-
-def load_vae(model: ModelParams, device: torch.device, tiling: bool = False) -> AutoencoderKL:
-    from diffusers import AutoencoderKL
-
-    vae = _freeze(AutoencoderKL.from_pretrained(model.pretrained, **_source(model, "vae")), device)
-    if tiling:
-        vae.enable_tiling()
-    return vae
-
-
-def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    with torch.inference_mode():
-        posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
-    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-    return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+    upcast = components.config(model, "vae").get("force_upcast")
+    return "float32" if model.dtype == "float16" and upcast else model.dtype
 
 
 def load_tokenizer(model: ModelParams) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(model.pretrained, subfolder="tokenizer", local_files_only=True)
+    return components.load_tokenizer(CLIPTokenizer, model, "tokenizer")
 
 
 def max_tokens(model: ModelParams) -> int:
@@ -77,39 +64,35 @@ def max_tokens(model: ModelParams) -> int:
 
 
 def count_tokens(model: ModelParams, captions: list[str]) -> list[int]:
-    return [len(ids) for ids in load_tokenizer(model)(captions, truncation=False).input_ids]
+    return components.count_tokens(load_tokenizer(model), captions)
 
 
 def load_text(model: ModelParams, device: torch.device) -> tuple[CLIPTokenizer, CLIPTextModel]:
     from transformers import CLIPTextModel
 
-    encoder = CLIPTextModel.from_pretrained(model.pretrained, **_source(model, "text_encoder"))
-    return load_tokenizer(model), _freeze(encoder, device)
+    return load_tokenizer(model), components.load_frozen(CLIPTextModel, model, "text_encoder", device)
 
 
 def encode_prompts(text: tuple[CLIPTokenizer, CLIPTextModel], captions: list[str]) -> dict[str, torch.Tensor]:
     import torch
 
     tokenizer, encoder = text
-    tokens = tokenizer(
-        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
+    ids = components.input_ids(tokenizer, captions, tokenizer.model_max_length, encoder.device)  # [B, L]
     with torch.inference_mode():
-        hidden = encoder(tokens.input_ids.to(encoder.device)).last_hidden_state  # [B, L, D]
+        hidden = encoder(ids).last_hidden_state  # [B, L, D]
     return {"prompt_embeds": hidden.float()}
 
 
 def load_denoiser(model: ModelParams, device: torch.device) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
-    unet = _freeze(UNet2DConditionModel.from_pretrained(model.pretrained, **_source(model, "unet")), device)
-    return _choose_attention(unet)
+    return _choose_attention(components.load_frozen(UNet2DConditionModel, model, "unet", device))
 
 
-def load_scheduler(model: ModelParams) -> SchedulerMixin:
+def load_scheduler(model: ModelParams) -> DDPMScheduler:
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler.from_pretrained(model.pretrained, subfolder="scheduler", local_files_only=True)
+    return components.load_scheduler(DDPMScheduler, model)
 
 
 def predict(
@@ -122,38 +105,12 @@ def predict(
 
 
 def load_pipeline(model: ModelParams, device: torch.device) -> StableDiffusionPipeline:
-    import torch
-
     with quiet.no_warnings():  # image processors that ask for torchvision, which nothing here needs
         from diffusers import StableDiffusionPipeline
-    quiet.disable_progress_bars()
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        model.pretrained,
-        variant=model.variant,
-        dtype=getattr(torch, model.dtype),
-        use_safetensors=True,
-        local_files_only=True,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
+    left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = components.load_pipeline(StableDiffusionPipeline, model, device, **left_out)
     _choose_attention(pipeline.unet)
     return pipeline
-
-
-def _source(model: ModelParams, subfolder: str) -> dict[str, Any]:
-    import torch
-
-    quiet.disable_progress_bars()
-    return {
-        "subfolder": subfolder,
-        "variant": model.variant,
-        "dtype": getattr(torch, model.dtype),
-        "use_safetensors": True,
-        "local_files_only": True,
-    }
 
 
 def _choose_attention(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -163,8 +120,3 @@ def _choose_attention(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     if unet.device.type == "cpu" and unet.config.sample_size <= 32:
         unet.set_attn_processor(AttnProcessor())
     return unet
-
-
-def _freeze(module: torch.nn.Module, device: torch.device) -> Any:
-    """In eval mode, without gradients."""
-    return module.eval().requires_grad_(False).to(device)

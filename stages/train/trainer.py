@@ -33,6 +33,8 @@ class Trainer:
         self.params, self.runtime = config.section(TrainParams), config.section(RuntimeParams)
         self.family, self.base = family, base
         self.items = training_items(cache, self.params.batch_size)
+        self.noise_scheduler = family.load_scheduler(model)
+        objectives.require_weights(self.noise_scheduler, self.params.snr_gamma)
         self.accelerator = make_accelerator(self.runtime, model)
         self.device = self.accelerator.device
         device.log_device(self.device, model)
@@ -45,7 +47,6 @@ class Trainer:
         optimizer = make_optimizer(self.params, self.trainable.values())
         self.lr_scheduler = make_lr_scheduler(self.params, optimizer)
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
-        self.noise_scheduler = family.load_scheduler(model)
         self.batches = Batches(
             cache,
             self.items,
@@ -101,13 +102,14 @@ class Trainer:
         total_loss = 0.0
         for micro in range(accumulation):
             batch = self.batches.batch(step, micro)
-            noisy_latents = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+            noisy_latents = objectives.add_noise(self.noise_scheduler, batch.latents, batch.noise, batch.timesteps)
+            timesteps = objectives.model_timesteps(self.noise_scheduler, batch.timesteps)
             target = objectives.target(self.noise_scheduler, batch.latents, batch.noise, batch.timesteps)
             weights = objectives.loss_weights(self.noise_scheduler, batch.timesteps, self.params.snr_gamma)  # [B]
 
             torch.manual_seed(seeding.key(self.params.seed, "layers", step, micro))  # for dropout inside the layers
             with self.accelerator.autocast():
-                model_pred = self.family.predict(self.denoiser, noisy_latents, batch.timesteps, batch.prompt)
+                model_pred = self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt)
 
             loss = objectives.masked_mean((model_pred.float() - target).square(), batch.masks)  # [B]
             loss = (loss * weights * batch.weights).mean()
@@ -127,12 +129,13 @@ class Trainer:
     def check_step_zero(self) -> None:
         """The fresh adapter is sound, and equals the base on two samples of the first batch."""
         batch = self.batches.batch(0, 0).first(2)
-        noisy_latents = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        noisy_latents = objectives.add_noise(self.noise_scheduler, batch.latents, batch.noise, batch.timesteps)
+        timesteps = objectives.model_timesteps(self.noise_scheduler, batch.timesteps)
         denoiser = self.accelerator.unwrap_model(self.denoiser)
         lora.require_sound(denoiser, self.trainable)
         with self.accelerator.autocast():
             selfcheck.step_zero(
-                denoiser, lambda: self.family.predict(self.denoiser, noisy_latents, batch.timesteps, batch.prompt)
+                denoiser, lambda: self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt)
             )
 
     # --- state ----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from stages.core.files import sha256_json, write_json, write_text
 from stages.core.params import ModelParams, RuntimeParams
 from stages.families.base import load_family
 from stages.validate.exam import Exam, answer, make_exam
-from stages.validate.params import ValidateParams
+from stages.validate.params import ValidateParams, prompt_problems
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,6 +40,8 @@ def main() -> None:
     settings, model = config.section(ValidateParams), config.section(ModelParams)
     family = load_family(model.family)
     base_files.require_base(model, family)
+    if found := prompt_problems(settings, family):
+        raise UserError(*found)
     cache, adapter = LatentCache(args.latents), Adapter.load(args.adapter)
     base = base_files.digests(model, family.COMPONENTS)
     base_files.require_same_base(cache.base, base, args.latents)
@@ -230,7 +232,7 @@ def lineage(
         "table": {
             "num_pictures": dict(Counter(row.picture.split for row in exam.rows if row.stratum == 0)),
             "num_rows": len(exam.rows),
-            "prediction_type": exam.scheduler.config.prediction_type,
+            "prediction_type": exam.prediction_type,
         },
         "validate": settings.model_dump(),
     }

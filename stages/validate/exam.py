@@ -39,6 +39,12 @@ class Exam:
         return self.scheduler.config.num_train_timesteps
 
     @property
+    def prediction_type(self) -> str:
+        from stages.core import objectives
+
+        return objectives.prediction_type(self.scheduler)
+
+    @property
     def picture_size(self) -> tuple[int, ...]:
         """Height and width of the table's latents; of most of them, where they differ."""
         shapes = Counter(map(self.shape, self.rows))
@@ -122,7 +128,7 @@ class Questions:
     """Some rows of one latent shape as tensors on the device."""
 
     noisy_latents: torch.Tensor  # [B, C, h, w] float32
-    timesteps: torch.Tensor  # [B] int64
+    timesteps: torch.Tensor  # [B], as the model counts them
     prompt: dict[str, torch.Tensor]  # name -> [B, ...]
     target: torch.Tensor  # [B, C, h, w] float32
     masks: torch.Tensor | None  # [B, 1, h, w] float32; None where none of these pictures has one
@@ -137,14 +143,14 @@ def ask(exam: Exam, rows: list[Row]) -> Questions:
     latents = torch.stack([exam.cache.latents(row.picture.view)[0] for row in rows])
     noise = torch.stack([row_noise(exam.seed, row, latents[0].shape) for row in rows])
     timesteps = torch.tensor([row.timestep for row in rows])
-    prompts = [exam.cache.prompt(row.picture.caption) for row in rows]
+    prompts = [exam.cache.prompt(row.picture.caption, row.picture.view) for row in rows]
     masks = None
     if any(row.picture.mask for row in rows):
         everything = torch.ones_like(latents[0, :1])  # [1, h, w]
         masks = torch.stack([exam.cache.mask(row.picture.mask) if row.picture.mask else everything for row in rows])
     return Questions(
-        exam.scheduler.add_noise(latents, noise, timesteps).to(exam.device),
-        timesteps.to(exam.device),
+        objectives.add_noise(exam.scheduler, latents, noise, timesteps).to(exam.device),
+        objectives.model_timesteps(exam.scheduler, timesteps).to(exam.device),
         {name: torch.stack([p[name].float() for p in prompts]).to(exam.device) for name in prompts[0]},
         objectives.target(exam.scheduler, latents, noise, timesteps).to(exam.device),
         None if masks is None else masks.to(exam.device),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
 from stages.core.params import Params
+
+if TYPE_CHECKING:
+    from stages.families.base import Family
 
 
 class ValidateParams(Params):
@@ -45,3 +48,11 @@ class ValidateParams(Params):
                 f"negative_prompt is ignored at guidance_scale {self.guidance_scale}; raise that above 1 or empty this"
             )
         return self
+
+
+def prompt_problems(settings: ValidateParams, family: Family) -> list[str]:
+    """A line for a negative prompt that the family's pipeline would not read."""
+    if not settings.negative_prompt or family.NEGATIVE_PROMPT:
+        return []
+    found = f"{family.PIPELINE} takes guidance_scale as an input of the model and reads no negative prompt"
+    return [f"params.yaml validate.negative_prompt: {found}; empty it"]

@@ -1,0 +1,95 @@
+"""What Stable Diffusion 3 alone has: a T5 encoder that may be left out, and that reads captions furthest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from stages.core import base_files
+from stages.core.console import UserError
+from stages.core.params import ModelParams
+from stages.families import sd3
+from tests.conftest import Workspace
+from tests.stock import STOCK
+
+CPU = torch.device("cpu")
+
+
+def params(base: Path) -> ModelParams:
+    return ModelParams(family="sd3", pretrained=str(base), variant=None, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def without_t5(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As diffusers saves a pipeline that was loaded with ``text_encoder_3=None, tokenizer_3=None``."""
+    folder = tmp_path_factory.mktemp("sd3") / "base"
+    pipe = StableDiffusion3Pipeline.from_pretrained(bases["sd3"], text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_a_base_without_t5_is_accepted_and_encodes_zeros_in_its_place(without_t5: Path, bases: dict[str, Path]) -> None:
+    model = params(without_t5)
+    assert base_files.problems(model, sd3) == []
+    found = sd3.encode_prompts(sd3.load_text(model, CPU), ["red apple", ""])
+    with torch.no_grad():
+        pipe = StableDiffusion3Pipeline.from_pretrained(without_t5, text_encoder_3=None, tokenizer_3=None)
+        expected = STOCK["sd3"].encode(pipe, ["red apple", ""])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    whole = sd3.encode_prompts(sd3.load_text(params(bases["sd3"]), CPU), ["red apple", ""])
+    assert found["prompt_embeds"].shape == whole["prompt_embeds"].shape == (2, 20 + 256, 64)
+    assert torch.equal(found["prompt_embeds"][:, :20], whole["prompt_embeds"][:, :20])
+    assert not found["prompt_embeds"][:, 20:].any()
+
+
+def test_leaving_t5_out_is_another_base(without_t5: Path, bases: dict[str, Path]) -> None:
+    without, whole = (base_files.digests(params(base), sd3.COMPONENTS) for base in (without_t5, bases["sd3"]))
+    assert without["text_encoder_3"] == without["tokenizer_3"] == "absent"
+    with pytest.raises(UserError, match=r"made with another text_encoder_3, .*tokenizer_3"):
+        base_files.require_same_base(without, whole, Path("data/latents"))
+
+
+def test_a_t5_that_is_listed_and_was_not_fetched_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases["sd3"], base)
+    shutil.rmtree(base / "text_encoder_3")
+    need = "StableDiffusion3Pipeline needs T5EncoderModel there, or [null, null] for text_encoder_3 in model_index.json"
+    assert base_files.problems(params(base), sd3) == [f"{base / 'text_encoder_3'}: no such folder; {need}"]
+
+
+def test_the_whole_dag_without_t5(workspace: Workspace, without_t5: Path) -> None:
+    Path("data/base").unlink()
+    Path("data/base").symlink_to(without_t5)
+    for stage in ("prepare", "cache_latents", "train", "validate", "export"):
+        workspace.run(stage, "--set", "model.family=sd3", "--set", "train.num_steps=2")
+    metrics = json.loads(Path("reports/export/metrics.json").read_text())
+    assert metrics["export.diffusers.max_abs_error"] <= 1e-4 < metrics["export.effect"]
+    card = Path("data/export/README.md").read_text()
+    assert 'from_pretrained("data/base", text_encoder_3=None, tokenizer_3=None)' in card
+
+
+def test_t5_says_how_long_a_caption_may_be(bases: dict[str, Path], without_t5: Path) -> None:
+    assert sd3.max_tokens(params(bases["sd3"])) == 256
+    assert sd3.max_tokens(params(without_t5)) == 20
+    (count,) = sd3.count_tokens(params(bases["sd3"]), ["thing " * 300])
+    assert count > 256
+
+
+def test_min_snr_is_refused(workspace: Workspace, bases: dict[str, Path]) -> None:
+    Path("data/base").unlink()
+    Path("data/base").symlink_to(bases["sd3"])
+    overrides = ["--set", "model.family=sd3"]
+    for stage in ("prepare", "cache_latents"):
+        workspace.run(stage, *overrides)
+    for stage in ("check", "train"):
+        with pytest.raises(UserError) as error:
+            workspace.run(stage, *overrides, "--set", "train.snr_gamma=5.0")
+        assert error.value.problems == (
+            "params.yaml train.snr_gamma: min-SNR weighs diffusion losses, and the base's "
+            "FlowMatchEulerDiscreteScheduler is flow matching; use null",
+        )

@@ -1,0 +1,111 @@
+"""What SDXL alone has: micro-conditioning of every view, and a VAE that stays in float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from stages.artifacts.latent_cache import LatentCache
+from stages.artifacts.manifest import Item, Manifest, View
+from stages.cache_latents.entries import geometry
+from stages.core.batches import Batches
+from stages.core.device import autocast
+from stages.core.params import ModelParams
+from stages.families import sdxl
+from tests.conftest import Workspace, picture, write_rows
+
+CPU = torch.device("cpu")
+
+
+def item(**fields: object) -> Item:
+    known = {"source_width": 80, "source_height": 60, "width": 32, "height": 32}
+    return Item("a.png", "0", "", ("",), "train", **known | fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        (View((10, 0, 70, 60), False), ((60, 80), (0, 5), (32, 32))),  # 60 pixels become 32
+        (View((0, 0, 60, 60), False), ((60, 80), (0, 0), (32, 32))),
+        (View((0, 0, 60, 60), True), ((60, 80), (0, 11), (32, 32))),  # 20 pixels to its left once it is mirrored
+        (View((20, 0, 80, 60), True), ((60, 80), (0, 0), (32, 32))),
+    ],
+)
+def test_geometry_counts_in_the_scaled_and_mirrored_picture(view: View, expected: object) -> None:
+    assert geometry(item(), view) == expected
+
+
+def test_geometry_puts_heights_first() -> None:
+    tall = item(source_width=40, source_height=100, width=16, height=32)
+    assert geometry(tall, View((0, 15, 40, 95), False)) == ((100, 40), (6, 0), (32, 16))
+
+
+@pytest.fixture
+def prepared(workspace: Workspace, bases: dict[str, Path]) -> Workspace:
+    """Three wide pictures on the tiny SDXL, each with three random crops, mirrored and not."""
+    Path("data/base").unlink()
+    Path("data/base").symlink_to(bases["sdxl"])
+    for path in Path("data/raw").glob("0[3-9].png"):
+        path.unlink()
+    for index in range(3):
+        picture(index, 64, 40).save(f"data/raw/{index:02}.png")
+    write_rows(Path("data/raw"), [{"file_name": f"{index:02}.png", "text": f"thing {index}"} for index in range(3)])
+    changes = ("dataset.crop=random", "dataset.flip=true", "cache.num_variants=6", "dataset.heldout_fraction=0.34")
+    overrides = [word for change in ("model.family=sdxl", *changes) for word in ("--set", change)]
+    workspace.run("prepare", *overrides)
+    workspace.run("cache_latents", *overrides)
+    return workspace
+
+
+def test_every_view_carries_the_time_ids_of_the_pipeline(prepared: Workspace, bases: dict[str, Path]) -> None:
+    pipe = StableDiffusionXLPipeline.from_pretrained(bases["sdxl"])
+    cache, manifest = LatentCache(Path("data/latents")), Manifest.load(Path("data/prepared"))
+    sources = {source.file_name: source for source in manifest.items}
+    seen = set()
+    for row in cache.items:
+        views = manifest.augmentation.views(sources[row.file_name], len(row.views))
+        for key, view in zip(row.views, views, strict=True):
+            size, crop, target = geometry(sources[row.file_name], view)
+            expected = pipe._get_add_time_ids(size, crop, target, torch.float32, text_encoder_projection_dim=32)
+            found = cache.prompt("", key)["add_time_ids"]
+            assert torch.equal(found[None], expected)
+            assert found.tolist()[:2] == [40, 64] and found.tolist()[4:] == [32, 32]
+            seen.add(found[3].item())
+    assert len(seen) > 2  # random crops, so other lefts
+
+
+def test_a_batch_has_the_time_ids_of_the_views_it_drew(prepared: Workspace) -> None:
+    cache = LatentCache(Path("data/latents"))
+    items = cache.split("train")
+    batches = Batches(
+        cache, items, batch_size=2, accumulation=1, prompt_dropout=0.5, num_train_timesteps=1000, seed=0, device=CPU
+    )
+    known = {tuple(cache.prompt("", key)["add_time_ids"].tolist()) for row in items for key in row.views}
+    drawn = {tuple(ids) for step in range(20) for ids in batches.batch(step, 0).prompt["add_time_ids"].tolist()}
+    assert drawn <= known and len(drawn) > 3
+
+
+def test_time_ids_are_no_part_of_the_store(prepared: Workspace) -> None:
+    """They follow from what the key holds, so that nothing has to be encoded for them."""
+    from stages.core.files import load_tensors
+
+    for path in Path(".state/store/latents").rglob("*.safetensors"):
+        assert set(load_tensors(path)) == {"mean", "std"}
+    assert json.loads(Path("data/latents/manifest.json").read_text())["view_conditioning"] == ["add_time_ids"]
+
+
+def test_the_vae_is_float32_whatever_the_model_is(bases: dict[str, Path]) -> None:
+    model = ModelParams(family="sdxl", pretrained=str(bases["sdxl"]), variant=None, dtype="bfloat16")
+    assert sdxl.vae_dtype(model) == "float32"
+    pipe = sdxl.load_pipeline(model, CPU)
+    assert pipe.unet.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float32
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact = StableDiffusionXLPipeline.from_pretrained(bases["sdxl"]).vae.decode(latents).sample
+    with torch.no_grad(), autocast(CPU, model):
+        assert torch.equal(pipe.vae.decode(latents, return_dict=False)[0], exact)
+        drawn = pipe("red apple", num_inference_steps=1, height=32, width=32, output_type="np").images
+    assert drawn.shape == (1, 32, 32, 3)
