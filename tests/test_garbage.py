@@ -303,8 +303,8 @@ def test_a_damaged_manifest_in_the_cache_of_dvc_stops_it(repository: Repository)
     path.write_text('{"captions": [], "items": []}')
     stopped(
         repository,
-        r"1 committed version of data/latents \(\w{8}\) cannot be read in DVC's cache: the entries used there cannot be "
-        r"known; pass --force to free them",
+        r"1 committed version of data/latents \(\w{8}\) cannot be read in DVC's cache: the entries used there cannot "
+        r"be known; pass --force to free them",
     )
     assert freed(repository.collect("--force")) == ("freed", 17, 17)
 
