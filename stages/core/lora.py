@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from stages.core import seeding
-from stages.core.console import UserError
+from stages.core.targets import lora_settings
 
 if TYPE_CHECKING:
     from stages.train.params import LoraParams
@@ -25,45 +24,32 @@ def make_config(params: LoraParams, denoiser: Any) -> dict[str, Any]:
     """Arguments of peft.LoraConfig for this denoiser.
 
     Raises:
-        UserError: a target that matches no layer, with the nearest names; a rank above a layer's size.
+        UserError: a target or pattern that matches no layer, with the nearest names; a rank above a layer's size.
     """
-    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
-    problems = []
-    for target in params.target_modules:
-        matched = [module for name, module in layers.items() if name == target or name.endswith(f".{target}")]
-        if not matched:
-            endings = sorted({ending(name) for name in layers})
-            near = difflib.get_close_matches(target, endings, n=3, cutoff=0.3) or endings[:8]
-            problems.append(
-                f"params.yaml lora.target_modules: '{target}' matches no layer of {type(denoiser).__name__} "
-                f"(near: {', '.join(near)})"
-            )
-        smallest = min((min(module.weight.shape[:2]) for module in matched), default=params.rank)
-        if params.rank > smallest:
-            problems.append(f"params.yaml lora.rank: {params.rank} is above {smallest}, the size of a '{target}' layer")
-    if problems:
-        raise UserError(*problems)
     return {
         "r": params.rank,
         "lora_alpha": params.alpha,
         "lora_dropout": params.dropout,
-        "target_modules": sorted(params.target_modules),
         "init_lora_weights": "gaussian" if params.init_lora_weights == "gaussian" else True,
         "bias": "none",
-    }
-
-
-def ending(name: str) -> str:
-    """``down_blocks.0.attn1.to_out.0`` -> ``to_out.0``: what a person writes in target_modules."""
-    parts = name.split(".")
-    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+    } | lora_settings(params, denoiser)
 
 
 def keyed_init(denoiser: Any, config: dict[str, Any], seed: int) -> None:
-    """PEFT's own initialisation, layer by layer, keyed by the layer's name: other targets do not change it."""
+    """PEFT's own initialisation, layer by layer, keyed by the layer's name: other targets do not change it.
+
+    DoRA's magnitudes are the norms of the base's rows in float32: PEFT's own are rounded to the frozen dtype, and
+    step 0 would not equal the base.
+    """
     for name in targets(denoiser):
         torch.manual_seed(seeding.key(seed, "lora_init", name))
-        denoiser.get_submodule(name).reset_lora_parameters(NAME, config["init_lora_weights"])
+        layer = denoiser.get_submodule(name)
+        layer.reset_lora_parameters(NAME, config["init_lora_weights"])
+        if NAME in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[NAME]
+            zero = torch.zeros_like(layer.get_base_layer().weight, dtype=torch.float32)
+            with torch.no_grad():
+                magnitude.weight.copy_(magnitude.get_weight_norm(zero + layer.get_base_layer().weight, zero, scaling=1))
 
 
 def inject(denoiser: Any, config: dict[str, Any]) -> dict[str, torch.nn.Parameter]:

@@ -14,8 +14,6 @@ from stages.core.console import UserError
 from stages.core.files import sha256_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from stages.artifacts.latent_cache import CachedItem, LatentCache
     from stages.core.params import ModelParams, RuntimeParams
     from stages.train.params import TrainParams
@@ -61,9 +59,13 @@ def make_accelerator(runtime: RuntimeParams, model: ModelParams) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(params: TrainParams, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(params: TrainParams, trainable: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW; DoRA's magnitudes do not decay: towards zero they would shrink the base's own weights."""
+    groups: list[dict[str, Any]] = [{"params": [p for n, p in trainable.items() if "lora_magnitude_vector" not in n]}]
+    if magnitudes := [p for n, p in trainable.items() if "lora_magnitude_vector" in n]:
+        groups.append({"params": magnitudes, "weight_decay": 0.0})
     return torch.optim.AdamW(
-        list(parameters),
+        groups,
         lr=params.learning_rate,
         betas=(params.adam_beta1, params.adam_beta2),
         weight_decay=params.adam_weight_decay,

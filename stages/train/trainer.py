@@ -43,7 +43,7 @@ class Trainer:
         self.lora_config = lora.make_config(config.section(LoraParams), denoiser)
         self.trainable = lora.inject(denoiser, self.lora_config)
         lora.keyed_init(denoiser, self.lora_config, self.params.seed)
-        optimizer = make_optimizer(self.params, self.trainable.values())
+        optimizer = make_optimizer(self.params, self.trainable)
         self.lr_scheduler = make_lr_scheduler(self.params, optimizer)
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         self.noise_scheduler = family.load_scheduler(model)
