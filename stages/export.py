@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from stages.core.console import log, parser, run
+from stages.core.console import UserError, log, parser, run
 from stages.core.files import replaced, write_text
 from stages.core.params import ModelParams, Params, RuntimeParams, load
 
@@ -50,6 +50,8 @@ def main() -> None:
     family = load_family(model.family)
     require_base(model, family)
     adapter = Adapter.load(args.adapter)
+    if adapter.biases:
+        raise UserError(f"{args.adapter}: its trained biases cannot be exported yet; train with lora.bias none")
     require_same_base(adapter.base, digests(model, family.COMPONENTS), args.adapter)
     weights = adapter.weights(args.adapter)
     where = device.setup(config.section(RuntimeParams), model)
@@ -141,13 +143,13 @@ def write_diffusers(
     pipeline_class: Any, family: Family, adapter: Adapter, weights: dict[str, torch.Tensor], folder: Path
 ) -> None:
     """``pytorch_lora_weights.safetensors`` with the LoraConfig in its header: without it, alpha would be guessed."""
-    from peft import LoraConfig
-
+    from stages.core import lora
     from stages.core.files import atomic, sorted_header
 
     prefix = family.DENOISER
     config = {
-        name: sorted(v) if isinstance(v, set) else v for name, v in LoraConfig(**adapter.lora_config).to_dict().items()
+        name: sorted(v) if isinstance(v, set) else v
+        for name, v in lora.peft_config(adapter.lora_config).to_dict().items()
     }
     pipeline_class.save_lora_weights(
         folder, **{f"{prefix}_lora_layers": weights, f"{prefix}_lora_adapter_metadata": config}
@@ -160,11 +162,10 @@ def write_diffusers(
 
 def write_peft(adapter: Adapter, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors``, as ``PeftModel.save_pretrained`` names them."""
-    from peft import LoraConfig
-
+    from stages.core import lora
     from stages.core.files import save_tensors, write_json
 
-    config = LoraConfig(**adapter.lora_config, inference_mode=True).to_dict()
+    config = lora.peft_config(adapter.lora_config, inference_mode=True).to_dict()
     write_json(folder / "adapter_config.json", {n: sorted(v) if isinstance(v, set) else v for n, v in config.items()})
     save_tensors(
         folder / "adapter_model.safetensors", {f"base_model.model.{n}": t for n, t in weights.items()}, {"format": "pt"}

@@ -25,6 +25,7 @@ PLAIN: dict[str, Any] = {
     "use_rslora": False,
     "use_dora": False,
     "init_lora_weights": "gaussian",
+    "bias": "none",
 }
 
 

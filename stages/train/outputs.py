@@ -52,6 +52,10 @@ def log_adapter(trainer: Trainer) -> None:
         100 * num / num_base,
         f"{num_base:,}",
     )
+    if trainer.biases:
+        log.info(
+            "biases      %s: %d, as deltas that decay towards zero", trainer.lora_config["bias"], len(trainer.biases)
+        )
     for line in targets.plan(names, num, num_base):
         log.info(line)
 
@@ -84,7 +88,7 @@ def save_adapter(trainer: Trainer, adapter_folder: Path) -> dict[str, str]:
     files[adapter.FINAL] = sha256_file(adapter_folder / adapter.FINAL)
     # Dropout is training's alone: diffusers leaves a loaded adapter in train mode and would drop while sampling.
     for_use = trainer.lora_config | {"lora_dropout": 0.0}
-    adapter.Adapter(for_use, trainer.base, params.num_steps, steps, files).save(adapter_folder)
+    adapter.Adapter(for_use, trainer.base, params.num_steps, steps, files, trainer.biases).save(adapter_folder)
     return files
 
 

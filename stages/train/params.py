@@ -10,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from stages.core.params import Params
 
+BiasMode = Literal["none", "all", "lora_only"]
+
 
 class LoraParams(Params):
     """Section ``lora``: the adapter's shape."""
@@ -33,6 +35,9 @@ class LoraParams(Params):
     """Magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353)."""
     init_lora_weights: Literal["gaussian", "kaiming"]
     """How A starts; B starts at zero, so that step 0 equals the base."""
+
+    bias: BiasMode
+    """Which biases are trained as well: none, those of the adapted layers, or all of the denoiser's."""
 
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     @classmethod

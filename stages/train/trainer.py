@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.artifacts.adapter import snapshot_name
-from stages.core import device, lora, objectives, seeding, selfcheck
+from stages.artifacts.adapter import bias_metadata, snapshot_name
+from stages.core import bias, device, lora, objectives, seeding, selfcheck
 from stages.core.batches import Batches
 from stages.core.checkpoint import Checkpoints
 from stages.core.console import log
@@ -42,6 +42,7 @@ class Trainer:
         self.frozen_before = lora.frozen_digest(denoiser)
         self.lora_config = lora.make_config(config.section(LoraParams), denoiser)
         self.trainable = lora.inject(denoiser, self.lora_config)
+        self.biases = list(bias.deltas(denoiser))
         lora.keyed_init(denoiser, self.lora_config, self.params.seed)
         optimizer = make_optimizer(self.params, self.trainable)
         self.lr_scheduler = make_lr_scheduler(self.params, optimizer)
@@ -171,4 +172,5 @@ class Trainer:
         self.save_weights(self.folder / snapshot_name(step))
 
     def save_weights(self, path: Path) -> None:
-        save_tensors(path, lora.state_dict(self.accelerator.unwrap_model(self.denoiser)), {"format": "pt"})
+        metadata = {"format": "pt"} | bias_metadata(self.lora_config["bias"], self.biases)
+        save_tensors(path, lora.state_dict(self.accelerator.unwrap_model(self.denoiser)), metadata)
