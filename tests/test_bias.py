@@ -219,8 +219,8 @@ def test_an_adapter_of_another_mode_is_refused(workspace: Workspace) -> None:
     with pytest.raises(UserError) as caught:
         workspace.run("validate")
     assert caught.value.problems == (
-        "data/adapter/snapshots/step-000002.safetensors: trained with lora.bias lora_only, data/adapter/adapter.json says none; "
-        "run `python -m stages.train` again",
+        "data/adapter/snapshots/step-000002.safetensors: trained with lora.bias lora_only, "
+        "data/adapter/adapter.json says none; run `python -m stages.train` again",
     )
 
 

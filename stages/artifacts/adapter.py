@@ -40,6 +40,8 @@ class Adapter:
     """sha256 per file."""
     biases: list[str] = field(default_factory=list)
     """Modules whose bias was trained; the files hold the deltas."""
+    made_from: dict[str, Any] = field(default_factory=dict)
+    """Digests of pictures, captions and latents, the parameters, and the packages' versions."""
 
     def save(self, folder: Path) -> None:
         write_json(folder / "adapter.json", asdict(self))

@@ -88,7 +88,9 @@ def save_adapter(trainer: Trainer, adapter_folder: Path) -> dict[str, str]:
     files[adapter.FINAL] = sha256_file(adapter_folder / adapter.FINAL)
     # Dropout is training's alone: diffusers leaves a loaded adapter in train mode and would drop while sampling.
     for_use = trainer.lora_config | {"lora_dropout": 0.0}
-    adapter.Adapter(for_use, trainer.base, params.num_steps, steps, files, trainer.biases).save(adapter_folder)
+    adapter.Adapter(for_use, trainer.base, params.num_steps, steps, files, trainer.biases, trainer.made_from).save(
+        adapter_folder
+    )
     return files
 
 

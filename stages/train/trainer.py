@@ -17,7 +17,14 @@ from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Progress
 from stages.train import outputs
 from stages.train.params import LoraParams, TrainParams
-from stages.train.setup import make_accelerator, make_lr_scheduler, make_optimizer, run_digest, training_items
+from stages.train.setup import (
+    made_from,
+    make_accelerator,
+    make_lr_scheduler,
+    make_optimizer,
+    run_digest,
+    training_items,
+)
 
 if TYPE_CHECKING:
     from stages.artifacts.latent_cache import LatentCache
@@ -60,6 +67,7 @@ class Trainer:
         )
 
         self.digest = run_digest(self.params, model, self.lora_config, cache, base, self.device)
+        self.made_from = made_from(config, cache, self.items)
         self.folder = state_dir() / "runs" / self.digest[:16]
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.history: list[tuple[float, float, float]] = []  # loss, learning rate, gradient norm of every step
