@@ -66,12 +66,12 @@ class Adapter:
         path = folder / name
         if not path.exists() or sha256_file(path) != self.files[name]:
             raise UserError(f"{path}: missing or damaged; run `python -m stages.train` again")
-        recorded, wanted = load_metadata(path), bias_metadata(self.lora_config["bias"], self.biases)
+        recorded, wanted = load_metadata(path), bias_metadata(self.lora_config.get("bias", "none"), self.biases)
         if {name: text for name, text in recorded.items() if name.startswith("bias")} != wanted:
             found = recorded.get("bias", "none")
             raise UserError(
                 f"{path}: trained with lora.bias {found}, {folder}/adapter.json says "
-                f"{self.lora_config['bias']}; run `python -m stages.train` again"
+                f"{wanted.get('bias', 'none')}; run `python -m stages.train` again"
             )
         return load_tensors(path)
 

@@ -59,7 +59,7 @@ def keyed_init(denoiser: Any, config: dict[str, Any], seed: int) -> None:
 def inject(denoiser: Any, config: dict[str, Any]) -> dict[str, torch.nn.Parameter]:
     """Add a fresh adapter; return its parameters by name, float32 and requiring gradients. All else stays frozen."""
     denoiser.add_adapter(peft_config(config), adapter_name=NAME)
-    bias.add(denoiser, config["bias"])
+    bias.add(denoiser, config.get("bias", "none"))
     trainable = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     for parameter in trainable.values():
         parameter.data = parameter.data.float()

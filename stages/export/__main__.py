@@ -1,10 +1,13 @@
 """Adapter -> files that other programs load, each loaded back by an independent reader and compared by output.
 
 In: data/adapter, the base.  Out: data/export/{diffusers,peft,comfyui,merged,README.md}, reports/export/metrics.json.
-Run: ``python -m stages.export [--set 'export.formats=[comfyui, merged]']``
+Run: ``python -m stages.export [--set 'export.formats=[comfyui, merged]']``, or with ``--verify FILE`` to ask of a file
+whether it is what this repository makes, and which revision makes it.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from stages.core.console import UserError, log, parser, run
 from stages.core.params import ModelParams, RuntimeParams, load
@@ -12,8 +15,15 @@ from stages.export.params import ExportParams, refusals
 
 
 def main() -> None:
-    args = parser(__doc__, ("adapter", "export", "export_reports")).parse_args()
+    arguments = parser(__doc__, ("adapter", "export", "export_reports"))
+    arguments.add_argument("--verify", type=Path, metavar="FILE", help="write nothing; say where the file comes from")
+    args = arguments.parse_args()
     config = load(args.params, args.overrides)
+    if args.verify:
+        from stages.export.verify import verify
+
+        verify(args.verify, config, args.adapter)
+        return
     model, params = config.section(ModelParams), config.section(ExportParams)
 
     from stages.artifacts import metrics
@@ -30,7 +40,7 @@ def main() -> None:
     adapter = Adapter.load(args.adapter)
     require_same_base(adapter.base, digests(model, family.COMPONENTS), args.adapter)
     weights = adapter.weights(args.adapter)
-    bias = adapter.lora_config["bias"] if adapter.biases else "none"
+    bias = adapter.lora_config.get("bias", "none") if adapter.biases else "none"
     if refused := refusals(params.formats, bias, adapter.lora_config.get("use_dora", False), family.DENOISER):
         raise UserError(*refused)
     where = device.setup(config.section(RuntimeParams), model)
