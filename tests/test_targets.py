@@ -94,6 +94,7 @@ def refusal(denoiser: torch.nn.Module, **changes: Any) -> tuple[str, ...]:
         ({"rank_pattern": {"to_w": 4}}, "rank_pattern: 'to_w' matches none of the targets (near: to_"),
         ({"alpha_pattern": {"conv1": 4.0}}, "alpha_pattern: 'conv1' matches none of the targets (near: "),
         ({"rank_pattern": {"attn2.to_k": 33}}, "rank_pattern.attn2.to_k: 33 is above 32, the size of a 'to_k' layer"),
+        ({"rank_pattern": {"to_k": 3, "attn2.to_k": 4}}, "rank_pattern: 'to_k' and 'attn2.to_k' both match "),
         ({"target_modules": ["conv_out"], "rank": 5}, "rank: 5 is above 4, the size of a 'conv_out' layer"),
         ({"target_modules": ["to_q"], "exclude_modules": ["to_q"]}, "exclude_modules: nothing is left"),
     ],
@@ -102,6 +103,16 @@ def refusal(denoiser: torch.nn.Module, **changes: Any) -> tuple[str, ...]:
 def test_what_matches_nothing_is_named(denoiser: torch.nn.Module, changes: dict[str, Any], start: str) -> None:
     (problem,) = refusal(denoiser, **changes)
     assert problem.startswith(f"params.yaml lora.{start}")
+
+
+def test_a_name_that_is_anothers_ending_is_not_chosen_alone() -> None:
+    model = torch.nn.Module()
+    model.proj_out, model.block = torch.nn.Linear(8, 8), torch.nn.Module()
+    model.block.proj_out = torch.nn.Linear(8, 8)
+    assert refusal(model, target_modules="proj_out") == (
+        "params.yaml lora.target_modules: proj_out cannot be chosen without block.proj_out; add it",
+    )
+    assert lora.make_config(params(target_modules=r"block\.proj_out"), model)["target_modules"] == ["block.proj_out"]
 
 
 def test_a_text_that_is_an_ending_says_what_a_text_is(denoiser: torch.nn.Module) -> None:

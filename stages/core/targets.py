@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from stages.core.console import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from stages.train.params import LoraParams
 
@@ -53,6 +54,7 @@ def lora_settings(params: LoraParams, denoiser: torch.nn.Module) -> dict[str, An
         for key in pattern:
             if not any(matches(key, name) for name in targets):
                 problems.append(nothing(setting, key, "none of the targets", targets))
+        problems += ambiguous(setting, pattern, targets)
     for label, names in groups.items():
         if not names:
             problem = nothing("target_modules", label, f"no layer of {type(denoiser).__name__}", layers)
@@ -61,9 +63,10 @@ def lora_settings(params: LoraParams, denoiser: torch.nn.Module) -> dict[str, An
     problems += dora_problems(params, [name for name in targets if isinstance(layers[name], torch.nn.Conv2d)], layers)
     if excluded and not targets:
         problems.append("params.yaml lora.exclude_modules: nothing is left of lora.target_modules")
+    plain_endings = isinstance(params.target_modules, list) and not excluded
+    problems += [] if plain_endings else not_alone(targets, layers)
     if problems:
         raise UserError(*problems)
-    plain_endings = isinstance(params.target_modules, list) and not excluded
     settings: dict[str, Any] = {"target_modules": sorted(params.target_modules if plain_endings else targets)}
     for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
         if value := getattr(params, name):
@@ -120,6 +123,23 @@ def dora_problems(params: LoraParams, convolutions: list[str], layers: Layers) -
         return []
     kinds = ", ".join(sorted({ending(name) for name in convolutions}))
     return [f"params.yaml lora.use_dora: needs model.dtype float32 on convolutions ({kinds}); or leave them out"]
+
+
+def ambiguous(setting: str, pattern: Mapping[str, float], targets: list[str]) -> list[str]:
+    """A line for each two keys that match one layer with two values: PEFT would take whichever stands first."""
+    found = []
+    for one, other in itertools.combinations(pattern, 2):
+        both = [name for name in targets if matches(one, name) and matches(other, name)]
+        if both and pattern[one] != pattern[other]:
+            found.append(f"params.yaml lora.{setting}: '{one}' and '{other}' both match {both[0]}; make one narrower")
+    return found
+
+
+def not_alone(targets: list[str], layers: Layers) -> list[str]:
+    """A line for a target whose whole name is also the ending of a layer that was not chosen: PEFT would take both."""
+    chosen = set(targets)
+    others = ((name, t) for name in layers if name not in chosen for t in targets if name.endswith(f".{t}"))
+    return [f"params.yaml lora.target_modules: {t} cannot be chosen without {name}; add it" for name, t in others][:1]
 
 
 def has_ending(name: str, target: str) -> bool:
