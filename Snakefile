@@ -54,6 +54,15 @@ RAW = files(VALUES["dataset"]["source"])
 BASE = files(VALUES["model"]["pretrained"])
 
 
+# One file of each format.
+EXPORTED = {
+    "diffusers": "pytorch_lora_weights.safetensors",
+    "peft": "adapter_model.safetensors",
+    "comfyui": f"{VALUES['export']['name']}.safetensors",
+    "merged": "model_index.json",
+}
+
+
 wildcard_constraints:
     rank=r"\d+",
 
@@ -171,8 +180,7 @@ rule export:
         code=code("export"),
     output:
         card="runs/rank-{rank}/export/README.md",
-        diffusers="runs/rank-{rank}/export/diffusers/pytorch_lora_weights.safetensors",
-        peft="runs/rank-{rank}/export/peft/adapter_model.safetensors",
+        files=[f"runs/rank-{{rank}}/export/{name}/{EXPORTED[name]}" for name in VALUES["export"]["formats"]],
         metrics="runs/rank-{rank}/reports/export/metrics.json",
     log:
         "runs/rank-{rank}/logs/export.log",

@@ -18,12 +18,13 @@ from stages.core import base_files
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams, load
+from stages.export.params import ExportParams, refusals
 from stages.families.base import load_family
 from stages.prepare.geometry import buckets
 from stages.prepare.listing import Listing, lines
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
-from stages.train.params import TrainParams
+from stages.train.params import LoraParams, TrainParams
 from stages.validate.params import ValidateParams, prompt_problems
 
 # Series that the project is tested with; the exact versions stand in requirements.lock.
@@ -45,8 +46,8 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     config = load(args.params, args.overrides)
     model = config.section(ModelParams)
-    found = package_problems() + base_check(config) + dataset_problems(config) + disk_problems()
-    found += prompt_problems(config.section(ValidateParams), load_family(model.family))
+    found = package_problems() + base_check(config) + dataset_problems(config) + export_problems(config)
+    found += prompt_problems(config.section(ValidateParams), load_family(model.family)) + disk_problems()
     if found:
         raise UserError(*found)
     log.info("parameters  %s, %d sections", args.params, len(config.sections))
@@ -130,6 +131,13 @@ def batch_problems(listing: Listing, config: Config) -> list[str]:
     return [
         f"params.yaml train.batch_size: {size} is more than the dataset's {total} pictures, repeats counted; lower it"
     ]
+
+
+def export_problems(config: Config) -> list[str]:
+    """Formats that could not hold what training will make; said before the training, not after it."""
+    lora, export = config.section(LoraParams), config.section(ExportParams)
+    denoiser = load_family(config.section(ModelParams).family).DENOISER
+    return refusals(export.formats, lora.bias, lora.use_dora, denoiser)
 
 
 def disk_problems() -> list[str]:

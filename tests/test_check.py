@@ -113,6 +113,15 @@ def test_params_of_all_sections_at_once(copied: Workspace) -> None:
 # The base
 
 
+def test_formats_that_could_not_hold_the_adapter(copied: Workspace) -> None:
+    found = problems(copied, "lora.bias=all")
+    assert [line.split(" cannot hold")[0] for line in found] == [
+        "params.yaml export.formats: diffusers",
+        "params.yaml export.formats: peft",
+    ]
+    copied.run("check", "--set", "lora.bias=all", "--set", "export.formats=[comfyui, merged]")
+
+
 def test_a_hub_id_gets_the_line_that_fetches_it(copied: Workspace) -> None:
     assert problem(copied, "model.pretrained=stable-diffusion-v1-5/stable-diffusion-v1-5") == (
         "params.yaml model.pretrained: 'stable-diffusion-v1-5/stable-diffusion-v1-5' is no folder here; fetch it: "

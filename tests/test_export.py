@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -17,16 +18,20 @@ from ruamel.yaml import YAML
 from safetensors import safe_open
 
 from stages.artifacts.adapter import FINAL, Adapter
+from stages.artifacts.latent_cache import LatentCache
 from stages.core import base_files, lora, params, seeding
 from stages.core.console import UserError
-from stages.core.files import load_tensors, read_json, save_tensors, sha256_file
+from stages.core.files import load_metadata, load_tensors, read_json, save_tensors, sha256_file
 from stages.core.params import ModelParams
+from stages.export.card import short_names
+from stages.export.header import tensors_digest
 from stages.families import sd
 from tests.conftest import Workspace
 
 ADAPTER = Path("data/adapter")
 DIFFUSERS = Path("data/export/diffusers")
 PEFT = Path("data/export/peft")
+COMFYUI = Path("data/export/comfyui/ink-icons.safetensors")
 CONFIG: dict[str, Any] = {
     "r": 2,
     "lora_alpha": 6.0,  # three times the rank: lost, the picture would be another
@@ -103,6 +108,38 @@ def test_diffusers_header_has_the_config(exported: Workspace) -> None:
     assert keys == {f"unet.{name}" for name in load_tensors(ADAPTER / FINAL)}
 
 
+@pytest.mark.parametrize(
+    "path", [DIFFUSERS / "pytorch_lora_weights.safetensors", PEFT / "adapter_model.safetensors", COMFYUI], ids=str
+)
+def test_headers_say_what_the_file_is_and_where_it_comes_from(workspace: Workspace, path: Path) -> None:
+    for stage in ("prepare", "cache_latents", "train", "export"):
+        workspace.run(stage)
+    header = load_metadata(path)
+    assert header["modelspec.architecture"] == "stable-diffusion-v1/lora" and header["modelspec.title"] == "ink-icons"
+    assert header["modelspec.prediction_type"] == "v"
+    assert (header["ss_network_dim"], header["ss_network_alpha"], header["ss_steps"]) == ("2", "2", "4")
+    assert header["modelspec.hash_sha256"] == f"0x{tensors_digest(load_tensors(path))}"
+    record = json.loads(header["lora_dag"])
+    adapter = Adapter.load(ADAPTER)
+    assert record["adapter"] == sha256_file(ADAPTER / FINAL) and record["base"] == adapter.base
+    assert record["latents"] == LatentCache(Path("data/latents")).digest and record["num_pictures"] == 6
+    assert record["lora"]["rank"] == 2 and record["train"]["learning_rate"] == 1e-3
+    assert record["packages"]["peft"] == importlib.metadata.version("peft")
+    assert not any(str(place) in str(header) for place in (workspace.path, Path.home(), Path("data/base")))
+    assert "modelspec.date" not in header
+
+
+def test_other_captions_are_seen_in_the_header(workspace: Workspace) -> None:
+    records = []
+    for caption in ("thing 0", "another thing"):
+        text = Path("data/raw/metadata.jsonl").read_text()
+        Path("data/raw/metadata.jsonl").write_text(text.replace("thing", caption))
+        for stage in ("prepare", "cache_latents", "train"):
+            workspace.run(stage)
+        records.append(Adapter.load(ADAPTER).made_from)
+    assert records[0]["captions"] != records[1]["captions"] and records[0]["pictures"] == records[1]["pictures"]
+
+
 def test_peft_folder_is_what_peft_writes(exported: Workspace) -> None:
     config = read_json(PEFT / "adapter_config.json")
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 6)
@@ -126,6 +163,21 @@ def test_model_card(exported: Workspace) -> None:
     assert str(exported.path) not in body
 
 
+def test_model_card_names_what_is_there_and_no_more(adapted: Workspace) -> None:
+    adapted.run("export", "--set", "export.formats=[comfyui]")
+    _, body = front_matter()
+    assert "comfyui/ink-icons.safetensors" in body and "load_lora_weights" not in body and "PeftModel" not in body
+    adapted.run("export", "--set", "export.formats=[merged]")
+    _, body = front_matter()
+    assert 'StableDiffusionPipeline.from_pretrained("data/export/merged")' in body and "comfyui" not in body
+
+
+def test_many_targets_are_named_by_their_endings() -> None:
+    names = [f"down_blocks.{i}.attn1.to_out.0" for i in range(9)] + [f"mid.{i}.conv1" for i in range(9)]
+    assert short_names(names) == ["conv1", "to_out.0"]
+    assert short_names(["attn2.to_k", "to_out.0"]) == ["attn2.to_k", "to_out.0"]
+
+
 def test_model_card_with_any_prompt(adapted: Workspace) -> None:
     prompt = 'icon: a "red" apple # 1, naïve'
     adapted.run("export", "--set", f"export.prompt={json.dumps(prompt)}")
@@ -144,8 +196,8 @@ def test_the_cards_lines_draw_a_picture(exported: Workspace) -> None:
 def test_metrics_say_how_near_and_how_strong(exported: Workspace) -> None:
     metrics = read_json(Path("reports/export/metrics.json"))
     assert metrics["export.effect"] > 0.1
-    assert 0 <= metrics["export.diffusers.max_abs_error"] <= 1e-4
-    assert 0 <= metrics["export.peft.max_abs_error"] <= 1e-4
+    for name in ("diffusers", "peft", "comfyui"):
+        assert 0 <= metrics[f"export.{name}.max_abs_error"] <= 1e-4 and metrics[f"export.{name}.unmapped_keys"] == 0
     assert math.isclose(metrics["export.megabytes"], 4096 * 4 / 1e6, rel_tol=1e-3)
 
 
@@ -153,6 +205,7 @@ def test_two_exports_give_the_same_bytes(exported: Workspace) -> None:
     first = exported.tree("data/export") | exported.tree("reports/export")
     assert set(first) == {
         "README.md",
+        "comfyui/ink-icons.safetensors",
         "diffusers/pytorch_lora_weights.safetensors",
         "metrics.json",
         "peft/adapter_config.json",
@@ -170,7 +223,7 @@ def test_files_can_be_read_by_others(adapted: Workspace) -> None:
     finally:
         os.umask(before)
     modes = {path: path.stat().st_mode & 0o777 for path in Path("data/export").rglob("*") if path.is_file()}
-    assert len(modes) == 4 and set(modes.values()) == {0o644}
+    assert len(modes) == 5 and set(modes.values()) == {0o644}
 
 
 def test_an_adapter_trained_with_dropout_is_exported_without(workspace: Workspace) -> None:
@@ -217,7 +270,7 @@ def test_adapter_of_another_base_is_refused(adapted: Workspace) -> None:
     )
 
 
-def test_an_export_that_draws_another_picture_is_not_left_behind(
+def test_an_export_that_answers_otherwise_is_not_left_behind(
     adapted: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the config in the header diffusers guesses alpha = rank."""
@@ -228,7 +281,7 @@ def test_an_export_that_draws_another_picture_is_not_left_behind(
         original(folder, **kwargs)
 
     monkeypatch.setattr(StableDiffusionPipeline, "save_lora_weights", without_config)
-    with pytest.raises(RuntimeError, match="the diffusers export draws another picture than the adapter"):
+    with pytest.raises(RuntimeError, match="the diffusers export answers otherwise than the adapter"):
         adapted.run("export")
     assert not Path("data/export").exists()
 

@@ -66,11 +66,14 @@ def test_tokens_are_the_same_from_vocab_and_merges(sd15: Path, tiny_base: Path) 
 
 
 def test_every_stage_runs_on_it(workspace: Workspace, sd15: Path) -> None:
-    overrides = [w for kv in (f"model.pretrained={sd15}", "model.variant=fp16") for w in ("--set", kv)]
+    formats = "export.formats=[diffusers, peft, comfyui, merged]"
+    overrides = [w for kv in (f"model.pretrained={sd15}", "model.variant=fp16", formats) for w in ("--set", kv)]
     for stage in ("prepare", "cache_latents", "train", "validate", "export", "report"):
         workspace.run(stage, *overrides)
     metrics = json.loads(Path("reports/export/metrics.json").read_text())
-    assert metrics["export.diffusers.max_abs_error"] <= 1e-4 < metrics["export.effect"]
+    for name in ("diffusers", "peft", "comfyui", "merged"):
+        assert metrics[f"export.{name}.max_abs_error"] <= 1e-5 < metrics["export.effect"]
+    assert Path("data/export/merged/unet/diffusion_pytorch_model.fp16.safetensors").exists()
     assert 'variant="fp16"' in Path("data/export/README.md").read_text()
 
 

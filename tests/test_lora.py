@@ -14,6 +14,19 @@ from stages.families import sd
 from stages.train.params import LoraParams
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+PLAIN: dict[str, Any] = {
+    "rank": 2,
+    "alpha": 4.0,
+    "dropout": 0.0,
+    "target_modules": TARGETS,
+    "exclude_modules": [],
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": False,
+    "use_dora": False,
+    "init_lora_weights": "gaussian",
+    "bias": "none",
+}
 
 
 @pytest.fixture
@@ -27,8 +40,7 @@ def load(base: Path, dtype: Any = "float32") -> torch.nn.Module:
 
 
 def params(**changes: Any) -> LoraParams:
-    settings = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": TARGETS, "init_lora_weights": "gaussian"}
-    return LoraParams(**settings | changes)
+    return LoraParams(**PLAIN | changes)
 
 
 def inject(denoiser: torch.nn.Module, seed: int = 0, **changes: Any) -> dict[str, torch.nn.Parameter]:
@@ -121,6 +133,30 @@ def test_output_is_the_base_plus_alpha_over_rank_times_b_a(denoiser: torch.nn.Mo
     torch.testing.assert_close(layer(x).double(), x.double() @ (weight + 1.5 * b @ a).T, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("conv", [False, True])
+def test_rslora_scales_by_the_root_of_the_rank(denoiser: torch.nn.Module, conv: bool) -> None:
+    """Kalajdzievski 2023 (arXiv:2312.03732), with a rank and an alpha of the layer's own."""
+    targets = ["conv1"] if conv else ["to_q"]
+    inject(
+        denoiser, target_modules=targets, use_rslora=True, rank_pattern={targets[0]: 4}, alpha_pattern={targets[0]: 6.0}
+    )
+    assert {denoiser.get_submodule(name).scaling["default"] for name in lora.targets(denoiser)} == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "dtype"), [("all-linear+conv", "float32"), ("attention", "float32"), ("all-linear", "bfloat16")]
+)
+def test_dora_starts_at_the_base_bit_for_bit(tiny_base: Path, target_modules: str, dtype: str) -> None:
+    denoiser = load(tiny_base, dtype)
+    base = predict(denoiser)
+    trainable = inject(denoiser, target_modules=target_modules, use_dora=True)
+    lora.require_sound(denoiser, trainable)
+    assert torch.equal(predict(denoiser), base)
+    assert sum("lora_magnitude_vector" in name for name in trainable) == len(lora.targets(denoiser))
+    fill(trainable)
+    assert not torch.equal(predict(denoiser), base)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scale_zero_and_disabled_are_the_base_bit_for_bit(tiny_base: Path, dtype: str) -> None:
     denoiser = load(tiny_base, dtype)
@@ -209,6 +245,12 @@ def test_a_rank_above_the_layer_is_refused(denoiser: torch.nn.Module) -> None:
     assert lora.make_config(params(rank=32, target_modules=["to_q"]), denoiser)["r"] == 32
     assert refusal(denoiser, rank=33, target_modules=["to_q"]) == (
         "params.yaml lora.rank: 33 is above 32, the size of a 'to_q' layer",
+    )
+
+
+def test_dora_on_convolutions_is_refused_where_it_would_not_start_at_the_base(tiny_base: Path) -> None:
+    assert refusal(load(tiny_base, "bfloat16"), target_modules=["to_q", "conv1"], use_dora=True) == (
+        "params.yaml lora.use_dora: needs model.dtype float32 on convolutions (conv1); or leave them out",
     )
 
 

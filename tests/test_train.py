@@ -28,6 +28,8 @@ from stages.core.params import ModelParams
 from stages.core.pictures import load_view
 from stages.core.selfcheck import Watch
 from stages.families import sd
+from stages.train.params import TrainParams
+from stages.train.setup import make_optimizer
 from stages.train.trainer import Trainer
 from tests.caches import write_mixed_cache
 from tests.conftest import REPOSITORY, TINY, Workspace, picture, write_params, write_rows
@@ -588,6 +590,49 @@ def test_a_layer_without_gradient_is_noticed(encoded: Workspace, monkeypatch: py
     monkeypatch.setattr(Watch, "gradients", gradients)
     with pytest.raises(RuntimeError, match=r"no gradient ever reached \['down_blocks.0.*to_q.lora_A"):
         encoded.run("train")
+
+
+# The adapter's options
+
+
+@pytest.mark.parametrize("target_modules", ["attention", "all-linear+conv"])
+@pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
+def test_every_kind_of_adapter_trains_and_resumes_to_the_same_bytes(
+    encoded: Workspace, interrupt: Callable[..., None], variant: str, target_modules: str
+) -> None:
+    changes = (f"lora.{variant}=true", f"lora.target_modules={target_modules}", "lora.rank_pattern={to_k: 3}")
+    argv = tuple(word for change in changes for word in ("--set", change))
+    interrupt(3, *argv)
+    assert "resumed from step 2" in encoded.run("train", *argv)
+    resumed = outputs(encoded)
+    encoded.run("train", *argv)
+    assert outputs(encoded) == resumed
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in weights().values())
+    assert {len(tensor) for name, tensor in weights().items() if "to_k.lora_A" in name} == {3}
+
+
+def test_the_plan_counts_targets_and_memory(encoded: Workspace) -> None:
+    lines = encoded.run("train", "--set", "lora.rank_pattern={attn2.to_k: 4}")
+    base = sum(t.numel() for t in load_tensors(Path("data/base/unet/diffusion_pytorch_model.safetensors")).values())
+    num = sum(tensor.numel() for tensor in weights().values())
+    assert (
+        f"adapter     rank 2 and 4, 32 layers, {num:,} parameters ({100 * num / base:.2f} % of the denoiser's {base:,})"
+        in lines
+    )
+    assert "targets     8 to_k, 8 to_out.0, 8 to_q, 8 to_v" in lines
+    (memory,) = (line for line in lines if line.startswith("memory"))
+    assert f" {16 * num / 1e6:.1f} MB for adapter" in memory and f"fine-tuning {16 * base / 1e6:.1f} MB;" in memory
+
+
+def test_magnitudes_do_not_decay() -> None:
+    trainable = {
+        "a.lora_A.default.weight": torch.nn.Parameter(torch.ones(2)),
+        "a.lora_magnitude_vector.default.weight": torch.nn.Parameter(torch.ones(2)),
+    }
+    settings = params.load(REPOSITORY / "params.yaml", ["train.adam_weight_decay=0.5"]).section(TrainParams)
+    groups = make_optimizer(settings, trainable).param_groups
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.5, 1), (0.0, 1)]
+    assert groups[1]["params"][0] is trainable["a.lora_magnitude_vector.default.weight"]
 
 
 # Refused

@@ -7,12 +7,13 @@ adapter.json                    PEFT's LoraConfig, base digests, steps, digest o
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.console import UserError
-from stages.core.files import load_tensors, read_json, sha256_file, understood, write_json
+from stages.core.files import load_metadata, load_tensors, read_json, sha256_file, understood, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ class Adapter:
     """What was trained, on what, and for how long; weights are read on demand."""
 
     lora_config: dict[str, Any]
-    """Arguments of peft.LoraConfig: r, lora_alpha, target_modules, ..."""
+    """Arguments of peft.LoraConfig: r, lora_alpha, target_modules, ...; ``bias`` as stages/core/bias.py means it."""
     base: dict[str, str]
     """Digest per component of the base it was trained on."""
     num_steps: int
@@ -37,6 +38,10 @@ class Adapter:
     """Steps at which a snapshot was kept, in order; the final adapter is not among them."""
     files: dict[str, str]
     """sha256 per file."""
+    biases: list[str] = field(default_factory=list)
+    """Modules whose bias was trained; the files hold the deltas."""
+    made_from: dict[str, Any] = field(default_factory=dict)
+    """Digests of pictures, captions and latents, the parameters, and the packages' versions."""
 
     def save(self, folder: Path) -> None:
         write_json(folder / "adapter.json", asdict(self))
@@ -55,10 +60,22 @@ class Adapter:
         """State dict of the snapshot at ``step``, or of the final adapter.
 
         Raises:
-            UserError: the file is missing or does not match its recorded digest.
+            UserError: the file is missing, does not match its recorded digest, or was trained in another bias mode.
         """
         name = FINAL if step is None else snapshot_name(step)
         path = folder / name
         if not path.exists() or sha256_file(path) != self.files[name]:
             raise UserError(f"{path}: missing or damaged; run `python -m stages.train` again")
+        recorded, wanted = load_metadata(path), bias_metadata(self.lora_config.get("bias", "none"), self.biases)
+        if {name: text for name, text in recorded.items() if name.startswith("bias")} != wanted:
+            found = recorded.get("bias", "none")
+            raise UserError(
+                f"{path}: trained with lora.bias {found}, {folder}/adapter.json says "
+                f"{wanted.get('bias', 'none')}; run `python -m stages.train` again"
+            )
         return load_tensors(path)
+
+
+def bias_metadata(mode: str, biases: list[str]) -> dict[str, str]:
+    """What a weight file's header says of trained biases: mode and modules, nothing where there are none."""
+    return {} if mode == "none" else {"bias": mode, "biases": json.dumps(biases)}

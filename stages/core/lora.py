@@ -1,9 +1,12 @@
-"""LoRA on a denoiser, by PEFT: inject, read out, load, scale. Adapters are float32 whatever the frozen dtype is."""
+"""LoRA on a denoiser, by PEFT, and trained biases: inject, read out, load, scale, merge.
+
+Adapters are float32 whatever the frozen dtype is. The config is that of peft.LoraConfig but for ``bias``, whose meaning
+stands in stages/core/bias.py: PEFT's own writes over the base's biases.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,8 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from stages.core import seeding
-from stages.core.console import UserError
+from stages.core import bias, seeding
+from stages.core.targets import lora_settings
 
 if TYPE_CHECKING:
     from stages.train.params import LoraParams
@@ -25,86 +28,90 @@ def make_config(params: LoraParams, denoiser: Any) -> dict[str, Any]:
     """Arguments of peft.LoraConfig for this denoiser.
 
     Raises:
-        UserError: a target that matches no layer, with the nearest names; a rank above a layer's size.
+        UserError: a target or pattern that matches no layer, with the nearest names; a rank above a layer's size.
     """
-    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
-    problems = []
-    for target in params.target_modules:
-        matched = [module for name, module in layers.items() if name == target or name.endswith(f".{target}")]
-        if not matched:
-            endings = sorted({ending(name) for name in layers})
-            near = difflib.get_close_matches(target, endings, n=3, cutoff=0.3) or endings[:8]
-            problems.append(
-                f"params.yaml lora.target_modules: '{target}' matches no layer of {type(denoiser).__name__} "
-                f"(near: {', '.join(near)})"
-            )
-        smallest = min((min(module.weight.shape[:2]) for module in matched), default=params.rank)
-        if params.rank > smallest:
-            problems.append(f"params.yaml lora.rank: {params.rank} is above {smallest}, the size of a '{target}' layer")
-    if problems:
-        raise UserError(*problems)
     return {
         "r": params.rank,
         "lora_alpha": params.alpha,
         "lora_dropout": params.dropout,
-        "target_modules": sorted(params.target_modules),
         "init_lora_weights": "gaussian" if params.init_lora_weights == "gaussian" else True,
-        "bias": "none",
-    }
-
-
-def ending(name: str) -> str:
-    """``down_blocks.0.attn1.to_out.0`` -> ``to_out.0``: what a person writes in target_modules."""
-    parts = name.split(".")
-    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+        "bias": params.bias,
+    } | lora_settings(params, denoiser)
 
 
 def keyed_init(denoiser: Any, config: dict[str, Any], seed: int) -> None:
-    """PEFT's own initialisation, layer by layer, keyed by the layer's name: other targets do not change it."""
+    """PEFT's own initialisation, layer by layer, keyed by the layer's name: other targets do not change it.
+
+    DoRA's magnitudes are the norms of the base's rows in float32: PEFT's own are rounded to the frozen dtype, and
+    step 0 would not equal the base.
+    """
     for name in targets(denoiser):
         torch.manual_seed(seeding.key(seed, "lora_init", name))
-        denoiser.get_submodule(name).reset_lora_parameters(NAME, config["init_lora_weights"])
+        layer = denoiser.get_submodule(name)
+        layer.reset_lora_parameters(NAME, config["init_lora_weights"])
+        if NAME in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[NAME]
+            zero = torch.zeros_like(layer.get_base_layer().weight, dtype=torch.float32)
+            with torch.no_grad():
+                magnitude.weight.copy_(magnitude.get_weight_norm(zero + layer.get_base_layer().weight, zero, scaling=1))
 
 
 def inject(denoiser: Any, config: dict[str, Any]) -> dict[str, torch.nn.Parameter]:
     """Add a fresh adapter; return its parameters by name, float32 and requiring gradients. All else stays frozen."""
-    denoiser.add_adapter(LoraConfig(**config), adapter_name=NAME)
+    denoiser.add_adapter(peft_config(config), adapter_name=NAME)
+    bias.add(denoiser, config.get("bias", "none"))
     trainable = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     for parameter in trainable.values():
         parameter.data = parameter.data.float()
     return trainable
 
 
+def peft_config(config: dict[str, Any], **changes: Any) -> LoraConfig:
+    """PEFT's part of an adapter's config."""
+    return LoraConfig(**config | {"bias": "none"} | changes)
+
+
 def state_dict(denoiser: Any) -> dict[str, torch.Tensor]:
-    """The adapter's tensors, keys as PEFT names them (``...to_q.lora_A.weight``)."""
-    return get_peft_model_state_dict(denoiser, adapter_name=NAME)
+    """The adapter's tensors, keys as PEFT names them (``...to_q.lora_A.weight``), and ``...to_out.0.bias_delta``."""
+    return get_peft_model_state_dict(denoiser, adapter_name=NAME) | bias.state_dict(denoiser)
 
 
 def load(denoiser: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Fill the injected adapter.
 
     Raises:
-        ValueError: a key is missing or left over.
+        ValueError: a key is missing or left over, such as biases of another mode.
     """
     missing = set(state_dict(denoiser)) ^ set(tensors)
     if missing:
         raise ValueError(f"adapter keys do not match the injected layers: {sorted(missing)[:4]}")
-    set_peft_model_state_dict(denoiser, tensors, adapter_name=NAME)
+    bias.load(denoiser, tensors)
+    own = {name: tensor for name, tensor in tensors.items() if not name.endswith(bias.KEY)}
+    set_peft_model_state_dict(denoiser, own, adapter_name=NAME)
 
 
 def set_scale(denoiser: Any, scale: float) -> None:
-    """Strength of the adapter: 1 as trained, 0 the base."""
+    """Strength of the adapter, biases included: 1 as trained, 0 the base."""
     denoiser.set_adapters([NAME], [scale])
+    bias.set_scale(denoiser, scale)
 
 
 @contextlib.contextmanager
 def disabled(denoiser: Any) -> Iterator[None]:
     """The base alone, inside the block."""
     denoiser.disable_adapters()
+    bias.set_enabled(denoiser, False)
     try:
         yield
     finally:
         denoiser.enable_adapters()
+        bias.set_enabled(denoiser, True)
+
+
+def delete(denoiser: Any) -> None:
+    """The base as it was before ``inject``, its parameters under their own names."""
+    bias.remove(denoiser)
+    denoiser.unload_lora()
 
 
 def targets(denoiser: Any) -> list[str]:
@@ -129,8 +136,9 @@ def require_sound(denoiser: Any, trainable: dict[str, torch.nn.Parameter]) -> No
 def frozen_digest(denoiser: Any) -> str:
     """sha256 over the base's parameters and buffers by their names, the same with and without an adapter."""
     total = hashlib.sha256()
-    for name, tensor in sorted([*denoiser.named_parameters(), *denoiser.named_buffers()], key=lambda pair: pair[0]):
-        if not tensor.requires_grad:
-            total.update(name.replace(".base_layer.", ".").encode())
-            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    tensors = [*denoiser.named_parameters(), *denoiser.named_buffers()]
+    frozen = [(bias.base_name(name), tensor) for name, tensor in tensors if not tensor.requires_grad]
+    for name, tensor in sorted(frozen, key=lambda pair: pair[0]):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

@@ -27,7 +27,7 @@ SECTIONS = {
     "lora": "stages.train.params:LoraParams",
     "train": "stages.train.params:TrainParams",
     "validate": "stages.validate.params:ValidateParams",
-    "export": "stages.export:ExportParams",
+    "export": "stages.export.params:ExportParams",
     "report": "stages.report.params:ReportParams",
     "runtime": "stages.core.params:RuntimeParams",
 }

@@ -88,5 +88,10 @@ class Watch:
         Raises:
             RuntimeError: naming the first that had none.
         """
-        if self.silent and self.steps > 3:
-            raise RuntimeError(f"no gradient ever reached {sorted(self.silent)[:4]}")
+        if self.steps <= 3:
+            return
+        biases = sorted(name for name in self.silent if name.endswith(".delta"))
+        if biases:  # of layers that the base has and never uses: lora.bias all takes every one
+            log.warning("warning: no gradient ever reached %d trained biases, such as %s", len(biases), biases[0])
+        if self.silent - set(biases):
+            raise RuntimeError(f"no gradient ever reached {sorted(self.silent - set(biases))[:4]}")

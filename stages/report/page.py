@@ -167,15 +167,23 @@ def epochs(train: Metrics) -> str:
 def target_modules(names: Sequence[str] | str) -> list[str]:
     """The endings, once each: PEFT's config may list every layer by its full name."""
     listed = [names] if isinstance(names, str) else names
-    return sorted({name.partition("attn")[2].partition(".")[2] or name for name in listed})
+    return sorted({name.partition("attn")[2].partition(".")[2] or last_words(name) for name in listed})
+
+
+def last_words(name: str) -> str:
+    """``down_blocks.0.resnets.0.conv1`` -> ``conv1``; what a person wrote, such as ``to_out.0``, stays."""
+    words = name.split(".")
+    return name if len(words) < 4 else ".".join(words[-2:]) if words[-1].isdigit() else words[-1]
 
 
 def export_facts(export: Metrics) -> Mapping[str, object]:
     """Every ``export.*`` metric but the size, in words where there are some."""
     words = {
-        "export.effect": "Largest change that the adapter makes to the latents of one picture",
-        "export.diffusers.max_abs_error": "The same picture by diffusers' `load_lora_weights`: largest difference",
-        "export.peft.max_abs_error": "The same picture by PEFT's `from_pretrained`: largest difference",
+        "export.effect": "Largest change that the adapter makes to the denoiser's output",
+        "export.diffusers.max_abs_error": "The same output by diffusers' `load_lora_weights`: largest difference",
+        "export.peft.max_abs_error": "The same output by PEFT's `from_pretrained`: largest difference",
+        "export.comfyui.max_abs_error": "The same output by a reader of ComfyUI's keys: largest difference",
+        "export.merged.max_abs_error": "The same output by the merged pipeline: largest difference",
     }
     names = [*(name for name in words if name in export), *sorted(set(export) - {*words, "export.megabytes"})]
     values = [export[name] for name in names]

@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from stages.artifacts import adapter, metrics
-from stages.core import device, lora
+from stages.core import device, lora, targets
 from stages.core.console import log
 from stages.core.files import sha256_file, write_json, write_text
 from stages.core.progress import smoothed_loss
@@ -32,17 +32,32 @@ def log_plan(trainer: Trainer, start: int) -> None:
         if len(bucket.items) < params.batch_size:
             few = f"bucket {bucket.name}: {len(bucket.items)} pictures for batches of {params.batch_size}"
             log.warning("warning: %s; some come up twice in a batch", few)
-    num = sum(t.numel() for t in trainer.trainable.values())
-    total = sum(t.numel() for t in trainer.denoiser.parameters())
-    log.info(
-        "adapter     rank %d, %d layers, %s parameters (%.2f %% of the denoiser)",
-        trainer.lora_config["r"],
-        len(trainer.trainable) // 2,
-        f"{num:,}",
-        100 * num / total,
-    )
+    log_adapter(trainer)
     log.info("batch       %d x %d accumulated", params.batch_size, params.gradient_accumulation_steps)
     log.info("steps       %d to %d, %.1f epochs", start, params.num_steps, trainer.num_epochs)
+
+
+def log_adapter(trainer: Trainer) -> None:
+    """How much is trained, on what, and in how much memory."""
+    denoiser = trainer.accelerator.unwrap_model(trainer.denoiser)
+    names = lora.targets(denoiser)
+    num = sum(t.numel() for t in trainer.trainable.values())
+    num_base = sum(t.numel() for t in denoiser.parameters()) - num
+    ranks = sorted({denoiser.get_submodule(name).r[lora.NAME] for name in names})
+    log.info(
+        "adapter     rank %s, %d layers, %s parameters (%.2f %% of the denoiser's %s)",
+        " and ".join(map(str, ranks)),
+        len(names),
+        f"{num:,}",
+        100 * num / num_base,
+        f"{num_base:,}",
+    )
+    if trainer.biases:
+        log.info(
+            "biases      %s: %d, as deltas that decay towards zero", trainer.lora_config["bias"], len(trainer.biases)
+        )
+    for line in targets.plan(names, num, num_base):
+        log.info(line)
 
 
 def save(trainer: Trainer, adapter_folder: Path, reports: Path) -> None:
@@ -73,7 +88,9 @@ def save_adapter(trainer: Trainer, adapter_folder: Path) -> dict[str, str]:
     files[adapter.FINAL] = sha256_file(adapter_folder / adapter.FINAL)
     # Dropout is training's alone: diffusers leaves a loaded adapter in train mode and would drop while sampling.
     for_use = trainer.lora_config | {"lora_dropout": 0.0}
-    adapter.Adapter(for_use, trainer.base, params.num_steps, steps, files).save(adapter_folder)
+    adapter.Adapter(for_use, trainer.base, params.num_steps, steps, files, trainer.biases, trainer.made_from).save(
+        adapter_folder
+    )
     return files
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Iterable
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.core.params import Params
+
+BiasMode = Literal["none", "all", "lora_only"]
 
 
 class LoraParams(Params):
@@ -17,10 +21,33 @@ class LoraParams(Params):
     """The update is scaled by alpha / rank."""
     dropout: float = Field(ge=0, lt=1)
     """Share of the adapter's inputs dropped in training."""
-    target_modules: list[str] = Field(min_length=1)
-    """Endings of module names, such as to_q."""
+    target_modules: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
+    """A preset's name, a list of endings of module names such as to_q, or one regex over whole names."""
+    exclude_modules: list[str]
+    """Endings of targets that are left out."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]]
+    """Ending (or regex) -> rank, where it differs."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]]
+    """Ending (or regex) -> alpha, where it differs."""
+    use_rslora: bool
+    """The update is scaled by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+    use_dora: bool
+    """Magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353)."""
     init_lora_weights: Literal["gaussian", "kaiming"]
     """How A starts; B starts at zero, so that step 0 equals the base."""
+
+    bias: BiasMode
+    """Which biases are trained as well: none, those of the adapted layers, or all of the denoiser's."""
+
+    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def patterns_compile(cls, value: str | Iterable[str]) -> str | Iterable[str]:
+        for pattern in [value] if isinstance(value, str) else value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"got '{pattern}', no regular expression ({error})") from None
+        return value
 
 
 class TrainParams(Params):

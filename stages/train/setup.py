@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,12 @@ from diffusers.optimization import get_scheduler
 from stages.core import closure, device
 from stages.core.console import UserError
 from stages.core.files import sha256_json
+from stages.core.params import ModelParams
+from stages.train.params import LoraParams, TrainParams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from stages.artifacts.latent_cache import CachedItem, LatentCache
-    from stages.core.params import ModelParams, RuntimeParams
-    from stages.train.params import TrainParams
+    from stages.core.params import Config, RuntimeParams
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -61,9 +61,13 @@ def make_accelerator(runtime: RuntimeParams, model: ModelParams) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(params: TrainParams, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(params: TrainParams, trainable: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW; DoRA's magnitudes do not decay: towards zero they would shrink the base's own weights."""
+    groups: list[dict[str, Any]] = [{"params": [p for n, p in trainable.items() if "lora_magnitude_vector" not in n]}]
+    if magnitudes := [p for n, p in trainable.items() if "lora_magnitude_vector" in n]:
+        groups.append({"params": magnitudes, "weight_decay": 0.0})
     return torch.optim.AdamW(
-        list(parameters),
+        groups,
         lr=params.learning_rate,
         betas=(params.adam_beta1, params.adam_beta2),
         weight_decay=params.adam_weight_decay,
@@ -101,3 +105,18 @@ def run_digest(
             "train": params.model_dump(exclude={"checkpoint_every_n_steps"}),
         }
     )
+
+
+def made_from(config: Config, cache: LatentCache, items: list[CachedItem]) -> dict[str, Any]:
+    """Where an adapter comes from, for whoever meets its file: no path, host, time or git revision."""
+    model = config.section(ModelParams)
+    return {
+        "captions": sha256_json(sorted(item.captions for item in items)),
+        "latents": cache.digest,
+        "lora": config.section(LoraParams).model_dump(),
+        "model": {"dtype": model.dtype, "variant": model.variant},
+        "num_pictures": len(items),
+        "packages": {name: importlib.metadata.version(name) for name in device.RECORDED},
+        "pictures": sha256_json(sorted(item.content for item in items)),
+        "train": config.section(TrainParams).model_dump(exclude={"checkpoint_every_n_steps"}),
+    }

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.artifacts.adapter import snapshot_name
-from stages.core import device, lora, objectives, seeding, selfcheck
+from stages.artifacts.adapter import bias_metadata, snapshot_name
+from stages.core import bias, device, lora, objectives, seeding, selfcheck
 from stages.core.batches import Batches
 from stages.core.checkpoint import Checkpoints
 from stages.core.console import log
@@ -17,7 +17,14 @@ from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Progress
 from stages.train import outputs
 from stages.train.params import LoraParams, TrainParams
-from stages.train.setup import make_accelerator, make_lr_scheduler, make_optimizer, run_digest, training_items
+from stages.train.setup import (
+    made_from,
+    make_accelerator,
+    make_lr_scheduler,
+    make_optimizer,
+    run_digest,
+    training_items,
+)
 
 if TYPE_CHECKING:
     from stages.artifacts.latent_cache import LatentCache
@@ -43,8 +50,9 @@ class Trainer:
         self.frozen_before = lora.frozen_digest(denoiser)
         self.lora_config = lora.make_config(config.section(LoraParams), denoiser)
         self.trainable = lora.inject(denoiser, self.lora_config)
+        self.biases = list(bias.deltas(denoiser))
         lora.keyed_init(denoiser, self.lora_config, self.params.seed)
-        optimizer = make_optimizer(self.params, self.trainable.values())
+        optimizer = make_optimizer(self.params, self.trainable)
         self.lr_scheduler = make_lr_scheduler(self.params, optimizer)
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         self.batches = Batches(
@@ -59,6 +67,7 @@ class Trainer:
         )
 
         self.digest = run_digest(self.params, model, self.lora_config, cache, base, self.device)
+        self.made_from = made_from(config, cache, self.items)
         self.folder = state_dir() / "runs" / self.digest[:16]
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.history: list[tuple[float, float, float]] = []  # loss, learning rate, gradient norm of every step
@@ -173,4 +182,5 @@ class Trainer:
         self.save_weights(self.folder / snapshot_name(step))
 
     def save_weights(self, path: Path) -> None:
-        save_tensors(path, lora.state_dict(self.accelerator.unwrap_model(self.denoiser)), {"format": "pt"})
+        metadata = {"format": "pt"} | bias_metadata(self.lora_config["bias"], self.biases)
+        save_tensors(path, lora.state_dict(self.accelerator.unwrap_model(self.denoiser)), metadata)

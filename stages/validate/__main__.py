@@ -1,7 +1,8 @@
 """What the adapter changed: held-out losses of base, snapshots and final adapter on one frozen table, and pictures.
 
 In: data/latents, data/adapter, the base.  Out: reports/metrics.json, reports/validate/, reports/{samples,progress}.png
-Run: `python -m stages.validate [--set validate.num_timesteps=16]`
+Run: `python -m stages.validate [--set validate.num_timesteps=16]`; with `--adapters a.safetensors:0.8 b.safetensors:1`
+it writes none of these but compare/adapters.png, which shows the files together (stages/validate/several.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from stages.core.evaluation import Score
 from stages.core.files import sha256_json, write_json, write_text
 from stages.core.params import ModelParams, RuntimeParams
 from stages.families.base import load_family
+from stages.validate import several
 from stages.validate.exam import Exam, answer, make_exam
 from stages.validate.params import ValidateParams, prompt_problems
 
@@ -35,20 +37,29 @@ DIGEST_DIGITS = 12  # enough to tell files apart by eye
 
 
 def main() -> None:
-    args = parser(__doc__, ["latents", "adapter", "reports"]).parse_args()
+    arguments = parser(__doc__, ["latents", "adapter", "reports"])
+    arguments.add_argument("--adapters", nargs="+", metavar="FILE:SCALE", help="draw several adapters together instead")
+    args = arguments.parse_args()
     config = params.load(args.params, args.overrides)
     settings, model = config.section(ValidateParams), config.section(ModelParams)
     family = load_family(model.family)
     base_files.require_base(model, family)
     if found := prompt_problems(settings, family):
         raise UserError(*found)
-    cache, adapter = LatentCache(args.latents), Adapter.load(args.adapter)
     base = base_files.digests(model, family.COMPONENTS)
+    cache = LatentCache(args.latents)
     base_files.require_same_base(cache.base, base, args.latents)
-    base_files.require_same_base(adapter.base, base, args.adapter)
+    if args.adapters:
+        entries = several.read_entries(args.adapters, base)
+    else:
+        adapter = Adapter.load(args.adapter)
+        base_files.require_same_base(adapter.base, base, args.adapter)
 
     device = setup(config.section(RuntimeParams), model)
     exam = make_exam(settings, model, family, cache, device)
+    if args.adapters:
+        several.draw_grid(exam, lambda factor: make_sampling(exam, settings, factor), settings.prompts, entries)
+        return
     evidence = examine(exam, adapter, args.adapter, settings)
     targets = {component: base[component] for component in (*family.VAE, "scheduler")}
     table = evaluation.digest(exam.rows, settings.seed, targets)

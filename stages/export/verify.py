@@ -1,0 +1,124 @@
+"""``python -m stages.export --verify FILE``: is this file what this repository makes, and which revision makes it?
+
+In: an exported file or an adapter.safetensors; params.yaml, data/, the base; git's history and DVC's experiments.
+Out: lines on the terminal. Exit code 0 when the file is that of data/adapter and of params.yaml, else 2.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.artifacts.adapter import FINAL, Adapter
+from stages.core.base_files import digests
+from stages.core.console import UserError, log
+from stages.core.files import load_metadata, load_tensors, sha256_file
+from stages.core.params import Config, ModelParams
+from stages.export.header import tensors_digest
+from stages.families.base import load_family
+
+if TYPE_CHECKING:
+    from stages.core.params import Params
+
+METRICS = "reports/train/metrics.json"
+"""Names the adapter of a revision by the first 16 digits of its sha256."""
+OF_TRAINING = ("lora", "train")
+
+
+def verify(file: Path, config: Config, adapter_folder: Path) -> None:
+    """Log what the file was made from.
+
+    Raises:
+        UserError: it is damaged, not one of ours, or of another state: a line per difference, and who makes it.
+    """
+    record = read(file)
+    digest = record["adapter"]
+    found = differences(record, config, adapter_folder)
+    revision = made_by(digest)
+    log.info("file        %s: adapter %s", file, digest[:16])
+    for name in ("num_steps", "num_pictures", "family"):
+        if name in record:
+            log.info("%-11s %s", name, record[name])
+    where = (
+        f"{revision[:12]}: git checkout {revision[:12]} && dvc repro" if revision else "no commit or experiment here"
+    )
+    log.info("made by     %s", where)
+    if found:
+        raise UserError(*(f"{file}: {line}" for line in found))
+    log.info("verified    the file is that of %s and of params.yaml", adapter_folder)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """What the header says, its tensors checked.
+
+    Raises:
+        UserError: no such file, no safetensors, changed since it was written, or not one of ours.
+    """
+    from safetensors import SafetensorError
+
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    try:
+        fields, tensors = load_metadata(file), load_tensors(file)
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged, or no safetensors file ({error})") from None
+    if "lora_dag" in fields:
+        if fields.get("modelspec.hash_sha256") != f"0x{tensors_digest(tensors)}":
+            raise UserError(f"{file}: its tensors were changed after it was written")
+        return json.loads(fields["lora_dag"])
+    if any(name.endswith(".lora_A.weight") for name in tensors):  # an adapter as train writes it
+        return {"adapter": sha256_file(file)}
+    raise UserError(
+        f"{file}: no header of ours (lora_dag); diffusers, peft and comfyui files have one, merged has none"
+    )
+
+
+def differences(record: dict[str, Any], config: Config, adapter_folder: Path) -> list[str]:
+    """A line for each thing that is not as the file says, the nearest causes last."""
+    found = []
+    if (adapter_folder / "adapter.json").exists():
+        own = Adapter.load(adapter_folder).files[FINAL]
+        if own != record["adapter"]:
+            found.append(f"its adapter is {record['adapter'][:16]}, {adapter_folder} holds {own[:16]}")
+    else:
+        found.append(f"{adapter_folder} is empty; run `dvc repro`, then compare again")
+    model = config.section(ModelParams)
+    if "base" in record:
+        base = digests(model, load_family(model.family).COMPONENTS)
+        changed = sorted(name for name, digest in base.items() if record["base"].get(name) != digest)
+        if changed:
+            found.append(f"made with another {', '.join(changed)} than model.pretrained holds now")
+    for name in OF_TRAINING:
+        found += setting_differences(name, record.get(name, {}), config.sections[name])
+    return found
+
+
+def setting_differences(section: str, recorded: Mapping[str, Any], own: Params) -> Iterator[str]:
+    values = own.model_dump()
+    for key, value in sorted(recorded.items()):
+        if key in values and values[key] != value:
+            yield f"made with {section}.{key} {value}, params.yaml says {values[key]}"
+
+
+def made_by(digest: str) -> str:
+    """The newest commit or experiment whose metrics name the adapter; empty where there is none."""
+    refs = git("for-each-ref", "--format=%(objectname)", "refs/heads", "refs/tags", "refs/remotes", "refs/exps").split()
+    for revision in git("log", "--format=%H", *dict.fromkeys(refs), "--", METRICS).split() if refs else []:
+        try:
+            recorded = json.loads(git("show", f"{revision}:{METRICS}") or "{}")
+        except ValueError:
+            continue
+        if recorded.get("train.adapter_digest") == digest[:16]:
+            return revision
+    return ""
+
+
+def git(*words: str) -> str:
+    """Standard output; empty when git refuses or is not here."""
+    try:
+        return subprocess.run(["git", *words], capture_output=True, text=True, encoding="utf-8").stdout
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,107 @@
+"""``python -m stages.validate --adapters a.safetensors:0.8 b.safetensors:0,0.5,1``: several adapters at once.
+
+In: files that diffusers' ``load_lora_weights`` reads, each with one or more scales.  Out: compare/adapters.png, a row
+per prompt of section ``validate``, a column for the base and for each combination of the scales.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.core import base_files
+from stages.core.console import UserError, log
+from stages.core.files import load_metadata
+
+if TYPE_CHECKING:
+    from stages.core.sampling import Sampling
+    from stages.validate.exam import Exam
+
+OUTPUT = Path("compare/adapters.png")
+SHEET_BYTES = 2_000_000  # in no git history
+
+
+@dataclass(frozen=True)
+class Entry:
+    file: Path
+    scales: tuple[float, ...]
+
+
+def read_entries(texts: list[str], base: dict[str, str]) -> list[Entry]:
+    """``FILE:SCALE[,SCALE...]``, or FILE for a scale of 1.
+
+    Args:
+        base: digest per component of the base that is drawn with.
+
+    Raises:
+        UserError: a scale that is no number, a file that is not there, is damaged, or was made on another base.
+    """
+    entries = []
+    for text in texts:
+        name, colon, given = text.rpartition(":")
+        try:
+            scales = tuple(float(scale) for scale in given.split(",")) if colon else (1.0,)
+        except ValueError:
+            raise UserError(
+                f"--adapters {text}: '{given}' is no scale; expected FILE:SCALE, such as a.safetensors:0.8"
+            ) from None
+        file = Path(name if colon else text)
+        if not file.is_file():
+            raise UserError(f"--adapters {text}: no such file")
+        require_base(file, base)
+        entries.append(Entry(file, scales))
+    return entries
+
+
+def require_base(file: Path, base: dict[str, str]) -> None:
+    """Raises UserError for a damaged file, or one of ours made on another base; of others' nothing is known."""
+    from safetensors import SafetensorError
+
+    try:
+        record = json.loads(load_metadata(file).get("lora_dag", "{}"))
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged, or no safetensors file ({error})") from None
+    base_files.require_same_base(record.get("base", {}), base, file)
+
+
+def load(pipeline: Any, entries: list[Entry]) -> list[str]:
+    """Stock ``load_lora_weights``; the adapters' names.
+
+    Raises:
+        UserError: a file that diffusers does not read.
+    """
+    from stages.core import quiet
+
+    names = [f"adapter_{index}" for index in range(len(entries))]
+    for name, entry in zip(names, entries, strict=True):
+        try:
+            with quiet.no_warnings():
+                pipeline.load_lora_weights(entry.file.parent, weight_name=entry.file.name, adapter_name=name)
+        except (KeyError, ValueError, RuntimeError) as error:
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{entry.file}: diffusers does not load it ({what}); use the diffusers export") from None
+    return names
+
+
+def draw_grid(exam: Exam, sampling_for: Callable[[int], Sampling], prompts: list[str], entries: list[Entry]) -> None:
+    """Draw the base and every combination of scales, and write the sheet."""
+    from stages.core.sampling import draw
+    from stages.core.sheets import save_png, sheet
+
+    pipeline = exam.family.load_pipeline(exam.model, exam.device)
+    sampling = sampling_for(pipeline.vae_scale_factor)
+    columns = {"base": draw(pipeline, sampling, exam.model)}
+    names = load(pipeline, entries)
+    for scales in itertools.product(*(entry.scales for entry in entries)):
+        pipeline.set_adapters(names, list(scales))
+        label = ", ".join(f"{entry.file.stem} {scale:g}" for entry, scale in zip(entries, scales, strict=True))
+        columns[label] = draw(pipeline, sampling, exam.model)
+        log.info("drawn       %s", label)
+    cell = min(256, max(128, *columns["base"][0].size))
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    save_png(OUTPUT, sheet(rows, prompts, list(columns), cell), max_bytes=SHEET_BYTES)
+    log.info("wrote       %s", OUTPUT)

@@ -1,0 +1,185 @@
+"""Every kind of adapter through every format: its reader answers as the trained adapter, or the format is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
+
+from stages.artifacts.adapter import FINAL, Adapter, bias_metadata
+from stages.core import base_files, bias, lora, seeding
+from stages.core.console import UserError
+from stages.core.files import load_metadata, load_tensors, read_json, save_tensors, sha256_file
+from stages.core.params import ModelParams
+from stages.core.params import load as load_params
+from stages.export import comfyui
+from stages.export.params import refusals
+from stages.families import sd
+from tests.conftest import Workspace
+from tests.test_lora import params, predict
+
+ADAPTER = Path("data/adapter")
+COMFYUI = Path("data/export/comfyui/ink-icons.safetensors")
+FORMATS = ["diffusers", "peft", "comfyui", "merged"]
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "rank_pattern": {"to_k": 3}, "alpha_pattern": {"to_v": 5.0}},
+    "dora": {"use_dora": True},
+    "conv": {"target_modules": "all-linear+conv"},
+    "dora-conv": {"target_modules": "all-linear+conv", "use_dora": True},
+}
+
+
+def unet() -> Any:
+    model = load_params(Path("params.yaml")).section(ModelParams)
+    return sd.load_denoiser(model, torch.device("cpu"))
+
+
+def adapt(workspace: Workspace, **changes: Any) -> torch.nn.Module:
+    """data/adapter as if trained for long, alpha twice the rank; returns the denoiser that carries it."""
+    denoiser = unet()
+    config = lora.make_config(params(**changes), denoiser)
+    trainable = lora.inject(denoiser, config)
+    lora.keyed_init(denoiser, config, 0)
+    for name, parameter in trainable.items():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=seeding.generator(0, "test", name))
+    biases = list(bias.deltas(denoiser))
+    metadata = {"format": "pt"} | bias_metadata(config["bias"], biases)
+    save_tensors(ADAPTER / FINAL, lora.state_dict(denoiser), metadata)
+    base = base_files.digests(load_params(Path("params.yaml")).section(ModelParams), sd.COMPONENTS)
+    Adapter(config, base, 4, [], {FINAL: sha256_file(ADAPTER / FINAL)}, biases).save(ADAPTER)
+    return denoiser
+
+
+def loaded(name: str) -> torch.Tensor:
+    """What a fresh base answers with the file, by other people's code where there is some."""
+    if name == "diffusers":
+        pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
+        pipeline.load_lora_weights("data/export/diffusers")
+        return predict(pipeline.unet)
+    if name == "peft":
+        return predict(PeftModel.from_pretrained(unet(), "data/export/peft").get_base_model())
+    if name == "merged":
+        return predict(UNet2DConditionModel.from_pretrained("data/export/merged", subfolder="unet"))
+    denoiser = unet()
+    with comfyui.patched(denoiser, COMFYUI) as unread:
+        assert unread == []
+        return predict(denoiser)
+
+
+@pytest.mark.parametrize("mode", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace, kind: str, mode: str) -> None:
+    denoiser = adapt(workspace, **KINDS[kind], bias=mode)
+    expected = predict(denoiser)
+    use_dora = "dora" in kind
+    refused = {"diffusers", "peft"} if mode == "all" or (mode == "lora_only" and use_dora) else set()
+    written = [name for name in FORMATS if name not in refused]
+    if refused:
+        with pytest.raises(UserError, match="use comfyui or merged") as caught:
+            workspace.run("export", "--set", f"export.formats=[{', '.join(FORMATS)}]")
+        assert len(caught.value.problems) == 2 and not Path("data/export").exists()
+    lines = workspace.run("export", "--set", f"export.formats=[{', '.join(written)}]")
+    metrics = read_json(Path("reports/export/metrics.json"))
+    assert metrics["export.effect"] > 0.05
+    scale = expected.abs().max()
+    for name in written:
+        assert any(line.startswith(f"{name:11} loaded back") for line in lines)
+        assert metrics[f"export.{name}.unmapped_keys"] == 0
+        assert (loaded(name) - expected).abs().max() <= 1e-5 * max(1, scale), name
+
+
+def test_what_is_refused_names_the_reason_and_the_way_out() -> None:
+    assert refusals(["diffusers", "comfyui"], "all", False, "unet") == [
+        "params.yaml export.formats: diffusers cannot hold this adapter: biases of layers that carry no adapter have "
+        "no place in it (lora.bias all); use comfyui or merged"
+    ]
+    assert "PEFT has no bias beside DoRA" in refusals(["peft"], "lora_only", True, "unet")[0]
+    (transformer,) = refusals(["comfyui", "merged"], "lora_only", False, "transformer")
+    assert transformer.endswith("; use merged")
+    assert refusals(["diffusers", "peft", "comfyui", "merged"], "lora_only", False, "unet") == []
+
+
+def test_diffusers_scales_and_disables_trained_biases(workspace: Workspace) -> None:
+    denoiser = adapt(workspace, bias="lora_only")
+    workspace.run("export", "--set", "export.formats=[diffusers]")
+    pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
+    base = predict(pipeline.unet)
+    pipeline.load_lora_weights("data/export/diffusers", adapter_name="ours")
+    pipeline.set_adapters(["ours"], [0.5])
+    lora.set_scale(denoiser, 0.5)
+    torch.testing.assert_close(predict(pipeline.unet), predict(denoiser), atol=1e-5, rtol=1e-5)
+    pipeline.disable_lora()
+    assert torch.equal(predict(pipeline.unet), base)
+    pipeline.unload_lora_weights()
+    assert torch.equal(predict(pipeline.unet), base)
+
+
+@pytest.mark.parametrize("mode", ["none", "all"])
+def test_comfyuis_strength_is_the_adapters_scale(workspace: Workspace, mode: str) -> None:
+    denoiser = adapt(workspace, bias=mode)
+    workspace.run("export", "--set", "export.formats=[comfyui]")
+    lora.set_scale(denoiser, 0.25)
+    fresh = unet()
+    base = predict(fresh)
+    with comfyui.patched(fresh, COMFYUI, strength=0.25):
+        torch.testing.assert_close(predict(fresh), predict(denoiser), atol=1e-5, rtol=1e-5)
+    assert torch.equal(predict(fresh), base)
+
+
+def test_comfyui_file_has_kohyas_keys_and_the_real_alpha(workspace: Workspace) -> None:
+    adapt(workspace, target_modules=["attn1.to_q", "conv1"], bias="all", use_dora=True, use_rslora=True, rank=4)
+    workspace.run("export", "--set", "export.formats=[comfyui]")
+    tensors = load_tensors(COMFYUI)
+    linear = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    conv = "lora_unet_mid_block_resnets_0_conv1"
+    for key, up, down in ((linear, (32, 4), (4, 32)), (conv, (32, 4, 1, 1), (4, 32, 3, 3))):
+        assert tensors[f"{key}.lora_up.weight"].shape == up and tensors[f"{key}.lora_down.weight"].shape == down
+        assert tensors[f"{key}.alpha"] == 8.0  # rsLoRA's alpha / sqrt(rank) = 2, as alpha / rank
+        assert tensors[f"{key}.dora_scale"].shape == (32, *[1] * (len(up) - 1))
+    assert tensors["lora_unet_conv_norm_out.diff_b"].shape == (32,) and f"{conv}.diff_b" in tensors
+    assert load_metadata(COMFYUI)["ss_network_dim"] == "4"
+
+
+def test_unknown_keys_are_counted_and_stop_the_stage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.export import writers
+
+    adapt(workspace)
+    monkeypatch.setattr(writers, "comfyui_key", lambda name, _: f"lora_unet_{name}")
+    with pytest.raises(RuntimeError, match="the comfyui export has keys that its reader does not take"):
+        workspace.run("export")
+    assert not Path("data/export").exists()
+
+
+def test_a_lost_alpha_stops_the_stage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapt(workspace)
+    monkeypatch.setattr("stages.export.writers.peft_dict", lambda trained, **_: read_plain_config(trained))
+    with pytest.raises(RuntimeError, match="the peft export answers otherwise than the adapter"):
+        workspace.run("export", "--set", "export.formats=[peft]")
+
+
+def read_plain_config(trained: Any) -> dict[str, Any]:
+    config = lora.peft_config(trained.adapter.lora_config | {"lora_alpha": 2.0}).to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+
+
+def test_merged_is_a_whole_pipeline_without_an_adapter(workspace: Workspace) -> None:
+    adapt(workspace, bias="all")
+    workspace.run("export", "--set", "export.formats=[merged]")
+    pipeline = StableDiffusionPipeline.from_pretrained("data/export/merged", safety_checker=None)
+    base, merged = load_tensors(Path("data/base/unet/diffusion_pytorch_model.safetensors")), pipeline.unet.state_dict()
+    assert set(merged) == set(base)
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {name for name in base if name.endswith(".bias") or ".to_" in name}
+    for name in ("vae/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        assert Path("data/export/merged", name).read_bytes() == Path("data/base", name).read_bytes()
+
+
+def test_a_name_that_is_no_file_name_is_refused(workspace: Workspace) -> None:
+    for change in ("export.name=a/b", "export.name=''", "export.formats=[]", "export.formats=[peft, peft]"):
+        with pytest.raises(UserError, match=change.split("=")[0]):
+            workspace.run("export", "--set", change)
