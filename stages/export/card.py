@@ -23,8 +23,6 @@ def model_card(model: ModelParams, family: Family, params: ExportParams, adapter
     base = "\n".join(f"| {name} | `{digest[:16]}` |" for name, digest in sorted(adapter.base.items()))
     # JSON strings are YAML and Python ones too, whatever colons and quotes are in them.
     pretrained, prompt = (json.dumps(text, ensure_ascii=False) for text in (model.pretrained, params.prompt))
-    options = f", variant={json.dumps(model.variant)}" if model.variant else ""
-    options += "".join(f", {name}=None" for name in family.left_out(model))
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -37,7 +35,7 @@ instance_prompt: {prompt}
 
 Rank {lora["r"]}, alpha {lora["lora_alpha"]:g}{kind}, on {targets}; {adapter.num_steps} steps.
 
-{usage(family, params, pretrained, options)}
+{usage(family, params, model)}
 
 The adapter fits one base alone, whose files have these digests (sha256 over names and bytes, first 16 digits):
 
@@ -51,10 +49,12 @@ The licence is the one that the base and the training pictures allow.
 """
 
 
-def usage(family: Family, params: ExportParams, pretrained: str, options: str) -> str:
+def usage(family: Family, params: ExportParams, model: ModelParams) -> str:
     """How each of the written formats is loaded."""
     pipeline = f"{family.PIPELINE}.from_pretrained"
-    prompt = json.dumps(params.prompt, ensure_ascii=False)
+    pretrained, prompt = (json.dumps(text, ensure_ascii=False) for text in (model.pretrained, params.prompt))
+    variant = f", variant={json.dumps(model.variant)}" if model.variant else ""
+    options = variant + "".join(f", {name}=None" for name in family.left_out(model))
     lines = {
         "diffusers": f"""```python
 from diffusers import {family.PIPELINE}
@@ -65,7 +65,7 @@ pipe({prompt}, guidance_scale={params.guidance_scale:g}).images[0].save("sample.
 ```""",
         "peft": f'With PEFT: `PeftModel.from_pretrained(pipe.{family.DENOISER}, "data/export/peft")`.',
         "comfyui": f"With ComfyUI: put `comfyui/{params.name}.safetensors` below `models/loras`.",
-        "merged": f'With the adapter in its weights: `{pipeline}("data/export/merged"{options})`.',
+        "merged": f'With the adapter in its weights: `{pipeline}("data/export/merged"{variant})`.',
     }
     return "\n\n".join(text for name, text in lines.items() if name in params.formats)
 
