@@ -12,7 +12,7 @@ import difflib
 import io
 import json
 import re
-import subprocess
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from stages.core.console import UserError, log, run
 from stages.core.dataset_changes import Changes, compare_tables
 from stages.core.evaluation import Estimate, Score
 from stages.core.files import write_text
+from stages.core.git import git
 from stages.core.markdown import interval, signed, table
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ def resolve(name: str) -> str:
     Raises:
         UserError: nothing of that name; the nearest names are given. Or several experiments have it.
     """
+    if shutil.which("git") is None:
+        raise UserError("git: not found on PATH; install it")
     if git("rev-parse", "--git-dir") is None:
         raise UserError("compare: this folder is in no git repository; run it from a clone's root")
     commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
@@ -181,15 +184,6 @@ def unknown_revision(name: str, experiments: Iterable[str]) -> UserError:
     known = sorted({*refs.decode().split(), *experiments, WORKSPACE})
     near = difflib.get_close_matches(name, known, n=3) or known[:5]
     return UserError(f"{name}: no commit, branch, tag or DVC experiment of that name (near: {', '.join(near)})")
-
-
-def git(*arguments: str) -> bytes | None:
-    """Standard output, or None when git refuses."""
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True)
-    except FileNotFoundError:
-        raise UserError("git: not found on PATH; install it") from None
-    return done.stdout if done.returncode == 0 else None
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

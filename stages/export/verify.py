@@ -7,7 +7,6 @@ Out: lines on the terminal. Exit code 0 when the file is that of data/adapter an
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from stages.artifacts.adapter import FINAL, Adapter
 from stages.core.base_files import digests
 from stages.core.console import UserError, log
 from stages.core.files import load_metadata, load_tensors, sha256_file
+from stages.core.git import git
 from stages.core.params import Config, ModelParams
 from stages.export.header import tensors_digest
 from stages.families.base import load_family
@@ -105,8 +105,8 @@ def setting_differences(section: str, recorded: Mapping[str, Any], own: Params) 
 
 def made_by(digest: str) -> str:
     """The newest commit or experiment whose metrics name the adapter; empty where there is none."""
-    refs = git("for-each-ref", "--format=%(objectname)", "refs/heads", "refs/tags", "refs/remotes", "refs/exps").split()
-    for revision in git("log", "--format=%H", *dict.fromkeys(refs), "--", METRICS).split() if refs else []:
+    refs = words("for-each-ref", "--format=%(objectname)", "refs/heads", "refs/tags", "refs/remotes", "refs/exps")
+    for revision in words("log", "--format=%H", *dict.fromkeys(refs), "--", METRICS) if refs else []:
         try:
             recorded = json.loads(git("show", f"{revision}:{METRICS}") or "{}")
         except ValueError:
@@ -116,9 +116,5 @@ def made_by(digest: str) -> str:
     return ""
 
 
-def git(*words: str) -> str:
-    """Standard output; empty when git refuses or is not here."""
-    try:
-        return subprocess.run(["git", *words], capture_output=True, text=True, encoding="utf-8").stdout
-    except FileNotFoundError:
-        return ""
+def words(*arguments: str) -> list[str]:
+    return (git(*arguments) or b"").decode().split()

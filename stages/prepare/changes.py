@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +20,7 @@ from stages.core import thumbnails
 from stages.core.console import log
 from stages.core.dataset_changes import Changes, compare_tables
 from stages.core.files import sha256_file, write_text
+from stages.core.git import git
 from stages.core.pictures import load_view
 from stages.core.sheets import save_png
 
@@ -48,16 +48,7 @@ def report(manifest: Manifest, read: Callable[[str], bytes], folder: Path) -> No
 
 def committed_table(table: Path) -> bytes | None:
     """None where git holds no earlier version."""
-    return git("show", f"HEAD:./{Path(os.path.relpath(table)).as_posix()}")
-
-
-def git(*arguments: str) -> bytes | None:
-    """Standard output, or None: no git, no repository, no commit, no such file."""
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, stdin=subprocess.DEVNULL, timeout=GIT_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+    return git("show", f"HEAD:./{Path(os.path.relpath(table)).as_posix()}", timeout=GIT_SECONDS)
 
 
 def write(changes: Changes, committed: bytes | None, folder: Path) -> str:
@@ -70,7 +61,7 @@ def write(changes: Changes, committed: bytes | None, folder: Path) -> str:
     image = thumbnails.changes_sheet(changes)
     if image:
         save_png(drawn, image, thumbnails.SHEET_MAX_BYTES)
-    commit = (git("rev-parse", "--short", "HEAD") or b"").decode().strip()
+    commit = (git("rev-parse", "--short", "HEAD", timeout=GIT_SECONDS) or b"").decode().strip()
     sections = [
         "# What changed in the dataset",
         f"Since commit `{commit}`: {changes.summary()}.",

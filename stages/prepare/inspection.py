@@ -205,7 +205,7 @@ def check_mask_in_crop(
         return
     item = Item(entry.file_name, sha256, "", ("",), "train", picture.width, picture.height, *size)
     (view,) = Augmentation("center", False, dataset.seed).views(item, 1)
-    key = [sha256, kind, picture.width, picture.height, *size, "is seen"]
+    key = [sha256, kind, picture.width, picture.height, view.crop, size, "is seen"]
     is_seen = memory.find(key)
     if is_seen is None:
         is_seen = bool(pictures.cut_mask(pictures.decode_mask(files.read(name), kind), item, view).any())
