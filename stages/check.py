@@ -174,10 +174,12 @@ def check_device(config: Config) -> None:
 
 def check_objective(config: Config) -> None:
     from stages.core import objectives
+    from stages.train import noising, weighting
 
     model = config.section(ModelParams)
     noise_scheduler = load_family(model.family).load_scheduler(model)
-    objectives.require_weights(noise_scheduler, config.section(TrainParams).snr_gamma)
+    weighting.require_snr(noise_scheduler, config.section(TrainParams))
+    noising.make_timesteps(config.section(TrainParams), noise_scheduler)
     log.info("objective   %s", objectives.prediction_type(noise_scheduler))
 
 

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from stages.artifacts.latent_cache import CachedItem, LatentCache
-from stages.core.batches import Batch, Batches, Bucket, Order
+from stages.train.batches import Batch, Batches, Bucket, Order
+from stages.train.noising import make_timesteps
 from tests.caches import write_cache
+from tests.settings import train_params
 
 SHAPE = (4, 8, 8)
 NUM_PICTURES = 6
@@ -52,15 +55,12 @@ def make_cache(
 
 
 def batches(cache: LatentCache, **changes: Any) -> Batches:
-    settings: dict[str, Any] = {
-        "batch_size": 4,
-        "accumulation": 1,
-        "prompt_dropout": 0.0,
-        "num_train_timesteps": 1000,
-        "seed": 0,
-        "device": torch.device("cpu"),
-    }
-    return Batches(cache, cache.split("train"), **settings | changes)
+    """Of 4 pictures without prompt dropout; ``changes`` are of section ``train``."""
+    settings = train_params(
+        *(f"{key}={value}" for key, value in ({"batch_size": 4, "prompt_dropout": 0.0} | changes).items())
+    )
+    timesteps = make_timesteps(settings, DDPMScheduler(1000))
+    return Batches(cache, cache.split("train"), settings, timesteps, torch.device("cpu"))
 
 
 def indices(batch: Batch) -> list[int]:
@@ -92,7 +92,7 @@ def test_shapes_and_types(tmp_path: Path) -> None:
 
 def test_a_batch_is_a_function_of_seed_and_step_whatever_was_drawn_before(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, std=1.0, num_views=2)
-    settings = {"accumulation": 2, "prompt_dropout": 0.5}
+    settings = {"gradient_accumulation_steps": 2, "prompt_dropout": 0.5}
     expected = batches(cache, **settings).batch(7, 1)
 
     other = batches(cache, **settings)
@@ -107,8 +107,8 @@ def test_a_batch_is_a_function_of_seed_and_step_whatever_was_drawn_before(tmp_pa
 @pytest.mark.parametrize(("seed", "step", "micro"), [(1, 7, 1), (0, 8, 1), (0, 7, 0)])
 def test_seed_step_and_slot_all_matter(tmp_path: Path, seed: int, step: int, micro: int) -> None:
     cache = make_cache(tmp_path, std=1.0)
-    expected = batches(cache, accumulation=2).batch(7, 1)
-    other = batches(cache, accumulation=2, seed=seed).batch(step, micro)
+    expected = batches(cache, gradient_accumulation_steps=2).batch(7, 1)
+    other = batches(cache, gradient_accumulation_steps=2, seed=seed).batch(step, micro)
     for name in ("latents", "noise", "timesteps"):
         assert not torch.equal(getattr(other, name), getattr(expected, name)), name
 
@@ -126,7 +126,9 @@ def test_accumulated_batches_draw_the_samples_of_one_large_batch(tmp_path: Path)
     for step in (0, 5):
         large = batches(cache, batch_size=8, prompt_dropout=0.5).batch(step, 0)
         for batch_size in (1, 2, 4):
-            small = batches(cache, batch_size=batch_size, accumulation=8 // batch_size, prompt_dropout=0.5)
+            small = batches(
+                cache, batch_size=batch_size, gradient_accumulation_steps=8 // batch_size, prompt_dropout=0.5
+            )
             parts = [small.batch(step, micro) for micro in range(8 // batch_size)]
             assert_same(Batch.cat(parts), large)
 
@@ -152,7 +154,7 @@ def test_latents_are_drawn_from_the_posterior_with_noise_of_their_own(tmp_path: 
 
 
 def test_every_view_and_timestep_is_drawn(tmp_path: Path) -> None:
-    source = batches(make_cache(tmp_path, num_views=2), num_train_timesteps=3)
+    source = batches(make_cache(tmp_path, num_views=2), timestep_range=[0.0, 0.003])
     drawn = [source.batch(step, 0) for step in range(30)]
     assert {t for batch in drawn for t in batch.timesteps.tolist()} == {0, 1, 2}
     values = {round(v, 1) for batch in drawn for v in batch.latents[:, 0, 0, 0].tolist()}
@@ -161,7 +163,7 @@ def test_every_view_and_timestep_is_drawn(tmp_path: Path) -> None:
 
 def test_one_shape_keeps_the_order_and_draws_of_the_first_release(tmp_path: Path) -> None:
     """Recorded from the code before there were buckets: a locked adapter must not change its bytes."""
-    source = batches(make_cache(tmp_path / "sharp"), accumulation=2)
+    source = batches(make_cache(tmp_path / "sharp"), gradient_accumulation_steps=2)
     assert [[indices(source.batch(step, micro)) for micro in range(2)] for step in range(5)] == [
         [[1, 2, 0, 4], [3, 5, 5, 3]],
         [[2, 4, 0, 1], [0, 4, 2, 5]],
@@ -172,7 +174,7 @@ def test_one_shape_keeps_the_order_and_draws_of_the_first_release(tmp_path: Path
     assert indices(source.batch(10**6, 1)) == [3, 0, 4, 1]
 
     wide = make_cache(tmp_path / "wide", std=1.0, num_views=2)
-    batch = batches(wide, accumulation=2, prompt_dropout=0.5).batch(7, 1)
+    batch = batches(wide, gradient_accumulation_steps=2, prompt_dropout=0.5).batch(7, 1)
     assert batch.timesteps.tolist() == [490, 362, 896, 825]
     assert batch.prompt["prompt_embeds"][:, 0, 0].tolist() == [5, 4, EMPTY, EMPTY]
     assert batch.latents[:, 0, 0, 0].tolist() == pytest.approx([6.0288, 5.2872, -0.0668, 2.0052], abs=1e-4)
@@ -202,7 +204,7 @@ def names(source: Order, numbers: range) -> list[list[str]]:
 
 
 def test_batches_of_mixed_shapes_are_full_and_of_one_shape(tmp_path: Path) -> None:
-    source = batches(make_cache(tmp_path, std=1.0, shapes=MIXED), batch_size=3, accumulation=2)
+    source = batches(make_cache(tmp_path, std=1.0, shapes=MIXED), batch_size=3, gradient_accumulation_steps=2)
     shapes = Counter()
     for step, micro in itertools.product(range(24), range(2)):
         batch = source.batch(step, micro)
@@ -282,7 +284,7 @@ def test_seed_decides_the_order_of_buckets_and_pictures() -> None:
 @pytest.mark.parametrize("start", [1, 7, 30])
 def test_mixed_batches_are_a_function_of_the_step(tmp_path: Path, start: int) -> None:
     cache = make_cache(tmp_path, std=1.0, num_views=2, num_captions=3, shapes=MIXED, masked=(1, 2))
-    settings = {"batch_size": 3, "accumulation": 2, "prompt_dropout": 0.3}
+    settings = {"batch_size": 3, "gradient_accumulation_steps": 2, "prompt_dropout": 0.3}
     through, resumed = batches(cache, **settings), batches(cache, **settings)
     undisturbed = [through.batch(step, micro) for step in range(start + 2) for micro in range(2)]
     for step, micro in ((start, 0), (start + 1, 1), (start, 1), (start + 1, 0)):

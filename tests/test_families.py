@@ -92,7 +92,8 @@ def test_zero_terminal_snr_is_the_schedulers_word(workspace: Workspace, tiny_bas
     ).save_pretrained(base / "scheduler")
     noise_scheduler = sd.load_scheduler(params(base, None))
     assert noise_scheduler.alphas_cumprod[-1] == 0 and noise_scheduler.config.prediction_type == "v_prediction"
-    overrides = ("--set", f"model.pretrained={base}", "--set", "train.snr_gamma=5.0")
+    overrides = ("--set", f"model.pretrained={base}", "--set", "train.loss_weighting=min_snr")
+    overrides += ("--set", "train.snr_gamma=5.0")
     for stage in ("prepare", "cache_latents", "train", "validate"):
         workspace.run(stage, *overrides)
     assert json.loads(Path("reports/validate/lineage.json").read_text())["table"]["prediction_type"] == "v_prediction"

@@ -86,10 +86,11 @@ def test_min_snr_is_refused(workspace: Workspace, bases: dict[str, Path]) -> Non
     overrides = ["--set", "model.family=sd3"]
     for stage in ("prepare", "cache_latents"):
         workspace.run(stage, *overrides)
+    weighting = ["--set", "train.loss_weighting=min_snr", "--set", "train.snr_gamma=5.0"]
     for stage in ("check", "train"):
         with pytest.raises(UserError) as error:
-            workspace.run(stage, *overrides, "--set", "train.snr_gamma=5.0")
+            workspace.run(stage, *overrides, *weighting)
         assert error.value.problems == (
-            "params.yaml train.snr_gamma: min-SNR weighs diffusion losses, and the base's "
-            "FlowMatchEulerDiscreteScheduler is flow matching; use null",
+            "params.yaml train.loss_weighting: min_snr weighs diffusion losses, and the base's "
+            "FlowMatchEulerDiscreteScheduler is flow matching; use uniform",
         )

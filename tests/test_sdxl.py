@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 
 from stages.artifacts.latent_cache import LatentCache
 from stages.artifacts.manifest import Item, Manifest, View
 from stages.cache_latents.entries import geometry
-from stages.core.batches import Batches
 from stages.core.device import autocast
 from stages.core.params import ModelParams
 from stages.families import sdxl
+from stages.train.batches import Batches
+from stages.train.noising import make_timesteps
 from tests.conftest import Workspace, picture, write_rows
+from tests.settings import train_params
 
 CPU = torch.device("cpu")
 
@@ -81,9 +83,8 @@ def test_every_view_carries_the_time_ids_of_the_pipeline(prepared: Workspace, ba
 def test_a_batch_has_the_time_ids_of_the_views_it_drew(prepared: Workspace) -> None:
     cache = LatentCache(Path("data/latents"))
     items = cache.split("train")
-    batches = Batches(
-        cache, items, batch_size=2, accumulation=1, prompt_dropout=0.5, num_train_timesteps=1000, seed=0, device=CPU
-    )
+    settings = train_params("batch_size=2", "prompt_dropout=0.5")
+    batches = Batches(cache, items, settings, make_timesteps(settings, DDPMScheduler(1000)), CPU)
     known = {tuple(cache.prompt("", key)["add_time_ids"].tolist()) for row in items for key in row.views}
     drawn = {tuple(ids) for step in range(20) for ids in batches.batch(step, 0).prompt["add_time_ids"].tolist()}
     assert drawn <= known and len(drawn) > 3

@@ -16,23 +16,25 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import DDPMScheduler
 
 from stages.artifacts.adapter import FINAL, Adapter, snapshot_name
 from stages.artifacts.latent_cache import LatentCache
 from stages.artifacts.manifest import Manifest
 from stages.core import closure, lora, objectives, params
-from stages.core.batches import Batches
 from stages.core.console import UserError
 from stages.core.files import load_tensors, read_json
 from stages.core.params import ModelParams
 from stages.core.pictures import load_view
 from stages.core.selfcheck import Watch
 from stages.families import sd
-from stages.train.params import TrainParams
-from stages.train.setup import make_optimizer
+from stages.train.batches import Batches
+from stages.train.noising import make_timesteps
+from stages.train.optimizers import make_optimizer
 from stages.train.trainer import Trainer
 from tests.caches import write_mixed_cache
 from tests.conftest import REPOSITORY, TINY, Workspace, picture, write_params, write_rows
+from tests.settings import train_params
 
 LONG = ("--set", "train.num_steps=6", "--set", "lora.dropout=0.25", "--set", "train.prompt_dropout=0.5")
 """Six steps with everything random in them."""
@@ -174,7 +176,8 @@ def test_base_on_disk_is_untouched(encoded: Workspace) -> None:
 @pytest.mark.parametrize("gamma", [None, 0.5])
 def test_first_loss_equals_an_independent_computation(encoded: Workspace, gamma: float | None) -> None:
     """Step 1 sees the base alone: v of Salimans & Ho 2022, weighted as in Hang et al. 2023."""
-    encoded.run("train", "--set", "train.num_steps=2", "--set", f"train.snr_gamma={'null' if gamma is None else gamma}")
+    weighting = [] if gamma is None else ["--set", "train.loss_weighting=min_snr", "--set", f"train.snr_gamma={gamma}"]
+    encoded.run("train", "--set", "train.num_steps=2", *weighting)
     model = params.load(Path("params.yaml")).section(ModelParams)
     denoiser, scheduler = sd.load_denoiser(model, torch.device("cpu")), sd.load_scheduler(model)
     batch = batches(LatentCache(Path("data/latents"))).batch(0, 0)
@@ -194,16 +197,9 @@ def test_first_loss_equals_an_independent_computation(encoded: Workspace, gamma:
 
 def batches(cache: LatentCache, accumulation: int = 1) -> Batches:
     """The tiny parameters' batches."""
-    return Batches(
-        cache,
-        cache.split("train"),
-        batch_size=2,
-        accumulation=accumulation,
-        prompt_dropout=0.1,
-        num_train_timesteps=1000,
-        seed=0,
-        device=torch.device("cpu"),
-    )
+    settings = train_params("batch_size=2", f"gradient_accumulation_steps={accumulation}")
+    timesteps = make_timesteps(settings, DDPMScheduler(1000))
+    return Batches(cache, cache.split("train"), settings, timesteps, torch.device("cpu"))
 
 
 def test_training_in_bfloat16(encoded: Workspace) -> None:
@@ -299,7 +295,8 @@ def test_a_second_process_on_the_same_run_is_refused(encoded: Workspace, interru
 
 
 def test_accumulated_steps_equal_one_large_batch(encoded: Workspace) -> None:
-    argv = ("--set", "train.adam_epsilon=1e-4")  # Adam makes a step of full size from a gradient of rounding errors
+    # Adam makes a step of full size from a gradient of rounding errors
+    argv = ("--set", "train.optimizer_args={eps: 1e-4}")
     found = []
     for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
         sizes = (f"train.batch_size={batch_size}", f"train.gradient_accumulation_steps={accumulation}")
@@ -388,7 +385,7 @@ def test_cached_loss_equals_uncached_loss(encoded: Workspace, reference: Path, m
 def test_min_snr_lowers_every_loss_of_v(encoded: Workspace) -> None:
     encoded.run("train")
     plain = history()
-    encoded.run("train", "--set", "train.snr_gamma=5.0")
+    encoded.run("train", "--set", "train.loss_weighting=min_snr", "--set", "train.snr_gamma=5.0")
     assert history()[0]["loss"] < plain[0]["loss"]  # min(SNR, gamma) / (SNR + 1) is below 1
     assert all(math.isfinite(row["loss"]) for row in history())
 
@@ -629,8 +626,7 @@ def test_magnitudes_do_not_decay() -> None:
         "a.lora_A.default.weight": torch.nn.Parameter(torch.ones(2)),
         "a.lora_magnitude_vector.default.weight": torch.nn.Parameter(torch.ones(2)),
     }
-    settings = params.load(REPOSITORY / "params.yaml", ["train.adam_weight_decay=0.5"]).section(TrainParams)
-    groups = make_optimizer(settings, trainable).param_groups
+    groups = make_optimizer(train_params("weight_decay=0.5"), trainable, torch.device("cpu")).param_groups
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.5, 1), (0.0, 1)]
     assert groups[1]["params"][0] is trainable["a.lora_magnitude_vector.default.weight"]
 

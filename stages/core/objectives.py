@@ -1,10 +1,10 @@
-"""What the denoiser is asked to predict, and how much each timestep and each pixel counts.
+"""What the denoiser is asked to predict.
 
 A timestep counts noise from 0 (least) to num_train_timesteps - 1 under every schedule.
 
 Sources: epsilon and alpha-bar, Ho et al. 2020 (arXiv:2006.11239) eq. 4 and 14; v, Salimans & Ho 2022 (arXiv:2202.00512)
-appendix D; min-SNR, Hang et al. 2023 (arXiv:2303.09556) eq. 8 and section 3.4; flow matching, Lipman et al. 2023
-(arXiv:2210.02747) eq. 22 and 23 and Esser et al. 2024 (arXiv:2403.03206) eq. 13: x_sigma = (1 - sigma) x + sigma noise.
+appendix D; flow matching, Lipman et al. 2023 (arXiv:2210.02747) eq. 22 and 23 and Esser et al. 2024 (arXiv:2403.03206)
+eq. 13: x_sigma = (1 - sigma) x + sigma noise.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-
-from stages.core.console import UserError
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -64,31 +62,6 @@ def target(
     if kind == "sample":
         return latents
     raise ValueError(f"scheduler prediction_type '{kind}': expected epsilon, v_prediction, sample or flow matching")
-
-
-def snr(noise_scheduler: SchedulerMixin, timesteps: torch.Tensor) -> torch.Tensor:
-    """Signal-to-noise ratio alpha-bar / (1 - alpha-bar) per timestep, float32 [B]."""
-    alpha_bar = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
-    return alpha_bar / (1 - alpha_bar)
-
-
-def loss_weights(noise_scheduler: SchedulerMixin, timesteps: torch.Tensor, snr_gamma: float | None) -> torch.Tensor:
-    """Weight of each sample's loss, float32 [B]: 1, or min(SNR, gamma) in the prediction's own units."""
-    if snr_gamma is None:
-        return torch.ones_like(timesteps, dtype=torch.float32)
-    ratio = snr(noise_scheduler, timesteps)
-    clipped = ratio.clamp(max=snr_gamma)
-    kind = prediction_type(noise_scheduler)
-    if kind == "epsilon":
-        return (clipped / ratio).nan_to_num(1.0)  # 0 / 0 at zero terminal SNR
-    return clipped / (ratio + 1) if kind == "v_prediction" else clipped
-
-
-def require_weights(noise_scheduler: SchedulerMixin, snr_gamma: float | None) -> None:
-    """Raises UserError for min-SNR where there is no signal-to-noise ratio of a diffusion to weigh by."""
-    if snr_gamma is not None and prediction_type(noise_scheduler) == "flow_prediction":
-        found = f"min-SNR weighs diffusion losses, and the base's {type(noise_scheduler).__name__} is flow matching"
-        raise UserError(f"params.yaml train.snr_gamma: {found}; use null")
 
 
 def masked_mean(errors: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:

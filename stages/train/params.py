@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from stages.core.params import Params
 
 BiasMode = Literal["none", "all", "lora_only"]
+LossWeighting = Literal["uniform", "min_snr", "soft_min_snr", "debiased", "p2"]
+HuberSchedule = Literal["constant", "exponential", "snr"]
+DottedName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
 
 
 class LoraParams(Params):
@@ -58,26 +61,78 @@ class TrainParams(Params):
     """Pictures per forward pass."""
     gradient_accumulation_steps: int = Field(ge=1)
     """Forward passes per step."""
+
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "lion", "prodigy", "schedule_free"] | DottedName
+    """One of these, or a class of torch.optim's kind in an installed package, such as ``torch.optim.RAdam``."""
+    optimizer_args: dict[str, Any]
+    """More arguments of that class, such as {betas: [0.9, 0.99]}."""
     learning_rate: float = Field(gt=0)
+    scale_lr: bool
+    """Multiply learning_rate by batch_size * gradient_accumulation_steps."""
+    lora_plus_ratio: float | None = Field(ge=1)
+    """B's learning rate over A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
+    weight_decay: float = Field(ge=0)
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     lr_warmup_steps: int = Field(ge=0)
-    adam_beta1: float = Field(ge=0, lt=1)
-    adam_beta2: float = Field(ge=0, lt=1)
-    adam_weight_decay: float = Field(ge=0)
-    adam_epsilon: float = Field(gt=0)
+    lr_num_cycles: int = Field(ge=1)
+    """Of cosine_with_restarts."""
+    lr_power: float = Field(gt=0)
+    """Of polynomial."""
     max_grad_norm: float = Field(gt=0)
     """Gradients are scaled down to this 2-norm over all adapter parameters."""
+
+    loss_weighting: LossWeighting
+    """Weight of a timestep's loss by its signal-to-noise ratio."""
     snr_gamma: float | None = Field(gt=0)
-    """min-SNR gamma, null for uniform weights."""
+    """Of min_snr and soft_min_snr."""
+    huber_c: float | None = Field(gt=0, le=1)
+    """Pseudo-Huber instead of squared errors: where they turn from squared to linear; null for squared."""
+    huber_schedule: HuberSchedule
+    """How c falls from 1 without noise to huber_c at the most."""
+    timestep_sampling: Literal["uniform", "logit_normal"]
+    logit_mean: float
+    logit_std: float = Field(gt=0)
+    timestep_shift: Annotated[float, Field(gt=0)] | Literal["auto"]
+    """s of s t / (1 + (s - 1) t); above 1 towards noise; auto as the scheduler shifts at the picture's size."""
+    timestep_range: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)]
+    """Shares of the schedule between which timesteps are drawn, 0 without noise."""
+    noise_offset: float = Field(ge=0)
+    """Standard deviation of a shift per channel that is added to the noise."""
+    multires_noise_discount: float = Field(ge=0, lt=1)
+    """Weight of each coarser noise below the last."""
+    input_perturbation: float = Field(ge=0)
+    """Standard deviation of noise that is added and not to be predicted."""
     prompt_dropout: float = Field(ge=0, le=1)
     """Share of captions replaced by the empty one, for classifier-free guidance."""
+
+    ema_decay: float | None = Field(gt=0, lt=1)
+    """The adapter that is kept is an exponential moving average of the trained one."""
+    gradient_checkpointing: bool
+    """Less memory for activations, more time."""
+    compile: bool
+    """torch.compile of the denoiser's repeated blocks."""
     checkpoint_every_n_steps: int = Field(ge=1)
     snapshot_every_n_steps: int = Field(ge=1)
     """Adapters kept for validate's curve and progress sheet."""
     seed: int = Field(ge=0)
 
     @model_validator(mode="after")
-    def warmup_ends(self) -> TrainParams:
+    def settings_are_read(self) -> TrainParams:
+        """What no other setting lets be read is refused."""
         if self.lr_warmup_steps >= self.num_steps:
             raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must be below num_steps ({self.num_steps})")
+        needs_gamma = self.loss_weighting in ("min_snr", "soft_min_snr")
+        if needs_gamma != (self.snr_gamma is not None):
+            what = "needs" if needs_gamma else "does not read"
+            raise ValueError(f"loss_weighting {self.loss_weighting} {what} snr_gamma; got {self.snr_gamma}")
+        if self.huber_c is None and self.huber_schedule != "constant":
+            raise ValueError(f"huber_schedule {self.huber_schedule} needs huber_c, such as 0.1")
+        if self.timestep_sampling == "uniform" and (self.logit_mean, self.logit_std) != (0, 1):
+            raise ValueError("logit_mean and logit_std need timestep_sampling: logit_normal")
+        if self.timestep_range[0] >= self.timestep_range[1]:
+            raise ValueError(f"timestep_range {self.timestep_range} is empty; use [0.0, 1.0] for all")
+        if self.lr_num_cycles != 1 and self.lr_scheduler != "cosine_with_restarts":
+            raise ValueError("lr_num_cycles needs lr_scheduler: cosine_with_restarts")
+        if self.lr_power != 1 and self.lr_scheduler != "polynomial":
+            raise ValueError("lr_power needs lr_scheduler: polynomial")
         return self

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 
 from stages.core import closure, device
 from stages.core.console import UserError
 from stages.core.files import sha256_json
 from stages.core.params import ModelParams
+from stages.train import optimizers
 from stages.train.params import LoraParams, TrainParams
 
 if TYPE_CHECKING:
@@ -61,30 +61,6 @@ def make_accelerator(runtime: RuntimeParams, model: ModelParams) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(params: TrainParams, trainable: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW; DoRA's magnitudes do not decay: towards zero they would shrink the base's own weights."""
-    groups: list[dict[str, Any]] = [{"params": [p for n, p in trainable.items() if "lora_magnitude_vector" not in n]}]
-    if magnitudes := [p for n, p in trainable.items() if "lora_magnitude_vector" in n]:
-        groups.append({"params": magnitudes, "weight_decay": 0.0})
-    return torch.optim.AdamW(
-        groups,
-        lr=params.learning_rate,
-        betas=(params.adam_beta1, params.adam_beta2),
-        weight_decay=params.adam_weight_decay,
-        eps=params.adam_epsilon,
-    )
-
-
-def make_lr_scheduler(params: TrainParams, optimizer: torch.optim.Optimizer) -> Any:
-    warm_constant = params.lr_scheduler == "constant" and params.lr_warmup_steps > 0
-    return get_scheduler(
-        "constant_with_warmup" if warm_constant else params.lr_scheduler,
-        optimizer,
-        num_warmup_steps=params.lr_warmup_steps,
-        num_training_steps=params.num_steps,
-    )
-
-
 def run_digest(
     params: TrainParams,
     model: ModelParams,
@@ -102,6 +78,7 @@ def run_digest(
             "dtype": model.dtype,
             "environment": device.environment(where),
             "lora": lora_config,
+            "optimizer": optimizers.version(params.optimizer),
             "train": params.model_dump(exclude={"checkpoint_every_n_steps"}),
         }
     )

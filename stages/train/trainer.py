@@ -9,19 +9,17 @@ import torch
 
 from stages.artifacts.adapter import bias_metadata, snapshot_name
 from stages.core import bias, device, lora, objectives, seeding, selfcheck
-from stages.core.batches import Batches
 from stages.core.checkpoint import Checkpoints
 from stages.core.console import log
 from stages.core.files import save_tensors, state_dir
 from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Progress
-from stages.train import outputs
+from stages.train import noising, optimizers, outputs, weighting
+from stages.train.batches import Batches
 from stages.train.params import LoraParams, TrainParams
 from stages.train.setup import (
     made_from,
     make_accelerator,
-    make_lr_scheduler,
-    make_optimizer,
     run_digest,
     training_items,
 )
@@ -41,7 +39,7 @@ class Trainer:
         self.family, self.base = family, base
         self.items = training_items(cache, self.params.batch_size)
         self.noise_scheduler = family.load_scheduler(model)
-        objectives.require_weights(self.noise_scheduler, self.params.snr_gamma)
+        weighting.require_snr(self.noise_scheduler, self.params)
         self.accelerator = make_accelerator(self.runtime, model)
         self.device = self.accelerator.device
         device.log_device(self.device, model)
@@ -52,19 +50,11 @@ class Trainer:
         self.trainable = lora.inject(denoiser, self.lora_config)
         self.biases = list(bias.deltas(denoiser))
         lora.keyed_init(denoiser, self.lora_config, self.params.seed)
-        optimizer = make_optimizer(self.params, self.trainable)
-        self.lr_scheduler = make_lr_scheduler(self.params, optimizer)
+        optimizer = optimizers.make_optimizer(self.params, self.trainable, self.device)
+        self.lr_scheduler = optimizers.make_lr_scheduler(self.params, optimizer)
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
-        self.batches = Batches(
-            cache,
-            self.items,
-            batch_size=self.params.batch_size,
-            accumulation=self.params.gradient_accumulation_steps,
-            prompt_dropout=self.params.prompt_dropout,
-            num_train_timesteps=self.noise_scheduler.config.num_train_timesteps,
-            seed=self.params.seed,
-            device=self.device,
-        )
+        timesteps = noising.make_timesteps(self.params, self.noise_scheduler)
+        self.batches = Batches(cache, self.items, self.params, timesteps, self.device)
 
         self.digest = run_digest(self.params, model, self.lora_config, cache, base, self.device)
         self.made_from = made_from(config, cache, self.items)
@@ -111,16 +101,23 @@ class Trainer:
         total_loss = 0.0
         for micro in range(accumulation):
             batch = self.batches.batch(step, micro)
-            noisy_latents = objectives.add_noise(self.noise_scheduler, batch.latents, batch.noise, batch.timesteps)
+            noisy_latents = objectives.add_noise(
+                self.noise_scheduler, batch.latents, batch.added_noise, batch.timesteps
+            )
             timesteps = objectives.model_timesteps(self.noise_scheduler, batch.timesteps)
             target = objectives.target(self.noise_scheduler, batch.latents, batch.noise, batch.timesteps)
-            weights = objectives.loss_weights(self.noise_scheduler, batch.timesteps, self.params.snr_gamma)  # [B]
+            weights = weighting.loss_weights(
+                self.noise_scheduler, batch.timesteps, self.params.loss_weighting, self.params.snr_gamma
+            )  # [B]
+            c = weighting.huber_c(
+                self.noise_scheduler, batch.timesteps, self.params.huber_c, self.params.huber_schedule
+            )  # [B]
 
             torch.manual_seed(seeding.key(self.params.seed, "layers", step, micro))  # for dropout inside the layers
             with self.accelerator.autocast():
                 model_pred = self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt)
 
-            loss = objectives.masked_mean((model_pred.float() - target).square(), batch.masks)  # [B]
+            loss = objectives.masked_mean(weighting.errors(model_pred.float(), target, c), batch.masks)  # [B]
             loss = (loss * weights * batch.weights).mean()
             self.accelerator.backward(loss / accumulation)
             total_loss += loss.item() / accumulation

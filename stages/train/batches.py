@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from stages.core import seeding
+from stages.train import noising
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from stages.artifacts.latent_cache import CachedItem, LatentCache
+    from stages.train.params import TrainParams
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Batch:
     """Tensors of B samples of one latent shape."""
 
     latents: torch.Tensor  # [B, C, h, w] float32, in the denoiser's space
-    noise: torch.Tensor  # [B, C, h, w] float32
+    noise: torch.Tensor  # [B, C, h, w] float32, what is to be predicted
+    added_noise: torch.Tensor  # [B, C, h, w] float32, what is in the noisy latents: the same, or perturbed
     timesteps: torch.Tensor  # [B] int64
     prompt: dict[str, torch.Tensor]  # name -> [B, ...]
     weights: torch.Tensor  # [B] float32, each picture's own loss_weight
@@ -43,12 +46,18 @@ class Batch:
     def _each(cls, parts: Sequence[Batch], combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> Batch:
         """The batch whose every tensor is made of that tensor of the parts."""
 
-        def combined(name: str) -> torch.Tensor:
-            return combine([getattr(part, name) for part in parts])
+        def combined(value: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
+            return combine([value(part) for part in parts])
 
-        prompt = {name: combine([part.prompt[name] for part in parts]) for name in parts[0].prompt}
-        masks = None if parts[0].masks is None else combined("masks")
-        return cls(combined("latents"), combined("noise"), combined("timesteps"), prompt, combined("weights"), masks)
+        return cls(
+            latents=combined(lambda part: part.latents),
+            noise=combined(lambda part: part.noise),
+            added_noise=combined(lambda part: part.added_noise),
+            timesteps=combined(lambda part: part.timesteps),
+            prompt={name: combine([part.prompt[name] for part in parts]) for name in parts[0].prompt},
+            weights=combined(lambda part: part.weights),
+            masks=None if parts[0].masks is None else combine([part.masks for part in parts if part.masks is not None]),
+        )
 
 
 class Batches:
@@ -58,24 +67,19 @@ class Batches:
         self,
         cache: LatentCache,
         items: list[CachedItem],
-        *,
-        batch_size: int,
-        accumulation: int,
-        prompt_dropout: float,
-        num_train_timesteps: int,
-        seed: int,
+        params: TrainParams,
+        timesteps: noising.Timesteps,
         device: torch.device,
     ) -> None:
-        self.cache, self.device, self.seed = cache, device, seed
-        self.batch_size, self.accumulation = batch_size, accumulation
-        self.prompt_dropout, self.num_train_timesteps = prompt_dropout, num_train_timesteps
-        self.order = Order(by_shape(cache, items), batch_size, seed)
+        self.cache, self.params, self.timesteps, self.device = cache, params, timesteps, device
+        self.order = Order(by_shape(cache, items), params.batch_size, params.seed)
         self.masked = any(item.masks for item in items)
 
     def batch(self, step: int, micro: int) -> Batch:
         """The micro-batch ``micro`` of an optimizer step."""
-        items = self.order.items(step * self.accumulation + micro)
-        slots = range(micro * self.batch_size, (micro + 1) * self.batch_size)
+        size = self.params.batch_size
+        items = self.order.items(step * self.params.gradient_accumulation_steps + micro)
+        slots = range(micro * size, (micro + 1) * size)
         samples = [self.sample(item, step, slot) for item, slot in zip(items, slots, strict=True)]
         return Batch.cat(samples).to(self.device)
 
@@ -83,20 +87,21 @@ class Batches:
         """A batch of this one picture, drawn on the CPU."""
 
         def draw(purpose: str) -> torch.Generator:
-            return seeding.generator(self.seed, purpose, step, slot)
+            return seeding.generator(self.params.seed, purpose, step, slot)
 
         view = int(torch.randint(len(item.views), (), generator=draw("view")))
         mean, std = self.cache.latents(item.views[view])
         latents = mean + std * torch.randn(mean.shape, generator=draw("posterior"))
-        noise = torch.randn(mean.shape, generator=draw("noise"))
-        timestep = torch.randint(self.num_train_timesteps, (), generator=draw("timestep"))
-        dropped = torch.rand((), generator=draw("prompt")) < self.prompt_dropout
+        noise, added_noise = noising.draw_noise(draw, mean.shape, self.params)
+        timestep = self.timesteps.draw(draw("timestep"), noising.num_tokens(mean))
+        dropped = torch.rand((), generator=draw("prompt")) < self.params.prompt_dropout
         caption = item.captions[int(torch.randint(len(item.captions), (), generator=draw("caption")))]
         prompt = self.cache.prompt("" if dropped else caption, item.views[view])
         mask = self.cache.mask(item.masks[view]) if item.masks else torch.ones_like(mean[:1])  # [1, h, w]
         return Batch(
             latents[None],
             noise[None],
+            added_noise[None],
             timestep[None],
             {name: tensor[None] for name, tensor in prompt.items()},
             torch.tensor([item.loss_weight]),

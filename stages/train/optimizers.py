@@ -1,0 +1,129 @@
+"""The optimizer and its learning rates, by libraries: torch.optim and what section ``train`` names."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.optimization import get_scheduler
+
+from stages.core.console import UserError, log
+
+if TYPE_CHECKING:
+    from stages.train.params import TrainParams
+
+NAMED = {
+    "adamw": "torch.optim.AdamW",
+    "adamw_8bit": "bitsandbytes.optim.AdamW8bit",
+    "adafactor": "torch.optim.Adafactor",
+    "lion": "lion_pytorch.Lion",
+    "prodigy": "prodigyopt.Prodigy",
+    "schedule_free": "schedulefree.AdamWScheduleFree",
+}
+PACKAGES = {
+    "bitsandbytes": "bitsandbytes",
+    "lion_pytorch": "lion-pytorch",
+    "prodigyopt": "prodigyopt",
+    "schedulefree": "schedulefree",
+}
+"""Module -> what pip calls it."""
+
+
+def make_optimizer(
+    params: TrainParams, trainable: dict[str, torch.nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer of ``params`` over ``trainable``.
+
+    Raises:
+        UserError: a class that is not installed, arguments that it does not take, or a setting it would not read.
+    """
+    cls = optimizer_class(params.optimizer, device)
+    where = f"params.yaml train.optimizer: {params.optimizer}"
+    known = set(inspect.signature(cls).parameters) - {"params", "lr", "weight_decay"}
+    unknown = sorted(set(params.optimizer_args) - known)
+    if unknown:
+        raise UserError(
+            f"params.yaml train.optimizer_args: {cls.__name__} takes no {unknown[0]} here; it takes "
+            + ", ".join(sorted(known))
+        )
+    arguments: dict[str, Any] = {"lr": learning_rate(params), **params.optimizer_args}
+    if "weight_decay" in inspect.signature(cls).parameters:
+        arguments["weight_decay"] = params.weight_decay
+    elif params.weight_decay:
+        raise UserError(f"params.yaml train.weight_decay: {cls.__name__} has none; set it to 0")
+    if params.optimizer == "adamw" and device.type == "cuda":
+        arguments.setdefault("fused", True)
+    if params.optimizer == "schedule_free" and params.lr_scheduler != "constant":
+        raise UserError(f"{where} needs no schedule; set train.lr_scheduler to constant")
+    if params.optimizer == "prodigy" and params.lora_plus_ratio is not None:
+        raise UserError(f"{where} has one rate for all; set train.lora_plus_ratio to null")
+    if params.optimizer == "prodigy" and params.learning_rate < 0.1:
+        found = "prodigy finds the rate itself, and learning_rate is a factor of it"
+        log.warning("warning: params.yaml train.learning_rate: %s; 1.0 is usual", found)
+    try:
+        optimizer = cls(groups(params, trainable), **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"{where}: {error}; change train.optimizer_args") from None
+    if hasattr(optimizer, "train"):  # schedule-free: weights of training and of use differ
+        optimizer.train()
+    return optimizer
+
+
+def optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimizer]:
+    """Raises UserError: not installed, no optimizer, or one that needs a GPU."""
+    module_name, _, class_name = NAMED.get(name, name).rpartition(".")
+    where = f"params.yaml train.optimizer: {name}"
+    if name == "adamw_8bit" and device.type != "cuda":
+        raise UserError(f"{where} needs a GPU; use adamw")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name, None)
+    except ImportError:
+        package = PACKAGES.get(module_name.partition(".")[0], module_name.partition(".")[0])
+        raise UserError(f"{where} is not installed; pip install {package}") from None
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise UserError(f"{where} is no optimizer; use {', '.join(NAMED)}, or a subclass of torch.optim.Optimizer")
+    return cls
+
+
+def version(name: str) -> str:
+    """The package and version that an optimizer comes from, such as ``prodigyopt 1.1.2``."""
+    module = NAMED.get(name, name).partition(".")[0]
+    package = PACKAGES.get(module, module)
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return package
+
+
+def learning_rate(params: TrainParams) -> float:
+    images_per_step = params.batch_size * params.gradient_accumulation_steps
+    return params.learning_rate * images_per_step if params.scale_lr else params.learning_rate
+
+
+def groups(params: TrainParams, trainable: dict[str, torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups; DoRA's magnitudes do not decay: towards zero they would shrink the base's own weights."""
+    kinds: dict[str, list[torch.nn.Parameter]] = {"plain": [], "fast": [], "magnitude": []}
+    for name, parameter in trainable.items():
+        is_fast = params.lora_plus_ratio is not None and ".lora_B." in name
+        kind = "magnitude" if "lora_magnitude_vector" in name else "fast" if is_fast else "plain"
+        kinds[kind].append(parameter)
+    settings: dict[str, dict[str, Any]] = {"plain": {}, "fast": {}, "magnitude": {"weight_decay": 0.0}}
+    if params.lora_plus_ratio is not None:
+        settings["fast"]["lr"] = learning_rate(params) * params.lora_plus_ratio
+    return [{"params": parameters, **settings[kind]} for kind, parameters in kinds.items() if parameters]
+
+
+def make_lr_scheduler(params: TrainParams, optimizer: torch.optim.Optimizer) -> Any:
+    """All in optimizer steps; ``constant`` rises first where there is a warmup."""
+    warm_constant = params.lr_scheduler == "constant" and params.lr_warmup_steps > 0
+    return get_scheduler(
+        "constant_with_warmup" if warm_constant else params.lr_scheduler,
+        optimizer,
+        num_warmup_steps=params.lr_warmup_steps,
+        num_training_steps=params.num_steps,
+        num_cycles=params.lr_num_cycles,
+        power=params.lr_power,
+    )
