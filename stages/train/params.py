@@ -107,6 +107,8 @@ class TrainParams(Params):
 
     ema_decay: float | None = Field(gt=0, lt=1)
     """The adapter that is kept is an exponential moving average of the trained one."""
+    ema_power: float | None = Field(gt=0)
+    """The average's decay rises as 1 - (1 + step) ** -power; null for (1 + step) / (10 + step)."""
     gradient_checkpointing: bool
     """Less memory for activations, more time."""
     compile: bool
@@ -131,6 +133,8 @@ class TrainParams(Params):
             raise ValueError("logit_mean and logit_std need timestep_sampling: logit_normal")
         if self.timestep_range[0] >= self.timestep_range[1]:
             raise ValueError(f"timestep_range {self.timestep_range} is empty; use [0.0, 1.0] for all")
+        if self.ema_power is not None and self.ema_decay is None:
+            raise ValueError("ema_power needs ema_decay, such as 0.999")
         if self.lr_num_cycles != 1 and self.lr_scheduler != "cosine_with_restarts":
             raise ValueError("lr_num_cycles needs lr_scheduler: cosine_with_restarts")
         if self.lr_power != 1 and self.lr_scheduler != "polynomial":

@@ -1,0 +1,54 @@
+"""Which weights of a run are kept: the trained ones, their moving average, or a schedule-free optimizer's own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.training_utils import EMAModel
+
+if TYPE_CHECKING:
+    from stages.train.params import TrainParams
+
+
+class Kept:
+    """Follows the trained parameters and, inside ``with kept.weights()``, puts into them what is to be saved."""
+
+    def __init__(self, params: TrainParams, parameters: list[torch.nn.Parameter], optimizer: Any) -> None:
+        self.parameters = parameters
+        self.ema = None
+        if params.ema_decay is not None:
+            power = {} if params.ema_power is None else {"use_ema_warmup": True, "power": params.ema_power}
+            self.ema = EMAModel(parameters, decay=params.ema_decay, **power)
+        self.schedule_free = optimizer if hasattr(optimizer, "eval") and hasattr(optimizer, "train") else None
+
+    def step(self) -> None:
+        """After an optimizer step."""
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[None]:
+        """Afterwards the trained weights are back, to the bit."""
+        trained = [parameter.detach().clone() for parameter in self.parameters]
+        if self.schedule_free is not None:
+            self.schedule_free.eval()
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            if self.schedule_free is not None:
+                self.schedule_free.train()
+            with torch.no_grad():
+                for parameter, own in zip(self.parameters, trained, strict=True):
+                    parameter.copy_(own)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        return None if self.ema is None else self.ema.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if self.ema is not None:
+            self.ema.load_state_dict(state)

@@ -1,0 +1,140 @@
+"""Several processes on one training, with the bytes that one process gives.
+
+A micro-batch is never split: process r of W computes the micro-batches r, r + W, ... of each step. Gradients are added
+as integers, whose sum does not depend on the order; every process then takes the same optimizer step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed
+
+from stages.core.console import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from stages.train.params import TrainParams
+
+FRACTION_BITS = 44  # a gradient's smallest part is 6e-14; the largest sum is 2^18
+LOGS = Path("logs")
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def launch(num_processes: int, arguments: Sequence[str]) -> list[subprocess.Popen[bytes]]:
+    """Start this very command again as processes 1 to ``num_processes`` - 1 and become process 0.
+
+    They find each other by torch.distributed's variables, as under ``accelerate launch``, which sets them itself: then
+    nothing is started here. What the others print goes to logs/train-process-N.log.
+    """
+    if num_processes == 1 or "WORLD_SIZE" in os.environ:
+        return []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
+    LOGS.mkdir(exist_ok=True)
+    others = []
+    for number in range(1, num_processes):
+        own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+        with log_file(number).open("wb") as output:
+            command = [sys.executable, "-m", "stages.train", *arguments]
+            others.append(subprocess.Popen(command, env=os.environ | own, stdout=output, stderr=output))
+    return others
+
+
+def log_file(number: int) -> Path:
+    return LOGS / f"train-process-{number}.log"
+
+
+def end(others: list[subprocess.Popen[bytes]]) -> None:
+    """Stop what ``launch`` has started and is still there."""
+    for process in others:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def failure(others: list[subprocess.Popen[bytes]]) -> UserError | None:
+    """Why the others are gone, where one of them is."""
+    for number, process in enumerate(others, start=1):
+        if process.poll() not in (None, 0):
+            lines = log_file(number).read_text(errors="replace").strip().splitlines() or ["no output"]
+            return UserError(f"train: process {number} ended ({lines[-1]}); see {log_file(number)}")
+    return None
+
+
+def require_share(params: TrainParams, num_processes: int) -> None:
+    """Raises UserError: the micro-batches of a step cannot be shared out evenly."""
+    accumulation = params.gradient_accumulation_steps
+    if accumulation % num_processes:
+        below = accumulation - accumulation % num_processes
+        near = f"{below} or {below + num_processes}" if below else str(num_processes)
+        raise UserError(
+            f"params.yaml train.gradient_accumulation_steps: the {accumulation} micro-batches of a step do not divide "
+            f"among {num_processes} processes; use {near}, or another runtime.num_processes"
+        )
+
+
+class GradientSum:
+    """Adds up the gradients of a step's micro-batches, over all processes."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], accumulation: int) -> None:
+        self.parameters = list(parameters)
+        self.limit = 2.0 ** (62 - FRACTION_BITS) / accumulation
+        self.clear()
+
+    def clear(self) -> None:
+        self.totals: list[torch.Tensor | None] = [None] * len(self.parameters)
+        self.overflow = False
+
+    def add(self) -> None:
+        """Take the gradients that a backward pass has left; None stays None."""
+        for index, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                continue
+            if not bool((parameter.grad.abs() < self.limit).all()):  # NaN is not below it either
+                self.overflow = True
+                parameter.grad = torch.zeros_like(parameter.grad)
+            fixed = (parameter.grad * 2.0**FRACTION_BITS).round().long()  # exact: a power of two
+            total = self.totals[index]
+            self.totals[index] = fixed if total is None else total + fixed
+            parameter.grad = None
+
+    def put(self, losses: list[float], stop: bool) -> tuple[list[float], bool]:
+        """Leave the sum over all processes as the parameters' gradients; NaN in all of them after an overflow.
+
+        Args:
+            losses: of all micro-batches of the step, 0 where another process has computed it.
+            stop: whether this process was asked to stop.
+
+        Returns:
+            The losses of all processes, and whether any of them is to stop.
+        """
+        used = [index for index, total in enumerate(self.totals) if total is not None]
+        flat = torch.cat([self.totals[index].flatten() for index in used])  # type: ignore[union-attr]
+        device = flat.device
+        said = torch.tensor([*losses, float(stop), float(self.overflow)], dtype=torch.float64).to(device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(flat)
+            torch.distributed.all_reduce(said)  # each is a sum of one number and zeros
+        *losses, any_stop, any_overflow = said.tolist()
+        values = flat.float() * 2.0**-FRACTION_BITS
+        if any_overflow:
+            values = torch.full_like(values, torch.nan)
+        sizes = [self.parameters[index].numel() for index in used]
+        for index, value in zip(used, values.split(sizes), strict=True):
+            self.parameters[index].grad = value.view_as(self.parameters[index])
+        self.clear()
+        return losses, bool(any_stop)

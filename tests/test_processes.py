@@ -1,0 +1,80 @@
+"""Gradients add up to the same bits whatever the order and the number of processes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from stages.core.console import UserError
+from stages.train import processes
+from tests.settings import train_params
+
+
+def gradients(count: int, scale: float = 1.0) -> list[list[torch.Tensor | None]]:
+    """Of ``count`` micro-batches for three parameters; the last never gets one."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        [scale * torch.randn(3, 4, generator=generator), 1e-6 * torch.randn(5, generator=generator), None]
+        for _ in range(count)
+    ]
+
+
+def summed(parts: list[list[torch.Tensor | None]], order: tuple[int, ...]) -> list[torch.Tensor | None]:
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (2,))]
+    total = processes.GradientSum(parameters, len(parts))
+    for index in order:
+        for parameter, gradient in zip(parameters, parts[index], strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        total.add()
+        assert all(parameter.grad is None for parameter in parameters)
+    losses, stop = total.put([1.0, 0.5], False)
+    assert losses == [1.0, 0.5] and not stop
+    return [parameter.grad for parameter in parameters]
+
+
+def test_the_order_of_micro_batches_does_not_change_a_bit() -> None:
+    parts = gradients(4)
+    first = summed(parts, (0, 1, 2, 3))
+    for order in itertools.permutations(range(4)):
+        found = summed(parts, order)
+        assert all(
+            torch.equal(a, b) for a, b in zip(found[:2], first[:2], strict=True) if a is not None and b is not None
+        )
+    plain = [sum(part[0] for part in (parts[i] for i in order)) for order in itertools.permutations(range(4))]  # type: ignore[misc]
+    assert any(not torch.equal(plain[0], other) for other in plain)  # type: ignore[arg-type]
+
+
+def test_the_sum_is_exact_to_a_rounding() -> None:
+    parts = gradients(4)
+    found = summed(parts, (2, 0, 3, 1))
+    for index in (0, 1):
+        exact = torch.stack([part[index].double() for part in parts]).sum(0)  # type: ignore[union-attr]
+        assert found[index] is not None
+        torch.testing.assert_close(found[index].double(), exact, rtol=1e-7, atol=4 * 2.0**-45)  # type: ignore[union-attr]
+
+
+def test_a_parameter_without_gradient_keeps_none() -> None:
+    assert summed(gradients(2), (0, 1))[2] is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
+def test_what_does_not_fit_becomes_nan_and_not_a_wrong_number(bad: float) -> None:
+    parts = gradients(2)
+    parts[1][0][0, 0] = bad  # type: ignore[index]
+    found = summed(parts, (0, 1))
+    assert all(bool(gradient.isnan().all()) for gradient in found if gradient is not None)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "num_processes", "use"), [(1, 2, "use 2,"), (3, 2, "use 2 or 4,"), (4, 3, "use 3 or 6,")]
+)
+def test_processes_that_do_not_divide_a_step_are_refused(accumulation: int, num_processes: int, use: str) -> None:
+    with pytest.raises(UserError) as caught:
+        processes.require_share(train_params(f"gradient_accumulation_steps={accumulation}"), num_processes)
+    assert f"the {accumulation} micro-batches of a step do not divide among {num_processes} processes" in str(
+        caught.value
+    )
+    assert use in str(caught.value)
+    processes.require_share(train_params("gradient_accumulation_steps=4"), 2)
