@@ -30,7 +30,7 @@ def saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Checkpoints:
 
 
 def loaded_step(checkpoints: Checkpoints) -> int | None:
-    found = checkpoints.load()
+    found = checkpoints.load(1000)
     if found is None:
         return None
     assert torch.equal(found["adapter"]["a"], torch.full((3,), float(found["step"])))
@@ -46,7 +46,7 @@ def test_newest_is_loaded_and_the_one_before_it_kept(saved: Checkpoints, caplog:
 
 
 def test_nothing_saved(tmp_path: Path) -> None:
-    assert Checkpoints(tmp_path / "none").load() is None
+    assert Checkpoints(tmp_path / "none").load(1000) is None
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
@@ -65,7 +65,7 @@ def test_damaged_newest_is_passed_over_with_a_warning(
 def test_all_damaged_is_a_start_from_nothing(saved: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
     for path in saved.paths():
         path.write_bytes(b"x")
-    assert saved.load() is None
+    assert saved.load(1000) is None
     assert len(caplog.records) == 2
 
 
@@ -106,5 +106,5 @@ class Code:
 def test_pickled_code_is_never_run(saved: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
     saved.save(8, {"x": Code()})
     with pytest.raises(pickle.UnpicklingError):
-        saved.load()
+        saved.load(1000)
     assert "code ran" not in capsys.readouterr().out

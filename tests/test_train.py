@@ -84,10 +84,10 @@ def interrupt(workspace: Workspace) -> Callable[..., None]:
     def broken_off(at: int, *argv: str) -> None:
         original = Trainer.step
 
-        def step(self: Trainer, number: int) -> None:
+        def step(self: Trainer, number: int, stop: bool) -> bool:
             if number == at:
                 raise Interrupted
-            original(self, number)
+            return original(self, number, stop)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(Trainer, "step", step)

@@ -29,9 +29,9 @@ class Checkpoints:
             old.with_suffix(".sha256").unlink(missing_ok=True)
             old.unlink()
 
-    def load(self) -> dict[str, Any] | None:
-        """The newest state whose checksum holds, or None. A damaged one is passed over with a warning."""
-        for path in reversed(self.paths()):
+    def load(self, last: int) -> dict[str, Any] | None:
+        """The newest state up to step ``last`` whose checksum holds, or None; warns of damaged ones."""
+        for path in reversed([path for path in self.paths() if int(path.stem.removeprefix("step-")) <= last]):
             checksum = path.with_suffix(".sha256")
             if checksum.exists() and checksum.read_text() == sha256_file(path):
                 return torch.load(path, weights_only=True, map_location="cpu")

@@ -61,6 +61,8 @@ class RuntimeParams(Params):
     """auto takes a GPU when there is one."""
     num_threads: int | None = Field(ge=1, le=1024)
     """CPU threads, null for all cores. Results differ in the last bits between thread counts."""
+    num_processes: int = Field(ge=1, le=1024)
+    """Processes that share a training's micro-batches on this machine, one per GPU; the bytes stay the same."""
     log_every_n_steps: int = Field(ge=1)
     """Steps between log lines where there is no terminal."""
     tracker: Literal["none", "tensorboard", "wandb", "dvclive"]

@@ -27,7 +27,12 @@ class Progress:
         self.accelerator, self.start, self.num_steps = accelerator, start, num_steps
         self.images_per_step, self.every = images_per_step, every
         self.began = time.monotonic()
-        self.bar = tqdm(total=num_steps, initial=start, unit="step", disable=not sys.stderr.isatty())
+        self.bar = tqdm(
+            total=num_steps,
+            initial=start,
+            unit="step",
+            disable=not sys.stderr.isatty() or not accelerator.is_main_process,
+        )
 
     def init_trackers(self, settings: dict[str, Any]) -> None:
         """Below logs/, without a network: wandb offline unless WANDB_MODE says otherwise."""

@@ -11,6 +11,7 @@ from stages.core import device, lora, targets
 from stages.core.console import log
 from stages.core.files import sha256_file, write_json, write_text
 from stages.core.progress import smoothed_loss
+from stages.train.setup import may_go_on
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +34,9 @@ def log_plan(trainer: Trainer, start: int) -> None:
             few = f"bucket {bucket.name}: {len(bucket.items)} pictures for batches of {params.batch_size}"
             log.warning("warning: %s; some come up twice in a batch", few)
     log_adapter(trainer)
-    log.info("batch       %d x %d accumulated", params.batch_size, params.gradient_accumulation_steps)
+    num_processes = trainer.accelerator.num_processes
+    shared = f", shared by {num_processes} processes" if num_processes > 1 else ""
+    log.info("batch       %d x %d accumulated%s", params.batch_size, params.gradient_accumulation_steps, shared)
     log.info("steps       %d to %d, %.1f epochs", start, params.num_steps, trainer.num_epochs)
 
 
@@ -61,11 +64,12 @@ def log_adapter(trainer: Trainer) -> None:
 
 
 def save(trainer: Trainer, adapter_folder: Path, reports: Path) -> None:
-    """Write the adapter and its reports, then drop the checkpoints, which nothing needs any more."""
+    """Write the adapter and its reports, then drop the checkpoints, unless a longer run could go on from them."""
     files = save_adapter(trainer, adapter_folder)
     save_reports(trainer, reports, files)
-    for name in ("checkpoints", "snapshots"):  # the lock stays: another process may wait for it
-        shutil.rmtree(trainer.folder / name, ignore_errors=True)
+    if not may_go_on(trainer.params):
+        for name in ("checkpoints", "snapshots"):  # the lock stays: another process may wait for it
+            shutil.rmtree(trainer.folder / name, ignore_errors=True)
     log.info("wrote       %s, %d snapshots, %s", adapter_folder, len(files) - 1, reports / "metrics.json")
     log.info("next        python -m stages.validate")
 

@@ -6,8 +6,8 @@ as integers, whose sum does not depend on the order; every process then takes th
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,25 +20,42 @@ import torch.distributed
 from stages.core.console import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from stages.train.params import TrainParams
 
 FRACTION_BITS = 44  # a gradient's smallest part is 6e-14; the largest sum is 2^18
 LOGS = Path("logs")
+PATIENCE = 10  # seconds that a process gets to end
 
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def launch(num_processes: int, arguments: Sequence[str]) -> list[subprocess.Popen[bytes]]:
-    """Start this very command again as processes 1 to ``num_processes`` - 1 and become process 0.
+@contextlib.contextmanager
+def sharing(num_processes: int, arguments: Sequence[str]) -> Iterator[None]:
+    """Inside, this is process 0, and this very command runs again as processes 1 to ``num_processes`` - 1.
 
     They find each other by torch.distributed's variables, as under ``accelerate launch``, which sets them itself: then
     nothing is started here. What the others print goes to logs/train-process-N.log.
+
+    Raises:
+        UserError: one of the others ended, and why.
     """
-    if num_processes == 1 or "WORLD_SIZE" in os.environ:
+    others = [] if "WORLD_SIZE" in os.environ else launch(num_processes, arguments)
+    try:
+        yield
+    except RuntimeError as error:  # a process that is gone shows as a broken connection
+        raise failure(others) or error from None
+    finally:  # without process 0 the others have nothing to do
+        for process in others:
+            process.kill()
+            process.wait()
+
+
+def launch(num_processes: int, arguments: Sequence[str]) -> list[subprocess.Popen[bytes]]:
+    if num_processes == 1:
         return []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -59,19 +76,13 @@ def log_file(number: int) -> Path:
     return LOGS / f"train-process-{number}.log"
 
 
-def end(others: list[subprocess.Popen[bytes]]) -> None:
-    """Stop what ``launch`` has started and is still there."""
-    for process in others:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-
 def failure(others: list[subprocess.Popen[bytes]]) -> UserError | None:
     """Why the others are gone, where one of them is."""
     for number, process in enumerate(others, start=1):
-        if process.poll() not in (None, 0):
-            lines = log_file(number).read_text(errors="replace").strip().splitlines() or ["no output"]
-            return UserError(f"train: process {number} ended ({lines[-1]}); see {log_file(number)}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if process.wait(PATIENCE):
+                lines = log_file(number).read_text(errors="replace").strip().splitlines() or ["no output"]
+                return UserError(f"train: process {number} ended ({lines[-1]}); see {log_file(number)}")
     return None
 
 

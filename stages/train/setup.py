@@ -10,16 +10,20 @@ import torch
 from accelerate import Accelerator
 
 from stages.core import closure, device
-from stages.core.console import UserError
-from stages.core.files import sha256_json
+from stages.core.console import UserError, log
+from stages.core.files import read_json, sha256_json
 from stages.core.params import ModelParams
 from stages.train import optimizers
 from stages.train.params import LoraParams, TrainParams
+from stages.train.processes import require_share
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from stages.artifacts.latent_cache import CachedItem, LatentCache
     from stages.core.params import Config, RuntimeParams
 
+INPUTS = "inputs.json"  # in a run's folder of the state directory
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -38,11 +42,11 @@ def training_items(cache: LatentCache, batch_size: int) -> list[CachedItem]:
     return items
 
 
-def make_accelerator(runtime: RuntimeParams, model: ModelParams) -> Accelerator:
+def make_accelerator(runtime: RuntimeParams, model: ModelParams, params: TrainParams) -> Accelerator:
     """On the device that ``runtime`` asks for, in the frozen base's dtype.
 
     Raises:
-        UserError: the tracker is not installed, the device is not here, or there are several processes.
+        UserError: the tracker is not installed, the device is not here, or the processes cannot share a step.
     """
     if runtime.tracker != "none" and importlib.util.find_spec(runtime.tracker) is None:
         missing = f"params.yaml runtime.tracker: {runtime.tracker} is not installed"
@@ -54,34 +58,49 @@ def make_accelerator(runtime: RuntimeParams, model: ModelParams) -> Accelerator:
         log_with=None if runtime.tracker == "none" else runtime.tracker,
         project_dir="logs",
     )
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"{accelerator.num_processes} processes: train runs in one; start it without `accelerate launch`"
-        )
+    require_share(params, accelerator.num_processes)
     return accelerator
 
 
-def run_digest(
+def may_go_on(params: TrainParams) -> bool:
+    """Whether a run of fewer steps is the beginning of this one, to the bit: nothing in it looks at ``num_steps``."""
+    return params.lr_scheduler == "constant"
+
+
+def run_inputs(
     params: TrainParams,
     model: ModelParams,
     lora_config: dict[str, Any],
     cache: LatentCache,
     base: dict[str, str],
     where: torch.device,
-) -> str:
-    """Names everything that decides a run's bytes: a checkpoint is resumed by the run of the same digest alone."""
-    return sha256_json(
-        {
-            "base": base,
-            "cache": cache.digest,
-            "code": closure.code_digest("train", model.family),
-            "dtype": model.dtype,
-            "environment": device.environment(where),
-            "lora": lora_config,
-            "optimizer": optimizers.version(params.optimizer),
-            "train": params.model_dump(exclude={"checkpoint_every_n_steps"}),
-        }
-    )
+) -> dict[str, Any]:
+    """Everything that decides a run's bytes: a checkpoint is resumed by the run of the same digest alone."""
+    without = {"checkpoint_every_n_steps"} | ({"num_steps"} if may_go_on(params) else set())
+    return {
+        "base": base,
+        "cache": cache.digest,
+        "code": closure.code_digest("train", model.family),
+        "dtype": model.dtype,
+        "environment": device.environment(where),
+        "lora": lora_config,
+        "optimizer": optimizers.version(params.optimizer),
+        "train": params.model_dump(exclude=without),
+    }
+
+
+def log_start_over(folder: Path, inputs: dict[str, Any]) -> None:
+    """Say why a run of fewer or more steps, which is there, is no beginning of this one."""
+
+    def but_steps(run: dict[str, Any]) -> dict[str, Any]:
+        return run | {"train": {name: value for name, value in run["train"].items() if name != "num_steps"}}
+
+    for path in sorted(folder.parent.glob(f"*/{INPUTS}")):
+        other = read_json(path)
+        if path.parent != folder and "num_steps" in inputs["train"] and but_steps(other) == but_steps(inputs):
+            schedule, steps = inputs["train"]["lr_scheduler"], other["train"]["num_steps"]
+            line = "starts over: the %s schedule of %d steps has other rates; lr_scheduler constant would go on"
+            log.info(line, schedule, steps)
 
 
 def made_from(config: Config, cache: LatentCache, items: list[CachedItem]) -> dict[str, Any]:

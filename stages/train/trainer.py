@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +12,22 @@ from stages.artifacts.adapter import bias_metadata, snapshot_name
 from stages.core import bias, device, lora, objectives, seeding, selfcheck
 from stages.core.checkpoint import Checkpoints
 from stages.core.console import log
-from stages.core.files import save_tensors, state_dir
+from stages.core.files import save_tensors, sha256_json, state_dir, write_json
 from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Progress
 from stages.train import noising, optimizers, outputs, weighting
-from stages.train.batches import Batches
+from stages.train.averaging import Kept
+from stages.train.batches import Batch, Batches
+from stages.train.interrupt import Interrupt
 from stages.train.params import LoraParams, TrainParams
+from stages.train.processes import GradientSum
 from stages.train.setup import (
+    INPUTS,
+    log_start_over,
     made_from,
     make_accelerator,
-    run_digest,
+    may_go_on,
+    run_inputs,
     training_items,
 )
 
@@ -40,7 +47,7 @@ class Trainer:
         self.items = training_items(cache, self.params.batch_size)
         self.noise_scheduler = family.load_scheduler(model)
         weighting.require_snr(self.noise_scheduler, self.params)
-        self.accelerator = make_accelerator(self.runtime, model)
+        self.accelerator = make_accelerator(self.runtime, model, self.params)
         self.device = self.accelerator.device
         device.log_device(self.device, model)
 
@@ -50,15 +57,21 @@ class Trainer:
         self.trainable = lora.inject(denoiser, self.lora_config)
         self.biases = list(bias.deltas(denoiser))
         lora.keyed_init(denoiser, self.lora_config, self.params.seed)
+        if self.params.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
         optimizer = optimizers.make_optimizer(self.params, self.trainable, self.device)
         self.lr_scheduler = optimizers.make_lr_scheduler(self.params, optimizer)
-        self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
+        self.kept = Kept(self.params, list(self.trainable.values()), optimizer)
+        # Not wrapped for several processes: gradients are summed by GradientSum, whose sum has no order.
+        self.denoiser = self.accelerator.prepare_model(denoiser, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.gradients = GradientSum(self.trainable.values(), self.params.gradient_accumulation_steps)
         timesteps = noising.make_timesteps(self.params, self.noise_scheduler)
         self.batches = Batches(cache, self.items, self.params, timesteps, self.device)
 
-        self.digest = run_digest(self.params, model, self.lora_config, cache, base, self.device)
+        self.inputs = run_inputs(self.params, model, self.lora_config, cache, base, self.device)
         self.made_from = made_from(config, cache, self.items)
-        self.folder = state_dir() / "runs" / self.digest[:16]
+        self.folder = state_dir() / "runs" / sha256_json(self.inputs)[:16]
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.history: list[tuple[float, float, float]] = []  # loss, learning rate, gradient norm of every step
         self.watch = selfcheck.Watch(self.trainable, self.params.max_grad_norm)
@@ -76,6 +89,11 @@ class Trainer:
         start = self.resume()
         if start == 0:
             self.check_step_zero()
+            log_start_over(self.folder, self.inputs)
+        if self.accelerator.is_main_process:
+            write_json(self.folder / INPUTS, self.inputs)
+        if self.params.compile:
+            self.denoiser.compile_repeated_blocks()
         outputs.log_plan(self, start)
         progress = Progress(
             self.accelerator,
@@ -85,42 +103,42 @@ class Trainer:
             every=self.runtime.log_every_n_steps,
         )
         progress.init_trackers(self.params.model_dump())
-        for step in range(start, self.params.num_steps):
-            if step > start and step % self.params.checkpoint_every_n_steps == 0:
-                self.checkpoint(step)
-            if step > 0 and step % self.params.snapshot_every_n_steps == 0:
-                self.snapshot(step)
-            self.step(step)
-            progress.step(self.history)
+        with Interrupt() as interrupt:
+            for step in range(start, self.params.num_steps):
+                if step > start and step % self.params.checkpoint_every_n_steps == 0:
+                    self.checkpoint(step)
+                if step > 0 and step % self.params.snapshot_every_n_steps == 0:
+                    self.snapshot(step)
+                stop = self.step(step, interrupt.received is not None)
+                progress.step(self.history)
+                if stop:
+                    self.checkpoint(step + 1)
+                    interrupt.leave(step + 1)
         self.measured = progress.end()
         self.watch.end()
+        if may_go_on(self.params):
+            self.checkpoint(self.params.num_steps)
 
-    def step(self, step: int) -> None:
-        """One optimizer step. Everything random in it is a function of (seed, purpose, step, slot)."""
+    def step(self, step: int, stop: bool) -> bool:
+        """One optimizer step. Everything random in it is a function of (seed, purpose, step, slot).
+
+        Args:
+            stop: whether this process was asked to stop.
+
+        Returns:
+            Whether any process was.
+        """
         accumulation = self.params.gradient_accumulation_steps
-        total_loss = 0.0
-        for micro in range(accumulation):
-            batch = self.batches.batch(step, micro)
-            noisy_latents = objectives.add_noise(
-                self.noise_scheduler, batch.latents, batch.added_noise, batch.timesteps
-            )
-            timesteps = objectives.model_timesteps(self.noise_scheduler, batch.timesteps)
-            target = objectives.target(self.noise_scheduler, batch.latents, batch.noise, batch.timesteps)
-            weights = weighting.loss_weights(
-                self.noise_scheduler, batch.timesteps, self.params.loss_weighting, self.params.snr_gamma
-            )  # [B]
-            c = weighting.huber_c(
-                self.noise_scheduler, batch.timesteps, self.params.huber_c, self.params.huber_schedule
-            )  # [B]
-
-            torch.manual_seed(seeding.key(self.params.seed, "layers", step, micro))  # for dropout inside the layers
-            with self.accelerator.autocast():
-                model_pred = self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt)
-
-            loss = objectives.masked_mean(weighting.errors(model_pred.float(), target, c), batch.masks)  # [B]
-            loss = (loss * weights * batch.weights).mean()
-            self.accelerator.backward(loss / accumulation)
-            total_loss += loss.item() / accumulation
+        losses = [0.0] * accumulation
+        for micro in range(self.accelerator.process_index, accumulation, self.accelerator.num_processes):
+            loss = self.loss(self.batches.batch(step, micro), step, micro) / accumulation
+            self.accelerator.backward(loss)
+            losses[micro] = loss.item()
+            if accumulation > 1:
+                self.gradients.add()
+        if accumulation > 1:
+            losses, stop = self.gradients.put(losses, stop)
+        total_loss = math.fsum(losses)
 
         self.watch.gradients()
         grad_norm = float(self.accelerator.clip_grad_norm_(list(self.trainable.values()), self.params.max_grad_norm))
@@ -128,9 +146,28 @@ class Trainer:
         scaled = self.accelerator.scaler is not None
         if self.watch.finite(total_loss, grad_norm, step, scaled) or scaled:
             self.optimizer.step()  # a GradScaler skips bad updates itself and lowers its scale
-        self.history.append((float(total_loss), self.lr_scheduler.get_last_lr()[0], grad_norm))
+            self.kept.step()
+        self.history.append((total_loss, self.lr_scheduler.get_last_lr()[0], grad_norm))
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return stop
+
+    def loss(self, batch: Batch, step: int, micro: int) -> torch.Tensor:
+        """Mean loss of one micro-batch, float32 []."""
+        params, scheduler = self.params, self.noise_scheduler
+        noisy_latents = objectives.add_noise(scheduler, batch.latents, batch.added_noise, batch.timesteps)
+        timesteps = objectives.model_timesteps(scheduler, batch.timesteps)
+        target = objectives.target(scheduler, batch.latents, batch.noise, batch.timesteps)
+        weights = weighting.loss_weights(scheduler, batch.timesteps, params.loss_weighting, params.snr_gamma)  # [B]
+        huber_c = weighting.huber_c(scheduler, batch.timesteps, params.huber_c, params.huber_schedule)  # [B]
+
+        torch.manual_seed(seeding.key(params.seed, "layers", step, micro))  # for dropout inside the layers
+        with self.accelerator.autocast():
+            model_pred = self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt)
+
+        errors = weighting.errors(model_pred.float(), target, huber_c)  # [B, C, h, w]
+        losses = objectives.masked_mean(errors, batch.masks)  # [B]
+        return (losses * weights * batch.weights).mean()
 
     def check_step_zero(self) -> None:
         """The fresh adapter is sound, and equals the base on two samples of the first batch."""
@@ -148,7 +185,8 @@ class Trainer:
 
     def resume(self) -> int:
         """Load the newest good checkpoint of this very run; return the number of steps it has done."""
-        state = self.checkpoints.load()
+        self.accelerator.wait_for_everyone()  # until process 0 holds the run's lock
+        state = self.checkpoints.load(self.params.num_steps)
         if state is None:
             return 0
         lora.load(self.accelerator.unwrap_model(self.denoiser), state["adapter"])
@@ -156,12 +194,15 @@ class Trainer:
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.kept.load_state_dict(state["ema"])
         self.history = [tuple(row) for row in state["history"]]
         self.watch.silent = set(state["silent"])
         log.info("resumed from step %d", state["step"])
         return state["step"]
 
     def checkpoint(self, step: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
         scaler = self.accelerator.scaler
         self.checkpoints.save(
             step,
@@ -169,6 +210,7 @@ class Trainer:
                 "adapter": lora.state_dict(self.accelerator.unwrap_model(self.denoiser)),
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.lr_scheduler.state_dict(),
+                "ema": self.kept.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "history": self.history,
                 "silent": sorted(self.watch.silent),
@@ -176,8 +218,10 @@ class Trainer:
         )
 
     def snapshot(self, step: int) -> None:
-        self.save_weights(self.folder / snapshot_name(step))
+        if self.accelerator.is_main_process:
+            self.save_weights(self.folder / snapshot_name(step))
 
     def save_weights(self, path: Path) -> None:
         metadata = {"format": "pt"} | bias_metadata(self.lora_config["bias"], self.biases)
-        save_tensors(path, lora.state_dict(self.accelerator.unwrap_model(self.denoiser)), metadata)
+        with self.kept.weights():
+            save_tensors(path, lora.state_dict(self.accelerator.unwrap_model(self.denoiser)), metadata)
