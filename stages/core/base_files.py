@@ -27,6 +27,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "ZImagePipeline": "z_image",
 }
 """Class named in model_index.json -> the ``model.family`` that trains it."""
 
@@ -158,7 +159,7 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 def component_files(folder: Path, variant: str | None) -> list[Path]:
     """Config, tokenizer and weight files of one component: all that can change what it computes."""
-    texts = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model"})
+    texts = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model", ".jinja"})
     return texts + weight_files(folder, variant)
 
 

@@ -21,8 +21,8 @@ class Family(Protocol):
     """Class named in model_index.json."""
     COMPONENTS: dict[str, str]
     """Folder -> class, of all that is loaded; "" for any. A tokenizer's class goes without ``Fast``."""
-    NEGATIVE_PROMPT: bool
-    """Whether the pipeline guides away from a negative prompt; if not, guidance_scale is an input of the model."""
+    NO_GUIDANCE: float | None
+    """guidance_scale up to which the pipeline reads no negative prompt; None where it is an input of the model."""
     OPTIONAL: tuple[str, ...]
     """Components that model_index.json may declare null."""
     VAE: tuple[str, ...]

@@ -30,7 +30,7 @@ OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 DENOISER = "transformer"
-NEGATIVE_PROMPT = False
+NO_GUIDANCE = None
 MAX_T5_TOKENS = 512
 """Source: FluxPipeline, ``max_sequence_length``."""
 TRAINING_GUIDANCE = 1.0

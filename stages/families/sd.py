@@ -28,7 +28,7 @@ OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder")
 DENOISER = "unet"
-NEGATIVE_PROMPT = True
+NO_GUIDANCE = 1.0
 
 vae_scale_factor = components.vae_scale_factor
 load_vae = components.load_vae

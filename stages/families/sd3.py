@@ -33,7 +33,7 @@ OPTIONAL = ("text_encoder_3", "tokenizer_3")
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")
 DENOISER = "transformer"
-NEGATIVE_PROMPT = True
+NO_GUIDANCE = 1.0
 MAX_T5_TOKENS = 256
 """Source: StableDiffusion3Pipeline, ``max_sequence_length``."""
 

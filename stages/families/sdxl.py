@@ -31,7 +31,7 @@ OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 DENOISER = "unet"
-NEGATIVE_PROMPT = True
+NO_GUIDANCE = 1.0
 
 vae_scale_factor = components.vae_scale_factor
 vae_dtype = components.upcast_vae_dtype
