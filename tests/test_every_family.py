@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from stages.artifacts.latent_cache import LatentCache
 from stages.artifacts.manifest import Manifest
-from stages.core import base_files, params
+from stages.core import base_files, components, params
 from stages.core.params import ModelParams
 from stages.core.pictures import load_view
 from stages.families.base import Family, load_family
@@ -155,6 +155,24 @@ def test_prediction_is_the_pipelines_own_call(family: Family, model: ModelParams
         with torch.no_grad():
             found = family.predict(ours, stock.unpack(pipe, hidden), told.expand(2), prompt)
         torch.testing.assert_close(found, stock.sign * stock.unpack(pipe, output), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_longest_side_is_the_longest_that_the_denoiser_answers_to(family: Family, model: ModelParams) -> None:
+    denoiser = family.load_denoiser(model, CPU)
+    prompt = family.encode_prompts(family.load_text(model, CPU), ["red apple"])
+    prompt |= {part: tensor[None] for part, tensor in family.view_conditioning((32, 32), (0, 0), (32, 32)).items()}
+    channels = components.config(model, "vae")["latent_channels"]
+    limit, multiple = family.max_side(model), family.pixel_multiple(model)
+
+    def predict(side: int) -> torch.Tensor:
+        latents = torch.zeros(1, channels, 8, side // family.vae_scale_factor(model))
+        return family.predict(denoiser, latents, torch.tensor([500.0]), prompt)
+
+    assert predict(limit or 32 * multiple).isfinite().all()
+    if limit is not None:
+        with pytest.raises((ValueError, IndexError)):
+            predict(limit + multiple)
 
 
 def test_loss_from_the_cache_is_the_stock_loss(

@@ -125,6 +125,20 @@ def test_check_says_how_long_a_caption_may_be(on_z_image: Workspace) -> None:
     assert "captions    up to 512 tokens, 19 of them the model's own" in on_z_image.run("check", *overrides())
 
 
+def test_sides_are_multiples_of_a_patch_and_have_an_end(on_z_image: Workspace) -> None:
+    with pytest.raises(UserError) as error:
+        on_z_image.run("check", *overrides("dataset.resolution=260"))
+    assert error.value.problems == (
+        "params.yaml dataset.resolution: 260 is above 256, the longest side that data/base has positions for; "
+        "use a multiple of 8 up to 256",
+    )
+    with pytest.raises(UserError) as error:
+        on_z_image.run("check", *overrides("dataset.resolution=36"))
+    assert error.value.problems == (
+        "params.yaml dataset.resolution: 36 is no multiple of 8, which data/base needs; use 32 or 40",
+    )
+
+
 # Guidance
 
 

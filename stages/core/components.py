@@ -101,6 +101,10 @@ def decode_in_own_dtype(vae: AutoencoderKL) -> AutoencoderKL:
     return vae
 
 
+def no_max_side(model: ModelParams) -> None:
+    """Of a denoiser that takes any size."""
+
+
 def no_view_conditioning(
     original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
 ) -> dict[str, torch.Tensor]:

@@ -38,6 +38,9 @@ class Family(Protocol):
     def pixel_multiple(self, model: ModelParams) -> int:
         """Width and height must be multiples of this."""
 
+    def max_side(self, model: ModelParams) -> int | None:
+        """Pixels of the longest side that the denoiser has positions for; None where it takes any."""
+
     def vae_scale_factor(self, model: ModelParams) -> int:
         """Pixels per latent pixel, in each direction."""
 

@@ -52,6 +52,12 @@ def pixel_multiple(model: ModelParams) -> int:
     return vae_scale_factor(model) * components.config(model, "transformer")["patch_size"]
 
 
+def max_side(model: ModelParams) -> int | None:
+    """By the table of positions, which is cropped for every size."""
+    positions = components.config(model, "transformer")["pos_embed_max_size"]
+    return positions and positions * pixel_multiple(model)
+
+
 def load_tokenizer(model: ModelParams) -> Any:
     """The one that reads most of a caption: T5's, or CLIP's without it."""
     from transformers import CLIPTokenizer, T5Tokenizer

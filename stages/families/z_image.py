@@ -51,6 +51,11 @@ def pixel_multiple(model: ModelParams) -> int:
     return vae_scale_factor(model) * 2
 
 
+def max_side(model: ModelParams) -> int:
+    """By the rotary embedding's tables: the first axis counts tokens and pictures, the others rows and columns."""
+    return min(components.config(model, "transformer")["axes_lens"][1:]) * pixel_multiple(model)
+
+
 def load_tokenizer(model: ModelParams) -> Qwen2Tokenizer:
     """Raises UserError for one without the chat template that every caption is put into."""
     from transformers import Qwen2Tokenizer
