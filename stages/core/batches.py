@@ -65,10 +65,12 @@ class Batches:
         num_train_timesteps: int,
         seed: int,
         device: torch.device,
+        drops_to_zeros: bool = False,  # as the family says
     ) -> None:
         self.cache, self.device, self.seed = cache, device, seed
         self.batch_size, self.accumulation = batch_size, accumulation
         self.prompt_dropout, self.num_train_timesteps = prompt_dropout, num_train_timesteps
+        self.zeroed = cache.manifest["conditioning"] if drops_to_zeros else []
         self.order = Order(by_shape(cache, items), batch_size, seed)
         self.masked = any(item.masks for item in items)
 
@@ -93,6 +95,8 @@ class Batches:
         dropped = torch.rand((), generator=draw("prompt")) < self.prompt_dropout
         caption = item.captions[int(torch.randint(len(item.captions), (), generator=draw("caption")))]
         prompt = self.cache.prompt("" if dropped else caption, item.views[view])
+        if dropped:
+            prompt |= {name: torch.zeros_like(prompt[name]) for name in self.zeroed}
         mask = self.cache.mask(item.masks[view]) if item.masks else torch.ones_like(mean[:1])  # [1, h, w]
         return Batch(
             latents[None],

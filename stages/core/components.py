@@ -115,6 +115,11 @@ def no_view_conditioning(
 # Captions
 
 
+def drops_to_empty(model: ModelParams) -> bool:
+    """Of a pipeline that encodes the empty caption where no negative prompt is given: nothing is zeros."""
+    return False
+
+
 def input_ids(tokenizer: Any, captions: list[str], max_length: int, device: torch.device) -> torch.Tensor:
     """Token ids, padded and cut to ``max_length``, int64 [B, L]."""
     tokens = tokenizer(captions, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")

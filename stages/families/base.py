@@ -57,6 +57,11 @@ class Family(Protocol):
     def encode_images(self, vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float [B, 3, H, W] in [-1, 1] -> posterior mean and std in the denoiser's space, float32 [B, C, H/f, W/f]."""
 
+    def drops_to_zeros(self, model: ModelParams) -> bool:
+        """Whether a dropped caption is zeros, not the empty caption's embeddings: what the pipeline guides away from
+        where no negative prompt is given.
+        """
+
     def view_conditioning(
         self, original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:

@@ -70,7 +70,7 @@ class TrainParams(Params):
     snr_gamma: float | None = Field(gt=0)
     """min-SNR gamma, null for uniform weights."""
     prompt_dropout: float = Field(ge=0, le=1)
-    """Share of captions replaced by the empty one, for classifier-free guidance."""
+    """Share of captions replaced, by the empty one or, where SDXL's base says so, by zeros: for guidance."""
     checkpoint_every_n_steps: int = Field(ge=1)
     snapshot_every_n_steps: int = Field(ge=1)
     """Adapters kept for validate's curve and progress sheet."""

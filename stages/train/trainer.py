@@ -64,9 +64,11 @@ class Trainer:
             num_train_timesteps=self.noise_scheduler.config.num_train_timesteps,
             seed=self.params.seed,
             device=self.device,
+            drops_to_zeros=family.drops_to_zeros(model),
         )
 
-        self.digest = run_digest(self.params, model, self.lora_config, cache, base, self.device)
+        dropped = {"dropped caption": "zeros"} if family.drops_to_zeros(model) else {}  # in no component's files
+        self.digest = run_digest(self.params, model, self.lora_config, cache, base | dropped, self.device)
         self.made_from = made_from(config, cache, self.items)
         self.folder = state_dir() / "runs" / self.digest[:16]
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
