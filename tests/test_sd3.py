@@ -94,3 +94,29 @@ def test_min_snr_is_refused(workspace: Workspace, bases: dict[str, Path]) -> Non
             "params.yaml train.loss_weighting: min_snr weighs diffusion losses, and the base's "
             "FlowMatchEulerDiscreteScheduler is flow matching; use uniform",
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["dataset.resolution=72"],
+            "72 is above 64, the longest side that data/base has positions for; use a multiple of 8 up to 64",
+        ),
+        (
+            ["dataset.resolution=64", "dataset.aspect_buckets=true"],
+            "its buckets have sides of up to 80 pixels, above 64, the longest side that data/base has positions for; "
+            "lower it, or dataset.max_aspect_ratio",
+        ),
+    ],
+    ids=["square", "buckets"],
+)
+def test_a_side_without_positions_is_refused_before_anything_is_cut(
+    workspace: Workspace, bases: dict[str, Path], changes: list[str], message: str
+) -> None:
+    Path("data/base").unlink()
+    Path("data/base").symlink_to(bases["sd3"])
+    overrides = [word for change in ("model.family=sd3", *changes) for word in ("--set", change)]
+    with pytest.raises(UserError) as error:
+        workspace.run("check", *overrides)
+    assert error.value.problems == (f"params.yaml dataset.resolution: {message}",)

@@ -1,10 +1,12 @@
-"""What SDXL alone has: micro-conditioning of every view, and a VAE that stays in float32."""
+"""What SDXL alone has: micro-conditioning of every view, a VAE that stays in float32, zeros for a dropped caption."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
@@ -12,11 +14,14 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from stages.artifacts.latent_cache import LatentCache
 from stages.artifacts.manifest import Item, Manifest, View
 from stages.cache_latents.entries import geometry
+from stages.core import base_files, params, seeding
 from stages.core.device import autocast
 from stages.core.params import ModelParams
+from stages.core.sampling import Sampling, draw
 from stages.families import sdxl
 from stages.train.batches import Batches
 from stages.train.noising import make_timesteps
+from stages.train.trainer import Trainer
 from tests.conftest import Workspace, picture, write_rows
 from tests.settings import train_params
 
@@ -110,3 +115,67 @@ def test_the_vae_is_float32_whatever_the_model_is(bases: dict[str, Path]) -> Non
         assert torch.equal(pipe.vae.decode(latents, return_dict=False)[0], exact)
         drawn = pipe("red apple", num_inference_steps=1, height=32, width=32, output_type="np").images
     assert drawn.shape == (1, 32, 32, 3)
+
+
+# What guidance leads away from
+
+
+@pytest.fixture(params=[True, False], ids=["zeros", "empty"])
+def forces_zeros(request: pytest.FixtureRequest, workspace: Workspace, bases: dict[str, Path]) -> bool:
+    """data/base is a tiny SDXL whose index says so, or not."""
+    Path("data/base").unlink()
+    pipe = StableDiffusionXLPipeline.from_pretrained(bases["sdxl"], force_zeros_for_empty_prompt=request.param)
+    pipe.save_pretrained("data/base")
+    return request.param
+
+
+def model_params() -> ModelParams:
+    return ModelParams(family="sdxl", pretrained="data/base", variant=None, dtype="float32")
+
+
+@torch.no_grad()
+def test_a_dropped_caption_is_what_the_pipeline_guides_away_from(workspace: Workspace, forces_zeros: bool) -> None:
+    overrides = ("--set", "model.family=sdxl", "--set", "train.prompt_dropout=1", "--set", "train.num_steps=2")
+    for stage in ("prepare", "cache_latents"):
+        workspace.run(stage, *overrides)
+    trainer = make_trainer(overrides)
+    given = trainer.batches.batch(0, 0).prompt
+    pipe = StableDiffusionXLPipeline.from_pretrained("data/base")
+    _, negative, _, pooled = pipe.encode_prompt(["red apple", "blue boat"], do_classifier_free_guidance=True)
+    torch.testing.assert_close(given["prompt_embeds"], negative)
+    torch.testing.assert_close(given["pooled_prompt_embeds"], pooled)
+    assert given["add_time_ids"].all(0).tolist() == [True, True, False, False, True, True]
+    assert bool(negative.any()) != forces_zeros
+
+
+def make_trainer(overrides: tuple[str, ...]) -> Trainer:
+    config = params.load(Path("params.yaml"), overrides[1::2])
+    base = base_files.digests(model_params(), sdxl.COMPONENTS)
+    return Trainer(config, sdxl, LatentCache(Path("data/latents")), base)
+
+
+def test_a_run_of_the_other_kind_is_another_run(workspace: Workspace, bases: dict[str, Path]) -> None:
+    Path("data/base").unlink()
+    shutil.copytree(bases["sdxl"], "data/base")
+    overrides = ("--set", "model.family=sdxl")
+    for stage in ("prepare", "cache_latents"):
+        workspace.run(stage, *overrides)
+    index = Path("data/base/model_index.json")
+    found = [make_trainer(overrides).digest]
+    for value in (False, True):
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": value}))
+        found.append(make_trainer(overrides).digest)
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize("negative_prompt", ["", "blue boat"])
+def test_pictures_are_drawn_as_the_pipeline_draws_without_a_negative_prompt(
+    forces_zeros: bool, negative_prompt: str
+) -> None:
+    size = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}
+    asked = Sampling(prompts=["red apple"], negative_prompt=negative_prompt, seed=0, batch_size=2, **size)
+    (found,) = draw(sdxl.load_pipeline(model_params(), CPU), asked, model_params())
+    pipe = StableDiffusionXLPipeline.from_pretrained("data/base", add_watermarker=False)
+    generator = seeding.generator(0, "sample", "red apple")
+    (expected,) = pipe("red apple", negative_prompt=negative_prompt or None, generator=generator, **size).images
+    assert np.array_equal(np.asarray(found), np.asarray(expected))

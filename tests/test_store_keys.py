@@ -13,7 +13,7 @@ import pytest
 
 from stages.cache_latents import encoding, entries, keys
 from stages.core import components, device, pictures
-from stages.families import flux, sd, sd3, sdxl
+from stages.families import flux, sd, sd3, sdxl, z_image
 
 PIXELS = (
     pictures.load_view,
@@ -59,11 +59,15 @@ ENTRIES = (
     sdxl.load_tokenizer,
     sdxl.load_text,
     sdxl.encode_prompts,
+    z_image.load_tokenizer,
+    z_image.chats,
+    z_image.load_text,
+    z_image.encode_prompts,
 )
 MASKS = (entries.Masks.read, entries.Masks.decode, entries.Masks._make, entries.mask_weights)
 RECORDED = {  # number, digest of the source that it stands for
     "pictures.VERSION": (1, "27d978230580fe10"),
-    "keys.FORMAT": (1, "7b2b67c5d9d157d2"),
+    "keys.FORMAT": (1, "119b29bc4d2b5b85"),
     "keys.MASK_FORMAT": (2, "1f64e39bdb69e15c"),
 }
 

@@ -27,6 +27,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "ZImagePipeline": "z_image",
 }
 """Class named in model_index.json -> the ``model.family`` that trains it."""
 
@@ -158,7 +159,7 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 def component_files(folder: Path, variant: str | None) -> list[Path]:
     """Config, tokenizer and weight files of one component: all that can change what it computes."""
-    texts = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model"})
+    texts = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model", ".jinja"})
     return texts + weight_files(folder, variant)
 
 
@@ -185,24 +186,39 @@ def digest(folder: Path, variant: str | None) -> str:
 
 
 def size_problems(model: ModelParams, family: Family, sizes: Iterable[tuple[int, int]]) -> list[str]:
-    """A line if pictures of these widths and heights, in pixels, cannot be encoded by the base."""
+    """Lines if pictures of these widths and heights, in pixels, are nothing that the base can take."""
     try:
-        multiple = family.pixel_multiple(model)
+        multiple, limit = family.pixel_multiple(model), family.max_side(model)
     except (KeyError, TypeError) as error:
         return [f"{model.pretrained}: a config.json lacks what the family reads ({error}); fetch the model again"]
     sides = sorted({side for size in sizes for side in size})
+    found = []
+    if limit is not None and sides[-1] > limit:
+        found.append(too_long(model, sides, multiple, limit))
     bad = [side for side in sides if side % multiple]
-    if not bad:
-        return []
+    if bad and not (found and len(sides) == 1):  # whose line names the multiple too
+        found.append(uneven(model, sides, bad, multiple))
+    return found
+
+
+def too_long(model: ModelParams, sides: list[int], multiple: int, limit: int) -> str:
+    above = f"above {limit}, the longest side that {model.pretrained} has positions for"
+    if len(sides) > 1:
+        found = f"its buckets have sides of up to {sides[-1]} pixels"
+        return f"params.yaml dataset.resolution: {found}, {above}; lower it, or dataset.max_aspect_ratio"
+    return f"params.yaml dataset.resolution: {sides[0]} is {above}; use a multiple of {multiple} up to {limit}"
+
+
+def uneven(model: ModelParams, sides: list[int], bad: list[int], multiple: int) -> str:
     if len(sides) > 1:
         more = f" and {len(bad) - NUM_EXAMPLES:,} more" if len(bad) > NUM_EXAMPLES else ""
         shown = ", ".join(map(str, bad[:NUM_EXAMPLES])) + more
         found = f"sides of {shown} pixels are no multiples of {multiple}"
-        return [f"params.yaml dataset.bucket_step: {found}, which {model.pretrained} needs; use {multiple}"]
+        return f"params.yaml dataset.bucket_step: {found}, which {model.pretrained} needs; use {multiple}"
     below = bad[0] - bad[0] % multiple
     near = f"{below} or {below + multiple}" if below else str(multiple)
     where = f"params.yaml dataset.resolution: {bad[0]}"
-    return [f"{where} is no multiple of {multiple}, which {model.pretrained} needs; use {near}"]
+    return f"{where} is no multiple of {multiple}, which {model.pretrained} needs; use {near}"
 
 
 def require_base(model: ModelParams, family: Family) -> None:

@@ -101,6 +101,10 @@ def decode_in_own_dtype(vae: AutoencoderKL) -> AutoencoderKL:
     return vae
 
 
+def no_max_side(model: ModelParams) -> None:
+    """Of a denoiser that takes any size."""
+
+
 def no_view_conditioning(
     original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
@@ -109,6 +113,11 @@ def no_view_conditioning(
 
 
 # Captions
+
+
+def drops_to_empty(model: ModelParams) -> bool:
+    """Of a pipeline that encodes the empty caption where no negative prompt is given: nothing is zeros."""
+    return False
 
 
 def input_ids(tokenizer: Any, captions: list[str], max_length: int, device: torch.device) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Params(BaseModel):
 class ModelParams(Params):
     """Section ``model``: the frozen base."""
 
-    family: Literal["sd", "sdxl", "sd3", "flux"]
+    family: Literal["sd", "sdxl", "sd3", "flux", "z_image"]
     """File in stages/families/ that knows the model."""
     pretrained: str = Field(min_length=1)
     """Folder in the diffusers layout."""

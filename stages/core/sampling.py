@@ -22,6 +22,7 @@ class Sampling:
 
     prompts: list[str]
     negative_prompt: str
+    """Empty for none: what the pipeline guides away from then is its own matter."""
     num_inference_steps: int
     guidance_scale: float
     height: int
@@ -43,7 +44,7 @@ def draw(pipeline: Any, sampling: Sampling, model: ModelParams) -> list[Image.Im
         with torch.inference_mode(), autocast(pipeline.device, model):
             pictures += pipeline(
                 prompts,
-                negative_prompt=[sampling.negative_prompt] * len(prompts),
+                negative_prompt=[sampling.negative_prompt] * len(prompts) if sampling.negative_prompt else None,
                 num_inference_steps=sampling.num_inference_steps,
                 guidance_scale=sampling.guidance_scale,
                 height=sampling.height,

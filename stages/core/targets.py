@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stages.train.params import LoraParams
 
 ATTENTION = r"(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv|to_qkv_mlp_proj)"
-FEED_FORWARD = r"(ff|ff_context)\.(net\.0\.proj|net\.2)|proj_mlp|ff\.linear_(in|out)"
+FEED_FORWARD = r"(ff|ff_context)\.(net\.0\.proj|net\.2)|proj_mlp|ff\.linear_(in|out)|feed_forward\.w[123]"
 PRESETS = {
     "attention": rf"(.*\.)?({ATTENTION})",
     "attention+ff": rf"(.*\.)?({ATTENTION}|{FEED_FORWARD})",

@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "sdxl": "stable-diffusion-xl-v1-base",
     "sd3": "stable-diffusion-3-medium",
     "flux": "flux-1-dev",
+    "z_image": "z-image",
 }
 PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 

@@ -22,7 +22,7 @@ class ExportParams(Params):
     """Prompt of the model card's example and of the comparison."""
     num_inference_steps: int = Field(ge=1, le=1000)
     """Sampling steps of the comparison."""
-    guidance_scale: float = Field(ge=1)
+    guidance_scale: float = Field(ge=0)
     seed: int = Field(ge=0)
 
     @field_validator("formats")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-5  # of the largest output, float32; a file loaded by diffusers or PEFT usually differs by nothing at all
 
+LATENT_SIDE = 32  # of the recorded picture where no config names a size: FLUX.1 and Z-Image would draw 1024 x 1024
+
 Loaded = tuple[Any, list[str]]
 """A denoiser with the file loaded, and the file's keys that it did not take."""
 
@@ -75,6 +77,7 @@ class Proof:
 
     def record(self, pipeline: Any, denoiser: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Arguments of the denoiser's first and last call while the prompt is drawn."""
+        side = None if "sample_size" in denoiser.config else LATENT_SIDE * pipeline.vae_scale_factor
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         hook = denoiser.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
@@ -84,6 +87,8 @@ class Proof:
                 self.params.prompt,
                 num_inference_steps=self.params.num_inference_steps,
                 guidance_scale=self.params.guidance_scale,
+                height=side,
+                width=side,
                 generator=seeding.generator(self.params.seed, "export"),
                 output_type="latent",
             )
@@ -92,7 +97,8 @@ class Proof:
     @torch.no_grad()
     def answer(self, denoiser: Any) -> torch.Tensor:
         """The outputs of the recorded calls, flat."""
-        return torch.cat([denoiser(*args, **kwargs)[0].flatten() for args, kwargs in self.calls])
+        outputs = [denoiser(*args, **kwargs)[0] for args, kwargs in self.calls]  # tensors, or lists of them
+        return torch.cat([part.flatten() for output in outputs for part in output])
 
     def write(self, name: Format, folder: Path) -> None:
         if name == "diffusers":

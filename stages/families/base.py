@@ -21,8 +21,8 @@ class Family(Protocol):
     """Class named in model_index.json."""
     COMPONENTS: dict[str, str]
     """Folder -> class, of all that is loaded; "" for any. A tokenizer's class goes without ``Fast``."""
-    NEGATIVE_PROMPT: bool
-    """Whether the pipeline guides away from a negative prompt; if not, guidance_scale is an input of the model."""
+    NO_GUIDANCE: float | None
+    """guidance_scale up to which the pipeline reads no negative prompt; None where it is an input of the model."""
     OPTIONAL: tuple[str, ...]
     """Components that model_index.json may declare null."""
     VAE: tuple[str, ...]
@@ -37,6 +37,9 @@ class Family(Protocol):
 
     def pixel_multiple(self, model: ModelParams) -> int:
         """Width and height must be multiples of this."""
+
+    def max_side(self, model: ModelParams) -> int | None:
+        """Pixels of the longest side that the denoiser has positions for; None where it takes any."""
 
     def vae_scale_factor(self, model: ModelParams) -> int:
         """Pixels per latent pixel, in each direction."""
@@ -53,6 +56,11 @@ class Family(Protocol):
 
     def encode_images(self, vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float [B, 3, H, W] in [-1, 1] -> posterior mean and std in the denoiser's space, float32 [B, C, H/f, W/f]."""
+
+    def drops_to_zeros(self, model: ModelParams) -> bool:
+        """Whether a dropped caption is zeros, not the empty caption's embeddings: what the pipeline guides away from
+        where no negative prompt is given.
+        """
 
     def view_conditioning(
         self, original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]

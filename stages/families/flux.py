@@ -30,7 +30,7 @@ OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 DENOISER = "transformer"
-NEGATIVE_PROMPT = False
+NO_GUIDANCE = None
 MAX_T5_TOKENS = 512
 """Source: FluxPipeline, ``max_sequence_length``."""
 TRAINING_GUIDANCE = 1.0
@@ -44,6 +44,8 @@ vae_dtype = components.upcast_vae_dtype
 load_vae = components.load_vae
 encode_images = components.encode_images
 view_conditioning = components.no_view_conditioning
+drops_to_zeros = components.drops_to_empty
+max_side = components.no_max_side
 
 
 def left_out(model: ModelParams) -> tuple[str, ...]:

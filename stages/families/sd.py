@@ -28,12 +28,14 @@ OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder")
 DENOISER = "unet"
-NEGATIVE_PROMPT = True
+NO_GUIDANCE = 1.0
 
 vae_scale_factor = components.vae_scale_factor
 load_vae = components.load_vae
 encode_images = components.encode_images
 view_conditioning = components.no_view_conditioning
+drops_to_zeros = components.drops_to_empty
+max_side = components.no_max_side
 
 
 def left_out(model: ModelParams) -> tuple[str, ...]:

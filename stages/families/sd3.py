@@ -33,7 +33,7 @@ OPTIONAL = ("text_encoder_3", "tokenizer_3")
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")
 DENOISER = "transformer"
-NEGATIVE_PROMPT = True
+NO_GUIDANCE = 1.0
 MAX_T5_TOKENS = 256
 """Source: StableDiffusion3Pipeline, ``max_sequence_length``."""
 
@@ -42,6 +42,7 @@ vae_dtype = components.upcast_vae_dtype
 load_vae = components.load_vae
 encode_images = components.encode_images
 view_conditioning = components.no_view_conditioning
+drops_to_zeros = components.drops_to_empty
 
 
 def left_out(model: ModelParams) -> tuple[str, ...]:
@@ -50,6 +51,12 @@ def left_out(model: ModelParams) -> tuple[str, ...]:
 
 def pixel_multiple(model: ModelParams) -> int:
     return vae_scale_factor(model) * components.config(model, "transformer")["patch_size"]
+
+
+def max_side(model: ModelParams) -> int | None:
+    """By the table of positions, which is cropped for every size."""
+    positions = components.config(model, "transformer")["pos_embed_max_size"]
+    return positions and positions * pixel_multiple(model)
 
 
 def load_tokenizer(model: ModelParams) -> Any:

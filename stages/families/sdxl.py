@@ -1,14 +1,16 @@
 """Stable Diffusion XL: two CLIP text encoders, pooled embeddings, micro-conditioning by size and crop, a float32 VAE.
 
-The empty caption is encoded like any other, as diffusers' training scripts do. A pipeline without negative_prompt
-takes zeros instead (``force_zeros_for_empty_prompt``); with ``negative_prompt=""`` it takes what was trained on.
+Without a negative prompt the pipeline guides away from zeros where the base says so (``force_zeros_for_empty_prompt``,
+as SDXL's own training dropped its captions), so a dropped caption is zeros in training too.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core import components, quiet
+from stages.core.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +33,13 @@ OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 DENOISER = "unet"
-NEGATIVE_PROMPT = True
+NO_GUIDANCE = 1.0
 
 vae_scale_factor = components.vae_scale_factor
 vae_dtype = components.upcast_vae_dtype
 load_vae = components.load_vae
 encode_images = components.encode_images
+max_side = components.no_max_side
 
 
 def left_out(model: ModelParams) -> tuple[str, ...]:
@@ -45,6 +48,11 @@ def left_out(model: ModelParams) -> tuple[str, ...]:
 
 def pixel_multiple(model: ModelParams) -> int:
     return vae_scale_factor(model) * 2 ** (len(components.config(model, "unet")["block_out_channels"]) - 1)
+
+
+def drops_to_zeros(model: ModelParams) -> bool:
+    """Source: StableDiffusionXLPipeline, whose default is yes."""
+    return read_json(Path(model.pretrained) / "model_index.json").get("force_zeros_for_empty_prompt", True)
 
 
 def view_conditioning(

@@ -70,8 +70,10 @@ class Batches:
         params: TrainParams,
         timesteps: noising.Timesteps,
         device: torch.device,
+        drops_to_zeros: bool = False,  # as the family says
     ) -> None:
         self.cache, self.params, self.timesteps, self.device = cache, params, timesteps, device
+        self.zeroed = cache.manifest["conditioning"] if drops_to_zeros else []
         self.order = Order(by_shape(cache, items), params.batch_size, params.seed)
         self.masked = any(item.masks for item in items)
 
@@ -97,6 +99,8 @@ class Batches:
         dropped = torch.rand((), generator=draw("prompt")) < self.params.prompt_dropout
         caption = item.captions[int(torch.randint(len(item.captions), (), generator=draw("caption")))]
         prompt = self.cache.prompt("" if dropped else caption, item.views[view])
+        if dropped:
+            prompt |= {name: torch.zeros_like(prompt[name]) for name in self.zeroed}
         mask = self.cache.mask(item.masks[view]) if item.masks else torch.ones_like(mean[:1])  # [1, h, w]
         return Batch(
             latents[None],

@@ -103,7 +103,7 @@ class TrainParams(Params):
     input_perturbation: float = Field(ge=0)
     """Standard deviation of noise that is added and not to be predicted."""
     prompt_dropout: float = Field(ge=0, le=1)
-    """Share of captions replaced by the empty one, for classifier-free guidance."""
+    """Share of captions replaced, by the empty one or, where SDXL's base says so, by zeros: for guidance."""
 
     ema_decay: float | None = Field(gt=0, lt=1)
     """The adapter that is kept is an exponential moving average of the trained one."""

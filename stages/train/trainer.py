@@ -67,9 +67,11 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.gradients = GradientSum(self.trainable.values(), self.params.gradient_accumulation_steps)
         timesteps = noising.make_timesteps(self.params, self.noise_scheduler)
-        self.batches = Batches(cache, self.items, self.params, timesteps, self.device)
+        zeros = family.drops_to_zeros(model)
+        self.batches = Batches(cache, self.items, self.params, timesteps, self.device, zeros)
 
-        self.inputs = run_inputs(self.params, model, self.lora_config, cache, base, self.device)
+        dropped = {"dropped caption": "zeros"} if zeros else {}  # in no component's files
+        self.inputs = run_inputs(self.params, model, self.lora_config, cache, base | dropped, self.device)
         self.made_from = made_from(config, cache, self.items)
         self.folder = state_dir() / "runs" / sha256_json(self.inputs)[:16]
         self.checkpoints = Checkpoints(self.folder / "checkpoints")

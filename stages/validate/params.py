@@ -26,7 +26,7 @@ class ValidateParams(Params):
     """Rows of the sheets."""
     num_inference_steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=0)
-    """Classifier-free guidance; at 1 or below there is none."""
+    """Classifier-free guidance, as the pipeline counts it: none at 1 or below, or at 0 (z_image)."""
     negative_prompt: str
     scales: list[float] = Field(min_length=1)
     """Adapter strengths, columns of the sample sheet; the progress sheet and the measures are at 1."""
@@ -43,16 +43,17 @@ class ValidateParams(Params):
                 raise ValueError(f"{name} lists {twice[0]!r} twice; name it once")
         if not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("prompts has an empty prompt; describe a picture or remove it")
-        if self.negative_prompt and self.guidance_scale <= 1:
-            raise ValueError(
-                f"negative_prompt is ignored at guidance_scale {self.guidance_scale}; raise that above 1 or empty this"
-            )
         return self
 
 
 def prompt_problems(settings: ValidateParams, family: Family) -> list[str]:
     """A line for a negative prompt that the family's pipeline would not read."""
-    if not settings.negative_prompt or family.NEGATIVE_PROMPT:
+    if not settings.negative_prompt:
         return []
-    found = f"{family.PIPELINE} takes guidance_scale as an input of the model and reads no negative prompt"
-    return [f"params.yaml validate.negative_prompt: {found}; empty it"]
+    if family.NO_GUIDANCE is None:
+        found = f"{family.PIPELINE} takes guidance_scale as an input of the model and reads no negative prompt"
+        return [f"params.yaml validate.negative_prompt: {found}; empty it"]
+    if settings.guidance_scale <= family.NO_GUIDANCE:
+        found = f"negative_prompt is ignored at guidance_scale {settings.guidance_scale}"
+        return [f"params.yaml validate: {found}; raise that above {family.NO_GUIDANCE:g} or empty this"]
+    return []
