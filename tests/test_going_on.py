@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from stages.artifacts.adapter import FINAL
+from stages.core.files import load_tensors
 from tests.conftest import Workspace, picture, write_rows
 
 ADAPTER = Path("data/adapter") / FINAL
@@ -145,6 +147,24 @@ def test_less_memory_gives_the_same_adapter(encoded: Workspace, change: str) -> 
     plain = ADAPTER.read_bytes()
     train(encoded, *dropout, "--set", change)
     assert ADAPTER.read_bytes() == plain
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_to_the_bit_and_is_near_the_plain_one(encoded: Workspace) -> None:
+    argv = ("--set", "train.compile=true", "--set", "train.checkpoint_every_n_steps=2", *CONSTANT)
+    _, fresh = train(encoded, *argv, "--set", "train.num_steps=5")
+    compiled = weights(encoded)
+    os.environ["LORA_STATE_DIR"] += "-other"
+    train(encoded, *argv, "--set", "train.num_steps=4")
+    lines, longer = train(encoded, *argv, "--set", "train.num_steps=5")
+    assert "resumed from step 4" in lines and longer == fresh
+    train(encoded, *CONSTANT, "--set", "train.num_steps=5")
+    for name, tensor in weights(encoded).items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def weights(workspace: Workspace) -> dict[str, torch.Tensor]:
+    return load_tensors(workspace.path / ADAPTER)
 
 
 # Several processes

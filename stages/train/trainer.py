@@ -73,7 +73,8 @@ class Trainer:
         dropped = {"dropped caption": "zeros"} if zeros else {}  # in no component's files
         self.inputs = run_inputs(self.params, model, self.lora_config, cache, base | dropped, self.device)
         self.made_from = made_from(config, cache, self.items)
-        self.folder = state_dir() / "runs" / sha256_json(self.inputs)[:16]
+        self.digest = sha256_json(self.inputs)
+        self.folder = state_dir() / "runs" / self.digest[:16]
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.history: list[tuple[float, float, float]] = []  # loss, learning rate, gradient norm of every step
         self.watch = selfcheck.Watch(self.trainable, self.params.max_grad_norm)
