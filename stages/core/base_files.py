@@ -72,7 +72,11 @@ def index_problems(model: ModelParams, family: Family, root: Path) -> list[str]:
     where = f"params.yaml model.pretrained: '{model.pretrained}'"
     if not root.is_dir():
         if model.pretrained.count("/") == 1 and not model.pretrained.startswith((".", "/", "data/")):
-            return [f"{where} is no folder here; fetch it: hf download {model.pretrained} --local-dir data/{root.name}"]
+            place = f"data/{root.name}"
+            return [
+                f"{where} is no folder here; write the lines `hub: {model.pretrained}` and `revision: ` with its commit"
+                f" into {place}.yaml and name that, or fetch it: hf download {model.pretrained} --local-dir {place}"
+            ]
         return [f"{where} is no folder; `dvc pull data/base` brings the embedded base"]
     index = root / "model_index.json"
     if not index.exists():

@@ -105,8 +105,8 @@ def preview_folder(path: Path, model: ModelParams, family: Family) -> Preview:
     found = single_file_problems(file, model, family)
     if found:
         return Preview(found)
-    inside, size = ", ".join(single_file.held(file, model, family)), file.stat().st_size / 1e9
-    return Preview([], model, f"{inside} of {file.name}, converted once: {size:.1f} GB below the state directory")
+    inside, size = ", ".join(single_file.held(file, model, family)), file.stat().st_size / 1e6
+    return Preview([], model, f"{inside} of {file.name}, converted once: {size:,.0f} MB below the state directory")
 
 
 def require(problems: list[str]) -> None:

@@ -77,6 +77,7 @@ FLOATS = {
 """safetensors' dtypes -> torch's, to keep them in without loss."""
 SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")
 LORA = ("lora_", ".lora", "hada_w1", "lokr_w1")
+OWN_CONFIGS = "use the configs of its own base"
 PACKAGES = ("diffusers", "transformers", "safetensors")
 VERSION = 1
 """Raise it when the same inputs are converted to other bytes."""
@@ -290,28 +291,45 @@ def load(file: Path, model: ModelParams, family: Family, inside: list[str]) -> d
         import diffusers
 
         quiet.disable_progress_bars()
-        root = file.parent
-        listed = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
+        require_all_of_the_denoiser(file, model, family)
+        listed = json.loads((file.parent / "model_index.json").read_text(encoding="utf-8"))
         others = [name for name, entry in listed.items() if isinstance(entry, list) and name not in inside]
         try:
             pipeline = getattr(diffusers, family.PIPELINE).from_single_file(
                 str(file),
-                config=str(root),
+                config=str(file.parent),
                 dtype=common_dtype(file, model.family, inside),
                 local_files_only=True,
                 **dict.fromkeys(others),
             )
+            modules = {name: getattr(pipeline, name) for name in inside}
+            if any(tensor.is_meta for module in modules.values() for tensor in module.state_dict().values()):
+                raise NotImplementedError  # as most components do by themselves
+        except NotImplementedError:
+            raise UserError(f"{file}: lacks tensors that the configs beside it describe; {OWN_CONFIGS}") from None
         except (OSError, MemoryError):
             raise
-        except Exception as error:  # of many kinds, where a tensor is missing or has another shape
+        except Exception as error:  # of many kinds, where a tensor has another shape or a block is not there
             said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
             what = f"{type(error).__name__}: {said}"[:MAX_SHOWN]
-            raise UserError(f"{file}: does not fit the configs beside it ({what}); use those of its own base") from None
-    modules = {name: getattr(pipeline, name) for name in inside}
-    found = [line for name, module in modules.items() if (line := misfit(name, module, file, model, family))]
-    if found:
-        raise UserError(*(f"{file}: {line}; use the configs of its own base" for line in found))
+            raise UserError(f"{file}: does not fit the configs beside it ({what}); {OWN_CONFIGS}") from None
     return modules
+
+
+def require_all_of_the_denoiser(file: Path, model: ModelParams, family: Family) -> None:
+    """Raises UserError where the file has more or less of it than its config describes: diffusers leaves the rest."""
+    import diffusers
+    import torch
+
+    name, header = family.DENOISER, read_header(file)
+    cls = getattr(diffusers, family.COMPONENTS[name])
+    with torch.device("meta"):
+        denoiser = cls.from_config(cls.load_config(str(file.parent), subfolder=name, local_files_only=True))
+    described = sum(tensor.numel() for tensor in denoiser.state_dict().values())
+    there = sum(math.prod(header[key]["shape"]) for key in denoiser_names(header, model.family))
+    if there != described:
+        what = f"has {there:,} weights of {name}, {name}/config.json describes {described:,}"
+        raise UserError(f"{file}: {what}; {OWN_CONFIGS}")
 
 
 def common_dtype(file: Path, family: str, inside: list[str]) -> torch.dtype:
@@ -326,19 +344,3 @@ def common_dtype(file: Path, family: str, inside: list[str]) -> torch.dtype:
     for dtype in dtypes[1:]:
         result = torch.promote_types(result, dtype)
     return result
-
-
-def misfit(name: str, module: Any, file: Path, model: ModelParams, family: Family) -> str:
-    """What a module went without, or what of a denoiser diffusers left in the file; it says nothing of either."""
-    tensors = module.state_dict()
-    missing = [key for key, tensor in tensors.items() if tensor.is_meta]
-    if missing:
-        return f"lacks {len(missing)} tensors of {name}, such as {missing[0]}"
-    if name != family.DENOISER:
-        return ""
-    header = read_header(file)
-    there = sum(math.prod(header[key]["shape"]) for key in denoiser_names(header, model.family))
-    described = sum(tensor.numel() for tensor in tensors.values())
-    if there == described:
-        return ""
-    return f"has {there:,} weights of {name}, {name}/config.json describes {described:,}"
