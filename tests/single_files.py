@@ -116,11 +116,12 @@ def prefixed(prefix: str, tensors: Tensors) -> Tensors:
 
 
 def unet(tensors: Tensors) -> Tensors:
-    """Of a UNet with one resnet per block."""
-    return {unet_name(name, tensors): tensor for name, tensor in tensors.items()}
+    places = {int(name.split(".")[3]) for name in tensors if name.startswith("up_blocks.0.resnets.")}
+    return {unet_name(name, tensors, len(places)): tensor for name, tensor in tensors.items()}
 
 
-def unet_name(name: str, tensors: Tensors) -> str:
+def unet_name(name: str, tensors: Tensors, per_block: int) -> str:
+    """Inputs and outputs are counted through all blocks, ``per_block`` each: a block's resnets and its sampler's."""
     for ours, theirs in TOP.items():
         if name.startswith(f"{ours}."):
             return replaced(name.replace(ours, theirs, 1), RESNET if "resnets" in ours else {})
@@ -128,11 +129,11 @@ def unet_name(name: str, tensors: Tensors) -> str:
     assert match, name
     side, block, kind, place, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     if kind == "downsamplers":
-        return f"input_blocks.{2 * (block + 1)}.0.{rest.replace('conv', 'op', 1)}"
+        return f"input_blocks.{per_block * (block + 1)}.0.{rest.replace('conv', 'op', 1)}"
     if kind == "upsamplers":
         after_attention = any(key.startswith(f"up_blocks.{block}.attentions") for key in tensors)
-        return f"output_blocks.{2 * block + 1}.{2 if after_attention else 1}.{rest}"
-    index = 2 * block + place + (1 if side == "down" else 0)
+        return f"output_blocks.{per_block * (block + 1) - 1}.{2 if after_attention else 1}.{rest}"
+    index = per_block * block + place + (1 if side == "down" else 0)
     stem = f"{'input' if side == 'down' else 'output'}_blocks.{index}"
     return f"{stem}.0.{replaced(rest, RESNET)}" if kind == "resnets" else f"{stem}.1.{rest}"
 

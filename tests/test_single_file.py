@@ -94,6 +94,12 @@ def test_sd3_without_encoders_takes_them_from_the_folder(bases: dict[str, Path])
     )
 
 
+def test_configs_are_the_folder_s_own_to_the_byte(sd: Path) -> None:
+    path = Path("data/mine/unet/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_diffusers_version": "0.6.0"}))
+    assert (resolve() / "unet/config.json").read_bytes() == path.read_bytes()
+
+
 def test_once(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = resolve()
     monkeypatch.setattr(single_file, "write", None)

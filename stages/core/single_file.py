@@ -266,7 +266,7 @@ def write(folder: Path, file: Path, model: ModelParams, family: Family) -> None:
     for path in kept_files(file, model, family):
         place = folder / path.relative_to(file.parent)
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.unlink(missing_ok=True)  # a config as the library wrote it, which names a path
+        place.unlink(missing_ok=True)  # a config as the library wrote it, with its own version in it
         if path.suffix == ".safetensors":
             link(path, place)
         else:
