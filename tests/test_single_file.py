@@ -346,10 +346,21 @@ def test_quantised_weights(sd: Path) -> None:
 
 def test_components_that_are_nowhere(sd: Path) -> None:
     edit(sd, lambda tensors: {n: t for n, t in tensors.items() if n.startswith("model.")})
-    assert refusals() == [
-        "data/mine/vae: no .safetensors weights; the folder is incomplete, fetch the model again",
-        "data/mine/text_encoder: no .safetensors weights; the folder is incomplete, fetch the model again",
-    ]
+    fetch = "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --include '%s/*.safetensors' --local-dir data/mine"
+    line = f"{sd}: holds no %s, and data/mine/%s no weights of it for model.variant 'null'; fetch them: {fetch}"
+    assert refusals() == [line % ((name,) * 3) for name in ("vae", "text_encoder")]
+
+
+def test_sd3_goes_without_t5_where_the_index_says_so(bases: dict[str, Path]) -> None:
+    base = bases["sd3"]
+    tensors = single_files.sd3_transformer(base)
+    lay_out(Path("data/mine"), base, tensors, beside=("vae", "text_encoder", "text_encoder_2"))
+    assert refusal(asked("sd3")).startswith("data/mine/dreamshaper.safetensors: holds no text_encoder_3, and ")
+    index = Path("data/mine/model_index.json")
+    null = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | null))
+    found = base_files.digests(asked("sd3", str(resolve(asked("sd3")))), load_family("sd3").COMPONENTS)
+    assert found["text_encoder_3"] == "absent"
 
 
 def test_a_file_that_lacks_tensors(sd: Path) -> None:

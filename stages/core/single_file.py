@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core import quiet
-from stages.core.base_files import component_files, read_header, weight_files
+from stages.core.base_files import absent, component_files, read_header, weight_files
 from stages.core.console import UserError, log
 from stages.core.files import lock, replaced, sha256_file, sha256_json, state_dir, write_json
 from stages.core.hub import is_whole, state_of
@@ -109,11 +109,22 @@ def find(root: Path, family: Family) -> Path | None:
 
 
 def held(file: Path, model: ModelParams, family: Family) -> list[str]:
-    """Components whose weights are in the file."""
-    names = read_header(file)
-    inside = INSIDE.get(model.family, {})
-    there = {name for name in inside if any(key.startswith(inside[name]) for key in names)}
-    return [name for name in family.COMPONENTS if name in there or name == family.DENOISER]
+    """Components whose weights are taken from the file: all that it has and model_index.json does not declare null."""
+    names, inside = read_header(file), INSIDE.get(model.family, {})
+    there = {name for name in inside if any(key.startswith(inside[name]) for key in names)} | {family.DENOISER}
+    return [name for name in family.COMPONENTS if name in there - absent(model, family.OPTIONAL)]
+
+
+def nowhere(file: Path, model: ModelParams, family: Family) -> list[str]:
+    """Components whose weights are neither in the file nor in their folder beside it."""
+    known = {*held(file, model, family), *absent(model, family.OPTIONAL)}
+    return [
+        name
+        for name in family.COMPONENTS
+        if name not in known
+        and (file.parent / name / "config.json").exists()  # schedulers and tokenizers have none
+        and not weight_files(file.parent / name, model.variant)
+    ]
 
 
 def problems(file: Path, model: ModelParams, family: Family) -> list[str]:
@@ -144,7 +155,7 @@ def other_family(names: Iterable[str], found: str | None, model: ModelParams, fa
     if found:
         return (
             f"a checkpoint of family '{found}', and model.family is '{model.family}'; use model.family: {found} and the"
-            f" configs of its own base: {how_to_get_configs(found, root)}"
+            f" configs of its own base: {how_to_get(found, root)}"
         )
     if any(name.startswith(("down_blocks.", "transformer_blocks.")) for name in names):
         place = root / family.DENOISER / "diffusion_pytorch_model.safetensors"
@@ -153,9 +164,9 @@ def other_family(names: Iterable[str], found: str | None, model: ModelParams, fa
     return f"no checkpoint of family '{model.family}': no tensor {MARKS[model.family]} (it has {first})"
 
 
-def how_to_get_configs(family: str, root: Path) -> str:
-    name = CONFIGS.get(family, "OWNER/NAME")
-    return f"hf download {name} --include '*.json' --include '*.txt' --include '*.model' --local-dir {root}"
+def how_to_get(family: str, root: Path, *patterns: str) -> str:
+    wanted = " ".join(f"--include '{pattern}'" for pattern in patterns or ("*.json", "*.txt", "*.model"))
+    return f"hf download {CONFIGS.get(family, 'OWNER/NAME')} {wanted} --local-dir {root}"
 
 
 def denoiser_names(names: Iterable[str], family: str) -> list[str]:
