@@ -6,6 +6,7 @@ Out: <state>/bases/<digest>, the same folder with the file's weights in it; the 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -269,11 +270,12 @@ def require_space(file: Path) -> None:
 
 
 def write(folder: Path, file: Path, model: ModelParams, family: Family) -> None:
-    """The file's weights as diffusers converts them, in their own dtype; then everything else as it stands."""
-    inside = held(file, model, family)
-    modules = load(file, model, family, inside)
-    for name, module in modules.items():
-        module.save_pretrained(folder / name, variant=model.variant)
+    """The file's weights as diffusers converts them, a component in memory at a time; then all else as it stands."""
+    with quiet.no_warnings():  # image processors that ask for torchvision, which nothing here needs
+        quiet.disable_progress_bars()
+        require_all_of_the_denoiser(file, model, family)
+        for name in held(file, model, family):
+            load(name, file, model, family).save_pretrained(folder / name, variant=model.variant)
     for path in kept_files(file, model, family):
         place = folder / path.relative_to(file.parent)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -292,39 +294,38 @@ def link(path: Path, place: Path) -> None:
         shutil.copyfile(path, place)
 
 
-def load(file: Path, model: ModelParams, family: Family, inside: list[str]) -> dict[str, Any]:
-    """Component -> module with the file's weights, by diffusers' ``from_single_file``.
+def load(name: str, file: Path, model: ModelParams, family: Family) -> Any:
+    """A component with the file's weights, in their own dtype, by diffusers' ``from_single_file``.
 
     Raises:
-        UserError: the file lacks tensors, has more, or has others than the configs beside it describe.
+        UserError: the file lacks tensors, or has others than the configs beside it describe.
     """
-    with quiet.no_warnings():  # image processors that ask for torchvision, which nothing here needs
-        import diffusers
+    import diffusers
 
-        quiet.disable_progress_bars()
-        require_all_of_the_denoiser(file, model, family)
-        listed = json.loads((file.parent / "model_index.json").read_text(encoding="utf-8"))
-        others = [name for name, entry in listed.items() if isinstance(entry, list) and name not in inside]
-        try:
-            pipeline = getattr(diffusers, family.PIPELINE).from_single_file(
-                str(file),
-                config=str(file.parent),
-                dtype=common_dtype(file, model.family, inside),
-                local_files_only=True,
-                **dict.fromkeys(others),
-            )
-            modules = {name: getattr(pipeline, name) for name in inside}
-            if any(tensor.is_meta for module in modules.values() for tensor in module.state_dict().values()):
-                raise NotImplementedError  # as most components do by themselves
-        except NotImplementedError:
-            raise UserError(f"{file}: lacks tensors that the configs beside it describe; {OWN_CONFIGS}") from None
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # of many kinds, where a tensor has another shape or a block is not there
-            said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            what = f"{type(error).__name__}: {said}"[:MAX_SHOWN]
-            raise UserError(f"{file}: does not fit the configs beside it ({what}); {OWN_CONFIGS}") from None
-    return modules
+    listed = json.loads((file.parent / "model_index.json").read_text(encoding="utf-8"))
+    others = [other for other, entry in listed.items() if isinstance(entry, list) and other != name]
+    try:
+        pipeline = getattr(diffusers, family.PIPELINE).from_single_file(
+            str(file),
+            config=str(file.parent),
+            dtype=own_dtype(name, file, model, family),
+            local_files_only=True,
+            **dict.fromkeys(others),
+        )
+        module = getattr(pipeline, name)
+        if hasattr(module, "tie_weights"):  # T5's embeddings, which a file may hold once
+            module.tie_weights()
+        if any(tensor.is_meta for tensor in module.state_dict().values()):
+            raise NotImplementedError  # as most components do by themselves
+    except NotImplementedError:
+        raise UserError(f"{file}: lacks tensors that {name}/config.json describes; {OWN_CONFIGS}") from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds, where a tensor has another shape or a block is not there
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        what = f"{type(error).__name__}: {said}"[:MAX_SHOWN]
+        raise UserError(f"{file}: does not fit {name}/config.json beside it ({what}); {OWN_CONFIGS}") from None
+    return module
 
 
 def require_all_of_the_denoiser(file: Path, model: ModelParams, family: Family) -> None:
@@ -343,15 +344,13 @@ def require_all_of_the_denoiser(file: Path, model: ModelParams, family: Family) 
         raise UserError(f"{file}: {what}; {OWN_CONFIGS}")
 
 
-def common_dtype(file: Path, family: str, inside: list[str]) -> torch.dtype:
-    """The one that holds every weight without loss; that of the file, where it has one."""
+def own_dtype(name: str, file: Path, model: ModelParams, family: Family) -> torch.dtype:
+    """The dtype of a component's weights; of several, the one that holds all without loss."""
     import torch
 
     header = read_header(file)
-    prefixes = tuple(prefix for name in inside for prefix in INSIDE.get(family, {}).get(name, ()))
-    names = {*denoiser_names(header, family), *(name for name in header if name.startswith(prefixes))}
-    dtypes = [getattr(torch, FLOATS[header[name]["dtype"]]) for name in names if header[name]["dtype"] in FLOATS]
-    result = dtypes[0]
-    for dtype in dtypes[1:]:
-        result = torch.promote_types(result, dtype)
-    return result
+    prefixes = INSIDE.get(model.family, {}).get(name, ())
+    is_denoiser = name == family.DENOISER
+    names = denoiser_names(header, model.family) if is_denoiser else [key for key in header if key.startswith(prefixes)]
+    dtypes = {getattr(torch, FLOATS[header[key]["dtype"]]) for key in names if header[key]["dtype"] in FLOATS}
+    return functools.reduce(torch.promote_types, dtypes)
