@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from stages.cache_latents.params import CacheParams, flip_problems
-from stages.core import base_files
+from stages.core import base_files, bases
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams, load
@@ -46,18 +46,24 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     config = load(args.params, args.overrides)
     model = config.section(ModelParams)
-    found = package_problems() + base_check(config) + dataset_problems(config) + export_problems(config)
-    found += prompt_problems(config.section(ValidateParams), load_family(model.family)) + disk_problems()
+    family = load_family(model.family)
+    base = bases.preview(model, family)
+    found = package_problems() + base.problems + size_problems(config, base.configs)
+    found += dataset_problems(config) + export_problems(config)
+    found += prompt_problems(config.section(ValidateParams), family) + disk_problems()
     if found:
         raise UserError(*found)
     log.info("parameters  %s, %d sections", args.params, len(config.sections))
     log.info("base        %s, family %s", model.pretrained, model.family)
+    if base.to_do:
+        log.info("            %s", base.to_do)
     log.info("dataset     %s", config.section(DatasetParams).source)
     log.info("packages    %s", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
     log.info("disk        %.1f GB free for the state directory", shutil.disk_usage(existing(state_dir())).free / 1e9)
     check_device(config)  # from here on it imports torch, which takes seconds
-    check_objective(config)
-    check_captions(config)
+    if base.configs:
+        check_objective(config, base.configs)
+        check_captions(base.configs)
 
 
 def package_problems() -> list[str]:
@@ -97,11 +103,13 @@ def torchvision_problems(torch: str, torchvision: str) -> list[str]:
     ]
 
 
-def base_check(config: Config) -> list[str]:
+def size_problems(config: Config, configs: ModelParams | None) -> list[str]:
+    """Of the pictures that the parameters ask for; nothing while the base's configs are not here."""
+    if configs is None:
+        return []
     model, dataset = config.section(ModelParams), config.section(DatasetParams)
-    family = load_family(model.family)
     sizes = buckets(dataset) if dataset.aspect_buckets else [(dataset.resolution, dataset.resolution)]
-    return base_files.problems(model, family) or base_files.size_problems(model, family, sizes)
+    return base_files.size_problems(configs, load_family(model.family), sizes, model.pretrained)
 
 
 def dataset_problems(config: Config) -> list[str]:
@@ -173,21 +181,19 @@ def check_device(config: Config) -> None:
     sys.stdout.flush()
 
 
-def check_objective(config: Config) -> None:
+def check_objective(config: Config, configs: ModelParams) -> None:
     from stages.core import objectives
 
-    model = config.section(ModelParams)
-    noise_scheduler = load_family(model.family).load_scheduler(model)
+    noise_scheduler = load_family(configs.family).load_scheduler(configs)
     objectives.require_weights(noise_scheduler, config.section(TrainParams).snr_gamma)
     log.info("objective   %s", objectives.prediction_type(noise_scheduler))
 
 
-def check_captions(config: Config) -> None:
+def check_captions(configs: ModelParams) -> None:
     """Opens the tokenizer, which may lack what its family reads."""
-    model = config.section(ModelParams)
-    family = load_family(model.family)
-    (own,) = family.count_tokens(model, [""])
-    log.info("captions    up to %d tokens, %d of them the model's own", family.max_tokens(model), own)
+    family = load_family(configs.family)
+    (own,) = family.count_tokens(configs, [""])
+    log.info("captions    up to %d tokens, %d of them the model's own", family.max_tokens(configs), own)
 
 
 if __name__ == "__main__":

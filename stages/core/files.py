@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from stages.core.console import UserError
+from stages.core.console import UserError, log
 
 if TYPE_CHECKING:
     import torch
@@ -178,11 +178,12 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, shown: Path | None = None) -> Iterator[None]:
+def lock(folder: Path, shown: Path | None = None, wait: bool = False) -> Iterator[None]:
     """Hold a folder for this process; the kernel frees it when the process dies, however it dies.
 
     Args:
         shown: what to name in the refusal instead.
+        wait: for a process that holds it, instead of the refusal.
 
     Raises:
         UserError: another process holds it; its pid is named.
@@ -193,10 +194,13 @@ def lock(folder: Path, shown: Path | None = None) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise UserError(
-                f"{shown or folder}: process {holder} is at work on this run; wait for it, or stop it: kill {holder}"
-            ) from None
+            holder, what = file.read().strip() or "unknown", shown or folder
+            if not wait:
+                raise UserError(
+                    f"{what}: process {holder} is at work on this run; wait for it, or stop it: kill {holder}"
+                ) from None
+            log.info("wait        for process %s, which is at work on %s", holder, what)
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))

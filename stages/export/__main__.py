@@ -28,30 +28,30 @@ def main() -> None:
 
     from stages.artifacts import metrics
     from stages.artifacts.adapter import Adapter
-    from stages.core import device
-    from stages.core.base_files import digests, require_base, require_same_base
+    from stages.core import bases, device
+    from stages.core.base_files import digests, require_same_base
     from stages.core.files import replaced, write_text
     from stages.export.card import model_card
     from stages.export.proof import Proof
     from stages.families.base import load_family
 
     family = load_family(model.family)
-    require_base(model, family)
+    base = bases.resolve(model, family)
     adapter = Adapter.load(args.adapter)
-    require_same_base(adapter.base, digests(model, family.COMPONENTS), args.adapter)
+    require_same_base(adapter.base, digests(base.model, family.COMPONENTS), args.adapter)
     weights = adapter.weights(args.adapter)
     bias = adapter.lora_config.get("bias", "none") if adapter.biases else "none"
     if refused := refusals(params.formats, bias, adapter.lora_config.get("use_dora", False), family.DENOISER):
         raise UserError(*refused)
     where = device.setup(config.section(RuntimeParams), model)
 
-    proof = Proof(model, family, params, where, adapter, weights)
+    proof = Proof(base, family, params, where, adapter, weights)
     measured = {"export.effect": proof.effect, "export.megabytes": sum(t.nbytes for t in weights.values()) / 1e6}
     with replaced(args.export) as folder:
         for name in params.formats:
             proof.write(name, folder / name)
             measured |= proof.check(name, folder / name)
-        write_text(folder / "README.md", model_card(model, family, params, adapter))
+        write_text(folder / "README.md", model_card(base, family, params, adapter))
     metrics.save(args.export_reports / "metrics.json", measured)
     log.info("wrote       %s (%s, README.md)", args.export, ", ".join(params.formats))
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.artifacts.adapter import FINAL
 from stages.core.files import save_tensors
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from stages.artifacts.adapter import Adapter
-    from stages.core.params import ModelParams
+    from stages.core.bases import Base
     from stages.export.params import ExportParams
 
 # What community tools show; names of https://github.com/Stability-AI/ModelSpec, architectures of its registry.
@@ -28,24 +29,26 @@ ARCHITECTURES = {
 PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
-def metadata(model: ModelParams, params: ExportParams, adapter: Adapter, prediction_type: str) -> dict[str, str]:
+def metadata(base: Base, params: ExportParams, adapter: Adapter, prediction_type: str) -> dict[str, str]:
     """For the header of every file. ``modelspec.date`` is left out: it would change the bytes for the same inputs."""
-    config = adapter.lora_config
+    config, family = adapter.lora_config, base.model.family
     made_from = {
         "adapter": adapter.files[FINAL],
         "base": adapter.base,
-        "base_name": Path(model.pretrained).name,
+        "base_name": base.name,
         "biases": adapter.biases,
-        "family": model.family,
+        "family": family,
         "lora_config": config,
         "num_steps": adapter.num_steps,
         **adapter.made_from,
     }
+    if base.revision:
+        made_from["base_revision"] = base.revision
     fields = {
         "format": "pt",
         "lora_dag": json.dumps(made_from, sort_keys=True, ensure_ascii=False),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{ARCHITECTURES.get(model.family, model.family)}/lora",
+        "modelspec.architecture": f"{ARCHITECTURES.get(family, family)}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": params.name,
         "ss_network_alpha": f"{config['lora_alpha']:g}",
@@ -53,6 +56,8 @@ def metadata(model: ModelParams, params: ExportParams, adapter: Adapter, predict
         "ss_network_module": "networks.lora",
         "ss_steps": str(adapter.num_steps),
     }
+    if base.file:  # kohya's names
+        fields |= {"ss_sd_model_name": base.file.name, "ss_new_sd_model_hash": base.file_sha256}
     if prediction_type in PREDICTION:
         fields["modelspec.prediction_type"] = PREDICTION[prediction_type]
     return fields

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stages.artifacts.adapter import Adapter
-    from stages.core.params import ModelParams
+    from stages.core.bases import Base
     from stages.export.params import ExportParams, Format
     from stages.families.base import Family
 
@@ -47,14 +47,14 @@ class Proof:
 
     def __init__(
         self,
-        model: ModelParams,
+        base: Base,
         family: Family,
         params: ExportParams,
         where: torch.device,
         adapter: Adapter,
         weights: dict[str, torch.Tensor],
     ) -> None:
-        self.model = model.model_copy(update={"dtype": "float32"})
+        self.model = base.model.model_copy(update={"dtype": "float32"})
         self.family, self.params, self.where = family, params, where
         pipeline = self.fresh()
         self.pipeline_class = type(pipeline)
@@ -70,7 +70,7 @@ class Proof:
             raise RuntimeError("the adapter changes nothing: its weights were not loaded")
         self.trained = trained.read(adapter, denoiser)
         prediction_type = str(getattr(family.load_scheduler(self.model).config, "prediction_type", ""))
-        self.fields = header.metadata(model, params, adapter, prediction_type)
+        self.fields = header.metadata(base, params, adapter, prediction_type)
 
     def fresh(self) -> Any:
         return self.family.load_pipeline(self.model, self.where)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.artifacts.adapter import FINAL, Adapter
+from stages.core import bases
 from stages.core.base_files import digests
 from stages.core.console import UserError, log
 from stages.core.files import load_metadata, load_tensors, sha256_file
@@ -87,7 +88,8 @@ def differences(record: dict[str, Any], config: Config, adapter_folder: Path) ->
         found.append(f"{adapter_folder} is empty; run `dvc repro`, then compare again")
     model = config.section(ModelParams)
     if "base" in record:
-        base = digests(model, load_family(model.family).COMPONENTS)
+        family = load_family(model.family)
+        base = digests(bases.resolve(model, family, make=False).model, family.COMPONENTS)
         changed = sorted(name for name, digest in base.items() if record["base"].get(name) != digest)
         if changed:
             found.append(f"made with another {', '.join(changed)} than model.pretrained holds now")

@@ -16,18 +16,19 @@ def main() -> None:
     model = config.section(ModelParams)
 
     from stages.artifacts.latent_cache import LatentCache
-    from stages.core.base_files import digests, require_base, require_same_base
+    from stages.core import bases
+    from stages.core.base_files import digests, require_same_base
     from stages.core.files import lock
     from stages.families.base import load_family
     from stages.train import outputs
     from stages.train.trainer import Trainer
 
     family = load_family(model.family)
-    require_base(model, family)
+    model = bases.resolve(model, family).model
     base = digests(model, family.COMPONENTS)
     cache = LatentCache(args.latents)
     require_same_base(cache.base, base, args.latents)
-    trainer = Trainer(config, family, cache, base)
+    trainer = Trainer(config.replaced(model), family, cache, base)
     with lock(trainer.folder):
         trainer.train()
         outputs.save(trainer, args.adapter, args.train_reports)

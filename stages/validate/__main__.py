@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stages.artifacts import metrics
 from stages.artifacts.adapter import FINAL, Adapter
 from stages.artifacts.latent_cache import LatentCache
-from stages.core import base_files, evaluation, params
+from stages.core import base_files, bases, evaluation, params
 from stages.core.console import UserError, log, parser, run
 from stages.core.device import setup
 from stages.core.evaluation import Score
@@ -30,6 +30,7 @@ from stages.validate.params import ValidateParams, prompt_problems
 if TYPE_CHECKING:
     from PIL import Image
 
+    from stages.core.bases import Base
     from stages.core.sampling import Sampling
 
 SHEET_BYTES = 300_000  # each stays in git's history
@@ -41,12 +42,12 @@ def main() -> None:
     arguments.add_argument("--adapters", nargs="+", metavar="FILE:SCALE", help="draw several adapters together instead")
     args = arguments.parse_args()
     config = params.load(args.params, args.overrides)
-    settings, model = config.section(ValidateParams), config.section(ModelParams)
-    family = load_family(model.family)
-    base_files.require_base(model, family)
+    settings, asked = config.section(ValidateParams), config.section(ModelParams)
+    family = load_family(asked.family)
     if found := prompt_problems(settings, family):
         raise UserError(*found)
-    base = base_files.digests(model, family.COMPONENTS)
+    origin = bases.resolve(asked, family)
+    model, base = origin.model, base_files.digests(origin.model, family.COMPONENTS)
     cache = LatentCache(args.latents)
     base_files.require_same_base(cache.base, base, args.latents)
     if args.adapters:
@@ -65,7 +66,7 @@ def main() -> None:
     table = evaluation.digest(exam.rows, settings.seed, targets)
     measured = write_losses(args.reports, exam, evidence, settings) | {"val.table": table}
     measured |= draw_sheets(args.reports, evidence, settings)
-    made_from = lineage(settings, model, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
+    made_from = lineage(settings, origin, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
     write_json(args.reports / "validate" / "lineage.json", made_from)
     metrics.save(args.reports / "metrics.json", measured)
     log_end(args.reports, measured)
@@ -227,7 +228,7 @@ def ink_measures(suffix: str, drawn: list[Image.Image]) -> dict[str, metrics.Val
 
 
 def lineage(
-    settings: ValidateParams, model: ModelParams, base: dict[str, str], cache: LatentCache, adapter: Adapter, exam: Exam
+    settings: ValidateParams, origin: Base, base: dict[str, str], cache: LatentCache, adapter: Adapter, exam: Exam
 ) -> dict[str, Any]:
     """What the figures and pictures came from; `report` and `compare` read it."""
     counts = Counter(item.split for item in cache.items)
@@ -238,7 +239,7 @@ def lineage(
         "dataset": {"train": counts["train"], "heldout": counts["heldout"], "content": shown[:DIGEST_DIGITS]},
         "latents": cache.digest[:DIGEST_DIGITS],
         "lora_config": adapter.lora_config,
-        "model": model.model_dump() | {"pretrained": Path(model.pretrained).name},  # no path of this machine
+        "model": origin.model.model_dump() | {"pretrained": origin.label},  # no path of this machine
         "num_steps": adapter.num_steps,
         "table": {
             "num_pictures": dict(Counter(row.picture.split for row in exam.rows if row.stratum == 0)),
