@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from stages.cache_latents.params import CacheParams, flip_problems
-from stages.core import base_files
+from stages.core import base_files, pin
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams, load
@@ -47,6 +47,8 @@ def main() -> None:
     config = load(args.params, args.overrides)
     model = config.section(ModelParams)
     found = package_problems() + base_check(config) + dataset_problems(config) + export_problems(config)
+    if start := config.section(LoraParams).init_from:
+        found += pin.problems(start.path, start.sha256)
     found += prompt_problems(config.section(ValidateParams), load_family(model.family)) + disk_problems()
     if found:
         raise UserError(*found)
@@ -57,6 +59,7 @@ def main() -> None:
     log.info("disk        %.1f GB free for the state directory", shutil.disk_usage(existing(state_dir())).free / 1e9)
     check_device(config)  # from here on it imports torch, which takes seconds
     check_objective(config)
+    check_start(config)
 
 
 def package_problems() -> list[str]:
@@ -179,6 +182,26 @@ def check_objective(config: Config) -> None:
     noise_scheduler = load_family(model.family).load_scheduler(model)
     objectives.require_weights(noise_scheduler, config.section(TrainParams).snr_gamma)
     log.info("objective   %s", objectives.prediction_type(noise_scheduler))
+
+
+def check_start(config: Config) -> None:
+    """lora.init_from against the denoiser that it shall fill, built without its weights."""
+    lora_params, model = config.section(LoraParams), config.section(ModelParams)
+    if lora_params.init_from is None:
+        return
+    import diffusers
+    import torch
+
+    from stages.core import components, lora
+    from stages.train import init_from
+
+    family = load_family(model.family)
+    cls = getattr(diffusers, family.COMPONENTS[family.DENOISER])
+    with torch.device("meta"):
+        denoiser = cls.from_config(components.config(model, family.DENOISER)).to(getattr(torch, model.dtype))
+        lora.inject(denoiser, lora.make_config(lora_params, denoiser))
+    init_from.read(lora_params, denoiser, family)
+    log.info("start       %s", lora_params.init_from.path)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ def model_card(model: ModelParams, family: Family, params: ExportParams, adapter
     targets = ", ".join(f"`{name}`" for name in short_names(lora["target_modules"]))
     kind = "".join(f", {word}" for flag, word in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if lora.get(flag))
     kind += f", biases {lora['bias']}" if adapter.biases else ""
+    start = adapter.made_from.get("lora", {}).get("init_from")
+    kind += f", started from the adapter `{start['sha256'][:16]}`" if start else ""
     base = "\n".join(f"| {name} | `{digest[:16]}` |" for name, digest in sorted(adapter.base.items()))
     # JSON strings are YAML and Python ones too, whatever colons and quotes are in them.
     pretrained, prompt = (json.dumps(text, ensure_ascii=False) for text in (model.pretrained, params.prompt))
