@@ -18,7 +18,7 @@ from stages.core import base_files, pin
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams, load
-from stages.export.params import ExportParams, refusals
+from stages.export.params import ExportParams, rank_refusals, refusals
 from stages.families.base import load_family
 from stages.prepare.geometry import buckets
 from stages.prepare.listing import Listing, lines
@@ -140,7 +140,8 @@ def export_problems(config: Config) -> list[str]:
     """Formats that could not hold what training will make; said before the training, not after it."""
     lora, export = config.section(LoraParams), config.section(ExportParams)
     denoiser = load_family(config.section(ModelParams).family).DENOISER
-    return refusals(export.formats, lora.bias, lora.use_dora, denoiser)
+    found = refusals(export.formats, lora.bias, lora.use_dora, denoiser)
+    return found + rank_refusals(export.resized_ranks, lora.rank, lora.rank_pattern)
 
 
 def disk_problems() -> list[str]:

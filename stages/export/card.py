@@ -69,7 +69,10 @@ pipe({prompt}, guidance_scale={params.guidance_scale:g}).images[0].save("sample.
         "comfyui": f"With ComfyUI: put `comfyui/{params.name}.safetensors` below `models/loras`.",
         "merged": f'With the adapter in its weights: `{pipeline}("data/export/merged"{variant})`.',
     }
-    return "\n\n".join(text for name, text in lines.items() if name in params.formats)
+    if params.resized_ranks:
+        ranks = ", ".join(f"`resized/rank-{rank}/`" for rank in params.resized_ranks)
+        lines["resized"] = f"The same files at smaller ranks, by their largest singular values: {ranks}."
+    return "\n\n".join(text for name, text in lines.items() if name in (*params.formats, "resized"))
 
 
 def short_names(target_modules: list[str]) -> list[str]:
