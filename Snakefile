@@ -61,6 +61,8 @@ EXPORTED = {
     "comfyui": f"{VALUES['export']['name']}.safetensors",
     "merged": "model_index.json",
 }
+FORMATS = VALUES["export"]["formats"]
+RESIZED = [f"rank-{rank}/{name}" for rank in VALUES["export"]["resized_ranks"] for name in FORMATS if name != "merged"]
 
 
 wildcard_constraints:
@@ -180,8 +182,10 @@ rule export:
         code=code("export"),
     output:
         card="runs/rank-{rank}/export/README.md",
-        files=[f"runs/rank-{{rank}}/export/{name}/{EXPORTED[name]}" for name in VALUES["export"]["formats"]],
+        files=[f"runs/rank-{{rank}}/export/{name}/{EXPORTED[name]}" for name in FORMATS],
+        resized=[f"runs/rank-{{rank}}/export/resized/{path}/{EXPORTED[Path(path).name]}" for path in RESIZED],
         metrics="runs/rank-{rank}/reports/export/metrics.json",
+        energy="runs/rank-{rank}/reports/export/energy.csv",
     log:
         "runs/rank-{rank}/logs/export.log",
     conda:

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 from stages.cache_latents.params import CacheParams, flip_problems
-from stages.core import base_files, bases
+from stages.core import base_files, bases, pin
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams, load
-from stages.export.params import ExportParams, refusals
+from stages.export.params import ExportParams, rank_refusals, refusals
 from stages.families.base import load_family
 from stages.prepare.geometry import buckets
 from stages.prepare.listing import Listing, lines
@@ -50,6 +50,8 @@ def main() -> None:
     base = bases.preview(model, family)
     found = package_problems() + base.problems + size_problems(config, base.configs)
     found += dataset_problems(config) + export_problems(config)
+    if start := config.section(LoraParams).init_from:
+        found += pin.problems(start.path, start.sha256)
     found += prompt_problems(config.section(ValidateParams), family) + disk_problems()
     if found:
         raise UserError(*found)
@@ -64,6 +66,7 @@ def main() -> None:
     if base.configs:
         check_objective(config, base.configs)
         check_captions(base.configs)
+        check_start(config, base.configs)
 
 
 def package_problems() -> list[str]:
@@ -146,7 +149,8 @@ def export_problems(config: Config) -> list[str]:
     """Formats that could not hold what training will make; said before the training, not after it."""
     lora, export = config.section(LoraParams), config.section(ExportParams)
     denoiser = load_family(config.section(ModelParams).family).DENOISER
-    return refusals(export.formats, lora.bias, lora.use_dora, denoiser)
+    found = refusals(export.formats, lora.bias, lora.use_dora, denoiser)
+    return found + rank_refusals(export.resized_ranks, lora.rank, lora.rank_pattern)
 
 
 def disk_problems() -> list[str]:
@@ -194,6 +198,26 @@ def check_captions(configs: ModelParams) -> None:
     family = load_family(configs.family)
     (own,) = family.count_tokens(configs, [""])
     log.info("captions    up to %d tokens, %d of them the model's own", family.max_tokens(configs), own)
+
+
+def check_start(config: Config, configs: ModelParams) -> None:
+    """lora.init_from against the denoiser that it shall fill, built without its weights."""
+    lora_params = config.section(LoraParams)
+    if lora_params.init_from is None:
+        return
+    import diffusers
+    import torch
+
+    from stages.core import components, lora
+    from stages.train import init_from
+
+    family = load_family(configs.family)
+    cls = getattr(diffusers, family.COMPONENTS[family.DENOISER])
+    with torch.device("meta"):
+        denoiser = cls.from_config(components.config(configs, family.DENOISER)).to(getattr(torch, configs.dtype))
+        lora.inject(denoiser, lora.make_config(lora_params, denoiser))
+    init_from.read(lora_params, denoiser, family)
+    log.info("start       %s", lora_params.init_from.path)
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ def test_two_exports_give_the_same_bytes(exported: Workspace) -> None:
         "README.md",
         "comfyui/ink-icons.safetensors",
         "diffusers/pytorch_lora_weights.safetensors",
+        "energy.csv",
         "metrics.json",
         "peft/adapter_config.json",
         "peft/adapter_model.safetensors",

@@ -14,12 +14,12 @@ MAX_NON_FINITE = 3  # steps in a row with a loss or gradient that is no number, 
 MAX_OVERFLOWS = 20  # the same for gradients under a GradScaler, which halves its scale of 65,536 at each
 
 
-def step_zero(denoiser: torch.nn.Module, predict: Callable[[], torch.Tensor]) -> None:
-    """Before the first step the adapter changes nothing, to the bit.
+def step_zero(denoiser: torch.nn.Module, predict: Callable[[], torch.Tensor], fresh: bool = True) -> None:
+    """Before the first step a fresh adapter changes nothing, to the bit; one that was started from does.
 
     Raises:
         UserError: the base or the adapter's strength is no number to start from.
-        RuntimeError: it does.
+        RuntimeError: a fresh one does.
     """
     with torch.no_grad():
         adapted = predict()
@@ -31,7 +31,9 @@ def step_zero(denoiser: torch.nn.Module, predict: Callable[[], torch.Tensor]) ->
         )
     if not adapted.isfinite().all():
         raise UserError("params.yaml lora.alpha: so large that the fresh adapter gives NaN; use about lora.rank")
-    if not torch.equal(adapted, plain):
+    if not fresh and torch.equal(adapted, plain):
+        log.warning("warning: lora.init_from: the file's adapter changes nothing; training starts at the base")
+    if fresh and not torch.equal(adapted, plain):
         raise RuntimeError(f"the fresh adapter changes the base's output by {(adapted - plain).abs().max():.3g}")
 
 

@@ -23,6 +23,8 @@ def model_card(base: Base, family: Family, params: ExportParams, adapter: Adapte
     kind += f", biases {lora['bias']}" if adapter.biases else ""
     which = f"one base alone{known_as(base)}"
     digests = "\n".join(f"| {name} | `{digest[:16]}` |" for name, digest in sorted(adapter.base.items()))
+    start = adapter.made_from.get("lora", {}).get("init_from")
+    kind += f", started from the adapter `{start['sha256'][:16]}`" if start else ""
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -77,7 +79,10 @@ pipe({quoted(params.prompt)}, guidance_scale={params.guidance_scale:g}).images[0
         "comfyui": f"With ComfyUI: put `comfyui/{params.name}.safetensors` below `models/loras`.",
         "merged": f'With the adapter in its weights: `{pipeline}("data/export/merged"{options})`.',
     }
-    return "\n\n".join(text for name, text in lines.items() if name in params.formats)
+    if params.resized_ranks:
+        ranks = ", ".join(f"`resized/rank-{rank}/`" for rank in params.resized_ranks)
+        lines["resized"] = f"The same files at smaller ranks, by their largest singular values: {ranks}."
+    return "\n\n".join(text for name, text in lines.items() if name in (*params.formats, "resized"))
 
 
 def load_base(base: Base, family: Family) -> str:

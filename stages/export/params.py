@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.core.params import Params
 
@@ -18,6 +18,8 @@ class ExportParams(Params):
     """Title in the headers, and the file name below comfyui/."""
     formats: Annotated[list[Format], Field(min_length=1)]
     """What is written; merged is the whole pipeline in float32."""
+    resized_ranks: list[Annotated[int, Field(ge=1)]]
+    """Smaller ranks at which copies are written as well, in each of the formats but merged."""
     prompt: str
     """Prompt of the model card's example and of the comparison."""
     num_inference_steps: int = Field(ge=1, le=1000)
@@ -25,12 +27,23 @@ class ExportParams(Params):
     guidance_scale: float = Field(ge=0)
     seed: int = Field(ge=0)
 
-    @field_validator("formats")
+    @field_validator("formats", "resized_ranks")
     @classmethod
-    def no_format_twice(cls, formats: list[Format]) -> list[Format]:
-        if len(set(formats)) < len(formats):
-            raise ValueError(f"got {formats}, a format twice")
-        return formats
+    def none_twice(cls, values: list[Format] | list[int]) -> list[Format] | list[int]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"got {values}, one of them twice")
+        return values
+
+    @model_validator(mode="after")
+    def copies_have_a_format(self) -> ExportParams:
+        if self.resized_ranks and not self.resizable:
+            raise ValueError("resized_ranks: no copy of merged is made; add diffusers, peft or comfyui to formats")
+        return self
+
+    @property
+    def resizable(self) -> list[Format]:
+        """The formats that the copies of resized_ranks are written in."""
+        return [name for name in self.formats if name != "merged"]
 
 
 def refusals(formats: list[Format], bias: str, use_dora: bool, denoiser: str) -> list[str]:
@@ -53,3 +66,14 @@ def refusals(formats: list[Format], bias: str, use_dora: bool, denoiser: str) ->
             instead = "merged" if name == "comfyui" or denoiser != "unet" else "comfyui or merged"
             found.append(f"params.yaml export.formats: {name} cannot hold this adapter: {what}; use {instead}")
     return found
+
+
+def rank_refusals(resized_ranks: list[int], rank: int, rank_pattern: dict[str, int]) -> list[str]:
+    """A line per rank that is not below the adapter's largest: its copy would be no smaller."""
+    largest = max([rank, *rank_pattern.values()])
+    where = "params.yaml export.resized_ranks"
+    return [
+        f"{where}: {r} is not below the adapter's rank {largest}; use a smaller one"
+        for r in resized_ranks
+        if r >= largest
+    ]

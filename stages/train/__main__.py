@@ -6,14 +6,18 @@ Run: ``python -m stages.train [--set lora.rank=16]``; killed, the same command g
 
 from __future__ import annotations
 
-from stages.core.console import parser, run
+from stages.core import pin
+from stages.core.console import UserError, parser, run
 from stages.core.params import ModelParams, load
+from stages.train.params import LoraParams
 
 
 def main() -> None:
     args = parser(__doc__, ("latents", "adapter", "train_reports")).parse_args()
     config = load(args.params, args.overrides)
-    model = config.section(ModelParams)
+    model, start = config.section(ModelParams), config.section(LoraParams).init_from
+    if start and (found := pin.problems(start.path, start.sha256)):
+        raise UserError(*found)
 
     from stages.artifacts.latent_cache import LatentCache
     from stages.core import bases

@@ -52,6 +52,8 @@ def log_adapter(trainer: Trainer) -> None:
         100 * num / num_base,
         f"{num_base:,}",
     )
+    if trainer.started_from:
+        log.info("start       %s", trainer.started_from)
     if trainer.biases:
         log.info(
             "biases      %s: %d, as deltas that decay towards zero", trainer.lora_config["bias"], len(trainer.biases)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from stages.core.params import Params
 
 BiasMode = Literal["none", "all", "lora_only"]
+
+
+class InitFrom(Params):
+    """An adapter to start from, pinned by its content."""
+
+    path: str = Field(min_length=1, exclude=True)
+    """A .safetensors file, tracked by DVC or git. Where it lies is no part of what decides a run."""
+    sha256: str | None = None
+    """Its digest; without it the stage stops and prints it."""
 
 
 class LoraParams(Params):
@@ -38,6 +47,12 @@ class LoraParams(Params):
 
     bias: BiasMode
     """Which biases are trained as well: none, those of the adapted layers, or all of the denoiser's."""
+    init_from: InitFrom | None
+    """An adapter that this one starts from, in place of init_lora_weights."""
+
+    def recorded(self) -> dict[str, Any]:
+        """For whoever meets the adapter: init_from by its digest alone, and not at all where there is none."""
+        return self.model_dump(exclude=set() if self.init_from else {"init_from"})
 
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     @classmethod

@@ -92,10 +92,16 @@ def run_digest(
     cache: LatentCache,
     base: dict[str, str],
     where: torch.device,
+    init_from: str | None,
 ) -> str:
-    """Names everything that decides a run's bytes: a checkpoint is resumed by the run of the same digest alone."""
+    """Names everything that decides a run's bytes: a checkpoint is resumed by the run of the same digest alone.
+
+    Args:
+        init_from: digest of the adapter that the run starts from, if it does.
+    """
     return sha256_json(
-        {
+        ({"init_from": init_from} if init_from else {})
+        | {
             "base": base,
             "cache": cache.digest,
             "code": closure.code_digest("train", model.family),
@@ -113,7 +119,7 @@ def made_from(config: Config, cache: LatentCache, items: list[CachedItem]) -> di
     return {
         "captions": sha256_json(sorted(item.captions for item in items)),
         "latents": cache.digest,
-        "lora": config.section(LoraParams).model_dump(),
+        "lora": config.section(LoraParams).recorded(),
         "model": {"dtype": model.dtype, "variant": model.variant},
         "num_pictures": len(items),
         "packages": {name: importlib.metadata.version(name) for name in device.RECORDED},

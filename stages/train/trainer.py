@@ -15,7 +15,7 @@ from stages.core.console import log
 from stages.core.files import save_tensors, state_dir
 from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Progress
-from stages.train import outputs
+from stages.train import init_from, outputs
 from stages.train.params import LoraParams, TrainParams
 from stages.train.setup import (
     made_from,
@@ -48,10 +48,12 @@ class Trainer:
 
         denoiser = family.load_denoiser(model, self.device)
         self.frozen_before = lora.frozen_digest(denoiser)
-        self.lora_config = lora.make_config(config.section(LoraParams), denoiser)
+        settings = config.section(LoraParams)
+        self.lora_config = lora.make_config(settings, denoiser)
         self.trainable = lora.inject(denoiser, self.lora_config)
         self.biases = list(bias.deltas(denoiser))
         lora.keyed_init(denoiser, self.lora_config, self.params.seed)
+        self.started_from = init_from.fill(settings, denoiser, family, base)
         optimizer = make_optimizer(self.params, self.trainable)
         self.lr_scheduler = make_lr_scheduler(self.params, optimizer)
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
@@ -68,7 +70,8 @@ class Trainer:
         )
 
         dropped = {"dropped caption": "zeros"} if family.drops_to_zeros(model) else {}  # in no component's files
-        self.digest = run_digest(self.params, model, self.lora_config, cache, base | dropped, self.device)
+        start = settings.init_from.sha256 if settings.init_from else None
+        self.digest = run_digest(self.params, model, self.lora_config, cache, base | dropped, self.device, start)
         self.made_from = made_from(config, cache, self.items)
         self.folder = state_dir() / "runs" / self.digest[:16]
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
@@ -138,7 +141,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def check_step_zero(self) -> None:
-        """The fresh adapter is sound, and equals the base on two samples of the first batch."""
+        """The adapter is sound; a fresh one equals the base on two samples of the first batch."""
         batch = self.batches.batch(0, 0).first(2)
         noisy_latents = objectives.add_noise(self.noise_scheduler, batch.latents, batch.noise, batch.timesteps)
         timesteps = objectives.model_timesteps(self.noise_scheduler, batch.timesteps)
@@ -146,7 +149,9 @@ class Trainer:
         lora.require_sound(denoiser, self.trainable)
         with self.accelerator.autocast():
             selfcheck.step_zero(
-                denoiser, lambda: self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt)
+                denoiser,
+                lambda: self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt),
+                fresh=not self.started_from,
             )
 
     # --- state ----------------------------------------------------------------------------------------------------
