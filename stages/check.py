@@ -137,7 +137,7 @@ def export_problems(config: Config) -> list[str]:
     """Formats that could not hold what training will make; said before the training, not after it."""
     lora, export = config.section(LoraParams), config.section(ExportParams)
     denoiser = load_family(config.section(ModelParams).family).DENOISER
-    return refusals(export.formats, lora.bias, lora.use_dora, denoiser)
+    return refusals(export.formats, lora.algo, lora.bias, lora.use_dora, denoiser)
 
 
 def disk_problems() -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from stages.artifacts.adapter import algorithm
+
 if TYPE_CHECKING:
     from stages.artifacts.adapter import Adapter
     from stages.core.params import ModelParams
@@ -18,6 +20,7 @@ def model_card(model: ModelParams, family: Family, params: ExportParams, adapter
     """README.md with the Hub's front matter: what it is, how to load it, what it was made from."""
     lora = adapter.lora_config
     targets = ", ".join(f"`{name}`" for name in short_names(lora["target_modules"]))
+    what = algorithm(lora)
     kind = "".join(f", {word}" for flag, word in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if lora.get(flag))
     kind += f", biases {lora['bias']}" if adapter.biases else ""
     base = "\n".join(f"| {name} | `{digest[:16]}` |" for name, digest in sorted(adapter.base.items()))
@@ -26,12 +29,12 @@ def model_card(model: ModelParams, family: Family, params: ExportParams, adapter
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
-tags: [{family.PIPELINE}, lora, diffusers, lora-dag]
+tags: [{family.PIPELINE}, {what.lower()}, diffusers, lora-dag]
 base_model: {pretrained}
 instance_prompt: {prompt}
 ---
 
-# LoRA for {family.PIPELINE}
+# {what} for {family.PIPELINE}
 
 Rank {lora["r"]}, alpha {lora["lora_alpha"]:g}{kind}, on {targets}; {adapter.num_steps} steps.
 

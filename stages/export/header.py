@@ -49,9 +49,11 @@ def metadata(model: ModelParams, params: ExportParams, adapter: Adapter, predict
         "modelspec.title": params.name,
         "ss_network_alpha": f"{config['lora_alpha']:g}",
         "ss_network_dim": str(config["r"]),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if "algo" in config else "networks.lora",
         "ss_steps": str(adapter.num_steps),
     }
+    if "algo" in config:
+        fields["ss_network_args"] = json.dumps({"algo": config["algo"]})
     if prediction_type in PREDICTION:
         fields["modelspec.prediction_type"] = PREDICTION[prediction_type]
     return fields
