@@ -33,8 +33,8 @@ def make_config(params: LoraParams, denoiser: Any) -> dict[str, Any]:
     config = {"r": params.rank, "lora_alpha": params.alpha, "bias": params.bias} | lora_settings(params, denoiser)
     if params.algo != "lora":
         return config | lycoris.make_config(params)
-    start = "gaussian" if params.init_lora_weights == "gaussian" else True
-    return config | {"lora_dropout": params.dropout, "init_lora_weights": start}
+    start_of_a = True if params.init_lora_weights == "kaiming" else params.init_lora_weights
+    return config | {"lora_dropout": params.dropout, "init_lora_weights": start_of_a}
 
 
 def keyed_init(denoiser: Any, config: dict[str, Any], seed: int) -> None:
@@ -49,12 +49,17 @@ def keyed_init(denoiser: Any, config: dict[str, Any], seed: int) -> None:
         if "algo" in config:
             layer.reset_adapter_parameters(NAME)
             continue
-        layer.reset_lora_parameters(NAME, config["init_lora_weights"])
+        layer.reset_lora_parameters(NAME, start(config))
         if NAME in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[NAME]
             zero = torch.zeros_like(layer.get_base_layer().weight, dtype=torch.float32)
             with torch.no_grad():
                 magnitude.weight.copy_(magnitude.get_weight_norm(zero + layer.get_base_layer().weight, zero, scaling=1))
+
+
+def start(config: dict[str, Any]) -> Any:
+    """PEFT's ``init_lora_weights``; eva's A, which takes batches, is filled in by the training."""
+    return True if config["init_lora_weights"] == "eva" else config["init_lora_weights"]
 
 
 def inject(denoiser: Any, config: dict[str, Any]) -> dict[str, torch.nn.Parameter]:
@@ -70,8 +75,9 @@ def inject(denoiser: Any, config: dict[str, Any]) -> dict[str, torch.nn.Paramete
 
 def peft_config(config: dict[str, Any], **changes: Any) -> LoraConfig | LoKrConfig | LoHaConfig:
     """PEFT's part of an adapter's config."""
-    arguments = config | {"bias": "none"} | changes
-    return lycoris.peft_config(arguments) if "algo" in config else LoraConfig(**arguments)
+    if "algo" in config:
+        return lycoris.peft_config(config | changes)
+    return LoraConfig(**config | {"bias": "none", "init_lora_weights": start(config)} | changes)
 
 
 def state_dict(denoiser: Any) -> dict[str, torch.Tensor]:

@@ -40,8 +40,8 @@ class LoraParams(Params):
     """The update is scaled by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool
     """Magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353)."""
-    init_lora_weights: Literal["gaussian", "kaiming"]
-    """How A starts; B starts at zero, so that step 0 equals the base."""
+    init_lora_weights: Literal["gaussian", "kaiming", "eva"]
+    """How A starts; B starts at zero, so that step 0 equals the base. eva: stages/train/eva.py."""
 
     bias: BiasMode
     """Which biases are trained as well: none, those of the adapted layers, or all of the denoiser's."""
