@@ -149,8 +149,8 @@ def export_problems(config: Config) -> list[str]:
     """Formats that could not hold what training will make; said before the training, not after it."""
     lora, export = config.section(LoraParams), config.section(ExportParams)
     denoiser = load_family(config.section(ModelParams).family).DENOISER
-    found = refusals(export.formats, lora.bias, lora.use_dora, denoiser)
-    return found + rank_refusals(export.resized_ranks, lora.rank, lora.rank_pattern)
+    found = refusals(export.formats, lora.algo, lora.bias, lora.use_dora, denoiser)
+    return found + rank_refusals(export.resized_ranks, lora.algo, lora.rank, lora.rank_pattern)
 
 
 def disk_problems() -> list[str]:

@@ -94,14 +94,14 @@ def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace,
 
 
 def test_what_is_refused_names_the_reason_and_the_way_out() -> None:
-    assert refusals(["diffusers", "comfyui"], "all", False, "unet") == [
+    assert refusals(["diffusers", "comfyui"], "lora", "all", False, "unet") == [
         "params.yaml export.formats: diffusers cannot hold this adapter: biases of layers that carry no adapter have "
         "no place in it (lora.bias all); use comfyui or merged"
     ]
-    assert "PEFT has no bias beside DoRA" in refusals(["peft"], "lora_only", True, "unet")[0]
-    (transformer,) = refusals(["comfyui", "merged"], "lora_only", False, "transformer")
+    assert "PEFT has no bias beside DoRA" in refusals(["peft"], "lora", "lora_only", True, "unet")[0]
+    (transformer,) = refusals(["comfyui", "merged"], "lora", "lora_only", False, "transformer")
     assert transformer.endswith("; use merged")
-    assert refusals(["diffusers", "peft", "comfyui", "merged"], "lora_only", False, "unet") == []
+    assert refusals(["diffusers", "peft", "comfyui", "merged"], "lora", "lora_only", False, "unet") == []
 
 
 def test_diffusers_scales_and_disables_trained_biases(workspace: Workspace) -> None:

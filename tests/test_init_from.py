@@ -15,6 +15,7 @@ from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPi
 from stages.artifacts.adapter import FINAL, Adapter
 from stages.core import lora, pin, seeding
 from stages.core import params as core_params
+from stages.core.bases import resolve
 from stages.core.console import UserError
 from stages.core.files import load_tensors, read_json, save_tensors, sha256_file, write_json
 from stages.core.params import ModelParams
@@ -42,9 +43,10 @@ def write(workspace: Workspace, **changes: Any) -> torch.Tensor:
     config = core_params.load(Path("params.yaml"))
     model, export = config.section(ModelParams), config.section(ExportParams)
     adapter = Adapter.load(Path("data/adapter"))
-    read, fields = trained.read(adapter, denoiser), header.metadata(model, export, adapter, "epsilon")
-    shutil.copytree("data/adapter", "data/start")
     family = load_family("sd")
+    base = resolve(model, family)
+    read, fields = trained.read(adapter, denoiser), header.metadata(base, export, adapter, "epsilon")
+    shutil.copytree("data/adapter", "data/start")
     if changes.get("bias", "none") != "all":
         writers.write_diffusers(StableDiffusionPipeline, family, read, fields, Path(FILES["diffusers"]).parent)
         writers.write_peft(read, fields, Path(FILES["peft"]).parent)
@@ -331,7 +333,7 @@ def test_train_starts_there_and_goes_on_after_a_kill_with_the_same_bytes(
     for stage in ("prepare", "cache_latents", "train"):
         workspace.run(stage)
     fresh = workspace.tree("data/adapter")
-    assert b"init_from" not in fresh["adapter.json"]
+    assert b'"init_from": null' in fresh["adapter.json"]
     Path("data/start").mkdir()
     for name in ("adapter.json", FINAL):
         shutil.copy(f"data/adapter/{name}", f"data/start/{name}")

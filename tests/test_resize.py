@@ -132,7 +132,7 @@ def test_the_stage_writes_loadable_copies_and_says_what_they_lose(workspace: Wor
 
 
 def test_a_rank_that_is_no_smaller_is_refused_before_and_after_training(workspace: Workspace) -> None:
-    assert rank_refusals([1, 7], 4, {"to_k": 8}) == []
+    assert rank_refusals([1, 7], "lora", 4, {"to_k": 8}) == []
     line = "params.yaml export.resized_ranks: 2 is not below the adapter's rank 2; use a smaller one"
     with pytest.raises(UserError) as caught:
         workspace.run("check", *RESIZED)

@@ -30,7 +30,10 @@ class Adapter:
     """What was trained, on what, and for how long; weights are read on demand."""
 
     lora_config: dict[str, Any]
-    """Arguments of peft.LoraConfig: r, lora_alpha, target_modules, ...; ``bias`` as stages/core/bias.py means it."""
+    """Arguments of peft.LoraConfig: r, lora_alpha, target_modules, ...; ``bias`` as stages/core/bias.py means it.
+
+    Of another algorithm than LoRA ``algo`` says so; its arguments have the same names.
+    """
     base: dict[str, str]
     """Digest per component of the base it was trained on."""
     num_steps: int
@@ -74,6 +77,11 @@ class Adapter:
                 f"{wanted.get('bias', 'none')}; run `python -m stages.train` again"
             )
         return load_tensors(path)
+
+
+def algorithm(lora_config: dict[str, Any]) -> str:
+    """What was trained, as its papers write it."""
+    return {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}[lora_config.get("algo", "lora")]
 
 
 def bias_metadata(mode: str, biases: list[str]) -> dict[str, str]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.artifacts.adapter import algorithm
+
 if TYPE_CHECKING:
     from stages.artifacts.adapter import Adapter
     from stages.core.bases import Base
@@ -19,6 +21,7 @@ def model_card(base: Base, family: Family, params: ExportParams, adapter: Adapte
     """README.md with the Hub's front matter: what it is, how to load it, what it was made from."""
     lora = adapter.lora_config
     targets = ", ".join(f"`{name}`" for name in short_names(lora["target_modules"]))
+    what = algorithm(lora)
     kind = "".join(f", {word}" for flag, word in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if lora.get(flag))
     kind += f", biases {lora['bias']}" if adapter.biases else ""
     which = f"one base alone{known_as(base)}"
@@ -28,12 +31,12 @@ def model_card(base: Base, family: Family, params: ExportParams, adapter: Adapte
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
-tags: [{family.PIPELINE}, lora, diffusers, lora-dag]
+tags: [{family.PIPELINE}, {what.lower()}, diffusers, lora-dag]
 base_model: {quoted(base.name if base.revision else base.pretrained)}
 instance_prompt: {quoted(params.prompt)}
 ---
 
-# LoRA for {family.PIPELINE}
+# {what} for {family.PIPELINE}
 
 Rank {lora["r"]}, alpha {lora["lora_alpha"]:g}{kind}, on {targets}; {adapter.num_steps} steps.
 

@@ -53,11 +53,13 @@ def metadata(base: Base, params: ExportParams, adapter: Adapter, prediction_type
         "modelspec.title": params.name,
         "ss_network_alpha": f"{config['lora_alpha']:g}",
         "ss_network_dim": str(config["r"]),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if "algo" in config else "networks.lora",
         "ss_steps": str(adapter.num_steps),
     }
     if base.file:  # kohya's names
         fields |= {"ss_sd_model_name": base.file.name, "ss_new_sd_model_hash": base.file_sha256}
+    if "algo" in config:
+        fields["ss_network_args"] = json.dumps({"algo": config["algo"]})
     if prediction_type in PREDICTION:
         fields["modelspec.prediction_type"] = PREDICTION[prediction_type]
     return fields

@@ -46,32 +46,41 @@ class ExportParams(Params):
         return [name for name in self.formats if name != "merged"]
 
 
-def refusals(formats: list[Format], bias: str, use_dora: bool, denoiser: str) -> list[str]:
+def refusals(formats: list[Format], algo: str, bias: str, use_dora: bool, denoiser: str) -> list[str]:
     """A line per format that would lose or change something, with what to use instead.
 
     Args:
+        algo: ``lora.algo``.
         bias: ``lora.bias`` where biases are trained, else none.
         denoiser: ``unet`` or ``transformer``.
     """
     found = []
     for name in formats:
         what = ""
-        if name in ("diffusers", "peft") and bias == "all":
+        others = ["comfyui"] if bias == "none" or denoiser == "unet" else []
+        if name == "diffusers" and algo != "lora":
+            what = f"the pipeline's load_lora_weights reads LoRA alone (lora.algo {algo})"
+            others += ["peft"] if bias == "none" else []
+        elif name in ("diffusers", "peft") and bias == "all":
             what = "biases of layers that carry no adapter have no place in it (lora.bias all)"
         elif name in ("diffusers", "peft") and bias == "lora_only" and use_dora:
             what = "PEFT has no bias beside DoRA (lora.bias lora_only with lora.use_dora)"
+        elif name == "peft" and bias == "lora_only" and algo != "lora":
+            what = f"PEFT has no bias beside it (lora.bias lora_only with lora.algo {algo})"
         elif name == "comfyui" and denoiser != "unet" and bias != "none":
             what = "ComfyUI joins a transformer's q, k and v into one layer, whose bias no key names"
         if what:
-            instead = "merged" if name == "comfyui" or denoiser != "unet" else "comfyui or merged"
+            instead = " or ".join([*others, "merged"])
             found.append(f"params.yaml export.formats: {name} cannot hold this adapter: {what}; use {instead}")
     return found
 
 
-def rank_refusals(resized_ranks: list[int], rank: int, rank_pattern: dict[str, int]) -> list[str]:
-    """A line per rank that is not below the adapter's largest: its copy would be no smaller."""
+def rank_refusals(resized_ranks: list[int], algo: str, rank: int, rank_pattern: dict[str, int]) -> list[str]:
+    """A line per rank that is not below the adapter's largest: its copy would be no smaller; LoRA alone has copies."""
     largest = max([rank, *rank_pattern.values()])
     where = "params.yaml export.resized_ranks"
+    if resized_ranks and algo != "lora":
+        return [f"{where}: of lora.algo {algo} there are no smaller copies; use []"]
     return [
         f"{where}: {r} is not below the adapter's rank {largest}; use a smaller one"
         for r in resized_ranks

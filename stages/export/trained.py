@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.core import bias, lora
+from stages.core import bias, lora, lycoris
 
 if TYPE_CHECKING:
     from stages.artifacts.adapter import Adapter
@@ -21,11 +21,11 @@ class Trained:
 
     adapter: Adapter
     weights: dict[str, torch.Tensor]
-    """PEFT's own tensors (``...lora_A.weight``), without the biases."""
+    """PEFT's own tensors (``...lora_A.weight``, ``...lokr_w1``), without the biases."""
     ranks: dict[str, int]
     """Target's name -> its rank."""
     scalings: dict[str, float]
-    """Target's name -> what B A is multiplied by: alpha / rank, or alpha / sqrt(rank)."""
+    """Target's name -> what ``product`` is multiplied by: alpha / rank, or alpha / sqrt(rank)."""
     biases: dict[str, torch.Tensor]
     """Module's name -> what was added to its bias, float32 [C]."""
     row_factors: dict[str, torch.Tensor]
@@ -57,7 +57,9 @@ def read(adapter: Adapter, denoiser: Any) -> Trained:
 
 
 def product(weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """B A of a target, [out, in * kernel]."""
+    """B A of a target, or the product of its other tensors, [out, in * kernel]."""
+    if f"{name}.lora_A.weight" not in weights:
+        return lycoris.product(weights, name)
     return weights[f"{name}.lora_B.weight"].flatten(1) @ weights[f"{name}.lora_A.weight"].flatten(1)
 
 

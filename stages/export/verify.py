@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 METRICS = "reports/train/metrics.json"
 """Names the adapter of a revision by the first 16 digits of its sha256."""
+BY_TRAIN = (".lora_A.", ".lokr_", ".hada_")
+"""In the names of an adapter's tensors as train writes them, in a file without a header of ours."""
 OF_TRAINING = ("lora", "train")
 
 
@@ -70,7 +72,7 @@ def read(file: Path) -> dict[str, Any]:
         if fields.get("modelspec.hash_sha256") != f"0x{tensors_digest(tensors)}":
             raise UserError(f"{file}: its tensors were changed after it was written")
         return json.loads(fields["lora_dag"])
-    if any(name.endswith(".lora_A.weight") for name in tensors):  # an adapter as train writes it
+    if any(mark in name for mark in BY_TRAIN for name in tensors):
         return {"adapter": sha256_file(file)}
     raise UserError(
         f"{file}: no header of ours (lora_dag); diffusers, peft and comfyui files have one, merged has none"

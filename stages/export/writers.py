@@ -55,7 +55,7 @@ def with_biases(trained: Trained) -> dict[str, torch.Tensor]:
 
 
 def peft_dict(trained: Trained, **changes: Any) -> dict[str, Any]:
-    """The LoraConfig as JSON values."""
+    """PEFT's config as JSON values."""
     if trained.biases:
         changes |= {"lora_bias": True, "init_lora_weights": True}  # PEFT takes no gaussian start beside it
     config = lora.peft_config(trained.adapter.lora_config, **changes).to_dict()
@@ -63,14 +63,17 @@ def peft_dict(trained: Trained, **changes: Any) -> dict[str, Any]:
 
 
 def write_comfyui(family: Family, trained: Trained, fields: dict[str, str], path: Path) -> None:
-    """kohya's keys as ComfyUI reads them: lora_down, lora_up, alpha, dora_scale, diff_b.
+    """Keys as ComfyUI reads them: kohya's lora_down, lora_up, dora_scale, diff_b; LyCORIS's lokr_*, hada_*; alpha.
 
     ComfyUI divides a DoRA layer by the base's row norms where PEFT divides by those of W + s B A: dora_scale is the
     magnitude times their ratio, exact at strength 1.
     """
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, scaling in trained.scalings.items():
         key, rank = comfyui_key(name, family.DENOISER), trained.ranks[name]
+        if "algo" in trained.adapter.lora_config:
+            tensors |= {f"{key}.{leaf}": tensor for leaf, tensor in lycoris_tensors(trained, name).items()}
+            continue
         tensors[f"{key}.lora_down.weight"] = trained.weights[f"{name}.lora_A.weight"]
         tensors[f"{key}.lora_up.weight"] = trained.weights[f"{name}.lora_B.weight"]
         tensors[f"{key}.alpha"] = torch.tensor(float(scaling * rank))
@@ -79,6 +82,20 @@ def write_comfyui(family: Family, trained: Trained, fields: dict[str, str], path
     for name, delta in trained.biases.items():
         tensors[f"{comfyui_key(name, family.DENOISER)}.diff_b"] = delta
     header.save(path, tensors, fields)
+
+
+def lycoris_tensors(trained: Trained, name: str) -> dict[str, torch.Tensor]:
+    """A target's tensors and alpha, as LyCORIS names them; so does PEFT.
+
+    Two whole factors of LoKr stand for themselves there: LyCORIS and ComfyUI do not scale them, PEFT does.
+    """
+    scaling, rank = trained.scalings[name], trained.ranks[name]
+    start = f"{name}."
+    tensors = {key.removeprefix(start): tensor for key, tensor in trained.weights.items() if key.startswith(start)}
+    if tensors.keys() == {"lokr_w1", "lokr_w2"}:
+        tensors["lokr_w1"] = scaling * tensors["lokr_w1"]
+        scaling = 1.0
+    return tensors | {"alpha": torch.tensor(float(scaling * rank))}
 
 
 def comfyui_key(name: str, denoiser: str) -> str:
@@ -102,7 +119,10 @@ def write_merged(model: ModelParams, family: Family, trained: Trained, pipeline:
 
 
 def merged_weights(trained: Trained, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The base's tensors with W + s B A (times DoRA's factors) and bias + delta in their places, float32."""
+    """The base's tensors with W + s B A (times DoRA's factors) and bias + delta in their places, float32.
+
+    Of another algorithm its product stands for B A.
+    """
     merged = {name: tensor.detach().clone() for name, tensor in base.items()}
     for name, scaling in trained.scalings.items():
         weight = merged[f"{name}.weight"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from stages.artifacts.adapter import algorithm
 from stages.core.markdown import facts, image, interval, signed, table
 from stages.report import dataset
 from stages.report.inputs import Inputs, Metrics, number
@@ -145,7 +146,7 @@ def settings_facts(inputs: Inputs) -> dict[str, object]:
     steps = int(number(inputs.train, "train.num_steps"))
     return {
         "Base": f"{model['pretrained']}, family {model['family']}, {model['dtype']}",
-        "LoRA": f"rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora.get('lora_dropout', 0):g}",
+        algorithm(lora): f"rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora.get('lora_dropout', 0):g}",
         "Adapted layers": ", ".join(f"`{name}`" for name in target_modules(lora["target_modules"])),
         "Trainable parameters": f"{int(number(inputs.train, 'train.num_trainable_parameters')):,}",
         "Optimizer steps": f"{steps:,}",

@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from stages.artifacts import adapter, metrics
-from stages.core import device, lora, targets
+from stages.core import device, lora, lycoris, targets
 from stages.core.console import log
 from stages.core.files import sha256_file, write_json, write_text
 from stages.core.progress import smoothed_loss
@@ -58,7 +58,7 @@ def log_adapter(trainer: Trainer) -> None:
         log.info(
             "biases      %s: %d, as deltas that decay towards zero", trainer.lora_config["bias"], len(trainer.biases)
         )
-    for line in targets.plan(names, num, num_base):
+    for line in lycoris.plan(denoiser, lora.NAME) + targets.plan(names, num, num_base):
         log.info(line)
 
 
@@ -89,7 +89,7 @@ def save_adapter(trainer: Trainer, adapter_folder: Path) -> dict[str, str]:
     trainer.save_weights(adapter_folder / adapter.FINAL)
     files[adapter.FINAL] = sha256_file(adapter_folder / adapter.FINAL)
     # Dropout is training's alone: diffusers leaves a loaded adapter in train mode and would drop while sampling.
-    for_use = trainer.lora_config | {"lora_dropout": 0.0}
+    for_use = {name: 0.0 if name == "lora_dropout" else value for name, value in trainer.lora_config.items()}
     adapter.Adapter(for_use, trainer.base, params.num_steps, steps, files, trainer.biases, trainer.made_from).save(
         adapter_folder
     )

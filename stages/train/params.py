@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stages.core.params import Params
 
 BiasMode = Literal["none", "all", "lora_only"]
+OF_LORA = {"dropout": 0, "init_lora_weights": "kaiming", "init_from": None, "use_rslora": False, "use_dora": False}
+"""Settings that PEFT has for LoRA alone, and what they must be elsewhere."""
+OF_LYCORIS = {"decompose_factor": None, "decompose_both": False, "use_effective_conv2d": False}
+"""Settings that LoRA does not have, and what they must be there."""
 
 
 class InitFrom(Params):
@@ -25,6 +30,8 @@ class InitFrom(Params):
 class LoraParams(Params):
     """Section ``lora``: the adapter's shape."""
 
+    algo: Literal["lora", "lokr", "loha"]
+    """What is added to a weight: B A, a Kronecker or a Hadamard product (Yeh et al. 2023, arXiv:2309.14859)."""
     rank: int = Field(ge=1, le=1024)
     alpha: float = Field(gt=0)
     """The update is scaled by alpha / rank."""
@@ -42,17 +49,20 @@ class LoraParams(Params):
     """The update is scaled by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool
     """Magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353)."""
-    init_lora_weights: Literal["gaussian", "kaiming"]
-    """How A starts; B starts at zero, so that step 0 equals the base."""
+    init_lora_weights: Literal["gaussian", "kaiming", "eva"]
+    """How A starts; B starts at zero, so that step 0 equals the base. eva: stages/train/eva.py."""
 
     bias: BiasMode
     """Which biases are trained as well: none, those of the adapted layers, or all of the denoiser's."""
     init_from: InitFrom | None
     """An adapter that this one starts from, in place of init_lora_weights."""
 
-    def recorded(self) -> dict[str, Any]:
-        """For whoever meets the adapter: init_from by its digest alone, and not at all where there is none."""
-        return self.model_dump(exclude=set() if self.init_from else {"init_from"})
+    decompose_factor: int | None = Field(ge=1)
+    """LoKr: sides of the first factor, or the nearest divisors below; null for those nearest the square root."""
+    decompose_both: bool
+    """LoKr: the first factor is a product of the rank too, where that is smaller."""
+    use_effective_conv2d: bool
+    """Kernels above 1 x 1 in Tucker form (FedPara, Hyeon-Woo et al. 2022, arXiv:2108.06098, proposition 3)."""
 
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     @classmethod
@@ -62,6 +72,18 @@ class LoraParams(Params):
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"got '{pattern}', no regular expression ({error})") from None
+        return value
+
+    @field_validator(*OF_LORA, *OF_LYCORIS)
+    @classmethod
+    def has_a_meaning(cls, value: Any, info: ValidationInfo) -> Any:
+        """Each setting is one of this algorithm's, or off."""
+        algo, name = str(info.data.get("algo")), str(info.field_name)
+        off = OF_LYCORIS[name] if name in OF_LYCORIS else OF_LORA[name]
+        has: dict[str, Iterable[str]] = {"lora": OF_LORA, "lokr": OF_LYCORIS, "loha": ["use_effective_conv2d"]}
+        if name not in has.get(algo, [name]) and value != off:
+            given, wanted = (json.dumps(text, default=lambda start: start.path).strip('"') for text in (value, off))
+            raise ValueError(f"got {given}, which lora.algo {algo} does not have; use {wanted}")
         return value
 
 

@@ -119,7 +119,7 @@ def made_from(config: Config, cache: LatentCache, items: list[CachedItem]) -> di
     return {
         "captions": sha256_json(sorted(item.captions for item in items)),
         "latents": cache.digest,
-        "lora": config.section(LoraParams).recorded(),
+        "lora": config.section(LoraParams).model_dump(),
         "model": {"dtype": model.dtype, "variant": model.variant},
         "num_pictures": len(items),
         "packages": {name: importlib.metadata.version(name) for name in device.RECORDED},

@@ -9,13 +9,13 @@ import torch
 
 from stages.artifacts.adapter import bias_metadata, snapshot_name
 from stages.core import bias, device, lora, objectives, seeding, selfcheck
-from stages.core.batches import Batches
+from stages.core.batches import Batch, Batches
 from stages.core.checkpoint import Checkpoints
 from stages.core.console import log
 from stages.core.files import save_tensors, state_dir
 from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Progress
-from stages.train import init_from, outputs
+from stages.train import eva, init_from, outputs
 from stages.train.params import LoraParams, TrainParams
 from stages.train.setup import (
     made_from,
@@ -91,6 +91,9 @@ class Trainer:
         start = self.resume()
         if start == 0:
             self.check_step_zero()
+            if self.lora_config.get("init_lora_weights") == "eva":
+                self.start_from_data()
+                self.check_step_zero()
         outputs.log_plan(self, start)
         progress = Progress(
             self.accelerator,
@@ -140,19 +143,27 @@ class Trainer:
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def start_from_data(self) -> None:
+        """Fill the adapter's A from the first batches."""
+        log.info("eva         from the first %d batches, until the directions settle", eva.NUM_BATCHES)
+        first = [divmod(i, self.params.gradient_accumulation_steps) for i in range(eva.NUM_BATCHES)]
+        batches = [self.batches.batch(step, micro) for step, micro in first]
+        passes = eva.initialize(self.accelerator.unwrap_model(self.denoiser), batches, self.predict)
+        log.info("eva         settled after %d passes", passes)
+
     def check_step_zero(self) -> None:
         """The adapter is sound; a fresh one equals the base on two samples of the first batch."""
         batch = self.batches.batch(0, 0).first(2)
-        noisy_latents = objectives.add_noise(self.noise_scheduler, batch.latents, batch.noise, batch.timesteps)
-        timesteps = objectives.model_timesteps(self.noise_scheduler, batch.timesteps)
         denoiser = self.accelerator.unwrap_model(self.denoiser)
         lora.require_sound(denoiser, self.trainable)
+        selfcheck.step_zero(denoiser, lambda: self.predict(batch), fresh=not self.started_from)
+
+    def predict(self, batch: Batch) -> torch.Tensor:
+        """The denoiser's answer to a batch, [B, C, h, w]."""
+        noisy_latents = objectives.add_noise(self.noise_scheduler, batch.latents, batch.noise, batch.timesteps)
+        timesteps = objectives.model_timesteps(self.noise_scheduler, batch.timesteps)
         with self.accelerator.autocast():
-            selfcheck.step_zero(
-                denoiser,
-                lambda: self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt),
-                fresh=not self.started_from,
-            )
+            return self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt)
 
     # --- state ----------------------------------------------------------------------------------------------------
 
