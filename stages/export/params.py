@@ -20,8 +20,6 @@ class ExportParams(Params):
     """What is written; merged is the whole pipeline in float32."""
     prompt: str
     """Prompt of the model card's example and of the comparison."""
-    num_inference_steps: int = Field(ge=1, le=1000)
-    """Sampling steps of the comparison."""
     guidance_scale: float = Field(ge=1)
     seed: int = Field(ge=0)
 
