@@ -1,6 +1,6 @@
 """Adapter -> files that other programs load, each loaded back by an independent reader and compared by output.
 
-In: data/adapter, the base.  Out: data/export/{diffusers,peft,comfyui,merged,README.md}, reports/export/metrics.json.
+In: data/adapter, the base.  Out: data/export/{diffusers,peft,comfyui,merged}, reports/export/{metrics,lineage}.json.
 Run: ``python -m stages.export [--set 'export.formats=[comfyui, merged]']``, or with ``--verify FILE`` to ask of a file
 whether it is what this repository makes, and which revision makes it.
 """
@@ -30,8 +30,8 @@ def main() -> None:
     from stages.artifacts.adapter import Adapter
     from stages.core import device
     from stages.core.base_files import digests, require_base, require_same_base
-    from stages.core.files import replaced, write_text
-    from stages.export.card import model_card
+    from stages.core.files import replaced, write_json
+    from stages.export.header import lineage
     from stages.export.proof import Proof
     from stages.families.base import load_family
 
@@ -51,9 +51,9 @@ def main() -> None:
         for name in params.formats:
             proof.write(name, folder / name)
             measured |= proof.check(name, folder / name)
-        write_text(folder / "README.md", model_card(model, family, params, adapter))
     metrics.save(args.export_reports / "metrics.json", measured)
-    log.info("wrote       %s (%s, README.md)", args.export, ", ".join(params.formats))
+    write_json(args.export_reports / "lineage.json", lineage(model, family, params, adapter, args.export))
+    log.info("wrote       %s (%s)", args.export, ", ".join(params.formats))
 
 
 if __name__ == "__main__":
