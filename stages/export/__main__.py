@@ -2,7 +2,7 @@
 
 In: data/adapter, the base.  Out: data/export/{diffusers,peft,comfyui,merged}, reports/export/{metrics,lineage}.json.
 Run: ``python -m stages.export [--set 'export.formats=[comfyui, merged]']``, or with ``--verify FILE`` to ask of a file
-whether it is what this repository makes, and which revision makes it.
+whether it is what this repository makes, and which revision makes it, or with ``--push`` to upload what was exported.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from stages.export.params import ExportParams, refusals
 
 
 def main() -> None:
-    arguments = parser(__doc__, ("adapter", "export", "export_reports"))
+    arguments = parser(__doc__, ("adapter", "export", "export_reports", "reports"))
     arguments.add_argument("--verify", type=Path, metavar="FILE", help="write nothing; say where the file comes from")
+    arguments.add_argument("--push", action="store_true", help="write nothing here; upload to export.push_to_hub")
     args = arguments.parse_args()
     config = load(args.params, args.overrides)
     if args.verify:
         from stages.export.verify import verify
 
         verify(args.verify, config, args.adapter)
+        return
+    if args.push:
+        from stages.export.push import push
+
+        push(config, args.adapter, args.export, args.export_reports, args.reports)
         return
     model, params = config.section(ModelParams), config.section(ExportParams)
 
