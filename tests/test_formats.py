@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace,
     lines = workspace.run("export", "--set", f"export.formats=[{', '.join(written)}]")
     metrics = read_json(Path("reports/export/metrics.json"))
     assert metrics["export.effect"] > 0.05
+    adapter, lineage = Adapter.load(ADAPTER), read_json(Path("reports/export/lineage.json"))
+    assert (lineage["lora_config"], lineage["biases"]) == (adapter.lora_config, adapter.biases)
+    headers = [load_metadata(path) for path in Path("data/export").rglob("*.safetensors")]
+    records = [json.loads(header["lora_dag"]) for header in headers if "lora_dag" in header]
+    assert len(records) == len(written) - 1 and all(record.items() <= lineage.items() for record in records)
     scale = expected.abs().max()
     for name in written:
         assert any(line.startswith(f"{name:11} loaded back") for line in lines)

@@ -122,23 +122,27 @@ def save_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None, sync: bool = True
 ) -> None:
     """A safetensors file, written whole; keys sorted, one byte sequence for one content. ``sync`` as in ``atomic``."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     data = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with atomic(path, sync) as temporary:
-        temporary.write_bytes(sorted_header(save(data, dict(sorted((metadata or {}).items())))))
+        save_file(data, temporary, dict(sorted((metadata or {}).items())))  # from where the tensors lie, without a copy
+        sort_header(temporary)
 
 
-def sorted_header(blob: bytes) -> bytes:
+def sort_header(path: Path) -> None:
     """Rewrite a safetensors header with sorted metadata: the library's own order of metadata keys varies."""
-    length = int.from_bytes(blob[:8], "little")
-    header = json.loads(blob[8 : 8 + length])
-    ordered = {name: header[name] for name in sorted(header)}
-    if "__metadata__" in ordered:
-        ordered["__metadata__"] = dict(sorted(ordered["__metadata__"].items()))
-    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + blob[8 + length :]
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = {name: header[name] for name in sorted(header)}
+        if "__metadata__" in ordered:
+            ordered["__metadata__"] = dict(sorted(ordered["__metadata__"].items()))
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) != length:  # the tensors stand behind it
+            raise RuntimeError(f"{path}: the header became longer")
+        file.seek(8)
+        file.write(text)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

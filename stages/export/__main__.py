@@ -1,8 +1,8 @@
 """Adapter -> files that other programs load, each loaded back by an independent reader and compared by output.
 
-In: data/adapter, the base.  Out: data/export/{diffusers,peft,comfyui,merged,resized,README.md}, reports/export.
+In: data/adapter, the base.  Out: data/export/{diffusers,peft,comfyui,merged,resized}, reports/export.
 Run: ``python -m stages.export [--set 'export.formats=[comfyui, merged]']``, or with ``--verify FILE`` to ask of a file
-whether it is what this repository makes, and which revision makes it.
+whether it is what this repository makes, and which revision makes it, or with ``--push`` to upload what was exported.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    arguments = parser(__doc__, ("adapter", "export", "export_reports"))
+    arguments = parser(__doc__, ("adapter", "export", "export_reports", "reports"))
     arguments.add_argument("--verify", type=Path, metavar="FILE", help="write nothing; say where the file comes from")
+    arguments.add_argument("--push", action="store_true", help="write nothing here; upload to export.push_to_hub")
     args = arguments.parse_args()
     config = load(args.params, args.overrides)
     if args.verify:
@@ -29,15 +30,20 @@ def main() -> None:
 
         verify(args.verify, config, args.adapter)
         return
+    if args.push:
+        from stages.export.push import push
+
+        push(config, args.adapter, args.export, args.export_reports, args.reports)
+        return
     model, params = config.section(ModelParams), config.section(ExportParams)
 
     from stages.artifacts import metrics
     from stages.artifacts.adapter import Adapter
     from stages.core import bases, device
     from stages.core.base_files import digests, require_same_base
-    from stages.core.files import replaced, write_text
+    from stages.core.files import replaced, write_json, write_text
     from stages.export import resize
-    from stages.export.card import model_card
+    from stages.export.header import lineage
     from stages.export.proof import Proof
     from stages.families.base import load_family
 
@@ -71,10 +77,10 @@ def main() -> None:
                 copy.write(name, folder / "resized" / f"rank-{rank}" / name)
                 copy.check(name, folder / "resized" / f"rank-{rank}" / name)
             measured |= compared(proof, copy, rank, [layer.energy(rank) for layer in svd.values()])
-        write_text(folder / "README.md", model_card(base, family, params, adapter))
     write_text(args.export_reports / "energy.csv", resize.energy_csv(svd, params.resized_ranks))
     metrics.save(args.export_reports / "metrics.json", measured)
-    log.info("wrote       %s (%s, README.md)", args.export, ", ".join(params.formats))
+    write_json(args.export_reports / "lineage.json", lineage(base, family, params, adapter, args.export))
+    log.info("wrote       %s (%s)", args.export, ", ".join(params.formats))
 
 
 def compared(proof: Proof, copy: Proof, rank: int, energies: list[float]) -> dict[str, Value]:

@@ -9,6 +9,16 @@ from pydantic import Field, field_validator, model_validator
 from stages.core.params import Params
 
 Format = Literal["diffusers", "peft", "comfyui", "merged"]
+REPO_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
+
+
+class PushParams(Params):
+    """Where ``python -m stages.export --push`` uploads to; no stage does."""
+
+    repo_id: str = Field(pattern=REPO_ID, max_length=96)
+    """Model repository of the Hugging Face Hub, user/name."""
+    private: bool
+    """Who may see it, when it is made; one that stands the other way is refused."""
 
 
 class ExportParams(Params):
@@ -22,10 +32,14 @@ class ExportParams(Params):
     """Smaller ranks at which copies are written as well, in each of the formats but merged."""
     prompt: str
     """Prompt of the model card's example and of the comparison."""
-    num_inference_steps: int = Field(ge=1, le=1000)
-    """Sampling steps of the comparison."""
-    guidance_scale: float = Field(ge=0)
+    base_model: str | None = Field(pattern=REPO_ID, max_length=96)
+    """Where the base stands on the Hub, for headers and card; null if it is not there."""
+    license: str | None = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$", max_length=100)
+    """SPDX or Hub id of the adapter's licence, for headers and card; null says that none is stated."""
     seed: int = Field(ge=0)
+    """Of the comparison's noise."""
+    push_to_hub: PushParams | None
+    """Decides nothing that is written: dvc.yaml lists the other keys of this section one by one."""
 
     @field_validator("formats", "resized_ranks")
     @classmethod

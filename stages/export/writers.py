@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.core import lora
-from stages.core.base_files import component_files
+from stages.core import lora, quiet
+from stages.core.base_files import absent, component_files
 from stages.core.files import load_metadata, load_tensors, save_tensors, write_json
 from stages.export import header
 from stages.export.trained import product
@@ -22,13 +22,20 @@ if TYPE_CHECKING:
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
-def write_diffusers(
-    pipeline_class: Any, family: Family, trained: Trained, fields: dict[str, str], folder: Path
-) -> None:
+def pipeline_class(family: Family) -> Any:
+    with quiet.no_warnings():  # image processors that ask for torchvision, which nothing here needs
+        import diffusers
+
+        return getattr(diffusers, family.PIPELINE)
+
+
+def write_diffusers(family: Family, trained: Trained, fields: dict[str, str], folder: Path) -> None:
     """``pytorch_lora_weights.safetensors`` with the LoraConfig in its header: without it, alpha would be guessed."""
     prefix = family.DENOISER
     layers = {f"{prefix}_lora_layers": with_biases(trained)}
-    pipeline_class.save_lora_weights(folder, **layers, **{f"{prefix}_lora_adapter_metadata": peft_dict(trained)})
+    pipeline_class(family).save_lora_weights(
+        folder, **layers, **{f"{prefix}_lora_adapter_metadata": peft_dict(trained)}
+    )
     path = folder / DIFFUSERS_FILE
     header.save(path, load_tensors(path), load_metadata(path) | fields)
 
@@ -103,32 +110,29 @@ def comfyui_key(name: str, denoiser: str) -> str:
     return f"lora_unet_{name.replace('.', '_')}" if denoiser == "unet" else f"transformer.{name}"
 
 
-def write_merged(model: ModelParams, family: Family, trained: Trained, pipeline: Any, folder: Path) -> None:
-    """The base's own files beside a denoiser with the adapter in its weights, in float32."""
+def write_merged(model: ModelParams, family: Family, trained: Trained, denoiser: Any, folder: Path) -> None:
+    """The base's own files beside ``denoiser``, whose weights become those with the adapter in them, in float32."""
     base = Path(model.pretrained)
     folder.mkdir(parents=True)
     shutil.copyfile(base / "model_index.json", folder / "model_index.json")
-    for component in family.COMPONENTS:
+    for component in set(family.COMPONENTS) - absent(model, family.COMPONENTS):
         (folder / component).mkdir()
         for path in component_files(base / component, model.variant):
             if component != family.DENOISER or path.suffix == ".json" and ".index." not in path.name:
                 shutil.copyfile(path, folder / component / path.name)
     suffix = f".{model.variant}" if model.variant else ""
-    tensors = merged_weights(trained, getattr(pipeline, family.DENOISER).state_dict())
+    tensors = denoiser.state_dict()
+    merge(trained, tensors)
     save_tensors(folder / family.DENOISER / f"diffusion_pytorch_model{suffix}.safetensors", tensors, {"format": "pt"})
 
 
-def merged_weights(trained: Trained, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The base's tensors with W + s B A (times DoRA's factors) and bias + delta in their places, float32.
-
-    Of another algorithm its product stands for B A.
-    """
-    merged = {name: tensor.detach().clone() for name, tensor in base.items()}
+@torch.no_grad()
+def merge(trained: Trained, weights: dict[str, torch.Tensor]) -> None:
+    """In the base's float32 tensors, in place: W + s B A (times DoRA's factors), and bias + delta."""
     for name, scaling in trained.scalings.items():
-        weight = merged[f"{name}.weight"]
+        weight = weights[f"{name}.weight"]
         weight += scaling * product(trained.weights, name).reshape(weight.shape)
         if name in trained.row_factors:
             weight *= trained.row_factors[name]
     for name, delta in trained.biases.items():
-        merged[f"{name}.bias"] += delta
-    return merged
+        weights[f"{name}.bias"] += delta
