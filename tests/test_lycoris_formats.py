@@ -22,7 +22,7 @@ from stages.families.base import load_family
 from tests.conftest import Workspace
 from tests.test_formats import ADAPTER, COMFYUI, adapt, loaded, unet
 from tests.test_lora import params, predict
-from tests.test_lycoris import ALGOS, ATTENTION, CONV, algo
+from tests.test_lycoris import ATTENTION, CONV, algo
 
 
 def settings(name: str, **changes: Any) -> list[str]:
@@ -36,7 +36,13 @@ def settings(name: str, **changes: Any) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [*((name, "none") for name in ALGOS if name != "lokr"), ("lokr", "lora_only"), ("loha", "all")],
+    [
+        ("lokr-whole", "none"),
+        ("lokr-tucker", "none"),
+        ("loha-tucker", "none"),
+        ("lokr-both", "lora_only"),
+        ("loha", "all"),
+    ],
 )
 def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace, name: str, mode: str) -> None:
     denoiser = adapt(workspace, **algo(name, bias=mode, alpha=6.0))
