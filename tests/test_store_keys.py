@@ -52,9 +52,11 @@ ENTRIES = (
     components.t5_states,
     flux.load_tokenizer,
     flux.load_text,
+    flux.load_trainable_text,
     flux.encode_prompts,
     sd3.load_tokenizer,
     sd3.load_text,
+    sd3.load_trainable_text,
     sd3.encode_prompts,
     sdxl.load_tokenizer,
     sdxl.load_text,
@@ -63,7 +65,7 @@ ENTRIES = (
 MASKS = (entries.Masks.read, entries.Masks.decode, entries.Masks._make, entries.mask_weights)
 RECORDED = {  # number, digest of the source that it stands for
     "pictures.VERSION": (1, "27d978230580fe10"),
-    "keys.FORMAT": (1, "7b2b67c5d9d157d2"),
+    "keys.FORMAT": (1, "990bd60084de9e42"),
     "keys.MASK_FORMAT": (2, "1f64e39bdb69e15c"),
 }
 
