@@ -26,6 +26,7 @@ PLAIN: dict[str, Any] = {
     "use_dora": False,
     "init_lora_weights": "gaussian",
     "bias": "none",
+    "train_text_encoder": False,
 }
 
 

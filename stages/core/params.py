@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML, YAMLError
@@ -39,6 +39,13 @@ class Params(BaseModel):
     """A section of params.yaml: frozen, strict, no unknown keys. Every field is required: defaults live in the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    LATER: ClassVar[dict[str, Any]] = {}
+    """Settings that came later -> the value that stands for how it was before."""
+
+    def recorded(self) -> dict[str, Any]:
+        """What files say of this section: without later settings that are not made use of, so that bytes stay."""
+        values = self.model_dump()
+        return {name: value for name, value in values.items() if name not in self.LATER or value != self.LATER[name]}
 
 
 class ModelParams(Params):

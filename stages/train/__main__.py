@@ -6,23 +6,26 @@ Run: ``python -m stages.train [--set lora.rank=16]``; killed, the same command g
 
 from __future__ import annotations
 
-from stages.core.console import parser, run
+from stages.core.console import UserError, parser, run
 from stages.core.params import ModelParams, load
+from stages.families.base import load_family
+from stages.train.params import LoraParams, TrainParams, text_problems
 
 
 def main() -> None:
     args = parser(__doc__, ("latents", "adapter", "train_reports")).parse_args()
     config = load(args.params, args.overrides)
     model = config.section(ModelParams)
+    family = load_family(model.family)
+    if found := text_problems(config.section(LoraParams), config.section(TrainParams), family):
+        raise UserError(*found)
 
     from stages.artifacts.latent_cache import LatentCache
     from stages.core.base_files import digests, require_base, require_same_base
     from stages.core.files import lock
-    from stages.families.base import load_family
     from stages.train import outputs
     from stages.train.trainer import Trainer
 
-    family = load_family(model.family)
     require_base(model, family)
     base = digests(model, family.COMPONENTS)
     cache = LatentCache(args.latents)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from stages.core.base_files import FAMILIES
 from stages.core.params import Params
+from stages.families.base import load_family
+
+if TYPE_CHECKING:
+    from stages.families.base import Family
 
 BiasMode = Literal["none", "all", "lora_only"]
 
@@ -37,7 +42,11 @@ class LoraParams(Params):
     """How A starts; B starts at zero, so that step 0 equals the base."""
 
     bias: BiasMode
-    """Which biases are trained as well: none, those of the adapted layers, or all of the denoiser's."""
+    """Which of the denoiser's biases are trained as well: none, those of the adapted layers, or all."""
+    train_text_encoder: bool
+    """Also adapt the attention of the CLIP text encoders: same rank, alpha, dropout and kind, no biases."""
+
+    LATER = {"train_text_encoder": False}
 
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     @classmethod
@@ -59,6 +68,8 @@ class TrainParams(Params):
     gradient_accumulation_steps: int = Field(ge=1)
     """Forward passes per step."""
     learning_rate: float = Field(gt=0)
+    text_encoder_lr: float | None = Field(gt=0)
+    """Peak learning rate of the text encoders; null for ``learning_rate``."""
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     lr_warmup_steps: int = Field(ge=0)
     adam_beta1: float = Field(ge=0, lt=1)
@@ -76,8 +87,22 @@ class TrainParams(Params):
     """Adapters kept for validate's curve and progress sheet."""
     seed: int = Field(ge=0)
 
+    LATER = {"text_encoder_lr": None}
+
     @model_validator(mode="after")
     def warmup_ends(self) -> TrainParams:
         if self.lr_warmup_steps >= self.num_steps:
             raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must be below num_steps ({self.num_steps})")
         return self
+
+
+def text_problems(lora: LoraParams, train: TrainParams, family: Family) -> list[str]:
+    """A line for text encoders that the family does not offer, or for a rate that would be ignored."""
+    if not lora.train_text_encoder and train.text_encoder_lr is not None:
+        ignored = f"{train.text_encoder_lr:g} is ignored without lora.train_text_encoder; set that, or null here"
+        return [f"params.yaml train.text_encoder_lr: {ignored}"]
+    if not lora.train_text_encoder or family.TEXT_ENCODERS:
+        return []
+    offering = [name for name in FAMILIES.values() if load_family(name).TEXT_ENCODERS]
+    found = f"no text encoder of {family.PIPELINE} can be trained, those of {', '.join(offering)} can"
+    return [f"params.yaml lora.train_text_encoder: {found}; set it to false"]
