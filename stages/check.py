@@ -24,7 +24,7 @@ from stages.prepare.geometry import buckets
 from stages.prepare.listing import Listing, lines
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
-from stages.train.params import LoraParams, TrainParams
+from stages.train.params import LoraParams, TrainParams, text_problems
 from stages.validate.params import ValidateParams, prompt_problems
 
 # Series that the project is tested with; the exact versions stand in requirements.lock.
@@ -47,7 +47,9 @@ def main() -> None:
     config = load(args.params, args.overrides)
     model = config.section(ModelParams)
     found = package_problems() + base_check(config) + dataset_problems(config) + export_problems(config)
-    found += prompt_problems(config.section(ValidateParams), load_family(model.family)) + disk_problems()
+    family = load_family(model.family)
+    found += text_problems(config.section(LoraParams), config.section(TrainParams), family)
+    found += prompt_problems(config.section(ValidateParams), family) + disk_problems()
     if found:
         raise UserError(*found)
     log.info("parameters  %s, %d sections", args.params, len(config.sections))
@@ -137,7 +139,7 @@ def export_problems(config: Config) -> list[str]:
     """Formats that could not hold what training will make; said before the training, not after it."""
     lora, export = config.section(LoraParams), config.section(ExportParams)
     denoiser = load_family(config.section(ModelParams).family).DENOISER
-    return refusals(export.formats, lora.bias, lora.use_dora, denoiser)
+    return refusals(export.formats, lora.bias, lora.use_dora, denoiser, lora.train_text_encoder)
 
 
 def disk_problems() -> list[str]:

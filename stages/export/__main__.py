@@ -41,7 +41,8 @@ def main() -> None:
     require_same_base(adapter.base, digests(model, family.COMPONENTS), args.adapter)
     weights = adapter.weights(args.adapter)
     bias = adapter.lora_config.get("bias", "none") if adapter.biases else "none"
-    if refused := refusals(params.formats, bias, adapter.lora_config.get("use_dora", False), family.DENOISER):
+    use_dora = adapter.lora_config.get("use_dora", False)
+    if refused := refusals(params.formats, bias, use_dora, family.DENOISER, bool(adapter.text_lora)):
         raise UserError(*refused)
     where = device.setup(config.section(RuntimeParams), model)
 

@@ -20,6 +20,8 @@ def model_card(model: ModelParams, family: Family, params: ExportParams, adapter
     targets = ", ".join(f"`{name}`" for name in short_names(lora["target_modules"]))
     kind = "".join(f", {word}" for flag, word in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if lora.get(flag))
     kind += f", biases {lora['bias']}" if adapter.biases else ""
+    if adapter.text_lora:
+        targets += f" and the attention of {' and '.join(f'`{name}`' for name in adapter.text_lora)}"
     base = "\n".join(f"| {name} | `{digest[:16]}` |" for name, digest in sorted(adapter.base.items()))
     # JSON strings are YAML and Python ones too, whatever colons and quotes are in them.
     pretrained, prompt = (json.dumps(text, ensure_ascii=False) for text in (model.pretrained, params.prompt))
@@ -35,7 +37,7 @@ instance_prompt: {prompt}
 
 Rank {lora["r"]}, alpha {lora["lora_alpha"]:g}{kind}, on {targets}; {adapter.num_steps} steps.
 
-{usage(family, params, model)}
+{usage(family, params, model, adapter)}
 
 The adapter fits one base alone, whose files have these digests (sha256 over names and bytes, first 16 digits):
 
@@ -49,12 +51,14 @@ The licence is the one that the base and the training pictures allow.
 """
 
 
-def usage(family: Family, params: ExportParams, model: ModelParams) -> str:
+def usage(family: Family, params: ExportParams, model: ModelParams, adapter: Adapter) -> str:
     """How each of the written formats is loaded."""
     pipeline = f"{family.PIPELINE}.from_pretrained"
     pretrained, prompt = (json.dumps(text, ensure_ascii=False) for text in (model.pretrained, params.prompt))
     variant = f", variant={json.dumps(model.variant)}" if model.variant else ""
     options = variant + "".join(f", {name}=None" for name in family.left_out(model))
+    with_peft = {family.DENOISER: ""} | {name: f"/{name}" for name in adapter.text_lora}
+    calls = (f'`PeftModel.from_pretrained(pipe.{name}, "data/export/peft{at}")`' for name, at in with_peft.items())
     lines = {
         "diffusers": f"""```python
 from diffusers import {family.PIPELINE}
@@ -63,7 +67,7 @@ pipe = {pipeline}({pretrained}{options})
 pipe.load_lora_weights("data/export/diffusers")
 pipe({prompt}, guidance_scale={params.guidance_scale:g}).images[0].save("sample.png")
 ```""",
-        "peft": f'With PEFT: `PeftModel.from_pretrained(pipe.{family.DENOISER}, "data/export/peft")`.',
+        "peft": f"With PEFT: {', '.join(calls)}.",
         "comfyui": f"With ComfyUI: put `comfyui/{params.name}.safetensors` below `models/loras`.",
         "merged": f'With the adapter in its weights: `{pipeline}("data/export/merged"{variant})`.',
     }

@@ -39,7 +39,7 @@ def metadata(model: ModelParams, params: ExportParams, adapter: Adapter, predict
         "lora_config": config,
         "num_steps": adapter.num_steps,
         **adapter.made_from,
-    }
+    } | ({"text_lora": adapter.text_lora} if adapter.text_lora else {})
     fields = {
         "format": "pt",
         "lora_dag": json.dumps(made_from, sort_keys=True, ensure_ascii=False),

@@ -33,23 +33,26 @@ class ExportParams(Params):
         return formats
 
 
-def refusals(formats: list[Format], bias: str, use_dora: bool, denoiser: str) -> list[str]:
+def refusals(formats: list[Format], bias: str, use_dora: bool, denoiser: str, text: bool = False) -> list[str]:
     """A line per format that would lose or change something, with what to use instead.
 
     Args:
         bias: ``lora.bias`` where biases are trained, else none.
         denoiser: ``unet`` or ``transformer``.
+        text: whether text encoders are trained.
     """
     found = []
     for name in formats:
-        what = ""
+        what, instead = "", "comfyui or merged" if denoiser == "unet" else "merged"
         if name in ("diffusers", "peft") and bias == "all":
             what = "biases of layers that carry no adapter have no place in it (lora.bias all)"
         elif name in ("diffusers", "peft") and bias == "lora_only" and use_dora:
             what = "PEFT has no bias beside DoRA (lora.bias lora_only with lora.use_dora)"
+        elif name == "diffusers" and text and use_dora:
+            what = "it loses text encoders' magnitudes while loading (lora.train_text_encoder with lora.use_dora)"
+            instead = "peft, comfyui or merged"
         elif name == "comfyui" and denoiser != "unet" and bias != "none":
             what = "ComfyUI joins a transformer's q, k and v into one layer, whose bias no key names"
         if what:
-            instead = "merged" if name == "comfyui" or denoiser != "unet" else "comfyui or merged"
             found.append(f"params.yaml export.formats: {name} cannot hold this adapter: {what}; use {instead}")
     return found

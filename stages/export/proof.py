@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.utils.warning import PeftWarning
 
-from stages.core import lora, quiet, seeding
+from stages.core import adapted, lora, quiet, seeding
 from stages.core.console import log
 from stages.core.files import load_tensors
 from stages.export import comfyui, header, trained, writers
@@ -28,8 +28,16 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-5  # of the largest output, float32; a file loaded by diffusers or PEFT usually differs by nothing at all
 
+OF_THE_STEP = ("hidden_states", "timestep")
+"""Arguments by name of a transformer's call that are not the prompt's; a UNet's stand by place."""
+
 Loaded = tuple[Any, list[str]]
-"""A denoiser with the file loaded, and the file's keys that it did not take."""
+"""A pipeline with the file loaded, and the file's keys that it did not take."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Enough(Exception):
+    """Ends a drawing after the denoiser's first call."""
 
 
 @contextlib.contextmanager
@@ -37,6 +45,7 @@ def quietly() -> Iterator[None]:
     """Loading without the libraries' warnings: the comparison that follows says more."""
     with warnings.catch_warnings(), quiet.no_warnings():
         warnings.simplefilter("ignore", PeftWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, for names that PEFT looks at
         yield
 
 
@@ -54,32 +63,36 @@ class Proof:
     ) -> None:
         self.model = model.model_copy(update={"dtype": "float32"})
         self.family, self.params, self.where = family, params, where
+        self.components = (family.DENOISER, *adapter.text_lora)
         pipeline = self.fresh()
         self.pipeline_class = type(pipeline)
-        denoiser = getattr(pipeline, family.DENOISER)
-        self.calls = self.record(pipeline, denoiser)
-        self.plain = self.answer(denoiser)
-        lora.inject(denoiser, adapter.lora_config)
-        lora.load(denoiser, weights)
-        self.expected = self.answer(denoiser)
+        self.calls = self.record(pipeline)
+        self.plain = self.answer(pipeline)
+        adapted.in_pipeline(pipeline, family.DENOISER, adapter).load(weights)
+        self.expected = self.answer(pipeline)
         self.effect = float((self.expected - self.plain).abs().max())
         """Largest change that the adapter makes to the output: 0 would make every comparison meaningless."""
         if self.effect == 0:
             raise RuntimeError("the adapter changes nothing: its weights were not loaded")
-        self.trained = trained.read(adapter, denoiser)
+        configs = {family.DENOISER: adapter.lora_config} | adapter.text_lora
+        self.parts = {name: trained.read(config, getattr(pipeline, name)) for name, config in configs.items()}
         prediction_type = str(getattr(family.load_scheduler(self.model).config, "prediction_type", ""))
         self.fields = header.metadata(model, params, adapter, prediction_type)
 
     def fresh(self) -> Any:
         return self.family.load_pipeline(self.model, self.where)
 
-    def record(self, pipeline: Any, denoiser: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def record(self, pipeline: Any, first_alone: bool = False) -> list[Call]:
         """Arguments of the denoiser's first and last call while the prompt is drawn."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        hook = denoiser.register_forward_pre_hook(
-            lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
-        )
-        with torch.no_grad(), hook:
+        calls: list[Call] = []
+
+        def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((args, kwargs))
+            if first_alone:
+                raise Enough
+
+        hook = getattr(pipeline, self.family.DENOISER).register_forward_pre_hook(note, with_kwargs=True)
+        with torch.no_grad(), hook, contextlib.suppress(Enough):
             pipeline(
                 self.params.prompt,
                 num_inference_steps=self.params.num_inference_steps,
@@ -90,19 +103,24 @@ class Proof:
         return [calls[0], calls[-1]]
 
     @torch.no_grad()
-    def answer(self, denoiser: Any) -> torch.Tensor:
-        """The outputs of the recorded calls, flat."""
-        return torch.cat([denoiser(*args, **kwargs)[0].flatten() for args, kwargs in self.calls])
+    def answer(self, pipeline: Any) -> torch.Tensor:
+        """The outputs of the recorded calls, flat; where text encoders were trained, from the prompt through them."""
+        denoiser = getattr(pipeline, self.family.DENOISER)
+        prompted: dict[str, Any] = {}
+        if len(self.components) > 1:
+            (_, prompted), *_ = self.record(pipeline, first_alone=True)
+        prompted = {name: value for name, value in prompted.items() if name not in OF_THE_STEP}
+        return torch.cat([denoiser(*args, **kwargs | prompted)[0].flatten() for args, kwargs in self.calls])
 
     def write(self, name: Format, folder: Path) -> None:
         if name == "diffusers":
-            writers.write_diffusers(self.pipeline_class, self.family, self.trained, self.fields, folder)
+            writers.write_diffusers(self.pipeline_class, self.parts, self.fields, folder)
         elif name == "peft":
-            writers.write_peft(self.trained, self.fields, folder)
+            writers.write_peft(self.family, self.parts, self.fields, folder)
         elif name == "comfyui":
-            writers.write_comfyui(self.family, self.trained, self.fields, self.comfyui_file(folder))
+            writers.write_comfyui(self.family, self.parts, self.fields, self.comfyui_file(folder))
         else:
-            writers.write_merged(self.model, self.family, self.trained, self.fresh(), folder)
+            writers.write_merged(self.model, self.family, self.parts, self.fresh(), folder)
 
     def comfyui_file(self, folder: Path) -> Path:
         return folder / f"{self.params.name}.safetensors"
@@ -116,8 +134,8 @@ class Proof:
             RuntimeError: another output than the adapter's, a key not taken, or a base that does not come back.
         """
         load = {"diffusers": self.diffusers, "peft": self.peft, "comfyui": self.comfyui, "merged": self.merged}[name]
-        with load(folder) as (denoiser, unmapped):
-            error = float((self.answer(denoiser) - self.expected).abs().max())
+        with load(folder) as (pipeline, unmapped):
+            error = float((self.answer(pipeline) - self.expected).abs().max())
         log.info(
             "%-11s loaded back, largest difference of the output %.2g, unmapped keys %d", name, error, len(unmapped)
         )
@@ -132,48 +150,57 @@ class Proof:
     def diffusers(self, folder: Path) -> Iterator[Loaded]:
         """Stock ``load_lora_weights`` and ``disable_lora``."""
         pipeline = self.fresh()
-        denoiser = getattr(pipeline, self.family.DENOISER)
         with quietly():  # a text encoder that the file does not adapt; biases, which PEFT takes for broken shards
             pipeline.load_lora_weights(folder, adapter_name=lora.NAME)
-            tensors = load_tensors(folder / writers.DIFFUSERS_FILE)
-            unmapped = self.untaken(denoiser, tensors, f"{self.family.DENOISER}.")
-        yield denoiser, unmapped
+            taken = {
+                f"{component}.{writers.file_name(component, name)}": tensor
+                for component in self.components
+                for name, tensor in lora.state_dict(getattr(pipeline, component)).items()
+            }
+        yield pipeline, untaken(load_tensors(folder / writers.DIFFUSERS_FILE), taken)
         pipeline.disable_lora()
-        self.require_base(denoiser, "diffusers")
+        self.require_base(pipeline, "diffusers")
 
     @contextlib.contextmanager
     def peft(self, folder: Path) -> Iterator[Loaded]:
         """Stock ``PeftModel.from_pretrained`` and ``disable_adapter``."""
         from peft import PeftModel
 
-        base = getattr(self.fresh(), self.family.DENOISER)
-        with quietly():
-            model = PeftModel.from_pretrained(base, folder, adapter_name=lora.NAME)
-            denoiser = model.get_base_model()
-            unmapped = self.untaken(denoiser, load_tensors(folder / "adapter_model.safetensors"), "base_model.model.")
-        yield denoiser, unmapped
-        with model.disable_adapter():
-            self.require_base(denoiser, "peft")
+        pipeline, models, unmapped = self.fresh(), [], []
+        with contextlib.ExitStack() as disabled:
+            for component in self.components:
+                place = writers.peft_folder(self.family, folder, component)
+                with quietly():
+                    model = PeftModel.from_pretrained(getattr(pipeline, component), place, adapter_name=lora.NAME)
+                    state = lora.state_dict(model.get_base_model())
+                taken = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
+                unmapped += untaken(load_tensors(place / "adapter_model.safetensors"), taken)
+                models.append(model)
+            yield pipeline, unmapped
+            for model in models:
+                disabled.enter_context(model.disable_adapter())
+            self.require_base(pipeline, "peft")
 
     @contextlib.contextmanager
     def comfyui(self, folder: Path) -> Iterator[Loaded]:
         """Our own reader of ComfyUI's keys."""
-        denoiser = getattr(self.fresh(), self.family.DENOISER)
-        with comfyui.patched(denoiser, self.comfyui_file(folder)) as unread:
-            yield denoiser, unread
-        self.require_base(denoiser, "comfyui")
+        pipeline = self.fresh()
+        denoiser, *encoders = (getattr(pipeline, component) for component in self.components)
+        with comfyui.patched(denoiser, self.comfyui_file(folder), text_encoders=encoders) as unread:
+            yield pipeline, unread
+        self.require_base(pipeline, "comfyui")
 
     @contextlib.contextmanager
     def merged(self, folder: Path) -> Iterator[Loaded]:
         """The family's own loader; there is no adapter to take off."""
         model = self.model.model_copy(update={"pretrained": str(folder)})
-        yield getattr(self.family.load_pipeline(model, self.where), self.family.DENOISER), []
+        yield self.family.load_pipeline(model, self.where), []
 
-    def untaken(self, denoiser: Any, tensors: dict[str, torch.Tensor], prefix: str) -> list[str]:
-        """Keys of a file whose tensors are not in the model that loaded it."""
-        taken = {f"{prefix}{name}": tensor for name, tensor in lora.state_dict(denoiser).items()}
-        return sorted(n for n, t in tensors.items() if n not in taken or not torch.equal(taken[n].cpu(), t))
-
-    def require_base(self, denoiser: Any, name: str) -> None:
-        if not torch.equal(self.answer(denoiser), self.plain):
+    def require_base(self, pipeline: Any, name: str) -> None:
+        if not torch.equal(self.answer(pipeline), self.plain):
             raise RuntimeError(f"the {name} export, disabled, does not give the base back")
+
+
+def untaken(tensors: dict[str, torch.Tensor], taken: dict[str, torch.Tensor]) -> list[str]:
+    """Keys of a file whose tensors are not in the models that loaded it."""
+    return sorted(n for n, t in tensors.items() if n not in taken or not torch.equal(taken[n].cpu(), t))

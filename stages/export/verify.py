@@ -92,13 +92,14 @@ def differences(record: dict[str, Any], config: Config, adapter_folder: Path) ->
         if changed:
             found.append(f"made with another {', '.join(changed)} than model.pretrained holds now")
     for name in OF_TRAINING:
-        found += setting_differences(name, record.get(name, {}), config.sections[name])
+        if name in record:
+            found += setting_differences(name, record[name], config.sections[name])
     return found
 
 
 def setting_differences(section: str, recorded: Mapping[str, Any], own: Params) -> Iterator[str]:
     values = own.model_dump()
-    for key, value in sorted(recorded.items()):
+    for key, value in sorted({**own.LATER, **recorded}.items()):
         if key in values and values[key] != value:
             yield f"made with {section}.{key} {value}, params.yaml says {values[key]}"
 
