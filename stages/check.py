@@ -24,7 +24,7 @@ from stages.prepare.geometry import buckets
 from stages.prepare.listing import Listing, lines
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
-from stages.train.params import LoraParams, TrainParams
+from stages.train.params import LoraParams, TrainParams, text_problems
 from stages.validate.params import ValidateParams, prompt_problems
 
 # Series that the project is tested with; the exact versions stand in requirements.lock.
@@ -52,6 +52,7 @@ def main() -> None:
     found += dataset_problems(config) + export_problems(config)
     if start := config.section(LoraParams).init_from:
         found += pin.problems(start.path, start.sha256)
+    found += text_problems(config.section(LoraParams), config.section(TrainParams), family)
     found += prompt_problems(config.section(ValidateParams), family) + disk_problems()
     if found:
         raise UserError(*found)
@@ -149,8 +150,9 @@ def export_problems(config: Config) -> list[str]:
     """Formats that could not hold what training will make; said before the training, not after it."""
     lora, export = config.section(LoraParams), config.section(ExportParams)
     denoiser = load_family(config.section(ModelParams).family).DENOISER
-    found = refusals(export.formats, lora.algo, lora.bias, lora.use_dora, denoiser)
-    return found + rank_refusals(export.resized_ranks, lora.algo, lora.rank, lora.rank_pattern)
+    text = lora.train_text_encoder
+    found = refusals(export.formats, lora.algo, lora.bias, lora.use_dora, denoiser, text)
+    return found + rank_refusals(export.resized_ranks, lora.algo, lora.rank, lora.rank_pattern, text)
 
 
 def disk_problems() -> list[str]:

@@ -169,7 +169,7 @@ def test_a_lost_alpha_stops_the_stage(workspace: Workspace, monkeypatch: pytest.
 
 
 def read_plain_config(trained: Any) -> dict[str, Any]:
-    config = lora.peft_config(trained.adapter.lora_config | {"lora_alpha": 2.0}).to_dict()
+    config = lora.peft_config(trained.config | {"lora_alpha": 2.0}).to_dict()
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
 

@@ -31,6 +31,7 @@ PLAIN: dict[str, Any] = {
     "decompose_factor": None,
     "decompose_both": False,
     "use_effective_conv2d": False,
+    "train_text_encoder": False,
 }
 
 

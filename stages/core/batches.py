@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,8 @@ class Batch:
     latents: torch.Tensor  # [B, C, h, w] float32, in the denoiser's space
     noise: torch.Tensor  # [B, C, h, w] float32
     timesteps: torch.Tensor  # [B] int64
-    prompt: dict[str, torch.Tensor]  # name -> [B, ...]
+    captions: list[str]  # B; the empty one where it was dropped
+    prompt: dict[str, torch.Tensor]  # name -> [B, ...], what the cache says of them
     weights: torch.Tensor  # [B] float32, each picture's own loss_weight
     masks: torch.Tensor | None  # [B, 1, h, w] float32; None where no picture of the run has one
 
@@ -34,7 +35,7 @@ class Batch:
         return cls._each(parts, torch.cat)
 
     def first(self, count: int) -> Batch:
-        return self._each([self], lambda tensors: tensors[0][:count])
+        return replace(self._each([self], lambda tensors: tensors[0][:count]), captions=self.captions[:count])
 
     def to(self, device: torch.device) -> Batch:
         return self._each([self], lambda tensors: tensors[0].to(device))
@@ -47,8 +48,11 @@ class Batch:
             return combine([getattr(part, name) for part in parts])
 
         prompt = {name: combine([part.prompt[name] for part in parts]) for name in parts[0].prompt}
+        captions = [caption for part in parts for caption in part.captions]
         masks = None if parts[0].masks is None else combined("masks")
-        return cls(combined("latents"), combined("noise"), combined("timesteps"), prompt, combined("weights"), masks)
+        return cls(
+            combined("latents"), combined("noise"), combined("timesteps"), captions, prompt, combined("weights"), masks
+        )
 
 
 class Batches:
@@ -93,8 +97,9 @@ class Batches:
         noise = torch.randn(mean.shape, generator=draw("noise"))
         timestep = torch.randint(self.num_train_timesteps, (), generator=draw("timestep"))
         dropped = torch.rand((), generator=draw("prompt")) < self.prompt_dropout
-        caption = item.captions[int(torch.randint(len(item.captions), (), generator=draw("caption")))]
-        prompt = self.cache.prompt("" if dropped else caption, item.views[view])
+        drawn = item.captions[int(torch.randint(len(item.captions), (), generator=draw("caption")))]
+        caption = "" if dropped else drawn
+        prompt = self.cache.prompt(caption, item.views[view])
         if dropped:
             prompt |= {name: torch.zeros_like(prompt[name]) for name in self.zeroed}
         mask = self.cache.mask(item.masks[view]) if item.masks else torch.ones_like(mean[:1])  # [1, h, w]
@@ -102,6 +107,7 @@ class Batches:
             latents[None],
             noise[None],
             timestep[None],
+            [caption],
             {name: tensor[None] for name, tensor in prompt.items()},
             torch.tensor([item.loss_weight]),
             mask[None] if self.masked else None,

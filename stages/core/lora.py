@@ -37,14 +37,16 @@ def make_config(params: LoraParams, denoiser: Any) -> dict[str, Any]:
     return config | {"lora_dropout": params.dropout, "init_lora_weights": start_of_a}
 
 
-def keyed_init(denoiser: Any, config: dict[str, Any], seed: int) -> None:
+def keyed_init(denoiser: Any, config: dict[str, Any], seed: int, component: str = "") -> None:
     """PEFT's own initialisation, layer by layer, keyed by the layer's name: other targets do not change it.
+
+    ``component`` tells the layers of two text encoders apart.
 
     DoRA's magnitudes are the norms of the base's rows in float32: PEFT's own are rounded to the frozen dtype, and
     step 0 would not equal the base.
     """
     for name in targets(denoiser):
-        torch.manual_seed(seeding.key(seed, "lora_init", name))
+        torch.manual_seed(seeding.key(seed, "lora_init", *filter(None, [component]), name))
         layer = denoiser.get_submodule(name)
         if "algo" in config:
             layer.reset_adapter_parameters(NAME)
@@ -81,8 +83,10 @@ def peft_config(config: dict[str, Any], **changes: Any) -> LoraConfig | LoKrConf
 
 
 def state_dict(denoiser: Any) -> dict[str, torch.Tensor]:
-    """The adapter's tensors as PEFT names them (``...to_q.lora_A.weight``), and ``...to_out.0.bias_delta``."""
-    return get_peft_model_state_dict(denoiser, adapter_name=NAME) | bias.state_dict(denoiser)
+    """The adapter's tensors, keys as PEFT names them (``...to_q.lora_A.weight``), and ``...to_out.0.bias_delta``."""
+    # "auto" asks the Hub whether a text encoder's vocabulary was changed.
+    tensors = get_peft_model_state_dict(denoiser, adapter_name=NAME, save_embedding_layers=False)
+    return tensors | bias.state_dict(denoiser)
 
 
 def load(denoiser: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -101,7 +105,8 @@ def load(denoiser: Any, tensors: dict[str, torch.Tensor]) -> None:
 
 def set_scale(denoiser: Any, scale: float) -> None:
     """Strength of the adapter, biases included: 1 as trained, 0 the base."""
-    denoiser.set_adapters([NAME], [scale])
+    for name in targets(denoiser):
+        denoiser.get_submodule(name).set_scale(NAME, scale)
     bias.set_scale(denoiser, scale)
 
 

@@ -54,14 +54,15 @@ def main() -> None:
     weights = adapter.weights(args.adapter)
     bias = adapter.lora_config.get("bias", "none") if adapter.biases else "none"
     lora = adapter.lora_config
-    algo = lora.get("algo", "lora")
-    refused = refusals(params.formats, algo, bias, lora.get("use_dora", False), family.DENOISER)
-    if refused := refused + rank_refusals(params.resized_ranks, algo, lora["r"], lora.get("rank_pattern", {})):
+    algo, text = lora.get("algo", "lora"), bool(adapter.text_lora)
+    refused = refusals(params.formats, algo, bias, lora.get("use_dora", False), family.DENOISER, text)
+    refused += rank_refusals(params.resized_ranks, algo, lora["r"], lora.get("rank_pattern", {}), text)
+    if refused:
         raise UserError(*refused)
     where = device.setup(config.section(RuntimeParams), model)
 
     proof = Proof(base, family, params, where, adapter, weights)
-    svd = resize.factors(proof.trained) if algo == "lora" else {}
+    svd = resize.factors(proof.parts[family.DENOISER]) if algo == "lora" else {}
     measured: dict[str, Value] = {
         "export.effect": proof.effect,
         "export.megabytes": sum(t.nbytes for t in weights.values()) / 1e6,

@@ -1,6 +1,7 @@
 """A small reader of adapter files as ComfyUI reads them, written from its key rules and apart from our writer.
 
-A module ``m`` of a UNet is named ``lora_unet_`` + m with underscores, one of a transformer ``transformer.`` + m:
+A module ``m`` of a UNet is named ``lora_unet_`` + m with underscores, one of a transformer ``transformer.`` + m, one of
+the CLIP text encoders ``lora_te1_`` (or ``lora_te_``) or ``lora_te2_`` + m with underscores, from text_model on:
 ``lora_up.weight`` [out, r, ...] and ``lora_down.weight`` [r, in, ...], whose product is scaled by ``alpha`` / r;
 ``dora_scale`` [out, 1, ...], which multiplies rows over the norms of the base's rows; ``diff_b``, added to the bias.
 LoHa: ``hada_w1_a`` [out, r] times ``hada_w1_b`` [r, in...], and the same of w2, multiplied element by element.
@@ -12,7 +13,7 @@ All of it is multiplied by the strength at which the file is loaded.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,18 +31,22 @@ LEAVES = (
 
 
 @contextlib.contextmanager
-def patched(denoiser: torch.nn.Module, path: Path, strength: float = 1.0) -> Iterator[list[str]]:
+def patched(
+    denoiser: torch.nn.Module, path: Path, strength: float = 1.0, text_encoders: Sequence[torch.nn.Module] = ()
+) -> Iterator[list[str]]:
     """Inside, the weights are patched; yields the keys that meant nothing. Afterwards the base's are put back."""
     from safetensors.torch import load_file
 
     unread = load_file(path)
     parameters = dict(denoiser.named_parameters())
+    for number, encoder in enumerate(text_encoders, 1):
+        parameters |= {f"te{number}.{name}": weight for name, weight in encoder.named_parameters()}
     patches = {}
     for name, weight in parameters.items():
         module, _, leaf = name.rpartition(".")
         if leaf != "weight":
             continue
-        for prefix in (f"lora_unet_{module.replace('.', '_')}", f"transformer.{module}"):
+        for prefix in keys(module):
             rows = unread.pop(f"{prefix}.dora_scale", None)
             if (change := read_change(unread, prefix, weight)) is not None:
                 patches[name] = weight + strength * full_change(weight, change, rows)
@@ -82,6 +87,19 @@ def factor_of(found: dict[str, torch.Tensor], name: str, core: str = "") -> torc
         return found[name]
     a, b = found[f"{name}_a"], found[f"{name}_b"]
     return torch.einsum("ijkl,ip,jr->prkl", found[core], a, b) if core in found else a @ b
+
+
+def keys(module: str) -> Iterator[str]:
+    """Those that mean the module, ``te1.`` and ``te2.`` standing for the text encoders."""
+    first, _, rest = module.partition(".")
+    if first in ("te1", "te2"):
+        name = f"text_model.{rest.removeprefix('text_model.')}".replace(".", "_")
+        yield f"lora_{first}_{name}"
+        if first == "te1":
+            yield f"lora_te_{name}"
+    else:
+        yield f"lora_unet_{module.replace('.', '_')}"
+        yield f"transformer.{module}"
 
 
 def full_change(weight: torch.Tensor, change: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

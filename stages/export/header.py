@@ -69,6 +69,7 @@ def made_from(base: Base, params: ExportParams, adapter: Adapter) -> dict[str, A
         "lora_config": adapter.lora_config,
         "num_steps": adapter.num_steps,
         **adapter.made_from,
+        **({"text_lora": adapter.text_lora} if adapter.text_lora else {}),
         **({"base_model": on_hub} if on_hub else {}),
         **({"base_revision": base.revision} if base.revision else {}),
         **({"base_file": {"name": base.file.name, "sha256": base.file_sha256}} if base.file else {}),

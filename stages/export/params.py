@@ -60,13 +60,16 @@ class ExportParams(Params):
         return [name for name in self.formats if name != "merged"]
 
 
-def refusals(formats: list[Format], algo: str, bias: str, use_dora: bool, denoiser: str) -> list[str]:
+def refusals(
+    formats: list[Format], algo: str, bias: str, use_dora: bool, denoiser: str, text: bool = False
+) -> list[str]:
     """A line per format that would lose or change something, with what to use instead.
 
     Args:
         algo: ``lora.algo``.
         bias: ``lora.bias`` where biases are trained, else none.
         denoiser: ``unet`` or ``transformer``.
+        text: whether text encoders are trained.
     """
     found = []
     for name in formats:
@@ -81,6 +84,9 @@ def refusals(formats: list[Format], algo: str, bias: str, use_dora: bool, denois
             what = "PEFT has no bias beside DoRA (lora.bias lora_only with lora.use_dora)"
         elif name == "peft" and bias == "lora_only" and algo != "lora":
             what = f"PEFT has no bias beside it (lora.bias lora_only with lora.algo {algo})"
+        elif name == "diffusers" and text and use_dora:
+            what = "it loses text encoders' magnitudes while loading (lora.train_text_encoder with lora.use_dora)"
+            others = ["peft", *others]
         elif name == "comfyui" and denoiser != "unet" and bias != "none":
             what = "ComfyUI joins a transformer's q, k and v into one layer, whose bias no key names"
         if what:
@@ -89,12 +95,16 @@ def refusals(formats: list[Format], algo: str, bias: str, use_dora: bool, denois
     return found
 
 
-def rank_refusals(resized_ranks: list[int], algo: str, rank: int, rank_pattern: dict[str, int]) -> list[str]:
+def rank_refusals(
+    resized_ranks: list[int], algo: str, rank: int, rank_pattern: dict[str, int], text: bool = False
+) -> list[str]:
     """A line per rank that is not below the adapter's largest: its copy would be no smaller; LoRA alone has copies."""
     largest = max([rank, *rank_pattern.values()])
     where = "params.yaml export.resized_ranks"
     if resized_ranks and algo != "lora":
         return [f"{where}: of lora.algo {algo} there are no smaller copies; use []"]
+    if resized_ranks and text:
+        return [f"{where}: with lora.train_text_encoder there are no smaller copies; use []"]
     return [
         f"{where}: {r} is not below the adapter's rank {largest}; use a smaller one"
         for r in resized_ranks

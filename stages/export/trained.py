@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from stages.core import bias, lora, lycoris
-
-if TYPE_CHECKING:
-    from stages.artifacts.adapter import Adapter
 
 DORA = ".lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Read off a denoiser that carries the adapter."""
+    """Read off a module that carries an adapter: the denoiser, or a text encoder."""
 
-    adapter: Adapter
+    config: dict[str, Any]
+    """Arguments of peft.LoraConfig."""
     weights: dict[str, torch.Tensor]
     """PEFT's own tensors (``...lora_A.weight``, ``...lokr_w1``), without the biases."""
     ranks: dict[str, int]
@@ -34,10 +32,10 @@ class Trained:
     """DoRA alone. Target's name -> ||W||, float32 [out, 1, ...]."""
 
 
-def read(adapter: Adapter, denoiser: Any) -> Trained:
-    """From a float32 denoiser into which the adapter was loaded."""
-    layers = {name: denoiser.get_submodule(name) for name in lora.targets(denoiser)}
-    weights = {n: t.detach().clone() for n, t in lora.state_dict(denoiser).items() if not n.endswith(bias.KEY)}
+def read(config: dict[str, Any], module: Any) -> Trained:
+    """From a float32 module into which the adapter was loaded."""
+    layers = {name: module.get_submodule(name) for name in lora.targets(module)}
+    weights = {n: t.detach().clone() for n, t in lora.state_dict(module).items() if not n.endswith(bias.KEY)}
     factors, norms = {}, {}
     for name, layer in layers.items():
         if name + DORA in weights:
@@ -46,11 +44,11 @@ def read(adapter: Adapter, denoiser: Any) -> Trained:
             norms[name] = row_norm(base)
             factors[name] = weights[name + DORA].reshape(norms[name].shape) / row_norm(scaled)
     return Trained(
-        adapter=adapter,
+        config=config,
         weights=weights,
         ranks={name: layer.r[lora.NAME] for name, layer in layers.items()},
         scalings={name: layer.scaling[lora.NAME] for name, layer in layers.items()},
-        biases={name: delta.detach().clone() for name, delta in bias.deltas(denoiser).items()},
+        biases={name: delta.detach().clone() for name, delta in bias.deltas(module).items()},
         row_factors=factors,
         row_norms=norms,
     )

@@ -96,7 +96,8 @@ def differences(record: dict[str, Any], config: Config, adapter_folder: Path) ->
         if changed:
             found.append(f"made with another {', '.join(changed)} than model.pretrained holds now")
     for name in OF_TRAINING:
-        found += setting_differences(name, record.get(name, {}), config.sections[name])
+        if name in record:
+            found += setting_differences(name, record[name], config.sections[name])
     return found
 
 

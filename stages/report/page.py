@@ -146,10 +146,11 @@ def settings_facts(inputs: Inputs) -> dict[str, object]:
     """What decided the result, read from what the stages recorded."""
     lora, model, validate = (inputs.lineage[name] for name in ("lora_config", "model", "validate"))
     steps = int(number(inputs.train, "train.num_steps"))
+    text = "".join(f", attention of {component}" for component in inputs.lineage.get("text_lora", {}))
     return {
         "Base": f"{model['pretrained']}, family {model['family']}, {model['dtype']}",
         algorithm(lora): f"rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora.get('lora_dropout', 0):g}",
-        "Adapted layers": ", ".join(f"`{name}`" for name in target_modules(lora["target_modules"])),
+        "Adapted layers": ", ".join(f"`{name}`" for name in target_modules(lora["target_modules"])) + text,
         "Trainable parameters": f"{int(number(inputs.train, 'train.num_trainable_parameters')):,}",
         "Optimizer steps": f"{steps:,}",
         "Adapter size": f"{number(inputs.export, 'export.megabytes'):.3g} MB",

@@ -9,25 +9,28 @@ from __future__ import annotations
 from stages.core import pin
 from stages.core.console import UserError, parser, run
 from stages.core.params import ModelParams, load
-from stages.train.params import LoraParams
+from stages.families.base import load_family
+from stages.train.params import LoraParams, TrainParams, text_problems
 
 
 def main() -> None:
     args = parser(__doc__, ("latents", "adapter", "train_reports")).parse_args()
     config = load(args.params, args.overrides)
-    model, start = config.section(ModelParams), config.section(LoraParams).init_from
-    if start and (found := pin.problems(start.path, start.sha256)):
+    model, lora = config.section(ModelParams), config.section(LoraParams)
+    family = load_family(model.family)
+    found = text_problems(lora, config.section(TrainParams), family)
+    if lora.init_from:
+        found += pin.problems(lora.init_from.path, lora.init_from.sha256)
+    if found:
         raise UserError(*found)
 
     from stages.artifacts.latent_cache import LatentCache
     from stages.core import bases
     from stages.core.base_files import digests, require_same_base
     from stages.core.files import lock
-    from stages.families.base import load_family
     from stages.train import outputs
     from stages.train.trainer import Trainer
 
-    family = load_family(model.family)
     model = bases.resolve(model, family).model
     base = digests(model, family.COMPONENTS)
     cache = LatentCache(args.latents)

@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from stages.core.base_files import FAMILIES
 from stages.core.params import Params
+from stages.families.base import load_family
+
+if TYPE_CHECKING:
+    from stages.families.base import Family
 
 BiasMode = Literal["none", "all", "lora_only"]
-OF_LORA = {"dropout": 0, "init_lora_weights": "kaiming", "init_from": None, "use_rslora": False, "use_dora": False}
+OF_LORA = {
+    "dropout": 0,
+    "init_lora_weights": "kaiming",
+    "init_from": None,
+    "train_text_encoder": False,
+    "use_rslora": False,
+    "use_dora": False,
+}
 """Settings that PEFT has for LoRA alone, and what they must be elsewhere."""
 OF_LYCORIS = {"decompose_factor": None, "decompose_both": False, "use_effective_conv2d": False}
 """Settings that LoRA does not have, and what they must be there."""
@@ -53,7 +65,9 @@ class LoraParams(Params):
     """How A starts; B starts at zero, so that step 0 equals the base. eva: stages/train/eva.py."""
 
     bias: BiasMode
-    """Which biases are trained as well: none, those of the adapted layers, or all of the denoiser's."""
+    """Which of the denoiser's biases are trained as well: none, those of the adapted layers, or all."""
+    train_text_encoder: bool
+    """Also adapt the attention of the CLIP text encoders: same rank, alpha, dropout and kind, no biases."""
     init_from: InitFrom | None
     """An adapter that this one starts from, in place of init_lora_weights."""
 
@@ -96,6 +110,8 @@ class TrainParams(Params):
     gradient_accumulation_steps: int = Field(ge=1)
     """Forward passes per step."""
     learning_rate: float = Field(gt=0)
+    text_encoder_lr: float | None = Field(gt=0)
+    """Peak learning rate of the text encoders; null for ``learning_rate``."""
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     lr_warmup_steps: int = Field(ge=0)
     adam_beta1: float = Field(ge=0, lt=1)
@@ -118,3 +134,19 @@ class TrainParams(Params):
         if self.lr_warmup_steps >= self.num_steps:
             raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must be below num_steps ({self.num_steps})")
         return self
+
+
+def text_problems(lora: LoraParams, train: TrainParams, family: Family) -> list[str]:
+    """A line for text encoders that the family does not offer, for a rate that would be ignored, or beside init_from."""
+    if not lora.train_text_encoder and train.text_encoder_lr is not None:
+        ignored = f"{train.text_encoder_lr:g} is ignored without lora.train_text_encoder; set that, or null here"
+        return [f"params.yaml train.text_encoder_lr: {ignored}"]
+    if lora.train_text_encoder and lora.init_from:
+        return [
+            "params.yaml lora.init_from: fills no text encoders; set lora.train_text_encoder to false, or null here"
+        ]
+    if not lora.train_text_encoder or family.TEXT_ENCODERS:
+        return []
+    offering = [name for name in FAMILIES.values() if load_family(name).TEXT_ENCODERS]
+    found = f"no text encoder of {family.PIPELINE} can be trained, those of {', '.join(offering)} can"
+    return [f"params.yaml lora.train_text_encoder: {found}; set it to false"]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stages.artifacts.latent_cache import CachedItem, LatentCache
     from stages.core.params import Config, RuntimeParams
 
+Parameters = dict[str, torch.nn.Parameter]
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -61,11 +62,17 @@ def make_accelerator(runtime: RuntimeParams, model: ModelParams) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(params: TrainParams, trainable: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    params: TrainParams, denoiser: Parameters, text_encoders: Parameters | None = None
+) -> torch.optim.Optimizer:
     """AdamW; DoRA's magnitudes do not decay: towards zero they would shrink the base's own weights."""
-    groups: list[dict[str, Any]] = [{"params": [p for n, p in trainable.items() if "lora_magnitude_vector" not in n]}]
-    if magnitudes := [p for n, p in trainable.items() if "lora_magnitude_vector" in n]:
-        groups.append({"params": magnitudes, "weight_decay": 0.0})
+    groups: list[dict[str, Any]] = []
+    rates = (params.learning_rate, params.text_encoder_lr or params.learning_rate)
+    for trainable, rate in zip((denoiser, text_encoders or {}), rates, strict=True):
+        if plain := [p for n, p in trainable.items() if "lora_magnitude_vector" not in n]:
+            groups.append({"params": plain, "lr": rate})
+        if magnitudes := [p for n, p in trainable.items() if "lora_magnitude_vector" in n]:
+            groups.append({"params": magnitudes, "lr": rate, "weight_decay": 0.0})
     return torch.optim.AdamW(
         groups,
         lr=params.learning_rate,
@@ -88,7 +95,7 @@ def make_lr_scheduler(params: TrainParams, optimizer: torch.optim.Optimizer) -> 
 def run_digest(
     params: TrainParams,
     model: ModelParams,
-    lora_config: dict[str, Any],
+    configs: dict[str, dict[str, Any]],
     cache: LatentCache,
     base: dict[str, str],
     where: torch.device,
@@ -97,6 +104,7 @@ def run_digest(
     """Names everything that decides a run's bytes: a checkpoint is resumed by the run of the same digest alone.
 
     Args:
+        configs: component -> LoRA's config; "" for the denoiser.
         init_from: digest of the adapter that the run starts from, if it does.
     """
     return sha256_json(
@@ -107,7 +115,7 @@ def run_digest(
             "code": closure.code_digest("train", model.family),
             "dtype": model.dtype,
             "environment": device.environment(where),
-            "lora": lora_config,
+            "lora": configs[""] if len(configs) == 1 else configs,
             "train": params.model_dump(exclude={"checkpoint_every_n_steps"}),
         }
     )

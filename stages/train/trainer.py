@@ -9,6 +9,7 @@ import torch
 
 from stages.artifacts.adapter import bias_metadata, snapshot_name
 from stages.core import bias, device, lora, objectives, seeding, selfcheck
+from stages.core.adapted import Adapted, frozen_digest, text_configs
 from stages.core.batches import Batch, Batches
 from stages.core.checkpoint import Checkpoints
 from stages.core.console import log
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """One run: the frozen denoiser, the adapter in it, its optimizer, and what has been logged so far."""
+    """One run: what is frozen, the adapter in it, its optimizer, and what has been logged so far."""
 
     def __init__(self, config: Config, family: Family, cache: LatentCache, base: dict[str, str]) -> None:
-        model = config.section(ModelParams)
+        self.model = model = config.section(ModelParams)
         self.params, self.runtime = config.section(TrainParams), config.section(RuntimeParams)
         self.family, self.base = family, base
         self.items = training_items(cache, self.params.batch_size)
@@ -47,14 +48,18 @@ class Trainer:
         device.log_device(self.device, model)
 
         denoiser = family.load_denoiser(model, self.device)
-        self.frozen_before = lora.frozen_digest(denoiser)
         settings = config.section(LoraParams)
+        self.text = family.load_trainable_text(model, self.device) if settings.train_text_encoder else None
+        encoders = {} if self.text is None else family.text_encoders(self.text)
+        self.frozen_before = frozen_digest({"": denoiser, **encoders})
         self.lora_config = lora.make_config(settings, denoiser)
-        self.trainable = lora.inject(denoiser, self.lora_config)
+        self.text_lora = text_configs(settings, family, encoders)
+        self.adapted = Adapted(denoiser, self.lora_config, self.text_lora, encoders)
+        self.adapted.keyed_init(self.params.seed)
+        self.trainable = self.adapted.trainable
         self.biases = list(bias.deltas(denoiser))
-        lora.keyed_init(denoiser, self.lora_config, self.params.seed)
         self.started_from = init_from.fill(settings, denoiser, family, base)
-        optimizer = make_optimizer(self.params, self.trainable)
+        optimizer = make_optimizer(self.params, self.adapted.of("", self.trainable), self.adapted.text_trainable)
         self.lr_scheduler = make_lr_scheduler(self.params, optimizer)
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         self.batches = Batches(
@@ -71,7 +76,7 @@ class Trainer:
 
         dropped = {"dropped caption": "zeros"} if family.drops_to_zeros(model) else {}  # in no component's files
         start = settings.init_from.sha256 if settings.init_from else None
-        self.digest = run_digest(self.params, model, self.lora_config, cache, base | dropped, self.device, start)
+        self.digest = run_digest(self.params, model, self.adapted.configs, cache, base | dropped, self.device, start)
         self.made_from = made_from(config, cache, self.items)
         self.folder = state_dir() / "runs" / self.digest[:16]
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
@@ -126,7 +131,7 @@ class Trainer:
 
             torch.manual_seed(seeding.key(self.params.seed, "layers", step, micro))  # for dropout inside the layers
             with self.accelerator.autocast():
-                model_pred = self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt)
+                model_pred = self.family.predict(self.denoiser, noisy_latents, timesteps, self.prompt(batch))
 
             loss = objectives.masked_mean((model_pred.float() - target).square(), batch.masks)  # [B]
             loss = (loss * weights * batch.weights).mean()
@@ -151,19 +156,31 @@ class Trainer:
         passes = eva.initialize(self.accelerator.unwrap_model(self.denoiser), batches, self.predict)
         log.info("eva         settled after %d passes", passes)
 
+    def prompt(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What the cache says, but for the part of text encoders that are trained: they are asked now."""
+        if self.text is None:
+            return batch.prompt
+        encoded = self.family.encode_prompts(self.text, batch.captions, batch.prompt)
+        for name in self.batches.zeroed:  # a dropped caption that stands for zeros stays it
+            shown = batch.prompt[name].flatten(1).any(1).reshape(-1, *[1] * (encoded[name].dim() - 1))  # [B, 1, ...]
+            encoded[name] = encoded[name] * shown
+        return batch.prompt | encoded
+
     def check_step_zero(self) -> None:
         """The adapter is sound; a fresh one equals the base on two samples of the first batch."""
         batch = self.batches.batch(0, 0).first(2)
-        denoiser = self.accelerator.unwrap_model(self.denoiser)
-        lora.require_sound(denoiser, self.trainable)
-        selfcheck.step_zero(denoiser, lambda: self.predict(batch), fresh=not self.started_from)
+        self.adapted.require_sound()
+        with torch.no_grad(), self.accelerator.autocast():
+            selfcheck.step_zero(self.adapted, lambda: self.predict(batch), fresh=not self.started_from)
+            if self.text is not None:
+                selfcheck.same_prompts(self.prompt(batch), batch.prompt, self.model.dtype)
 
     def predict(self, batch: Batch) -> torch.Tensor:
         """The denoiser's answer to a batch, [B, C, h, w]."""
         noisy_latents = objectives.add_noise(self.noise_scheduler, batch.latents, batch.noise, batch.timesteps)
         timesteps = objectives.model_timesteps(self.noise_scheduler, batch.timesteps)
         with self.accelerator.autocast():
-            return self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt)
+            return self.family.predict(self.denoiser, noisy_latents, timesteps, self.prompt(batch))
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -172,7 +189,7 @@ class Trainer:
         state = self.checkpoints.load()
         if state is None:
             return 0
-        lora.load(self.accelerator.unwrap_model(self.denoiser), state["adapter"])
+        self.adapted.load(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.accelerator.scaler is not None:
@@ -187,7 +204,7 @@ class Trainer:
         self.checkpoints.save(
             step,
             {
-                "adapter": lora.state_dict(self.accelerator.unwrap_model(self.denoiser)),
+                "adapter": self.adapted.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
@@ -201,4 +218,4 @@ class Trainer:
 
     def save_weights(self, path: Path) -> None:
         metadata = {"format": "pt"} | bias_metadata(self.lora_config["bias"], self.biases)
-        save_tensors(path, lora.state_dict(self.accelerator.unwrap_model(self.denoiser)), metadata)
+        save_tensors(path, self.adapted.state_dict(), metadata)

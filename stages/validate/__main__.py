@@ -89,29 +89,30 @@ class Evidence:
 
 def examine(exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams) -> Evidence:
     """Score and draw the base, every snapshot and the final adapter, in one pipeline."""
-    from stages.core import lora
+    from stages.core import adapted
     from stages.core.sampling import draw
 
     pipeline = exam.family.load_pipeline(exam.model, exam.device)
-    denoiser = getattr(pipeline, exam.family.DENOISER).eval().requires_grad_(False)
-    lora.inject(denoiser, adapter.lora_config)
+    layers = adapted.in_pipeline(pipeline, exam.family.DENOISER, adapter)
+    denoiser = layers.modules[""]
+    text = exam.family.text_of(pipeline) if adapter.text_lora else None
     sampling = make_sampling(exam, settings, pipeline.vae_scale_factor)
     evidence = Evidence({}, {}, {})
 
-    with lora.disabled(denoiser):
-        evidence.losses[0] = finite(answer(exam, denoiser), "the base", exam.model)
+    with layers.disabled():
+        evidence.losses[0] = finite(answer(exam, denoiser, text), "the base", exam.model)
         evidence.pictures[0] = draw(pipeline, sampling, exam.model)
     log_step(exam, evidence, 0)
     for step in [*adapter.snapshots, adapter.num_steps]:
         is_final = step == adapter.num_steps
-        lora.load(denoiser, adapter.weights(folder, None if is_final else step))
-        lora.set_scale(denoiser, 1.0)
+        layers.load(adapter.weights(folder, None if is_final else step))
+        layers.set_scale(1.0)
         state = "the final adapter" if is_final else f"the snapshot of step {step}"
-        evidence.losses[step] = finite(answer(exam, denoiser), state, exam.model)
+        evidence.losses[step] = finite(answer(exam, denoiser, text), state, exam.model)
         evidence.pictures[step] = draw(pipeline, sampling, exam.model)
         log_step(exam, evidence, step)
     for scale in settings.scales:
-        lora.set_scale(denoiser, scale)
+        layers.set_scale(scale)
         evidence.scaled[scale] = evidence.pictures[step] if scale == 1 else draw(pipeline, sampling, exam.model)
     return evidence
 
@@ -233,7 +234,7 @@ def lineage(
     """What the figures and pictures came from; `report` and `compare` read it."""
     counts = Counter(item.split for item in cache.items)
     shown = sha256_json(sorted([item.split, item.content, item.caption] for item in cache.items))
-    return {
+    found = {
         "adapter": adapter.files[FINAL][:DIGEST_DIGITS],
         "base": {component: digest[:DIGEST_DIGITS] for component, digest in base.items()},
         "dataset": {"train": counts["train"], "heldout": counts["heldout"], "content": shown[:DIGEST_DIGITS]},
@@ -248,6 +249,7 @@ def lineage(
         },
         "validate": settings.model_dump(),
     }
+    return found | ({"text_lora": adapter.text_lora} if adapter.text_lora else {})
 
 
 def log_end(reports: Path, measured: dict[str, Any]) -> None:
