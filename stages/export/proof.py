@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def ask(model: ModelParams, family: Family, params: ExportParams, device: torch.
         prompt = family.encode_prompts(family.load_text(model, device), [params.prompt])
     factor = family.vae_scale_factor(model)
     multiple = family.pixel_multiple(model) // factor
-    side = min(multiple * math.ceil(LATENT_SIDE / multiple), (family.max_side(model) or math.inf) // factor)
+    side = min(multiple * math.ceil(LATENT_SIDE / multiple), (family.max_side(model) or sys.maxsize) // factor)
     pixels = (side * factor, side * factor)
     views = family.view_conditioning(pixels, (0, 0), pixels)
     shape = (2, components.config(model, "vae")["latent_channels"], side, side)

@@ -137,14 +137,12 @@ class TrainParams(Params):
 
 
 def text_problems(lora: LoraParams, train: TrainParams, family: Family) -> list[str]:
-    """A line for text encoders that the family does not offer, for a rate that would be ignored, or beside init_from."""
+    """A line for text encoders that the family does not offer or that init_from does not fill; for an idle rate."""
     if not lora.train_text_encoder and train.text_encoder_lr is not None:
         ignored = f"{train.text_encoder_lr:g} is ignored without lora.train_text_encoder; set that, or null here"
         return [f"params.yaml train.text_encoder_lr: {ignored}"]
     if lora.train_text_encoder and lora.init_from:
-        return [
-            "params.yaml lora.init_from: fills no text encoders; set lora.train_text_encoder to false, or null here"
-        ]
+        return ["params.yaml lora.init_from: fills no text encoders; set it to null, or train_text_encoder to false"]
     if not lora.train_text_encoder or family.TEXT_ENCODERS:
         return []
     offering = [name for name in FAMILIES.values() if load_family(name).TEXT_ENCODERS]
