@@ -29,11 +29,17 @@ def code(stage):
     return [path.replace("${model.family}", VALUES["model"]["family"]) for path in paths]
 
 
+def value(name):
+    """Of a section, or of one key in it, as dvc.yaml names them."""
+    section, _, key = name.partition(".")
+    return VALUES[section][key] if key else VALUES[section]
+
+
 def sections(stage):
     """The parameters that the stage reads: when they change, Snakemake runs its rule again."""
 
     def values(wildcards):
-        read = {name: VALUES[name] for name in STAGES[stage]["params"]}
+        read = {name: value(name) for name in STAGES[stage]["params"]}
         if "lora" in read:
             read["lora"] = read["lora"] | {"rank": int(wildcards.rank)}
         return read
@@ -61,6 +67,8 @@ EXPORTED = {
     "comfyui": f"{VALUES['export']['name']}.safetensors",
     "merged": "model_index.json",
 }
+FORMATS = VALUES["export"]["formats"]
+RESIZED = [f"rank-{rank}/{name}" for rank in VALUES["export"]["resized_ranks"] for name in FORMATS if name != "merged"]
 
 
 wildcard_constraints:
@@ -76,7 +84,7 @@ rule all:
         "runs/latents/manifest.json",
         expand("runs/rank-{rank}/adapter/adapter.json", rank=RANKS),
         expand("runs/rank-{rank}/reports/metrics.json", rank=RANKS),
-        expand("runs/rank-{rank}/export/README.md", rank=RANKS),
+        expand("runs/rank-{rank}/reports/export/lineage.json", rank=RANKS),
         expand("runs/rank-{rank}/reports/report.md", rank=RANKS),
 
 
@@ -179,9 +187,11 @@ rule export:
         adapter="runs/rank-{rank}/adapter/adapter.json",
         code=code("export"),
     output:
-        card="runs/rank-{rank}/export/README.md",
-        files=[f"runs/rank-{{rank}}/export/{name}/{EXPORTED[name]}" for name in VALUES["export"]["formats"]],
+        files=[f"runs/rank-{{rank}}/export/{name}/{EXPORTED[name]}" for name in FORMATS],
+        resized=[f"runs/rank-{{rank}}/export/resized/{path}/{EXPORTED[Path(path).name]}" for path in RESIZED],
         metrics="runs/rank-{rank}/reports/export/metrics.json",
+        energy="runs/rank-{rank}/reports/export/energy.csv",
+        lineage="runs/rank-{rank}/reports/export/lineage.json",
     log:
         "runs/rank-{rank}/logs/export.log",
     conda:
@@ -211,10 +221,12 @@ rule report:
         curve="runs/rank-{rank}/reports/validate/curve.csv",
         lineage="runs/rank-{rank}/reports/validate/lineage.json",
         export="runs/rank-{rank}/reports/export/metrics.json",
+        made="runs/rank-{rank}/reports/export/lineage.json",
         code=code("report"),
     output:
         report="runs/rank-{rank}/reports/report.md",
         dataset="runs/rank-{rank}/reports/dataset.md",
+        card="runs/rank-{rank}/reports/model_card.md",
         loss="runs/rank-{rank}/reports/loss.png",
     log:
         "runs/rank-{rank}/logs/report.log",
@@ -226,4 +238,5 @@ rule report:
         "python -m stages.report --set lora.rank={wildcards.rank} --reports runs/rank-{wildcards.rank}/reports"
         " --train-reports runs/rank-{wildcards.rank}/reports/train --dataset-reports runs/reports/dataset"
         " --latents-reports runs/reports/latents"
-        " --export-reports runs/rank-{wildcards.rank}/reports/export > {log} 2>&1"
+        " --export-reports runs/rank-{wildcards.rank}/reports/export --export runs/rank-{wildcards.rank}/export"
+        " > {log} 2>&1"

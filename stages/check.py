@@ -14,17 +14,17 @@ import sys
 from pathlib import Path
 
 from stages.cache_latents.params import CacheParams, flip_problems
-from stages.core import base_files
+from stages.core import base_files, bases, pin
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams, load
-from stages.export.params import ExportParams, refusals
+from stages.export.params import ExportParams, rank_refusals, refusals
 from stages.families.base import load_family
 from stages.prepare.geometry import buckets
 from stages.prepare.listing import Listing, lines
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
-from stages.train.params import LoraParams, TrainParams
+from stages.train.params import LoraParams, TrainParams, text_problems
 from stages.validate.params import ValidateParams, prompt_problems
 
 # Series that the project is tested with; the exact versions stand in requirements.lock.
@@ -46,18 +46,28 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     config = load(args.params, args.overrides)
     model = config.section(ModelParams)
-    found = package_problems() + base_check(config) + dataset_problems(config) + export_problems(config)
-    found += prompt_problems(config.section(ValidateParams), load_family(model.family)) + disk_problems()
+    family = load_family(model.family)
+    base = bases.preview(model, family)
+    found = package_problems() + base.problems + size_problems(config, base.configs)
+    found += dataset_problems(config) + export_problems(config)
+    if start := config.section(LoraParams).init_from:
+        found += pin.problems(start.path, start.sha256)
+    found += text_problems(config.section(LoraParams), config.section(TrainParams), family)
+    found += prompt_problems(config.section(ValidateParams), family) + disk_problems()
     if found:
         raise UserError(*found)
     log.info("parameters  %s, %d sections", args.params, len(config.sections))
     log.info("base        %s, family %s", model.pretrained, model.family)
+    if base.to_do:
+        log.info("            %s", base.to_do)
     log.info("dataset     %s", config.section(DatasetParams).source)
     log.info("packages    %s", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
     log.info("disk        %.1f GB free for the state directory", shutil.disk_usage(existing(state_dir())).free / 1e9)
     check_device(config)  # from here on it imports torch, which takes seconds
-    check_objective(config)
-    check_captions(config)
+    if base.configs:
+        check_objective(config, base.configs)
+        check_captions(base.configs)
+        check_start(config, base.configs)
 
 
 def package_problems() -> list[str]:
@@ -97,11 +107,13 @@ def torchvision_problems(torch: str, torchvision: str) -> list[str]:
     ]
 
 
-def base_check(config: Config) -> list[str]:
+def size_problems(config: Config, configs: ModelParams | None) -> list[str]:
+    """Of the pictures that the parameters ask for; nothing while the base's configs are not here."""
+    if configs is None:
+        return []
     model, dataset = config.section(ModelParams), config.section(DatasetParams)
-    family = load_family(model.family)
     sizes = buckets(dataset) if dataset.aspect_buckets else [(dataset.resolution, dataset.resolution)]
-    return base_files.problems(model, family) or base_files.size_problems(model, family, sizes)
+    return base_files.size_problems(configs, load_family(model.family), sizes, model.pretrained)
 
 
 def dataset_problems(config: Config) -> list[str]:
@@ -138,7 +150,9 @@ def export_problems(config: Config) -> list[str]:
     """Formats that could not hold what training will make; said before the training, not after it."""
     lora, export = config.section(LoraParams), config.section(ExportParams)
     denoiser = load_family(config.section(ModelParams).family).DENOISER
-    return refusals(export.formats, lora.bias, lora.use_dora, denoiser)
+    text = lora.train_text_encoder
+    found = refusals(export.formats, lora.algo, lora.bias, lora.use_dora, denoiser, text)
+    return found + rank_refusals(export.resized_ranks, lora.algo, lora.rank, lora.rank_pattern, text)
 
 
 def disk_problems() -> list[str]:
@@ -173,23 +187,41 @@ def check_device(config: Config) -> None:
     sys.stdout.flush()
 
 
-def check_objective(config: Config) -> None:
+def check_objective(config: Config, configs: ModelParams) -> None:
     from stages.core import objectives
     from stages.train import noising, weighting
 
-    model = config.section(ModelParams)
-    noise_scheduler = load_family(model.family).load_scheduler(model)
+    noise_scheduler = load_family(configs.family).load_scheduler(configs)
     weighting.require_snr(noise_scheduler, config.section(TrainParams))
     noising.make_timesteps(config.section(TrainParams), noise_scheduler)
     log.info("objective   %s", objectives.prediction_type(noise_scheduler))
 
 
-def check_captions(config: Config) -> None:
+def check_captions(configs: ModelParams) -> None:
     """Opens the tokenizer, which may lack what its family reads."""
-    model = config.section(ModelParams)
-    family = load_family(model.family)
-    (own,) = family.count_tokens(model, [""])
-    log.info("captions    up to %d tokens, %d of them the model's own", family.max_tokens(model), own)
+    family = load_family(configs.family)
+    (own,) = family.count_tokens(configs, [""])
+    log.info("captions    up to %d tokens, %d of them the model's own", family.max_tokens(configs), own)
+
+
+def check_start(config: Config, configs: ModelParams) -> None:
+    """lora.init_from against the denoiser that it shall fill, built without its weights."""
+    lora_params = config.section(LoraParams)
+    if lora_params.init_from is None:
+        return
+    import diffusers
+    import torch
+
+    from stages.core import components, lora
+    from stages.train import init_from
+
+    family = load_family(configs.family)
+    cls = getattr(diffusers, family.COMPONENTS[family.DENOISER])
+    with torch.device("meta"):
+        denoiser = cls.from_config(components.config(configs, family.DENOISER)).to(getattr(torch, configs.dtype))
+        lora.inject(denoiser, lora.make_config(lora_params, denoiser))
+    init_from.read(lora_params, denoiser, family)
+    log.info("start       %s", lora_params.init_from.path)
 
 
 if __name__ == "__main__":

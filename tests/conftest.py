@@ -42,7 +42,6 @@ TINY: dict[str, dict[str, Any]] = {
         "prompts": ["red apple", "blue boat"],
         "num_inference_steps": 2,
     },
-    "export": {"num_inference_steps": 2},
     "runtime": {"device": "cpu", "num_threads": 1, "num_processes": 1, "log_every_n_steps": 1},
 }
 

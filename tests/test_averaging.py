@@ -16,7 +16,7 @@ def run(changes: list[str], steps: int) -> tuple[Kept, torch.nn.Parameter, list[
     """The weights that each step left behind, in float64."""
     asked = train_params("lr_scheduler=constant", "learning_rate=0.1", *changes)
     parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
-    optimizer = optimizers.make_optimizer(asked, {"a.lora_A.default.weight": parameter}, CPU)
+    optimizer = optimizers.make_optimizer(asked, {"a.lora_A.default.weight": parameter}, {}, CPU)
     kept = Kept(asked, [parameter], optimizer)
     passed = []
     for _ in range(steps):

@@ -307,6 +307,18 @@ def test_every_caption_is_drawn_about_equally_often_and_from_its_own_picture(tmp
     assert all(count / total == pytest.approx(1 / 3, abs=0.06) for count in counts.values())
 
 
+def test_a_batch_names_the_captions_whose_embeddings_it_holds(tmp_path: Path) -> None:
+    """What trained text encoders are asked is what the cache was asked."""
+    source = batches(make_cache(tmp_path, num_captions=3), prompt_dropout=0.5)
+    seen = set()
+    for batch in (source.batch(step, 0) for step in range(30)):
+        for caption, row in zip(batch.captions, batch.prompt["prompt_embeds"], strict=True):
+            assert torch.equal(row, source.cache.prompt(caption)["prompt_embeds"])
+        assert batch.first(3).captions == batch.captions[:3]
+        seen |= set(batch.captions)
+    assert len(seen) == 1 + 3 * NUM_PICTURES and "" in seen
+
+
 def test_more_captions_change_nothing_but_the_caption(tmp_path: Path) -> None:
     one, many = (
         batches(make_cache(tmp_path / str(count), std=1.0, num_views=2, num_captions=count)).batch(5, 0)

@@ -127,8 +127,10 @@ def test_formats_that_could_not_hold_the_adapter(copied: Workspace) -> None:
 
 def test_a_hub_id_gets_the_line_that_fetches_it(copied: Workspace) -> None:
     assert problem(copied, "model.pretrained=stable-diffusion-v1-5/stable-diffusion-v1-5") == (
-        "params.yaml model.pretrained: 'stable-diffusion-v1-5/stable-diffusion-v1-5' is no folder here; fetch it: "
-        "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir data/stable-diffusion-v1-5"
+        "params.yaml model.pretrained: 'stable-diffusion-v1-5/stable-diffusion-v1-5' is no folder here; write the lines"
+        " `hub: stable-diffusion-v1-5/stable-diffusion-v1-5` and `revision: ` with its commit into"
+        " data/stable-diffusion-v1-5.yaml and name that, or fetch it: hf download"
+        " stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir data/stable-diffusion-v1-5"
     )
 
 

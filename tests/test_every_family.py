@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from stages.artifacts.latent_cache import LatentCache
 from stages.artifacts.manifest import Manifest
 from stages.core import base_files, components, params
+from stages.core.files import load_metadata
 from stages.core.params import ModelParams
 from stages.core.pictures import load_view
 from stages.families.base import Family, load_family
@@ -236,7 +237,13 @@ def test_the_dag_end_to_end(trained: Workspace, name: str, family: Family, stock
     pipeline.load_lora_weights(adapter)
     adapted = draw()
     assert adapted.shape == (32, 32, 3) and np.abs(adapted - plain).max() > 0
-    assert f"{family.PIPELINE}.from_pretrained" in Path("data/export/README.md").read_text()
+    header = load_metadata(adapter / "pytorch_lora_weights.safetensors")
+    assert header["modelspec.architecture"].endswith("/lora") and json.loads(header["lora_dag"])["family"] == name
+    card = Path("reports/model_card.md").read_text(encoding="utf-8")
+    lines = card.split("```python\n")[1].split("```")[0]
+    assert f"{family.PIPELINE}.from_pretrained(" in lines
+    exec(lines.replace("guidance_scale", "height=32, width=32, guidance_scale"), {})
+    assert Path("sample.png").stat().st_size > 100
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace,
     lines = workspace.run("export", "--set", f"export.formats=[{', '.join(written)}]")
     metrics = read_json(Path("reports/export/metrics.json"))
     assert metrics["export.effect"] > 0.05
+    adapter, lineage = Adapter.load(ADAPTER), read_json(Path("reports/export/lineage.json"))
+    assert (lineage["lora_config"], lineage["biases"]) == (adapter.lora_config, adapter.biases)
+    headers = [load_metadata(path) for path in Path("data/export").rglob("*.safetensors")]
+    records = [json.loads(header["lora_dag"]) for header in headers if "lora_dag" in header]
+    assert len(records) == len(written) - 1 and all(record.items() <= lineage.items() for record in records)
     scale = expected.abs().max()
     for name in written:
         assert any(line.startswith(f"{name:11} loaded back") for line in lines)
@@ -94,14 +100,14 @@ def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace,
 
 
 def test_what_is_refused_names_the_reason_and_the_way_out() -> None:
-    assert refusals(["diffusers", "comfyui"], "all", False, "unet") == [
+    assert refusals(["diffusers", "comfyui"], "lora", "all", False, "unet") == [
         "params.yaml export.formats: diffusers cannot hold this adapter: biases of layers that carry no adapter have "
         "no place in it (lora.bias all); use comfyui or merged"
     ]
-    assert "PEFT has no bias beside DoRA" in refusals(["peft"], "lora_only", True, "unet")[0]
-    (transformer,) = refusals(["comfyui", "merged"], "lora_only", False, "transformer")
+    assert "PEFT has no bias beside DoRA" in refusals(["peft"], "lora", "lora_only", True, "unet")[0]
+    (transformer,) = refusals(["comfyui", "merged"], "lora", "lora_only", False, "transformer")
     assert transformer.endswith("; use merged")
-    assert refusals(["diffusers", "peft", "comfyui", "merged"], "lora_only", False, "unet") == []
+    assert refusals(["diffusers", "peft", "comfyui", "merged"], "lora", "lora_only", False, "unet") == []
 
 
 def test_diffusers_scales_and_disables_trained_biases(workspace: Workspace) -> None:
@@ -163,7 +169,7 @@ def test_a_lost_alpha_stops_the_stage(workspace: Workspace, monkeypatch: pytest.
 
 
 def read_plain_config(trained: Any) -> dict[str, Any]:
-    config = lora.peft_config(trained.adapter.lora_config | {"lora_alpha": 2.0}).to_dict()
+    config = lora.peft_config(trained.config | {"lora_alpha": 2.0}).to_dict()
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
 

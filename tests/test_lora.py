@@ -15,6 +15,7 @@ from stages.train.params import LoraParams
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 PLAIN: dict[str, Any] = {
+    "algo": "lora",
     "rank": 2,
     "alpha": 4.0,
     "dropout": 0.0,
@@ -26,6 +27,11 @@ PLAIN: dict[str, Any] = {
     "use_dora": False,
     "init_lora_weights": "gaussian",
     "bias": "none",
+    "init_from": None,
+    "decompose_factor": None,
+    "decompose_both": False,
+    "use_effective_conv2d": False,
+    "train_text_encoder": False,
 }
 
 

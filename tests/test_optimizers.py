@@ -56,7 +56,7 @@ def by_hand(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Opti
 def test_each_is_the_library_s_own(name: str) -> None:
     asked = train_params(f"optimizer={name}", "learning_rate=0.01", "weight_decay=0.2", "lr_scheduler=constant")
     ours, theirs = trainable(), list(trainable().values())
-    found = trained(optimizers.make_optimizer(asked, ours, CPU), list(ours.values()))
+    found = trained(optimizers.make_optimizer(asked, ours, {}, CPU), list(ours.values()))
     expected = trained(by_hand(name, theirs), theirs)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert not torch.equal(found[0], next(iter(trainable().values())))
@@ -64,13 +64,13 @@ def test_each_is_the_library_s_own(name: str) -> None:
 
 def test_arguments_reach_the_class() -> None:
     asked = train_params("optimizer_args={betas: [0.5, 0.6], eps: 0.1}")
-    optimizer = optimizers.make_optimizer(asked, trainable(), CPU)
+    optimizer = optimizers.make_optimizer(asked, trainable(), {}, CPU)
     assert list(optimizer.param_groups[0]["betas"]) == [0.5, 0.6] and optimizer.param_groups[0]["eps"] == 0.1
 
 
 def test_rates_of_lora_plus_and_of_the_batch() -> None:
     asked = train_params("learning_rate=1e-3", "lora_plus_ratio=16.0", "scale_lr=true", "batch_size=8")
-    optimizer = optimizers.make_optimizer(asked, trainable(), CPU)
+    optimizer = optimizers.make_optimizer(asked, trainable(), {}, CPU)
     assert [group["lr"] for group in optimizer.param_groups] == [8e-3, 8e-3 * 16, 8e-3]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.01, 0.0]
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 1]
@@ -82,7 +82,7 @@ def test_schedules_count_optimizer_steps() -> None:
         ("cosine_with_restarts", "lr_num_cycles=2", [0.0, 0.5, 1.0, 0.5, 1.0, 0.5]),
     ):
         asked = train_params("num_steps=6", "lr_warmup_steps=2", f"lr_scheduler={name}", change, "learning_rate=1.0")
-        optimizer = optimizers.make_optimizer(asked, trainable(), CPU)
+        optimizer = optimizers.make_optimizer(asked, trainable(), {}, CPU)
         schedule = optimizers.make_lr_scheduler(asked, optimizer)
         rates = []
         for _ in range(6):
@@ -108,16 +108,16 @@ def test_schedules_count_optimizer_steps() -> None:
             "train.optimizer: torch.optim.LBFGS: LBFGS doesn't support",
         ),
         (["optimizer=schedule_free"], "schedule_free needs no schedule; set train.lr_scheduler to constant"),
-        (["optimizer=prodigy", "lora_plus_ratio=4"], "prodigy has one rate for all; set train.lora_plus_ratio to null"),
+        (["optimizer=prodigy", "lora_plus_ratio=4"], "prodigy has one rate for all; set train.lora_plus_ratio and"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_refusals(changes: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        optimizers.make_optimizer(train_params(*changes), trainable(), CPU)
+        optimizers.make_optimizer(train_params(*changes), trainable(), {}, CPU)
     assert message in str(caught.value)
 
 
 def test_a_rate_that_prodigy_does_not_expect_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    optimizers.make_optimizer(train_params("optimizer=prodigy", "learning_rate=1e-4"), trainable(), CPU)
+    optimizers.make_optimizer(train_params("optimizer=prodigy", "learning_rate=1e-4"), trainable(), {}, CPU)
     assert "prodigy finds the rate itself, and learning_rate is a factor of it; 1.0 is usual" in caplog.text

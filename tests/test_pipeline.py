@@ -48,6 +48,8 @@ def test_lora_reruns_training_and_what_follows_and_going_back_restores(reproduce
         ({"train__seed": 1}, AFTER_TRAIN),
         ({"validate__seed": 1}, {"validate", "report"}),
         ({"export__seed": 1}, {"export", "report"}),
+        ({"export__license": "mit"}, {"export", "report"}),
+        ({"export__push_to_hub": {"repo_id": "someone/icons", "private": True}}, {"report"}),
         ({"report__title": "Another"}, {"report"}),
         ({"dataset__heldout_fraction": 0.4}, {"prepare", "cache_latents", *AFTER_TRAIN}),
         ({"model__dtype": "bfloat16"}, {"cache_latents", *AFTER_TRAIN}),

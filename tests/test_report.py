@@ -84,6 +84,39 @@ LATENTS: dict[str, Any] = {
 }
 
 
+MADE: dict[str, Any] = {
+    "adapter": "a" * 64,
+    "base": {"scheduler": "b" * 64, "unet": "c" * 64},
+    "base_name": "base",
+    "biases": [],
+    "captions": "1" * 64,
+    "export": {
+        "name": "icons",
+        "formats": ["diffusers", "peft", "comfyui"],
+        "prompt": "red apple",
+        "base_model": None,
+        "license": None,
+        "seed": 0,
+    },
+    "family": "sd",
+    "files": {"diffusers/pytorch_lora_weights.safetensors": {"bytes": 450_000, "sha256": "e" * 64}},
+    "latents": "d" * 64,
+    "lora": {"rank": 8, "target_modules": ["to_q"]},
+    "lora_config": {"r": 8, "lora_alpha": 4.0, "target_modules": ["to_k", "to_q"], "bias": "none"},
+    "num_steps": 4,
+    "packages": {"peft": "0.21.2"},
+    "pictures": "2" * 64,
+    "pipeline": {
+        "class": "StableDiffusionPipeline",
+        "denoiser": "unet",
+        "left_out": ["safety_checker"],
+        "pretrained": "data/base",
+        "variant": None,
+    },
+    "train": {"batch_size": 16, "snr_gamma": None},
+}
+
+
 def row(file_name: str, **changes: str) -> picture_table.Row:
     """One of pictures.csv: kept, to train on."""
     values = {"split": "train", "width": "64", "height": "64", "bucket": "32x32", "repeats": "1", "num_captions": "1"}
@@ -108,6 +141,7 @@ def write_reports(folder: Path) -> None:
         folder / "export" / "metrics.json",
         {"export.diffusers.max_abs_error": 1.5e-7, "export.effect": 0.5, "export.megabytes": 0.43},
     )
+    write_json(folder / "export" / "lineage.json", MADE)
     for name in ("samples.png", "progress.png", "dataset/contact.png"):
         Image.new("RGB", (8, 8)).save(folder / name)
 

@@ -65,11 +65,13 @@ def test_a_t5_that_is_listed_and_was_not_fetched_is_named(bases: dict[str, Path]
 def test_the_whole_dag_without_t5(workspace: Workspace, without_t5: Path) -> None:
     Path("data/base").unlink()
     Path("data/base").symlink_to(without_t5)
-    for stage in ("prepare", "cache_latents", "train", "validate", "export"):
-        workspace.run(stage, "--set", "model.family=sd3", "--set", "train.num_steps=2")
+    formats = "export.formats=[diffusers, merged]"
+    for stage in ("prepare", "cache_latents", "train", "validate", "export", "report"):
+        workspace.run(stage, "--set", "model.family=sd3", "--set", "train.num_steps=2", "--set", formats)
     metrics = json.loads(Path("reports/export/metrics.json").read_text())
     assert metrics["export.diffusers.max_abs_error"] <= 1e-4 < metrics["export.effect"]
-    card = Path("data/export/README.md").read_text()
+    assert metrics["export.merged.max_abs_error"] <= 1e-4
+    card = Path("reports/model_card.md").read_text()
     assert 'from_pretrained("data/base", text_encoder_3=None, tokenizer_3=None)' in card
 
 

@@ -79,5 +79,9 @@ def test_what_cannot_be_drawn_is_named(files: Workspace) -> None:
     assert refusal(files, "c.safetensors") == (
         "c.safetensors: made with another unet than model.pretrained holds now; run `dvc repro`"
     )
+    save_tensors(Path("d.safetensors"), tensors, header | {"lora_dag": '{"lora_config": {"algo": "loha"}}'})
+    assert refusal(files, "d.safetensors") == (
+        "d.safetensors: made with lora.algo loha, which diffusers does not load; use validate.scales"
+    )
     save_tensors(Path("e.safetensors"), {"weight": next(iter(tensors.values()))}, {"format": "pt"})
     assert "diffusers does not load it" in refusal(files, "e.safetensors")

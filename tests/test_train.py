@@ -626,7 +626,7 @@ def test_magnitudes_do_not_decay() -> None:
         "a.lora_A.default.weight": torch.nn.Parameter(torch.ones(2)),
         "a.lora_magnitude_vector.default.weight": torch.nn.Parameter(torch.ones(2)),
     }
-    groups = make_optimizer(train_params("weight_decay=0.5"), trainable, torch.device("cpu")).param_groups
+    groups = make_optimizer(train_params("weight_decay=0.5"), trainable, {}, torch.device("cpu")).param_groups
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.5, 1), (0.0, 1)]
     assert groups[1]["params"][0] is trainable["a.lora_magnitude_vector.default.weight"]
 

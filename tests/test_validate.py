@@ -288,7 +288,7 @@ def test_losses_that_are_not_finite(
 ) -> None:
     write_adapter(0.3)
     answers = ([float("nan") if state == step else 0.1] * 8 for state in (0, 2, 4))
-    monkeypatch.setattr(validate, "answer", lambda exam, denoiser: next(answers))
+    monkeypatch.setattr(validate, "answer", lambda *_: next(answers))
     with pytest.raises(UserError, match=re.escape(message)):
         cached.run("validate", "--set", "model.dtype=bfloat16")
     assert not Path("reports/metrics.json").exists()

@@ -1,6 +1,6 @@
 """data/adapter/: what train hands to validate and export.
 
-adapter.safetensors             the final adapter, float32, keys as PEFT names them
+adapter.safetensors             the final adapter, float32; keys as PEFT names them, of text encoders as core/adapted.py
 snapshots/step-000050.safetensors   the adapter on its way
 adapter.json                    PEFT's LoraConfig, base digests, steps, digest of every file
 """
@@ -30,7 +30,10 @@ class Adapter:
     """What was trained, on what, and for how long; weights are read on demand."""
 
     lora_config: dict[str, Any]
-    """Arguments of peft.LoraConfig: r, lora_alpha, target_modules, ...; ``bias`` as stages/core/bias.py means it."""
+    """Arguments of peft.LoraConfig: r, lora_alpha, target_modules, ...; ``bias`` as stages/core/bias.py means it.
+
+    Of another algorithm than LoRA ``algo`` says so; its arguments have the same names.
+    """
     base: dict[str, str]
     """Digest per component of the base it was trained on."""
     num_steps: int
@@ -42,9 +45,14 @@ class Adapter:
     """Modules whose bias was trained; the files hold the deltas."""
     made_from: dict[str, Any] = field(default_factory=dict)
     """Digests of pictures, captions and latents, the parameters, and the packages' versions."""
+    text_lora: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Component of each trained text encoder -> its arguments of peft.LoraConfig; left out of the file where empty."""
 
     def save(self, folder: Path) -> None:
-        write_json(folder / "adapter.json", asdict(self))
+        fields = asdict(self)
+        if not self.text_lora:
+            del fields["text_lora"]
+        write_json(folder / "adapter.json", fields)
 
     @classmethod
     def load(cls, folder: Path) -> Adapter:
@@ -74,6 +82,11 @@ class Adapter:
                 f"{wanted.get('bias', 'none')}; run `python -m stages.train` again"
             )
         return load_tensors(path)
+
+
+def algorithm(lora_config: dict[str, Any]) -> str:
+    """What was trained, as its papers write it."""
+    return {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}[lora_config.get("algo", "lora")]
 
 
 def bias_metadata(mode: str, biases: list[str]) -> dict[str, str]:

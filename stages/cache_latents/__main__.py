@@ -26,7 +26,7 @@ from stages.cache_latents.entries import Captions, Masks, Views, attempts, compl
 from stages.cache_latents.environments import Origins
 from stages.cache_latents.keys import content
 from stages.cache_latents.params import CacheParams, flip_problems
-from stages.core import base_files, params
+from stages.core import base_files, bases, params
 from stages.core.console import UserError, log, parser, run
 from stages.core.containers import PictureFiles
 from stages.core.device import environment, log_device, setup
@@ -80,13 +80,14 @@ def make_context(args: argparse.Namespace) -> Context:
         UserError: parameters, manifest, base, picture sizes or device.
     """
     config = params.load(args.params, args.overrides)
-    model, cache, runtime = config.section(ModelParams), config.section(CacheParams), config.section(RuntimeParams)
+    asked, cache, runtime = config.section(ModelParams), config.section(CacheParams), config.section(RuntimeParams)
     manifest = Manifest.load(args.prepared)
     outdated = status.made_otherwise(manifest, args.prepared, config)
-    family = load_family(model.family)
-    base_files.require_base(model, family)
+    family = load_family(asked.family)
+    model = bases.resolve(asked, family, make=not (args.status or args.gc)).model
     found = flip_problems(manifest.augmentation.flip, cache.num_variants)
-    found += base_files.size_problems(model, family, {(item.width, item.height) for item in manifest.items})
+    sizes = {(item.width, item.height) for item in manifest.items}
+    found += base_files.size_problems(model, family, sizes, asked.pretrained)
     if found and outdated and not args.status:
         raise UserError(f"{outdated}; run `python -m stages.prepare` first")
     if found and not outdated:

@@ -178,8 +178,10 @@ def read_ahead(
 
 def forward(encoder: Encoder[T], values: list[T]) -> list[Tensors]:
     """The tensors of each value, without the batch dimension."""
+    import torch
+
     try:
-        with autocast(encoder.device, encoder.model):
+        with torch.inference_mode(), autocast(encoder.device, encoder.model):
             encoded = encoder.encode(values)
     except RuntimeError as error:
         if not is_shortage(error):

@@ -6,8 +6,9 @@ also in smaller batches where memory is short. What else a run left, finished or
 run goes on meanwhile. Where any of these uses cannot be known, nothing is freed without ``--force``.
 
 Beside the entries, thumbnails of pictures that no version of reports/dataset/pictures.csv names are freed. Snapshots of
-the Hub in <state>/hub stay, since the pins that name them may stand in folders that DVC tracks: delete one by hand, and
-prepare fetches it again. What prepare remembers of pictures, it bounds itself.
+the Hub in <state>/hub stay, since the pins that name them may stand in folders that DVC tracks, and so do checkpoints
+converted to the diffusers layout in <state>/bases: delete one by hand, and the stage that needs it makes it again. What
+prepare remembers of pictures, it bounds itself.
 """
 
 from __future__ import annotations

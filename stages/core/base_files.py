@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.core.console import UserError
 from stages.core.files import sha256_file
@@ -32,26 +32,21 @@ FAMILIES = {
 """Class named in model_index.json -> the ``model.family`` that trains it."""
 
 
-def problems(model: ModelParams, family: Family) -> list[str]:
-    """Everything that keeps ``model.pretrained`` from being loaded, one line each; empty when all is well."""
-    root = Path(model.pretrained)
-    where = f"params.yaml model.pretrained: '{model.pretrained}'"
-    if not root.is_dir():
-        if model.pretrained.count("/") == 1 and not model.pretrained.startswith((".", "/", "data/")):
-            return [f"{where} is no folder here; fetch it: hf download {model.pretrained} --local-dir data/{root.name}"]
-        return [f"{where} is no folder; `dvc pull data/base` brings the embedded base"]
+def problems(
+    model: ModelParams, family: Family, root: Path | None = None, weightless: Container[str] = ()
+) -> list[str]:
+    """Everything that keeps ``model.pretrained`` from being loaded, one line each; empty when all is well.
+
+    Args:
+        root: the folder that stands for it, where it is none itself.
+        weightless: components whose weights are elsewhere.
+    """
+    root = root or Path(model.pretrained)
+    found = index_problems(model, family, root)
+    if found:
+        return found
     index = root / "model_index.json"
-    if not index.exists():
-        return [f"{where} has no model_index.json; expected a folder in the diffusers layout"]
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))
-        pipeline = listed["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        return [f"{index}: not a diffusers model index; fetch the model again"]
-    if pipeline != family.PIPELINE:
-        known = f"use model.family: {FAMILIES[pipeline]}" if pipeline in FAMILIES else "no family here trains that"
-        return [f"{where} is a {pipeline}; model.family '{model.family}' trains {family.PIPELINE}; {known}"]
-    found = []
+    listed = json.loads(index.read_text(encoding="utf-8"))
     for component, expected in family.COMPONENTS.items():
         folder = root / component
         entry = listed.get(component)
@@ -66,18 +61,39 @@ def problems(model: ModelParams, family: Family) -> list[str]:
             found.append(
                 f"{index} {component}: got {declared}, expected {expected}; this is no base of family '{model.family}'"
             )
+        elif component in weightless:
+            found += config_problems(folder) or text_problems(folder)
         else:
             found += component_problems(folder, model.variant)
     return found
 
 
+def index_problems(model: ModelParams, family: Family, root: Path) -> list[str]:
+    """At most one: no folder, no model_index.json, or another pipeline than the family's."""
+    where = f"params.yaml model.pretrained: '{model.pretrained}'"
+    if not root.is_dir():
+        if model.pretrained.count("/") == 1 and not model.pretrained.startswith((".", "/", "data/")):
+            place = f"data/{root.name}"
+            return [
+                f"{where} is no folder here; write the lines `hub: {model.pretrained}` and `revision: ` with its commit"
+                f" into {place}.yaml and name that, or fetch it: hf download {model.pretrained} --local-dir {place}"
+            ]
+        return [f"{where} is no folder; `dvc pull data/base` brings the embedded base"]
+    index = root / "model_index.json"
+    if not index.exists():
+        return [f"{where} has no model_index.json; expected a folder in the diffusers layout"]
+    try:
+        pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{index}: not a diffusers model index; fetch the model again"]
+    if pipeline != family.PIPELINE:
+        known = f"use model.family: {FAMILIES[pipeline]}" if pipeline in FAMILIES else "no family here trains that"
+        return [f"{where} is a {pipeline}; model.family '{model.family}' trains {family.PIPELINE}; {known}"]
+    return []
+
+
 def component_problems(folder: Path, variant: str | None) -> list[str]:
-    code = sorted(folder.glob("*.py"))
-    if code:
-        return [f"{code[0]}: code inside a model folder is never run; remove it or use another base"]
-    if not any((folder / name).exists() for name in ("config.json", "scheduler_config.json", "tokenizer_config.json")):
-        return [f"{folder}: no config file; the folder is incomplete, fetch the model again"]
-    damaged = damage(folder, variant)
+    damaged = config_problems(folder) or damage(folder, variant)
     if damaged:
         return damaged
     if not (folder / "config.json").exists():  # schedulers and tokenizers have no weights
@@ -93,8 +109,25 @@ def component_problems(folder: Path, variant: str | None) -> list[str]:
     return [f"{folder}: no .safetensors weights; the folder is incomplete, fetch the model again"]
 
 
+def config_problems(folder: Path) -> list[str]:
+    """Code, or no config file."""
+    code = sorted(folder.glob("*.py"))
+    if code:
+        return [f"{code[0]}: code inside a model folder is never run; remove it or use another base"]
+    if not any((folder / name).exists() for name in ("config.json", "scheduler_config.json", "tokenizer_config.json")):
+        return [f"{folder}: no config file; the folder is incomplete, fetch the model again"]
+    return []
+
+
 def damage(folder: Path, variant: str | None) -> list[str]:
-    """JSON that is no object, a tokenizer without a vocabulary, weights cut short; headers alone are read."""
+    """Texts that are damaged, weights cut short; of these, headers alone are read."""
+    cut = [path for path in weight_files(folder, variant) if not is_whole(path)]
+    found = text_problems(folder) + shard_problems(folder, variant)
+    return found + [f"{path}: truncated or no safetensors file; fetch the model again" for path in cut]
+
+
+def text_problems(folder: Path) -> list[str]:
+    """JSON that is no object, a tokenizer without a vocabulary."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -108,9 +141,6 @@ def damage(folder: Path, variant: str | None) -> list[str]:
         all((folder / name).is_file() for name in names) for names in VOCABULARIES
     ):
         found.append(f"{folder}: no vocab.json with merges.txt; the folder is incomplete, fetch the model again")
-    found += shard_problems(folder, variant)
-    cut = [path for path in weight_files(folder, variant) if not is_whole(path)]
-    found += [f"{path}: truncated or no safetensors file; fetch the model again" for path in cut]
     return found
 
 
@@ -135,26 +165,32 @@ def shard_problems(folder: Path, variant: str | None) -> list[str]:
 
 def is_whole(path: Path) -> bool:
     """Whether a safetensors file is as long as its header says."""
+    return bool(read_header(path))
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor -> its ``dtype``, ``shape`` and ``data_offsets``; empty for a file that is damaged or no safetensors."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < path.stat().st_size else {}
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return bool(ends) and path.stat().st_size == 8 + length + max(ends)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max(entry["data_offsets"][1] for entry in entries.values())
+        return entries if path.stat().st_size == 8 + length + end else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        return {}
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The safetensors files that ``from_pretrained(variant=...)`` reads, sharded ones included."""
+    return [path for path in sorted(folder.glob("*.safetensors")) if is_weight_file(path.name, variant)]
+
+
+def is_weight_file(name: str, variant: str | None) -> bool:
     suffix = f".{variant}" if variant else ""
-    return [
-        path
-        for path in sorted(folder.glob("*.safetensors"))
-        if any(
-            path.name == f"{stem}{suffix}.safetensors" or path.name.startswith(f"{stem}{suffix}-0") for stem in WEIGHTS
-        )
-    ]
+    return name.endswith(".safetensors") and any(
+        name == f"{stem}{suffix}.safetensors" or name.startswith(f"{stem}{suffix}-0") for stem in WEIGHTS
+    )
 
 
 def component_files(folder: Path, variant: str | None) -> list[Path]:
@@ -185,40 +221,47 @@ def digest(folder: Path, variant: str | None) -> str:
     return total.hexdigest()
 
 
-def size_problems(model: ModelParams, family: Family, sizes: Iterable[tuple[int, int]]) -> list[str]:
-    """Lines if pictures of these widths and heights, in pixels, are nothing that the base can take."""
+def size_problems(
+    model: ModelParams, family: Family, sizes: Iterable[tuple[int, int]], pretrained: str = ""
+) -> list[str]:
+    """Lines if pictures of these widths and heights, in pixels, are nothing that the base can take.
+
+    Args:
+        pretrained: what params.yaml names, where ``model`` is the folder that stands for it.
+    """
+    pretrained = pretrained or model.pretrained
     try:
         multiple, limit = family.pixel_multiple(model), family.max_side(model)
     except (KeyError, TypeError) as error:
-        return [f"{model.pretrained}: a config.json lacks what the family reads ({error}); fetch the model again"]
+        return [f"{pretrained}: a config.json lacks what the family reads ({error}); fetch the model again"]
     sides = sorted({side for size in sizes for side in size})
     found = []
     if limit is not None and sides[-1] > limit:
-        found.append(too_long(model, sides, multiple, limit))
+        found.append(too_long(pretrained, sides, multiple, limit))
     bad = [side for side in sides if side % multiple]
     if bad and not (found and len(sides) == 1):  # whose line names the multiple too
-        found.append(uneven(model, sides, bad, multiple))
+        found.append(uneven(pretrained, sides, bad, multiple))
     return found
 
 
-def too_long(model: ModelParams, sides: list[int], multiple: int, limit: int) -> str:
-    above = f"above {limit}, the longest side that {model.pretrained} has positions for"
+def too_long(pretrained: str, sides: list[int], multiple: int, limit: int) -> str:
+    above = f"above {limit}, the longest side that {pretrained} has positions for"
     if len(sides) > 1:
         found = f"its buckets have sides of up to {sides[-1]} pixels"
         return f"params.yaml dataset.resolution: {found}, {above}; lower it, or dataset.max_aspect_ratio"
     return f"params.yaml dataset.resolution: {sides[0]} is {above}; use a multiple of {multiple} up to {limit}"
 
 
-def uneven(model: ModelParams, sides: list[int], bad: list[int], multiple: int) -> str:
+def uneven(pretrained: str, sides: list[int], bad: list[int], multiple: int) -> str:
     if len(sides) > 1:
         more = f" and {len(bad) - NUM_EXAMPLES:,} more" if len(bad) > NUM_EXAMPLES else ""
         shown = ", ".join(map(str, bad[:NUM_EXAMPLES])) + more
         found = f"sides of {shown} pixels are no multiples of {multiple}"
-        return f"params.yaml dataset.bucket_step: {found}, which {model.pretrained} needs; use {multiple}"
+        return f"params.yaml dataset.bucket_step: {found}, which {pretrained} needs; use {multiple}"
     below = bad[0] - bad[0] % multiple
     near = f"{below} or {below + multiple}" if below else str(multiple)
     where = f"params.yaml dataset.resolution: {bad[0]}"
-    return f"{where} is no multiple of {multiple}, which {model.pretrained} needs; use {near}"
+    return f"{where} is no multiple of {multiple}, which {pretrained} needs; use {near}"
 
 
 def require_base(model: ModelParams, family: Family) -> None:

@@ -133,17 +133,11 @@ def count_tokens(tokenizer: Any, captions: list[str]) -> list[int]:
 
 def clip_states(tokenizer: Any, encoder: Any, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """The last but one layer's states [B, L, D], and the encoder's first output: pooled [B, P] where it projects."""
-    import torch
-
     ids = input_ids(tokenizer, captions, tokenizer.model_max_length, encoder.device)  # [B, L]
-    with torch.inference_mode():
-        output = encoder(ids, output_hidden_states=True)
+    output = encoder(ids, output_hidden_states=True)
     return output.hidden_states[-2], output[0]
 
 
 def t5_states(tokenizer: Any, encoder: Any, captions: list[str], max_length: int) -> torch.Tensor:
     """The last layer's states [B, L, D], padding attended to as in training."""
-    import torch
-
-    with torch.inference_mode():
-        return encoder(input_ids(tokenizer, captions, max_length, encoder.device))[0]
+    return encoder(input_ids(tokenizer, captions, max_length, encoder.device))[0]

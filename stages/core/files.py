@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from stages.core.console import UserError
+from stages.core.console import UserError, log
 
 if TYPE_CHECKING:
     import torch
@@ -122,23 +122,27 @@ def save_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None, sync: bool = True
 ) -> None:
     """A safetensors file, written whole; keys sorted, one byte sequence for one content. ``sync`` as in ``atomic``."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     data = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with atomic(path, sync) as temporary:
-        temporary.write_bytes(sorted_header(save(data, dict(sorted((metadata or {}).items())))))
+        save_file(data, temporary, dict(sorted((metadata or {}).items())))  # from where the tensors lie, without a copy
+        sort_header(temporary)
 
 
-def sorted_header(blob: bytes) -> bytes:
+def sort_header(path: Path) -> None:
     """Rewrite a safetensors header with sorted metadata: the library's own order of metadata keys varies."""
-    length = int.from_bytes(blob[:8], "little")
-    header = json.loads(blob[8 : 8 + length])
-    ordered = {name: header[name] for name in sorted(header)}
-    if "__metadata__" in ordered:
-        ordered["__metadata__"] = dict(sorted(ordered["__metadata__"].items()))
-    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + blob[8 + length :]
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = {name: header[name] for name in sorted(header)}
+        if "__metadata__" in ordered:
+            ordered["__metadata__"] = dict(sorted(ordered["__metadata__"].items()))
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) != length:  # the tensors stand behind it
+            raise RuntimeError(f"{path}: the header became longer")
+        file.seek(8)
+        file.write(text)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -178,11 +182,12 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, shown: Path | None = None) -> Iterator[None]:
+def lock(folder: Path, shown: Path | None = None, wait: bool = False) -> Iterator[None]:
     """Hold a folder for this process; the kernel frees it when the process dies, however it dies.
 
     Args:
         shown: what to name in the refusal instead.
+        wait: for a process that holds it, instead of the refusal.
 
     Raises:
         UserError: another process holds it; its pid is named.
@@ -193,10 +198,13 @@ def lock(folder: Path, shown: Path | None = None) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise UserError(
-                f"{shown or folder}: process {holder} is at work on this run; wait for it, or stop it: kill {holder}"
-            ) from None
+            holder, what = file.read().strip() or "unknown", shown or folder
+            if not wait:
+                raise UserError(
+                    f"{what}: process {holder} is at work on this run; wait for it, or stop it: kill {holder}"
+                ) from None
+            log.info("wait        for process %s, which is at work on %s", holder, what)
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))

@@ -1,10 +1,11 @@
-"""A dataset of the Hugging Face Hub, pinned to one commit by a small YAML file that git or DVC versions::
+"""A dataset or model of the Hugging Face Hub, pinned to one commit by a small YAML file that git or DVC versions::
 
     hub: owner/name
     revision: 0123456789abcdef0123456789abcdef01234567
     files: ["data/train-*.parquet"]
 
-``files`` may be left out. The snapshot is downloaded once, into the state directory, and then needs no network.
+``files`` may be left out, and is for datasets alone: of a model its family says what is fetched (``core/bases.py``).
+The snapshot is downloaded once, into the state directory, and then needs no network.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.events import AliasEvent
@@ -23,7 +25,8 @@ from stages.core.console import REMEDIES, UserError, log
 from stages.core.files import sha256_file, sha256_json, state_dir, write_json
 from stages.core.params import read_yaml, unknown
 
-KEYS = ("hub", "revision", "files")
+Kind = Literal["dataset", "model"]
+KEYS: dict[Kind, tuple[str, ...]] = {"dataset": ("hub", "revision", "files"), "model": ("hub", "revision")}
 NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 COMMIT = r"[0-9a-f]{40}"
 MAX_BYTES = 64 * 2**10
@@ -41,12 +44,18 @@ class Pin:
     """Commit, 40 hex digits."""
     files: tuple[str, ...] | None
     """Patterns of the files to fetch; None for all."""
+    kind: Kind = "dataset"
+
+    @property
+    def page(self) -> str:
+        return page(self.hub, self.kind)
 
     @property
     def folder(self) -> Path:
         """Where its snapshot stands; another choice of files is another folder."""
         chosen = "" if self.files is None else "-" + sha256_json(sorted(self.files))[:8]
-        return state_dir() / "hub" / self.hub.replace("/", "--") / (self.revision + chosen)
+        above = state_dir() / "hub" / ("models" if self.kind == "model" else "")
+        return above / self.hub.replace("/", "--") / (self.revision + chosen)
 
     @property
     def marker(self) -> Path:
@@ -61,16 +70,17 @@ class FileState(TypedDict):
     sha256: str
 
 
-def fetch(path: Path, verify: bool = True) -> Path:
+def fetch(path: Path, verify: bool = True, pin: Pin | None = None) -> Path:
     """Folder with the snapshot that a pin file names, downloaded unless it is whole already.
 
     Args:
         verify: read every file and compare its SHA-256 with that of what was downloaded; else its size alone.
+        pin: what the file says, where that is not all: such as a choice of files.
 
     Raises:
         UserError: the pin is none, the Hub does not give the files, or other files were put beside them.
     """
-    pin = read_pin(path)
+    pin = pin or read_pin(path)
     stated = read_marker(pin)
     spoiled = [name for name, state in stated.items() if not is_whole(pin.folder / name, state, verify)]
     if stated and not spoiled:
@@ -131,7 +141,7 @@ def state_of(path: Path) -> FileState:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def read_pin(path: Path) -> Pin:
+def read_pin(path: Path, kind: Kind = "dataset") -> Pin:
     """A checked pin file.
 
     Raises:
@@ -139,19 +149,25 @@ def read_pin(path: Path) -> Pin:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a YAML file with the keys hub and revision")
-    refuse_bombs(path)
+    refuse_bombs(path, kind)
     tree = read_yaml(path)
-    problems = [unknown(str(path), str(key)[:MAX_SHOWN], KEYS) for key in tree if key not in KEYS]
-    problems += [f"{path} {text}" for text in (hub_problem(tree), revision_problem(tree), files_problem(tree)) if text]
+    keys = KEYS[kind]
+    problems = [unknown(str(path), str(key)[:MAX_SHOWN], keys) for key in tree if key not in keys]
+    found = (hub_problem(tree, kind), revision_problem(tree, kind), files_problem(tree) if "files" in keys else "")
+    problems += [f"{path} {text}" for text in found if text]
     if problems:
         raise UserError(*problems)
-    return Pin(tree["hub"], tree["revision"], None if tree.get("files") is None else tuple(tree["files"]))
+    return Pin(tree["hub"], tree["revision"], None if tree.get("files") is None else tuple(tree["files"]), kind)
 
 
-def refuse_bombs(path: Path) -> None:
+def page(name: str, kind: Kind) -> str:
+    return f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+
+
+def refuse_bombs(path: Path, kind: Kind) -> None:
     """A few lines of YAML whose aliases name aliases are gigabytes when written out."""
     if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes; a file that pins a dataset has at most {MAX_BYTES:,}")
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes; a file that pins a {kind} has at most {MAX_BYTES:,}")
     with contextlib.suppress(YAMLError, ValueError, RecursionError):  # read_yaml says what is wrong
         for event in YAML(typ="safe", pure=True).parse(path.read_text(encoding="utf-8")):
             if isinstance(event, AliasEvent):
@@ -161,25 +177,25 @@ def refuse_bombs(path: Path) -> None:
                 )
 
 
-def hub_problem(tree: dict[str, Any]) -> str:
+def hub_problem(tree: dict[str, Any], kind: Kind) -> str:
     name = tree.get("hub")
     if isinstance(name, str) and re.fullmatch(NAME, name):
         return ""
-    return f"hub: got {shown(name)}; expected owner/name, as in https://huggingface.co/datasets/owner/name"
+    return f"hub: got {shown(name)}; expected owner/name, as in {page('owner/name', kind)}"
 
 
-def revision_problem(tree: dict[str, Any]) -> str:
+def revision_problem(tree: dict[str, Any], kind: Kind) -> str:
     revision = tree.get("revision")
     if isinstance(revision, str) and re.fullmatch(COMMIT, revision):
         return ""
     if isinstance(revision, int | float):
         return f"revision: got the number {shown(revision)}; put the commit in quotes"
     got = "missing" if revision is None else f"got {shown(revision)}"
-    name = tree.get("hub") if not hub_problem(tree) else "owner/name"
+    name = str(tree.get("hub")) if not hub_problem(tree, kind) else "owner/name"
     return (
         f"revision: {got}; expected a commit of 40 hex digits, since what a branch, a tag or nothing names can change"
-        f" and no run could be repeated; find it at https://huggingface.co/datasets/{name}/commits/main, or with"
-        f" python -c \"import huggingface_hub as h; print(h.dataset_info('{name}').sha)\""
+        f" and no run could be repeated; find it at {page(name, kind)}/commits/main, or with"
+        f" python -c \"import huggingface_hub as h; print(h.{kind}_info('{name}').sha)\""
     )
 
 
@@ -199,40 +215,62 @@ def download(path: Path, pin: Pin) -> list[str]:
     """Fetch the snapshot, going on where an earlier download was killed; the names of its files.
 
     Raises:
-        UserError: the Hub cannot be reached, or has no such dataset, commit or files, or not for this person.
+        UserError: the Hub cannot be reached, or has no such repository, commit or files, or not for this person.
     """
     import huggingface_hub
-    from huggingface_hub import errors
     from huggingface_hub.utils import filter_repo_objects
 
-    page = f"https://huggingface.co/datasets/{pin.hub}"
     patterns = list(pin.files) if pin.files else None
-    try:
-        # Asked first, since snapshot_download takes a folder half full for the snapshot where it cannot reach the Hub.
-        siblings = huggingface_hub.dataset_info(pin.hub, revision=pin.revision).siblings or []
-        there = sorted(sibling.rfilename for sibling in siblings)
-        wanted = list(filter_repo_objects(there, allow_patterns=patterns, ignore_patterns=NEVER_FETCHED))
-        if not wanted:
-            shown = ", ".join(there[:5]) or "no files"
-            raise UserError(f"{path} files: no file of {pin.hub} matches {patterns or ['*']}; it has {shown}")
+    # Asked first, since snapshot_download takes a folder half full for the snapshot where it cannot reach the Hub.
+    there = list_files(path, pin)
+    wanted = list(filter_repo_objects(there, allow_patterns=patterns, ignore_patterns=NEVER_FETCHED))
+    if not wanted:
+        shown = ", ".join(there[:5]) or "no files"
+        raise UserError(f"{path} files: no file of {pin.hub} matches {patterns or ['*']}; it has {shown}")
+    with explained(path, pin):
         huggingface_hub.snapshot_download(
             pin.hub,
-            repo_type="dataset",
+            repo_type=pin.kind,
             revision=pin.revision,
             local_dir=pin.folder,
             allow_patterns=patterns,
             ignore_patterns=NEVER_FETCHED,
         )
+    missing = [name for name in wanted if not (pin.folder / name).is_file()]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} files of {pin.hub} did not arrive, such as {missing[0]}; run again")
+    return wanted
+
+
+def list_files(path: Path, pin: Pin) -> list[str]:
+    """Names of all files of the pinned commit, as the Hub says.
+
+    Raises:
+        UserError: as ``download``.
+    """
+    import huggingface_hub
+
+    with explained(path, pin):
+        info = getattr(huggingface_hub, f"{pin.kind}_info")(pin.hub, revision=pin.revision)
+    return sorted(sibling.rfilename for sibling in info.siblings or [])
+
+
+@contextlib.contextmanager
+def explained(path: Path, pin: Pin) -> Iterator[None]:
+    """Inside, the Hub is asked; what goes wrong there becomes a UserError."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError:
-        raise UserError(f"{path} hub: {pin.hub} is gated; accept its terms at {page} and run `hf auth login`") from None
+        what = f"{pin.hub} is gated; accept its terms at {pin.page} and run `hf auth login`"
+        raise UserError(f"{path} hub: {what}") from None
     except errors.RevisionNotFoundError:
-        raise UserError(f"{path} revision: {pin.hub} has no commit {pin.revision}; see {page}/commits/main") from None
+        what = f"{pin.hub} has no commit {pin.revision}; see {pin.page}/commits/main"
+        raise UserError(f"{path} revision: {what}") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{path} hub: no dataset {page}; check the name, or run `hf auth login` if it is private"
-        ) from None
-    except UserError:
-        raise
+        what = f"no {pin.kind} {pin.page}; check the name, or run `hf auth login` if it is private"
+        raise UserError(f"{path} hub: {what}") from None
     except Exception as error:  # whatever the client's HTTP library raises
         if getattr(error, "errno", None) in REMEDIES:  # the disk's fault, such as no space left
             raise
@@ -240,7 +278,3 @@ def download(path: Path, pin: Pin) -> list[str]:
         raise UserError(
             f"{path}: {pin.hub} cannot be downloaded ({reason}); run again, it goes on from there"
         ) from None
-    missing = [name for name in wanted if not (pin.folder / name).is_file()]
-    if missing:
-        raise UserError(f"{path}: {len(missing)} files of {pin.hub} did not arrive, such as {missing[0]}; run again")
-    return wanted

@@ -1,7 +1,7 @@
-"""LoRA on a denoiser, by PEFT, and trained biases: inject, read out, load, scale, merge.
+"""LoRA, LoKr or LoHa on a denoiser, by PEFT, and trained biases: inject, read out, load, scale, merge.
 
 Adapters are float32 whatever the frozen dtype is. The config is that of peft.LoraConfig but for ``bias``, whose meaning
-stands in stages/core/bias.py: PEFT's own writes over the base's biases.
+stands in stages/core/bias.py: PEFT's own writes over the base's biases. Of another ``algo`` it has the same names.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from stages.core import bias, seeding
+from stages.core import bias, lycoris, seeding
 from stages.core.targets import lora_settings
 
 if TYPE_CHECKING:
@@ -25,30 +25,33 @@ NAME = "default"
 
 
 def make_config(params: LoraParams, denoiser: Any) -> dict[str, Any]:
-    """Arguments of peft.LoraConfig for this denoiser.
+    """The adapter's config for this denoiser.
 
     Raises:
         UserError: a target or pattern that matches no layer, with the nearest names; a rank above a layer's size.
     """
-    return {
-        "r": params.rank,
-        "lora_alpha": params.alpha,
-        "lora_dropout": params.dropout,
-        "init_lora_weights": "gaussian" if params.init_lora_weights == "gaussian" else True,
-        "bias": params.bias,
-    } | lora_settings(params, denoiser)
+    config = {"r": params.rank, "lora_alpha": params.alpha, "bias": params.bias} | lora_settings(params, denoiser)
+    if params.algo != "lora":
+        return config | lycoris.make_config(params)
+    start_of_a = True if params.init_lora_weights == "kaiming" else params.init_lora_weights
+    return config | {"lora_dropout": params.dropout, "init_lora_weights": start_of_a}
 
 
-def keyed_init(denoiser: Any, config: dict[str, Any], seed: int) -> None:
+def keyed_init(denoiser: Any, config: dict[str, Any], seed: int, component: str = "") -> None:
     """PEFT's own initialisation, layer by layer, keyed by the layer's name: other targets do not change it.
+
+    ``component`` tells the layers of two text encoders apart.
 
     DoRA's magnitudes are the norms of the base's rows in float32: PEFT's own are rounded to the frozen dtype, and
     step 0 would not equal the base.
     """
     for name in targets(denoiser):
-        torch.manual_seed(seeding.key(seed, "lora_init", name))
+        torch.manual_seed(seeding.key(seed, "lora_init", *filter(None, [component]), name))
         layer = denoiser.get_submodule(name)
-        layer.reset_lora_parameters(NAME, config["init_lora_weights"])
+        if "algo" in config:
+            layer.reset_adapter_parameters(NAME)
+            continue
+        layer.reset_lora_parameters(NAME, start(config))
         if NAME in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[NAME]
             zero = torch.zeros_like(layer.get_base_layer().weight, dtype=torch.float32)
@@ -56,9 +59,15 @@ def keyed_init(denoiser: Any, config: dict[str, Any], seed: int) -> None:
                 magnitude.weight.copy_(magnitude.get_weight_norm(zero + layer.get_base_layer().weight, zero, scaling=1))
 
 
+def start(config: dict[str, Any]) -> Any:
+    """PEFT's ``init_lora_weights``; eva's A, which takes batches, is filled in by the training."""
+    return True if config["init_lora_weights"] == "eva" else config["init_lora_weights"]
+
+
 def inject(denoiser: Any, config: dict[str, Any]) -> dict[str, torch.nn.Parameter]:
     """Add a fresh adapter; return its parameters by name, float32 and requiring gradients. All else stays frozen."""
     denoiser.add_adapter(peft_config(config), adapter_name=NAME)
+    lycoris.answer_as_the_base(denoiser)
     bias.add(denoiser, config.get("bias", "none"))
     trainable = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     for parameter in trainable.values():
@@ -66,14 +75,18 @@ def inject(denoiser: Any, config: dict[str, Any]) -> dict[str, torch.nn.Paramete
     return trainable
 
 
-def peft_config(config: dict[str, Any], **changes: Any) -> LoraConfig:
+def peft_config(config: dict[str, Any], **changes: Any) -> LoraConfig | LoKrConfig | LoHaConfig:
     """PEFT's part of an adapter's config."""
-    return LoraConfig(**config | {"bias": "none"} | changes)
+    if "algo" in config:
+        return lycoris.peft_config(config | changes)
+    return LoraConfig(**config | {"bias": "none", "init_lora_weights": start(config)} | changes)
 
 
 def state_dict(denoiser: Any) -> dict[str, torch.Tensor]:
     """The adapter's tensors, keys as PEFT names them (``...to_q.lora_A.weight``), and ``...to_out.0.bias_delta``."""
-    return get_peft_model_state_dict(denoiser, adapter_name=NAME) | bias.state_dict(denoiser)
+    # "auto" asks the Hub whether a text encoder's vocabulary was changed.
+    tensors = get_peft_model_state_dict(denoiser, adapter_name=NAME, save_embedding_layers=False)
+    return tensors | bias.state_dict(denoiser)
 
 
 def load(denoiser: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -92,7 +105,8 @@ def load(denoiser: Any, tensors: dict[str, torch.Tensor]) -> None:
 
 def set_scale(denoiser: Any, scale: float) -> None:
     """Strength of the adapter, biases included: 1 as trained, 0 the base."""
-    denoiser.set_adapters([NAME], [scale])
+    for name in targets(denoiser):
+        denoiser.get_submodule(name).set_scale(NAME, scale)
     bias.set_scale(denoiser, scale)
 
 

@@ -47,7 +47,7 @@ class ModelParams(Params):
     family: Literal["sd", "sdxl", "sd3", "flux", "z_image"]
     """File in stages/families/ that knows the model."""
     pretrained: str = Field(min_length=1)
-    """Folder in the diffusers layout."""
+    """Folder in the diffusers layout, or what ``core/bases.py`` makes one of."""
     variant: str | None = Field(min_length=1)
     """Weight file variant, such as fp16 for ``*.fp16.safetensors``."""
     dtype: Dtype
@@ -81,6 +81,11 @@ class Config:
 
     def section(self, cls: type[T]) -> T:
         return next(section for section in self.sections.values() if isinstance(section, cls))
+
+    def replaced(self, section: Params) -> Config:
+        """With another section of this one's class."""
+        other = {name: section if type(own) is type(section) else own for name, own in self.sections.items()}
+        return Config(other, self.source)
 
 
 def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -4,35 +4,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from stages.core import lora
 from stages.core.console import UserError, log
 
+if TYPE_CHECKING:
+    from stages.core.adapted import Adapted
+    from stages.core.params import Dtype
+
 MAX_NON_FINITE = 3  # steps in a row with a loss or gradient that is no number, before the run gives up
+MAX_DISTANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # share of the norm
 MAX_OVERFLOWS = 20  # the same for gradients under a GradScaler, which halves its scale of 65,536 at each
 
 
-def step_zero(denoiser: torch.nn.Module, predict: Callable[[], torch.Tensor]) -> None:
-    """Before the first step the adapter changes nothing, to the bit.
+def step_zero(adapted: Adapted, predict: Callable[[], torch.Tensor], fresh: bool = True) -> None:
+    """Before the first step a fresh adapter changes nothing, to the bit; one that was started from does.
+
+    Args:
+        predict: from captions through text encoders that are trained, if any.
 
     Raises:
         UserError: the base or the adapter's strength is no number to start from.
-        RuntimeError: it does.
+        RuntimeError: a fresh one does.
     """
     with torch.no_grad():
-        adapted = predict()
-        with lora.disabled(denoiser):
+        found = predict()
+        with adapted.disabled():
             plain = predict()
     if not plain.isfinite().all():
         raise UserError(
             "model.pretrained: the base predicts NaN or infinity; use model.dtype float32 or fetch it again"
         )
-    if not adapted.isfinite().all():
+    if not found.isfinite().all():
         raise UserError("params.yaml lora.alpha: so large that the fresh adapter gives NaN; use about lora.rank")
-    if not torch.equal(adapted, plain):
-        raise RuntimeError(f"the fresh adapter changes the base's output by {(adapted - plain).abs().max():.3g}")
+    if not fresh and torch.equal(found, plain):
+        log.warning("warning: lora.init_from: the file's adapter changes nothing; training starts at the base")
+    if fresh and not torch.equal(found, plain):
+        raise RuntimeError(f"the fresh adapter changes the base's output by {(found - plain).abs().max():.3g}")
+
+
+def same_prompts(encoded: dict[str, torch.Tensor], cached: dict[str, torch.Tensor], dtype: Dtype) -> None:
+    """Before the first step text encoders say what the cache says, up to the kernels of another batch size or device.
+
+    Raises:
+        RuntimeError: they do not, so that losses before and after would not be of one base.
+    """
+    for name, tensor in encoded.items():
+        distance, size = float((tensor - cached[name]).norm()), float(cached[name].norm())
+        if not distance <= MAX_DISTANCE[dtype] * size:
+            raise RuntimeError(f"the text encoders' {name} differs from the cached one by {distance:.3g} of {size:.3g}")
 
 
 class Watch:

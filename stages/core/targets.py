@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stages.core import lycoris
 from stages.core.console import UserError
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def lora_settings(params: LoraParams, denoiser: torch.nn.Module) -> dict[str, An
             problems.append(problem if isinstance(params.target_modules, list) else problem + A_TEXT)
         problems += rank_problems(params, label, [name for name in names if name not in excluded], layers)
     problems += dora_problems(params, [name for name in targets if isinstance(layers[name], torch.nn.Conv2d)], layers)
+    weights: dict[str, Any] = {name: layers[name].weight for name in targets}
+    problems += lycoris.idle_settings(params, weights, {name: rank(params, name)[0] for name in targets})
     if excluded and not targets:
         problems.append("params.yaml lora.exclude_modules: nothing is left of lora.target_modules")
     plain_endings = isinstance(params.target_modules, list) and not excluded
@@ -68,7 +71,7 @@ def lora_settings(params: LoraParams, denoiser: torch.nn.Module) -> dict[str, An
     if problems:
         raise UserError(*problems)
     settings: dict[str, Any] = {"target_modules": sorted(params.target_modules if plain_endings else targets)}
-    for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
+    for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "decompose_both", "use_effective_conv2d"):
         if value := getattr(params, name):
             settings[name] = value
     return settings
@@ -107,14 +110,19 @@ def rank_problems(params: LoraParams, label: str, names: list[str], layers: Laye
     """A line where a layer of this label has fewer inputs or outputs than its rank."""
     found: dict[str, tuple[int, str]] = {}
     for name in names:
-        key = next((key for key in params.rank_pattern if matches(key, name)), None)
-        rank = params.rank if key is None else params.rank_pattern[key]
-        smallest = min(layers[name].weight.flatten(1).shape)  # type: ignore[operator, union-attr]
-        if rank > smallest:
-            setting = "lora.rank" if key is None else f"lora.rank_pattern.{key}"
-            line = f"params.yaml {setting}: {rank} is above {smallest}, the size of a '{label}' layer"
+        number, setting = rank(params, name)
+        weight: Any = layers[name].weight
+        smallest = min(weight.shape[:2] if lycoris.is_tucker(params, weight) else weight.flatten(1).shape)
+        if number > smallest:
+            line = f"params.yaml {setting}: {number} is above {smallest}, the size of a '{label}' layer"
             found[setting] = min(found.get(setting, (smallest, line)), (smallest, line))
     return [line for _, line in found.values()]
+
+
+def rank(params: LoraParams, name: str) -> tuple[int, str]:
+    """A target's rank, and the setting that says so."""
+    key = next((key for key in params.rank_pattern if matches(key, name)), None)
+    return (params.rank, "lora.rank") if key is None else (params.rank_pattern[key], f"lora.rank_pattern.{key}")
 
 
 def dora_problems(params: LoraParams, convolutions: list[str], layers: Layers) -> list[str]:

@@ -1,22 +1,28 @@
 """Adapter -> files that other programs load, each loaded back by an independent reader and compared by output.
 
-In: data/adapter, the base.  Out: data/export/{diffusers,peft,comfyui,merged,README.md}, reports/export/metrics.json.
+In: data/adapter, the base.  Out: data/export/{diffusers,peft,comfyui,merged,resized}, reports/export.
 Run: ``python -m stages.export [--set 'export.formats=[comfyui, merged]']``, or with ``--verify FILE`` to ask of a file
-whether it is what this repository makes, and which revision makes it.
+whether it is what this repository makes, and which revision makes it, or with ``--push`` to upload what was exported.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.core.console import UserError, log, parser, run
 from stages.core.params import ModelParams, RuntimeParams, load
-from stages.export.params import ExportParams, refusals
+from stages.export.params import ExportParams, rank_refusals, refusals
+
+if TYPE_CHECKING:
+    from stages.artifacts.metrics import Value
+    from stages.export.proof import Proof
 
 
 def main() -> None:
-    arguments = parser(__doc__, ("adapter", "export", "export_reports"))
+    arguments = parser(__doc__, ("adapter", "export", "export_reports", "reports"))
     arguments.add_argument("--verify", type=Path, metavar="FILE", help="write nothing; say where the file comes from")
+    arguments.add_argument("--push", action="store_true", help="write nothing here; upload to export.push_to_hub")
     args = arguments.parse_args()
     config = load(args.params, args.overrides)
     if args.verify:
@@ -24,36 +30,68 @@ def main() -> None:
 
         verify(args.verify, config, args.adapter)
         return
+    if args.push:
+        from stages.export.push import push
+
+        push(config, args.adapter, args.export, args.export_reports, args.reports)
+        return
     model, params = config.section(ModelParams), config.section(ExportParams)
 
     from stages.artifacts import metrics
     from stages.artifacts.adapter import Adapter
-    from stages.core import device
-    from stages.core.base_files import digests, require_base, require_same_base
-    from stages.core.files import replaced, write_text
-    from stages.export.card import model_card
+    from stages.core import bases, device
+    from stages.core.base_files import digests, require_same_base
+    from stages.core.files import replaced, write_json, write_text
+    from stages.export import resize
+    from stages.export.header import lineage
     from stages.export.proof import Proof
     from stages.families.base import load_family
 
     family = load_family(model.family)
-    require_base(model, family)
+    base = bases.resolve(model, family)
     adapter = Adapter.load(args.adapter)
-    require_same_base(adapter.base, digests(model, family.COMPONENTS), args.adapter)
+    require_same_base(adapter.base, digests(base.model, family.COMPONENTS), args.adapter)
     weights = adapter.weights(args.adapter)
     bias = adapter.lora_config.get("bias", "none") if adapter.biases else "none"
-    if refused := refusals(params.formats, bias, adapter.lora_config.get("use_dora", False), family.DENOISER):
+    lora = adapter.lora_config
+    algo, text = lora.get("algo", "lora"), bool(adapter.text_lora)
+    refused = refusals(params.formats, algo, bias, lora.get("use_dora", False), family.DENOISER, text)
+    refused += rank_refusals(params.resized_ranks, algo, lora["r"], lora.get("rank_pattern", {}), text)
+    if refused:
         raise UserError(*refused)
     where = device.setup(config.section(RuntimeParams), model)
 
-    proof = Proof(model, family, params, where, adapter, weights)
-    measured = {"export.effect": proof.effect, "export.megabytes": sum(t.nbytes for t in weights.values()) / 1e6}
+    proof = Proof(base, family, params, where, adapter, weights)
+    svd = resize.factors(proof.parts[family.DENOISER]) if algo == "lora" else {}
+    measured: dict[str, Value] = {
+        "export.effect": proof.effect,
+        "export.megabytes": sum(t.nbytes for t in weights.values()) / 1e6,
+    }
     with replaced(args.export) as folder:
         for name in params.formats:
             proof.write(name, folder / name)
             measured |= proof.check(name, folder / name)
-        write_text(folder / "README.md", model_card(model, family, params, adapter))
+        for rank in params.resized_ranks:
+            log.info("rank %-6d keeping the largest singular values", rank)
+            copy = Proof(base, family, params, where, *resize.resized(adapter, weights, svd, rank))
+            for name in params.resizable:
+                copy.write(name, folder / "resized" / f"rank-{rank}" / name)
+                copy.check(name, folder / "resized" / f"rank-{rank}" / name)
+            measured |= compared(proof, copy, rank, [layer.energy(rank) for layer in svd.values()])
+    write_text(args.export_reports / "energy.csv", resize.energy_csv(svd, params.resized_ranks))
     metrics.save(args.export_reports / "metrics.json", measured)
-    log.info("wrote       %s (%s, README.md)", args.export, ", ".join(params.formats))
+    write_json(args.export_reports / "lineage.json", lineage(base, family, params, adapter, args.export))
+    log.info("wrote       %s (%s)", args.export, ", ".join(params.formats))
+
+
+def compared(proof: Proof, copy: Proof, rank: int, energies: list[float]) -> dict[str, Value]:
+    """How near a copy of a smaller rank comes to the trained adapter: recorded, no gate."""
+    error = float((copy.expected - proof.expected).abs().max())
+    mean, least = sum(energies) / len(energies), min(energies)
+    log.info("rank %-6d keeps %.4f of the energy (least %.4f)", rank, mean, least)
+    log.info("rank %-6d largest difference of the output %.2g, of an effect of %.2g", rank, error, proof.effect)
+    found = {"energy_mean": mean, "energy_min": least, "max_abs_error": error, "relative_error": error / proof.effect}
+    return {f"export.rank_{rank}.{name}": value for name, value in found.items()}
 
 
 if __name__ == "__main__":

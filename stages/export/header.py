@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.artifacts.adapter import FINAL
-from stages.core.files import save_tensors
+from stages.core.files import save_tensors, sha256_file
+from stages.export.loading import load_base, shown
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from stages.artifacts.adapter import Adapter
-    from stages.core.params import ModelParams
+    from stages.core.bases import Base
     from stages.export.params import ExportParams
+    from stages.families.base import Family
 
 # What community tools show; names of https://github.com/Stability-AI/ModelSpec, architectures of its registry.
 ARCHITECTURES = {
@@ -28,34 +31,65 @@ ARCHITECTURES = {
 PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
-def metadata(model: ModelParams, params: ExportParams, adapter: Adapter, prediction_type: str) -> dict[str, str]:
+def metadata(base: Base, params: ExportParams, adapter: Adapter, prediction_type: str) -> dict[str, str]:
     """For the header of every file. ``modelspec.date`` is left out: it would change the bytes for the same inputs."""
-    config = adapter.lora_config
-    made_from = {
-        "adapter": adapter.files[FINAL],
-        "base": adapter.base,
-        "base_name": Path(model.pretrained).name,
-        "biases": adapter.biases,
-        "family": model.family,
-        "lora_config": config,
-        "num_steps": adapter.num_steps,
-        **adapter.made_from,
-    }
+    config, family = adapter.lora_config, base.model.family
     fields = {
         "format": "pt",
-        "lora_dag": json.dumps(made_from, sort_keys=True, ensure_ascii=False),
+        "lora_dag": json.dumps(made_from(base, params, adapter), sort_keys=True, ensure_ascii=False),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{ARCHITECTURES.get(model.family, model.family)}/lora",
+        "modelspec.architecture": f"{ARCHITECTURES.get(family, family)}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": params.name,
         "ss_network_alpha": f"{config['lora_alpha']:g}",
         "ss_network_dim": str(config["r"]),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if "algo" in config else "networks.lora",
         "ss_steps": str(adapter.num_steps),
     }
+    if base.file:  # kohya's names
+        fields |= {"ss_sd_model_name": base.file.name, "ss_new_sd_model_hash": base.file_sha256}
+    if "algo" in config:
+        fields["ss_network_args"] = json.dumps({"algo": config["algo"]})
     if prediction_type in PREDICTION:
         fields["modelspec.prediction_type"] = PREDICTION[prediction_type]
+    if params.license:
+        fields["modelspec.license"] = params.license
     return fields
+
+
+def made_from(base: Base, params: ExportParams, adapter: Adapter) -> dict[str, Any]:
+    """The adapter and everything that determined it."""
+    on_hub = base.name if base.revision else params.base_model
+    return {
+        "adapter": adapter.files[FINAL],
+        "base": adapter.base,
+        "base_name": base.name,
+        "biases": adapter.biases,
+        "family": base.model.family,
+        "lora_config": adapter.lora_config,
+        "num_steps": adapter.num_steps,
+        **adapter.made_from,
+        **({"text_lora": adapter.text_lora} if adapter.text_lora else {}),
+        **({"base_model": on_hub} if on_hub else {}),
+        **({"base_revision": base.revision} if base.revision else {}),
+        **({"base_file": {"name": base.file.name, "sha256": base.file_sha256}} if base.file else {}),
+    }
+
+
+def lineage(base: Base, family: Family, params: ExportParams, adapter: Adapter, folder: Path) -> dict[str, Any]:
+    """reports/export/lineage.json: what the files in ``folder`` were made from, how they are loaded, their digests."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return made_from(base, params, adapter) | {
+        "export": params.model_dump(exclude={"push_to_hub"}),
+        "files": {n: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for n, path in files.items()},
+        "pipeline": {
+            "class": family.PIPELINE,
+            "denoiser": family.DENOISER,
+            "load": load_base(base, family, params.base_model),
+            "pretrained": shown(base.pretrained),
+            "variant": base.model.variant,
+        },
+    }
 
 
 def save(path: Path, tensors: dict[str, torch.Tensor], fields: dict[str, str]) -> None:

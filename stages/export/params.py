@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.core.params import Params
 
 Format = Literal["diffusers", "peft", "comfyui", "merged"]
+REPO_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
+
+
+class PushParams(Params):
+    """Where ``python -m stages.export --push`` uploads to; no stage does."""
+
+    repo_id: str = Field(pattern=REPO_ID, max_length=96)
+    """Model repository of the Hugging Face Hub, user/name."""
+    private: bool
+    """Who may see it, when it is made; one that stands the other way is refused."""
 
 
 class ExportParams(Params):
@@ -18,38 +28,85 @@ class ExportParams(Params):
     """Title in the headers, and the file name below comfyui/."""
     formats: Annotated[list[Format], Field(min_length=1)]
     """What is written; merged is the whole pipeline in float32."""
+    resized_ranks: list[Annotated[int, Field(ge=1)]]
+    """Smaller ranks at which copies are written as well, in each of the formats but merged."""
     prompt: str
     """Prompt of the model card's example and of the comparison."""
-    num_inference_steps: int = Field(ge=1, le=1000)
-    """Sampling steps of the comparison."""
-    guidance_scale: float = Field(ge=0)
+    base_model: str | None = Field(pattern=REPO_ID, max_length=96)
+    """Where the base stands on the Hub, for headers and card; null if it is not there."""
+    license: str | None = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$", max_length=100)
+    """SPDX or Hub id of the adapter's licence, for headers and card; null says that none is stated."""
     seed: int = Field(ge=0)
+    """Of the comparison's noise."""
+    push_to_hub: PushParams | None
+    """Decides nothing that is written: dvc.yaml lists the other keys of this section one by one."""
 
-    @field_validator("formats")
+    @field_validator("formats", "resized_ranks")
     @classmethod
-    def no_format_twice(cls, formats: list[Format]) -> list[Format]:
-        if len(set(formats)) < len(formats):
-            raise ValueError(f"got {formats}, a format twice")
-        return formats
+    def none_twice(cls, values: list[Format] | list[int]) -> list[Format] | list[int]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"got {values}, one of them twice")
+        return values
+
+    @model_validator(mode="after")
+    def copies_have_a_format(self) -> ExportParams:
+        if self.resized_ranks and not self.resizable:
+            raise ValueError("resized_ranks: no copy of merged is made; add diffusers, peft or comfyui to formats")
+        return self
+
+    @property
+    def resizable(self) -> list[Format]:
+        """The formats that the copies of resized_ranks are written in."""
+        return [name for name in self.formats if name != "merged"]
 
 
-def refusals(formats: list[Format], bias: str, use_dora: bool, denoiser: str) -> list[str]:
+def refusals(
+    formats: list[Format], algo: str, bias: str, use_dora: bool, denoiser: str, text: bool = False
+) -> list[str]:
     """A line per format that would lose or change something, with what to use instead.
 
     Args:
+        algo: ``lora.algo``.
         bias: ``lora.bias`` where biases are trained, else none.
         denoiser: ``unet`` or ``transformer``.
+        text: whether text encoders are trained.
     """
     found = []
     for name in formats:
         what = ""
-        if name in ("diffusers", "peft") and bias == "all":
+        others = ["comfyui"] if bias == "none" or denoiser == "unet" else []
+        if name == "diffusers" and algo != "lora":
+            what = f"the pipeline's load_lora_weights reads LoRA alone (lora.algo {algo})"
+            others += ["peft"] if bias == "none" else []
+        elif name in ("diffusers", "peft") and bias == "all":
             what = "biases of layers that carry no adapter have no place in it (lora.bias all)"
         elif name in ("diffusers", "peft") and bias == "lora_only" and use_dora:
             what = "PEFT has no bias beside DoRA (lora.bias lora_only with lora.use_dora)"
+        elif name == "peft" and bias == "lora_only" and algo != "lora":
+            what = f"PEFT has no bias beside it (lora.bias lora_only with lora.algo {algo})"
+        elif name == "diffusers" and text and use_dora:
+            what = "it loses text encoders' magnitudes while loading (lora.train_text_encoder with lora.use_dora)"
+            others = ["peft", *others]
         elif name == "comfyui" and denoiser != "unet" and bias != "none":
             what = "ComfyUI joins a transformer's q, k and v into one layer, whose bias no key names"
         if what:
-            instead = "merged" if name == "comfyui" or denoiser != "unet" else "comfyui or merged"
+            instead = " or ".join([*others, "merged"])
             found.append(f"params.yaml export.formats: {name} cannot hold this adapter: {what}; use {instead}")
     return found
+
+
+def rank_refusals(
+    resized_ranks: list[int], algo: str, rank: int, rank_pattern: dict[str, int], text: bool = False
+) -> list[str]:
+    """A line per rank that is not below the adapter's largest: its copy would be no smaller; LoRA alone has copies."""
+    largest = max([rank, *rank_pattern.values()])
+    where = "params.yaml export.resized_ranks"
+    if resized_ranks and algo != "lora":
+        return [f"{where}: of lora.algo {algo} there are no smaller copies; use []"]
+    if resized_ranks and text:
+        return [f"{where}: with lora.train_text_encoder there are no smaller copies; use []"]
+    return [
+        f"{where}: {r} is not below the adapter's rank {largest}; use a smaller one"
+        for r in resized_ranks
+        if r >= largest
+    ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.artifacts.adapter import FINAL, Adapter
+from stages.core import bases
 from stages.core.base_files import digests
 from stages.core.console import UserError, log
 from stages.core.files import load_metadata, load_tensors, sha256_file
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 METRICS = "reports/train/metrics.json"
 """Names the adapter of a revision by the first 16 digits of its sha256."""
+BY_TRAIN = (".lora_A.", ".lokr_", ".hada_")
+"""In the names of an adapter's tensors as train writes them, in a file without a header of ours."""
 OF_TRAINING = ("lora", "train")
 
 
@@ -69,7 +72,7 @@ def read(file: Path) -> dict[str, Any]:
         if fields.get("modelspec.hash_sha256") != f"0x{tensors_digest(tensors)}":
             raise UserError(f"{file}: its tensors were changed after it was written")
         return json.loads(fields["lora_dag"])
-    if any(name.endswith(".lora_A.weight") for name in tensors):  # an adapter as train writes it
+    if any(mark in name for mark in BY_TRAIN for name in tensors):
         return {"adapter": sha256_file(file)}
     raise UserError(
         f"{file}: no header of ours (lora_dag); diffusers, peft and comfyui files have one, merged has none"
@@ -87,12 +90,14 @@ def differences(record: dict[str, Any], config: Config, adapter_folder: Path) ->
         found.append(f"{adapter_folder} is empty; run `dvc repro`, then compare again")
     model = config.section(ModelParams)
     if "base" in record:
-        base = digests(model, load_family(model.family).COMPONENTS)
+        family = load_family(model.family)
+        base = digests(bases.resolve(model, family, make=False).model, family.COMPONENTS)
         changed = sorted(name for name, digest in base.items() if record["base"].get(name) != digest)
         if changed:
             found.append(f"made with another {', '.join(changed)} than model.pretrained holds now")
     for name in OF_TRAINING:
-        found += setting_differences(name, record.get(name, {}), config.sections[name])
+        if name in record:
+            found += setting_differences(name, record[name], config.sections[name])
     return found
 
 

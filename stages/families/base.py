@@ -29,6 +29,10 @@ class Family(Protocol):
     """Components that decide image latents."""
     TEXT: tuple[str, ...]
     """Components that decide conditioning."""
+    TEXT_ENCODERS: dict[str, int]
+    """CLIP encoders that an adapter can be trained in -> how many of their last layers nothing reads. Empty for none;
+    then ``load_trainable_text``, ``text_of`` and ``text_encoders`` are never called.
+    """
     DENOISER: str
     """``unet`` or ``transformer``: the folder, and the prefix of adapter keys in diffusers' files."""
 
@@ -80,8 +84,23 @@ class Family(Protocol):
     def load_text(self, model: ModelParams, device: torch.device) -> Any:
         """Tokenizers and frozen text encoders, as one opaque object."""
 
-    def encode_prompts(self, text: Any, captions: list[str]) -> dict[str, torch.Tensor]:
-        """Conditioning, batched: name -> float32 [B, ...]."""
+    def load_trainable_text(self, model: ModelParams, device: torch.device) -> Any:
+        """As ``load_text``, without the encoders that stay frozen: what they say is in the cache."""
+
+    def text_of(self, pipeline: Any) -> Any:
+        """The same object of a loaded pipeline's own components."""
+
+    def text_encoders(self, text: Any) -> dict[str, Any]:
+        """The encoders of TEXT_ENCODERS, by component."""
+
+    def encode_prompts(
+        self, text: Any, captions: list[str], cached: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Conditioning, batched: name -> float32 [B, ...]. Gradients are the caller's matter.
+
+        Args:
+            cached: what was encoded for these captions before, batched: the frozen encoders' part is taken from it.
+        """
 
     def load_denoiser(self, model: ModelParams, device: torch.device) -> Any:
         """Frozen, eval, in the frozen dtype."""

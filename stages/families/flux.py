@@ -29,6 +29,7 @@ COMPONENTS = {
 OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+TEXT_ENCODERS = {"text_encoder": 0}
 DENOISER = "transformer"
 NO_GUIDANCE = None
 MAX_T5_TOKENS = 512
@@ -71,27 +72,41 @@ def count_tokens(model: ModelParams, captions: list[str]) -> list[int]:
     return components.count_tokens(load_tokenizer(model), captions)
 
 
-def load_text(model: ModelParams, device: torch.device) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+def load_text(model: ModelParams, device: torch.device) -> list[tuple[Any, Any]]:
     """Tokenizer and encoder of CLIP and of T5."""
-    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
+    from transformers import T5EncoderModel
 
-    clip = (
-        components.load_tokenizer(CLIPTokenizer, model, "tokenizer"),
-        components.load_frozen(CLIPTextModel, model, "text_encoder", device),
-    )
-    return clip, (load_tokenizer(model), components.load_frozen(T5EncoderModel, model, "text_encoder_2", device))
+    t5 = load_tokenizer(model), components.load_frozen(T5EncoderModel, model, "text_encoder_2", device)
+    return [*load_trainable_text(model, device), t5]
 
 
-def encode_prompts(text: tuple[tuple[Any, Any], tuple[Any, Any]], captions: list[str]) -> dict[str, torch.Tensor]:
+def load_trainable_text(model: ModelParams, device: torch.device) -> list[tuple[Any, Any]]:
+    """CLIP's alone."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = components.load_tokenizer(CLIPTokenizer, model, "tokenizer")
+    return [(tokenizer, components.load_frozen(CLIPTextModel, model, "text_encoder", device))]
+
+
+def text_of(pipeline: FluxPipeline) -> list[tuple[Any, Any]]:
+    return [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
+
+
+def text_encoders(text: list[tuple[Any, Any]]) -> dict[str, Any]:
+    return {"text_encoder": text[0][1]}
+
+
+def encode_prompts(
+    text: list[tuple[Any, Any]], captions: list[str], cached: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """``prompt_embeds`` [B, 512, D] of T5, ``pooled_prompt_embeds`` [B, P] of CLIP."""
-    import torch
-
-    (tokenizer, encoder), t5 = text
+    tokenizer, encoder = text[0]
     ids = components.input_ids(tokenizer, captions, tokenizer.model_max_length, encoder.device)  # [B, L]
-    with torch.inference_mode():
-        pooled = encoder(ids).pooler_output
-    prompt_embeds = components.t5_states(*t5, captions, MAX_T5_TOKENS)
-    return {"prompt_embeds": prompt_embeds.float(), "pooled_prompt_embeds": pooled.float()}
+    pooled = encoder(ids).pooler_output.float()
+    if cached is not None:
+        return {"pooled_prompt_embeds": pooled}
+    prompt_embeds = components.t5_states(*text[1], captions, MAX_T5_TOKENS).float()
+    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
 
 def load_denoiser(model: ModelParams, device: torch.device) -> FluxTransformer2DModel:

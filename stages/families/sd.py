@@ -27,6 +27,7 @@ COMPONENTS = {
 OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder")
+TEXT_ENCODERS = {"text_encoder": 0}
 DENOISER = "unet"
 NO_GUIDANCE = 1.0
 
@@ -75,14 +76,23 @@ def load_text(model: ModelParams, device: torch.device) -> tuple[CLIPTokenizer, 
     return load_tokenizer(model), components.load_frozen(CLIPTextModel, model, "text_encoder", device)
 
 
-def encode_prompts(text: tuple[CLIPTokenizer, CLIPTextModel], captions: list[str]) -> dict[str, torch.Tensor]:
-    import torch
+load_trainable_text = load_text
 
+
+def text_of(pipeline: StableDiffusionPipeline) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    return pipeline.tokenizer, pipeline.text_encoder
+
+
+def text_encoders(text: tuple[CLIPTokenizer, CLIPTextModel]) -> dict[str, CLIPTextModel]:
+    return {"text_encoder": text[1]}
+
+
+def encode_prompts(
+    text: tuple[CLIPTokenizer, CLIPTextModel], captions: list[str], cached: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     tokenizer, encoder = text
     ids = components.input_ids(tokenizer, captions, tokenizer.model_max_length, encoder.device)  # [B, L]
-    with torch.inference_mode():
-        hidden = encoder(ids).last_hidden_state  # [B, L, D]
-    return {"prompt_embeds": hidden.float()}
+    return {"prompt_embeds": encoder(ids).last_hidden_state.float()}  # [B, L, D]
 
 
 def load_denoiser(model: ModelParams, device: torch.device) -> UNet2DConditionModel:

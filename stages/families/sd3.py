@@ -6,7 +6,7 @@ place in the sequence is zeros then, as in diffusers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stages.core import base_files, components, quiet
@@ -32,6 +32,7 @@ COMPONENTS = {
 OPTIONAL = ("text_encoder_3", "tokenizer_3")
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")
+TEXT_ENCODERS = {"text_encoder": 0, "text_encoder_2": 0}
 DENOISER = "transformer"
 NO_GUIDANCE = 1.0
 MAX_T5_TOKENS = 256
@@ -86,7 +87,18 @@ class Text:
 
 
 def load_text(model: ModelParams, device: torch.device) -> Text:
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
+    from transformers import T5EncoderModel
+
+    text = load_trainable_text(model, device)
+    if left_out(model):
+        return text
+    t5 = load_tokenizer(model), components.load_frozen(T5EncoderModel, model, "text_encoder_3", device)
+    return replace(text, t5=t5)
+
+
+def load_trainable_text(model: ModelParams, device: torch.device) -> Text:
+    """CLIP's alone."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     clip = [
         (
@@ -95,13 +107,22 @@ def load_text(model: ModelParams, device: torch.device) -> Text:
         )
         for n in ("", "_2")
     ]
-    t5 = None
-    if not left_out(model):
-        t5 = load_tokenizer(model), components.load_frozen(T5EncoderModel, model, "text_encoder_3", device)
-    return Text(clip, t5, components.config(model, "transformer")["joint_attention_dim"])
+    return Text(clip, None, components.config(model, "transformer")["joint_attention_dim"])
 
 
-def encode_prompts(text: Text, captions: list[str]) -> dict[str, torch.Tensor]:
+def text_of(pipeline: StableDiffusion3Pipeline) -> Text:
+    clip = [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
+    t5 = (pipeline.tokenizer_3, pipeline.text_encoder_3) if pipeline.text_encoder_3 is not None else None
+    return Text(clip, t5, pipeline.transformer.config.joint_attention_dim)
+
+
+def text_encoders(text: Text) -> dict[str, Any]:
+    return {name: encoder for name, (_, encoder) in zip(TEXT_ENCODERS, text.clip, strict=True)}
+
+
+def encode_prompts(
+    text: Text, captions: list[str], cached: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """``prompt_embeds`` [B, L + 256, D]: CLIP's features side by side, then T5's; ``pooled_prompt_embeds`` [B, P1 + P2]
 
     Source: Esser et al. 2024 (arXiv:2403.03206), section 4 and figure 2.
@@ -112,7 +133,9 @@ def encode_prompts(text: Text, captions: list[str]) -> dict[str, torch.Tensor]:
     clip = torch.cat([hidden for hidden, _ in states], dim=-1).float()
     clip = torch.nn.functional.pad(clip, (0, text.width - clip.shape[-1]))  # [B, L, D]
     t5 = clip.new_zeros(len(captions), MAX_T5_TOKENS, text.width)
-    if text.t5 is not None:
+    if cached is not None:
+        t5 = cached["prompt_embeds"][:, clip.shape[1] :]
+    elif text.t5 is not None:
         t5 = components.t5_states(*text.t5, captions, MAX_T5_TOKENS).float()  # [B, 256, D]
     pooled = torch.cat([pooled for _, pooled in states], dim=-1)
     return {"prompt_embeds": torch.cat([clip, t5], dim=1), "pooled_prompt_embeds": pooled.float()}

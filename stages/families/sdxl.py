@@ -32,6 +32,7 @@ COMPONENTS = {
 OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+TEXT_ENCODERS = {"text_encoder": 1, "text_encoder_2": 0}
 DENOISER = "unet"
 NO_GUIDANCE = 1.0
 
@@ -89,7 +90,20 @@ def load_text(model: ModelParams, device: torch.device) -> list[tuple[Any, Any]]
     ]
 
 
-def encode_prompts(text: list[tuple[Any, Any]], captions: list[str]) -> dict[str, torch.Tensor]:
+load_trainable_text = load_text
+
+
+def text_of(pipeline: StableDiffusionXLPipeline) -> list[tuple[Any, Any]]:
+    return [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
+
+
+def text_encoders(text: list[tuple[Any, Any]]) -> dict[str, Any]:
+    return {name: encoder for name, (_, encoder) in zip(TEXT_ENCODERS, text, strict=True)}
+
+
+def encode_prompts(
+    text: list[tuple[Any, Any]], captions: list[str], cached: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """``prompt_embeds`` [B, L, D1 + D2]: both encoders' last but one layer; ``pooled_prompt_embeds`` [B, P]."""
     import torch
 

@@ -32,6 +32,7 @@ OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder")
 DENOISER = "transformer"
+TEXT_ENCODERS: dict[str, int] = {}
 NO_GUIDANCE = 0.0  # the pipeline adds guidance_scale * (prompt - negative prompt) to the prompt's prediction
 MAX_TOKENS = 512
 """The chat's own tokens included. Source: ZImagePipeline, ``max_sequence_length``."""
@@ -93,16 +94,15 @@ def load_text(model: ModelParams, device: torch.device) -> tuple[Qwen2Tokenizer,
     return load_tokenizer(model), components.load_frozen(Qwen3Model, model, "text_encoder", device)
 
 
-def encode_prompts(text: tuple[Qwen2Tokenizer, Qwen3Model], captions: list[str]) -> dict[str, torch.Tensor]:
+def encode_prompts(
+    text: tuple[Qwen2Tokenizer, Qwen3Model], captions: list[str], cached: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """``prompt_embeds`` [B, 512, D]: the last but one layer's states, 0 where ``prompt_embeds_mask`` [B, 512] is 0."""
-    import torch
-
     tokenizer, encoder = text
     options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     tokens = tokenizer(chats(tokenizer, captions), max_length=MAX_TOKENS, **options).to(encoder.device)
     mask = tokens.attention_mask.bool()  # [B, L]
-    with torch.inference_mode():
-        states = encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+    states = encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
     return {
         "prompt_embeds": states.float().masked_fill(~mask[..., None], 0.0),  # [B, L, D]
         "prompt_embeds_mask": mask.float(),

@@ -1,32 +1,40 @@
-"""All that was measured and drawn -> one page for a reviewer, and one about the dataset.
+"""All that was measured and drawn -> one page for a reviewer, one about the dataset, and the model card.
 
-In: reports/ of the other stages.  Out: reports/{report.md,dataset.md,loss.png}
+In: reports/ of the other stages.  Out: reports/{report.md,dataset.md,model_card.md,loss.png}
 Run: `python -m stages.report`
 """
 
 from __future__ import annotations
 
+from stages.artifacts import model_card
 from stages.core import params
 from stages.core.console import log, parser, run
 from stages.core.files import write_text
-from stages.report import dataset, page
+from stages.report import card, dataset, page
 from stages.report.inputs import read_inputs
 from stages.report.params import ReportParams
 from stages.report.plots import plot_losses
 
 
 def main() -> None:
-    paths = ["reports", "dataset_reports", "latents_reports", "train_reports", "export_reports"]
+    paths = ["reports", "dataset_reports", "latents_reports", "train_reports", "export_reports", "export"]
     args = parser(__doc__, paths).parse_args()
-    title = params.load(args.params, args.overrides).section(ReportParams).title
+    config = params.load(args.params, args.overrides)
+    title = config.section(ReportParams).title
+    pushed = config.sections["export"].model_dump()["push_to_hub"]  # that stage's class is no code of this one
+    repo_id = pushed["repo_id"] if pushed else None
     inputs = read_inputs(
         args.reports, args.dataset_reports, args.latents_reports, args.train_reports, args.export_reports
     )
     plot_losses(inputs, inputs.pictures["loss"])
     write_text(args.reports / "dataset.md", dataset.write_page(title, inputs, args.reports))
     write_text(args.reports / "report.md", page.write_page(title, inputs, args.reports))
+    place = card.Place(repo_id or args.export.as_posix(), is_repository=repo_id is not None)
+    mark = model_card.mark(args.reports, args.export_reports, title, repo_id)
+    write_text(args.reports / model_card.NAME, card.write_card(title, place, inputs, args.reports) + f"\n{mark}\n")
     log.info("verdict     %s", page.headline(inputs))
-    log.info("wrote       %s", ", ".join(str(args.reports / name) for name in ("report.md", "dataset.md", "loss.png")))
+    written = ("report.md", "dataset.md", model_card.NAME, "loss.png")
+    log.info("wrote       %s", ", ".join(str(args.reports / name) for name in written))
 
 
 if __name__ == "__main__":

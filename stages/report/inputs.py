@@ -34,6 +34,8 @@ class Inputs:
     """reports/dataset/pictures.csv"""
     latents: Metrics
     export: Metrics
+    made: dict[str, Any]
+    """reports/export/lineage.json"""
     pictures: dict[str, Path]
     """samples, progress, contact, loss, table (pictures.csv)"""
 
@@ -57,6 +59,7 @@ def read_inputs(reports: Path, dataset: Path, latents: Path, train: Path, export
         dataset / "pictures.csv": "prepare",
         latents / "metrics.json": "cache_latents",
         export / "metrics.json": "export",
+        export / "lineage.json": "export",
     }
     missing = [
         f"{path}: no such file; run `python -m stages.{stage}` first"
@@ -79,6 +82,7 @@ def read_inputs(reports: Path, dataset: Path, latents: Path, train: Path, export
         rows=rows,
         latents=metrics.load(latents / "metrics.json"),
         export=metrics.load(export / "metrics.json"),
+        made=read_json(export / "lineage.json"),
         pictures=pictures | {"contact": dataset / "contact.png", "table": table},
     )
 

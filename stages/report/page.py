@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stages.core.markdown import facts, image, interval, signed, table
+from stages.artifacts import model_card
+from stages.artifacts.adapter import algorithm
+from stages.core.markdown import facts, image, interval, link, signed, table
 from stages.report import dataset
 from stages.report.inputs import Inputs, Metrics, number
 
@@ -59,12 +61,11 @@ def overfitting(measured: Metrics, num_steps: int, num_heldout: int) -> str:
 
 def write_page(title: str, inputs: Inputs, folder: Path) -> str:
     """Markdown that reads well in a repository's file view; every link is relative to ``folder``."""
-    prompts = len(inputs.lineage["validate"]["prompts"])
     sections = [
         f"# {title}",
         f"**{headline(inputs)}**",
         image("Samples", inputs.pictures["samples"], folder),
-        f"{prompts} prompts from the same noise, drawn by the base and by the adapter ({drawn_how(inputs)}).",
+        samples_note(inputs),
         "## Figures",
         results(inputs),
         table_note(inputs),
@@ -77,15 +78,17 @@ def write_page(title: str, inputs: Inputs, folder: Path) -> str:
         facts("What decided the result", settings_facts(inputs)),
         "## Export",
         facts("Each format, loaded back", export_facts(inputs.export)),
+        f"{link('The model card', folder / model_card.NAME, folder)} says how each is loaded.",
         "## Lineage",
         facts("What went in", lineage_facts(inputs), "SHA-256, first digits"),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def drawn_how(inputs: Inputs) -> str:
+def samples_note(inputs: Inputs) -> str:
     settings = inputs.lineage["validate"]
-    return f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}"
+    how = f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}"
+    return f"{len(settings['prompts'])} prompts from the same noise, drawn by the base and by the adapter ({how})."
 
 
 def results(inputs: Inputs) -> str:
@@ -143,10 +146,11 @@ def settings_facts(inputs: Inputs) -> dict[str, object]:
     """What decided the result, read from what the stages recorded."""
     lora, model, validate = (inputs.lineage[name] for name in ("lora_config", "model", "validate"))
     steps = int(number(inputs.train, "train.num_steps"))
+    text = "".join(f", attention of {component}" for component in inputs.lineage.get("text_lora", {}))
     return {
         "Base": f"{model['pretrained']}, family {model['family']}, {model['dtype']}",
-        "LoRA": f"rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora.get('lora_dropout', 0):g}",
-        "Adapted layers": ", ".join(f"`{name}`" for name in target_modules(lora["target_modules"])),
+        algorithm(lora): f"rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora.get('lora_dropout', 0):g}",
+        "Adapted layers": ", ".join(f"`{name}`" for name in target_modules(lora["target_modules"])) + text,
         "Trainable parameters": f"{int(number(inputs.train, 'train.num_trainable_parameters')):,}",
         "Optimizer steps": f"{steps:,}",
         "Adapter size": f"{number(inputs.export, 'export.megabytes'):.3g} MB",
@@ -165,9 +169,8 @@ def epochs(train: Metrics) -> str:
 
 
 def target_modules(names: Sequence[str] | str) -> list[str]:
-    """The endings, once each: PEFT's config may list every layer by its full name."""
-    listed = [names] if isinstance(names, str) else names
-    return sorted({name.partition("attn")[2].partition(".")[2] or last_words(name) for name in listed})
+    """The endings, once each: PEFT's config may list every layer by its full name. A regex stays what it is."""
+    return [names] if isinstance(names, str) else sorted({last_words(name) for name in names})
 
 
 def last_words(name: str) -> str:

@@ -11,16 +11,23 @@ import argparse
 import contextlib
 import sys
 
-from stages.core.console import log, parser, run
+from stages.core import pin
+from stages.core.console import UserError, log, parser, run
 from stages.core.params import Config, ModelParams, RuntimeParams, load
+from stages.families.base import load_family
+from stages.train import processes
+from stages.train.params import LoraParams, TrainParams, text_problems
 
 
 def main() -> None:
     args = parser(__doc__, ("latents", "adapter", "train_reports")).parse_args()
     config = load(args.params, args.overrides)
-
-    from stages.train import processes
-
+    lora = config.section(LoraParams)
+    found = text_problems(lora, config.section(TrainParams), load_family(config.section(ModelParams).family))
+    if lora.init_from:
+        found += pin.problems(lora.init_from.path, lora.init_from.sha256)
+    if found:
+        raise UserError(*found)
     with processes.sharing(config.section(RuntimeParams).num_processes, sys.argv[1:]):
         train(args, config)
 
@@ -28,22 +35,21 @@ def main() -> None:
 def train(args: argparse.Namespace, config: Config) -> None:
     """As one of the processes; the first writes and speaks for all."""
     from stages.artifacts.latent_cache import LatentCache
-    from stages.core.base_files import digests, require_base, require_same_base
+    from stages.core import bases
+    from stages.core.base_files import digests, require_same_base
     from stages.core.files import lock
-    from stages.families.base import load_family
-    from stages.train import outputs, processes
+    from stages.train import outputs
     from stages.train.trainer import Trainer
 
     is_first = processes.rank() == 0
     if not is_first:
         log.setLevel("WARNING")
-    model = config.section(ModelParams)
-    family = load_family(model.family)
-    require_base(model, family)
+    family = load_family(config.section(ModelParams).family)
+    model = bases.resolve(config.section(ModelParams), family).model
     base = digests(model, family.COMPONENTS)
     cache = LatentCache(args.latents)
     require_same_base(cache.base, base, args.latents)
-    trainer = Trainer(config, family, cache, base)
+    trainer = Trainer(config.replaced(model), family, cache, base)
     with lock(trainer.folder) if is_first else contextlib.nullcontext():
         trainer.train()
         if is_first:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +27,8 @@ class Batch:
     noise: torch.Tensor  # [B, C, h, w] float32, what is to be predicted
     added_noise: torch.Tensor  # [B, C, h, w] float32, what is in the noisy latents: the same, or perturbed
     timesteps: torch.Tensor  # [B] int64
-    prompt: dict[str, torch.Tensor]  # name -> [B, ...]
+    captions: list[str]  # B; the empty one where it was dropped
+    prompt: dict[str, torch.Tensor]  # name -> [B, ...], what the cache says of them
     weights: torch.Tensor  # [B] float32, each picture's own loss_weight
     masks: torch.Tensor | None  # [B, 1, h, w] float32; None where no picture of the run has one
 
@@ -37,7 +38,7 @@ class Batch:
         return cls._each(parts, torch.cat)
 
     def first(self, count: int) -> Batch:
-        return self._each([self], lambda tensors: tensors[0][:count])
+        return replace(self._each([self], lambda tensors: tensors[0][:count]), captions=self.captions[:count])
 
     def to(self, device: torch.device) -> Batch:
         return self._each([self], lambda tensors: tensors[0].to(device))
@@ -54,6 +55,7 @@ class Batch:
             noise=combined(lambda part: part.noise),
             added_noise=combined(lambda part: part.added_noise),
             timesteps=combined(lambda part: part.timesteps),
+            captions=[caption for part in parts for caption in part.captions],
             prompt={name: combine([part.prompt[name] for part in parts]) for name in parts[0].prompt},
             weights=combined(lambda part: part.weights),
             masks=None if parts[0].masks is None else combine([part.masks for part in parts if part.masks is not None]),
@@ -97,8 +99,9 @@ class Batches:
         noise, added_noise = noising.draw_noise(draw, mean.shape, self.params)
         timestep = self.timesteps.draw(draw("timestep"), noising.num_tokens(mean))
         dropped = torch.rand((), generator=draw("prompt")) < self.params.prompt_dropout
-        caption = item.captions[int(torch.randint(len(item.captions), (), generator=draw("caption")))]
-        prompt = self.cache.prompt("" if dropped else caption, item.views[view])
+        drawn = item.captions[int(torch.randint(len(item.captions), (), generator=draw("caption")))]
+        caption = "" if dropped else drawn
+        prompt = self.cache.prompt(caption, item.views[view])
         if dropped:
             prompt |= {name: torch.zeros_like(prompt[name]) for name in self.zeroed}
         mask = self.cache.mask(item.masks[view]) if item.masks else torch.ones_like(mean[:1])  # [1, h, w]
@@ -107,6 +110,7 @@ class Batches:
             noise[None],
             added_noise[None],
             timestep[None],
+            [caption],
             {name: tensor[None] for name, tensor in prompt.items()},
             torch.tensor([item.loss_weight]),
             mask[None] if self.masked else None,

@@ -15,6 +15,8 @@ from stages.core.console import UserError, log
 if TYPE_CHECKING:
     from stages.train.params import TrainParams
 
+Parameters = dict[str, torch.nn.Parameter]
+
 NAMED = {
     "adamw": "torch.optim.AdamW",
     "adamw_8bit": "bitsandbytes.optim.AdamW8bit",
@@ -33,9 +35,9 @@ PACKAGES = {
 
 
 def make_optimizer(
-    params: TrainParams, trainable: dict[str, torch.nn.Parameter], device: torch.device
+    params: TrainParams, denoiser: Parameters, text_encoders: Parameters, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer of ``params`` over ``trainable``.
+    """The optimizer of ``params`` over what is trained of either.
 
     Raises:
         UserError: a class that is not installed, arguments that it does not take, or a setting it would not read.
@@ -49,7 +51,7 @@ def make_optimizer(
             f"params.yaml train.optimizer_args: {cls.__name__} takes no {unknown[0]} here; it takes "
             + ", ".join(sorted(known))
         )
-    arguments: dict[str, Any] = {"lr": learning_rate(params), **params.optimizer_args}
+    arguments: dict[str, Any] = {"lr": scaled(params.learning_rate, params), **params.optimizer_args}
     if "weight_decay" in inspect.signature(cls).parameters:
         arguments["weight_decay"] = params.weight_decay
     elif params.weight_decay:
@@ -58,13 +60,13 @@ def make_optimizer(
         arguments.setdefault("fused", True)
     if params.optimizer == "schedule_free" and params.lr_scheduler != "constant":
         raise UserError(f"{where} needs no schedule; set train.lr_scheduler to constant")
-    if params.optimizer == "prodigy" and params.lora_plus_ratio is not None:
-        raise UserError(f"{where} has one rate for all; set train.lora_plus_ratio to null")
+    if params.optimizer == "prodigy" and (params.lora_plus_ratio or params.text_encoder_lr):
+        raise UserError(f"{where} has one rate for all; set train.lora_plus_ratio and train.text_encoder_lr to null")
     if params.optimizer == "prodigy" and params.learning_rate < 0.1:
         found = "prodigy finds the rate itself, and learning_rate is a factor of it"
         log.warning("warning: params.yaml train.learning_rate: %s; 1.0 is usual", found)
     try:
-        optimizer = cls(groups(params, trainable), **arguments)
+        optimizer = cls(groups(params, denoiser, text_encoders), **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{where}: {error}; change train.optimizer_args") from None
     if hasattr(optimizer, "train"):  # schedule-free: weights of training and of use differ
@@ -98,22 +100,29 @@ def version(name: str) -> str:
         return package
 
 
-def learning_rate(params: TrainParams) -> float:
+def scaled(rate: float, params: TrainParams) -> float:
     images_per_step = params.batch_size * params.gradient_accumulation_steps
-    return params.learning_rate * images_per_step if params.scale_lr else params.learning_rate
+    return rate * images_per_step if params.scale_lr else rate
 
 
-def groups(params: TrainParams, trainable: dict[str, torch.nn.Parameter]) -> list[dict[str, Any]]:
+def groups(params: TrainParams, denoiser: Parameters, text_encoders: Parameters) -> list[dict[str, Any]]:
     """Parameter groups; DoRA's magnitudes do not decay: towards zero they would shrink the base's own weights."""
-    kinds: dict[str, list[torch.nn.Parameter]] = {"plain": [], "fast": [], "magnitude": []}
-    for name, parameter in trainable.items():
-        is_fast = params.lora_plus_ratio is not None and ".lora_B." in name
-        kind = "magnitude" if "lora_magnitude_vector" in name else "fast" if is_fast else "plain"
-        kinds[kind].append(parameter)
-    settings: dict[str, dict[str, Any]] = {"plain": {}, "fast": {}, "magnitude": {"weight_decay": 0.0}}
-    if params.lora_plus_ratio is not None:
-        settings["fast"]["lr"] = learning_rate(params) * params.lora_plus_ratio
-    return [{"params": parameters, **settings[kind]} for kind, parameters in kinds.items() if parameters]
+    found = []
+    rates = (params.learning_rate, params.text_encoder_lr or params.learning_rate)
+    for trainable, rate in zip((denoiser, text_encoders), rates, strict=True):
+        kinds: dict[str, list[torch.nn.Parameter]] = {"plain": [], "fast": [], "magnitude": []}
+        for name, parameter in trainable.items():
+            is_fast = params.lora_plus_ratio is not None and ".lora_B." in name
+            kind = "magnitude" if "lora_magnitude_vector" in name else "fast" if is_fast else "plain"
+            kinds[kind].append(parameter)
+        own_rate = scaled(rate, params)
+        settings: dict[str, dict[str, Any]] = {
+            "plain": {"lr": own_rate},
+            "fast": {"lr": own_rate * (params.lora_plus_ratio or 1)},
+            "magnitude": {"lr": own_rate, "weight_decay": 0.0},
+        }
+        found += [{"params": kinds[kind], **settings[kind]} for kind in kinds if kinds[kind]]
+    return found
 
 
 def make_lr_scheduler(params: TrainParams, optimizer: torch.optim.Optimizer) -> Any:

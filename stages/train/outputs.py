@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.artifacts import adapter, metrics
-from stages.core import device, lora, targets
+from stages.core import device, lora, lycoris, targets
 from stages.core.console import log
 from stages.core.files import sha256_file, write_json, write_text
 from stages.core.progress import smoothed_loss
@@ -15,6 +15,8 @@ from stages.train.setup import may_go_on
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import torch
 
     from stages.train.trainer import Trainer
 
@@ -42,10 +44,10 @@ def log_plan(trainer: Trainer, start: int) -> None:
 
 def log_adapter(trainer: Trainer) -> None:
     """How much is trained, on what, and in how much memory."""
-    denoiser = trainer.accelerator.unwrap_model(trainer.denoiser)
+    denoiser = trainer.adapted.modules[""]
     names = lora.targets(denoiser)
-    num = sum(t.numel() for t in trainer.trainable.values())
-    num_base = sum(t.numel() for t in denoiser.parameters()) - num
+    num = num_parameters(trainer.adapted.of("", trainer.trainable))
+    num_base = num_parameters(dict(denoiser.named_parameters())) - num
     ranks = sorted({denoiser.get_submodule(name).r[lora.NAME] for name in names})
     log.info(
         "adapter     rank %s, %d layers, %s parameters (%.2f %% of the denoiser's %s)",
@@ -55,12 +57,35 @@ def log_adapter(trainer: Trainer) -> None:
         100 * num / num_base,
         f"{num_base:,}",
     )
+    if trainer.started_from:
+        log.info("start       %s", trainer.started_from)
     if trainer.biases:
         log.info(
             "biases      %s: %d, as deltas that decay towards zero", trainer.lora_config["bias"], len(trainer.biases)
         )
-    for line in targets.plan(names, num, num_base):
+    num_trainable = num_parameters(trainer.trainable)
+    for component in trainer.text_lora:
+        num_base += log_text_encoder(trainer, component)
+        names += lora.targets(trainer.adapted.modules[component])
+    if trainer.text_lora:
+        log.info("text        encoders are trained: what the cache holds of them is not used")
+    for line in lycoris.plan(denoiser, lora.NAME) + targets.plan(names, num_trainable, num_base):
         log.info(line)
+
+
+def log_text_encoder(trainer: Trainer, component: str) -> int:
+    """The same of a text encoder; the number of its frozen parameters."""
+    encoder = trainer.adapted.modules[component]
+    num = num_parameters(trainer.adapted.of(component, trainer.trainable))
+    num_base = num_parameters(dict(encoder.named_parameters())) - num
+    layers, rate = len(lora.targets(encoder)), trainer.params.text_encoder_lr or trainer.params.learning_rate
+    share = f"{num:,} parameters ({100 * num / num_base:.2f} % of {num_base:,}), learning rate {rate:g}"
+    log.info("text        %s: rank %d, %d layers, %s", component, trainer.text_lora[component]["r"], layers, share)
+    return num_base
+
+
+def num_parameters(named: dict[str, torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in named.values())
 
 
 def save(trainer: Trainer, adapter_folder: Path, reports: Path) -> None:
@@ -76,8 +101,7 @@ def save(trainer: Trainer, adapter_folder: Path, reports: Path) -> None:
 
 def save_adapter(trainer: Trainer, adapter_folder: Path) -> dict[str, str]:
     """Final adapter, snapshots and, last, adapter.json; returns the digest of each weight file."""
-    frozen_after = lora.frozen_digest(trainer.accelerator.unwrap_model(trainer.denoiser))
-    if frozen_after != trainer.frozen_before:
+    if trainer.adapted.frozen_digest() != trainer.frozen_before:
         raise RuntimeError("training changed the frozen base")
     shutil.rmtree(adapter_folder, ignore_errors=True)
     params = trainer.params
@@ -91,11 +115,16 @@ def save_adapter(trainer: Trainer, adapter_folder: Path) -> dict[str, str]:
     trainer.save_weights(adapter_folder / adapter.FINAL)
     files[adapter.FINAL] = sha256_file(adapter_folder / adapter.FINAL)
     # Dropout is training's alone: diffusers leaves a loaded adapter in train mode and would drop while sampling.
-    for_use = trainer.lora_config | {"lora_dropout": 0.0}
-    adapter.Adapter(for_use, trainer.base, params.num_steps, steps, files, trainer.biases, trainer.made_from).save(
-        adapter_folder
-    )
+    for_use = {component: without_dropout(config) for component, config in trainer.adapted.configs.items()}
+    lora_config = for_use.pop("")
+    adapter.Adapter(
+        lora_config, trainer.base, params.num_steps, steps, files, trainer.biases, trainer.made_from, for_use
+    ).save(adapter_folder)
     return files
+
+
+def without_dropout(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: 0.0 if name == "lora_dropout" else value for name, value in config.items()}
 
 
 def save_reports(trainer: Trainer, reports: Path, files: dict[str, str]) -> None:
@@ -116,7 +145,7 @@ def save_reports(trainer: Trainer, reports: Path, files: dict[str, str]) -> None
             "train.images_seen": num_steps * trainer.images_per_step,
             "train.epochs": trainer.num_epochs,
             "train.num_pictures": len(trainer.items),
-            "train.num_trainable_parameters": sum(t.numel() for t in trainer.trainable.values()),
+            "train.num_trainable_parameters": num_parameters(trainer.trainable),
             "train.grad_norm_max": max((row[2] for row in history if math.isfinite(row[2])), default=0.0),
             "train.base_unchanged": True,
             "train.base_digest": trainer.frozen_before[:16],

@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from stages.core.base_files import FAMILIES
 from stages.core.params import Params
+from stages.families.base import load_family
+
+if TYPE_CHECKING:
+    from stages.families.base import Family
 
 BiasMode = Literal["none", "all", "lora_only"]
 LossWeighting = Literal["uniform", "min_snr", "soft_min_snr", "debiased", "p2"]
 HuberSchedule = Literal["constant", "exponential", "snr"]
 DottedName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
+OF_LORA = {
+    "dropout": 0,
+    "init_lora_weights": "kaiming",
+    "init_from": None,
+    "train_text_encoder": False,
+    "use_rslora": False,
+    "use_dora": False,
+}
+"""Settings that PEFT has for LoRA alone, and what they must be elsewhere."""
+OF_LYCORIS = {"decompose_factor": None, "decompose_both": False, "use_effective_conv2d": False}
+"""Settings that LoRA does not have, and what they must be there."""
+
+
+class InitFrom(Params):
+    """An adapter to start from, pinned by its content."""
+
+    path: str = Field(min_length=1, exclude=True)
+    """A .safetensors file, tracked by DVC or git. Where it lies is no part of what decides a run."""
+    sha256: str | None = None
+    """Its digest; without it the stage stops and prints it."""
 
 
 class LoraParams(Params):
     """Section ``lora``: the adapter's shape."""
 
+    algo: Literal["lora", "lokr", "loha"]
+    """What is added to a weight: B A, a Kronecker or a Hadamard product (Yeh et al. 2023, arXiv:2309.14859)."""
     rank: int = Field(ge=1, le=1024)
     alpha: float = Field(gt=0)
     """The update is scaled by alpha / rank."""
@@ -36,11 +64,22 @@ class LoraParams(Params):
     """The update is scaled by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool
     """Magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353)."""
-    init_lora_weights: Literal["gaussian", "kaiming"]
-    """How A starts; B starts at zero, so that step 0 equals the base."""
+    init_lora_weights: Literal["gaussian", "kaiming", "eva"]
+    """How A starts; B starts at zero, so that step 0 equals the base. eva: stages/train/eva.py."""
 
     bias: BiasMode
-    """Which biases are trained as well: none, those of the adapted layers, or all of the denoiser's."""
+    """Which of the denoiser's biases are trained as well: none, those of the adapted layers, or all."""
+    train_text_encoder: bool
+    """Also adapt the attention of the CLIP text encoders: same rank, alpha, dropout and kind, no biases."""
+    init_from: InitFrom | None
+    """An adapter that this one starts from, in place of init_lora_weights."""
+
+    decompose_factor: int | None = Field(ge=1)
+    """LoKr: sides of the first factor, or the nearest divisors below; null for those nearest the square root."""
+    decompose_both: bool
+    """LoKr: the first factor is a product of the rank too, where that is smaller."""
+    use_effective_conv2d: bool
+    """Kernels above 1 x 1 in Tucker form (FedPara, Hyeon-Woo et al. 2022, arXiv:2108.06098, proposition 3)."""
 
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     @classmethod
@@ -50,6 +89,18 @@ class LoraParams(Params):
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"got '{pattern}', no regular expression ({error})") from None
+        return value
+
+    @field_validator(*OF_LORA, *OF_LYCORIS)
+    @classmethod
+    def has_a_meaning(cls, value: Any, info: ValidationInfo) -> Any:
+        """Each setting is one of this algorithm's, or off."""
+        algo, name = str(info.data.get("algo")), str(info.field_name)
+        off = OF_LYCORIS[name] if name in OF_LYCORIS else OF_LORA[name]
+        has: dict[str, Iterable[str]] = {"lora": OF_LORA, "lokr": OF_LYCORIS, "loha": ["use_effective_conv2d"]}
+        if name not in has.get(algo, [name]) and value != off:
+            given, wanted = (json.dumps(text, default=lambda start: start.path).strip('"') for text in (value, off))
+            raise ValueError(f"got {given}, which lora.algo {algo} does not have; use {wanted}")
         return value
 
 
@@ -72,6 +123,8 @@ class TrainParams(Params):
     lora_plus_ratio: float | None = Field(ge=1)
     """B's learning rate over A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
     weight_decay: float = Field(ge=0)
+    text_encoder_lr: float | None = Field(gt=0)
+    """Peak learning rate of the text encoders; null for ``learning_rate``."""
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     lr_warmup_steps: int = Field(ge=0)
     lr_num_cycles: int = Field(ge=1)
@@ -140,3 +193,17 @@ class TrainParams(Params):
         if self.lr_power != 1 and self.lr_scheduler != "polynomial":
             raise ValueError("lr_power needs lr_scheduler: polynomial")
         return self
+
+
+def text_problems(lora: LoraParams, train: TrainParams, family: Family) -> list[str]:
+    """A line for text encoders that the family does not offer or that init_from does not fill; for an idle rate."""
+    if not lora.train_text_encoder and train.text_encoder_lr is not None:
+        ignored = f"{train.text_encoder_lr:g} is ignored without lora.train_text_encoder; set that, or null here"
+        return [f"params.yaml train.text_encoder_lr: {ignored}"]
+    if lora.train_text_encoder and lora.init_from:
+        return ["params.yaml lora.init_from: fills no text encoders; set it to null, or train_text_encoder to false"]
+    if not lora.train_text_encoder or family.TEXT_ENCODERS:
+        return []
+    offering = [name for name in FAMILIES.values() if load_family(name).TEXT_ENCODERS]
+    found = f"no text encoder of {family.PIPELINE} can be trained, those of {', '.join(offering)} can"
+    return [f"params.yaml lora.train_text_encoder: {found}; set it to false"]

@@ -70,12 +70,18 @@ def may_go_on(params: TrainParams) -> bool:
 def run_inputs(
     params: TrainParams,
     model: ModelParams,
-    lora_config: dict[str, Any],
+    configs: dict[str, dict[str, Any]],
     cache: LatentCache,
     base: dict[str, str],
     where: torch.device,
+    init_from: str | None,
 ) -> dict[str, Any]:
-    """Everything that decides a run's bytes: a checkpoint is resumed by the run of the same digest alone."""
+    """Everything that decides a run's bytes: a checkpoint is resumed by the run of the same digest alone.
+
+    Args:
+        configs: component -> LoRA's config; "" for the denoiser.
+        init_from: digest of the adapter that the run starts from, if it does.
+    """
     without = {"checkpoint_every_n_steps"} | ({"num_steps"} if may_go_on(params) else set())
     return {
         "base": base,
@@ -83,7 +89,8 @@ def run_inputs(
         "code": closure.code_digest("train", model.family),
         "dtype": model.dtype,
         "environment": device.environment(where),
-        "lora": lora_config,
+        "init_from": init_from,
+        "lora": configs,
         "optimizer": optimizers.version(params.optimizer),
         "train": params.model_dump(exclude=without),
     }

@@ -10,12 +10,13 @@ import torch
 
 from stages.artifacts.adapter import bias_metadata, snapshot_name
 from stages.core import bias, device, lora, objectives, seeding, selfcheck
+from stages.core.adapted import Adapted, frozen_digest, text_configs
 from stages.core.checkpoint import Checkpoints
 from stages.core.console import log
 from stages.core.files import save_tensors, sha256_json, state_dir, write_json
 from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Progress
-from stages.train import noising, optimizers, outputs, weighting
+from stages.train import eva, init_from, noising, optimizers, outputs, weighting
 from stages.train.averaging import Kept
 from stages.train.batches import Batch, Batches
 from stages.train.interrupt import Interrupt
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """One run: the frozen denoiser, the adapter in it, its optimizer, and what has been logged so far."""
+    """One run: what is frozen, the adapter in it, its optimizer, and what has been logged so far."""
 
     def __init__(self, config: Config, family: Family, cache: LatentCache, base: dict[str, str]) -> None:
-        model = config.section(ModelParams)
+        self.model = model = config.section(ModelParams)
         self.params, self.runtime = config.section(TrainParams), config.section(RuntimeParams)
         self.family, self.base = family, base
         self.items = training_items(cache, self.params.batch_size)
@@ -52,14 +53,22 @@ class Trainer:
         device.log_device(self.device, model)
 
         denoiser = family.load_denoiser(model, self.device)
-        self.frozen_before = lora.frozen_digest(denoiser)
-        self.lora_config = lora.make_config(config.section(LoraParams), denoiser)
-        self.trainable = lora.inject(denoiser, self.lora_config)
+        settings = config.section(LoraParams)
+        self.text = family.load_trainable_text(model, self.device) if settings.train_text_encoder else None
+        encoders = {} if self.text is None else family.text_encoders(self.text)
+        self.frozen_before = frozen_digest({"": denoiser, **encoders})
+        self.lora_config = lora.make_config(settings, denoiser)
+        self.text_lora = text_configs(settings, family, encoders)
+        self.adapted = Adapted(denoiser, self.lora_config, self.text_lora, encoders)
+        self.adapted.keyed_init(self.params.seed)
+        self.trainable = self.adapted.trainable
         self.biases = list(bias.deltas(denoiser))
-        lora.keyed_init(denoiser, self.lora_config, self.params.seed)
+        self.started_from = init_from.fill(settings, denoiser, family, base)
         if self.params.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        optimizer = optimizers.make_optimizer(self.params, self.trainable, self.device)
+        optimizer = optimizers.make_optimizer(
+            self.params, self.adapted.of("", self.trainable), self.adapted.text_trainable, self.device
+        )
         self.lr_scheduler = optimizers.make_lr_scheduler(self.params, optimizer)
         self.kept = Kept(self.params, list(self.trainable.values()), optimizer)
         # Not wrapped for several processes: gradients are summed by GradientSum, whose sum has no order.
@@ -71,7 +80,8 @@ class Trainer:
         self.batches = Batches(cache, self.items, self.params, timesteps, self.device, zeros)
 
         dropped = {"dropped caption": "zeros"} if zeros else {}  # in no component's files
-        self.inputs = run_inputs(self.params, model, self.lora_config, cache, base | dropped, self.device)
+        start = settings.init_from.sha256 if settings.init_from else None
+        self.inputs = run_inputs(self.params, model, self.adapted.configs, cache, base | dropped, self.device, start)
         self.made_from = made_from(config, cache, self.items)
         self.digest = sha256_json(self.inputs)
         self.folder = state_dir() / "runs" / self.digest[:16]
@@ -93,6 +103,9 @@ class Trainer:
         if start == 0:
             self.check_step_zero()
             log_start_over(self.folder, self.inputs)
+            if self.lora_config.get("init_lora_weights") == "eva":
+                self.start_from_data()
+                self.check_step_zero()
         if self.accelerator.is_main_process:
             write_json(self.folder / INPUTS, self.inputs)
         if self.params.compile:
@@ -158,31 +171,48 @@ class Trainer:
     def loss(self, batch: Batch, step: int, micro: int) -> torch.Tensor:
         """Mean loss of one micro-batch, float32 []."""
         params, scheduler = self.params, self.noise_scheduler
-        noisy_latents = objectives.add_noise(scheduler, batch.latents, batch.added_noise, batch.timesteps)
-        timesteps = objectives.model_timesteps(scheduler, batch.timesteps)
         target = objectives.target(scheduler, batch.latents, batch.noise, batch.timesteps)
         weights = weighting.loss_weights(scheduler, batch.timesteps, params.loss_weighting, params.snr_gamma)  # [B]
         huber_c = weighting.huber_c(scheduler, batch.timesteps, params.huber_c, params.huber_schedule)  # [B]
 
         torch.manual_seed(seeding.key(params.seed, "layers", step, micro))  # for dropout inside the layers
-        with self.accelerator.autocast():
-            model_pred = self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt)
-
-        errors = weighting.errors(model_pred.float(), target, huber_c)  # [B, C, h, w]
+        errors = weighting.errors(self.predict(batch).float(), target, huber_c)  # [B, C, h, w]
         losses = objectives.masked_mean(errors, batch.masks)  # [B]
         return (losses * weights * batch.weights).mean()
 
-    def check_step_zero(self) -> None:
-        """The fresh adapter is sound, and equals the base on two samples of the first batch."""
-        batch = self.batches.batch(0, 0).first(2)
-        noisy_latents = objectives.add_noise(self.noise_scheduler, batch.latents, batch.noise, batch.timesteps)
+    def predict(self, batch: Batch) -> torch.Tensor:
+        """The denoiser's answer to a batch, [B, C, h, w]."""
+        noisy_latents = objectives.add_noise(self.noise_scheduler, batch.latents, batch.added_noise, batch.timesteps)
         timesteps = objectives.model_timesteps(self.noise_scheduler, batch.timesteps)
-        denoiser = self.accelerator.unwrap_model(self.denoiser)
-        lora.require_sound(denoiser, self.trainable)
         with self.accelerator.autocast():
-            selfcheck.step_zero(
-                denoiser, lambda: self.family.predict(self.denoiser, noisy_latents, timesteps, batch.prompt)
-            )
+            return self.family.predict(self.denoiser, noisy_latents, timesteps, self.prompt(batch))
+
+    def start_from_data(self) -> None:
+        """Fill the adapter's A from the first batches."""
+        log.info("eva         from the first %d batches, until the directions settle", eva.NUM_BATCHES)
+        first = [divmod(i, self.params.gradient_accumulation_steps) for i in range(eva.NUM_BATCHES)]
+        batches = [self.batches.batch(step, micro) for step, micro in first]
+        passes = eva.initialize(self.accelerator.unwrap_model(self.denoiser), batches, self.predict)
+        log.info("eva         settled after %d passes", passes)
+
+    def prompt(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What the cache says, but for the part of text encoders that are trained: they are asked now."""
+        if self.text is None:
+            return batch.prompt
+        encoded = self.family.encode_prompts(self.text, batch.captions, batch.prompt)
+        for name in self.batches.zeroed:  # a dropped caption that stands for zeros stays it
+            shown = batch.prompt[name].flatten(1).any(1).reshape(-1, *[1] * (encoded[name].dim() - 1))  # [B, 1, ...]
+            encoded[name] = encoded[name] * shown
+        return batch.prompt | encoded
+
+    def check_step_zero(self) -> None:
+        """The adapter is sound; a fresh one equals the base on two samples of the first batch."""
+        batch = self.batches.batch(0, 0).first(2)
+        self.adapted.require_sound()
+        with torch.no_grad(), self.accelerator.autocast():
+            selfcheck.step_zero(self.adapted, lambda: self.predict(batch), fresh=not self.started_from)
+            if self.text is not None:
+                selfcheck.same_prompts(self.prompt(batch), batch.prompt, self.model.dtype)
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -192,7 +222,7 @@ class Trainer:
         state = self.checkpoints.load(self.params.num_steps)
         if state is None:
             return 0
-        lora.load(self.accelerator.unwrap_model(self.denoiser), state["adapter"])
+        self.adapted.load(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.accelerator.scaler is not None:
@@ -210,7 +240,7 @@ class Trainer:
         self.checkpoints.save(
             step,
             {
-                "adapter": lora.state_dict(self.accelerator.unwrap_model(self.denoiser)),
+                "adapter": self.adapted.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "ema": self.kept.state_dict(),
@@ -227,4 +257,4 @@ class Trainer:
     def save_weights(self, path: Path) -> None:
         metadata = {"format": "pt"} | bias_metadata(self.lora_config["bias"], self.biases)
         with self.kept.weights():
-            save_tensors(path, lora.state_dict(self.accelerator.unwrap_model(self.denoiser)), metadata)
+            save_tensors(path, self.adapted.state_dict(), metadata)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stages.artifacts import metrics
 from stages.artifacts.adapter import FINAL, Adapter
 from stages.artifacts.latent_cache import LatentCache
-from stages.core import base_files, evaluation, params
+from stages.core import base_files, bases, evaluation, params
 from stages.core.console import UserError, log, parser, run
 from stages.core.device import setup
 from stages.core.evaluation import Score
@@ -30,6 +30,7 @@ from stages.validate.params import ValidateParams, prompt_problems
 if TYPE_CHECKING:
     from PIL import Image
 
+    from stages.core.bases import Base
     from stages.core.sampling import Sampling
 
 SHEET_BYTES = 300_000  # each stays in git's history
@@ -41,12 +42,12 @@ def main() -> None:
     arguments.add_argument("--adapters", nargs="+", metavar="FILE:SCALE", help="draw several adapters together instead")
     args = arguments.parse_args()
     config = params.load(args.params, args.overrides)
-    settings, model = config.section(ValidateParams), config.section(ModelParams)
-    family = load_family(model.family)
-    base_files.require_base(model, family)
+    settings, asked = config.section(ValidateParams), config.section(ModelParams)
+    family = load_family(asked.family)
     if found := prompt_problems(settings, family):
         raise UserError(*found)
-    base = base_files.digests(model, family.COMPONENTS)
+    origin = bases.resolve(asked, family)
+    model, base = origin.model, base_files.digests(origin.model, family.COMPONENTS)
     cache = LatentCache(args.latents)
     base_files.require_same_base(cache.base, base, args.latents)
     if args.adapters:
@@ -65,7 +66,7 @@ def main() -> None:
     table = evaluation.digest(exam.rows, settings.seed, targets)
     measured = write_losses(args.reports, exam, evidence, settings) | {"val.table": table}
     measured |= draw_sheets(args.reports, evidence, settings)
-    made_from = lineage(settings, model, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
+    made_from = lineage(settings, origin, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
     write_json(args.reports / "validate" / "lineage.json", made_from)
     metrics.save(args.reports / "metrics.json", measured)
     log_end(args.reports, measured)
@@ -88,29 +89,30 @@ class Evidence:
 
 def examine(exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams) -> Evidence:
     """Score and draw the base, every snapshot and the final adapter, in one pipeline."""
-    from stages.core import lora
+    from stages.core import adapted
     from stages.core.sampling import draw
 
     pipeline = exam.family.load_pipeline(exam.model, exam.device)
-    denoiser = getattr(pipeline, exam.family.DENOISER).eval().requires_grad_(False)
-    lora.inject(denoiser, adapter.lora_config)
+    layers = adapted.in_pipeline(pipeline, exam.family.DENOISER, adapter)
+    denoiser = layers.modules[""]
+    text = exam.family.text_of(pipeline) if adapter.text_lora else None
     sampling = make_sampling(exam, settings, pipeline.vae_scale_factor)
     evidence = Evidence({}, {}, {})
 
-    with lora.disabled(denoiser):
-        evidence.losses[0] = finite(answer(exam, denoiser), "the base", exam.model)
+    with layers.disabled():
+        evidence.losses[0] = finite(answer(exam, denoiser, text), "the base", exam.model)
         evidence.pictures[0] = draw(pipeline, sampling, exam.model)
     log_step(exam, evidence, 0)
     for step in [*adapter.snapshots, adapter.num_steps]:
         is_final = step == adapter.num_steps
-        lora.load(denoiser, adapter.weights(folder, None if is_final else step))
-        lora.set_scale(denoiser, 1.0)
+        layers.load(adapter.weights(folder, None if is_final else step))
+        layers.set_scale(1.0)
         state = "the final adapter" if is_final else f"the snapshot of step {step}"
-        evidence.losses[step] = finite(answer(exam, denoiser), state, exam.model)
+        evidence.losses[step] = finite(answer(exam, denoiser, text), state, exam.model)
         evidence.pictures[step] = draw(pipeline, sampling, exam.model)
         log_step(exam, evidence, step)
     for scale in settings.scales:
-        lora.set_scale(denoiser, scale)
+        layers.set_scale(scale)
         evidence.scaled[scale] = evidence.pictures[step] if scale == 1 else draw(pipeline, sampling, exam.model)
     return evidence
 
@@ -227,18 +229,18 @@ def ink_measures(suffix: str, drawn: list[Image.Image]) -> dict[str, metrics.Val
 
 
 def lineage(
-    settings: ValidateParams, model: ModelParams, base: dict[str, str], cache: LatentCache, adapter: Adapter, exam: Exam
+    settings: ValidateParams, origin: Base, base: dict[str, str], cache: LatentCache, adapter: Adapter, exam: Exam
 ) -> dict[str, Any]:
     """What the figures and pictures came from; `report` and `compare` read it."""
     counts = Counter(item.split for item in cache.items)
     shown = sha256_json(sorted([item.split, item.content, item.caption] for item in cache.items))
-    return {
+    found = {
         "adapter": adapter.files[FINAL][:DIGEST_DIGITS],
         "base": {component: digest[:DIGEST_DIGITS] for component, digest in base.items()},
         "dataset": {"train": counts["train"], "heldout": counts["heldout"], "content": shown[:DIGEST_DIGITS]},
         "latents": cache.digest[:DIGEST_DIGITS],
         "lora_config": adapter.lora_config,
-        "model": model.model_dump() | {"pretrained": Path(model.pretrained).name},  # no path of this machine
+        "model": origin.model.model_dump() | {"pretrained": origin.label},  # no path of this machine
         "num_steps": adapter.num_steps,
         "table": {
             "num_pictures": dict(Counter(row.picture.split for row in exam.rows if row.stratum == 0)),
@@ -247,6 +249,7 @@ def lineage(
         },
         "validate": settings.model_dump(),
     }
+    return found | ({"text_lora": adapter.text_lora} if adapter.text_lora else {})
 
 
 def log_end(reports: Path, measured: dict[str, Any]) -> None:

@@ -100,8 +100,11 @@ def as_picture(item: CachedItem) -> Picture:
     return Picture(item.content, item.file_name, item.split, item.caption, item.views[0], mask)
 
 
-def answer(exam: Exam, denoiser: Any) -> list[float]:
-    """Loss of every row under the denoiser's present weights: mean squared error, six significant digits.
+def answer(exam: Exam, denoiser: Any, text: Any = None) -> list[float]:
+    """Loss of every row under the present weights: mean squared error, six significant digits.
+
+    Args:
+        text: the family's text object, where an adapter is in its encoders: they are asked in place of the cache.
 
     Every batch is full (one that would not be repeats its last row), so that kernels do not depend on the table's
     length.
@@ -110,10 +113,11 @@ def answer(exam: Exam, denoiser: Any) -> list[float]:
 
     from stages.core import objectives
 
+    prompts = {} if text is None else encode(exam, text)
     losses = [0.0] * len(exam.rows)
     for indices in exam.batches():
         rows = [exam.rows[index] for index in indices]
-        asked = ask(exam, rows + rows[-1:] * (exam.batch_size - len(rows)))
+        asked = ask(exam, rows + rows[-1:] * (exam.batch_size - len(rows)), prompts)
         with torch.inference_mode(), autocast(exam.device, exam.model):
             model_pred = exam.family.predict(denoiser, asked.noisy_latents, asked.timesteps, asked.prompt)
         errors = (model_pred.float() - asked.target).square()
@@ -134,7 +138,35 @@ class Questions:
     masks: torch.Tensor | None  # [B, 1, h, w] float32; None where none of these pictures has one
 
 
-def ask(exam: Exam, rows: list[Row]) -> Questions:
+Prompts = dict[str, dict[str, "torch.Tensor"]]
+"""Caption -> what text encoders say of it, in place of the cache: name -> float32 [...]."""
+
+
+def encode(exam: Exam, text: Any) -> Prompts:
+    """Every caption of the table; every batch is full, as in ``answer``."""
+    import torch
+
+    captions = sorted({row.picture.caption for row in exam.rows})
+    found: Prompts = {}
+    for start in range(0, len(captions), exam.batch_size):
+        batch = captions[start : start + exam.batch_size]
+        filled = batch + batch[-1:] * (exam.batch_size - len(batch))
+        cached = stack([exam.cache.prompt(caption) for caption in filled], exam.device)
+        with torch.inference_mode(), autocast(exam.device, exam.model):
+            encoded = exam.family.encode_prompts(text, filled, cached)
+        for index, caption in enumerate(batch):
+            found[caption] = {name: tensor[index] for name, tensor in encoded.items()}
+    return found
+
+
+def stack(prompts: list[dict[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
+    """As a batch on the device, name -> float32 [B, ...]."""
+    import torch
+
+    return {name: torch.stack([prompt[name].float() for prompt in prompts]).to(device) for name in prompts[0]}
+
+
+def ask(exam: Exam, rows: list[Row], prompts: Prompts) -> Questions:
     """Latents are the posterior's mean: the VAE's sampling noise would only widen the intervals."""
     import torch
 
@@ -143,7 +175,8 @@ def ask(exam: Exam, rows: list[Row]) -> Questions:
     latents = torch.stack([exam.cache.latents(row.picture.view)[0] for row in rows])
     noise = torch.stack([row_noise(exam.seed, row, latents[0].shape) for row in rows])
     timesteps = torch.tensor([row.timestep for row in rows])
-    prompts = [exam.cache.prompt(row.picture.caption, row.picture.view) for row in rows]
+    cached = [exam.cache.prompt(row.picture.caption, row.picture.view) for row in rows]
+    asked = [prompt | prompts.get(row.picture.caption, {}) for row, prompt in zip(rows, cached, strict=True)]
     masks = None
     if any(row.picture.mask for row in rows):
         everything = torch.ones_like(latents[0, :1])  # [1, h, w]
@@ -151,7 +184,7 @@ def ask(exam: Exam, rows: list[Row]) -> Questions:
     return Questions(
         objectives.add_noise(exam.scheduler, latents, noise, timesteps).to(exam.device),
         objectives.model_timesteps(exam.scheduler, timesteps).to(exam.device),
-        {name: torch.stack([p[name].float() for p in prompts]).to(exam.device) for name in prompts[0]},
+        stack(asked, exam.device),
         objectives.target(exam.scheduler, latents, noise, timesteps).to(exam.device),
         None if masks is None else masks.to(exam.device),
     )

@@ -58,7 +58,7 @@ def read_entries(texts: list[str], base: dict[str, str]) -> list[Entry]:
 
 
 def require_base(file: Path, base: dict[str, str]) -> None:
-    """Raises UserError for a damaged file, or one of ours made on another base; of others' nothing is known."""
+    """Raises UserError for a damaged file, or one of ours made on another base or not LoRA; others' are not known."""
     from safetensors import SafetensorError
 
     try:
@@ -66,6 +66,8 @@ def require_base(file: Path, base: dict[str, str]) -> None:
     except SafetensorError as error:
         raise UserError(f"{file}: damaged, or no safetensors file ({error})") from None
     base_files.require_same_base(record.get("base", {}), base, file)
+    if algo := record.get("lora_config", {}).get("algo"):
+        raise UserError(f"{file}: made with lora.algo {algo}, which diffusers does not load; use validate.scales")
 
 
 def load(pipeline: Any, entries: list[Entry]) -> list[str]:

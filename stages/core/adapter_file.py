@@ -1,0 +1,293 @@
+"""A LoRA file of another program or an earlier run -> its layers by the denoiser's own names, with their strength.
+
+Read are our adapter.safetensors (with adapter.json), diffusers' and PEFT's files, and kohya's or ComfyUI's keys. Names
+that no layer here has go through diffusers' own converters; what those would lose is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.core.console import UserError
+from stages.core.files import load_metadata, load_tensors, read_json, sha256_file
+from stages.core.pin import SETTING, config_beside
+from stages.core.targets import matches
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = dict[str, torch.Tensor]
+
+LEAVES = {
+    "lora_A.weight": "a",
+    "lora_down.weight": "a",
+    "lora_B.weight": "b",
+    "lora_up.weight": "b",
+    "alpha": "alpha",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "dora_scale": "dora_scale",
+    "lora_B.bias": "bias_of_b",
+    "bias_delta": "delta",
+    "diff_b": "delta",
+}
+"""Ending of a key -> what the tensor is."""
+DOTTED = ("base_model.model.", "unet.", "transformer.", "diffusion_model.", "")
+UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
+TEXT = ("text_encoder", "lora_te")
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+"""PEFT's starts that move a part of the base's weights into the adapter: without that base the file means nothing."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A low-rank change of one layer."""
+
+    a: torch.Tensor
+    """float32 [r, in, ...]"""
+    b: torch.Tensor
+    """float32 [out, r, ...]"""
+    scaling: float
+    """What B A is multiplied by."""
+    magnitude: torch.Tensor | None = None
+    """DoRA's, as PEFT keeps it."""
+    dora_scale: torch.Tensor | None = None
+    """The same as ComfyUI reads it: times ||W|| / ||W + s B A||, float32 [out, 1, ...]."""
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+    @property
+    def is_dora(self) -> bool:
+        return self.magnitude is not None or self.dora_scale is not None
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file holds, in float32."""
+
+    layers: dict[str, Layer]
+    biases: dict[str, torch.Tensor]
+    """Module's name -> what is added to its bias."""
+    base: dict[str, str] = field(default_factory=dict)
+    """Digest per component of the base that it was trained on, where one of our files says so."""
+    says_alpha: bool = True
+    """False where nothing names an alpha: the strength is taken as 1."""
+
+
+def read(file: Path, denoiser: Any, pipeline: str) -> AdapterFile:
+    """The layers of a file by the denoiser's names.
+
+    Args:
+        denoiser: may carry an adapter, and be on the meta device.
+        pipeline: the diffusers class whose converters know the other names of these layers.
+
+    Raises:
+        UserError: every kind of key that has no place here.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        tensors, header = load_tensors(file), load_metadata(file)
+        record, packed = (json.loads(header.get(name, "{}")) for name in ("lora_dag", "lora_adapter_metadata"))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{SETTING}: '{file}' is damaged, or no safetensors file ({error})") from None
+    config, base = read_config(file, packed), record.get("base", {})
+    if (beside := config_beside(file)) and beside.name == "adapter.json":
+        base = read_json(beside).get("base", {})
+    groups = grouped({name: tensor.float() for name, tensor in tensors.items()}, file)
+    named, strange = by_layer(groups, denoiser)
+    if strange:
+        named = converted(tensors, groups, denoiser, pipeline, file)
+    if not record and any("dora_scale" in group for group in named.values()):
+        raise UserError(
+            f"{SETTING}: '{file}' holds DoRA as dora_scale, which programs read in two ways; start from a file of "
+            "diffusers or PEFT (lora_magnitude_vector)"
+        )
+    return assembled(
+        named, config, says_alpha=bool(config) or any("alpha" in group for group in groups.values()), base=base
+    )
+
+
+def read_config(file: Path, packed: dict[str, Any]) -> dict[str, Any]:
+    """The LoraConfig that says the file's alpha; empty where there is none.
+
+    Args:
+        packed: what diffusers keeps in a header, its keys prefixed with the component.
+
+    Raises:
+        UserError: a config of something else, or one that goes with a changed base.
+    """
+    beside = config_beside(file)
+    if beside is None:
+        config = {key.partition(".")[2]: value for key, value in packed.items() if key.startswith(("unet.", "trans"))}
+    else:
+        config = read_json(beside)
+        if beside.name == "adapter.json":
+            if sha256_file(file) not in config.get("files", {}).values():
+                raise UserError(f"{SETTING}: {beside} belongs to another file than '{file}'; keep the two together")
+            config = config.get("lora_config", {})
+    kind, start = config.get("peft_type", "LORA"), str(config.get("init_lora_weights", "")).lower()
+    if kind != "LORA":
+        raise UserError(f"{SETTING}: '{file}' is {kind}, no LoRA; start from a LoRA file")
+    if start.startswith(CHANGE_THE_BASE):
+        raise UserError(f"{SETTING}: '{file}' began as {start}, which changed its base; convert it to plain LoRA first")
+    return config
+
+
+def grouped(tensors: Tensors, file: Path) -> dict[str, Tensors]:
+    """Name of a module as the file has it -> its tensors by what they are.
+
+    Raises:
+        UserError: keys that are no LoRA's, or a text encoder's.
+    """
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    groups: dict[str, Tensors] = {}
+    unknown, text = [], set()
+    for key, tensor in convert_unet_state_dict_to_peft(tensors).items():
+        leaf = next((leaf for leaf in sorted(LEAVES, key=len, reverse=True) if key.endswith(f".{leaf}")), None)
+        module = key.removesuffix(f".{leaf}")
+        if key.startswith(TEXT):
+            text.add(module)
+        elif leaf is None:
+            unknown.append(key)
+        else:
+            groups.setdefault(module, {})[LEAVES[leaf]] = tensor
+    problems = []
+    if unknown:
+        problems.append(
+            f"{SETTING}: '{file}' has {len(unknown)} keys that are no LoRA's ({unknown[0]}); LoHa, LoKr and whole "
+            "weights have no place here"
+        )
+    if text:
+        problems.append(
+            f"{SETTING}: '{file}' also adapts a text encoder ({len(text)} layers), which is not trained here; "
+            "start from a file without it"
+        )
+    odd = [module for module, group in groups.items() if not is_whole(group)]
+    if odd:
+        problems.append(f"{SETTING}: '{file}' is damaged: the tensors of {odd[0]} are no adapter; fetch it again")
+    if problems:
+        raise UserError(*problems)
+    return groups
+
+
+def is_whole(group: Tensors) -> bool:
+    """Down and up of one rank with a single alpha and a magnitude per row, or a bias alone."""
+    a, b = group.get("a"), group.get("b")
+    if a is None or b is None:
+        return set(group) == {"delta"}
+    if min(a.dim(), b.dim()) < 2 or len(a) != b.shape[1]:
+        return False
+    sizes = {"alpha": 1, "magnitude": len(b), "dora_scale": len(b), "bias_of_b": len(b)}
+    return all(group[name].numel() == size for name, size in sizes.items() if name in group)
+
+
+def by_layer(groups: dict[str, Tensors], denoiser: Any) -> tuple[dict[str, Tensors], list[str]]:
+    """The groups under the denoiser's names, and the names of those that no module has."""
+    modules = {name for name, _ in denoiser.named_modules()}
+    names = {prefix + name.replace(".", "_"): name for name in modules for prefix in UNDERSCORED}
+    found, strange = {}, []
+    for module, group in groups.items():
+        plain = next((module.removeprefix(p) for p in DOTTED if module.removeprefix(p) in modules), None)
+        name = names.get(module, plain)
+        if name is None:
+            strange.append(module)
+        else:
+            found[name] = group
+    return found, strange
+
+
+def converted(
+    tensors: Tensors, groups: dict[str, Tensors], denoiser: Any, pipeline: str, file: Path
+) -> dict[str, Tensors]:
+    """The groups through the pipeline's ``lora_state_dict``: kohya's names of SDXL's and FLUX's own layouts.
+
+    Raises:
+        UserError: diffusers does not know the names, or what it makes of them is not the whole of the file.
+    """
+    import diffusers
+
+    from stages.core import quiet
+
+    # SDXL's wants the block layout; other classes take the argument and leave it.
+    options = {"unet_config": denoiser.config} if "layers_per_block" in denoiser.config else {"return_alphas": True}
+    try:
+        with quiet.no_warnings():
+            answer = getattr(diffusers, pipeline).lora_state_dict(dict(tensors), **options)
+    except (KeyError, ValueError, IndexError, AssertionError, NotImplementedError):
+        answer = None
+    state, alphas = answer if isinstance(answer, tuple) else (answer, None)
+    found, strange = by_layer(grouped(with_alphas(state, alphas), file), denoiser) if state else ({}, list(groups))
+    if strange or not found:
+        name = (strange or list(groups))[0]
+        raise UserError(
+            f"{SETTING}: '{file}' adapts {name}, which {type(denoiser).__name__} does not have; is it for another "
+            "model.family or base?"
+        )
+    beyond = any({"delta", "dora_scale"} & set(group) for group in groups.values())
+    if beyond or not math.isclose(energy(found), energy(groups), rel_tol=1e-3):
+        raise UserError(
+            f"{SETTING}: '{file}' has alphas, biases or layers that diffusers' converter of {pipeline} leaves out; "
+            "start from a file in the format of diffusers"
+        )
+    return found
+
+
+def with_alphas(state: Tensors, alphas: dict[str, float] | None) -> Tensors:
+    """The converter's alphas as tensors beside the others."""
+    import torch
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    renamed = convert_unet_state_dict_to_peft(dict(alphas or {}))
+    values = {f"{key.removesuffix('.alpha').partition('.lora_A')[0]}.alpha": value for key, value in renamed.items()}
+    floats = {key: tensor.float() for key, tensor in state.items()}
+    return floats | {key: torch.tensor(float(value)) for key, value in values.items()}
+
+
+def energy(groups: dict[str, Tensors]) -> float:
+    """Sum of all squared entries of s B A, which no renaming, splitting or swapping of rows changes."""
+    total = 0.0
+    for group in groups.values():
+        if "a" in group:
+            a, b = group["a"].flatten(1).double(), group["b"].flatten(1).double()
+            total += float(((a @ a.T) * (b.T @ b)).sum()) * strength({}, "", group) ** 2
+    return total
+
+
+def assembled(named: dict[str, Tensors], config: dict[str, Any], says_alpha: bool, base: dict[str, str]) -> AdapterFile:
+    """The groups as layers and biases, each with the strength that the file or its config says."""
+    layers, biases = {}, {}
+    for name, group in named.items():
+        if "a" in group:
+            scaling = strength(config, name, group)
+            layers[name] = Layer(
+                group["a"].contiguous(),
+                group["b"].contiguous(),
+                scaling,
+                group.get("magnitude"),
+                group.get("dora_scale"),
+            )
+            if "bias_of_b" in group and bool(group["bias_of_b"].any()):
+                biases[name] = group["bias_of_b"] * scaling
+        if "delta" in group:
+            biases[name] = group["delta"]
+    return AdapterFile(layers, biases, base, says_alpha)
+
+
+def strength(config: dict[str, Any], name: str, group: Tensors) -> float:
+    """Of a layer: kohya's alpha / rank; else by PEFT's config; else 1, as an absent alpha is the rank."""
+    rank = len(group["a"])
+    if "alpha" in group:
+        return float(group["alpha"]) / rank
+    if "lora_alpha" not in config:
+        return 1.0
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((value for key, value in patterns.items() if matches(key, name)), config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,81 @@
+"""``python -m stages.export --push``: what was exported, the model card and the sample sheet, to the Hugging Face Hub.
+
+In: data/export, reports/, params.yaml export.push_to_hub.  Out: one commit there, or none where nothing differs.
+A command and not a stage: a stage's result can come from DVC's run cache, which would upload nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.artifacts import model_card
+from stages.artifacts.adapter import FINAL, Adapter
+from stages.core.console import UserError
+from stages.core.files import read_json, sha256_file
+from stages.export.hub import upload
+from stages.export.params import ExportParams
+from stages.export.verify import differences, setting_differences
+
+if TYPE_CHECKING:
+    from stages.core.params import Config
+
+SHEET = "samples.png"
+
+
+def push(config: Config, adapter: Path, export: Path, export_reports: Path, reports: Path) -> None:
+    """Upload what the repository does not hold yet.
+
+    Raises:
+        UserError: no repository is named; something is not of params.yaml as it stands; no token; the Hub's refusal.
+    """
+    target = config.section(ExportParams).push_to_hub
+    if target is None:
+        raise UserError("params.yaml export.push_to_hub: null; set it to {repo_id: user/name, private: true}")
+    require_current(config, adapter, export, export_reports, reports)
+    files = {"README.md": reports / model_card.NAME, SHEET: reports / SHEET} | files_below(export)
+    upload(target, files, f"Adapter {Adapter.load(adapter).files[FINAL][:16]}")
+
+
+def require_current(config: Config, adapter: Path, export: Path, export_reports: Path, reports: Path) -> None:
+    """Raises UserError with a line for everything that is not of the one run that params.yaml describes."""
+    needed = {export_reports / name: "export" for name in model_card.OF_EXPORT}
+    needed |= {reports / name: "validate" for name in model_card.OF_REPORTS} | {reports / model_card.NAME: "report"}
+    missing = [path for path in needed if not path.exists()]
+    if missing:
+        raise UserError(*(f"{path}: no such file; run `python -m stages.{needed[path]}` first" for path in missing))
+    lineage, drawn = read_json(export_reports / "lineage.json"), read_json(reports / "validate/lineage.json")
+    found = [f"{export}: {line}" for line in differences(lineage, config, adapter)]
+    found += [f"{export}: {line}" for line in settings("export", lineage, config)]
+    found += changed_files(export, lineage["files"])
+    if not lineage["adapter"].startswith(drawn["adapter"]):
+        found.append(f"{reports / SHEET}: its adapter is {drawn['adapter']}, {export} holds {lineage['adapter'][:12]}")
+    found += [f"{reports / SHEET}: {line}" for line in settings("validate", drawn, config)]
+    if mark(config, reports, export_reports) not in (reports / model_card.NAME).read_text(encoding="utf-8"):
+        found.append(f"{reports / model_card.NAME}: written for other reports or settings than stand here")
+    if found:
+        raise UserError(*found, "nothing was uploaded: run `dvc repro`, then push again")
+
+
+def settings(section: str, lineage: dict[str, Any], config: Config) -> list[str]:
+    return list(setting_differences(section, lineage[section], config.sections[section]))
+
+
+def mark(config: Config, reports: Path, export_reports: Path) -> str:
+    """Of the card that belongs to what stands there."""
+    title, pushed = (config.sections[name].model_dump() for name in ("report", "export"))
+    return model_card.mark(reports, export_reports, title["title"], pushed["push_to_hub"]["repo_id"])
+
+
+def files_below(folder: Path) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def changed_files(folder: Path, recorded: dict[str, Any]) -> list[str]:
+    """A line for each file that is not as export wrote it."""
+    there = files_below(folder)
+    found = [f"{folder / name}: not written by export; move it elsewhere" for name in there if name not in recorded]
+    found += [f"{folder / name}: no such file" for name in recorded if name not in there]
+    both = [name for name in there if name in recorded]
+    changed = [name for name in both if sha256_file(there[name]) != recorded[name]["sha256"]]
+    return found + [f"{folder / name}: changed since it was written" for name in changed]

@@ -1,0 +1,89 @@
+"""Copies of the adapter at smaller ranks: of each layer's s B A, the largest singular values are kept.
+
+No matrix of that rank is nearer (Eckart & Young 1936). The share of the squared singular values that is kept, called
+energy, stands per layer in reports/export/energy.csv, also for ranks that were not asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from stages.artifacts.adapter import Adapter
+    from stages.export.trained import Trained
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The thin SVD of a layer's s B A, float64."""
+
+    u: torch.Tensor
+    """[out, r]"""
+    s: torch.Tensor
+    """[r], falling."""
+    v: torch.Tensor
+    """[r, in * kernel]"""
+
+    def energy(self, rank: int) -> float:
+        """Share of the sum of squares in the first singular values; 1 for a layer that changes nothing."""
+        total = self.s.square().sum()
+        return float(self.s[:rank].square().sum() / total) if total > 0 else 1.0
+
+
+def factors(trained: Trained) -> dict[str, Factors]:
+    """Of every layer, through the triangles of B and A: no matrix of the layer's own size is made."""
+    found = {}
+    for name, scaling in trained.scalings.items():
+        a, b = (trained.weights[f"{name}.lora_{which}.weight"].flatten(1).double().cpu() for which in "AB")
+        (q_b, r_b), (q_a, r_a) = torch.linalg.qr(scaling * b), torch.linalg.qr(a.T)
+        u, s, v = torch.linalg.svd(r_b @ r_a.T)
+        u, v = q_b @ u, v @ q_a.T
+        # A pair of vectors may have either sign: the largest entry of u is made positive.
+        signs = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()  # [1, r]
+        found[name] = Factors(u * signs, s, v * signs.T)
+    return found
+
+
+def resized(adapter: Adapter, weights: Tensors, svd: dict[str, Factors], rank: int) -> tuple[Adapter, Tensors]:
+    """The adapter at a rank, with an alpha of the same number: its strength of 1 is what any reader takes it for.
+
+    Layers of a smaller rank keep theirs. Biases and DoRA's magnitudes stay as they are: rows keep the trained length,
+    and what is cut is their direction. rsLoRA's root is in the factors.
+    """
+    config = resized_config(adapter.lora_config, rank)
+    tensors = dict(weights)
+    for name, found in svd.items():
+        keys = a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        shape_a, shape_b = (weights[key].shape for key in keys)
+        kept = min(rank, len(weights[a]))
+        root = found.s[:kept].sqrt()
+        tensors[a] = (root[:, None] * found.v[:kept]).reshape(kept, *shape_a[1:]).float()
+        tensors[b] = (found.u[:, :kept] * root).reshape(shape_b[0], kept, *shape_b[2:]).float()
+    return replace(adapter, lora_config=config), tensors
+
+
+def resized_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
+    """peft.LoraConfig's arguments of the copy."""
+    left_out = ("rank_pattern", "alpha_pattern", "use_rslora")
+    pattern = {key: min(value, rank) for key, value in config.get("rank_pattern", {}).items()}
+    smaller = min(config["r"], rank)
+    plain = {name: value for name, value in config.items() if name not in left_out}
+    plain |= {"r": smaller, "lora_alpha": float(smaller)}
+    return plain | ({"rank_pattern": pattern, "alpha_pattern": pattern} if pattern else {})
+
+
+def energy_csv(svd: dict[str, Factors], ranks: Iterable[int]) -> str:
+    """Layer, rank, energy: for each rank that was asked for, and each power of two, below the layer's own."""
+    rows = ["layer,rank,energy"]
+    for name, found in svd.items():
+        own = len(found.s)
+        asked = sorted({*ranks, *(2**power for power in range(own.bit_length()))})
+        rows += [f"{name},{rank},{found.energy(rank):.6g}" for rank in asked if rank < own]
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,373 @@
+"""``lora.init_from``: what the fresh adapter becomes, against the file as stock diffusers and PEFT load it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from stages.artifacts.adapter import FINAL, Adapter
+from stages.core import lora, pin, seeding
+from stages.core import params as core_params
+from stages.core.bases import resolve
+from stages.core.console import UserError
+from stages.core.files import load_tensors, read_json, save_tensors, sha256_file, write_json
+from stages.core.params import ModelParams
+from stages.export import header, trained, writers
+from stages.export.params import ExportParams
+from stages.families.base import load_family
+from stages.train import init_from
+from stages.train.trainer import Trainer
+from tests.conftest import Workspace
+from tests.test_formats import KINDS, adapt, loaded, unet
+from tests.test_lora import params, predict
+
+FILES = {
+    "ours": "data/start/adapter.safetensors",
+    "diffusers": "data/export/diffusers/pytorch_lora_weights.safetensors",
+    "peft": "data/export/peft/adapter_model.safetensors",
+    "comfyui": "data/export/comfyui/ink-icons.safetensors",
+}
+TARGET = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def write(workspace: Workspace, **changes: Any) -> torch.Tensor:
+    """A trained adapter in every format that can hold it; returns what the denoiser answers with it."""
+    denoiser = adapt(workspace, **changes)
+    config = core_params.load(Path("params.yaml"))
+    model, export = config.section(ModelParams), config.section(ExportParams)
+    adapter = Adapter.load(Path("data/adapter"))
+    family = load_family("sd")
+    base = resolve(model, family)
+    read, fields = trained.read(adapter, denoiser), header.metadata(base, export, adapter, "epsilon")
+    shutil.copytree("data/adapter", "data/start")
+    if changes.get("bias", "none") != "all":
+        writers.write_diffusers(StableDiffusionPipeline, family, read, fields, Path(FILES["diffusers"]).parent)
+        writers.write_peft(read, fields, Path(FILES["peft"]).parent)
+    writers.write_comfyui(family, read, fields, Path(FILES["comfyui"]))
+    return predict(denoiser)
+
+
+def fill(
+    path: str, denoiser: Any = None, family: str = "sd", base: dict[str, str] | None = None, **changes: Any
+) -> Any:
+    """A fresh denoiser whose adapter starts from the file; and the line of the plan."""
+    denoiser = denoiser or unet()
+    settings = params(**changes, init_from={"path": path, "sha256": pin.digest(Path(path))})
+    config = lora.make_config(settings, denoiser)
+    lora.inject(denoiser, config)
+    lora.keyed_init(denoiser, config, 0)
+    return denoiser, init_from.fill(settings, denoiser, load_family(family), base or {})
+
+
+def refusal(path: str, **changes: Any) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        fill(path, **changes)
+    return caught.value.problems
+
+
+# What it becomes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [KINDS["rslora"], {"use_dora": True, "target_modules": ["to_q", "conv1"]}, {"bias": "lora_only"}, {"bias": "all"}],
+    ids=str,
+)
+def test_the_start_is_what_the_file_does(workspace: Workspace, changes: dict[str, Any]) -> None:
+    expected, base = write(workspace, **changes), predict(unet())
+    assert (expected - base).abs().max() > 0.05
+    for kind, path in FILES.items():
+        if Path(path).exists():
+            denoiser, _ = fill(path, **changes)
+            torch.testing.assert_close(predict(denoiser), expected, atol=1e-5, rtol=1e-5, msg=kind)
+            with lora.disabled(denoiser):
+                assert torch.equal(predict(denoiser), base)
+    if changes == KINDS["rslora"]:
+        torch.testing.assert_close(loaded("diffusers"), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_another_alpha_is_rescaled_into_b(workspace: Workspace) -> None:
+    expected = write(workspace)  # alpha is twice the rank
+    for alpha, factor in ((2.0, "2"), (6.0, "0.6667")):
+        denoiser, plan = fill(FILES["comfyui"], alpha=alpha)
+        torch.testing.assert_close(predict(denoiser), expected, atol=1e-5, rtol=1e-5)
+        assert plan.endswith(f"at its own strength; B times {factor}, for the strength that lora.alpha gives")
+    assert fill(FILES["comfyui"])[1].endswith("), at its own strength")
+
+
+def test_a_snapshot_and_a_file_alone(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    """Without adapter.json nothing says alpha: the rank, as everywhere, and a warning."""
+    expected = write(workspace)
+    Path("data/start/snapshots").mkdir()
+    shutil.copy(FILES["ours"], "data/start/snapshots/step-000002.safetensors")
+    denoiser, _ = fill("data/start/snapshots/step-000002.safetensors")
+    torch.testing.assert_close(predict(denoiser), expected, atol=1e-6, rtol=1e-6)
+    assert "alpha" not in caplog.text
+    Path("data/alone").mkdir()
+    shutil.copy(FILES["ours"], "data/alone/adapter.safetensors")
+    assert pin.digest(Path("data/alone/adapter.safetensors")) == sha256_file(Path(FILES["ours"]))
+    denoiser, _ = fill("data/alone/adapter.safetensors")
+    lora.set_scale(denoiser, 2.0)
+    torch.testing.assert_close(predict(denoiser), expected, atol=1e-5, rtol=1e-5)
+    assert "nothing beside 'data/alone/adapter.safetensors' says its alpha; taken as its rank" in caplog.text
+
+
+def test_a_file_of_another_base_is_warned_of(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    write(workspace)
+    recorded = read_json(Path("data/start/adapter.json"))["base"]
+    for path in (FILES["ours"], FILES["peft"]):
+        caplog.clear()
+        fill(path, base=recorded | {"unet": "0" * 64})
+        assert f"'{path}' was trained on another unet than model.pretrained holds" in caplog.text
+    caplog.clear()
+    fill(FILES["diffusers"], base=recorded)
+    assert not caplog.text
+
+
+def kohya(module: str, sizes: dict[str, tuple[int, int]], rank: int, alphas: list[float]) -> dict[str, torch.Tensor]:
+    """Random layers in kohya's keys, in data/kohya.safetensors; returns alpha / rank * up @ down by layer.
+
+    Args:
+        sizes: inputs and outputs of each layer of the module, as kohya names them.
+    """
+    tensors, changes = {}, {}
+    for (name, (inputs, outputs)), alpha in zip(sizes.items(), alphas, strict=True):
+        generator, key = seeding.generator(0, name), f"{module}_{name}"
+        tensors[f"{key}.lora_down.weight"] = down = torch.randn(rank, inputs, generator=generator)
+        tensors[f"{key}.lora_up.weight"] = up = 0.2 * torch.randn(outputs, rank, generator=generator)
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        changes[name] = alpha / rank * up @ down
+    save_tensors(Path("data/kohya.safetensors"), tensors)
+    return changes
+
+
+def change(denoiser: Any, name: str) -> torch.Tensor:
+    """What the adapter adds to a layer's weight."""
+    return denoiser.get_submodule(name).get_delta_weight(lora.NAME)
+
+
+@pytest.mark.parametrize("alphas", [[3.0] * 4, [1.0, 2.0, 3.0, 4.0]], ids=["one alpha", "several"])
+def test_kohyas_layout_of_sdxl_goes_through_diffusers(
+    workspace: Workspace, bases: dict[str, Path], alphas: list[float]
+) -> None:
+    """Blocks named as in the original checkpoint. Stock diffusers loads the same file; several alphas it mistakes."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(bases["sdxl"])
+    leaves = ("to_q", "to_k", "to_v", "to_out_0")
+    changes = kohya("lora_unet_middle_block_1_transformer_blocks_0_attn1", dict.fromkeys(leaves, (32, 32)), 2, alphas)
+    targets = r"mid_block\..*attn1\.to_(q|k|v|out\.0)"
+    denoiser, _ = fill("data/kohya.safetensors", copy.deepcopy(pipe.unet), "sdxl", target_modules=targets)
+    for leaf in leaves:
+        name = f"mid_block.attentions.0.transformer_blocks.0.attn1.{leaf.replace('_0', '.0')}"
+        torch.testing.assert_close(change(denoiser, name), changes[leaf], atol=1e-5, rtol=1e-5)
+    if len(set(alphas)) == 1:
+        pipe.load_lora_weights("data", weight_name="kohya.safetensors", adapter_name=lora.NAME)
+        assert lora.targets(denoiser) == lora.targets(pipe.unet)
+        for name in lora.targets(denoiser):
+            torch.testing.assert_close(change(denoiser, name), change(pipe.unet, name))
+
+
+def test_kohyas_layout_of_flux_goes_through_diffusers(workspace: Workspace, bases: dict[str, Path]) -> None:
+    """q, k and v are one layer there: its rows are theirs."""
+    sizes = {"img_attn_qkv": (32, 96), "img_attn_proj": (32, 32), "txt_mlp_0": (32, 128)}
+    changes = kohya("lora_unet_double_blocks_0", sizes, 4, [1.0, 2.0, 3.0])
+    pipe = FluxPipeline.from_pretrained(bases["flux"])
+    targets = r"transformer_blocks\.0\.(attn\.to_(q|k|v|out\.0)|ff_context\.net\.0\.proj)"
+    denoiser, _ = fill("data/kohya.safetensors", pipe.transformer, "flux", rank=4, target_modules=targets)
+    split = torch.cat([change(denoiser, f"transformer_blocks.0.attn.to_{which}") for which in "qkv"])
+    found = (
+        split,
+        change(denoiser, "transformer_blocks.0.attn.to_out.0"),
+        change(denoiser, lora.targets(denoiser)[-1]),
+    )
+    torch.testing.assert_close(found, tuple(changes.values()), atol=1e-5, rtol=1e-5)
+
+
+def test_what_diffusers_would_leave_out_is_refused(workspace: Workspace, bases: dict[str, Path]) -> None:
+    """Its converter of FLUX.1 drops the alpha of the last layer."""
+    kohya("lora_unet", {"double_blocks_0_img_attn_proj": (32, 32), "final_layer_linear": (32, 64)}, 4, [1.0, 2.0])
+    transformer = FluxPipeline.from_pretrained(bases["flux"]).transformer
+    with pytest.raises(
+        UserError, match="alphas, biases or layers that diffusers' converter of FluxPipeline leaves out"
+    ):
+        fill("data/kohya.safetensors", transformer, "flux", rank=4, target_modules=["proj_out"])
+
+
+# What does not fit
+
+
+def test_everything_that_does_not_fit_is_said_at_once_with_what_would(workspace: Workspace) -> None:
+    write(workspace, rank=4, alpha=2.0, target_modules=["attn1.to_q", "to_v"], use_dora=True)
+    found = refusal(FILES["diffusers"], target_modules=["to_q", "to_v"], rank=2, bias="all")
+    assert found == (
+        "params.yaml lora.target_modules: the file of lora.init_from has 12 layers, params.yaml says 16 (4 not in it, "
+        "such as down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q); use lora.target_modules=[attn1.to_q, "
+        "attn1.to_v, attn2.to_v]",
+        "params.yaml lora.rank: the file of lora.init_from has 4, params.yaml says 2; use lora.rank=4 lora.alpha=2",
+        "params.yaml lora.use_dora: the file of lora.init_from has magnitudes of DoRA, params.yaml says False; "
+        "use lora.use_dora=true",
+        "params.yaml lora.bias: the file of lora.init_from has no trained biases, params.yaml says all; "
+        "use lora.bias=none",
+    )
+
+
+def test_other_ranks_and_biases_name_the_settings(workspace: Workspace) -> None:
+    write(workspace, rank_pattern={"to_v": 3}, bias="all")
+    rank, biases = refusal(FILES["comfyui"], rank=4)
+    assert rank.endswith("has 2 and 3, params.yaml says 4; use lora.rank=2 lora.alpha=4 lora.rank_pattern={to_v: 3}")
+    assert biases.endswith("trained biases, params.yaml says none; use lora.bias=all")
+    settings = {"rank": 2, "rank_pattern": {"to_v": 3}}
+    assert refusal(FILES["comfyui"], **settings, bias="lora_only")[0].endswith("use lora.bias=all")
+    fill(FILES["comfyui"], **settings, bias="all")
+
+
+def test_a_preset_is_named_where_it_fits(workspace: Workspace) -> None:
+    write(workspace, target_modules="attention+ff")
+    (problem,) = refusal(FILES["ours"], exclude_modules=["to_k"])
+    assert problem.endswith("; use lora.target_modules=attention+ff lora.exclude_modules=[]")
+
+
+def test_another_family_and_another_base(workspace: Workspace, bases: dict[str, Path]) -> None:
+    write(workspace)
+    flux = FluxPipeline.from_pretrained(bases["flux"]).transformer
+    with pytest.raises(UserError, match=r"adapts unet.down_blocks.* which FluxTransformer2DModel does not have; is it"):
+        fill(FILES["diffusers"], flux, "flux")
+    tensors = load_tensors(Path(FILES["comfyui"]))
+    wide = {n: torch.cat([t, t], dim=1) if n.endswith("down.weight") else t for n, t in tensors.items()}
+    save_tensors(Path("data/wide.safetensors"), wide)
+    (problem,) = refusal("data/wide.safetensors")
+    assert "has 64 inputs and 32 outputs, in model.pretrained 32 and 32 (32 such layers); it was made for" in problem
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (
+            {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": 1},
+            "also adapts a text encoder (1 layers), which is not",
+        ),
+        ({"lora_unet_conv_in.lokr_w1": 1}, "has 1 keys that are no LoRA's (lora_unet_conv_in.lokr_w1); LoHa, LoKr"),
+        (
+            {"lora_unet_conv_in.lora_down.weight": 1},
+            "is damaged: the tensors of lora_unet_conv_in are no adapter; fetch",
+        ),
+        ({"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.dora_scale": 32}, "read in two ways"),
+    ],
+    ids=["text", "lokr", "half", "dora"],
+)
+def test_keys_that_have_no_place(workspace: Workspace, more: dict[str, int], reason: str) -> None:
+    write(workspace)
+    tensors = load_tensors(Path(FILES["comfyui"]))
+    save_tensors(Path("data/other.safetensors"), tensors | {key: torch.ones(size) for key, size in more.items()})
+    (problem,) = refusal("data/other.safetensors")
+    assert problem.startswith("params.yaml lora.init_from: 'data/other.safetensors' ") and reason in problem
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"peft_type": "LOHA"}, "is LOHA, no LoRA"), ({"init_lora_weights": "pissa_niter_4"}, "began as pissa_niter_4")],
+)
+def test_a_config_of_something_else(workspace: Workspace, change: dict[str, str], reason: str) -> None:
+    write(workspace)
+    config = Path(FILES["peft"]).with_name("adapter_config.json")
+    write_json(config, read_json(config) | change)
+    assert reason in refusal(FILES["peft"])[0]
+    write_json(Path("data/start/adapter.json"), read_json(Path("data/start/adapter.json")) | {"files": {}})
+    assert "adapter.json belongs to another file than" in refusal(FILES["ours"])[0]
+
+
+# The pin
+
+
+def test_the_pin_covers_the_config_that_says_alpha(workspace: Workspace) -> None:
+    write(workspace)
+    path = Path(FILES["peft"])
+    listed = "".join(f"{sha256_file(p)}  {p.name}\n" for p in (path.with_name("adapter_config.json"), path))
+    found = hashlib.sha256(listed.encode()).hexdigest()  # cd FOLDER && sha256sum CONFIG FILE | sha256sum
+    (problem,) = pin.problems(str(path).replace("data/export", "data/x/../export"), None)
+    assert "lies in data/export, which a run deletes or writes anew; copy it: mkdir" in problem
+    shutil.copytree(path.parent, "data/my peft")
+    name = f"data/my peft/{path.name}"
+    assert pin.problems(name, found) == []
+    accept = f"to start from it: -S \"lora.init_from={{path: '{name}', sha256: {found}}}\""
+    assert pin.problems(name, None) == [
+        f"params.yaml lora.init_from: '{name}' has the digest {found}, params.yaml pins no sha256; {accept}"
+    ]
+    (problem,) = pin.problems(name, "f" * 64)
+    assert f"params.yaml pins {'f' * 64}; {accept}" in problem
+    config = Path("data/my peft/adapter_config.json")
+    config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 5'))
+    assert len(pin.problems(name, found)) == 1
+
+
+def test_files_that_are_not_there(workspace: Workspace) -> None:
+    Path("data/folder").mkdir()
+    Path("data/folder/a.safetensors").touch()
+    Path("data/a.bin").touch()
+    assert pin.problems("data/none.safetensors", None)[0].endswith(
+        "it has to be tracked by DVC (dvc add, dvc pull) or git"
+    )
+    assert pin.problems("data/folder", None)[0].endswith("is a folder; name a file in it (a.safetensors)")
+    assert "is no .safetensors file; convert it" in pin.problems("data/a.bin", None)[0]
+    found = pin.digest(Path("data/folder/a.safetensors"))
+    assert pin.problems("data/folder/a.safetensors", found) == []
+    assert "damaged, or no safetensors file" in refusal("data/folder/a.safetensors")[0]
+
+
+# The stage
+
+
+def pinned(path: str, digest: str | None = None) -> tuple[str, str]:
+    return "--set", f"lora.init_from={{path: {path}, sha256: {digest or pin.digest(Path(path))}}}"
+
+
+def test_train_starts_there_and_goes_on_after_a_kill_with_the_same_bytes(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in ("prepare", "cache_latents", "train"):
+        workspace.run(stage)
+    fresh = workspace.tree("data/adapter")
+    assert b'"init_from": null' in fresh["adapter.json"]
+    Path("data/start").mkdir()
+    for name in ("adapter.json", FINAL):
+        shutil.copy(f"data/adapter/{name}", f"data/start/{name}")
+    path = FILES["ours"]
+    workspace.run("check", *pinned(path))
+    with pytest.raises(UserError, match="use lora.rank=2 lora.alpha=2"):
+        workspace.run("check", *pinned(path), "--set", "lora.rank=4")
+    for stage in ("check", "train"):
+        with pytest.raises(UserError, match=r"has the digest \w{64}, params.yaml pins f{64}; to start from it: -S"):
+            workspace.run(stage, *pinned(path, "f" * 64))
+    assert workspace.tree("data/adapter") == fresh
+
+    lines = workspace.run("train", *pinned(path))
+    digest = pin.digest(Path(path))
+    assert f"start       {path} ({digest[:12]}), at its own strength" in lines
+    whole = workspace.tree("data/adapter")
+    assert whole[FINAL] != fresh[FINAL]
+    assert read_json(Path("data/adapter/adapter.json"))["made_from"]["lora"]["init_from"] == {"sha256": digest}
+    assert path.encode() not in b"".join(whole.values())
+
+    shutil.move("data/start", "data/moved")
+    step = Trainer.step
+
+    def killed(self: Trainer, number: int) -> None:
+        if number == 3:
+            raise KeyboardInterrupt
+        step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    moved = pinned("data/moved/adapter.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        workspace.run("train", *moved)
+    monkeypatch.setattr(Trainer, "step", step)
+    workspace.run("train")  # is another run: it takes nothing of the checkpoint
+    assert workspace.tree("data/adapter") == fresh
+    assert "resumed from step 2" in workspace.run("train", *moved)
+    assert workspace.tree("data/adapter") == whole
