@@ -125,12 +125,12 @@ def test_a_killed_run_ends_in_the_same_bytes(
     ]
     _, undisturbed = train(encoded, *argv)
     os.environ["LORA_STATE_DIR"] += "-other"
-    step: Callable[[Trainer, int, bool], bool] = Trainer.step
+    step: Callable[[Trainer, int], bool] = Trainer.step
 
-    def broken_off(self: Trainer, number: int, stop: bool) -> bool:
+    def broken_off(self: Trainer, number: int) -> bool:
         if number == 3:
             raise KeyboardInterrupt
-        return step(self, number, stop)
+        return step(self, number)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "step", broken_off)

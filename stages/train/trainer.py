@@ -87,6 +87,7 @@ class Trainer:
         self.folder = state_dir() / "runs" / self.digest[:16]
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.history: list[tuple[float, float, float]] = []  # loss, learning rate, gradient norm of every step
+        self.interrupt = Interrupt()
         self.watch = selfcheck.Watch(self.trainable, self.params.max_grad_norm)
         self.images_per_step = self.params.batch_size * self.params.gradient_accumulation_steps
 
@@ -119,30 +120,27 @@ class Trainer:
             every=self.runtime.log_every_n_steps,
         )
         progress.init_trackers(self.params.model_dump())
-        with Interrupt() as interrupt:
+        with self.interrupt:
             for step in range(start, self.params.num_steps):
                 if step > start and step % self.params.checkpoint_every_n_steps == 0:
                     self.checkpoint(step)
                 if step > 0 and step % self.params.snapshot_every_n_steps == 0:
                     self.snapshot(step)
-                stop = self.step(step, interrupt.received is not None)
+                stop = self.step(step)
                 progress.step(self.history)
                 if stop:
                     self.checkpoint(step + 1)
-                    interrupt.leave(step + 1)
+                    self.interrupt.leave(step + 1)
         self.measured = progress.end()
         self.watch.end()
         if may_go_on(self.params):
             self.checkpoint(self.params.num_steps)
 
-    def step(self, step: int, stop: bool) -> bool:
-        """One optimizer step. Everything random in it is a function of (seed, purpose, step, slot).
-
-        Args:
-            stop: whether this process was asked to stop.
+    def step(self, step: int) -> bool:
+        """One optimizer step; everything random in it is a function of (seed, purpose, step, slot).
 
         Returns:
-            Whether any process was.
+            Whether any process was asked to stop.
         """
         accumulation = self.params.gradient_accumulation_steps
         losses = [0.0] * accumulation
@@ -152,6 +150,7 @@ class Trainer:
             losses[micro] = loss.item()
             if accumulation > 1:
                 self.gradients.add()
+        stop = self.interrupt.received is not None
         if accumulation > 1:
             losses, stop = self.gradients.put(losses, stop)
         total_loss = math.fsum(losses)
