@@ -29,7 +29,7 @@ def batch(seed: int, embeds: torch.Tensor | None = None) -> Batch:
     if embeds is None:
         embeds = torch.randn(2, 40, 32, generator=generator) * torch.linspace(2, 0.1, 32)
     timesteps = torch.randint(1000, (2,), generator=generator)
-    return Batch(latents, latents, timesteps, {"prompt_embeds": embeds}, torch.ones(2), None)
+    return Batch(latents, latents, timesteps, ["", ""], {"prompt_embeds": embeds}, torch.ones(2), None)
 
 
 def start(denoiser: Any, *batches: Batch) -> int:
