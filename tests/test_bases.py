@@ -152,10 +152,10 @@ def test_the_headers_and_the_card_name_id_and_commit(hub: Hub, workspace: Worksp
         workspace.run(stage, *changes())
     record = json.loads(load_metadata(Path("data/export/diffusers/pytorch_lora_weights.safetensors"))["lora_dag"])
     assert (record["base_name"], record["base_revision"]) == ("acme/tiny", COMMIT)
-    card = Path("data/export/README.md").read_text()
+    card = Path("reports/model_card.md").read_text()
     assert 'base_model: "acme/tiny"\n' in card
     assert f'from_pretrained("acme/tiny", revision="{COMMIT}", safety_checker=None)' in card
-    assert f"one base alone, [acme/tiny](https://huggingface.co/acme/tiny) at commit `{COMMIT}`, whose files" in card
+    assert f"The base is [acme/tiny](https://huggingface.co/acme/tiny) at commit `{COMMIT}`; its digests stand" in card
     assert "acme/tiny@0123456789ab" in Path("reports/report.md").read_text()
     written = [*Path("data/export").rglob("*"), *Path("data/adapter").rglob("*"), *Path("reports").rglob("*")]
     assert not any(b".state" in path.read_bytes() for path in written if path.is_file())

@@ -74,23 +74,26 @@ def test_only_what_was_exported_is_named(workspace: Workspace) -> None:
     assert "comfyui/icons.safetensors" in text and "load_lora_weights(" not in text and "PeftModel" not in text
     text = card(workspace, export={"formats": ["merged"]}).text
     assert 'StableDiffusionPipeline.from_pretrained("data/export/merged")' in text and "omfy" not in text
+    text = card(workspace, export={"formats": ["peft"], "resized_ranks": [4, 2]}).text
+    assert text.count(MADE["pipeline"]["load"]) == 1 and "load_lora_weights(" not in text
+    assert "at smaller ranks, by their largest singular values: `resized/rank-4/`, `resized/rank-2/`." in text
 
 
 def test_lines_for_any_prompt_variant_and_left_out_component(workspace: Workspace) -> None:
     prompt = 'icon: a "red" apple # 1, naïve'
-    pipeline = MADE["pipeline"] | {"variant": "fp16", "left_out": ["text_encoder_3", "tokenizer_3"]}
+    load = 'pipe = StableDiffusionPipeline.from_pretrained("data/base", variant="fp16", text_encoder_3=None)'
+    pipeline = MADE["pipeline"] | {"variant": "fp16", "load": load}
     found = card(workspace, export={"prompt": prompt}, pipeline=pipeline)
     assert found.data.to_dict()["instance_prompt"] == prompt
     lines = found.text.split("```python\n")[1].split("```")[0]
     compile(lines, "card", "exec")
-    assert 'from_pretrained("data/base", variant="fp16", text_encoder_3=None, tokenizer_3=None)' in lines
+    assert f"\n{load}\n" in lines
 
 
 def test_on_the_hub_the_lines_name_the_repository(workspace: Workspace) -> None:
     pushed = ("--set", "export.push_to_hub={repo_id: someone/icons, private: true}")
     formats = ["diffusers", "peft", "merged"]
-    text = card(workspace, *pushed, export={"formats": formats, "base_model": "owner/base"}).text
-    assert 'from_pretrained("owner/base", safety_checker=None)' in text
+    text = card(workspace, *pushed, export={"formats": formats}).text
     assert 'load_lora_weights("someone/icons", subfolder="diffusers", weight_name=' in text
     assert 'PeftModel.from_pretrained(pipe.unet, "someone/icons", subfolder="peft")' in text
     assert 'from_pretrained(snapshot_download("someone/icons") + "/merged")' in text and "data/export" not in text
@@ -110,7 +113,7 @@ def test_elsewhere_the_lines_name_the_folder(workspace: Workspace) -> None:
     ],
 )
 def test_licence_and_base(workspace: Workspace, name: str, fields: dict[str, str]) -> None:
-    found = card(workspace, export={"license": name, "base_model": "owner/base"})
+    found = card(workspace, export={"license": name}, base_model="owner/base")
     data = found.data.to_dict()
     assert {key: data[key] for key in data if key.startswith("license")} == fields
     assert (data["base_model"], data["base_model_relation"]) == ("owner/base", "adapter")
@@ -119,7 +122,7 @@ def test_licence_and_base(workspace: Workspace, name: str, fields: dict[str, str
 
 
 def test_a_merged_pipeline_is_a_finetune_of_its_base(workspace: Workspace) -> None:
-    data = card(workspace, export={"formats": ["merged"], "base_model": "owner/base"}).data.to_dict()
+    data = card(workspace, export={"formats": ["merged"]}, base_model="owner/base").data.to_dict()
     assert data["base_model_relation"] == "finetune"
 
 
@@ -136,6 +139,14 @@ def test_kinds_of_adapters(workspace: Workspace, changes: dict[str, Any], words:
     text = card(workspace, lora_config=MADE["lora_config"] | changes).text
     assert words in text
     assert ("strength 1, where DoRA is exact" in text) == ("use_dora" in changes)
+
+
+def test_another_algorithm_and_trained_text_encoders_are_named(workspace: Workspace) -> None:
+    text = card(workspace, lora_config=MADE["lora_config"] | {"algo": "lokr"}).text
+    assert "A LoKr for StableDiffusionPipeline: rank 8" in text
+    text = card(workspace, text_lora={"text_encoder": MADE["lora_config"]}).text
+    assert "on `to_k`, `to_q`, attention of `text_encoder`; 107,520" in text
+    assert 'PeftModel.from_pretrained(pipe.text_encoder, "data/export", subfolder="peft/text_encoder")' in text
 
 
 def test_trained_biases_are_named(workspace: Workspace) -> None:

@@ -162,7 +162,7 @@ def test_lineage_says_what_was_written_and_from_what(exported: Workspace) -> Non
     assert lineage["pipeline"] == {
         "class": "StableDiffusionPipeline",
         "denoiser": "unet",
-        "left_out": ["safety_checker"],
+        "load": 'pipe = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)',
         "pretrained": "data/base",
         "variant": None,
     }
@@ -184,6 +184,8 @@ def test_licence_and_base_stand_in_the_headers(exported: Workspace) -> None:
         assert after.pop("modelspec.license") == "Apache-2.0" and "modelspec.license" not in before
         assert json.loads(after.pop("lora_dag")) == json.loads(before.pop("lora_dag")) | {"base_model": "owner/base"}
         assert after == before
+    pipeline = read_json(Path("reports/export/lineage.json"))["pipeline"]
+    assert pipeline["load"] == 'pipe = StableDiffusionPipeline.from_pretrained("owner/base", safety_checker=None)'
 
 
 def test_one_denoiser_is_in_memory_at_a_time(adapted: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
 
 from stages.artifacts.adapter import FINAL, Adapter
 from stages.core import lora, pin, seeding
@@ -45,12 +45,15 @@ def write(workspace: Workspace, **changes: Any) -> torch.Tensor:
     adapter = Adapter.load(Path("data/adapter"))
     family = load_family("sd")
     base = resolve(model, family)
-    read, fields = trained.read(adapter, denoiser), header.metadata(base, export, adapter, "epsilon")
+    parts, fields = (
+        {"unet": trained.read(adapter.lora_config, denoiser)},
+        header.metadata(base, export, adapter, "epsilon"),
+    )
     shutil.copytree("data/adapter", "data/start")
     if changes.get("bias", "none") != "all":
-        writers.write_diffusers(StableDiffusionPipeline, family, read, fields, Path(FILES["diffusers"]).parent)
-        writers.write_peft(read, fields, Path(FILES["peft"]).parent)
-    writers.write_comfyui(family, read, fields, Path(FILES["comfyui"]))
+        writers.write_diffusers(family, parts, fields, Path(FILES["diffusers"]).parent)
+        writers.write_peft(family, parts, fields, Path(FILES["peft"]).parent)
+    writers.write_comfyui(family, parts, fields, Path(FILES["comfyui"]))
     return predict(denoiser)
 
 

@@ -15,8 +15,7 @@ import diffusers
 import pytest
 import torch
 
-from stages.artifacts.adapter import Adapter
-from stages.core import bias, lora, seeding
+from stages.core import lora, seeding
 from stages.core.files import load_metadata
 from stages.export import trained, writers
 from stages.families.base import load_family
@@ -69,12 +68,11 @@ def export(pipe: Any, name: str, folder: Path, answer: Answer, seed: int = 0, **
     config = lora.make_config(params(**changes), model)
     for key, parameter in lora.inject(model, config).items():
         parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=seeding.generator(seed, key))
-    adapter = Adapter(config, {}, 4, [], {}, list(bias.deltas(model)))
-    expected, read = answer(), trained.read(adapter, model)
+    expected, read = answer(), trained.read(config, model)
     lora.delete(model)
-    writers.write_diffusers(type(pipe), family, read, {}, folder)
+    writers.write_diffusers(family, {family.DENOISER: read}, {}, folder)
     if not (read.biases and family.DENOISER == "transformer"):
-        writers.write_comfyui(family, read, {}, folder / "comfyui/ours.safetensors")
+        writers.write_comfyui(family, {family.DENOISER: read}, {}, folder / "comfyui/ours.safetensors")
     return expected
 
 

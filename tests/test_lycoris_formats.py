@@ -48,7 +48,7 @@ def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace,
     denoiser = adapt(workspace, **algo(name, bias=mode, alpha=6.0))
     expected = predict(denoiser)
     written = ["comfyui", "merged"] + (["peft"] if mode == "none" else [])
-    with pytest.raises(UserError, match=r"use comfyui or (peft or )?merged") as caught:
+    with pytest.raises(UserError, match=r"use comfyui(, peft)? or merged") as caught:
         workspace.run("export", "--set", "export.formats=[diffusers, peft, comfyui, merged]")
     assert len(caught.value.problems) == 4 - len(written) and not Path("data/export").exists()
     workspace.run("export", "--set", f"export.formats=[{', '.join(written)}]")
@@ -77,7 +77,6 @@ def require_lycoris_keys(name: str, own: dict[str, torch.Tensor]) -> None:
     header = load_metadata(COMFYUI)
     assert header["ss_network_module"] == "lycoris.kohya"
     assert json.loads(header["ss_network_args"]) == {"algo": name.partition("-")[0]}
-    assert f"# {'LoKr' if 'lokr' in name else 'LoHa'} for " in Path("data/export/README.md").read_text()
 
 
 def test_diffusers_does_not_read_it_which_is_why_it_is_refused(workspace: Workspace, tmp_path: Path) -> None:
@@ -92,7 +91,7 @@ def test_diffusers_does_not_read_it_which_is_why_it_is_refused(workspace: Worksp
 def test_what_is_refused_names_the_reason_and_the_way_out() -> None:
     assert refusals(["diffusers", "peft"], "lokr", "none", False, "transformer") == [
         "params.yaml export.formats: diffusers cannot hold this adapter: the pipeline's load_lora_weights reads LoRA "
-        "alone (lora.algo lokr); use comfyui or peft or merged"
+        "alone (lora.algo lokr); use comfyui, peft or merged"
     ]
     (peft,) = refusals(["peft"], "loha", "lora_only", False, "unet")
     assert peft.endswith("PEFT has no bias beside it (lora.bias lora_only with lora.algo loha); use comfyui or merged")

@@ -93,6 +93,7 @@ MADE: dict[str, Any] = {
     "export": {
         "name": "icons",
         "formats": ["diffusers", "peft", "comfyui"],
+        "resized_ranks": [],
         "prompt": "red apple",
         "base_model": None,
         "license": None,
@@ -109,7 +110,7 @@ MADE: dict[str, Any] = {
     "pipeline": {
         "class": "StableDiffusionPipeline",
         "denoiser": "unet",
-        "left_out": ["safety_checker"],
+        "load": 'pipe = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)',
         "pretrained": "data/base",
         "variant": None,
     },

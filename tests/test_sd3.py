@@ -12,6 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from stages.core import base_files
 from stages.core.console import UserError
+from stages.core.files import load_tensors
 from stages.core.params import ModelParams
 from stages.families import sd3
 from tests.conftest import Workspace
@@ -73,6 +74,35 @@ def test_the_whole_dag_without_t5(workspace: Workspace, without_t5: Path) -> Non
     assert metrics["export.merged.max_abs_error"] <= 1e-4
     card = Path("reports/model_card.md").read_text()
     assert 'from_pretrained("data/base", text_encoder_3=None, tokenizer_3=None)' in card
+
+
+UNREAD = "transformer_blocks.1.attn.add_q_proj"
+"""Of the last block: captions end there."""
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "takes_unread"), [("attention", False), ("all-linear", False), ("[to_q, add_q_proj]", True)]
+)
+def test_a_layer_that_nothing_reads(
+    workspace: Workspace, bases: dict[str, Path], target_modules: str, takes_unread: bool
+) -> None:
+    """Presets leave it out; chosen by hand it is trained in vain, which is said, and the run ends well."""
+    Path("data/base").unlink()
+    Path("data/base").symlink_to(bases["sd3"])
+    changes = ("model.family=sd3", f"lora.target_modules={target_modules}", "train.num_steps=5")
+    argv = [word for change in changes for word in ("--set", change)]
+    said = [line for stage in ("prepare", "cache_latents", "train", "export") for line in workspace.run(stage, *argv)]
+    warning = "the base never uses their output; name them in lora.exclude_modules"
+    expected = [f"warning: no gradient ever reached {UNREAD}: {warning}"] if takes_unread else []
+    assert [line for line in said if "no gradient" in line] == expected
+    tensors = load_tensors(Path("data/adapter/adapter.safetensors"))
+    assert (f"{UNREAD}.lora_B.weight" in tensors) == takes_unread
+    assert "transformer_blocks.0.attn.add_q_proj.lora_B.weight" in tensors
+    untouched = {name for name, tensor in tensors.items() if not tensor.any()}
+    assert untouched == ({f"{UNREAD}.lora_B.weight"} if takes_unread else set())
+    metrics = json.loads(Path("reports/export/metrics.json").read_text())
+    for kind in ("diffusers", "peft", "comfyui"):
+        assert metrics[f"export.{kind}.max_abs_error"] <= 1e-5 < metrics["export.effect"]
 
 
 def test_t5_says_how_long_a_caption_may_be(bases: dict[str, Path], without_t5: Path) -> None:

@@ -148,6 +148,27 @@ def test_a_dropped_caption_is_what_the_pipeline_guides_away_from(workspace: Work
     assert bool(negative.any()) != forces_zeros
 
 
+@torch.no_grad()
+def test_dropped_captions_stay_it_where_text_encoders_are_trained(workspace: Workspace, forces_zeros: bool) -> None:
+    """Half of a batch; the trained encoders are asked for the others alone, and for the empty one where it is asked."""
+    changes = ("model.family=sdxl", "train.prompt_dropout=0.5", "train.batch_size=6", "lora.train_text_encoder=true")
+    overrides = tuple(word for change in changes for word in ("--set", change))
+    for stage in ("prepare", "cache_latents"):
+        workspace.run(stage, *overrides)
+    trainer = make_trainer(overrides)
+    batch = trainer.batches.batch(0, 0)
+    for parameter in trainer.adapted.text_trainable.values():
+        parameter.data += 0.3
+    found, encoded = trainer.prompt(batch), sdxl.encode_prompts(trainer.text, batch.captions)
+    assert {caption != "" for caption in batch.captions} == {True, False}
+    for name, tensor in encoded.items():
+        assert not torch.allclose(tensor, batch.prompt[name], atol=0.1)
+        for index, caption in enumerate(batch.captions):
+            dropped = forces_zeros and not caption
+            assert torch.equal(found[name][index], torch.zeros_like(tensor[index]) if dropped else tensor[index])
+    assert torch.equal(found["add_time_ids"], batch.prompt["add_time_ids"])
+
+
 def make_trainer(overrides: tuple[str, ...]) -> Trainer:
     config = params.load(Path("params.yaml"), overrides[1::2])
     base = base_files.digests(model_params(), sdxl.COMPONENTS)

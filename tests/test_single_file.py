@@ -212,7 +212,7 @@ def test_a_file_trains_the_adapter_that_its_folder_trains(workspace: Workspace, 
     adapter = Path("data/adapter/adapter.safetensors").read_bytes()
     shutil.rmtree("data/adapter")
     assert workspace.run("cache_latents", *changes())[-1] == "encoded 0, reused 8"
-    for stage in ("train", "validate", "export"):
+    for stage in ("train", "validate", "export", "report"):
         workspace.run(stage, *changes())
     assert Path("data/adapter/adapter.safetensors").read_bytes() == adapter
     header = load_metadata(Path("data/export/diffusers/pytorch_lora_weights.safetensors"))
@@ -220,17 +220,20 @@ def test_a_file_trains_the_adapter_that_its_folder_trains(workspace: Workspace, 
     assert header["ss_new_sd_model_hash"] == sha256_file(file)
     assert json.loads(header["lora_dag"])["base_name"] == "mine"
     assert json.loads(Path("reports/validate/lineage.json").read_text())["model"]["pretrained"] == "mine"
-    run_card("unet.conv_in.weight", of(tiny_base / "unet")["conv_in.weight"])
+    card = Path("reports/model_card.md").read_text()
+    assert f"The base is the checkpoint `dreamshaper.safetensors` (SHA-256 `{sha256_file(file)}`)" in card
+    load_as_said("unet.conv_in.weight", of(tiny_base / "unet")["conv_in.weight"])
+    assert recorded()["load"] in card
 
 
-def run_card(name: str, expected: torch.Tensor) -> None:
-    """The lines of the model card, and a weight of the base that they load."""
-    text = Path("data/export/README.md").read_text()
-    assert "`dreamshaper.safetensors` (sha256 `" in text and 'base_model: "data/mine"' in text
-    code = text.partition("```python\n")[2].partition("```")[0]
-    lines = [line for line in code.splitlines() if not line.startswith("pipe(")]
+def recorded() -> dict[str, str]:
+    return json.loads(Path("reports/export/lineage.json").read_text())["pipeline"]
+
+
+def load_as_said(name: str, expected: torch.Tensor) -> None:
+    """The lines that the model card takes over, and a weight of the base that they load."""
     scope: dict[str, object] = {}
-    exec("\n".join(lines), scope)
+    exec(f"from diffusers import {recorded()['class']}\n{recorded()['load']}", scope)
     pipe = scope["pipe"]
     component, _, rest = name.partition(".")
     found = getattr(pipe, component).state_dict()[rest]
@@ -247,7 +250,7 @@ def test_every_stage_on_a_file_of_family_sdxl_with_a_vae_beside_it(
         workspace.run(stage, *changes("sdxl"))
     measured = json.loads(Path("reports/export/metrics.json").read_text())
     assert measured["export.comfyui.max_abs_error"] <= 1e-5 < measured["export.effect"]
-    run_card("vae.encoder.conv_in.weight", of(base / "vae")["encoder.conv_in.weight"])
+    load_as_said("vae.encoder.conv_in.weight", of(base / "vae")["encoder.conv_in.weight"])
 
 
 def test_the_preflight_and_the_status_convert_nothing(workspace: Workspace, tiny_base: Path) -> None:

@@ -590,6 +590,17 @@ def test_a_layer_without_gradient_is_noticed(encoded: Workspace, monkeypatch: py
         encoded.run("train")
 
 
+def test_an_adapter_without_any_gradient_is_no_layer_that_nothing_reads() -> None:
+    names = [f"{layer}.lora_{which}.default.weight" for layer in ("a.to_q", "b.to_q") for which in "AB"]
+    watch = Watch({name: torch.nn.Parameter(torch.zeros(1)) for name in names}, 1.0)
+    for _ in range(4):
+        watch.gradients()
+    with pytest.raises(
+        RuntimeError, match=r"no gradient ever reached \['a.to_q.lora_A.default.weight', 'a.to_q.lora_B"
+    ):
+        watch.end()
+
+
 # The adapter's options
 
 

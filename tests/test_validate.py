@@ -25,7 +25,7 @@ from stages.validate import __main__ as validate
 from tests.caches import write_mixed_cache
 from tests.conftest import Workspace, read_rows, write_rows
 
-CONFIG = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"]}
+CONFIG = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"], "init_lora_weights": True}
 KEYS = {
     *(f"val.{name}" for name in ("best_step", "loss", "loss_base", "table", "train_loss", "train_loss_base")),
     *(f"val.{name}{bound}" for name in ("loss_change", "overfit_gap") for bound in ("", "_low", "_high")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -107,13 +108,28 @@ class Watch:
     def end(self) -> None:
         """Every parameter has had a gradient; A's is zero until B has moved, which takes a step, and warmup one more.
 
+        A layer or bias without any is one that the base has and never uses; that is warned of.
+
         Raises:
-            RuntimeError: naming the first that had none.
+            RuntimeError: part of a layer had none, or all layers; naming the first.
         """
         if self.steps <= 3:
             return
         biases = sorted(name for name in self.silent if name.endswith(".delta"))
-        if biases:  # of layers that the base has and never uses: lora.bias all takes every one
+        if biases:  # lora.bias all takes every one
             log.warning("warning: no gradient ever reached %d trained biases, such as %s", len(biases), biases[0])
-        if self.silent - set(biases):
-            raise RuntimeError(f"no gradient ever reached {sorted(self.silent - set(biases))[:4]}")
+        layers = {name: layer(name) for name in self.trainable if not name.endswith(".delta")}
+        reached = {layers[name] for name in layers.keys() - self.silent}
+        unused = sorted(set(layers.values()) - reached)
+        broken = sorted(name for name in self.silent & layers.keys() if layers[name] in reached or not reached)
+        if broken:
+            raise RuntimeError(f"no gradient ever reached {broken[:4]}")
+        if unused:
+            where = ", ".join(unused[:4]) + (f" and {len(unused) - 4} more" if len(unused) > 4 else "")
+            what = "the base never uses their output; name them in lora.exclude_modules"
+            log.warning("warning: no gradient ever reached %s: %s", where, what)
+
+
+def layer(parameter: str) -> str:
+    """``mid_block.to_q.lora_A.default.weight`` -> ``mid_block.to_q``."""
+    return re.split(r"\.(?:lora|lokr|hada)_", parameter)[0]

@@ -92,7 +92,7 @@ def matched_groups(target_modules: str | list[str], layers: Layers) -> dict[str,
         return {target: [name for name in layers if has_ending(name, target)] for target in target_modules}
     groups: dict[str, list[str]] = {}
     for name, module in layers.items():
-        if in_choice(target_modules, name, module):
+        if in_choice(target_modules, name, module) and not (target_modules in PRESETS and is_unread(name, layers)):
             groups.setdefault(ending(name), []).append(name)
     return groups or {target_modules: []}
 
@@ -104,6 +104,11 @@ def in_choice(choice: str, name: str, module: torch.nn.Module) -> bool:
     if isinstance(module, torch.nn.Conv2d) and (not choice.endswith("+conv") or name in EDGES):
         return False
     return re.fullmatch(PRESETS[choice], name) is not None
+
+
+def is_unread(name: str, layers: Layers) -> bool:
+    """Of diffusers' Attention, the captions' query where captions end: nothing reads its output (SD3's last block)."""
+    return has_ending(name, "add_q_proj") and f"{name.removesuffix('add_q_proj')}to_add_out" not in layers
 
 
 def rank_problems(params: LoraParams, label: str, names: list[str], layers: Layers) -> list[str]:

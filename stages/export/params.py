@@ -90,7 +90,7 @@ def refusals(
         elif name == "comfyui" and denoiser != "unet" and bias != "none":
             what = "ComfyUI joins a transformer's q, k and v into one layer, whose bias no key names"
         if what:
-            instead = " or ".join([*others, "merged"])
+            instead = f"{', '.join(others)} or merged" if others else "merged"
             found.append(f"params.yaml export.formats: {name} cannot hold this adapter: {what}; use {instead}")
     return found
 

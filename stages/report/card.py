@@ -92,6 +92,7 @@ def summary(inputs: Inputs) -> str:
     start = made.get("lora", {}).get("init_from")
     kind += f", started from the adapter `{start['sha256'][:16]}`" if start else ""
     targets = ", ".join(f"`{name}`" for name in page.target_modules(lora["target_modules"]))
+    targets += "".join(f", attention of `{component}`" for component in made.get("text_lora", {}))
     return (
         f"A {algorithm(lora)} for {made['pipeline']['class']}: "
         f"rank {lora['r']}, alpha {lora['lora_alpha']:g}{kind}, on {targets}; "
@@ -111,23 +112,24 @@ def usage(place: Place, inputs: Inputs) -> str:
     # JSON strings are Python ones too.
     where, prompt = (json.dumps(text, ensure_ascii=False) for text in (place.name, export["prompt"]))
     variant = f", variant={json.dumps(pipeline['variant'])}" if pipeline["variant"] else ""
-    load = f"{pipeline['class']}.from_pretrained"
     merged = f'snapshot_download({where}) + "/merged"' if place.is_repository else json.dumps(f"{place.name}/merged")
+    load = f"from diffusers import {pipeline['class']}\n\n{pipeline['load']}"
+    folders = {pipeline["denoiser"]: "peft"} | {name: f"peft/{name}" for name in made.get("text_lora", {})}
+    calls = [f'PeftModel.from_pretrained(pipe.{name}, {where}, subfolder="{path}")' for name, path in folders.items()]
+    start = ["from peft import PeftModel"] + ([] if "diffusers" in export["formats"] else [load])
     ways = {
         "diffusers": f"""```python
-from diffusers import {pipeline["class"]}
-
-{pipeline["load"]}
+{load}
 pipe.load_lora_weights({where}, subfolder="diffusers", weight_name="pytorch_lora_weights.safetensors")
 image = pipe({prompt}, num_inference_steps={drawn["num_inference_steps"]}, guidance_scale={drawn["guidance_scale"]:g})
 image.images[0].save("sample.png")
 ```
 
 `pipe.set_adapters("default_0", 0.7)` makes it weaker: 1 is as trained, 0 the base.""",
-        "peft": f'With PEFT: `PeftModel.from_pretrained(pipe.{pipeline["denoiser"]}, {where}, subfolder="peft")`.',
+        "peft": "\n".join(["With PEFT:\n\n```python", *start, *calls, "```"]),
         "comfyui": f"With ComfyUI: put `comfyui/{export['name']}.safetensors` below `models/loras`"
         + (", and load it at strength 1, where DoRA is exact." if made["lora_config"].get("use_dora") else "."),
-        "merged": f"With the adapter in its weights: `{load}({merged}{variant})`"
+        "merged": f"With the adapter in its weights: `{pipeline['class']}.from_pretrained({merged}{variant})`"
         + (", with `snapshot_download` of `huggingface_hub`." if place.is_repository else "."),
     }
     if export["resized_ranks"]:
