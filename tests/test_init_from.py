@@ -230,6 +230,13 @@ def test_other_ranks_and_biases_name_the_settings(workspace: Workspace) -> None:
     fill(FILES["comfyui"], **settings, bias="all")
 
 
+def test_a_start_from_the_data_as_well(workspace: Workspace) -> None:
+    write(workspace)
+    assert refusal(FILES["ours"], init_lora_weights="eva") == (
+        "params.yaml lora.init_lora_weights: eva would replace the start that lora.init_from is; use gaussian",
+    )
+
+
 def test_a_preset_is_named_where_it_fits(workspace: Workspace) -> None:
     write(workspace, target_modules="attention+ff")
     (problem,) = refusal(FILES["ours"], exclude_modules=["to_k"])

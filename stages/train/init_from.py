@@ -99,6 +99,10 @@ def problems(params: LoraParams, denoiser: Any, file: AdapterFile) -> list[str]:
     if is_dora != params.use_dora:
         has = "magnitudes of DoRA" if is_dora else "no magnitudes of DoRA"
         found.append(differs("use_dora", has, params.use_dora, f"lora.use_dora={str(is_dora).lower()}"))
+    if params.init_lora_weights == "eva":
+        found.append(
+            "params.yaml lora.init_lora_weights: eva would replace the start that lora.init_from is; use gaussian"
+        )
     return found + bias_problems(params, denoiser, file)
 
 
