@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.cache_latents.params import CacheParams, flip_problems
 from stages.core import base_files, bases, pin
@@ -24,8 +25,11 @@ from stages.prepare.geometry import buckets
 from stages.prepare.listing import Listing, lines
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
-from stages.train.params import LoraParams, TrainParams, text_problems
+from stages.train.params import LoraParams, TrainParams, cross_problems
 from stages.validate.params import ValidateParams, prompt_problems
+
+if TYPE_CHECKING:
+    import torch
 
 # Series that the project is tested with; the exact versions stand in requirements.lock.
 PACKAGES = {
@@ -52,7 +56,7 @@ def main() -> None:
     found += dataset_problems(config) + export_problems(config)
     if start := config.section(LoraParams).init_from:
         found += pin.problems(start.path, start.sha256)
-    found += text_problems(config.section(LoraParams), config.section(TrainParams), family)
+    found += cross_problems(config.section(LoraParams), config.section(TrainParams), family)
     found += prompt_problems(config.section(ValidateParams), family) + disk_problems()
     if found:
         raise UserError(*found)
@@ -63,11 +67,11 @@ def main() -> None:
     log.info("dataset     %s", config.section(DatasetParams).source)
     log.info("packages    %s", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
     log.info("disk        %.1f GB free for the state directory", shutil.disk_usage(existing(state_dir())).free / 1e9)
-    check_device(config)  # from here on it imports torch, which takes seconds
+    device = check_device(config)  # from here on it imports torch, which takes seconds
     if base.configs:
         check_objective(config, base.configs)
         check_captions(base.configs)
-        check_start(config, base.configs)
+        check_training(config, base.configs, device)
 
 
 def package_problems() -> list[str]:
@@ -174,7 +178,7 @@ def existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-def check_device(config: Config) -> None:
+def check_device(config: Config) -> torch.device:
     from stages.core.device import setup
 
     model = config.section(ModelParams)
@@ -185,6 +189,7 @@ def check_device(config: Config) -> None:
     if device.type == "cpu" and model.dtype == "bfloat16" and not torch.backends.mkldnn.is_available():
         log.warning("warning: bfloat16 is slow on this processor; --set model.dtype=float32 is faster")
     sys.stdout.flush()
+    return device
 
 
 def check_objective(config: Config, configs: ModelParams) -> None:
@@ -204,24 +209,27 @@ def check_captions(configs: ModelParams) -> None:
     log.info("captions    up to %d tokens, %d of them the model's own", family.max_tokens(configs), own)
 
 
-def check_start(config: Config, configs: ModelParams) -> None:
-    """lora.init_from against the denoiser that it shall fill, built without its weights."""
-    lora_params = config.section(LoraParams)
-    if lora_params.init_from is None:
-        return
+def check_training(config: Config, configs: ModelParams, device: torch.device) -> None:
+    """Optimizer and processes; the adapter, on the denoiser built without its weights, and what it starts from."""
     import diffusers
     import torch
 
-    from stages.core import components, lora
-    from stages.train import init_from
+    from stages.core import components, lora, quiet
+    from stages.train import init_from, optimizers, processes, setup
 
+    lora_params, train, runtime = config.section(LoraParams), config.section(TrainParams), config.section(RuntimeParams)
+    setup.require_tracker(runtime)
+    processes.require_share(train, runtime.num_processes)
+    optimizers.try_out(train, device)
     family = load_family(configs.family)
     cls = getattr(diffusers, family.COMPONENTS[family.DENOISER])
-    with torch.device("meta"):
+    with torch.device("meta"), quiet.no_warnings():  # of weights that are cast, and there are none
         denoiser = cls.from_config(components.config(configs, family.DENOISER)).to(getattr(torch, configs.dtype))
         lora.inject(denoiser, lora.make_config(lora_params, denoiser))
-    init_from.read(lora_params, denoiser, family)
-    log.info("start       %s", lora_params.init_from.path)
+    log.info("adapter     %d layers", len(lora.targets(denoiser)))
+    if lora_params.init_from is not None:
+        init_from.read(lora_params, denoiser, family)
+        log.info("start       %s", lora_params.init_from.path)
 
 
 if __name__ == "__main__":

@@ -71,3 +71,13 @@ def test_a_resumed_average_goes_on_to_the_bit() -> None:
             each.parameters[0].mul_(1.7)
         each.step()
     assert torch.equal(inside(kept, kept.parameters[0]), inside(other, other.parameters[0]))
+
+
+def test_a_resumed_average_stands_where_the_parameters_are() -> None:
+    """A checkpoint is read to the CPU; meta stands for a GPU."""
+    kept, _, _ = run(["ema_decay=0.6"], 2)
+    elsewhere = torch.nn.Parameter(torch.empty(3, device="meta"))
+    other = Kept(train_params("ema_decay=0.6"), [elsewhere], None)
+    other.load_state_dict(kept.state_dict())
+    other.step()
+    assert other.ema is not None and other.ema.shadow_params[0].device.type == "meta"

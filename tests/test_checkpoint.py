@@ -63,7 +63,7 @@ def test_damaged_newest_is_passed_over_with_a_warning(
 
 
 def test_all_damaged_is_a_start_from_nothing(saved: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
-    for path in saved.paths():
+    for path in saved.paths(1000):
         path.write_bytes(b"x")
     assert saved.load(1000) is None
     assert len(caplog.records) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from stages.artifacts.adapter import FINAL
 from stages.core.files import load_tensors
 from tests.conftest import Workspace, picture, write_rows
 
+Breaking = Callable[..., None]
 ADAPTER = Path("data/adapter") / FINAL
 CONSTANT = ("--set", "train.lr_scheduler=constant", "--set", "train.snapshot_every_n_steps=2")
 
@@ -30,6 +32,26 @@ def encoded(workspace: Workspace) -> Workspace:
     workspace.run("prepare")
     workspace.run("cache_latents")
     return workspace
+
+
+@pytest.fixture
+def breaking_off(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> Breaking:
+    """``breaking_off(3, *argv)`` runs train and breaks off in place of step 3."""
+    from stages.train.trainer import Trainer
+
+    step: Callable[[Trainer, int], bool] = Trainer.step
+
+    def broken_off(at: int, *argv: str) -> None:
+        def until(self: Trainer, number: int) -> bool:
+            if number == at:
+                raise KeyboardInterrupt
+            return step(self, number)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Trainer, "step", until)
+            train(encoded, *argv)
+
+    return broken_off
 
 
 def train(workspace: Workspace, *argv: str) -> tuple[list[str], dict[str, bytes]]:
@@ -87,6 +109,22 @@ def test_a_longer_run_of_a_constant_schedule_goes_on_from_the_end_of_the_shorter
     assert shorter == short and not any(line.startswith("resumed from step 7") for line in lines)
 
 
+def test_a_shorter_run_after_a_longer_one_keeps_its_own_checkpoints(encoded: Workspace, breaking_off: Breaking) -> None:
+    train(encoded, *CONSTANT, "--set", "train.num_steps=9")
+    argv = (*CONSTANT, "--set", "train.num_steps=6", "--set", "train.checkpoint_every_n_steps=1")
+    breaking_off(4, *argv)
+    lines, _ = train(encoded, *argv)
+    assert "resumed from step 4" in lines
+
+
+def test_a_run_without_its_snapshots_starts_over(encoded: Workspace) -> None:
+    _, fresh = train(encoded, *CONSTANT, "--set", "train.num_steps=5")
+    (folder,) = Path(os.environ["LORA_STATE_DIR"]).glob("runs/*/snapshots")
+    shutil.rmtree(folder)
+    lines, again = train(encoded, *CONSTANT, "--set", "train.num_steps=5")
+    assert any("starts over" in line and "has no snapshot of step 2" in line for line in lines) and again == fresh
+
+
 def test_a_longer_run_of_another_schedule_starts_over_and_says_why(encoded: Workspace) -> None:
     train(encoded, "--set", "train.num_steps=4")
     lines, longer = train(encoded, "--set", "train.num_steps=6")
@@ -113,11 +151,7 @@ def test_a_longer_run_of_another_schedule_starts_over_and_says_why(encoded: Work
     ],
     ids=lambda changes: changes[0].partition(".")[2],
 )
-def test_a_killed_run_ends_in_the_same_bytes(
-    encoded: Workspace, changes: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from stages.train.trainer import Trainer
-
+def test_a_killed_run_ends_in_the_same_bytes(encoded: Workspace, changes: list[str], breaking_off: Breaking) -> None:
     argv = [
         word
         for change in (*changes, "train.num_steps=5", "train.checkpoint_every_n_steps=1")
@@ -125,16 +159,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
     ]
     _, undisturbed = train(encoded, *argv)
     os.environ["LORA_STATE_DIR"] += "-other"
-    step: Callable[[Trainer, int], bool] = Trainer.step
-
-    def broken_off(self: Trainer, number: int) -> bool:
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", broken_off)
-        train(encoded, *argv)
+    breaking_off(3, *argv)
     lines, resumed = train(encoded, *argv)
     assert "resumed from step 3" in lines and resumed == undisturbed
     assert undisturbed != train(encoded, "--set", "train.num_steps=5")[1]

@@ -107,6 +107,16 @@ def test_schedules_count_optimizer_steps() -> None:
             ["optimizer=torch.optim.LBFGS", "weight_decay=0"],
             "train.optimizer: torch.optim.LBFGS: LBFGS doesn't support",
         ),
+        (["optimizer=torch.optim.LBFGS", "weight_decay=0"], "train.optimizer: torch.optim.LBFGS: "),
+        (["optimizer=torch.optim.SparseAdam", "weight_decay=0"], "SparseAdam does not support dense gradients"),
+        (["optimizer_args={foreach: true, fused: true}"], "`fused` and `foreach` cannot be `True` together"),
+        (["optimizer_args={differentiable: true}"], "train.optimizer: adamw: "),
+        (["lr_scheduler=polynomial", "learning_rate=1e-8"], "train.optimizer: adamw: lr_end (1e-07) must be smaller"),
+        (["optimizer=schedulefree.AdamWScheduleFree"], "needs no schedule; set train.lr_scheduler to constant"),
+        (
+            ["optimizer=schedule_free", "lr_scheduler=constant", "ema_decay=0.9"],
+            "averages by itself; set train.ema_",
+        ),
         (["optimizer=schedule_free"], "schedule_free needs no schedule; set train.lr_scheduler to constant"),
         (["optimizer=prodigy", "lora_plus_ratio=4"], "prodigy has one rate for all; set train.lora_plus_ratio and"),
     ],
@@ -114,10 +124,10 @@ def test_schedules_count_optimizer_steps() -> None:
 )
 def test_refusals(changes: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        optimizers.make_optimizer(train_params(*changes), trainable(), {}, CPU)
+        optimizers.try_out(train_params(*changes), CPU)
     assert message in str(caught.value)
 
 
 def test_a_rate_that_prodigy_does_not_expect_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    optimizers.make_optimizer(train_params("optimizer=prodigy", "learning_rate=1e-4"), trainable(), {}, CPU)
+    optimizers.try_out(train_params("optimizer=prodigy", "learning_rate=1e-4"), CPU)
     assert "prodigy finds the rate itself, and learning_rate is a factor of it; 1.0 is usual" in caplog.text

@@ -29,8 +29,8 @@ def summed(parts: list[list[torch.Tensor | None]], order: tuple[int, ...]) -> li
             parameter.grad = None if gradient is None else gradient.clone()
         total.add()
         assert all(parameter.grad is None for parameter in parameters)
-    losses, stop = total.put([1.0, 0.5], False)
-    assert losses == [1.0, 0.5] and not stop
+    losses = torch.tensor([1.0, 0.5])
+    assert not total.put(losses, False) and losses.tolist() == [1.0, 0.5]
     return [parameter.grad for parameter in parameters]
 
 

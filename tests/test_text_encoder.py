@@ -29,7 +29,7 @@ from stages.export.params import refusals
 from stages.families import sd
 from stages.families.base import load_family
 from stages.train.optimizers import make_optimizer
-from stages.train.params import LoraParams, TrainParams, text_problems
+from stages.train.params import LoraParams, TrainParams, cross_problems
 from stages.train.trainer import Trainer
 from stages.validate.exam import make_exam
 from stages.validate.params import ValidateParams
@@ -327,9 +327,9 @@ def test_a_rate_that_would_be_ignored_and_a_family_without_are_refused(
         assert caught.value.problems == (line,)
     config = parameters.load(Path("params.yaml"), [ON])
     settings = config.section(LoraParams), config.section(TrainParams)
-    assert text_problems(*settings, load_family("sd")) == []
+    assert cross_problems(*settings, load_family("sd")) == []
     monkeypatch.setattr(sd, "TEXT_ENCODERS", {})
-    assert text_problems(*settings, load_family("sd")) == [
+    assert cross_problems(*settings, load_family("sd")) == [
         "params.yaml lora.train_text_encoder: no text encoder of StableDiffusionPipeline can be trained, "
         "those of sdxl, sd3, flux can; set it to false"
     ]

@@ -131,7 +131,9 @@ def text_configs(params: LoraParams, family: Family, encoders: Mapping[str, Any]
     Raises:
         UserError: a rank above a layer's size.
     """
-    plain = {"exclude_modules": [], "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+    plain: dict[str, Any] = {"exclude_modules": [], "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+    if params.init_lora_weights == "eva":  # which looks at the denoiser's inputs
+        plain["init_lora_weights"] = "kaiming"
     params = params.model_copy(update={"target_modules": TARGETS, **plain})
     found, problems = {}, []
     for component, encoder in encoders.items():

@@ -20,23 +20,28 @@ class Checkpoints:
         self.folder = folder
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state reached after ``step`` optimizer steps, then drop all but the newest KEEP."""
+        """Write the state reached after ``step`` optimizer steps, then drop all but KEEP up to it.
+
+        Later ones are of a longer run of the same inputs.
+        """
         path = self.folder / f"step-{step:06d}.pt"
         with atomic(path) as temporary:
             torch.save(state | {"step": step}, temporary)
         write_text(path.with_suffix(".sha256"), sha256_file(path))
-        for old in self.paths()[:-KEEP]:
+        for old in self.paths(step)[:-KEEP]:
             old.with_suffix(".sha256").unlink(missing_ok=True)
             old.unlink()
 
     def load(self, last: int) -> dict[str, Any] | None:
         """The newest state up to step ``last`` whose checksum holds, or None; warns of damaged ones."""
-        for path in reversed([path for path in self.paths() if int(path.stem.removeprefix("step-")) <= last]):
+        for path in reversed(self.paths(last)):
             checksum = path.with_suffix(".sha256")
             if checksum.exists() and checksum.read_text() == sha256_file(path):
                 return torch.load(path, weights_only=True, map_location="cpu")
             log.warning("warning: %s is damaged or unfinished; trying the checkpoint before it", path)
         return None
 
-    def paths(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.pt"))
+    def paths(self, last: int) -> list[Path]:
+        """In the order of their steps, up to ``last``."""
+        steps = {int(path.stem.removeprefix("step-")): path for path in self.folder.glob("step-*.pt")}
+        return [path for step, path in sorted(steps.items()) if step <= last]

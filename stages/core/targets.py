@@ -181,8 +181,8 @@ def plan(names: list[str], num_trainable: int, num_base: int) -> list[str]:
     kinds = Counter(ending(name) for name in names)
     return [
         "targets     " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
-        f"memory      {megabytes(num_trainable)} for adapter, gradients and AdamW (16 bytes a parameter, float32); "
-        f"full fine-tuning {megabytes(num_base)}; base and activations come on top",
+        f"memory      {megabytes(num_trainable)} for adapter, gradients and optimizer (16 bytes a parameter, as AdamW "
+        f"takes in float32); full fine-tuning {megabytes(num_base)}; base and activations come on top",
     ]
 
 

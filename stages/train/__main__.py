@@ -16,14 +16,14 @@ from stages.core.console import UserError, log, parser, run
 from stages.core.params import Config, ModelParams, RuntimeParams, load
 from stages.families.base import load_family
 from stages.train import processes
-from stages.train.params import LoraParams, TrainParams, text_problems
+from stages.train.params import LoraParams, TrainParams, cross_problems
 
 
 def main() -> None:
     args = parser(__doc__, ("latents", "adapter", "train_reports")).parse_args()
     config = load(args.params, args.overrides)
     lora = config.section(LoraParams)
-    found = text_problems(lora, config.section(TrainParams), load_family(config.section(ModelParams).family))
+    found = cross_problems(lora, config.section(TrainParams), load_family(config.section(ModelParams).family))
     if lora.init_from:
         found += pin.problems(lora.init_from.path, lora.init_from.sha256)
     if found:

@@ -35,7 +35,7 @@ class Kept:
         trained = [parameter.detach().clone() for parameter in self.parameters]
         if self.schedule_free is not None:
             self.schedule_free.eval()
-        if self.ema is not None:
+        elif self.ema is not None:
             self.ema.copy_to(self.parameters)
         try:
             yield
@@ -52,3 +52,4 @@ class Kept:
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         if self.ema is not None:
             self.ema.load_state_dict(state)
+            self.ema.to(self.parameters[0].device)

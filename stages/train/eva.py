@@ -19,7 +19,7 @@ from stages.core.targets import ending
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from stages.core.batches import Batch
+    from stages.train.batches import Batch
 
 NUM_BATCHES = 8
 """Batches that the inputs are taken from, again and again until the directions settle."""

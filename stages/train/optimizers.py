@@ -34,44 +34,84 @@ PACKAGES = {
 """Module -> what pip calls it."""
 
 
+FAILURES = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, NotImplementedError)
+"""What a class raises that does not take its arguments, or a plain step."""
+
+
 def make_optimizer(
     params: TrainParams, denoiser: Parameters, text_encoders: Parameters, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer of ``params`` over what is trained of either.
+    """The optimizer of ``params`` over what is trained of either; try_out has found nothing wrong with it.
+
+    schedule-free tells weights of training from those of use: it starts with the former.
+    """
+    cls = optimizer_class(params.optimizer, device)
+    optimizer = cls(groups(params, denoiser, text_encoders), **arguments(cls, params, device))
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    return optimizer
+
+
+def try_out(params: TrainParams, device: torch.device) -> None:
+    """One step of two small parameters, before anything large is loaded.
 
     Raises:
         UserError: a class that is not installed, arguments that it does not take, or a setting it would not read.
     """
     cls = optimizer_class(params.optimizer, device)
+    require_read(cls, params)
     where = f"params.yaml train.optimizer: {params.optimizer}"
-    known = set(inspect.signature(cls).parameters) - {"params", "lr", "weight_decay"}
-    unknown = sorted(set(params.optimizer_args) - known)
-    if unknown:
-        raise UserError(
-            f"params.yaml train.optimizer_args: {cls.__name__} takes no {unknown[0]} here; it takes "
-            + ", ".join(sorted(known))
-        )
-    arguments: dict[str, Any] = {"lr": scaled(params.learning_rate, params), **params.optimizer_args}
-    if "weight_decay" in inspect.signature(cls).parameters:
-        arguments["weight_decay"] = params.weight_decay
-    elif params.weight_decay:
-        raise UserError(f"params.yaml train.weight_decay: {cls.__name__} has none; set it to 0")
-    if params.optimizer == "adamw" and device.type == "cuda":
-        arguments.setdefault("fused", True)
-    if params.optimizer == "schedule_free" and params.lr_scheduler != "constant":
-        raise UserError(f"{where} needs no schedule; set train.lr_scheduler to constant")
-    if params.optimizer == "prodigy" and (params.lora_plus_ratio or params.text_encoder_lr):
-        raise UserError(f"{where} has one rate for all; set train.lora_plus_ratio and train.text_encoder_lr to null")
-    if params.optimizer == "prodigy" and params.learning_rate < 0.1:
+    names = ("try.lora_A.default.weight", "try.lora_B.default.weight")
+    small = {name: torch.nn.Parameter(torch.ones(2, 3, device=device)) for name in names}
+    try:
+        optimizer = make_optimizer(params, small, {}, device)
+        schedule = make_lr_scheduler(params, optimizer)
+        for parameter in small.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        schedule.step()
+    except FAILURES as error:
+        if isinstance(error, UserError):
+            raise
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{where}: {what}; change train.optimizer_args, learning_rate or lr_scheduler") from None
+    if library(cls) == "prodigyopt" and params.learning_rate < 0.1:
         found = "prodigy finds the rate itself, and learning_rate is a factor of it"
         log.warning("warning: params.yaml train.learning_rate: %s; 1.0 is usual", found)
-    try:
-        optimizer = cls(groups(params, denoiser, text_encoders), **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{where}: {error}; change train.optimizer_args") from None
-    if hasattr(optimizer, "train"):  # schedule-free: weights of training and of use differ
-        optimizer.train()
-    return optimizer
+
+
+def arguments(cls: type[torch.optim.Optimizer], params: TrainParams, device: torch.device) -> dict[str, Any]:
+    """Of the class, beside the parameters."""
+    found: dict[str, Any] = {"lr": scaled(params.learning_rate, params), **params.optimizer_args}
+    if "weight_decay" in inspect.signature(cls).parameters:
+        found["weight_decay"] = params.weight_decay
+    if params.optimizer == "adamw" and device.type == "cuda":
+        found.setdefault("fused", True)
+    return found
+
+
+def require_read(cls: type[torch.optim.Optimizer], params: TrainParams) -> None:
+    """Raises UserError for a setting that the class does not take or would not read."""
+    own = set(inspect.signature(cls).parameters)
+    known = own - {"params", "lr", "weight_decay"}
+    where, found = f"params.yaml train.optimizer: {params.optimizer}", []
+    if unknown := sorted(set(params.optimizer_args) - known):
+        what = f"{cls.__name__} takes no {unknown[0]} here; it takes {', '.join(sorted(known))}"
+        found.append(f"params.yaml train.optimizer_args: {what}")
+    if params.weight_decay and "weight_decay" not in own:
+        found.append(f"params.yaml train.weight_decay: {cls.__name__} has none; set it to 0")
+    if library(cls) == "schedulefree" and params.lr_scheduler != "constant":
+        found.append(f"{where} needs no schedule; set train.lr_scheduler to constant")
+    if library(cls) == "schedulefree" and params.ema_decay is not None:
+        found.append(f"{where} averages by itself; set train.ema_decay to null")
+    if library(cls) == "prodigyopt" and (params.lora_plus_ratio or params.text_encoder_lr):
+        found.append(f"{where} has one rate for all; set train.lora_plus_ratio and train.text_encoder_lr to null")
+    if found:
+        raise UserError(*found)
+
+
+def library(cls: type[torch.optim.Optimizer]) -> str:
+    return cls.__module__.partition(".")[0]
 
 
 def optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimizer]:
@@ -90,14 +130,14 @@ def optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimiz
     return cls
 
 
-def version(name: str) -> str:
-    """The package and version that an optimizer comes from, such as ``prodigyopt 1.1.2``."""
+def package(name: str) -> dict[str, str]:
+    """Package and version that an optimizer comes from; nothing for torch, whose version is recorded anyway."""
     module = NAMED.get(name, name).partition(".")[0]
-    package = PACKAGES.get(module, module)
+    installed = PACKAGES.get(module, module)
     try:
-        return f"{package} {importlib.metadata.version(package)}"
+        return {} if module == "torch" else {installed: importlib.metadata.version(installed)}
     except importlib.metadata.PackageNotFoundError:
-        return package
+        return {installed: "of unknown version"}
 
 
 def scaled(rate: float, params: TrainParams) -> float:

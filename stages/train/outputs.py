@@ -11,6 +11,7 @@ from stages.core import device, lora, lycoris, targets
 from stages.core.console import log
 from stages.core.files import sha256_file, write_json, write_text
 from stages.core.progress import smoothed_loss
+from stages.train import optimizers
 from stages.train.setup import may_go_on
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def log_text_encoder(trainer: Trainer, component: str) -> int:
     encoder = trainer.adapted.modules[component]
     num = num_parameters(trainer.adapted.of(component, trainer.trainable))
     num_base = num_parameters(dict(encoder.named_parameters())) - num
-    layers, rate = len(lora.targets(encoder)), trainer.params.text_encoder_lr or trainer.params.learning_rate
+    rate = optimizers.scaled(trainer.params.text_encoder_lr or trainer.params.learning_rate, trainer.params)
+    layers = len(lora.targets(encoder))
     share = f"{num:,} parameters ({100 * num / num_base:.2f} % of {num_base:,}), learning rate {rate:g}"
     log.info("text        %s: rank %d, %d layers, %s", component, trainer.text_lora[component]["r"], layers, share)
     return num_base

@@ -195,8 +195,11 @@ class TrainParams(Params):
         return self
 
 
-def text_problems(lora: LoraParams, train: TrainParams, family: Family) -> list[str]:
-    """A line for text encoders that the family does not offer or that init_from does not fill; for an idle rate."""
+def cross_problems(lora: LoraParams, train: TrainParams, family: Family) -> list[str]:
+    """A line for text encoders that the family does not offer or that init_from does not fill; for idle rates."""
+    if train.lora_plus_ratio is not None and lora.algo != "lora":
+        found = f"{train.lora_plus_ratio:g} is B's rate over A's, which lora.algo {lora.algo} does not have"
+        return [f"params.yaml train.lora_plus_ratio: {found}; set it to null"]
     if not lora.train_text_encoder and train.text_encoder_lr is not None:
         ignored = f"{train.text_encoder_lr:g} is ignored without lora.train_text_encoder; set that, or null here"
         return [f"params.yaml train.text_encoder_lr: {ignored}"]

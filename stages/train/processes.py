@@ -108,44 +108,39 @@ class GradientSum:
 
     def clear(self) -> None:
         self.totals: list[torch.Tensor | None] = [None] * len(self.parameters)
-        self.overflow = False
+        self.overflow = torch.tensor(False)
 
     def add(self) -> None:
         """Take the gradients that a backward pass has left; None stays None."""
         for index, parameter in enumerate(self.parameters):
             if parameter.grad is None:
                 continue
-            if not bool((parameter.grad.abs() < self.limit).all()):  # NaN is not below it either
-                self.overflow = True
-                parameter.grad = torch.zeros_like(parameter.grad)
+            self.overflow = self.overflow.to(parameter.device) | ~(parameter.grad.abs() < self.limit).all()  # or NaN
             fixed = (parameter.grad * 2.0**FRACTION_BITS).round().long()  # exact: a power of two
             total = self.totals[index]
             self.totals[index] = fixed if total is None else total + fixed
             parameter.grad = None
 
-    def put(self, losses: list[float], stop: bool) -> tuple[list[float], bool]:
+    def put(self, losses: torch.Tensor, stop: bool) -> bool:
         """Leave the sum over all processes as the parameters' gradients; NaN in all of them after an overflow.
 
         Args:
-            losses: of all micro-batches of the step, 0 where another process has computed it.
+            losses: float32, of all micro-batches of the step, 0 where another process has computed it; filled here.
             stop: whether this process was asked to stop.
 
         Returns:
-            The losses of all processes, and whether any of them is to stop.
+            Whether any process is to stop.
         """
         used = [index for index, total in enumerate(self.totals) if total is not None]
         flat = torch.cat([self.totals[index].flatten() for index in used])  # type: ignore[union-attr]
-        device = flat.device
-        said = torch.tensor([*losses, float(stop), float(self.overflow)], dtype=torch.float64).to(device)
+        said = torch.cat([losses, torch.tensor([float(stop)]).to(losses), self.overflow.to(losses)[None]])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat)
             torch.distributed.all_reduce(said)  # each is a sum of one number and zeros
-        *losses, any_stop, any_overflow = said.tolist()
-        values = flat.float() * 2.0**-FRACTION_BITS
-        if any_overflow:
-            values = torch.full_like(values, torch.nan)
+        losses.copy_(said[:-2])
+        values = torch.where(said[-1] > 0, torch.nan, flat.float() * 2.0**-FRACTION_BITS)
         sizes = [self.parameters[index].numel() for index in used]
         for index, value in zip(used, values.split(sizes), strict=True):
             self.parameters[index].grad = value.view_as(self.parameters[index])
         self.clear()
-        return losses, bool(any_stop)
+        return bool(said[-2] > 0)

@@ -1,13 +1,15 @@
-"""What a run is made of, each from its settings: accelerator, optimizer, schedule; and the digest that names it."""
+"""What a run is made of: its pictures, its accelerator, and everything that decides its bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 
 from stages.core import closure, device
 from stages.core.console import UserError, log
@@ -48,18 +50,25 @@ def make_accelerator(runtime: RuntimeParams, model: ModelParams, params: TrainPa
     Raises:
         UserError: the tracker is not installed, the device is not here, or the processes cannot share a step.
     """
-    if runtime.tracker != "none" and importlib.util.find_spec(runtime.tracker) is None:
-        missing = f"params.yaml runtime.tracker: {runtime.tracker} is not installed"
-        raise UserError(f"{missing}; pip install {runtime.tracker}, or use none")
+    require_tracker(runtime)
     where = device.setup(runtime, model)
     accelerator = Accelerator(
         cpu=where.type == "cpu",
         mixed_precision=MIXED_PRECISION[model.dtype],
         log_with=None if runtime.tracker == "none" else runtime.tracker,
         project_dir="logs",
+        # Else variables that `accelerate launch` sets would decide: in no digest.
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     require_share(params, accelerator.num_processes)
     return accelerator
+
+
+def require_tracker(runtime: RuntimeParams) -> None:
+    if runtime.tracker != "none" and importlib.util.find_spec(runtime.tracker) is None:
+        missing = f"params.yaml runtime.tracker: {runtime.tracker} is not installed"
+        raise UserError(f"{missing}; pip install {runtime.tracker}, or use none")
 
 
 def may_go_on(params: TrainParams) -> bool:
@@ -83,6 +92,8 @@ def run_inputs(
         init_from: digest of the adapter that the run starts from, if it does.
     """
     without = {"checkpoint_every_n_steps"} | ({"num_steps"} if may_go_on(params) else set())
+    if not params.compile:
+        without.add("gradient_checkpointing")  # the same bytes
     return {
         "base": base,
         "cache": cache.digest,
@@ -91,7 +102,7 @@ def run_inputs(
         "environment": device.environment(where),
         "init_from": init_from,
         "lora": configs,
-        "optimizer": optimizers.version(params.optimizer),
+        "optimizer": optimizers.package(params.optimizer),
         "train": params.model_dump(exclude=without),
     }
 
@@ -103,23 +114,25 @@ def log_start_over(folder: Path, inputs: dict[str, Any]) -> None:
         return run | {"train": {name: value for name, value in run["train"].items() if name != "num_steps"}}
 
     for path in sorted(folder.parent.glob(f"*/{INPUTS}")):
-        other = read_json(path)
-        if path.parent != folder and "num_steps" in inputs["train"] and but_steps(other) == but_steps(inputs):
-            schedule, steps = inputs["train"]["lr_scheduler"], other["train"]["num_steps"]
-            line = "starts over: the %s schedule of %d steps has other rates; lr_scheduler constant would go on"
-            log.info(line, schedule, steps)
+        with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):  # damaged, or of another version
+            other = read_json(path)
+            if path.parent != folder and "num_steps" in inputs["train"] and but_steps(other) == but_steps(inputs):
+                schedule, steps = inputs["train"]["lr_scheduler"], other["train"]["num_steps"]
+                line = "starts over: the %s schedule of %d steps has other rates; lr_scheduler constant would go on"
+                log.info(line, schedule, steps)
 
 
 def made_from(config: Config, cache: LatentCache, items: list[CachedItem]) -> dict[str, Any]:
     """Where an adapter comes from, for whoever meets its file: no path, host, time or git revision."""
-    model = config.section(ModelParams)
+    model, params = config.section(ModelParams), config.section(TrainParams)
+    packages = {name: importlib.metadata.version(name) for name in device.RECORDED}
     return {
         "captions": sha256_json(sorted(item.captions for item in items)),
         "latents": cache.digest,
         "lora": config.section(LoraParams).model_dump(),
         "model": {"dtype": model.dtype, "variant": model.variant},
         "num_pictures": len(items),
-        "packages": {name: importlib.metadata.version(name) for name in device.RECORDED},
+        "packages": packages | optimizers.package(params.optimizer),
         "pictures": sha256_json(sorted(item.content for item in items)),
-        "train": config.section(TrainParams).model_dump(exclude={"checkpoint_every_n_steps"}),
+        "train": params.model_dump(exclude={"checkpoint_every_n_steps"}),
     }

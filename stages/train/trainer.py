@@ -50,6 +50,7 @@ class Trainer:
         weighting.require_snr(self.noise_scheduler, self.params)
         self.accelerator = make_accelerator(self.runtime, model, self.params)
         self.device = self.accelerator.device
+        optimizers.try_out(self.params, self.device)
         device.log_device(self.device, model)
 
         denoiser = family.load_denoiser(model, self.device)
@@ -143,17 +144,17 @@ class Trainer:
             Whether any process was asked to stop.
         """
         accumulation = self.params.gradient_accumulation_steps
-        losses = [0.0] * accumulation
+        losses = torch.zeros(accumulation, device=self.device)
         for micro in range(self.accelerator.process_index, accumulation, self.accelerator.num_processes):
             loss = self.loss(self.batches.batch(step, micro), step, micro) / accumulation
             self.accelerator.backward(loss)
-            losses[micro] = loss.item()
+            losses[micro] = loss.detach()
             if accumulation > 1:
                 self.gradients.add()
         stop = self.interrupt.received is not None
         if accumulation > 1:
-            losses, stop = self.gradients.put(losses, stop)
-        total_loss = math.fsum(losses)
+            stop = self.gradients.put(losses, stop)
+        total_loss = math.fsum(losses.tolist())
 
         self.watch.gradients()
         grad_norm = float(self.accelerator.clip_grad_norm_(list(self.trainable.values()), self.params.max_grad_norm))
@@ -161,7 +162,8 @@ class Trainer:
         scaled = self.accelerator.scaler is not None
         if self.watch.finite(total_loss, grad_norm, step, scaled) or scaled:
             self.optimizer.step()  # a GradScaler skips bad updates itself and lowers its scale
-            self.kept.step()
+            if not self.optimizer.step_was_skipped:
+                self.kept.step()
         self.history.append((total_loss, self.lr_scheduler.get_last_lr()[0], grad_norm))
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -220,6 +222,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # until process 0 holds the run's lock
         state = self.checkpoints.load(self.params.num_steps)
         if state is None:
+            return 0
+        every = self.params.snapshot_every_n_steps
+        missing = [n for n in range(every, state["step"], every) if not (self.folder / snapshot_name(n)).exists()]
+        if missing:
+            log.warning("warning: starts over: %s has no snapshot of step %d", self.folder, missing[0])
             return 0
         self.adapted.load(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
