@@ -47,7 +47,7 @@ def test_all_is_well(workspace: Workspace) -> None:
     done = workspace.process("check")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    names = ["parameters", "base", "dataset", "packages", "disk", "device", "objective", "captions"]
+    names = ["parameters", "base", "dataset", "packages", "disk", "device", "objective", "captions", "adapter"]
     assert [line.split()[0] for line in lines] == names
     assert lines[6] == "objective   v_prediction"
     assert "torch 2.13" in lines[3] and lines[5] == "device      cpu, 1 threads, float32"

@@ -84,12 +84,13 @@ def test_killed_between_file_and_checksum_leaves_the_previous(saved: Checkpoints
 
 
 def test_an_error_while_writing_leaves_no_trace(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(value: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def fail(path: Path, blob: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(b"half")
         raise OSError(28, "No space left on device")
 
     before = sorted(saved.folder.iterdir())
-    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="No space left"):
         saved.save(8, state(8))
     assert sorted(saved.folder.iterdir()) == before

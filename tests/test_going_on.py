@@ -122,7 +122,7 @@ def test_a_run_without_its_snapshots_starts_over(encoded: Workspace) -> None:
     (folder,) = Path(os.environ["LORA_STATE_DIR"]).glob("runs/*/snapshots")
     shutil.rmtree(folder)
     lines, again = train(encoded, *CONSTANT, "--set", "train.num_steps=5")
-    assert any("starts over" in line and "has no snapshot of step 2" in line for line in lines) and again == fresh
+    assert any("starts over" in line and "has no whole snapshot of step 2" in line for line in lines) and again == fresh
 
 
 def test_a_longer_run_of_another_schedule_starts_over_and_says_why(encoded: Workspace) -> None:

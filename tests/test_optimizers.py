@@ -103,10 +103,6 @@ def test_schedules_count_optimizer_steps() -> None:
         (["optimizer_args={lr: 1}"], "train.optimizer_args: AdamW takes no lr here"),
         (["optimizer_args={betas: [2, 2]}"], "train.optimizer: adamw: Invalid beta parameter"),
         (["optimizer=torch.optim.Rprop"], "train.weight_decay: Rprop has none; set it to 0"),
-        (
-            ["optimizer=torch.optim.LBFGS", "weight_decay=0"],
-            "train.optimizer: torch.optim.LBFGS: LBFGS doesn't support",
-        ),
         (["optimizer=torch.optim.LBFGS", "weight_decay=0"], "train.optimizer: torch.optim.LBFGS: "),
         (["optimizer=torch.optim.SparseAdam", "weight_decay=0"], "SparseAdam does not support dense gradients"),
         (["optimizer_args={foreach: true, fused: true}"], "`fused` and `foreach` cannot be `True` together"),

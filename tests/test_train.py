@@ -330,12 +330,12 @@ def test_clipping_clips(encoded: Workspace, norms: list[float]) -> None:
     encoded.run("train", "--set", "train.max_grad_norm=0.01")
     recorded = [row["grad_norm"] for row in history()]
     assert len(recorded) == 4 and all(norm > 0.05 for norm in recorded)
-    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+    assert norms[1:] == pytest.approx([0.01] * 4, rel=1e-3)  # the first is of the trial step
 
 
 def test_gradients_below_the_limit_are_left_alone(encoded: Workspace, norms: list[float]) -> None:
     encoded.run("train", "--set", "train.max_grad_norm=100")
-    assert norms == pytest.approx([row["grad_norm"] for row in history()], rel=1e-4)
+    assert norms[1:] == pytest.approx([row["grad_norm"] for row in history()], rel=1e-4)
 
 
 def test_clipping_that_does_not_clip_is_noticed(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,10 +595,14 @@ def test_an_adapter_without_any_gradient_is_no_layer_that_nothing_reads() -> Non
     watch = Watch({name: torch.nn.Parameter(torch.zeros(1)) for name in names}, 1.0)
     for _ in range(4):
         watch.gradients()
-    with pytest.raises(
-        RuntimeError, match=r"no gradient ever reached \['a.to_q.lora_A.default.weight', 'a.to_q.lora_B"
-    ):
+    with pytest.raises(UserError, match="no gradient was left for any layer; look at train.learning_rate"):
         watch.end()
+
+
+def test_weights_that_are_not_finite_are_not_delivered(encoded: Workspace) -> None:
+    with pytest.raises(UserError, match="train: the run ended in "):
+        encoded.run("train", "--set", "train.learning_rate=1e6", "--set", "train.weight_decay=1e6")
+    assert not Path("data/adapter").exists()
 
 
 # The adapter's options

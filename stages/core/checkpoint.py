@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ class Checkpoints:
         Later ones are of a longer run of the same inputs.
         """
         path = self.folder / f"step-{step:06d}.pt"
+        blob = io.BytesIO()  # torch.save itself hides why a disk refuses
+        torch.save(state | {"step": step}, blob)
         with atomic(path) as temporary:
-            torch.save(state | {"step": step}, temporary)
+            temporary.write_bytes(blob.getbuffer())
         write_text(path.with_suffix(".sha256"), sha256_file(path))
         for old in self.paths(step)[:-KEEP]:
             old.with_suffix(".sha256").unlink(missing_ok=True)
@@ -36,12 +39,12 @@ class Checkpoints:
         """The newest state up to step ``last`` whose checksum holds, or None; warns of damaged ones."""
         for path in reversed(self.paths(last)):
             checksum = path.with_suffix(".sha256")
-            if checksum.exists() and checksum.read_text() == sha256_file(path):
+            if checksum.exists() and checksum.read_bytes() == sha256_file(path).encode():
                 return torch.load(path, weights_only=True, map_location="cpu")
             log.warning("warning: %s is damaged or unfinished; trying the checkpoint before it", path)
         return None
 
     def paths(self, last: int) -> list[Path]:
         """In the order of their steps, up to ``last``."""
-        steps = {int(path.stem.removeprefix("step-")): path for path in self.folder.glob("step-*.pt")}
+        steps = {int(path.stem[5:]): path for path in self.folder.glob("step-*.pt") if path.stem[5:].isdecimal()}
         return [path for step, path in sorted(steps.items()) if step <= last]

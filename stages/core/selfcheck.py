@@ -111,8 +111,15 @@ class Watch:
         A layer or bias without any is one that the base has and never uses; that is warned of.
 
         Raises:
-            RuntimeError: part of a layer had none, or all layers; naming the first.
+            UserError: the last step or a weight is not finite; no gradient was left by the settings.
+            RuntimeError: part of a layer had none; naming the first.
         """
+        broken = [name for name, parameter in self.trainable.items() if not bool(parameter.isfinite().all())]
+        if broken or self.non_finite > 1:
+            raise UserError(
+                f"train: the run ended in {f'weights that are not finite, such as {broken[0]}' if broken else 'NaN'}; "
+                "lower train.learning_rate or train.weight_decay"
+            )
         if self.steps <= 3:
             return
         biases = sorted(name for name in self.silent if name.endswith(".delta"))
@@ -121,7 +128,12 @@ class Watch:
         layers = {name: layer(name) for name in self.trainable if not name.endswith(".delta")}
         reached = {layers[name] for name in layers.keys() - self.silent}
         unused = sorted(set(layers.values()) - reached)
-        broken = sorted(name for name in self.silent & layers.keys() if layers[name] in reached or not reached)
+        if layers and not reached:
+            raise UserError(
+                "train: no gradient was left for any layer; look at train.learning_rate, max_grad_norm, huber_c, "
+                "snr_gamma, lora.alpha and lora.dropout for values near zero (or one)"
+            )
+        broken = sorted(name for name in self.silent & layers.keys() if layers[name] in reached)
         if broken:
             raise RuntimeError(f"no gradient ever reached {broken[:4]}")
         if unused:

@@ -28,6 +28,7 @@ def main() -> None:
         found += pin.problems(lora.init_from.path, lora.init_from.sha256)
     if found:
         raise UserError(*found)
+    processes.require_share(config.section(TrainParams), config.section(RuntimeParams).num_processes)
     with processes.sharing(config.section(RuntimeParams).num_processes, sys.argv[1:]):
         train(args, config)
 

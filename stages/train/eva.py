@@ -71,6 +71,7 @@ def initialize(denoiser: Any, batches: list[Batch], predict: Callable[[Batch], t
             forward_fn=passes.forward,
             prepare_model_inputs_fn=lambda *_: None,
             prepare_layer_inputs_fn=passes.rows,
+            gather_distributed_inputs=False,  # every process sees the same batches
             show_progress_bar=False,
         )
     for module, mode in modes.items():  # PEFT gives all of them one mode: dropout would be off in training

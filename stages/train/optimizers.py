@@ -34,10 +34,6 @@ PACKAGES = {
 """Module -> what pip calls it."""
 
 
-FAILURES = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, NotImplementedError)
-"""What a class raises that does not take its arguments, or a plain step."""
-
-
 def make_optimizer(
     params: TrainParams, denoiser: Parameters, text_encoders: Parameters, device: torch.device
 ) -> torch.optim.Optimizer:
@@ -70,9 +66,9 @@ def try_out(params: TrainParams, device: torch.device) -> None:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         schedule.step()
-    except FAILURES as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # whatever a class raises that does not take its arguments, or a plain step
         what = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{where}: {what}; change train.optimizer_args, learning_rate or lr_scheduler") from None
     if library(cls) == "prodigyopt" and params.learning_rate < 0.1:
@@ -122,7 +118,11 @@ def optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimiz
         raise UserError(f"{where} needs a GPU; use adamw")
     try:
         cls = getattr(importlib.import_module(module_name), class_name, None)
-    except ImportError:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a module does that is no optimizer's, sys.exit among it
+        if not isinstance(error, ImportError):
+            raise UserError(f"{where}: importing {module_name} fails ({error!r})") from None
         package = PACKAGES.get(module_name.partition(".")[0], module_name.partition(".")[0])
         raise UserError(f"{where} is not installed; pip install {package}") from None
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):

@@ -107,23 +107,23 @@ class LoraParams(Params):
 class TrainParams(Params):
     """Section ``train``. A step is an optimizer step everywhere."""
 
-    num_steps: int = Field(ge=1)
+    num_steps: int = Field(ge=1, le=10**9)
     batch_size: int = Field(ge=1)
     """Pictures per forward pass."""
-    gradient_accumulation_steps: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(ge=1, le=10**6)
     """Forward passes per step."""
 
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "lion", "prodigy", "schedule_free"] | DottedName
     """One of these, or a class of torch.optim's kind in an installed package, such as ``torch.optim.RAdam``."""
     optimizer_args: dict[str, Any]
     """More arguments of that class, such as {betas: [0.9, 0.99]}."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=1e6)
     scale_lr: bool
     """Multiply learning_rate by batch_size * gradient_accumulation_steps."""
-    lora_plus_ratio: float | None = Field(ge=1)
+    lora_plus_ratio: float | None = Field(ge=1, le=1e6)
     """B's learning rate over A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
-    weight_decay: float = Field(ge=0)
-    text_encoder_lr: float | None = Field(gt=0)
+    weight_decay: float = Field(ge=0, le=1e6)
+    text_encoder_lr: float | None = Field(gt=0, le=1e6)
     """Peak learning rate of the text encoders; null for ``learning_rate``."""
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     lr_warmup_steps: int = Field(ge=0)
@@ -174,6 +174,10 @@ class TrainParams(Params):
     @model_validator(mode="after")
     def settings_are_read(self) -> TrainParams:
         """What no other setting lets be read is refused."""
+        try:
+            json.dumps(self.optimizer_args, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError(f"optimizer_args: got {self.optimizer_args}; numbers must be finite") from None
         if self.lr_warmup_steps >= self.num_steps:
             raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must be below num_steps ({self.num_steps})")
         needs_gamma = self.loss_weighting in ("min_snr", "soft_min_snr")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +46,9 @@ def sharing(num_processes: int, arguments: Sequence[str]) -> Iterator[None]:
         UserError: one of the others ended, and why.
     """
     others = [] if "WORLD_SIZE" in os.environ else launch(num_processes, arguments)
+    if others:  # until the training loop notes signals itself: go through the finally below
+        signal.signal(signal.SIGTERM, leave)
+        signal.signal(signal.SIGUSR1, leave)
     try:
         yield
     except RuntimeError as error:  # a process that is gone shows as a broken connection
@@ -52,6 +57,10 @@ def sharing(num_processes: int, arguments: Sequence[str]) -> Iterator[None]:
         for process in others:
             process.kill()
             process.wait()
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def launch(num_processes: int, arguments: Sequence[str]) -> list[subprocess.Popen[bytes]]:
@@ -81,8 +90,10 @@ def failure(others: list[subprocess.Popen[bytes]]) -> UserError | None:
     for number, process in enumerate(others, start=1):
         with contextlib.suppress(subprocess.TimeoutExpired):
             if process.wait(PATIENCE):
-                lines = log_file(number).read_text(errors="replace").strip().splitlines() or ["no output"]
-                return UserError(f"train: process {number} ended ({lines[-1]}); see {log_file(number)}")
+                lines = log_file(number).read_text(errors="replace").strip().splitlines()
+                killed = f"killed by signal {-process.returncode}; 9 is often for want of memory"
+                what = killed if process.returncode < 0 else f"{(lines or ['no output'])[-1]}; see {log_file(number)}"
+                return UserError(f"train: process {number} ended ({what})")
     return None
 
 

@@ -11,6 +11,7 @@ import torch
 from stages.artifacts.adapter import bias_metadata, snapshot_name
 from stages.core import bias, device, lora, objectives, seeding, selfcheck
 from stages.core.adapted import Adapted, frozen_digest, text_configs
+from stages.core.base_files import is_whole
 from stages.core.checkpoint import Checkpoints
 from stages.core.console import log
 from stages.core.files import save_tensors, sha256_json, state_dir, write_json
@@ -224,9 +225,10 @@ class Trainer:
         if state is None:
             return 0
         every = self.params.snapshot_every_n_steps
-        missing = [n for n in range(every, state["step"], every) if not (self.folder / snapshot_name(n)).exists()]
+        kept = {n: self.folder / snapshot_name(n) for n in range(every, state["step"], every)}
+        missing = [n for n, path in kept.items() if not is_whole(path)]
         if missing:
-            log.warning("warning: starts over: %s has no snapshot of step %d", self.folder, missing[0])
+            log.warning("warning: starts over: %s has no whole snapshot of step %d", self.folder, missing[0])
             return 0
         self.adapted.load(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
