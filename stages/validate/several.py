@@ -44,7 +44,7 @@ def read_entries(texts: list[str], base: dict[str, str]) -> list[Entry]:
         base: digest per component of the base that is drawn with.
 
     Raises:
-        UserError: a scale that is no number or too large, a file that is not there, is damaged, or was made on another base.
+        UserError: a scale that is no number or too large, a file that is absent, damaged, or made on another base.
     """
     entries = []
     for text in texts:
@@ -72,10 +72,11 @@ def require_base(file: Path, base: dict[str, str]) -> None:
 
     try:
         record = json.loads(load_metadata(file).get("lora_dag", "{}"))
-    except SafetensorError as error:
+        recorded, config = dict(record.get("base", {})), dict(record.get("lora_config", {}))
+    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged, or no safetensors file ({error})") from None
-    base_files.require_same_base(record.get("base", {}), base, file)
-    if algo := record.get("lora_config", {}).get("algo"):
+    base_files.require_same_base(recorded, base, file)
+    if algo := config.get("algo"):
         raise UserError(f"{file}: made with lora.algo {algo}, which diffusers does not load; use validate.scales")
 
 
