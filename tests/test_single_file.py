@@ -342,6 +342,18 @@ def test_a_file_cut_short(sd: Path) -> None:
     assert refusal() == f"{sd}: truncated or no safetensors file; fetch it again"
 
 
+@pytest.mark.parametrize("change", [{"shape": [-1, 2]}, {"dtype": None}, {"dtype": "F4"}], ids=str)
+def test_a_damaged_header(sd: Path, change: dict[str, object]) -> None:
+    content = sd.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    name = min(name for name in header if name.startswith("first_stage_model."))
+    header[name] = {key: value for key, value in (header[name] | change).items() if value is not None}
+    text = json.dumps(header).encode()
+    sd.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    assert refusal() == f"{sd}: truncated or no safetensors file; fetch it again"
+
+
 def test_quantised_weights(sd: Path) -> None:
     name = "model.diffusion_model.input_blocks.0.0.weight"
     edit(sd, lambda tensors: tensors | {name: tensors[name].to(torch.int8)})

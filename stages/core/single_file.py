@@ -134,7 +134,7 @@ def nowhere(file: Path, model: ModelParams, family: Family) -> list[str]:
 def problems(file: Path, model: ModelParams, family: Family) -> list[str]:
     """What is wrong with the file itself, one line each, from its header and the scheduler's config."""
     header = read_header(file)
-    if not header:
+    if not header or not opens(file):
         return [f"{file}: truncated or no safetensors file; fetch it again"]
     lora = next((name for name in header if any(mark in name for mark in LORA)), None)
     if lora:
@@ -148,6 +148,17 @@ def problems(file: Path, model: ModelParams, family: Family) -> list[str]:
         what = f"quantised ({bad[0]} is {header[bad[0]]['dtype']})"
         return [f"{file}: {what}; get the checkpoint in float16, bfloat16 or float32"]
     return scheduler_problems(file, header)
+
+
+def opens(file: Path) -> bool:
+    """Whether safetensors itself accepts the header: every shape, dtype and offset."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def is_quantised(name: str, entry: dict[str, Any]) -> bool:
