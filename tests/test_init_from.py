@@ -17,13 +17,14 @@ from stages.core import lora, pin, seeding
 from stages.core import params as core_params
 from stages.core.bases import resolve
 from stages.core.console import UserError
-from stages.core.files import load_tensors, read_json, save_tensors, sha256_file, write_json
+from stages.core.files import load_metadata, load_tensors, read_json, save_tensors, sha256_file, write_json
 from stages.core.params import ModelParams
 from stages.export import header, trained, writers
 from stages.export.params import ExportParams
 from stages.families.base import load_family
 from stages.train import init_from
 from stages.train.trainer import Trainer
+from stages.validate import several
 from tests.conftest import Workspace
 from tests.test_formats import KINDS, adapt, loaded, unet
 from tests.test_lora import params, predict
@@ -290,6 +291,75 @@ def test_a_config_of_something_else(workspace: Workspace, change: dict[str, str]
     assert reason in refusal(FILES["peft"])[0]
     write_json(Path("data/start/adapter.json"), read_json(Path("data/start/adapter.json")) | {"files": {}})
     assert "adapter.json belongs to another file than" in refusal(FILES["ours"])[0]
+
+
+@pytest.mark.parametrize("cast", [torch.int8, torch.bool, torch.complex64, "nan", "inf"])
+def test_tensors_that_are_no_weights(workspace: Workspace, cast: torch.dtype | str) -> None:
+    write(workspace)
+    tensors = load_tensors(Path(FILES["comfyui"]))
+    name = min(name for name in tensors if name.endswith("up.weight"))
+    odd = tensors[name] * float(cast) if isinstance(cast, str) else tensors[name].to(cast)
+    save_tensors(Path("data/odd.safetensors"), tensors | {name: odd})
+    (problem,) = refusal("data/odd.safetensors")
+    reason = "has NaN or infinity; its training failed" if isinstance(cast, str) else "; start from a file in a float"
+    assert problem.startswith(f"params.yaml lora.init_from: 'data/odd.safetensors': {name} ") and reason in problem
+
+
+@pytest.mark.parametrize("content", [[], None, "x"])
+def test_a_config_that_is_no_mapping(workspace: Workspace, content: object) -> None:
+    write(workspace)
+    write_json(Path(FILES["peft"]).with_name("adapter_config.json"), content)
+    write_json(Path("data/start/adapter.json"), content)
+    for name in ("peft", "ours"):
+        assert f"its content is {content!r}, no mapping; fetch it again" in refusal(FILES[name])[0]
+
+
+def test_alphas_that_are_none(workspace: Workspace) -> None:
+    write(workspace)
+    path = Path(FILES["peft"]).with_name("adapter_config.json")
+    whole = read_json(path)
+    cases: list[tuple[dict[str, Any], str]] = [
+        *(({"lora_alpha": value}, "alpha of lora_alpha is ") for value in ("x", None, [1], True)),
+        ({"alpha_pattern": [1]}, "its alpha_pattern is [1], no mapping"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern '(' is no pattern"),
+        ({"alpha_pattern": {"to_q": "x"}}, "alpha of to_q is 'x', no finite number"),
+    ]
+    for change, reason in cases:
+        write_json(path, whole | change)
+        assert reason in refusal(FILES["peft"])[0]
+    path.write_text(path.read_text().replace('"x"', "1").replace('"lora_alpha": 4.0', '"lora_alpha": NaN'))
+    assert "alpha of lora_alpha is nan, no finite number" in refusal(FILES["peft"])[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        *(("lora_adapter_metadata", value, "its lora_adapter_metadata is ") for value in ("[]", "null", "3")),
+        ("lora_adapter_metadata", '{"unet.lora_alpha": "x"}', "alpha of lora_alpha is 'x'"),
+        *(("lora_dag", value, "its lora_dag is ") for value in ("[]", '"x"')),
+        *(("lora_dag", value, "its base is ") for value in ('{"base": 3}', '{"base": ["unet"]}')),
+    ],
+)
+def test_a_header_of_another_shape(workspace: Workspace, key: str, value: str, reason: str) -> None:
+    write(workspace)
+    tensors, kept = load_tensors(Path(FILES["diffusers"])), load_metadata(Path(FILES["diffusers"]))
+    save_tensors(Path("data/odd.safetensors"), tensors, kept | {key: value})
+    (problem,) = refusal("data/odd.safetensors")
+    assert reason in problem
+    if key == "lora_dag":
+        with pytest.raises(UserError, match="data/odd.safetensors: damaged"):
+            several.require_base(Path("data/odd.safetensors"), {"unet": "0"})
+
+
+def test_a_layer_without_a_rank_and_a_path_that_is_none(workspace: Workspace) -> None:
+    write(workspace)
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    empty = {f"{key}.lora_down.weight": torch.zeros(0, 32), f"{key}.lora_up.weight": torch.zeros(32, 0)}
+    save_tensors(Path("data/odd.safetensors"), load_tensors(Path(FILES["comfyui"])) | empty)
+    assert "are no adapter; fetch it again" in refusal("data/odd.safetensors")[0]
+    assert pin.problems("a\0.safetensors", None) == [
+        "params.yaml lora.init_from: 'a\\x00.safetensors' has a NUL character, which no path has"
+    ]
 
 
 # The pin

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from stages.core.console import UserError
 from stages.core.files import load_metadata, load_tensors, save_tensors
 from stages.core.sheets import cut
+from stages.validate import several
 from tests.conftest import Workspace
 from tests.test_formats import adapt
 
@@ -85,3 +88,32 @@ def test_what_cannot_be_drawn_is_named(files: Workspace) -> None:
     )
     save_tensors(Path("e.safetensors"), {"weight": next(iter(tensors.values()))}, {"format": "pt"})
     assert "diffusers does not load it" in refusal(files, "e.safetensors")
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "1e300", "-1001"])
+def test_a_scale_that_draws_nothing(scale: str) -> None:
+    with pytest.raises(UserError, match="is no scale; expected -1000 to 1000"):
+        several.read_entries([f"a.safetensors:{scale}"], {})
+
+
+def test_all_of_a_file_is_drawn_or_it_is_refused(workspace: Workspace) -> None:
+    """diffusers drops what it has no names for, and says nothing."""
+    adapt(workspace)
+    workspace.run("export", "--set", "export.formats=[diffusers]")
+    pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
+    own, export = (
+        Path("data/adapter/adapter.safetensors"),
+        Path("data/export/diffusers/pytorch_lora_weights.safetensors"),
+    )
+    several.require_readable(pipeline, [several.Entry(export, (1.0,))])
+    with pytest.raises(UserError, match=r"adapter.safetensors: the run's own file, which diffusers does not read; use"):
+        several.require_readable(pipeline, [several.Entry(export, (1.0,)), several.Entry(own, (1.0,))])
+    with pytest.raises(UserError, match=r"takes only 0 of 2,048 weights of its lora_A"):
+        several.load(pipeline, [several.Entry(own, (1.0,))])
+    more = {"lora_te_nowhere.lora_A.weight": torch.ones(2, 3)}
+    save_tensors(Path("more.safetensors"), load_tensors(export) | more)
+    pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
+    with pytest.raises(UserError, match=r"takes only 2,048 of 2,054 weights of its lora_A"):
+        several.load(pipeline, [several.Entry(Path("more.safetensors"), (1.0,))])
+    pipeline.unload_lora_weights()
+    assert several.load(pipeline, [several.Entry(export, (1.0,))]) == ["adapter_0"]

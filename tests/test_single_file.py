@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -341,10 +342,52 @@ def test_a_file_cut_short(sd: Path) -> None:
     assert refusal() == f"{sd}: truncated or no safetensors file; fetch it again"
 
 
+@pytest.mark.parametrize("change", [{"shape": [-1, 2]}, {"dtype": None}, {"dtype": "F4"}], ids=str)
+def test_a_damaged_header(sd: Path, change: dict[str, object]) -> None:
+    content = sd.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    name = min(name for name in header if name.startswith("first_stage_model."))
+    header[name] = {key: value for key, value in (header[name] | change).items() if value is not None}
+    text = json.dumps(header).encode()
+    sd.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    assert refusal() == f"{sd}: truncated or no safetensors file; fetch it again"
+
+
 def test_quantised_weights(sd: Path) -> None:
     name = "model.diffusion_model.input_blocks.0.0.weight"
     edit(sd, lambda tensors: tensors | {name: tensors[name].to(torch.int8)})
     assert refusal() == f"{sd}: quantised ({name} is I8); get the checkpoint in float16, bfloat16 or float32"
+
+
+@pytest.mark.parametrize(
+    ("end", "dtype", "shown"), [("", torch.int8, "I8"), ("", torch.int32, "I32"), (".scale_weight", torch.half, "F16")]
+)
+@pytest.mark.parametrize("part", ["cond_stage_model.", "first_stage_model."])
+def test_quantised_weights_beside_the_denoiser(sd: Path, part: str, end: str, dtype: torch.dtype, shown: str) -> None:
+    name = min(name for name in load_tensors(sd) if name.startswith(part) and name.endswith("weight"))
+    edit(sd, lambda tensors: tensors | {name + end: tensors[name].to(dtype)})
+    assert refusal() == f"{sd}: quantised ({name}{end} is {shown}); get the checkpoint in float16, bfloat16 or float32"
+
+
+def test_positions_and_counters_are_no_quantised_weights(sd: Path) -> None:
+    positions = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    edit(sd, lambda tensors: tensors | positions | {"first_stage_model.model_ema.num_updates": torch.tensor(3)})
+    resolve()
+
+
+def test_more_of_a_component_than_the_configs_describe(sd: Path) -> None:
+    whole, extra = load_tensors(sd), {"first_stage_model.encoder.extra.weight": torch.zeros(7)}
+    save_tensors(sd, whole | extra)
+    assert re.search(r"has ([\d,]+) weights of vae, vae/config.json describes ", refusal())
+    layer = "cond_stage_model.transformer.text_model.encoder.layers."
+    last = max(int(name.removeprefix(layer).split(".")[0]) for name in whole if name.startswith(layer))
+    old, new = f"{layer}{last}.", f"{layer}{last + 1}."
+    save_tensors(sd, whole | {n.replace(old, new): t.clone() for n, t in whole.items() if n.startswith(old)})
+    assert refusal() == (
+        f"{sd}: has {last + 2} layers of text_encoder, text_encoder/config.json describes {last + 1}; use the configs"
+        " of its own base"
+    )
 
 
 def test_components_that_are_nowhere(sd: Path) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.core.base_files import read_header
 from stages.core.console import UserError
 from stages.core.files import load_metadata, load_tensors, read_json, sha256_file
 from stages.core.pin import SETTING, config_beside
@@ -39,6 +41,8 @@ LEAVES = {
 DOTTED = ("base_model.model.", "unet.", "transformer.", "diffusion_model.", "")
 UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 TEXT = ("text_encoder", "lora_te")
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""safetensors' dtypes that hold weights."""
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 """PEFT's starts that move a part of the base's weights into the adapter: without that base the file means nothing."""
 
@@ -94,12 +98,14 @@ def read(file: Path, denoiser: Any, pipeline: str) -> AdapterFile:
 
     try:
         tensors, header = load_tensors(file), load_metadata(file)
-        record, packed = (json.loads(header.get(name, "{}")) for name in ("lora_dag", "lora_adapter_metadata"))
+        names = ("lora_dag", "lora_adapter_metadata")
+        record, packed = (mapping(json.loads(header.get(name, "{}")), file, name) for name in names)
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{SETTING}: '{file}' is damaged, or no safetensors file ({error})") from None
-    config, base = read_config(file, packed), record.get("base", {})
+    require_numbers(tensors, file)
+    config, base = read_config(file, packed), mapping(record.get("base", {}), file, "base")
     if (beside := config_beside(file)) and beside.name == "adapter.json":
-        base = read_json(beside).get("base", {})
+        base = mapping(mapping(read_json(beside), beside, "content").get("base", {}), beside, "base")
     groups = grouped({name: tensor.float() for name, tensor in tensors.items()}, file)
     named, strange = by_layer(groups, denoiser)
     if strange:
@@ -112,6 +118,23 @@ def read(file: Path, denoiser: Any, pipeline: str) -> AdapterFile:
     return assembled(
         named, config, says_alpha=bool(config) or any("alpha" in group for group in groups.values()), base=base
     )
+
+
+def mapping(value: Any, file: Path, what: str) -> dict[str, Any]:
+    """Raises UserError for a part of a file that is no mapping."""
+    if not isinstance(value, dict):
+        raise UserError(f"{SETTING}: '{file}' is damaged: its {what} is {value!r:.40}, no mapping; fetch it again")
+    return value
+
+
+def require_numbers(tensors: Tensors, file: Path) -> None:
+    """Raises UserError for tensors of no float dtype, or with NaN or infinity."""
+    dtypes = {name: entry["dtype"] for name, entry in read_header(file).items()}
+    for name, tensor in tensors.items():
+        if dtypes[name] not in FLOATS:
+            raise UserError(f"{SETTING}: '{file}': {name} is {dtypes[name]}; start from a file in a float dtype")
+        if not tensor.float().isfinite().all():
+            raise UserError(f"{SETTING}: '{file}': {name} has NaN or infinity; its training failed, use another file")
 
 
 def read_config(file: Path, packed: dict[str, Any]) -> dict[str, Any]:
@@ -127,17 +150,33 @@ def read_config(file: Path, packed: dict[str, Any]) -> dict[str, Any]:
     if beside is None:
         config = {key.partition(".")[2]: value for key, value in packed.items() if key.startswith(("unet.", "trans"))}
     else:
-        config = read_json(beside)
+        config = mapping(read_json(beside), beside, "content")
         if beside.name == "adapter.json":
-            if sha256_file(file) not in config.get("files", {}).values():
+            if sha256_file(file) not in mapping(config.get("files", {}), beside, "files").values():
                 raise UserError(f"{SETTING}: {beside} belongs to another file than '{file}'; keep the two together")
-            config = config.get("lora_config", {})
+            config = mapping(config.get("lora_config", {}), beside, "lora_config")
     kind, start = config.get("peft_type", "LORA"), str(config.get("init_lora_weights", "")).lower()
     if kind != "LORA":
         raise UserError(f"{SETTING}: '{file}' is {kind}, no LoRA; start from a LoRA file")
     if start.startswith(CHANGE_THE_BASE):
         raise UserError(f"{SETTING}: '{file}' began as {start}, which changed its base; convert it to plain LoRA first")
+    require_alphas(config, beside or file)
     return config
+
+
+def require_alphas(config: dict[str, Any], file: Path) -> None:
+    """Raises UserError for an alpha that is no finite number, or a pattern that is no regular expression."""
+    patterns = mapping(config.get("alpha_pattern") or {}, file, "alpha_pattern")
+    for name, value in {"lora_alpha": config.get("lora_alpha", 1), **patterns}.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UserError(
+                f"{SETTING}: '{file}': alpha of {name} is {value!r:.40}, no finite number; write the one meant"
+            )
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{SETTING}: '{file}': alpha_pattern {pattern!r:.40} is no pattern ({error})") from None
 
 
 def grouped(tensors: Tensors, file: Path) -> dict[str, Tensors]:
@@ -183,7 +222,7 @@ def is_whole(group: Tensors) -> bool:
     a, b = group.get("a"), group.get("b")
     if a is None or b is None:
         return set(group) == {"delta"}
-    if min(a.dim(), b.dim()) < 2 or len(a) != b.shape[1]:
+    if min(a.dim(), b.dim()) < 2 or not 0 < len(a) == b.shape[1]:
         return False
     sizes = {"alpha": 1, "magnitude": len(b), "dora_scale": len(b), "bias_of_b": len(b)}
     return all(group[name].numel() == size for name, size in sizes.items() if name in group)

@@ -18,6 +18,8 @@ SETTING = "params.yaml lora.init_from"
 
 def problems(path: str, pinned: str | None) -> list[str]:
     """A line if the file is not there, no safetensors, or not the pinned one; then with the digest to pin."""
+    if "\0" in path:
+        return [f"{SETTING}: {path!r} has a NUL character, which no path has"]
     file, where = Path(path), f"{SETTING}: '{path}'"
     written = next((own for own in (PATHS["adapter"], PATHS["export"], "runs") if inside(file, Path(own))), None)
     if written:

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,6 +79,8 @@ FLOATS = {
 """safetensors' dtypes -> torch's, to keep them in without loss."""
 SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")
 LORA = ("lora_", ".lora", "hada_w1", "lokr_w1")
+TRAINING = r"^first_stage_model\.(loss|model_ema)\."
+"""Names in a VAE's part that only its own training read."""
 OWN_CONFIGS = "use the configs of its own base"
 PACKAGES = ("diffusers", "transformers", "safetensors")
 VERSION = 1
@@ -131,7 +134,7 @@ def nowhere(file: Path, model: ModelParams, family: Family) -> list[str]:
 def problems(file: Path, model: ModelParams, family: Family) -> list[str]:
     """What is wrong with the file itself, one line each, from its header and the scheduler's config."""
     header = read_header(file)
-    if not header:
+    if not header or not opens(file):
         return [f"{file}: truncated or no safetensors file; fetch it again"]
     lora = next((name for name in header if any(mark in name for mark in LORA)), None)
     if lora:
@@ -139,12 +142,28 @@ def problems(file: Path, model: ModelParams, family: Family) -> list[str]:
     found = family_of(header)
     if found != model.family and (found or model.family in MARKS):
         return [f"{file}: {other_family(header, found, model, family, file.parent)}"]
-    denoiser = denoiser_names(header, model.family)
-    bad = [name for name in denoiser if header[name]["dtype"] not in FLOATS or name.endswith(SCALES)]
+    held_names = [name for part in held(file, model, family) for name in names_of(part, header, model, family)]
+    bad = [name for name in held_names if name.endswith(SCALES) or is_quantised(name, header[name])]
     if bad:
         what = f"quantised ({bad[0]} is {header[bad[0]]['dtype']})"
         return [f"{file}: {what}; get the checkpoint in float16, bfloat16 or float32"]
     return scheduler_problems(file, header)
+
+
+def opens(file: Path) -> bool:
+    """Whether safetensors itself accepts the header: every shape, dtype and offset."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def is_quantised(name: str, entry: dict[str, Any]) -> bool:
+    """No float; of integers, positions and counters are none of the weights."""
+    return entry["dtype"] not in FLOATS and not name.endswith(".position_ids") and math.prod(entry["shape"]) != 1
 
 
 def family_of(names: Iterable[str]) -> str | None:
@@ -175,6 +194,13 @@ def denoiser_names(names: Iterable[str], family: str) -> list[str]:
     prefixed = [name for name in names if name.startswith(DENOISER)]
     others = tuple(prefix for prefixes in INSIDE.get(family, {}).values() for prefix in prefixes)
     return prefixed or [name for name in names if not name.startswith(others)]
+
+
+def names_of(component: str, names: Iterable[str], model: ModelParams, family: Family) -> list[str]:
+    """A component's tensors, as the file has them."""
+    if component == family.DENOISER:
+        return denoiser_names(names, model.family)
+    return [name for name in names if name.startswith(INSIDE.get(model.family, {}).get(component, ()))]
 
 
 def scheduler_problems(file: Path, names: Iterable[str]) -> list[str]:
@@ -273,9 +299,13 @@ def write(folder: Path, file: Path, model: ModelParams, family: Family) -> None:
     """The file's weights as diffusers converts them, a component in memory at a time; then all else as it stands."""
     with quiet.no_warnings():  # image processors that ask for torchvision, which nothing here needs
         quiet.disable_progress_bars()
-        require_all_of_the_denoiser(file, model, family)
+        require_all_of(family.DENOISER, file, model, family)
         for name in held(file, model, family):
             load(name, file, model, family).save_pretrained(folder / name, variant=model.variant)
+            if name == "vae":
+                require_all_of(name, file, model, family)
+            elif name != family.DENOISER:
+                require_depth(name, file, model, family)
     for path in kept_files(file, model, family):
         place = folder / path.relative_to(file.parent)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -328,19 +358,34 @@ def load(name: str, file: Path, model: ModelParams, family: Family) -> Any:
     return module
 
 
-def require_all_of_the_denoiser(file: Path, model: ModelParams, family: Family) -> None:
+def require_all_of(name: str, file: Path, model: ModelParams, family: Family) -> None:
     """Raises UserError where the file has more or less of it than its config describes: diffusers leaves the rest."""
     import diffusers
     import torch
 
-    name, header = family.DENOISER, read_header(file)
+    header = read_header(file)
     cls = getattr(diffusers, family.COMPONENTS[name])
     with torch.device("meta"):
-        denoiser = cls.from_config(cls.load_config(str(file.parent), subfolder=name, local_files_only=True))
-    described = sum(tensor.numel() for tensor in denoiser.state_dict().values())
-    there = sum(math.prod(header[key]["shape"]) for key in denoiser_names(header, model.family))
+        module = cls.from_config(cls.load_config(str(file.parent), subfolder=name, local_files_only=True))
+    described = sum(tensor.numel() for tensor in module.state_dict().values())
+    names = [key for key in names_of(name, header, model, family) if not re.search(TRAINING, key)]
+    there = sum(math.prod(header[key]["shape"]) for key in names)
     if there != described:
         what = f"has {there:,} weights of {name}, {name}/config.json describes {described:,}"
+        raise UserError(f"{file}: {what}; {OWN_CONFIGS}")
+
+
+def require_depth(name: str, file: Path, model: ModelParams, family: Family) -> None:
+    """Raises UserError where a text encoder has more layers than its config describes.
+
+    OpenCLIP's (``resblocks``) may: Stable Diffusion 2 goes without the last.
+    """
+    found = [re.search(r"\.(?:layers|block)\.(\d+)\.", key) for key in names_of(name, read_header(file), model, family)]
+    there = max((int(match[1]) + 1 for match in found if match), default=0)
+    config = json.loads((file.parent / name / "config.json").read_text(encoding="utf-8"))
+    described = config.get("num_hidden_layers", config.get("num_layers", there))
+    if there > described:
+        what = f"has {there} layers of {name}, {name}/config.json describes {described}"
         raise UserError(f"{file}: {what}; {OWN_CONFIGS}")
 
 
@@ -349,8 +394,6 @@ def own_dtype(name: str, file: Path, model: ModelParams, family: Family) -> torc
     import torch
 
     header = read_header(file)
-    prefixes = INSIDE.get(model.family, {}).get(name, ())
-    is_denoiser = name == family.DENOISER
-    names = denoiser_names(header, model.family) if is_denoiser else [key for key in header if key.startswith(prefixes)]
+    names = names_of(name, header, model, family)
     dtypes = {getattr(torch, FLOATS[header[key]["dtype"]]) for key in names if header[key]["dtype"] in FLOATS}
     return functools.reduce(torch.promote_types, dtypes)

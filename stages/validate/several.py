@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core import base_files
+from stages.core.base_files import read_header
 from stages.core.console import UserError, log
 from stages.core.files import load_metadata
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 OUTPUT = Path("compare/adapters.png")
 SHEET_BYTES = 2_000_000  # in no git history
+MAX_SCALE = 1000.0
+"""Of either sign; what is drawn far below it is noise already."""
+DOWN = (".lora_A.", ".lora_down.", ".down.")
+"""In the names of the tensors that every converter of diffusers keeps, split or repeated, but no smaller."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ def read_entries(texts: list[str], base: dict[str, str]) -> list[Entry]:
         base: digest per component of the base that is drawn with.
 
     Raises:
-        UserError: a scale that is no number, a file that is not there, is damaged, or was made on another base.
+        UserError: a scale that is no number or too large, a file that is absent, damaged, or made on another base.
     """
     entries = []
     for text in texts:
@@ -49,6 +55,9 @@ def read_entries(texts: list[str], base: dict[str, str]) -> list[Entry]:
             raise UserError(
                 f"--adapters {text}: '{given}' is no scale; expected FILE:SCALE, such as a.safetensors:0.8"
             ) from None
+        for scale in scales:
+            if not abs(scale) <= MAX_SCALE:  # nan too
+                raise UserError(f"--adapters {text}: {scale:g} is no scale; expected -{MAX_SCALE:g} to {MAX_SCALE:g}")
         file = Path(name if colon else text)
         if not file.is_file():
             raise UserError(f"--adapters {text}: no such file")
@@ -63,18 +72,30 @@ def require_base(file: Path, base: dict[str, str]) -> None:
 
     try:
         record = json.loads(load_metadata(file).get("lora_dag", "{}"))
-    except SafetensorError as error:
+        recorded, config = dict(record.get("base", {})), dict(record.get("lora_config", {}))
+    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged, or no safetensors file ({error})") from None
-    base_files.require_same_base(record.get("base", {}), base, file)
-    if algo := record.get("lora_config", {}).get("algo"):
+    base_files.require_same_base(recorded, base, file)
+    if algo := config.get("algo"):
         raise UserError(f"{file}: made with lora.algo {algo}, which diffusers does not load; use validate.scales")
+
+
+def require_readable(pipeline: Any, entries: list[Entry]) -> None:
+    """Raises UserError for a run's own file: of names without a component, diffusers takes none and says nothing."""
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    modules = {name for name, _ in denoiser.named_modules()}
+    own = [
+        entry.file for entry in entries if {name.partition(".lora_")[0] for name in read_header(entry.file)} & modules
+    ]
+    if own:
+        raise UserError(*(f"{file}: the run's own file, which diffusers does not read; use its export" for file in own))
 
 
 def load(pipeline: Any, entries: list[Entry]) -> list[str]:
     """Stock ``load_lora_weights``; the adapters' names.
 
     Raises:
-        UserError: a file that diffusers does not read.
+        UserError: a file that diffusers does not read, or of which it leaves a part.
     """
     from stages.core import quiet
 
@@ -83,10 +104,22 @@ def load(pipeline: Any, entries: list[Entry]) -> list[str]:
         try:
             with quiet.no_warnings():
                 pipeline.load_lora_weights(entry.file.parent, weight_name=entry.file.name, adapter_name=name)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             what = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{entry.file}: diffusers does not load it ({what}); use the diffusers export") from None
+        header = read_header(entry.file)
+        there = sum(math.prod(header[key]["shape"]) for key in header if any(mark in key for mark in DOWN))
+        if (found := taken(pipeline, name)) < max(1, there):
+            what = f"{found:,} of {there:,} weights of its lora_A"
+            raise UserError(f"{entry.file}: diffusers takes only {what}; use the diffusers export")
     return names
+
+
+def taken(pipeline: Any, name: str) -> int:
+    """Weights in the lora_A of an adapter, in all components."""
+    modules = [part for part in pipeline.components.values() if hasattr(part, "named_parameters")]
+    named = [item for module in modules for item in module.named_parameters()]
+    return sum(parameter.numel() for key, parameter in named if f".lora_A.{name}." in key)
 
 
 def draw_grid(exam: Exam, sampling_for: Callable[[int], Sampling], prompts: list[str], entries: list[Entry]) -> None:
@@ -96,6 +129,7 @@ def draw_grid(exam: Exam, sampling_for: Callable[[int], Sampling], prompts: list
 
     pipeline = exam.family.load_pipeline(exam.model, exam.device)
     sampling = sampling_for(pipeline.vae_scale_factor)
+    require_readable(pipeline, entries)
     columns = {"base": draw(pipeline, sampling, exam.model)}
     names = load(pipeline, entries)
     for scales in itertools.product(*(entry.scales for entry in entries)):
