@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -22,13 +20,12 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from benchmarks import readme
 from benchmarks.stand_in import make_base, make_picture, make_pictures
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-README = REPOSITORY / "benchmarks" / "README.md"
 COPIED = ("stages", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore")
 NUM_REPEATS = 5  # of what takes seconds; the median is shown
-START, END = "<!-- cache_scale -->", "<!-- /cache_scale -->"
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,7 @@ def main() -> None:
     text = table(args.num_pictures, results)
     print(text)
     if args.write:
-        before, _, rest = README.read_text(encoding="utf-8").partition(START)
-        README.write_text(f"{before}{START}\n{text}{END}{rest.partition(END)[2]}", encoding="utf-8")
+        readme.write("cache_scale", text)
 
 
 class Project:
@@ -143,12 +139,9 @@ def counts(said: str) -> str:
 
 
 def table(num_pictures: int, results: list[Result]) -> str:
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("dvc", "torch", "diffusers", "pillow")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB of memory"
     lines = [
-        f"`python -m benchmarks.cache_scale --num-pictures {num_pictures}` on {machine}, "
-        f"Python {platform.python_version()}, {', '.join(versions)}:",
+        f"`python -m benchmarks.cache_scale --num-pictures {num_pictures}` on {readme.machine()}, "
+        f"{readme.versions('dvc', 'torch', 'diffusers', 'pillow')}:",
         "",
         f"| {num_pictures:,} pictures | wall seconds | |",
         "|---|---:|---|",

@@ -72,19 +72,19 @@ def make_base(folder: Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def make_pictures(folder: Path, count: int) -> None:
-    """An imagefolder of distinct JPEGs of about 4 KB, each with its own caption."""
+def make_pictures(folder: Path, count: int, side: int = SIDE) -> None:
+    """An imagefolder of distinct JPEGs, about 4 KB at 96 pixels, each with its own caption."""
     folder.mkdir(parents=True)
     for index in range(count):
-        make_picture(folder, index, seed=index)
+        make_picture(folder, index, seed=index, side=side)
     rows = [{"file_name": file_name(index), "text": f"picture {index}"} for index in range(count)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_picture(folder: Path, index: int, seed: int) -> None:
+def make_picture(folder: Path, index: int, seed: int, side: int = SIDE) -> None:
     """Coarse noise: any two differ in about half of the bits of a difference hash."""
     coarse = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-    image = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    image = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
     image.save(folder / file_name(index), quality=90)
 
 

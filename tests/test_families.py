@@ -107,6 +107,13 @@ def test_everything_loaded_is_frozen_and_in_eval_mode(sd15: Path) -> None:
         assert all(not p.requires_grad and p.dtype == torch.bfloat16 for p in module.parameters())
 
 
+def test_small_latents_in_bfloat16_are_attended_without_sdpa_on_a_cpu(tiny_base: Path) -> None:
+    for dtype, processor in (("bfloat16", "AttnProcessor"), ("float32", "AttnProcessor2_0")):
+        model = ModelParams(family="sd", pretrained=str(tiny_base), variant=None, dtype=dtype)
+        unet = sd.load_denoiser(model, torch.device("cpu"))
+        assert {type(found).__name__ for found in unet.attn_processors.values()} == {processor}
+
+
 def test_sharded_weights_are_digested_and_a_missing_shard_is_named(tiny_base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sharded"
     shutil.copytree(tiny_base, folder)

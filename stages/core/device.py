@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from stages.core.params import ModelParams, RuntimeParams
 
 RECORDED = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def setup(runtime: RuntimeParams, model: ModelParams) -> torch.device:
@@ -35,11 +37,25 @@ def setup(runtime: RuntimeParams, model: ModelParams) -> torch.device:
         raise UserError(f"params.yaml runtime.device: '{name}' is not available here; use auto or cpu")
     if name == "cpu" and model.dtype == "float16":
         raise UserError("params.yaml model.dtype: float16 needs a GPU; use bfloat16 or float32 on a CPU")
+    if name == "cpu":
+        keep_freed_memory()
     if runtime.num_threads:
         torch.set_num_threads(runtime.num_threads)
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of giving it back to the system, which clears each page at its next use.
+
+    For loops whose every step needs the same memory again: a float32 step of the embedded base (16 latents) took
+    12,000 page faults, and 6 to 15 % more time. Peak memory is the same; no result depends on it.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def autocast(device: torch.device, model: ModelParams) -> contextlib.AbstractContextManager[object]:

@@ -98,7 +98,8 @@ def encode_prompts(
 def load_denoiser(model: ModelParams, device: torch.device) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
-    return _choose_attention(components.load_frozen(UNet2DConditionModel, model, "unet", device))
+    unet = components.load_frozen(UNet2DConditionModel, model, "unet", device)
+    return unet if model.dtype == "float32" else _choose_attention(unet)  # training in float32, SDPA takes 4 % less
 
 
 def load_scheduler(model: ModelParams) -> DDPMScheduler:

@@ -1,0 +1,143 @@
+"""Whether two trainings compute the same: one records what it draws and loses, the other draws the same.
+
+The same are: the adapter at the start, and each step's pictures, noise and timesteps. Latents are the posterior's mean
+on both sides. All else is each side's own: how a picture is decoded, cut and encoded, captions, the noisy latents, the
+target, the loss, its gradients and the optimizer's step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Recorder:
+    """What a training draws and computes; the file is written anew at every step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: Tensors = {}
+        self.captions: dict[int, list[str]] = {}
+        self.losses: list[float] = []
+
+    def start(self, optimizer: torch.optim.Optimizer) -> None:
+        self.tensors |= {f"start.{index}": tensor.detach().clone() for index, tensor in enumerate(trained(optimizer))}
+
+    def step_done(self, optimizer: torch.optim.Optimizer) -> None:
+        end = {f"end.{index}": tensor.detach() for index, tensor in enumerate(trained(optimizer))}
+        captions = [self.captions[step] for step in sorted(self.captions)]
+        save_file(self.tensors | end, self.path, {"captions": json.dumps(captions), "losses": json.dumps(self.losses)})
+
+
+def trained(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def record(path: Path, draws: bool) -> Recorder:
+    """Of the training that this process starts next.
+
+    Args:
+        draws: also what our trainer draws, one micro-batch per step; its latents lose their spread.
+    """
+    recorder = Recorder(path)
+    record_losses(recorder)
+    if draws:
+        record_draws(recorder)
+    return recorder
+
+
+def record_losses(recorder: Recorder) -> None:
+    from accelerate import Accelerator
+
+    backward = Accelerator.backward
+
+    def recorded(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
+        recorder.losses.append(float(loss.detach()))
+        backward(self, loss, **kwargs)
+
+    Accelerator.backward = recorded
+
+
+def record_draws(recorder: Recorder) -> None:
+    from stages.artifacts.latent_cache import LatentCache
+    from stages.train.batches import Batches, Order
+
+    latents, items, batch = LatentCache.latents, Order.items, Batches.batch
+
+    def mean_alone(self: LatentCache, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = latents(self, key)
+        return mean, torch.zeros_like(std)
+
+    def recorded_items(self: Order, number: int) -> list[Any]:
+        found = items(self, number)
+        recorder.captions[number] = [item.caption for item in found]
+        return found
+
+    def recorded_batch(self: Batches, step: int, micro: int) -> Any:
+        found = batch(self, step, micro)
+        recorder.tensors |= {f"noise.{step}": found.noise, f"timesteps.{step}": found.timesteps}
+        return found
+
+    LatentCache.latents, Order.items, Batches.batch = mean_alone, recorded_items, recorded_batch  # type: ignore[method-assign]
+
+
+def replay(path: Path) -> Callable[[torch.optim.Optimizer], None]:
+    """The script that this process starts next draws what stands in ``path``.
+
+    Returns:
+        What gives its optimizer's parameters their recorded start.
+    """
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        captions = json.loads(file.metadata()["captions"])
+    replay_pictures(captions)
+    replay_noise(tensors)
+
+    def start(optimizer: torch.optim.Optimizer) -> None:
+        with torch.no_grad():
+            for index, parameter in enumerate(trained(optimizer)):
+                parameter.copy_(tensors[f"start.{index}"])
+
+    return start
+
+
+def replay_pictures(captions: list[list[str]]) -> None:
+    """Each picture has a caption of its own; the sampler yields them in the recorded order, once through."""
+    from torch.utils.data import RandomSampler
+
+    def in_order(self: RandomSampler) -> Iterator[int]:
+        place = {caption: index for index, caption in enumerate(self.data_source.with_format(None)["text"])}
+        return iter([place[caption] for batch in captions for caption in batch])
+
+    RandomSampler.__iter__ = in_order  # type: ignore[method-assign]
+
+
+def replay_noise(tensors: Tensors) -> None:
+    """``randn_like`` of the latents and ``randint`` of the timesteps are the script's only draws in a step."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    num_steps = sum(name.startswith("noise.") for name in tensors)
+    noise = iter([tensors[f"noise.{step}"] for step in range(num_steps)])
+    timesteps = iter([tensors[f"timesteps.{step}"] for step in range(num_steps)])
+    DiagonalGaussianDistribution.sample = lambda self, generator=None: self.mode()
+    torch.randn_like = lambda like, **options: next(noise).to(like)
+    torch.randint = lambda *args, **options: next(timesteps)
+
+
+def differences(ours: Path, other: Path) -> tuple[float, float]:
+    """Largest difference of a step's loss, and of the adapters at the end relative to how far ours has moved."""
+    with safe_open(ours, "pt") as a, safe_open(other, "pt") as b:
+        losses = [json.loads(file.metadata()["losses"]) for file in (a, b)]
+        names = [name.removeprefix("end.") for name in a.keys() if name.startswith("end.")]  # noqa: SIM118
+        moved = sum((a.get_tensor(f"end.{n}") - a.get_tensor(f"start.{n}")).double().square().sum() for n in names)
+        apart = sum((a.get_tensor(f"end.{n}") - b.get_tensor(f"end.{n}")).double().square().sum() for n in names)
+    largest = max(abs(one - two) for one, two in zip(*losses, strict=True))
+    return largest, float(torch.as_tensor(apart / moved).sqrt())
