@@ -227,9 +227,19 @@ def cold_rows(args: argparse.Namespace, results: Results) -> list[str]:
         rows += [
             f"| {num // args.batch_size} steps (one epoch) from nothing, whole processes with their imports, "
             f"{args.cold_runs} pairs | {spread(ratios)} times as fast: {seconds[0]:.0f} CPU seconds for the script, "
-            f"{seconds[1]:.0f} for prepare, cache_latents and train |"
+            f"{seconds[1]:.0f} for prepare, cache_latents and train |",
+            f"| even with the script, by the steps above | after {break_even(args, results):.1f} epochs |",
         ]
     return rows
+
+
+def break_even(args: argparse.Namespace, results: Results) -> float:
+    """Epochs after which ours has taken no more CPU time than the script, the cache included."""
+    behind = statistics.median(own - theirs for theirs, own in results.cold)
+    step = {
+        name: statistics.median(turn.cpu for turn in results.turns[name]) / args.num_steps for name in (REFERENCE, OURS)
+    }
+    return max(0.0, 1 + behind / ((step[REFERENCE] - step[OURS]) * (args.num_pictures // args.batch_size)))
 
 
 if __name__ == "__main__":
