@@ -200,8 +200,9 @@ def component_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def absent(model: ModelParams, components: Iterable[str]) -> set[str]:
-    """Those that model_index.json declares null."""
-    listed = json.loads((Path(model.pretrained) / "model_index.json").read_text(encoding="utf-8"))
+    """Those that model_index.json declares null; none where there is no such file, which is refused elsewhere."""
+    index = Path(model.pretrained) / "model_index.json"
+    listed = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
     return {component for component in components if listed.get(component) == [None, None]}
 
 
