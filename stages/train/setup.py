@@ -52,6 +52,7 @@ def make_accelerator(runtime: RuntimeParams, model: ModelParams, params: TrainPa
     """
     require_tracker(runtime)
     where = device.setup(runtime, model)
+    num_threads = torch.get_num_threads()
     accelerator = Accelerator(
         cpu=where.type == "cpu",
         mixed_precision=MIXED_PRECISION[model.dtype],
@@ -61,6 +62,7 @@ def make_accelerator(runtime: RuntimeParams, model: ModelParams, params: TrainPa
         dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    torch.set_num_threads(num_threads)  # accelerate chooses its own for several processes on a CPU
     require_share(params, accelerator.num_processes)
     return accelerator
 
