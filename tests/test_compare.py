@@ -31,7 +31,7 @@ def write_revision(rank: int, gain: float, table: str = "0123456789abcdef", prom
     text = f"lora:\n  rank: {rank}\n  alpha: 8\nreport:\n  title: Rank {rank}\n"
     write_text(Path("params.yaml"), text)
     scores = [
-        Score(f"{index}.png", split, t, 0.5, 0.5 - gain - 0.001 * index)
+        Score(f"{split}-{index}-{t}", f"{index}.png", split, t, 0.5, 0.5 - gain - 0.001 * index)
         for split in ("heldout", "train")
         for index in range(8)
         for t in (100, 900)
@@ -121,7 +121,9 @@ def test_head_and_an_untouched_workspace_are_the_same(repository: Repository) ->
 def test_a_difference_that_the_pictures_cannot_show(repository: Repository) -> None:
     scores = evaluation.read_scores(Path("reports/validate/heldout.csv").read_text())
     shifted = [
-        Score(s.file_name, s.split, s.timestep, s.base, s.adapter + (0.01 if int(s.file_name[0]) % 2 else -0.0098))
+        Score(
+            s.row, s.file_name, s.split, s.timestep, s.base, s.adapter + (0.01 if int(s.file_name[0]) % 2 else -0.0098)
+        )
         for s in scores
     ]
     write_text(Path("reports/validate/heldout.csv"), evaluation.write_scores(shifted))

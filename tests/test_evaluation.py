@@ -45,6 +45,15 @@ def test_adding_pictures_leaves_old_rows_as_they_were() -> None:
     assert set(few) < set(many)
 
 
+def test_a_row_keeps_its_name_whatever_else_is_asked() -> None:
+    few, many = (evaluation.table(make_pictures(count), 4, 1000, seed=0) for count in (3, 9))
+    named = dict(zip(many, evaluation.row_names(many, 0, {"vae": "a"}), strict=True))
+    assert [named[row] for row in few] == evaluation.row_names(few, 0, {"vae": "a"})
+    assert len(set(named.values())) == len(many)
+    assert not set(named.values()) & {*evaluation.row_names(many, 1, {"vae": "a"})}
+    assert not set(named.values()) & {*evaluation.row_names(many, 0, {"vae": "b"})}
+
+
 def test_another_seed_or_picture_gives_other_timesteps() -> None:
     rows = {evaluation.strata(seed, view, 8, 1000)[3] for seed in range(5) for view in "abcde"}
     assert len(rows) > 15
@@ -132,19 +141,19 @@ def test_one_picture_has_no_interval() -> None:
 
 def test_rows_of_a_picture_are_resampled_together() -> None:
     # Two pictures that differ, each with 50 equal rows: taken row by row, the interval would be ten times too narrow.
-    scores = [Score(f"{i}.png", "heldout", t, 1.0, float(i)) for i in range(2) for t in range(50)]
+    scores = [Score(f"{i}-{t}", f"{i}.png", "heldout", t, 1.0, float(i)) for i in range(2) for t in range(50)]
     values = evaluation.mean_change(scores)
     assert values.tolist() == [-1.0, 0.0]
 
 
 def test_metrics_by_hand() -> None:
     scores = [
-        Score("a.png", "heldout", 100, 1.0, 0.5),
-        Score("a.png", "heldout", 900, 0.4, 0.3),
-        Score("b.png", "heldout", 200, 2.0, 1.0),
-        Score("b.png", "heldout", 800, 0.2, 0.2),
-        Score("c.png", "train", 100, 1.0, 0.1),
-        Score("c.png", "train", 900, 1.0, 0.1),
+        Score("row0", "a.png", "heldout", 100, 1.0, 0.5),
+        Score("row1", "a.png", "heldout", 900, 0.4, 0.3),
+        Score("row2", "b.png", "heldout", 200, 2.0, 1.0),
+        Score("row3", "b.png", "heldout", 800, 0.2, 0.2),
+        Score("row4", "c.png", "train", 100, 1.0, 0.1),
+        Score("row5", "c.png", "train", 900, 1.0, 0.1),
     ]
     measured = evaluation.metrics(scores, 1000, seed=0)
     assert measured["val.loss"] == pytest.approx(0.5)
@@ -159,9 +168,12 @@ def test_metrics_by_hand() -> None:
 
 
 def test_scores_survive_the_file() -> None:
-    scores = [Score('odd, "name".png', "heldout", 0, 1 / 3, 2e-7), Score("b.png", "train", 999, 12.0, 0.5)]
+    scores = [
+        Score("row", 'odd, "name".png', "heldout", 0, 1 / 3, 2e-7),
+        Score("row6", "b.png", "train", 999, 12.0, 0.5),
+    ]
     text = evaluation.write_scores(scores)
-    assert text.splitlines()[0] == "file_name,split,timestep,base,adapter"
+    assert text.splitlines()[0] == "row,file_name,split,timestep,base,adapter"
     read = evaluation.read_scores(text)
     assert [(s.file_name, s.split, s.timestep) for s in read] == [(s.file_name, s.split, s.timestep) for s in scores]
     assert read[0].base == 0.333333

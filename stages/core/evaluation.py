@@ -21,7 +21,7 @@ from stages.core.seeding import key
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 BANDS = ("low", "mid", "high")  # thirds of the training timesteps, by noise
-FIELDS = ("file_name", "split", "timestep", "base", "adapter")
+FIELDS = ("row", "file_name", "split", "timestep", "base", "adapter")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Row:
 class Score:
     """One answered row of reports/validate/heldout.csv."""
 
+    row: str
+    """Names the question, as ``row_names`` does: two runs' losses are paired where it is the same."""
     file_name: str
     split: str
     timestep: int
@@ -109,17 +111,30 @@ def digest(rows: Sequence[Row], seed: int, components: Mapping[str, str]) -> str
     return sha256_json({"rows": asked, "seed": seed, "components": dict(components)})[:16]
 
 
+def row_names(rows: Sequence[Row], seed: int, components: Mapping[str, str]) -> list[str]:
+    """A name per row for what it asks, whatever else is in the table; arguments as for ``digest``. 12 hex digits."""
+    asked = [[row.picture.content, row.picture.caption, row.stratum, row.timestep] for row in rows]
+    return [sha256_json({"row": row, "seed": seed, "components": dict(components)})[:12] for row in asked]
+
+
 def write_scores(scores: Iterable[Score]) -> str:
     """CSV text, losses with six significant digits."""
-    lines = [(s.file_name, s.split, s.timestep, f"{s.base:.6g}", f"{s.adapter:.6g}") for s in scores]
+    lines = [(s.row, s.file_name, s.split, s.timestep, f"{s.base:.6g}", f"{s.adapter:.6g}") for s in scores]
     return write_csv(FIELDS, lines)
 
 
 def read_scores(text: str) -> list[Score]:
-    rows = csv.DictReader(io.StringIO(text))
+    lines = csv.DictReader(io.StringIO(text))
     return [
-        Score(row["file_name"], row["split"], int(row["timestep"]), float(row["base"]), float(row["adapter"]))
-        for row in rows
+        Score(
+            row=line["row"],
+            file_name=line["file_name"],
+            split=line["split"],
+            timestep=int(line["timestep"]),
+            base=float(line["base"]),
+            adapter=float(line["adapter"]),
+        )
+        for line in lines
     ]
 
 

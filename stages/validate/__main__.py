@@ -63,8 +63,9 @@ def main() -> None:
         return
     evidence = examine(exam, adapter, args.adapter, settings)
     targets = {component: base[component] for component in (*family.VAE, "scheduler")}
-    table = evaluation.digest(exam.rows, settings.seed, targets)
-    measured = write_losses(args.reports, exam, evidence, settings) | {"val.table": table}
+    names = evaluation.row_names(exam.rows, settings.seed, targets)
+    measured = write_losses(args.reports, exam, names, evidence, settings)
+    measured["val.table"] = evaluation.digest(exam.rows, settings.seed, targets)
     measured |= draw_sheets(args.reports, evidence, settings)
     made_from = lineage(settings, origin, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
     write_json(args.reports / "validate" / "lineage.json", made_from)
@@ -171,12 +172,14 @@ def step_label(step: int) -> str:
 # Reports
 
 
-def write_losses(reports: Path, exam: Exam, evidence: Evidence, settings: ValidateParams) -> dict[str, metrics.Value]:
+def write_losses(
+    reports: Path, exam: Exam, names: list[str], evidence: Evidence, settings: ValidateParams
+) -> dict[str, metrics.Value]:
     """heldout.csv and curve.csv; returns the ``val.*`` metrics."""
     final = max(evidence.losses)
     scores = [
-        Score(row.picture.file_name, row.picture.split, row.timestep, base, adapter)
-        for row, base, adapter in zip(exam.rows, evidence.losses[0], evidence.losses[final], strict=True)
+        Score(name, row.picture.file_name, row.picture.split, row.timestep, base, adapter)
+        for name, row, base, adapter in zip(names, exam.rows, evidence.losses[0], evidence.losses[final], strict=True)
     ]
     curve = {step: split_losses(exam, losses) for step, losses in evidence.losses.items()}
     lines = [(step, f"{heldout:.6g}", f"{probe:.6g}") for step, (heldout, probe) in sorted(curve.items())]
