@@ -1,0 +1,104 @@
+"""reports/report.html: report.md in one file to look at, with what is no function of the inputs.
+
+Time and memory of this machine, and what differs from the last commit, change between equal runs: neither DVC nor git
+tracks this file.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from stages.core import html
+from stages.core.files import read_json, understood
+from stages.core.markdown import image, table
+from stages.core.sheets import cut
+from stages.report import last_commit, page
+from stages.report.inputs import Inputs
+
+
+def write_page(title: str, inputs: Inputs, reports: Path, train: Path, export: Path) -> str:
+    """HTML of the page that stands in ``reports``.
+
+    Args:
+        train: folder of train's reports.
+        export: folder of export's.
+    """
+    measured = measured_here({"train": train / "run.json", "validate": reports / "validate" / "run.json"})
+    markdown = page.write_page(title, inputs, reports, last_commit.changed(inputs, reports, export), measured)
+    sheet, losses = inputs.pictures["samples"], inputs.pictures["loss"]
+    extras = {
+        image("Samples", sheet, reports): html.beside(
+            html.picture(sheet.read_bytes(), "Samples"), html.choice("Prompt", dict(sliders(inputs)))
+        ),
+        image("Losses", losses, reports): html.picture(losses.read_bytes(), "Losses", plot=True),
+    }
+    return html.page(title, markdown, reports, extras)
+
+
+def sliders(inputs: Inputs) -> Iterator[tuple[str, str]]:
+    """Prompt and slider between the base's picture and the adapter's, at scale 1 where that was drawn."""
+    asked, cell = inputs.lineage["validate"], inputs.lineage["sheet"]["cell"]
+    prompts, scales = asked["prompts"], asked["scales"]
+    column = 1 + (scales.index(1.0) if 1.0 in scales else len(scales) - 1)
+    with Image.open(inputs.pictures["samples"]) as sheet:
+        rows = cut(sheet.convert("RGB"), len(prompts), 1 + len(scales), cell)
+    for prompt, row in zip(prompts, rows, strict=True):
+        yield prompt, html.slider(png(row[0]), png(row[column]), ("base", "adapter"))
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# Measured on this machine
+
+
+def measured_here(files: Mapping[str, Path]) -> str:
+    """A table of each stage's run.json, where there is one.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    runs: dict[str, Mapping[str, str]] = {}
+    for stage, path in files.items():
+        if path.exists():
+            with understood(path, f"stages.{stage}"):
+                runs[stage] = told(read_json(path))
+    labels = [label for label in LABELS if any(label in run for run in runs.values())]
+    if not labels:
+        return ""
+    rows = [(label, *(run.get(label, "") for run in runs.values())) for label in labels]
+    note = "Of the last run of each stage in this workspace; a result that DVC restored brings none of its own."
+    return f"{table(('Measured on this machine', *runs), rows)}\n\n{note}"
+
+
+LABELS = ("Images per second", "Wall time", "Peak memory", "Peak memory of the GPU", "Device", "Went on from step")
+
+
+def told(run: Mapping[str, Any]) -> dict[str, str]:
+    where = run["environment"]
+    found = {
+        "Images per second": (run.get("images_per_second"), "{:g}"),
+        "Peak memory": (run.get("peak_memory_gb"), "{:.3g} GB"),
+        "Peak memory of the GPU": (run.get("peak_gpu_memory_gb"), "{:.3g} GB"),
+        "Went on from step": (run.get("resumed_from_step") or None, "{}"),
+    }
+    words = {label: form.format(value) for label, (value, form) in found.items() if value is not None}
+    return words | {
+        "Wall time": duration(run["seconds"]),
+        "Device": f"{where['device']}, {where['num_threads']} threads",
+    }
+
+
+def duration(seconds: float) -> str:
+    """``2 min 07 s``"""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
