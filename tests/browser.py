@@ -16,7 +16,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 SWITCHES_OFF = ("gpu", "quic", "background-networking", "component-update", "sync")
 FLAGS = ["--headless", "--no-sandbox", "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe"]
 FLAGS += [f"--disable-{name}" for name in SWITCHES_OFF]
-KEYS = {"Escape": 27, "ArrowRight": 39}
+KEYS = {"Escape": 27, "ArrowRight": 39, "ArrowDown": 40}
 
 
 @dataclass

@@ -66,15 +66,14 @@ def measured_here(files: Mapping[str, Path]) -> str:
     Raises:
         UserError: one is damaged.
     """
-    runs: dict[str, Mapping[str, str]] = {}
+    runs: dict[str, tuple[str, ...]] = {}
     for stage, path in files.items():
         if path.exists():
             with understood(path, f"stages.{stage}"):
                 runs[stage] = told(read_json(path))
-    labels = [label for label in LABELS if any(label in run for run in runs.values())]
-    if not labels:
+    if not runs:
         return ""
-    rows = [(label, *(run.get(label, "") for run in runs.values())) for label in labels]
+    rows = [(label, *cells) for label, *cells in zip(LABELS, *runs.values(), strict=True) if any(cells)]
     note = "Of the last run of each stage in this workspace; a result that DVC restored brings none of its own."
     return f"{table(('Measured on this machine', *runs), rows)}\n\n{note}"
 
@@ -82,19 +81,21 @@ def measured_here(files: Mapping[str, Path]) -> str:
 LABELS = ("Images per second", "Wall time", "Peak memory", "Peak memory of the GPU", "Device", "Went on from step")
 
 
-def told(run: Mapping[str, Any]) -> dict[str, str]:
+def told(run: Mapping[str, Any]) -> tuple[str, ...]:
+    """A cell for each of LABELS, empty where nothing was measured."""
     where = run["environment"]
-    found = {
-        "Images per second": (run.get("images_per_second"), "{:g}"),
-        "Peak memory": (run.get("peak_memory_gb"), "{:.3g} GB"),
-        "Peak memory of the GPU": (run.get("peak_gpu_memory_gb"), "{:.3g} GB"),
-        "Went on from step": (run.get("resumed_from_step") or None, "{}"),
-    }
-    words = {label: form.format(value) for label, (value, form) in found.items() if value is not None}
-    return words | {
-        "Wall time": duration(run["seconds"]),
-        "Device": f"{where['device']}, {where['num_threads']} threads",
-    }
+    return (
+        shown(run.get("images_per_second"), "g"),
+        duration(run["seconds"]),
+        shown(run.get("peak_memory_gb"), ".3g", " GB"),
+        shown(run.get("peak_gpu_memory_gb"), ".3g", " GB"),
+        f"{where['device']}, {where['num_threads']} thread{'s' if where['num_threads'] > 1 else ''}",
+        shown(run.get("resumed_from_step") or None, ","),
+    )
+
+
+def shown(value: float | None, spec: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{spec}}{unit}"
 
 
 def duration(seconds: float) -> str:
