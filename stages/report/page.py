@@ -85,7 +85,7 @@ def write_page(title: str, inputs: Inputs, folder: Path, changed: str = "", meas
         "## Settings and cost",
         facts("What decided the result", settings_facts(inputs)),
         measured_here,
-        *rank_used.section(inputs),
+        *rank_used.paragraphs(inputs),
         "## Export",
         facts("Each format, loaded back", export_facts(inputs.export)),
         f"{link('The model card', folder / model_card.NAME, folder)} says how each is loaded.",

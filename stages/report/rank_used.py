@@ -11,7 +11,7 @@ from stages.report.tables import last_words
 KEPT = 0.9  # of the squared singular values of s B A
 
 
-def section(inputs: Inputs) -> list[str]:
+def paragraphs(inputs: Inputs) -> list[str]:
     """Layers by kind and by the rank that they use; nothing without singular values.
 
     Ranks are those of energy.csv: powers of two and what was asked for. What none of them keeps needs the layer's own.
