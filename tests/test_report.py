@@ -309,7 +309,7 @@ def test_layers_are_counted_by_the_rank_that_they_use(workspace: Workspace) -> N
     workspace.run("report")
     page = (reports / "report.md").read_text()
     assert "LoRA of rank 8 on `base` (sd): 4 steps over 6 pictures at 32 x 32." in page
-    assert "Of 3 adapted layers, 2 keep 90 % of their update at rank 4 of 8 or at less." in page
+    assert "Of 3 adapted layers, 2 keep 90 % of their update at rank 4 of 8 or less." in page
     assert "| `to_k` | 0 | 0 | 1 | 1 |\n| `to_q` | 1 | 1 | 0 | 2 |\n| all | 1 | 1 | 1 | 3 |" in page
     write_text(reports / "export" / "energy.csv", "layer,rank,energy\n")  # of an algorithm without ranks
     workspace.run("report")

@@ -97,16 +97,21 @@ def settings_facts(inputs: Inputs) -> dict[str, object]:
         "Peak learning rate": f"{max(row['learning_rate'] for row in inputs.loss):.3g}",
         "Last training loss": f"{number(inputs.train, 'train.loss_final'):.4f}",
         "Lowest held-out loss": f"at step {inputs.measured['val.best_step']} of {steps}" + above_best(inputs.measured),
+        **onset(inputs.measured),
         "Base weights unchanged": "yes" if inputs.train.get("train.base_unchanged") else "NO",
         "Prompts and noise": f"seed {validate['seed']}, adapter at {', '.join(f'{s:g}' for s in validate['scales'])}",
     }
-    if "val.onset_step" in inputs.measured:
-        onset = inputs.measured["val.onset_step"]
-        told["Overfitting sets in"] = "at no snapshot" if onset is None else f"at step {onset}"
     if (tflop := number(inputs.measured, "cost.tflop_per_image")) == tflop:
         total = tflop * number(inputs.train, "train.images_seen")
         told["Arithmetic per training image"] = f"{tflop:.3g} TFLOP, {total:.3g} in all"
     return told
+
+
+def onset(m: Metrics) -> dict[str, object]:
+    if "val.onset_step" not in m:
+        return {}
+    step = m["val.onset_step"]
+    return {"Overfitting sets in": "at no snapshot" if step is None else f"at step {step}"}
 
 
 def above_best(m: Metrics) -> str:
