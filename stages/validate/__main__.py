@@ -70,21 +70,21 @@ def main() -> None:
     evidence = examine(exam, adapter, args.adapter, settings, kept, vae)
     gc.collect()  # frees the pipeline, whose parts refer to each other
     space = neighbours.Space(exam, cache, vae)
-    found = neighbours.compare(space, settings.prompts, evidence.pictures[0], evidence.pictures[adapter.num_steps])
+    near = neighbours.compare(space, settings.prompts, evidence.pictures[0], evidence.pictures[adapter.num_steps])
 
     targets = {component: base[component] for component in (*family.VAE, "scheduler")}
     names = evaluation.row_names(exam.rows, settings.seed, targets)
     measured = write_losses(args.reports, exam, names, evidence, settings)
     measured["val.table"] = evaluation.digest(exam.rows, settings.seed, targets)
-    measured |= draw_sheets(args.reports, evidence, settings, trained_captions(cache)) | neighbours.metrics(found)
-    neighbours.write(args.reports / "validate", found, vae, cache, sheet_cell(evidence))
+    measured |= draw_sheets(args.reports, evidence, settings, trained_captions(cache)) | neighbours.metrics(near)
+    neighbours.write(args.reports / "validate", near, vae, cache, sheet_cell(evidence))
     measured |= evidence.drift | {"cost.tflop_per_image": cost.tflop_per_image(exam, adapter, cache)}
     made_from = lineage(settings, origin, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
-    write_json(args.reports / "validate" / "lineage.json", made_from | {"neighbours": neighbours.scale(found, space)})
+    write_json(args.reports / "validate" / "lineage.json", made_from | {"neighbours": neighbours.scale(near, space)})
     metrics.save(args.reports / "metrics.json", measured)
     write_json(args.reports / "validate" / "run.json", {"environment": environment(device), **used(device, began)})
     log_end(args.reports, measured)
-    neighbours.require_few_copied(found, settings.max_copied_share, args.reports / "validate")
+    neighbours.require_few_copied(near, settings.max_copied_share, args.reports / "validate")
 
 
 def conditions(base: dict[str, str], model: ModelParams, device: torch.device) -> dict[str, Any]:

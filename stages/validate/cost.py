@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -41,5 +41,6 @@ def tflop_per_image(exam: Exam, adapter: Adapter, cache: LatentCache) -> float:
     return counter.get_total_flops() / 1e12
 
 
-def on_meta(prompt: dict[str, torch.Tensor]) -> dict[str, Any]:
-    return {name: tensor.to("meta") for name, tensor in prompt.items()}
+def on_meta(prompt: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without values, but for masks: they say how many tokens there are."""
+    return {name: tensor if name.endswith("mask") else tensor.to("meta") for name, tensor in prompt.items()}

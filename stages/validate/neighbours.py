@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Embed = Callable[[Sequence["Image.Image"]], np.ndarray]
 """Pictures -> points, float32 [N, D]; the distance is Euclid's."""
 COPIED_QUANTILE = 0.05
-NUM_WORST = 6  # rows of nearest.png
+NUM_WORST = 6  # rows of nearest.png, a prompt each
 SHEET_BYTES = 300_000
 FIELDS = ("prompt", "seed", "distance", "nearest", "copied", "base_distance", "base_nearest", "base_copied")
 
@@ -89,9 +89,13 @@ class Neighbours:
         return evaluation.mean(self.copied(sample) for sample in samples)
 
     @property
-    def worst(self) -> list[int]:
-        """Positions of the adapter's samples that are nearest to a training picture, the nearest first."""
-        return sorted(range(len(self.adapter)), key=lambda index: (self.adapter[index].distance, index))[:NUM_WORST]
+    def worst(self) -> list[tuple[Sample, Sample]]:
+        """Of the NUM_WORST worst prompts the adapter's sample that is nearest to a training picture, and the base's."""
+        pairs = sorted(zip(self.adapter, self.base, strict=True), key=lambda pair: pair[0].distance)
+        by_prompt: dict[str, tuple[Sample, Sample]] = {}
+        for pair in pairs:
+            by_prompt.setdefault(pair[0].prompt, pair)
+        return list(by_prompt.values())[:NUM_WORST]
 
 
 @dataclass(frozen=True)
@@ -216,16 +220,14 @@ def write(folder: Path, found: Neighbours, vae: Vae, cache: LatentCache, cell: i
     """nearest.csv, a row per prompt and seed, and nearest.png with the worst of them."""
     from stages.core.sheets import save_png, sheet
 
-    pairs = list(zip(found.base, found.adapter, strict=True))
-    lines = [(after.prompt, after.index, *columns(found, after), *columns(found, before)) for before, after in pairs]
+    lines = [
+        (after.prompt, after.index, *columns(found, after), *columns(found, before))
+        for before, after in zip(found.base, found.adapter, strict=True)
+    ]
     write_text(folder / "nearest.csv", evaluation.write_csv(FIELDS, lines))
-    worst = [pairs[index] for index in found.worst]
-    rows, captions = [], []
-    for both in worst:
-        cells = [cell for sample in reversed(both) for cell in (sample.picture, known_picture(sample, vae, cache))]
-        rows.append(cells)
-        captions.append([text for sample in reversed(both) for text in (f"at {sample.distance:.3g}", sample.nearest)])
-    labels = [f"{after.prompt}, seed {after.index}" for _, after in worst]
+    rows = [[shown for one in pair for shown in (one.picture, known_picture(one, vae, cache))] for pair in found.worst]
+    captions = [[text for one in pair for text in (f"at {one.distance:.3g}", one.nearest)] for pair in found.worst]
+    labels = [f"{after.prompt}, seed {after.index}" for after, _ in found.worst]
     heads = ["adapter", "nearest training picture", "base", "nearest training picture"]
     title = f"Nearest to the training pictures; copied is below {found.threshold:.3g}"
     image = sheet(rows, labels, heads, cell, title, captions)

@@ -43,7 +43,11 @@ class ValidateParams(Params):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        listed = {"prompts": self.prompts, "drift_prompts": self.drift_prompts, "scales": self.scales}
+        listed: dict[str, list[str] | list[float]] = {
+            "prompts": self.prompts,
+            "drift_prompts": self.drift_prompts,
+            "scales": self.scales,
+        }
         for name, values in listed.items():
             twice = [value for value, count in Counter(values).items() if count > 1]
             if twice:
