@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,9 +30,10 @@ def test_what_is_counted_without_computing_is_what_the_stock_step_computes(works
     found = tflop_per_image(exam, Adapter(lora_config, {}, 4, [], {}), cache)
 
     unet = UNet2DConditionModel.from_pretrained("data/base/unet").requires_grad_(False)
+    unet.set_attn_processor(AttnProcessor())  # the counter does not know the CPU's fused attention
     forward = count(unet, backward=False)
     unet.add_adapter(LoraConfig(**lora_config))
-    assert found * 1e12 == count(unet, backward=True)
+    assert round(found * 1e12) == count(unet, backward=True)
     assert forward < found * 1e12 < 3 * forward  # frozen weights get no gradients
 
 
