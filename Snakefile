@@ -166,6 +166,8 @@ rule validate:
         progress="runs/rank-{rank}/reports/progress.png",
         heldout="runs/rank-{rank}/reports/validate/heldout.csv",
         curve="runs/rank-{rank}/reports/validate/curve.csv",
+        nearest="runs/rank-{rank}/reports/validate/nearest.png",
+        neighbours="runs/rank-{rank}/reports/validate/nearest.csv",
         lineage="runs/rank-{rank}/reports/validate/lineage.json",
     log:
         "runs/rank-{rank}/logs/validate.log",
