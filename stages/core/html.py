@@ -110,6 +110,11 @@ def choice(label: str, panels: Mapping[str, str]) -> str:
     return f'<div class="choice"><label>{escape(label)} <select>{options}</select></label>\n{bodies}</div>\n'
 
 
+def beside(*parts: str) -> str:
+    """Pieces of HTML in a row, below one another where the page is narrow."""
+    return f'<div class="beside">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
+
+
 def inline(data: bytes, text: str, name: str = "picture.png") -> str:
     """An <img> that holds its file."""
     kind = mimetypes.guess_type(name)[0] or "application/octet-stream"

@@ -25,6 +25,7 @@ th button { padding: 0; border: 0; background: none; font-weight: inherit; text-
 th button::after { content: "\\2195"; color: var(--faint); margin-left: 0.35em; }
 th[aria-sort=ascending] button::after { content: "\\2191"; }
 th[aria-sort=descending] button::after { content: "\\2193"; }
+@media (max-width: 45rem) { th, td { padding: 0.2rem 0.4rem; font-size: 0.85rem; } }
 
 img { max-width: 100%; background: #fff; border-radius: 4px; }
 .picture { display: block; max-width: 100%; margin: 1rem 0; padding: 0; border: 0; background: none; cursor: zoom-in; }
@@ -34,7 +35,10 @@ dialog::backdrop { background: rgb(0 0 0 / 0.8); }
 dialog img { display: block; width: 94vw; height: 92vh; object-fit: contain; }
 @media (max-width: 45rem) { dialog img { width: auto; height: auto; max-width: none; min-width: 94vw; } }
 
-.slider { max-width: 24rem; margin: 1rem 0; --at: 50%; }
+.beside { display: flex; flex-wrap: wrap; gap: 0 2rem; align-items: flex-start; }
+.beside > div { max-width: 100%; }
+
+.slider { width: 24rem; max-width: 100%; margin: 1rem 0; --at: 50%; }
 .slider > div { position: relative; line-height: 0; }
 .slider img { width: 100%; border-radius: 0; outline: 1px solid var(--line); }
 .slider img + img { position: absolute; inset: 0; clip-path: inset(0 0 0 var(--at)); }
