@@ -197,6 +197,19 @@ def test_one_parameter_is_not_credited_with_other_inputs(
     assert f"** More than parameters differs: {row.split(' | ')[0][2:]}." in page
 
 
+def test_other_code_of_train_is_told_and_is_no_repeat(repository: Repository) -> None:
+    entry = "    - path: stages/train/trainer.py\n      hash: md5\n      md5: {}\n      size: 1\n"
+    lock = f"stages:\n  train:\n    deps:\n{entry}"
+    write_text(Path("dvc.lock"), lock.format("a"))
+    commit("Lock")
+    write_revision(rank=16, gain=0.15)
+    assert "workspace (lora.rank 16) against" in repository.run()
+    write_text(Path("dvc.lock"), lock.format("b") + "  validate: {}\n")
+    assert "** More than parameters differs: the code of train. Held-out" in repository.run()
+    write_revision(rank=8, gain=0.11, seed=1)
+    assert "Seed noise is not in the interval" in repository.run()
+
+
 def test_inputs_that_the_parameter_moves_are_its_doing(repository: Repository) -> None:
     write_revision(rank=8, gain=0.15)
     with Path("params.yaml").open("a") as file:

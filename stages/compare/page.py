@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 from stages.compare.revisions import WORKSPACE
 from stages.compare.settings import SEED, changed_inputs, differing, unexplained, went_in
-from stages.compare.sides import Side
+from stages.compare.sides import Side, shared_prompts
 from stages.compare.verdict import Verdict
 from stages.core.dataset_changes import Changes, compare_tables
 from stages.core.markdown import code, facts, image, signed, table
@@ -28,7 +28,8 @@ def write_page(sides: Sequence[Side], verdicts: Sequence[Verdict], pictures: Map
     Args:
         sides: two or more; the first is what the others are compared with.
         verdicts: one for each of the others.
-        pictures: ``samples``, and ``dataset NAME`` for the others, where there is such a file.
+        pictures: ``samples``, and ``dataset NAME`` for the others, where there is such a file; ``draw_pictures``
+            makes them, and a page can go without.
         folder: that links are relative to.
     """
     first, *others = sides
@@ -41,8 +42,7 @@ def write_page(sides: Sequence[Side], verdicts: Sequence[Verdict], pictures: Map
         metrics_table(sides, verdicts),
         *measured_cost(sides),
         *dataset_section(sides, pictures, folder),
-        "## Samples",
-        image("Samples", pictures["samples"], folder) if "samples" in pictures else "The sheets share no prompt.",
+        *samples_section(sides, pictures, folder),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -201,3 +201,9 @@ def dataset_section(sides: Sequence[Side], pictures: Mapping[str, Path], folder:
 def changed_pictures(a: Side, b: Side) -> Changes:
     """None where a revision has no table of its pictures."""
     return Changes() if a.pictures is None or b.pictures is None else compare_tables(a.pictures, b.pictures)
+
+
+def samples_section(sides: Sequence[Side], pictures: Mapping[str, Path], folder: Path) -> list[str]:
+    if "samples" in pictures:
+        return ["## Samples", image("Samples", pictures["samples"], folder)]
+    return [] if shared_prompts(sides) else ["## Samples", "The sheets share no prompt."]

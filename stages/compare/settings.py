@@ -40,15 +40,17 @@ def changed_inputs(a: Side, b: Side) -> list[str]:
 
 
 def unexplained(a: Side, b: Side) -> list[str]:
-    """Inputs that differ though no differing parameter moves them."""
+    """Inputs and code that differ though no differing parameter moves them."""
     keys = differing(a, b)
     other_base = any(key in NAME_THE_BASE for key in keys)
     other_latents = any(key.startswith(MOVE_LATENTS) for key in keys)
-    return [
+    found = [
         name
         for name in changed_inputs(a, b)
         if not (other_latents if name == LATENTS else other_base and name != PICTURES)
     ]
+    code = [train_code(side.lock) for side in (a, b)]
+    return found + ["the code of train"] * (all(code) and code[0] != code[1] and "model.family" not in keys)
 
 
 def setting(side: Side) -> str:

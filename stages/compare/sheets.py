@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.compare.page import changed_pictures
-from stages.compare.sides import SAMPLES, Side, how_to_report
+from stages.compare.sides import SAMPLES, Side, how_to_report, shared_prompts
 from stages.core.console import UserError
 
 if TYPE_CHECKING:
@@ -60,10 +60,6 @@ def draw_sheet(sides: Sequence[Side], path: Path) -> Path | None:
         rows = [[picture for each in cells for picture in each[prompt]] for prompt in prompts]
     save_png(path, sheet(rows, prompts, labels, cell=rows[0][0].width), max_bytes=SHEET_BYTES)
     return path
-
-
-def shared_prompts(sides: Sequence[Side]) -> list[str]:
-    return [prompt for prompt in sides[0].prompts if all(prompt in side.prompts for side in sides)]
 
 
 def cut_cells(side: Side) -> Cells:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -50,6 +50,11 @@ class Side:
     @property
     def prompts(self) -> list[str]:
         return self.lineage["validate"]["prompts"]
+
+
+def shared_prompts(sides: Sequence[Side]) -> list[str]:
+    """Prompts that all drew, in the order of the first."""
+    return [prompt for prompt in sides[0].prompts if all(prompt in side.prompts for side in sides)]
 
 
 def read_side(name: str) -> Side:
