@@ -66,7 +66,7 @@ def shift(*changes: float) -> None:
 def test_a_difference_that_the_pictures_cannot_show(repository: Repository) -> None:
     shift(0.01, -0.0098)
     page = repository.run()
-    assert ": within noise, +0.0 % [−2.4, +2.4].** Held-out loss 0.3965 +0.0001; 95 % interval over 8 held" in page
+    assert ": within noise, +0.0 % [−2.4, +2.4].** Held-out loss 0.3965 → 0.3966; 95 % interval over 8 held" in page
     assert "**Seed noise is not in the interval**" in page and "`dvc exp run -S train.seed=1`" in page
     assert "✗" not in page and "✓" not in page
 
@@ -81,7 +81,7 @@ def test_renamed_pictures_are_paired_all_the_same(repository: Repository) -> Non
 def test_the_same_setting_and_seed_is_never_better(repository: Repository) -> None:
     write_revision(rank=8, gain=0.2)
     page = repository.run()
-    assert ": within noise, −25.2 %" in page and "another machine, or files edited by hand" in page
+    assert ": within noise, −25.2 %.**" in page and "another machine, or files edited by hand" in page
 
 
 def test_tables_are_joined_where_they_share_pictures(repository: Repository) -> None:

@@ -73,8 +73,10 @@ def basis(a: Side, b: Side, verdict: Verdict) -> str:
         return ""
     n, (of_a, of_b) = verdict.num_pictures, verdict.num_each
     pictures = f"{n} held-out pictures" + (f" that both have (of {of_a} and {of_b})" if (n, n) != (of_a, of_b) else "")
-    what = f" Held-out loss {verdict.loss:.4f} {signed(verdict.change.mean)}; 95 % interval over {pictures}"
-    return what + (with_seeds(verdict) if verdict.df else f".{without_seeds(a, b, verdict)}")
+    losses = f" Held-out loss {verdict.loss:.4f} → {verdict.loss + verdict.change.mean:.4f}"
+    if verdict.same_setting and not verdict.df:
+        return f"{losses}. Both report the same setting and seed: another machine, or files edited by hand."
+    return f"{losses}; 95 % interval over {pictures}" + (with_seeds(verdict) if verdict.df else without_seeds(a, b))
 
 
 def with_seeds(verdict: Verdict) -> str:
@@ -85,11 +87,9 @@ def with_seeds(verdict: Verdict) -> str:
     return f" and training seeds: mean of {of_b} against mean of {of_a}; standard deviation between seeds {sd}."
 
 
-def without_seeds(a: Side, b: Side, verdict: Verdict) -> str:
-    if verdict.same_setting:
-        return " Both report the same setting and seed: another machine, or files edited by hand."
+def without_seeds(a: Side, b: Side) -> str:
     return (
-        " **Seed noise is not in the interval**: no setting was run under a second seed. "
+        ". **Seed noise is not in the interval**: no setting was run under a second seed. "
         f"`dvc exp run -S {SEED}={other_seed(a, b)}` repeats one."
     )
 

@@ -52,14 +52,15 @@ class Verdict:
     """They differ in train.seed at most."""
 
     def __str__(self) -> str:
-        """``better, −3.1 % [−4.0, −2.2]``, in percent of A's loss."""
+        """``better, −3.1 % [−4.0, −2.2]``, in percent of A's loss; one setting and seed twice have no interval."""
         if self.word == "not comparable":
             return f"not comparable: {self.why}"
         if self.word == "equal":
             return "equal: the held-out losses are the same to the last digit"
         mean, low, high = (100 * value / self.loss for value in (self.change.mean, self.change.low, self.change.high))
         spec = ".1f" if max(abs(low), abs(high)) >= 0.1 else ".3f"
-        return f"{self.word}, {signed(mean, spec)} % [{signed(low, spec)}, {signed(high, spec)}]"
+        bounds = f" [{signed(low, spec)}, {signed(high, spec)}]" if self.df or not self.same_setting else ""
+        return f"{self.word}, {signed(mean, spec)} %{bounds}"
 
 
 def judge(a: Side, b: Side, others: Sequence[Side] = ()) -> Verdict:
