@@ -41,7 +41,7 @@ class Pipeline:
         stages = {
             stage: {
                 "cmd": f"python -m stages.{stage}",
-                "deps": [{"path": path, "md5": self.files[path], "nfiles": 8 + len(self.files[path])} for path in deps],
+                "deps": [self.dependency(path) for path in deps],
                 "params": {"params.yaml": {key: self.setting(key) for key in keys}},
                 "outs": [{"path": path, "md5": self.files[path]} for path in outs],
             }
@@ -52,6 +52,10 @@ class Pipeline:
             with Path(path).open("w") as file:
                 yaml.dump(tree, file)
         write_json(Path("reports/export/lineage.json"), {"packages": self.packages})
+
+    def dependency(self, path: str) -> dict[str, Any]:
+        count = {} if path.endswith(".py") else {"nfiles": 8 + len(self.files[path])}
+        return {"path": path, "md5": self.files[path], **count}
 
     def setting(self, key: str) -> Any:
         section, _, name = key.partition(".")
@@ -115,6 +119,18 @@ def test_code_that_gives_the_same_bytes_goes_no_further(pipeline: Pipeline, expl
     assert "**code** (stages/prepare/split.py) changed;" in page
     assert "| prepare | ran anew: code (stages/prepare/split.py), and wrote the same bytes |" in page
     assert "| train | as before |" in page
+
+
+def test_of_many_files_the_first_are_named(pipeline: Pipeline, explained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    deps, keys, outs = READS["prepare"]
+    names = [f"stages/prepare/{letter}.py" for letter in "abcdef"]
+    monkeypatch.setitem(READS, "prepare", ([*deps, *names], keys, outs))
+    pipeline.files |= dict.fromkeys(names, "1")
+    pipeline.write()
+    row = (
+        "| prepare | ran anew: code (stages/prepare/a.py, stages/prepare/b.py, stages/prepare/c.py, 3 more), and wrote"
+    )
+    assert row in explained()
 
 
 def test_environment(pipeline: Pipeline, explained: Any) -> None:

@@ -26,7 +26,7 @@ EXPORTED = "reports/export/lineage.json"
 CODE = "stages/"
 ABSENT = object()
 CAUSES = ("parameters", "data", "base", "code", "environment")
-MAX_FILES = 3  # of code, named for a stage
+MAX_FILES = 3  # named for a stage, of one cause
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,10 @@ def in_words(stage: str, reasons: Sequence[Reason], a: Locked, b: Locked) -> str
 
 
 def of_cause(cause: str, reasons: Sequence[Reason]) -> list[str]:
-    """What changed; of many files of code the first."""
+    """What changed; of many files the first."""
     what = [reason.what for reason in reasons if reason.cause == cause]
     more = len(what) - MAX_FILES
-    return [*what[:MAX_FILES], f"{more} more"] if cause == "code" and more > 0 else what
+    return what if cause == "parameters" or more <= 0 else [*what[:MAX_FILES], f"{more} more"]
 
 
 def roots(cause: str, reasons: Mapping[str, Sequence[Reason]]) -> list[str]:
