@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
-from stages.compare.revisions import WORKSPACE
 from stages.compare.settings import SEED, changed_inputs, differing, unexplained, went_in
 from stages.compare.sides import Side, shared_prompts
 from stages.compare.verdict import Verdict
@@ -173,7 +172,7 @@ def show_number(value: object) -> str:
 def measured_cost(sides: Sequence[Side]) -> list[str]:
     """Seconds, speed and memory of the workspace's last runs."""
     found: dict[str, str] = {}
-    for stage, path in MEASURED.items() if any(side.name == WORKSPACE for side in sides) else ():
+    for stage, path in MEASURED.items() if any(side.commit is None for side in sides) else ():
         try:
             measured = json.loads(path.read_bytes())
         except (OSError, ValueError):
