@@ -77,6 +77,7 @@ def write_page(title: str, inputs: Inputs, folder: Path) -> str:
         "## Settings and cost",
         facts("What decided the result", settings_facts(inputs)),
         "## Export",
+        *exported_snapshot(inputs),
         facts("Each format, loaded back", export_facts(inputs.export)),
         f"{link('The model card', folder / model_card.NAME, folder)} says how each is loaded.",
         "## Lineage",
@@ -157,10 +158,29 @@ def settings_facts(inputs: Inputs) -> dict[str, object]:
         "Images seen": f"{int(number(inputs.train, 'train.images_seen')):,}{epochs(inputs.train)}",
         "Peak learning rate": f"{max(row['learning_rate'] for row in inputs.loss):.3g}",
         "Last training loss": f"{number(inputs.train, 'train.loss_final'):.4f}",
-        "Lowest held-out loss": f"at step {inputs.measured['val.best_step']} of {steps}",
+        "Lowest held-out loss": f"at step {inputs.measured['val.best_step']} of {steps}{best_hint(inputs)}",
         "Base weights unchanged": "yes" if inputs.train.get("train.base_unchanged") else "NO",
         "Prompts and noise": f"seed {validate['seed']}, adapter at {', '.join(f'{s:g}' for s in validate['scales'])}",
     }
+
+
+def best_hint(inputs: Inputs) -> str:
+    """How to export the best snapshot, where it is neither the base, nor the end, nor exported."""
+    best, num_steps = inputs.measured["val.best_step"], inputs.lineage["num_steps"]
+    return "" if best in (0, num_steps, inputs.made.get("step")) else f"; `export.step={best}` exports it"
+
+
+def exported_snapshot(inputs: Inputs) -> list[str]:
+    """Said where the files hold a snapshot: the figures of both pages are of the adapter at the end."""
+    if (step := inputs.made.get("step")) is None:
+        return []
+    heldout = {int(row["step"]): f"{row['heldout']:.4f}" for row in inputs.curve}
+    end = inputs.made["num_steps"]
+    losses = f": held-out loss {heldout[step]}, {heldout[end]} at the end" if {step, end} <= heldout.keys() else ""
+    return [
+        f"The files hold the snapshot of step {step} of {end}{losses}. "
+        "All other held-out figures, and the samples, are of the end."
+    ]
 
 
 def epochs(train: Metrics) -> str:

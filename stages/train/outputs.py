@@ -107,7 +107,7 @@ def save_adapter(trainer: Trainer, adapter_folder: Path) -> dict[str, str]:
         raise RuntimeError("training changed the frozen base")
     shutil.rmtree(adapter_folder, ignore_errors=True)
     params = trainer.params
-    steps = [step for step in range(1, params.num_steps) if step % params.snapshot_every_n_steps == 0]
+    steps = params.snapshot_steps
     files = {}
     for step in steps:
         name = adapter.snapshot_name(step)

@@ -171,6 +171,11 @@ class TrainParams(Params):
     """Adapters kept for validate's curve and progress sheet."""
     seed: int = Field(ge=0)
 
+    @property
+    def snapshot_steps(self) -> list[int]:
+        """The steps at which a snapshot is kept; the end is none of them."""
+        return list(range(self.snapshot_every_n_steps, self.num_steps, self.snapshot_every_n_steps))
+
     @model_validator(mode="after")
     def settings_are_read(self) -> TrainParams:
         """What no other setting lets be read is refused."""

@@ -70,7 +70,7 @@ def main() -> None:
     made_from = lineage(settings, origin, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
     write_json(args.reports / "validate" / "lineage.json", made_from)
     metrics.save(args.reports / "metrics.json", measured)
-    log_end(args.reports, measured)
+    log_end(args.reports, measured, adapter.num_steps)
 
 
 # Base, snapshots, final adapter
@@ -255,12 +255,14 @@ def lineage(
     return found | ({"text_lora": adapter.text_lora} if adapter.text_lora else {})
 
 
-def log_end(reports: Path, measured: dict[str, Any]) -> None:
+def log_end(reports: Path, measured: dict[str, Any], num_steps: int) -> None:
     log.info("held-out    %.6f, base %.6f", measured["val.loss"], measured["val.loss_base"])
     log.info(
         "change      %+.6f, 95%% interval %+.6f to %+.6f",
         *(measured[f"val.loss_change{bound}"] for bound in ("", "_low", "_high")),
     )
+    if 0 < (best := measured["val.best_step"]) < num_steps:
+        log.info("best step   %d of %d: dvc exp run -S export.step=%d", best, num_steps, best)
     log.info("wrote       %s, %s", reports / "metrics.json", reports / "validate")
     log.info("pictures    %s, %s", reports / "samples.png", reports / "progress.png")
     log.info("next        python -m stages.export")
