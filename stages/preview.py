@@ -202,9 +202,8 @@ def grid(pictures: list[Image.Image], prompts: list[str], step: int) -> Image.Im
     from stages.core.sheets import sheet
 
     cell = min(CELL[1], max(CELL[0], *pictures[0].size))
-    rows, captions = (
-        [values[i : i + COLUMNS] for i in range(0, len(values), COLUMNS)] for values in (pictures, prompts)
-    )
+    starts = range(0, len(pictures), COLUMNS)
+    rows, captions = [pictures[i : i + COLUMNS] for i in starts], [prompts[i : i + COLUMNS] for i in starts]
     return sheet(rows, None, None, cell, title=f"step {step}" if step else "base", captions=captions)
 
 

@@ -129,7 +129,7 @@ def test_the_rows_are_frozen_and_their_loss_equals_an_independent_computation(en
         losses += (model_pred - target).square().flatten(1).mean(1)[batch.weights > 0].tolist()
         names += batch.captions
     out = [item for item in LatentCache(Path("data/latents")).items if item.split == "heldout"]
-    assert set(names) == {item.caption for item in out} and len(losses) == 8 * len(out)
+    assert set(names) == {item.caption for item in out} and len(losses) == 4 * len(out)
     assert heldout(lines)[3] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from stages.train.trainer import Trainer
 
 MAX_PICTURES = 64
-NUM_DRAWS = 8
-"""Rows per picture. 64 pictures make 512 rows: forward passes alone, about a third of a step's cost each."""
+NUM_DRAWS = 4
+"""Rows per picture, a forward pass each: of 64 pictures as many as about six training steps at batch 16."""
 NO_STEP = -1
 """Keys the rows' draws: no training step has that number."""
 
