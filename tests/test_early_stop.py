@@ -134,12 +134,12 @@ def test_the_rows_are_frozen_and_their_loss_equals_an_independent_computation(en
 
 
 def test_patience_counts_snapshots_since_the_lowest(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([3.0, 2.0, 2.5, 1.0, 1.0, 1.5, 0.5])
+    answers = iter([float("nan"), 3.0, 2.0, 2.5, 1.0, 1.0, float("nan"), 0.5])
     monkeypatch.setattr("stages.train.early_stop.total_loss", lambda *_: next(answers))
     early_stop = EarlyStop.__new__(EarlyStop)
     early_stop.patience, early_stop.losses, early_stop.rows, early_stop.batch_size = 2, {}, [[None]], 1  # type: ignore[list-item]
     trainer: Any = type("Trainer", (), {"accelerator": type("Accelerator", (), {"num_processes": 1})})
-    assert [early_stop.is_over(trainer, step) for step in range(6)] == [False] * 5 + [True]
+    assert [early_stop.is_over(trainer, step) for step in range(7)] == [False] * 6 + [True]
 
 
 def test_off_it_is_in_no_record_and_on_it_is(encoded: Workspace) -> None:

@@ -82,6 +82,16 @@ def test_many_snapshots_are_shown_by_their_ends() -> None:
     assert step_refusals(None, [], 9) == step_refusals(9, [], 9) == step_refusals(3, [3, 6], 9) == []
 
 
+@pytest.mark.parametrize(("best", "said"), [(2, True), (0, False), (4, False)])
+def test_validate_says_how_the_best_is_exported(caplog: pytest.LogCaptureFixture, best: int, said: bool) -> None:
+    from stages.validate.__main__ import log_end
+    from tests.test_report import MEASURED
+
+    caplog.set_level("INFO", logger="lora-dag")
+    log_end(Path("reports"), MEASURED | {"val.best_step": best}, 4)
+    assert ("best step   2 of 4: dvc exp run -S export.step=2" in caplog.messages) == said
+
+
 def test_the_card_and_the_report_say_which_step_the_files_hold(trained: Workspace) -> None:
     from tests.test_report import MADE, MEASURED, write_reports
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_PICTURES = 64
 NUM_DRAWS = 4
-"""Rows per picture, a forward pass each: of 64 pictures as many as about six training steps at batch 16."""
+"""Rows per picture, a forward pass each: of 64 pictures as many as about seven training steps at batch 16."""
 NO_STEP = -1
 """Keys the rows' draws: no training step has that number."""
 
@@ -69,9 +69,11 @@ class EarlyStop:
         loss = [total_loss(trainer, self.questions()) / self.num_rows]
         if trainer.accelerator.num_processes > 1:
             broadcast_object_list(loss)  # all end at the same step whatever their devices' last bits
-        self.losses[step] = loss[0]
+        self.losses[step] = loss[0] if math.isfinite(loss[0]) else math.inf
         best = min(self.losses, key=lambda known: (self.losses[known], known))
-        log.info("held-out    step %d: loss %.6f; lowest %.6f at step %d", step, loss[0], self.losses[best], best)
+        log.info(
+            "held-out    step %d: loss %.6f; lowest %.6f at step %d", step, self.losses[step], self.losses[best], best
+        )
         over = sum(known > best for known in self.losses) >= self.patience
         if over:
             log.info("early stop  at step %d; for the best: dvc exp run -S export.step=%d", step, best)
