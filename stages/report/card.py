@@ -58,6 +58,7 @@ def write_card(title: str, place: Place, inputs: Inputs, folder: Path) -> str:
         f"**{page.headline(inputs)}**",
         image("Samples", inputs.pictures["samples"], folder),
         page.samples_note(inputs),
+        *page.exported_snapshot(inputs),
         *(f"## {head}\n\n{body}" for head, body in sections.items()),
     ]
     return "\n\n".join(parts) + "\n"
@@ -198,6 +199,8 @@ def files(inputs: Inputs) -> str:
     rows = [(f"`{name}`", size(file["bytes"]), sha(file["sha256"])) for name, file in weights.items()]
     base = {f"Base: {name}": sha(digest) for name, digest in sorted(made["base"].items())}
     known = {"Adapter as trained": sha(made["adapter"])} | base
+    if snapshot := made.get("snapshot"):
+        known = {f"Snapshot of step {made['step']}": sha(snapshot)} | known
     known["Table of held-out rows"] = f"`{inputs.measured['val.table']}`"
     parts = [table(("File", "size", "SHA-256"), rows), facts("Made from", known, "SHA-256, first digits")]
     if packages := made.get("packages"):

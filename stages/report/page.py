@@ -87,6 +87,7 @@ def write_page(title: str, inputs: Inputs, folder: Path, changed: str = "", meas
         measured_here,
         *rank_used.paragraphs(inputs),
         "## Export",
+        *exported_snapshot(inputs),
         facts("Each format, loaded back", export_facts(inputs.export)),
         f"{link('The model card', folder / model_card.NAME, folder)} says how each is loaded.",
         "## Lineage",
@@ -121,4 +122,17 @@ def nearest(inputs: Inputs, folder: Path) -> list[str]:
         "## Nearest training pictures",
         image("Nearest training pictures", inputs.pictures["nearest"], folder),
         f"The samples that are nearest to a picture of the training set, the nearest first; all of them: {every}.",
+    ]
+
+
+def exported_snapshot(inputs: Inputs) -> list[str]:
+    """Said where the files hold a snapshot: the figures of both pages are of the adapter at the end."""
+    if (step := inputs.made.get("step")) is None:
+        return []
+    heldout = {int(row["step"]): f"{row['heldout']:.4f}" for row in inputs.curve}
+    end = inputs.made["num_steps"]
+    losses = f": held-out loss {heldout[step]}, {heldout[end]} at the end" if {step, end} <= heldout.keys() else ""
+    return [
+        f"The files hold the snapshot of step {step} of {end}{losses}. "
+        "All other held-out figures, and the samples, are of the end."
     ]

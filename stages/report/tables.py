@@ -96,7 +96,9 @@ def settings_facts(inputs: Inputs) -> dict[str, object]:
         "Images seen": f"{int(number(inputs.train, 'train.images_seen')):,}{epochs(inputs.train)}",
         "Peak learning rate": f"{max(row['learning_rate'] for row in inputs.loss):.3g}",
         "Last training loss": f"{number(inputs.train, 'train.loss_final'):.4f}",
-        "Lowest held-out loss": f"at step {inputs.measured['val.best_step']} of {steps}" + above_best(inputs.measured),
+        "Lowest held-out loss": f"at step {inputs.measured['val.best_step']} of {steps}"
+        + above_best(inputs.measured)
+        + best_hint(inputs),
         **onset(inputs.measured),
         "Base weights unchanged": "yes" if inputs.train.get("train.base_unchanged") else "NO",
         "Prompts and noise": f"seed {validate['seed']}, adapter at {', '.join(f'{s:g}' for s in validate['scales'])}",
@@ -112,6 +114,12 @@ def onset(m: Metrics) -> dict[str, object]:
         return {}
     step = m["val.onset_step"]
     return {"Overfitting sets in": "at no snapshot" if step is None else f"at step {step}"}
+
+
+def best_hint(inputs: Inputs) -> str:
+    """How to export the best snapshot, where it is neither the base, nor the end, nor exported."""
+    best, num_steps = inputs.measured["val.best_step"], inputs.lineage["num_steps"]
+    return "" if best in (0, num_steps, inputs.made.get("step")) else f"; `export.step={best}` exports it"
 
 
 def above_best(m: Metrics) -> str:
