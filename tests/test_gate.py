@@ -51,7 +51,7 @@ def test_an_honest_branch_passes(clone: Clone, monkeypatch: pytest.MonkeyPatch) 
     page = Path("page.md").read_text(encoding="utf-8")
     head, main = (git("rev-parse", name) for name in ("HEAD", "origin/main"))
     assert page.startswith(f"# Experiment: passed\n\nCommit `{head[:10]}` against `origin/main` (`{main[:10]}`).")
-    assert "| max_heldout_change | 0 | held-out loss −0.199" in page
+    assert "| max_heldout_change | 0 | held-out loss −19.90 %" in page
     assert "| lora.rank | 2 | 4 |" in page
     assert f"| ![]({ADDRESS}/blob/{main}/reports/samples.png?raw=true) " in page
     assert f"| ![]({ADDRESS}/blob/{head}/reports/samples.png?raw=true) |" in page
@@ -61,8 +61,8 @@ def test_a_worse_branch_is_closed_by_its_gate(clone: Clone, monkeypatch: pytest.
     clone("worse")
     monkeypatch.setattr(lock, "ask_dvc", lambda: [])
     (closed,) = run(monkeypatch, "--against", "origin/main", "--out", "page.md")
-    assert closed.startswith("report.gates.max_heldout_change: held-out loss +0.199")
-    assert closed.endswith("of the other's; the limit is 0")
+    assert closed.startswith("report.gates.max_heldout_change: held-out loss +19.90 %")
+    assert closed.endswith("+19.90]; the limit is 0")
     page = Path("page.md").read_text(encoding="utf-8")
     assert page.startswith("# Experiment: not passed") and "**not passed**" in page
     assert "are of one run" in page

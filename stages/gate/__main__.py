@@ -31,7 +31,7 @@ def main() -> None:
     comparison = compare(args.against) if args.against else None
     try:
         gates = params.load(Path("params.yaml")).section(ReportParams).gates
-        answers = limits.answers(gates, measured(), comparison and comparison.change)
+        answers = limits.answers(gates, measured(), comparison.change if comparison else None)
     except UserError as error:
         problems, answers = list(dict.fromkeys([*problems, *error.problems])), []
     show(write_page(place, problems, answers, comparison), args.out)

@@ -6,11 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stages.artifacts.metrics import Value
 from stages.core.evaluation import Estimate
-from stages.core.markdown import interval, signed
+from stages.core.markdown import signed
 from stages.report.params import Gates
-
-Metrics = Mapping[str, object]
 
 WITH_INTERVAL = {"max_overfit_gap": "val.overfit_gap", "max_drift_change": "drift.loss_change"}
 COPIED = "samples.copied_share"
@@ -30,7 +29,7 @@ class Answer:
         return f"report.gates.{self.gate}: {self.measured}; the limit is {self.limit:g}"
 
 
-def answers(gates: Gates, metrics: Metrics, change: Estimate | str | None) -> list[Answer]:
+def answers(gates: Gates, metrics: Mapping[str, Value], change: Estimate | str | None) -> list[Answer]:
     """One per gate that is set. A figure that is missing closes its gate.
 
     Args:
@@ -53,19 +52,19 @@ def answers(gates: Gates, metrics: Metrics, change: Estimate | str | None) -> li
     return found
 
 
-def ask(gate: str, limit: float, values: Mapping[str, object], what: str) -> Answer:
+def ask(gate: str, limit: float, values: Mapping[str, Value], what: str) -> Answer:
     """The largest of ``values`` against ``limit``; closed where one is no number, or there is none."""
-    numbers = {name: float(value) for name, value in values.items() if is_number(value)}
+    numbers = {name: number for name, value in values.items() if (number := as_number(value)) is not None}
     if not numbers or len(numbers) < len(values):
         lacking = sorted(values.keys() - numbers.keys()) or [what]
         return Answer(gate, limit, f"{', '.join(lacking)} was not measured", passed=False)
     worst = max(numbers, key=lambda name: numbers[name])
-    name = what if len(values) == 1 and worst in what else worst
+    name = what if worst in what else worst
     return Answer(gate, limit, f"{name} is {numbers[worst]:.4g}", passed=numbers[worst] <= limit)
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def as_number(value: Value) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def ask_change(limit: float, change: Estimate | str) -> Answer:
@@ -75,5 +74,5 @@ def ask_change(limit: float, change: Estimate | str) -> Answer:
         return Answer(gate, limit, change, passed=False)
     if change.low != change.low:
         return Answer(gate, limit, "one held-out picture has no interval", passed=False)
-    measured = f"held-out loss {signed(change.mean)} {interval(change.low, change.high)} of the other's"
-    return Answer(gate, limit, measured, passed=change.low <= limit)
+    mean, low, high = (signed(100 * share, ".2f") for share in (change.mean, change.low, change.high))
+    return Answer(gate, limit, f"held-out loss {mean} % [{low}, {high}]", passed=change.low <= limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def write_page(
     else:
         parts.append("Parameters, code, dvc.lock and reports are of one run.")
     parts += ["## Gates", gates_table(answers), *moved(place, comparison)]
-    parts += [comparison.page.replace("\n# ", "\n## ")] if comparison else []
+    parts += [re.sub("^#", "##", comparison.page, flags=re.MULTILINE)] if comparison else []
     return shortened("\n\n".join(part.strip() for part in parts if part), sheets(place))
 
 
