@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from stages.gate import lock
+from tests.checkout import Checkout
 from tests.conftest import REPOSITORY
 from tests.planted import Clone, git
 
@@ -256,3 +258,35 @@ def test_who_gets_a_comment_and_who_a_run(clone: Clone, tmp_path: Path) -> None:
     assert not ours.would_run("comment")
     by_hand = Runner(tmp_path / "by-hand", {"github.event_name": "workflow_dispatch"})
     assert by_hand.would_run("full-run") and not by_hand.would_run("gate")
+
+
+@pytest.mark.slow
+def test_a_full_run_makes_a_branch_honest(
+    reproduced: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A branch with another rank and nothing else: stages run, data go to the remote, reports to the branch."""
+    reproduced.dvc("remote", "add", "--default", "store", str(tmp_path / "store"))
+    reproduced.dvc("push", "--quiet")
+    reproduced.commit("A remote")
+    reproduced.git("switch", "--quiet", "--create", "rank-4")
+    reproduced.set(lora__rank=4)
+    reproduced.commit("Rank 4")
+    git("clone", "--quiet", "--bare", str(reproduced.path), str(tmp_path / "remote.git"))
+    git("clone", "--quiet", "--branch", "rank-4", str(tmp_path / "remote.git"), str(tmp_path / "clone"))
+    monkeypatch.chdir(tmp_path / "clone")
+    assert lock.problems()
+    runner = Runner(tmp_path / "runner", {"github.head_ref || github.ref_name": "rank-4"})
+    runner.environment |= {"PYTHONPATH": "", "LORA_STATE_DIR": str(tmp_path / "state")}
+    virtual = runner.folder / "bin/python3"
+    virtual.write_text(f'#!/bin/bash\nmkdir -p .venv/bin && cp "{runner.folder}/bin/pip" .venv/bin/\n')
+    virtual.chmod(stat.S_IRWXU)
+    assert runner.run("full-run") == 0, runner.stderr
+    git("clone", "--quiet", "--branch", "rank-4", str(tmp_path / "remote.git"), str(tmp_path / "after"))
+    monkeypatch.chdir(tmp_path / "after")
+    assert git("log", "-1", "--format=%an %s") == "github-actions[bot] Run the experiment"
+    changed = git("diff", "--name-only", "HEAD~1").splitlines()
+    assert {"dvc.lock", "reports/metrics.json", "reports/samples.png"} <= set(changed)
+    assert all(path == "dvc.lock" or path.startswith("reports/") for path in changed)
+    assert lock.problems() == []
+    assert runner.run("full-run") == 0, runner.stderr  # nothing is left to do
+    assert git("ls-remote", "origin", "rank-4").split()[0] == git("rev-parse", "HEAD")
