@@ -222,6 +222,7 @@ rule report:
         lineage="runs/rank-{rank}/reports/validate/lineage.json",
         export="runs/rank-{rank}/reports/export/metrics.json",
         made="runs/rank-{rank}/reports/export/lineage.json",
+        energy="runs/rank-{rank}/reports/export/energy.csv",
         code=code("report"),
     output:
         report="runs/rank-{rank}/reports/report.md",
