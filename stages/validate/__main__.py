@@ -200,7 +200,6 @@ def lineage(
     return found | ({"text_lora": adapter.text_lora} if adapter.text_lora else {})
 
 
-<<<<<<< HEAD
 def used(device: torch.device, began: float) -> dict[str, float]:
     """Seconds since ``began``, and the most memory that was held: of the process, and of the GPU where there is one."""
     import resource
@@ -215,16 +214,12 @@ def used(device: torch.device, began: float) -> dict[str, float]:
     return {name: round(value, 3) for name, value in peak.items()} | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def log_end(reports: Path, measured: dict[str, Any]) -> None:
-=======
 def log_end(reports: Path, measured: dict[str, Any], num_steps: int) -> None:
->>>>>>> best
     log.info("held-out    %.6f, base %.6f", measured["val.loss"], measured["val.loss_base"])
     log.info(
         "change      %+.6f, 95%% interval %+.6f to %+.6f",
         *(measured[f"val.loss_change{bound}"] for bound in ("", "_low", "_high")),
     )
-<<<<<<< HEAD
     if "drift.loss_change" in measured:
         log.info(
             "drift       %+.6f, 95%% interval %+.6f to %+.6f",
@@ -234,10 +229,8 @@ def log_end(reports: Path, measured: dict[str, Any], num_steps: int) -> None:
         "copied      share of the samples %.3f, of the base's %.3f",
         *(measured[f"samples.copied_share{suffix}"] for suffix in ("", "_base")),
     )
-=======
     if 0 < (best := measured["val.best_step"]) < num_steps:
         log.info("best step   %d of %d: dvc exp run -S export.step=%d", best, num_steps, best)
->>>>>>> best
     log.info("wrote       %s, %s", reports / "metrics.json", reports / "validate")
     log.info("pictures    %s, %s", reports / "samples.png", reports / "progress.png")
     log.info("next        python -m stages.export")
