@@ -143,7 +143,7 @@ def test_dvc_agrees_or_forgives(clone: Clone, name: str) -> None:
 def test_all_that_is_wrong_is_said_at_once(clone: Clone) -> None:
     """As a person starts it: the page, a line per reason on stderr, exit code 2."""
     clone("main")
-    edit("params.yaml", "max_copied_share:", "max_copied_share: 0.1")
+    edit("params.yaml", "    max_copied_share:", "    max_copied_share: 0.1")
     for name in ("params", "metrics", "code", "no report"):
         (TAMPERED | FORGIVEN)[name][0]()
     done = subprocess.run([sys.executable, "-m", "stages.gate", "--out", "page.md"], capture_output=True, text=True)

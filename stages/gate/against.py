@@ -44,7 +44,7 @@ def compare(revision: str) -> Comparison:
 
 
 def share(verdict: Verdict) -> Estimate | str:
-    """Of two runs of one setting the difference is the seed's, whatever its size: no interval says more."""
+    """The verdict's change as a share of the revision's loss; or why there is none."""
     if verdict.word == "not comparable":
         return str(verdict)
     change = Estimate(0.0, 0.0, 0.0) if verdict.word == "equal" or not verdict.loss else verdict.change
