@@ -23,7 +23,7 @@ from stages.core.evaluation import Score
 from stages.core.files import sha256_json, write_json, write_text
 from stages.core.params import ModelParams, RuntimeParams
 from stages.families.base import load_family
-from stages.validate import several
+from stages.validate import feature_files, features, several
 from stages.validate.exam import Exam, answer, make_exam
 from stages.validate.params import ValidateParams, prompt_problems
 
@@ -44,7 +44,7 @@ def main() -> None:
     config = params.load(args.params, args.overrides)
     settings, asked = config.section(ValidateParams), config.section(ModelParams)
     family = load_family(asked.family)
-    if found := prompt_problems(settings, family):
+    if found := prompt_problems(settings, family) + feature_files.problems(settings.feature_model):
         raise UserError(*found)
     origin = bases.resolve(asked, family)
     model, base = origin.model, base_files.digests(origin.model, family.COMPONENTS)
@@ -61,6 +61,7 @@ def main() -> None:
     if args.adapters:
         several.draw_grid(exam, lambda factor: make_sampling(exam, settings, factor), settings.prompts, entries)
         return
+    feature_model = features.load(settings, device)
     evidence = examine(exam, adapter, args.adapter, settings)
     targets = {component: base[component] for component in (*family.VAE, "scheduler")}
     names = evaluation.row_names(exam.rows, settings.seed, targets)
@@ -68,6 +69,10 @@ def main() -> None:
     measured["val.table"] = evaluation.digest(exam.rows, settings.seed, targets)
     measured |= draw_sheets(args.reports, evidence, settings)
     made_from = lineage(settings, origin, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
+    if feature_model:
+        drawn = (evidence.pictures[step] for step in (0, adapter.num_steps))
+        measured |= features.measure(feature_model, exam, settings.prompts, *drawn)
+        made_from["feature_model"] = feature_model.name
     write_json(args.reports / "validate" / "lineage.json", made_from)
     metrics.save(args.reports / "metrics.json", measured)
     log_end(args.reports, measured)
