@@ -26,6 +26,7 @@ from stages.prepare.listing import Listing, lines
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
 from stages.train.params import LoraParams, TrainParams, cross_problems
+from stages.validate import feature_files
 from stages.validate.params import ValidateParams, prompt_problems
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def main() -> None:
         found += pin.problems(start.path, start.sha256)
     found += cross_problems(config.section(LoraParams), config.section(TrainParams), family)
     found += prompt_problems(config.section(ValidateParams), family) + disk_problems()
+    found += feature_files.problems(config.section(ValidateParams).feature_model)
     if found:
         raise UserError(*found)
     log.info("parameters  %s, %d sections", args.params, len(config.sections))
@@ -72,6 +74,7 @@ def main() -> None:
         check_objective(config, base.configs)
         check_captions(base.configs)
         check_training(config, base.configs, device)
+    check_features(config.section(ValidateParams), device)
 
 
 def package_problems() -> list[str]:
@@ -231,6 +234,17 @@ def check_training(config: Config, configs: ModelParams, device: torch.device) -
     if lora_params.init_from is not None:
         init_from.read(lora_params, denoiser, family)
         log.info("start       %s", lora_params.init_from.path)
+
+
+def check_features(settings: ValidateParams, device: torch.device) -> None:
+    """Loads the image-text model, if one is named and here."""
+    from stages.validate import features
+
+    asked = settings.feature_model
+    if asked and not feature_files.is_here(asked):
+        log.info("features    %s, downloaded when validate starts", asked.path)
+    elif model := features.load(settings, device):
+        log.info("features    %s", model.name)
 
 
 if __name__ == "__main__":

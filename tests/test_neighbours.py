@@ -39,10 +39,10 @@ def noise(count: int, size: tuple[int, int] = (32, 32)) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)) for _ in range(count)]
 
 
-def make_space(**options: Any) -> Space:
+def make_space(model: Any = None) -> Space:
     config, cache = params.load(Path("params.yaml")), LatentCache(Path("data/latents"))
     exam = make_exam(config.section(ValidateParams), config.section(ModelParams), sd, cache, CPU)
-    return Space(exam, cache, Vae(exam), **options)
+    return Space(exam, cache, Vae(exam), model)
 
 
 def training_pictures() -> dict[str, Image.Image]:
@@ -89,13 +89,16 @@ def test_only_pictures_of_the_samples_shape_are_compared_as_latents(workspace: W
     assert found.adapter[0].view in views and len(found.heldout) == 3
     shown: list[tuple[int, int]] = []
 
-    def embed(given: Any) -> np.ndarray:
-        shown.extend(picture.size for picture in given)
-        return np.stack([np.asarray(picture.resize((4, 4)), np.float32).ravel() for picture in given])
+    class Pixels:
+        name = "pixels"
 
-    every = neighbours.compare(make_space(name="pixels", embed=embed), ["a"], [[pictures[0]]], [[pictures[1]]])
+        def images(self, given: Any) -> np.ndarray:
+            shown.extend(picture.size for picture in given)
+            return np.stack([np.asarray(picture.resize((4, 4)), np.float32).ravel() for picture in given])
+
+    every = neighbours.compare(make_space(Pixels()), ["a"], [[pictures[0]]], [[pictures[1]]])
     assert every.num_views == 10 and {(48, 16), (16, 48), (32, 32)} == set(shown)  # none for regularization
-    assert neighbours.scale(every, make_space(name="pixels"))["space"] == "pixels"
+    assert neighbours.scale(every, make_space(Pixels()))["space"] == "pixels"
 
 
 def samples(*distances: float) -> list[Sample]:

@@ -97,6 +97,7 @@ def test_everything_is_written_and_a_second_run_gives_the_same_bytes(cached: Wor
     curve = first["validate/curve.csv"].decode().splitlines()
     assert [line.partition(",")[0] for line in curve] == ["step", "0", "2", "4"]
     assert json.loads(first["validate/lineage.json"])["model"]["pretrained"] == "base"
+    assert json.loads(first["validate/lineage.json"])["validate"]["feature_model"] is None
     assert json.loads(first["validate/lineage.json"])["sheet"] == {"cell": 128, "picture": [32, 32]}
     assert not any(str(cached.path).encode() in blob for blob in first.values())
     sizes = [Image.open(io.BytesIO(first[name])).width for name in ("samples.png", "progress.png")]

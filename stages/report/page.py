@@ -7,7 +7,7 @@ from pathlib import Path
 from stages.artifacts import model_card
 from stages.artifacts.adapter import algorithm
 from stages.core.markdown import code, facts, image, interval, link, signed
-from stages.report import dataset, rank_used
+from stages.report import dataset, features, rank_used
 from stages.report.inputs import Inputs, Metrics, number
 from stages.report.tables import export_facts, lineage_facts, results, settings_facts, table_note
 
@@ -76,6 +76,7 @@ def write_page(title: str, inputs: Inputs, folder: Path, changed: str = "", meas
         "## Metrics",
         results(inputs),
         table_note(inputs),
+        features.summary(inputs),
         *nearest(inputs, folder),
         "## Progress",
         image("Progress", inputs.pictures["progress"], folder),

@@ -24,7 +24,7 @@ from stages.core.evaluation import Score
 from stages.core.files import sha256_json, write_json, write_text
 from stages.core.params import ModelParams, RuntimeParams
 from stages.families.base import load_family
-from stages.validate import cost, curve, neighbours, several
+from stages.validate import cost, curve, feature_files, features, neighbours, several
 from stages.validate.exam import Exam, make_exam
 from stages.validate.examine import Evidence, examine, make_sampling, step_label
 from stages.validate.kept import Kept
@@ -48,7 +48,7 @@ def main() -> None:
     config = params.load(args.params, args.overrides)
     settings, asked = config.section(ValidateParams), config.section(ModelParams)
     family = load_family(asked.family)
-    if found := prompt_problems(settings, family):
+    if found := prompt_problems(settings, family) + feature_files.problems(settings.feature_model):
         raise UserError(*found)
     origin = bases.resolve(asked, family)
     model, base = origin.model, base_files.digests(origin.model, family.COMPONENTS)
@@ -66,11 +66,13 @@ def main() -> None:
         several.draw_grid(exam, lambda factor: make_sampling(exam, settings, factor), settings.prompts, entries)
         return
     began = time.monotonic()
+    feature_model = features.load(settings, device)
     kept, vae = Kept(conditions(base, model, device)), Vae(exam)
     evidence = examine(exam, adapter, args.adapter, settings, kept, vae)
     gc.collect()  # frees the pipeline, whose parts refer to each other
-    space = neighbours.Space(exam, cache, vae)
-    near = neighbours.compare(space, settings.prompts, evidence.pictures[0], evidence.pictures[adapter.num_steps])
+    drawn = evidence.pictures[0], evidence.pictures[adapter.num_steps]
+    space = neighbours.Space(exam, cache, vae, feature_model)
+    near = neighbours.compare(space, settings.prompts, *drawn)
 
     targets = {component: base[component] for component in (*family.VAE, "scheduler")}
     names = evaluation.row_names(exam.rows, settings.seed, targets)
@@ -80,7 +82,11 @@ def main() -> None:
     neighbours.write(args.reports / "validate", near, vae, cache, sheet_cell(evidence))
     measured |= evidence.drift | {"cost.tflop_per_image": cost.tflop_per_image(exam, adapter, cache)}
     made_from = lineage(settings, origin, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
-    write_json(args.reports / "validate" / "lineage.json", made_from | {"neighbours": neighbours.scale(near, space)})
+    made_from["neighbours"] = neighbours.scale(near, space)
+    if feature_model:
+        measured |= features.measure(feature_model, exam, settings.prompts, drawn[0][0], drawn[1][0], vae)
+        made_from["feature_model"] = feature_model.name
+    write_json(args.reports / "validate" / "lineage.json", made_from)
     metrics.save(args.reports / "metrics.json", measured)
     write_json(args.reports / "validate" / "run.json", {"environment": environment(device), **used(device, began)})
     log_end(args.reports, measured, adapter.num_steps)

@@ -61,6 +61,11 @@ class Exam:
         shapes = Counter(map(self.shape, self.rows))
         return max(shapes, key=lambda shape: (shapes[shape], shape))
 
+    @property
+    def heldout_views(self) -> list[str]:
+        """Keys of the held-out pictures' latents."""
+        return list(dict.fromkeys(row.picture.view for row in self.rows if row.picture.split == "heldout"))
+
     def shape(self, row: Row) -> tuple[int, ...]:
         """Height and width of a row's latents."""
         return tuple(self.cache.latents(row.picture.view)[0].shape[-2:])

@@ -9,11 +9,11 @@ held out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -31,12 +31,21 @@ if TYPE_CHECKING:
     from stages.validate.exam import Exam
     from stages.validate.latents import Vae
 
-Embed = Callable[[Sequence["Image.Image"]], np.ndarray]
-"""Pictures -> points, float32 [N, D]; the distance is Euclid's."""
 COPIED_QUANTILE = 0.05
 NUM_WORST = 6  # rows of nearest.png, a prompt each
 SHEET_BYTES = 300_000
 FIELDS = ("prompt", "seed", "distance", "nearest", "copied", "base_distance", "base_nearest", "base_copied")
+
+
+class ImageModel(Protocol):
+    """What features.FeatureModel is; the distance is Euclid's."""
+
+    @property
+    def name(self) -> str: ...
+
+    def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """Pictures -> points, float32 [N, D]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -110,19 +119,30 @@ class Space:
     exam: Exam
     cache: LatentCache
     vae: Vae
-    name: str = "latents"
-    embed: Embed | None = None
-    """Of the image model of that name; None for latents."""
+    model: ImageModel | None = None
+    """None for latents."""
+
+    @property
+    def name(self) -> str:
+        return "latents" if self.model is None else self.model.name
 
     def holds(self, view: str) -> bool:
-        return self.embed is not None or tuple(self.cache.latents(view)[0].shape[-2:]) == self.exam.picture_size
+        return self.model is not None or tuple(self.cache.latents(view)[0].shape[-2:]) == self.exam.picture_size
 
-    def view_point(self, view: str) -> np.ndarray:
-        latents = self.cache.latents(view)[0]
-        return flat(latents) if self.embed is None else self.embed([self.vae.decode(latents)])[0]
+    def of_views(self, views: Sequence[str]) -> Iterator[np.ndarray]:
+        """A point of each."""
+        if self.model is None:
+            yield from (flat(self.cache.latents(view)[0]) for view in views)
+            return
+        for start in range(0, len(views), self.exam.batch_size):
+            some = views[start : start + self.exam.batch_size]
+            yield from self.model.images([self.vae.decode(self.cache.latents(view)[0]) for view in some])
 
-    def picture_point(self, picture: Image.Image) -> np.ndarray:
-        return flat(self.vae.encode(picture)) if self.embed is None else self.embed([picture])[0]
+    def of_pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """[N, D]"""
+        if self.model is None:
+            return np.stack([flat(self.vae.encode(picture)) for picture in pictures])
+        return self.model.images(pictures)
 
     def trained_views(self) -> list[tuple[str, str]]:
         """File name and key of every view of every training picture; pictures for regularization are no evidence."""
@@ -130,9 +150,7 @@ class Space:
         return [(item.file_name, view) for item in items for view in item.views if self.holds(view)]
 
     def heldout_views(self) -> list[str]:
-        """Keys of the table's held-out pictures."""
-        views = [row.picture.view for row in self.exam.rows if row.picture.split == "heldout"]
-        return [view for view in dict.fromkeys(views) if self.holds(view)]
+        return [view for view in self.exam.heldout_views if self.holds(view)]
 
 
 def flat(latents: torch.Tensor) -> np.ndarray:
@@ -150,10 +168,9 @@ def compare(
         adapter: the same of the final adapter.
     """
     pictures = [picture for drawn in (*base, *adapter) for picture in drawn]
-    points = np.stack([space.picture_point(picture) for picture in pictures])  # [2 * seeds * prompts, D]
-    views, heldout = space.trained_views(), [space.view_point(view) for view in space.heldout_views()]
-    trained = (space.view_point(view) for _, view in views)
-    distances, nearest = find_nearest(np.stack([*points, *heldout]), trained)
+    points = space.of_pictures(pictures)  # [2 * seeds * prompts, D]
+    views, heldout = space.trained_views(), space.of_views(space.heldout_views())
+    distances, nearest = find_nearest(np.stack([*points, *heldout]), space.of_views([view for _, view in views]))
     asked = [(prompt, index) for index in range(len(base)) for prompt in prompts]
     samples = [
         Sample(prompt, index, picture, float(distance), *(views[position] if position >= 0 else ("", "")))

@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from stages.families.base import Family
 
 
+class FeatureModelParams(Params):
+    """An image-text model, pinned by its content."""
+
+    path: str = Field(min_length=1, exclude=True)
+    """A folder in the transformers layout, or a YAML file that pins a model of the Hub: ``validate/feature_files.py``.
+    Where it lies is no part of what is measured.
+    """
+    sha256: str | None = None
+    """Digest of the folder, or of the YAML file; without it the stage stops and prints it."""
+
+
 class ValidateParams(Params):
     """Section ``validate``."""
 
@@ -38,6 +49,8 @@ class ValidateParams(Params):
     """Adapter strengths, columns of the sample sheet; the progress sheet and the measures are at 1."""
     ink_measures: bool
     """Measure chroma and dark share of the samples."""
+    feature_model: FeatureModelParams | None
+    """Measures how the samples fit their prompts, and how far they are from the held-out pictures."""
     seed: int = Field(ge=0)
     """Of the table's timesteps and noise, of the bootstrap and of the samples."""
 
