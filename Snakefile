@@ -166,6 +166,8 @@ rule validate:
         progress="runs/rank-{rank}/reports/progress.png",
         heldout="runs/rank-{rank}/reports/validate/heldout.csv",
         curve="runs/rank-{rank}/reports/validate/curve.csv",
+        nearest="runs/rank-{rank}/reports/validate/nearest.png",
+        neighbours="runs/rank-{rank}/reports/validate/nearest.csv",
         lineage="runs/rank-{rank}/reports/validate/lineage.json",
     log:
         "runs/rank-{rank}/logs/validate.log",
@@ -222,6 +224,7 @@ rule report:
         lineage="runs/rank-{rank}/reports/validate/lineage.json",
         export="runs/rank-{rank}/reports/export/metrics.json",
         made="runs/rank-{rank}/reports/export/lineage.json",
+        energy="runs/rank-{rank}/reports/export/energy.csv",
         code=code("report"),
     output:
         report="runs/rank-{rank}/reports/report.md",

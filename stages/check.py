@@ -19,7 +19,7 @@ from stages.core import base_files, bases, pin
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams, load
-from stages.export.params import ExportParams, rank_refusals, refusals
+from stages.export.params import ExportParams, rank_refusals, refusals, step_refusals
 from stages.families.base import load_family
 from stages.prepare.geometry import buckets
 from stages.prepare.listing import Listing, lines
@@ -151,11 +151,12 @@ def batch_problems(listing: Listing, config: Config) -> list[str]:
 
 
 def export_problems(config: Config) -> list[str]:
-    """Formats that could not hold what training will make; said before the training, not after it."""
-    lora, export = config.section(LoraParams), config.section(ExportParams)
+    """Formats that could not hold what training will make, and a step that it keeps no snapshot of."""
+    lora, train, export = config.section(LoraParams), config.section(TrainParams), config.section(ExportParams)
     denoiser = load_family(config.section(ModelParams).family).DENOISER
     text = lora.train_text_encoder
     found = refusals(export.formats, lora.algo, lora.bias, lora.use_dora, denoiser, text)
+    found += step_refusals(export.step, train.snapshot_steps, train.num_steps)
     return found + rank_refusals(export.resized_ranks, lora.algo, lora.rank, lora.rank_pattern, text)
 
 

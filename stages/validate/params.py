@@ -28,6 +28,12 @@ class ValidateParams(Params):
     guidance_scale: float = Field(ge=0)
     """Classifier-free guidance, as the pipeline counts it: none at 1 or below, or at 0 (z_image)."""
     negative_prompt: str
+    num_seeds: int = Field(ge=1, le=64)
+    """Pictures per prompt by base and final adapter, for diversity and nearest training pictures; sheets show one."""
+    drift_prompts: list[str]
+    """Prompts of the base's own domain: what it draws for them is asked of base and adapter. Empty for none."""
+    max_copied_share: float | None = Field(ge=0, le=1)
+    """Largest ``samples.copied_share`` that the stage lets pass; null for any."""
     scales: list[float] = Field(min_length=1)
     """Adapter strengths, columns of the sample sheet; the progress sheet and the measures are at 1."""
     ink_measures: bool
@@ -37,12 +43,18 @@ class ValidateParams(Params):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        for name, values in (("prompts", self.prompts), ("scales", self.scales)):
+        listed: dict[str, list[str] | list[float]] = {
+            "prompts": self.prompts,
+            "drift_prompts": self.drift_prompts,
+            "scales": self.scales,
+        }
+        for name, values in listed.items():
             twice = [value for value, count in Counter(values).items() if count > 1]
             if twice:
                 raise ValueError(f"{name} lists {twice[0]!r} twice; name it once")
-        if not all(prompt.strip() for prompt in self.prompts):
-            raise ValueError("prompts has an empty prompt; describe a picture or remove it")
+        for name, prompts in (("prompts", self.prompts), ("drift_prompts", self.drift_prompts)):
+            if not all(prompt.strip() for prompt in prompts):
+                raise ValueError(f"{name} has an empty prompt; describe a picture or remove it")
         return self
 
 
