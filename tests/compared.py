@@ -1,20 +1,15 @@
-"""A small repository whose revisions have reports but no pipeline, and the command that compares them."""
+"""Revisions of a small repository, with reports but no pipeline behind them."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image
 
 from stages.artifacts import metrics
-from stages.compare import __main__ as compare
 from stages.core import evaluation
 from stages.core.evaluation import Score
 from stages.core.files import read_json, write_json, write_text
@@ -83,40 +78,3 @@ def commit(message: str) -> str:
     git("add", "-A")
     git("commit", "-q", "-m", message)
     return git("rev-parse", "HEAD")
-
-
-@dataclass
-class Repository:
-    """main: rank 8 (tag start: without reports); experiment clear-newt: rank 16; workspace: as main."""
-
-    run: Callable[..., str]
-
-    def experiment(self, name: str, rank: int, gain: float, seed: int = 0) -> None:
-        """An experiment of HEAD."""
-        head = git("rev-parse", "HEAD")
-        write_revision(rank, gain, seed)
-        made = commit(name)
-        git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", made)
-        git("reset", "-q", "--hard", head)
-
-
-@pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
-    monkeypatch.chdir(tmp_path)
-    git("init", "-q", "-b", "main")
-    write_text(Path("params.yaml"), "lora:\n  rank: 8\n")
-    commit("Start")
-    git("tag", "start")
-    write_revision(rank=8, gain=0.1)
-    commit("Report rank 8")
-
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
-        shutil.rmtree(tmp_path / "compare", ignore_errors=True)
-        compare.main()
-        (page,) = tmp_path.glob("compare/*/compare.md")
-        return page.read_text(encoding="utf-8")
-
-    made = Repository(run)
-    made.experiment("clear-newt", rank=16, gain=0.15)
-    return made

@@ -218,5 +218,4 @@ def write_params(path: Path, changes: dict[str, dict[str, Any]]) -> None:
 
 
 from tests.checkout import reproduced, tiny_checkout  # noqa: E402, F401  (needs what stands above)
-from tests.compared import repository  # noqa: E402, F401
 from tests.planted import clone, published  # noqa: E402, F401

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,49 @@ from tests.compared import (
     COLOURS,
     PROMPTS,
     SCORES,
-    Repository,
     change_lineage,
     commit,
     git,
     write_revision,
     write_scores,
 )
+
+
+@dataclass
+class Repository:
+    """main: rank 8 (tag start: without reports); experiment clear-newt: rank 16; workspace: as main."""
+
+    run: Callable[..., str]
+
+    def experiment(self, name: str, rank: int, gain: float, seed: int = 0) -> None:
+        """An experiment of HEAD."""
+        head = git("rev-parse", "HEAD")
+        write_revision(rank, gain, seed)
+        made = commit(name)
+        git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", made)
+        git("reset", "-q", "--hard", head)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q", "-b", "main")
+    write_text(Path("params.yaml"), "lora:\n  rank: 8\n")
+    commit("Start")
+    git("tag", "start")
+    write_revision(rank=8, gain=0.1)
+    commit("Report rank 8")
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+        shutil.rmtree(tmp_path / "compare", ignore_errors=True)
+        compare.main()
+        (page,) = tmp_path.glob("compare/*/compare.md")
+        return page.read_text(encoding="utf-8")
+
+    made = Repository(run)
+    made.experiment("clear-newt", rank=16, gain=0.15)
+    return made
 
 
 def test_a_better_experiment(repository: Repository) -> None:
@@ -270,6 +308,25 @@ def test_a_damaged_table_is_one_line(repository: Repository) -> None:
     write_text(PICTURE_TABLE, "nonsense\n")
     with pytest.raises(UserError, match="^workspace: reports/dataset/pictures.csv is damaged .*; run `dvc repro`"):
         repository.run()
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("params.yaml", "lora: [", "workspace: params.yaml is damaged"),
+        ("reports/metrics.json", "[]", "workspace: reports/metrics.json is damaged"),
+        ("reports/validate/heldout.csv", "row,split\n", "workspace: reports/validate/heldout.csv is damaged"),
+        ("reports/validate/lineage.json", "{}", "workspace: reports/validate/lineage.json is damaged"),
+        ("reports/samples.png", "no PNG", "workspace: reports/samples.png is damaged"),
+    ],
+)
+def test_a_damaged_report_is_one_line(repository: Repository, path: str, text: str, message: str) -> None:
+    write_text(Path(path), text)
+    with pytest.raises(UserError) as error:
+        repository.run()
+    assert len(error.value.problems) == 1 and "\n" not in str(error.value)
+    assert str(error.value).startswith(message) and "run `dvc repro` first" in str(error.value)
+    assert not list(Path("compare").glob("*"))
 
 
 def test_sheet_shows_both_bases_where_they_were_drawn_in_another_size(repository: Repository) -> None:

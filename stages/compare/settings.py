@@ -9,7 +9,7 @@ from stages.compare.sides import Side
 from stages.core.files import sha256_json
 
 SEED = "train.seed"
-IGNORED_SECTIONS = ("runtime", "report")  # they change no result
+IGNORED_SECTIONS = ("runtime", "report", "sweep")  # they change no result
 OF_TRAINING = ("model", "dataset", "cache", "lora", "train")  # sections that decide the adapter
 PICTURES, LATENTS = "pictures and captions", "latents and prompt embeddings"
 NAME_THE_BASE = ("model.family", "model.pretrained", "model.variant")
