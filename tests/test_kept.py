@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from stages.core import params
+from stages.core.params import ModelParams
+from stages.families import sd
 from stages.validate import kept as kept_module
+from stages.validate.exam import make_exam
 from stages.validate.kept import Kept
+from stages.validate.params import ValidateParams
+from tests.caches import write_mixed_cache
 from tests.conftest import Workspace
 from tests.test_validate import cached, reports, write_adapter  # noqa: F401  (a fixture)
 
@@ -71,6 +78,19 @@ def test_the_last_used_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not calls
     kept.losses("losses", "b", make)
     assert calls
+
+
+def test_losses_go_by_every_tensor_that_the_table_is_about_and_no_other(workspace: Workspace) -> None:
+    config, cache = params.load(Path("params.yaml")), write_mixed_cache()
+    exam = make_exam(config.section(ValidateParams), config.section(ModelParams), sd, cache, torch.device("cpu"))
+    before, (asked, *_) = exam.digest(), (row.picture for row in exam.rows if row.picture.mask)
+    caption = cache.manifest["captions"][asked.caption]
+    about = [f"{asked.view}.mean", f"{asked.mask}.mask", f"{caption}.prompt_embeds"]
+    for name in (*about, "9a.mean", "9b.mean", f"{asked.view}.std"):
+        kept, cache.tensors[name] = cache.tensors[name], cache.tensors[name] + 1e-6
+        assert (exam.digest() != before) == (name in about), name
+        cache.tensors[name] = kept
+    assert exam.digest() == before
 
 
 def test_another_rank_asks_the_base_nothing_and_another_prompt_only_draws(
