@@ -244,6 +244,11 @@ def answer(metrics: dict[str, Any], change: Estimate | str | None = None, **gate
             {"export.peft.max_abs_error": 0.0, "export.comfyui.max_abs_error": 0.3},
             "export.comfyui.max_abs_error is 0.3",
         ),
+        (
+            "max_export_error",
+            {"export.peft.max_abs_error": 0.0, "export.comfyui.max_abs_error": None},
+            "export.comfyui.max_abs_error was not measured",
+        ),
         ("max_export_error", {"export.peft.max_abs_error": None}, "export.peft.max_abs_error was not measured"),
         ("max_export_error", {}, "export.*.max_abs_error was not measured"),
     ],
