@@ -91,8 +91,8 @@ TAMPERED: dict[str, tuple[Callable[[], Any], str]] = {
         r"dvc.yaml train: the command is 'python -m stages.train --set train.seed=1', and 'python -m stages.train' was",
     ),
     "pipeline": (
-        lambda: edit("dvc.yaml", "      - reports/samples.png\n", ""),
-        r"dvc.yaml: reports/samples.png is not a dependency of report, and dvc.lock has it",
+        lambda: edit("dvc.yaml", TRAINER, f"{TRAINER}      - stages/gate/lock.py\n"),
+        r"dvc.yaml: stages/gate/lock.py is a dependency of train, and dvc.lock does not have it; run `dvc repro`",
     ),
     "data": (
         lambda: edit("data/raw.dvc", "md5: ", "md5: 0123456789abcdef0123456789abcdef.dir #"),
@@ -104,6 +104,7 @@ TAMPERED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
 }
 DATA = "data/latents\n      hash: md5\n      md5: "
+TRAINER = "      - stages/train/trainer.py\n"
 FORGIVEN: dict[str, tuple[Callable[[], Any], str]] = {
     "no report": (
         lambda: Path("reports/metrics.json").unlink(),
@@ -112,6 +113,10 @@ FORGIVEN: dict[str, tuple[Callable[[], Any], str]] = {
     "no code": (
         lambda: Path("stages/core/params.py").unlink(),
         r"stages/core/params.py: missing, and a dependency of prepare, cache_latents, train, validate, export, report;",
+    ),
+    "unlisted": (
+        lambda: (edit("dvc.yaml", TRAINER, ""), TAMPERED["code"][0]()),
+        r"dvc.yaml: stages/train/trainer.py is not a dependency of train, .* run `dvc repro --force train`, then",
     ),
     "frozen": (
         lambda: (
@@ -130,6 +135,13 @@ def test_what_was_tampered_with_is_named(clone: Clone, name: str) -> None:
     change()
     (line,) = differences()
     assert re.match(expected, line), line
+
+
+def test_a_dependency_less_is_no_matter(clone: Clone) -> None:
+    """DVC runs nothing for it, and writes no other dvc.lock."""
+    clone("main")
+    edit("dvc.yaml", TRAINER, "")
+    assert differences() == []
 
 
 @pytest.mark.slow
@@ -243,6 +255,11 @@ def answer(metrics: dict[str, Any], change: Estimate | str | None = None, **gate
             "max_export_error",
             {"export.peft.max_abs_error": 0.0, "export.comfyui.max_abs_error": 0.3},
             "export.comfyui.max_abs_error is 0.3",
+        ),
+        (
+            "max_export_error",
+            {"export.peft.max_abs_error": 0.0, "export.comfyui.max_abs_error": None},
+            "export.comfyui.max_abs_error was not measured",
         ),
         ("max_export_error", {"export.peft.max_abs_error": None}, "export.peft.max_abs_error was not measured"),
         ("max_export_error", {}, "export.*.max_abs_error was not measured"),

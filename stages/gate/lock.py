@@ -1,7 +1,8 @@
 """Whether params.yaml, code, dvc.yaml, dvc.lock and reports/ are of one run; a clone without data can tell.
 
 DVC gives the verdict (`dvc repro --dry --allow-missing`). What it does not say, which file and why, is read from
-dvc.lock here; and so is what it forgives: reports and code that are missing, and stages that are frozen.
+dvc.lock here; and so is what it forgives: reports and code that are missing, code that dvc.yaml does not list any more,
+and stages that are frozen.
 """
 
 from __future__ import annotations
@@ -186,7 +187,10 @@ def changed_files(pipeline: Pipeline) -> Iterator[str]:
 
 
 def unlisted(pipeline: Pipeline, path: str, uses: list[File]) -> list[str]:
-    """Where dvc.yaml and dvc.lock do not list the same files."""
+    """Where dvc.yaml and dvc.lock do not list the same files.
+
+    DVC reruns no stage for a file that dvc.yaml does not list any more; a dependency that is as it was is no matter.
+    """
     found = []
     for is_output, what in ((True, "an output"), (False, "a dependency")):
         new = [file.stage for file in uses if file.is_output is is_output and file.locked is None]
@@ -195,8 +199,9 @@ def unlisted(pipeline: Pipeline, path: str, uses: list[File]) -> list[str]:
             found.append(
                 f"dvc.yaml: {path} is {what} of {in_order(pipeline, new)}, and dvc.lock does not have it; {RUN}"
             )
-        if old:
-            found.append(f"dvc.yaml: {path} is not {what} of {in_order(pipeline, old)}, and dvc.lock has it; {RUN}")
+        if old and (is_output or used(pipeline, path, uses)):
+            force = RUN.replace("repro", f"repro --force {old[0]}")
+            found.append(f"dvc.yaml: {path} is not {what} of {in_order(pipeline, old)}, and dvc.lock has it; {force}")
     return found
 
 
