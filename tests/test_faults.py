@@ -5,18 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-import torch
 
 from stages.core import console
-from stages.core.files import save_tensors
-from tests.conftest import REPOSITORY, Workspace
+from tests.conftest import Workspace
 
 STAGES = ("prepare", "cache_latents", "train", "validate", "export", "report")
 OUTPUTS = ("data/prepared", "data/latents", "data/adapter", "data/export", "reports")
