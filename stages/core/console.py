@@ -108,7 +108,7 @@ def machine_fault(error: Exception) -> str:
         cure = (
             "lower the stage's batch_size; in train, raise gradient_accumulation_steps, or set gradient_checkpointing"
         )
-        return f"{text.rpartition(CPU_ALLOCATOR)[2]}; {cure}"
+        return f"{text.rpartition(CPU_ALLOCATOR)[2].rstrip('.')}; {cure}"
     return ""
 
 
