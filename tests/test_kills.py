@@ -19,7 +19,7 @@ import pytest
 from stages.core.params import read_yaml
 from tests.checkout import Checkout
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STEPS = 300
 EVERY = 10  # steps from checkpoint to checkpoint
@@ -79,7 +79,7 @@ def checkpoints(checkout: Checkout) -> list[Path]:
     return list((checkout.path / ".state/runs").glob("*/checkpoints/step-*.sha256"))
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -195,7 +195,8 @@ def test_killed_in_the_queue(checkout: Checkout, orphaned: bool) -> None:
     checkout.dvc("queue", "kill", queued[4])
     checkout.dvc("queue", "remove", queued[4])
     checkout.dvc(*queued)
-    assert resumed(checkout.dvc("exp", "run", "--run-all")) == [reached]
+    output = checkout.run(sys.executable, "-m", "dvc", "exp", "run", "--run-all", timeout=900).stdout
+    assert resumed(output) == [reached]
     assert of_experiment(checkout, queued[4]) == expected
 
 
