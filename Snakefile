@@ -3,6 +3,8 @@
 #   snakemake --config 'grid={lora.rank: [4, 8, 16]}' seeds=[0,1]    keys of sweep, for once
 # Writes below runs/, never to DVC's paths. Code and params of each rule come from dvc.yaml, folders from core/sweep.py.
 
+import functools
+import os
 import shlex
 from pathlib import Path
 
@@ -12,16 +14,33 @@ from snakemake.logging import logger
 from stages import check
 from stages.core import sweep
 from stages.core.console import UserError
-from stages.core.files import sha256_file, write_text
+from stages.core.files import sha256_file, sha256_json, write_text
 from stages.core.params import read_yaml
 
 STAGES = read_yaml(Path("dvc.yaml"))["stages"]
 
 
+def snapshot():
+    """A copy of params.yaml by its content."""
+    path = Path(f"runs/.params/{sha256_file(Path('params.yaml'))[:12]}.yaml")
+    if not path.exists():
+        write_text(path, Path("params.yaml").read_text(encoding="utf-8"))
+    return str(path)
+
+
+# Jobs, on a cluster too, read what this command started with: params.yaml may be edited while they run.
+if workflow.is_main_process or not Path(os.environ.get("LORA_PARAMS", "")).is_file():
+    os.environ["LORA_PARAMS"] = snapshot()
+
+
+envvars:
+    "LORA_PARAMS",
+
+
 def plan():
     """The runs, every setting of theirs checked."""
     try:
-        runs = sweep.plan(sweep.from_command_line(read_yaml(Path("params.yaml")), config))
+        runs = sweep.plan(sweep.from_command_line(read_yaml(Path(os.environ["LORA_PARAMS"])), config))
         if problems := check.sweep_problems(runs):
             raise UserError(*problems)
     except UserError as error:
@@ -31,11 +50,6 @@ def plan():
 
 RUNS = plan()
 AT = {stage: {run.places[stage]: run for run in reversed(RUNS)} for stage in STAGES}
-
-# Jobs read a copy, so that params.yaml can be edited while they run.
-PARAMS = f"runs/.params/{sha256_file(Path('params.yaml'))[:12]}.yaml"
-if not Path(PARAMS).exists():
-    write_text(Path(PARAMS), Path("params.yaml").read_text(encoding="utf-8"))
 
 if workflow.is_main_process:
     for line in sweep.summary(RUNS, sweep.measurements([Path("."), Path("runs")])):
@@ -47,10 +61,15 @@ def of(stage, wanted):
     return lambda wildcards: wanted(AT[stage]["/".join(wildcards)])
 
 
-def code(stage):
-    """The stage's code dependencies, file by file."""
+@functools.cache
+def code_of(stage, family):
     paths = [dep for dep in STAGES[stage]["deps"] if dep.startswith("stages/")]
-    return of(stage, lambda run: [path.replace("${model.family}", run.value("model.family")) for path in paths])
+    return sha256_json([sha256_file(Path(path.replace("${model.family}", family))) for path in paths])
+
+
+def code(stage):
+    """Digest of the stage's code dependencies; as inputs of every job they would take most of the time of a plan."""
+    return of(stage, lambda run: code_of(stage, run.value("model.family")))
 
 
 def sections(stage):
@@ -146,7 +165,6 @@ rule all:
 rule prepare:
     input:
         raw=tracked("prepare", "dataset.source"),
-        code=code("prepare"),
     output:
         manifest="runs/{dataset}/prepared/manifest.jsonl",
         dataset="runs/{dataset}/prepared/dataset.json",
@@ -158,10 +176,11 @@ rule prepare:
     conda:
         "profiles/environment.yaml"
     params:
+        code=code("prepare"),
         sections=sections("prepare"),
         options=options("prepare", "prepared", "dataset_reports"),
     shell:
-        "python -m stages.prepare --params {PARAMS} {params.options} > {log} 2>&1"
+        "python -m stages.prepare --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
 
 rule cache_latents:
@@ -169,7 +188,6 @@ rule cache_latents:
         raw=tracked("cache_latents", "dataset.source"),
         base=tracked("cache_latents", "model.pretrained"),
         prepared=made("cache_latents", "prepared", "manifest.jsonl", "dataset.json"),
-        code=code("cache_latents"),
     output:
         manifest="runs/{dataset}/{latents}/manifest.json",
         metrics="runs/{dataset}/reports/{latents}/metrics.json",
@@ -181,17 +199,17 @@ rule cache_latents:
     resources:
         gpu=1,
     params:
+        code=code("cache_latents"),
         sections=sections("cache_latents"),
         options=options("cache_latents", "prepared", "latents", "latents_reports"),
     shell:
-        "python -m stages.cache_latents --params {PARAMS} {params.options} > {log} 2>&1"
+        "python -m stages.cache_latents --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
 
 rule train:
     input:
         base=tracked("train", "model.pretrained"),
         latents=made("train", "latents", "manifest.json"),
-        code=code("train"),
     output:
         adapter="runs/{dataset}/{training}/adapter/adapter.json",
         metrics="runs/{dataset}/{training}/reports/train/metrics.json",
@@ -205,10 +223,11 @@ rule train:
     resources:
         gpu=1,
     params:
+        code=code("train"),
         sections=sections("train"),
         options=options("train", "latents", "adapter", "train_reports"),
     shell:
-        "python -m stages.train --params {PARAMS} {params.options} > {log} 2>&1"
+        "python -m stages.train --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
 
 rule validate:
@@ -216,7 +235,6 @@ rule validate:
         base=tracked("validate", "model.pretrained"),
         latents=made("validate", "latents", "manifest.json"),
         adapter=made("validate", "adapter", "adapter.json"),
-        code=code("validate"),
     output:
         metrics="runs/{dataset}/{run}/reports/metrics.json",
         samples=report("runs/{dataset}/{run}/reports/samples.png", category="Samples", labels=labels),
@@ -232,17 +250,17 @@ rule validate:
     resources:
         gpu=1,
     params:
+        code=code("validate"),
         sections=sections("validate"),
         options=options("validate", "latents", "adapter", "reports"),
     shell:
-        "python -m stages.validate --params {PARAMS} {params.options} > {log} 2>&1"
+        "python -m stages.validate --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
 
 rule export:
     input:
         base=tracked("export", "model.pretrained"),
         adapter=made("export", "adapter", "adapter.json"),
-        code=code("export"),
     output:
         files=[f"runs/{{dataset}}/{{exports}}/export/{name}" for name in EXPORTED],
         metrics="runs/{dataset}/{exports}/reports/export/metrics.json",
@@ -256,10 +274,11 @@ rule export:
     resources:
         gpu=1,
     params:
+        code=code("export"),
         sections=sections("export"),
         options=options("export", "adapter", "export", "export_reports"),
     shell:
-        "python -m stages.export --params {PARAMS} {params.options} > {log} 2>&1"
+        "python -m stages.export --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
 
 rule report:
@@ -270,7 +289,6 @@ rule report:
         validate=made("report", "reports", "metrics.json", "samples.png", "progress.png"),
         detail=made("report", "reports", "validate/curve.csv", "validate/lineage.json"),
         export=made("report", "export_reports", "metrics.json", "lineage.json"),
-        code=code("report"),
     output:
         report="runs/{dataset}/{run}/reports/report.md",
         dataset="runs/{dataset}/{run}/reports/dataset.md",
@@ -281,9 +299,10 @@ rule report:
     conda:
         "profiles/environment.yaml"
     params:
+        code=code("report"),
         sections=sections("report"),
         options=options(
             "report", "reports", "dataset_reports", "latents_reports", "train_reports", "export_reports", "export"
         ),
     shell:
-        "python -m stages.report --params {PARAMS} {params.options} > {log} 2>&1"
+        "python -m stages.report --params $LORA_PARAMS {params.options} > {log} 2>&1"
