@@ -81,7 +81,7 @@ def options(stage, *folders):
     """The run's overrides of what the stage reads, and its folders."""
 
     def line(run):
-        words = sweep.words(run.overrides, STAGES[stage]["params"])
+        words = sweep.words(run, STAGES[stage]["params"])
         places = [word for name in folders for word in (f"--{name.replace('_', '-')}", run.folders[name])]
         return shlex.join([*words, *places])
 

@@ -268,6 +268,8 @@ def named(parts: list[str], glue: str = ",") -> str:
 
 def readable(value: Any) -> str:
     """A value in a file's name: as it is where that is safe and unmistakable, or what is safe of it and a digest."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     written = value if isinstance(value, str) else text(value)
     if isinstance(value, str) and not plain(value) or isinstance(value, (list, dict)):
         return f"{re.sub(r'[^a-z0-9.]+', '_', written.lower()).strip('_.')[:40]}-{digest(text(value))}"
@@ -287,10 +289,13 @@ def text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
-def words(overrides: Overrides, names: list[str]) -> list[str]:
-    """``["--set", "lora.rank=16"]``: the overrides of these sections, or single keys, as dvc.yaml names them."""
-    own = [key for key in overrides if key in names or key.partition(".")[0] in names]
-    values = {key: v if isinstance(v := overrides[key], str) and plain(v) else text(v) for key in own}
+def words(run: Run, names: list[str]) -> list[str]:
+    """``["--set", "lora.rank=16"]``: the overrides of these sections, or single keys, as dvc.yaml names them.
+
+    Source and seed are always among them, so that a folder's command is the same whatever sweep asks for it.
+    """
+    keys = [key for key in [*OWN_AXIS, *run.overrides] if key in names or key.partition(".")[0] in names]
+    values = {key: v if isinstance(v := run.value(key), str) and plain(v) else text(v) for key in keys}
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 
 
