@@ -57,7 +57,7 @@ def main() -> None:
     base = bases.preview(model, family)
     found = package_problems() + base.problems + size_problems(config, base.configs)
     found += dataset_problems(config) + setting_problems(config) + disk_problems()
-    others = {run.places["prepare"]: run.config for run in runs if run.config.section(DatasetParams) != dataset}
+    others = {each.places["prepare"]: each.config for each in runs if each.config.section(DatasetParams) != dataset}
     found += [problem for other in others.values() for problem in dataset_problems(other)]
     found += [problem for problem in sweep_problems(runs) if problem not in found]
     if found:
@@ -167,9 +167,9 @@ def setting_problems(config: Config) -> list[str]:
 def sweep_problems(runs: list[Run]) -> list[str]:
     """Those of every run of a sweep, each once, with the first run that has it where there are several."""
     first: dict[str, str] = {}
-    for run in runs:
-        for problem in setting_problems(run.config):
-            first.setdefault(problem, f" (sweep: {run.name})" if len(runs) > 1 else "")
+    for each in runs:
+        for problem in setting_problems(each.config):
+            first.setdefault(problem, f" (sweep: {each.name})" if len(runs) > 1 else "")
     return [problem + name for problem, name in first.items()]
 
 

@@ -1,4 +1,4 @@
-"""The plan of a sweep: which runs, in which folders, shared where sections are equal, refused with all problems at once."""
+"""The plan of a sweep: which runs, in which folders, what they share, and what is refused."""
 
 from __future__ import annotations
 

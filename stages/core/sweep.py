@@ -1,7 +1,7 @@
 """Section ``sweep`` of params.yaml -> the runs that Snakemake makes of it, all known before the first job starts.
 
-In: params.yaml as ``read_yaml`` gives it.  Out: ``plan(tree)``, a Run (overrides, settings, folders) per dataset, setting
-and seed. Stages whose sections are equal stand in one folder, so that what runs have in common is made once.
+In: params.yaml as ``read_yaml`` gives it.  Out: ``plan(tree)``, a Run (overrides, settings, folders) per dataset,
+setting and seed. Stages whose sections are equal stand in one folder, so that what runs have in common is made once.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Run:
     """What differs from params.yaml, as validated."""
     config: Config
     values: dict[str, dict[str, Any]]
-    """Section -> settings in JSON's types, overrides applied; sections are shared between runs: not to be written to."""
+    """Section -> settings in JSON's types, overrides applied. Runs share them: not to be written to."""
     places: dict[str, str]
     """Stage -> folder below runs/ whose files belong to this run, and to others where the stage is shared."""
 
@@ -224,7 +224,7 @@ def placed(runs: list[Run]) -> list[Run]:
     """With each stage in the folder of the first run that has the same sections behind it."""
     known: dict[tuple[str, ...], str] = {}
     texts = {id(values): text(values) for run in runs for values in run.values.values()}
-    found = {}
+    found: dict[str, Run] = {}
     for run in runs:
         places = {}
         for stage, sections in SECTIONS_BEHIND.items():
@@ -235,7 +235,7 @@ def placed(runs: list[Run]) -> list[Run]:
 
 
 def place(run: Run, stage: str) -> str:
-    """``raw``, ``raw/latents-dtype-float32`` or ``raw/rank-16-s0``, by the overrides of the sections behind the stage."""
+    """``raw``, ``raw/latents-dtype-float32`` or ``raw/rank-16-s0``, by the overrides behind the stage."""
     source, seed = run.value("dataset.source"), run.value("train.seed")
     dataset = named([readable(source.removeprefix("data/")), *labels(run, ("dataset",))])
     if stage == "prepare":
