@@ -256,3 +256,28 @@ def test_a_sweep_is_refused_before_any_job(stubbed: Stubbed, words: list[str], m
     done = stubbed.snakemake("--config", *words)
     assert done.returncode != 0 and message in done.stdout + done.stderr, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and stubbed.ran() == []
+
+
+@pytest.mark.slow
+def test_slurm_profile_asks_for_gpu_memory_and_time(stubbed: Stubbed) -> None:
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    words = ["--workflow-profile", "profiles/slurm", "--dry-run", "--forceall"]
+    done = stubbed.snakemake(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = done.stdout + done.stderr
+    train = re.search(r"^rule train:.*?resources: ([^\n]+)", text, re.MULTILINE | re.DOTALL)
+    assert train and {"gpu=1", "mem_mb=16000", "runtime=480"} <= set(train[1].split(", "))
+
+
+@pytest.mark.slow
+def test_report_is_one_file_with_labels_and_nothing_from_the_network(stubbed: Stubbed) -> None:
+    words = ["--config", "grid={lora.rank: [2, 3]}"]
+    for name in ("samples", "progress", "loss"):  # pictures, not the stages' names
+        for path in stubbed.path.glob(f"runs/raw/*/reports/{name}.png"):
+            picture(1).save(path)
+    stubbed.run(*words)
+    stubbed.run(*words, "--report", "runs/report.html")
+    page = (stubbed.path / "runs/report.html").read_text(encoding="utf-8")
+    for label in ('"dataset": "raw"', '"lora.rank": "2"', '"lora.rank": "3"', '"seed": "0"'):
+        assert label in page
+    assert not re.search(r"""(?:src|href)=["']https?://""", page.replace("https://snakemake", ""))
