@@ -145,7 +145,7 @@ def test_a_sweep_makes_once_what_its_runs_share(stubbed: Stubbed) -> None:
     assert sorted(line.partition(" ")[0] for line in ran) == sorted([*AFTER_TRAIN] * 2)
     (words,) = [line for line in ran if line.startswith("train") and "rank=4" in line]
     assert re.fullmatch(
-        r"train --params runs/.params/\w+.yaml --set lora.rank=4 --set train.seed=0 --latents runs/raw/latents"
+        r"train --params runs/.params/\w+.yaml --set train.seed=0 --set lora.rank=4 --latents runs/raw/latents"
         r" --adapter runs/raw/rank-4-s0/adapter --train-reports runs/raw/rank-4-s0/reports/train",
         words,
     )
