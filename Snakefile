@@ -52,7 +52,7 @@ RUNS = plan()
 AT = {stage: {run.places[stage]: run for run in reversed(RUNS)} for stage in STAGES}
 
 if workflow.is_main_process:
-    for line in sweep.summary(RUNS, sweep.measurements([Path("."), Path("runs")])):
+    for line in sweep.summary(RUNS, sweep.measurements(Path("."))):
         logger.info(line)
 
 

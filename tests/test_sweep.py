@@ -213,11 +213,17 @@ def test_summary_counts_and_estimates_from_earlier_trainings(tmp_path: Path) -> 
     counts, unknown = sweep.summary(runs, [])
     assert counts.startswith("sweep: 5 runs") and "train 3" in counts and "validate 5" in counts
     assert "900 optimizer steps" in unknown and "not measured" in unknown
-    for name, speed in (("a", 50.0), ("b", 100.0), ("c", 1000.0), ("d", "none")):
+    for name, speed in (
+        (".", 50.0),
+        ("runs/raw/a", 100.0),
+        ("runs/raw/b", 1000.0),
+        ("runs/raw/c", "none"),
+        ("data/x", 1.0),
+    ):
         path = tmp_path / name / "reports/train/run.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"images_per_second": speed}))
-    measured = sweep.measurements([tmp_path])
+    measured = sweep.measurements(tmp_path)
     assert measured == [50.0, 100.0, 1000.0]
     # 900 steps of 16 pictures at the median of 100 a second
     assert "about 2.4 min one after the other at 6.2 steps/s" in sweep.summary(runs, measured)[1]

@@ -322,13 +322,12 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def measurements(folders: list[Path]) -> list[float]:
-    """Images per second of the trainings whose run.json lies at ``reports/train`` below these folders."""
+def measurements(root: Path) -> list[float]:
+    """Images per second of the earlier trainings of a checkout, by DVC and by Snakemake."""
     found = []
-    for folder in folders:
-        for path in sorted(folder.glob("**/reports/train/run.json")):
-            try:
-                found.append(float(json.loads(path.read_text(encoding="utf-8"))["images_per_second"]))
-            except (ValueError, KeyError, TypeError):  # of another version, or half a file
-                continue
+    for path in [root / "reports/train/run.json", *sorted(root.glob("runs/*/*/reports/train/run.json"))]:
+        try:
+            found.append(float(json.loads(path.read_text(encoding="utf-8"))["images_per_second"]))
+        except (OSError, ValueError, KeyError, TypeError):  # not there, of another version, or half a file
+            continue
     return [speed for speed in found if speed > 0]
