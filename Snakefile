@@ -1,78 +1,152 @@
-# The DAG of dvc.yaml for Snakemake: one run, or one per rank, with the dataset and its latents shared.
-#   snakemake                                  params.yaml as it stands
-#   snakemake --config ranks=4,8,16            one adapter per rank
-# Writes below runs/, never to DVC's paths. Code and params sections of each rule come from dvc.yaml.
+# The DAG of dvc.yaml for Snakemake: every run of params.yaml's section sweep, with what runs have in common made once.
+#   snakemake                                                        params.yaml as it stands
+#   snakemake --config 'grid={lora.rank: [4, 8, 16]}' seeds=[0,1]    keys of sweep, for once
+# Writes below runs/, never to DVC's paths. Code and params of each rule come from dvc.yaml, folders from core/sweep.py.
 
+import functools
+import os
+import shlex
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
+from stages import check
+from stages.core import sweep
 from stages.core.console import UserError
-from stages.core.params import load, read_yaml
+from stages.core.files import sha256_file, sha256_json, write_text
+from stages.core.params import read_yaml
 
-PARAMS = load(Path("params.yaml"))
 STAGES = read_yaml(Path("dvc.yaml"))["stages"]
-VALUES = {name: section.model_dump() for name, section in PARAMS.sections.items()}
-RANKS = str(config.get("ranks", VALUES["lora"]["rank"])).split(",")
 
 
-for rank in RANKS:
+def snapshot():
+    """A copy of params.yaml by its content."""
+    path = Path(f"runs/.params/{sha256_file(Path('params.yaml'))[:12]}.yaml")
+    if not path.exists():
+        write_text(path, Path("params.yaml").read_text(encoding="utf-8"))
+    return str(path)
+
+
+# Jobs, on a cluster too, read what this command started with: params.yaml may be edited while they run.
+if workflow.is_main_process or not Path(os.environ.get("LORA_PARAMS", "")).is_file():
+    os.environ["LORA_PARAMS"] = snapshot()
+
+
+envvars:
+    "LORA_PARAMS",
+
+
+def plan():
+    """The runs, every setting of theirs checked."""
     try:
-        load(Path("params.yaml"), [f"lora.rank={rank}"])
+        runs = sweep.plan(sweep.from_command_line(read_yaml(Path(os.environ["LORA_PARAMS"])), config))
+        if problems := check.sweep_problems(runs):
+            raise UserError(*problems)
     except UserError as error:
-        raise WorkflowError(*(f"--config ranks={config['ranks']}: {line}" for line in error.problems))
+        raise WorkflowError(*error.problems)
+    return runs
+
+
+RUNS = plan()
+AT = {stage: {run.places[stage]: run for run in reversed(RUNS)} for stage in STAGES}
+
+if workflow.is_main_process:
+    for line in sweep.summary(RUNS, sweep.measurements(Path("."))):
+        logger.info(line)
+
+
+def of(stage, wanted):
+    """An input or params function: what the job's run, or the first of those that share it, gives."""
+    return lambda wildcards: wanted(AT[stage]["/".join(wildcards)])
+
+
+@functools.cache
+def code_of(stage, family):
+    paths = [dep for dep in STAGES[stage]["deps"] if dep.startswith("stages/")]
+    return sha256_json([sha256_file(Path(path.replace("${model.family}", family))) for path in paths])
 
 
 def code(stage):
-    """The stage's code dependencies, file by file."""
-    paths = [dep for dep in STAGES[stage]["deps"] if dep.startswith("stages/")]
-    return [path.replace("${model.family}", VALUES["model"]["family"]) for path in paths]
-
-
-def value(name):
-    """Of a section, or of one key in it, as dvc.yaml names them."""
-    section, _, key = name.partition(".")
-    return VALUES[section][key] if key else VALUES[section]
+    """Digest of the stage's code dependencies; as inputs of every job they would take most of the time of a plan."""
+    return of(stage, lambda run: code_of(stage, run.value("model.family")))
 
 
 def sections(stage):
     """The parameters that the stage reads: when they change, Snakemake runs its rule again."""
+    return of(stage, lambda run: {name: run.value(name) for name in STAGES[stage]["params"]})
 
-    def values(wildcards):
-        read = {name: value(name) for name in STAGES[stage]["params"]}
-        if "lora" in read:
-            read["lora"] = read["lora"] | {"rank": int(wildcards.rank)}
-        return read
 
-    return values
+def options(stage, *folders):
+    """The run's overrides of what the stage reads, and its folders."""
+
+    def line(run):
+        words = sweep.words(run, STAGES[stage]["params"])
+        places = [word for name in folders for word in (f"--{name.replace('_', '-')}", run.folders[name])]
+        return shlex.join([*words, *places])
+
+    return of(stage, line)
+
+
+def made(stage, folder, *names):
+    """Files of an earlier stage."""
+    return of(stage, lambda run: [f"{run.folders[folder]}/{name}" for name in names])
+
+
+FILES = {}
 
 
 def files(path):
     """A file, or every file below a folder: Snakemake does not notice an edit inside a directory() input."""
-    found = [path] if Path(path).is_file() else sorted(str(path) for path in Path(path).rglob("*") if path.is_file())
-    braced = [f"{name}: Snakemake takes braces for wildcards; rename the file" for name in found if "{" in name]
-    if braced:
-        raise WorkflowError(*braced)
-    return found
+    if path not in FILES:
+        found = [path] if Path(path).is_file() else sorted(str(p) for p in Path(path).rglob("*") if p.is_file())
+        problems = [f"{name}: Snakemake takes braces for wildcards; rename the file" for name in found if "{" in name]
+        if not found:
+            problems = [f"{path}: no such file or folder, or nothing in it; correct it, or `dvc pull {path}`"]
+        FILES[path] = found, problems
+    return FILES[path]
 
 
-RAW = files(VALUES["dataset"]["source"])
-BASE = files(VALUES["model"]["pretrained"])
+def tracked(stage, key):
+    """The files of the dataset or the base."""
+    return of(stage, lambda run: files(run.value(key))[0])
 
 
-# One file of each format.
-EXPORTED = {
-    "diffusers": "pytorch_lora_weights.safetensors",
-    "peft": "adapter_model.safetensors",
-    "comfyui": f"{VALUES['export']['name']}.safetensors",
-    "merged": "model_index.json",
-}
-FORMATS = VALUES["export"]["formats"]
-RESIZED = [f"rank-{rank}/{name}" for rank in VALUES["export"]["resized_ranks"] for name in FORMATS if name != "merged"]
+if missing := [p for key in ("dataset.source", "model.pretrained") for run in RUNS for p in files(run.value(key))[1]]:
+    raise WorkflowError(*dict.fromkeys(missing))
+
+
+def exported(run):
+    """One file of each format, below the folder of the exports."""
+    names = {
+        "diffusers": "pytorch_lora_weights.safetensors",
+        "peft": "adapter_model.safetensors",
+        "comfyui": f"{run.value('export.name')}.safetensors",
+        "merged": "model_index.json",
+    }
+    formats, ranks = run.value("export.formats"), run.value("export.resized_ranks")
+    resized = [f"resized/rank-{rank}/{name}/{names[name]}" for rank in ranks for name in formats if name != "merged"]
+    return [f"{name}/{names[name]}" for name in formats] + resized
+
+
+# Outputs cannot differ between the jobs of a rule: those that all runs have. The lineage stands for the others.
+EXPORTED = sorted(set.intersection(*(set(exported(run)) for run in AT["export"].values())))
+
+
+def labels(wildcards):
+    """What the pages of `snakemake --report` are filtered by."""
+    run = AT["report"]["/".join(wildcards)]
+    swept = {key: sweep.readable(value) for key, value in run.overrides.items() if key not in sweep.OWN_AXIS}
+    rank, seed = run.value("lora.rank"), run.value("train.seed")
+    return {"dataset": wildcards.dataset, "lora.rank": str(rank)} | swept | {"seed": str(seed)}
 
 
 wildcard_constraints:
-    rank=r"\d+",
+    dataset="[^/]+",
+    latents="latents[^/]*",
+    training="[^/]+-s[0-9]+",
+    exports="[^/]+-s[0-9]+",
+    run="[^/]+-s[0-9]+",
 
 
 # Names the outputs of every stage: with the last ones alone, results of an earlier setting would pass for current
@@ -80,66 +154,68 @@ wildcard_constraints:
 rule all:
     default_target: True
     input:
-        "runs/prepared/manifest.jsonl",
-        "runs/latents/manifest.json",
-        expand("runs/rank-{rank}/adapter/adapter.json", rank=RANKS),
-        expand("runs/rank-{rank}/reports/metrics.json", rank=RANKS),
-        expand("runs/rank-{rank}/reports/export/lineage.json", rank=RANKS),
-        expand("runs/rank-{rank}/reports/report.md", rank=RANKS),
+        [f"{run.folders['prepared']}/manifest.jsonl" for run in AT["prepare"].values()],
+        [f"{run.folders['latents']}/manifest.json" for run in AT["cache_latents"].values()],
+        [f"{run.folders['adapter']}/adapter.json" for run in AT["train"].values()],
+        [f"{run.folders['reports']}/metrics.json" for run in AT["validate"].values()],
+        [f"{run.folders['export_reports']}/lineage.json" for run in AT["export"].values()],
+        [f"{run.folders['reports']}/report.md" for run in AT["report"].values()],
 
 
 rule prepare:
     input:
-        raw=RAW,
-        code=code("prepare"),
+        raw=tracked("prepare", "dataset.source"),
     output:
-        manifest="runs/prepared/manifest.jsonl",
-        dataset="runs/prepared/dataset.json",
-        metrics="runs/reports/dataset/metrics.json",
-        contact="runs/reports/dataset/contact.png",
-        pictures="runs/reports/dataset/pictures.csv",
+        manifest="runs/{dataset}/prepared/manifest.jsonl",
+        dataset="runs/{dataset}/prepared/dataset.json",
+        metrics="runs/{dataset}/reports/dataset/metrics.json",
+        contact="runs/{dataset}/reports/dataset/contact.png",
+        pictures="runs/{dataset}/reports/dataset/pictures.csv",
     log:
-        "runs/logs/prepare.log",
+        "runs/{dataset}/logs/prepare.log",
     conda:
         "profiles/environment.yaml"
     params:
+        code=code("prepare"),
         sections=sections("prepare"),
+        options=options("prepare", "prepared", "dataset_reports"),
     shell:
-        "python -m stages.prepare --prepared runs/prepared --dataset-reports runs/reports/dataset > {log} 2>&1"
+        "python -m stages.prepare --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
 
 rule cache_latents:
     input:
-        raw=RAW,
-        base=BASE,
-        manifest="runs/prepared/manifest.jsonl",
-        dataset="runs/prepared/dataset.json",
-        code=code("cache_latents"),
+        raw=tracked("cache_latents", "dataset.source"),
+        base=tracked("cache_latents", "model.pretrained"),
+        prepared=made("cache_latents", "prepared", "manifest.jsonl", "dataset.json"),
     output:
-        manifest="runs/latents/manifest.json",
-        metrics="runs/reports/latents/metrics.json",
+        manifest="runs/{dataset}/{latents}/manifest.json",
+        metrics="runs/{dataset}/reports/{latents}/metrics.json",
     log:
-        "runs/logs/cache_latents.log",
+        "runs/{dataset}/logs/{latents}.log",
     conda:
         "profiles/environment.yaml"
+    threads: 2
+    resources:
+        gpu=1,
     params:
+        code=code("cache_latents"),
         sections=sections("cache_latents"),
+        options=options("cache_latents", "prepared", "latents", "latents_reports"),
     shell:
-        "python -m stages.cache_latents --prepared runs/prepared --latents runs/latents"
-        " --latents-reports runs/reports/latents > {log} 2>&1"
+        "python -m stages.cache_latents --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
 
 rule train:
     input:
-        base=BASE,
-        latents="runs/latents/manifest.json",
-        code=code("train"),
+        base=tracked("train", "model.pretrained"),
+        latents=made("train", "latents", "manifest.json"),
     output:
-        adapter="runs/rank-{rank}/adapter/adapter.json",
-        metrics="runs/rank-{rank}/reports/train/metrics.json",
-        loss="runs/rank-{rank}/reports/train/loss.csv",
+        adapter="runs/{dataset}/{training}/adapter/adapter.json",
+        metrics="runs/{dataset}/{training}/reports/train/metrics.json",
+        loss="runs/{dataset}/{training}/reports/train/loss.csv",
     log:
-        "runs/rank-{rank}/logs/train.log",
+        "runs/{dataset}/{training}/logs/train.log",
     retries: 2  # a retry goes on from the last checkpoint
     conda:
         "profiles/environment.yaml"
@@ -147,99 +223,89 @@ rule train:
     resources:
         gpu=1,
     params:
+        code=code("train"),
         sections=sections("train"),
+        options=options("train", "latents", "adapter", "train_reports"),
     shell:
-        "python -m stages.train --set lora.rank={wildcards.rank} --latents runs/latents"
-        " --adapter runs/rank-{wildcards.rank}/adapter --train-reports runs/rank-{wildcards.rank}/reports/train"
-        " > {log} 2>&1"
+        "python -m stages.train --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
 
 rule validate:
     input:
-        base=BASE,
-        latents="runs/latents/manifest.json",
-        adapter="runs/rank-{rank}/adapter/adapter.json",
-        code=code("validate"),
+        base=tracked("validate", "model.pretrained"),
+        latents=made("validate", "latents", "manifest.json"),
+        adapter=made("validate", "adapter", "adapter.json"),
     output:
-        metrics="runs/rank-{rank}/reports/metrics.json",
-        samples="runs/rank-{rank}/reports/samples.png",
-        progress="runs/rank-{rank}/reports/progress.png",
-        heldout="runs/rank-{rank}/reports/validate/heldout.csv",
-        curve="runs/rank-{rank}/reports/validate/curve.csv",
-        nearest="runs/rank-{rank}/reports/validate/nearest.png",
-        neighbours="runs/rank-{rank}/reports/validate/nearest.csv",
-        lineage="runs/rank-{rank}/reports/validate/lineage.json",
+        metrics="runs/{dataset}/{run}/reports/metrics.json",
+        samples=report("runs/{dataset}/{run}/reports/samples.png", category="Samples", labels=labels),
+        progress=report("runs/{dataset}/{run}/reports/progress.png", category="Progress", labels=labels),
+        heldout="runs/{dataset}/{run}/reports/validate/heldout.csv",
+        curve="runs/{dataset}/{run}/reports/validate/curve.csv",
+        nearest=report("runs/{dataset}/{run}/reports/validate/nearest.png", category="Nearest pictures", labels=labels),
+        neighbours="runs/{dataset}/{run}/reports/validate/nearest.csv",
+        lineage="runs/{dataset}/{run}/reports/validate/lineage.json",
     log:
-        "runs/rank-{rank}/logs/validate.log",
+        "runs/{dataset}/{run}/logs/validate.log",
     conda:
         "profiles/environment.yaml"
     threads: 2
     resources:
         gpu=1,
     params:
+        code=code("validate"),
         sections=sections("validate"),
+        options=options("validate", "latents", "adapter", "reports"),
     shell:
-        "python -m stages.validate --set lora.rank={wildcards.rank} --latents runs/latents"
-        " --adapter runs/rank-{wildcards.rank}/adapter --reports runs/rank-{wildcards.rank}/reports > {log} 2>&1"
+        "python -m stages.validate --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
 
 rule export:
     input:
-        base=BASE,
-        adapter="runs/rank-{rank}/adapter/adapter.json",
-        code=code("export"),
+        base=tracked("export", "model.pretrained"),
+        adapter=made("export", "adapter", "adapter.json"),
     output:
-        files=[f"runs/rank-{{rank}}/export/{name}/{EXPORTED[name]}" for name in FORMATS],
-        resized=[f"runs/rank-{{rank}}/export/resized/{path}/{EXPORTED[Path(path).name]}" for path in RESIZED],
-        metrics="runs/rank-{rank}/reports/export/metrics.json",
-        energy="runs/rank-{rank}/reports/export/energy.csv",
-        lineage="runs/rank-{rank}/reports/export/lineage.json",
+        files=[f"runs/{{dataset}}/{{exports}}/export/{name}" for name in EXPORTED],
+        metrics="runs/{dataset}/{exports}/reports/export/metrics.json",
+        energy="runs/{dataset}/{exports}/reports/export/energy.csv",
+        lineage="runs/{dataset}/{exports}/reports/export/lineage.json",
     log:
-        "runs/rank-{rank}/logs/export.log",
+        "runs/{dataset}/{exports}/logs/export.log",
     conda:
         "profiles/environment.yaml"
     threads: 2
     resources:
         gpu=1,
     params:
+        code=code("export"),
         sections=sections("export"),
+        options=options("export", "adapter", "export", "export_reports"),
     shell:
-        "python -m stages.export --set lora.rank={wildcards.rank} --adapter runs/rank-{wildcards.rank}/adapter"
-        " --export runs/rank-{wildcards.rank}/export --export-reports runs/rank-{wildcards.rank}/reports/export"
-        " > {log} 2>&1"
+        "python -m stages.export --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
 
 rule report:
     input:
-        dataset="runs/reports/dataset/metrics.json",
-        contact="runs/reports/dataset/contact.png",
-        pictures="runs/reports/dataset/pictures.csv",
-        latents="runs/reports/latents/metrics.json",
-        train="runs/rank-{rank}/reports/train/metrics.json",
-        loss="runs/rank-{rank}/reports/train/loss.csv",
-        metrics="runs/rank-{rank}/reports/metrics.json",
-        samples="runs/rank-{rank}/reports/samples.png",
-        progress="runs/rank-{rank}/reports/progress.png",
-        curve="runs/rank-{rank}/reports/validate/curve.csv",
-        lineage="runs/rank-{rank}/reports/validate/lineage.json",
-        export="runs/rank-{rank}/reports/export/metrics.json",
-        made="runs/rank-{rank}/reports/export/lineage.json",
-        energy="runs/rank-{rank}/reports/export/energy.csv",
-        code=code("report"),
+        dataset=made("report", "dataset_reports", "metrics.json", "contact.png", "pictures.csv"),
+        latents=made("report", "latents_reports", "metrics.json"),
+        train=made("report", "train_reports", "metrics.json", "loss.csv"),
+        validate=made("report", "reports", "metrics.json", "samples.png", "progress.png"),
+        detail=made("report", "reports", "validate/curve.csv", "validate/lineage.json"),
+        nearest=made("report", "reports", "validate/nearest.png", "validate/nearest.csv"),
+        export=made("report", "export_reports", "metrics.json", "lineage.json", "energy.csv"),
     output:
-        report="runs/rank-{rank}/reports/report.md",
-        dataset="runs/rank-{rank}/reports/dataset.md",
-        card="runs/rank-{rank}/reports/model_card.md",
-        loss="runs/rank-{rank}/reports/loss.png",
+        report="runs/{dataset}/{run}/reports/report.md",
+        dataset="runs/{dataset}/{run}/reports/dataset.md",
+        card="runs/{dataset}/{run}/reports/model_card.md",
+        loss=report("runs/{dataset}/{run}/reports/loss.png", category="Curves", labels=labels),
     log:
-        "runs/rank-{rank}/logs/report.log",
+        "runs/{dataset}/{run}/logs/report.log",
     conda:
         "profiles/environment.yaml"
     params:
+        code=code("report"),
         sections=sections("report"),
+        options=options(
+            "report", "reports", "dataset_reports", "latents_reports", "train_reports", "export_reports", "export"
+        ),
     shell:
-        "python -m stages.report --set lora.rank={wildcards.rank} --reports runs/rank-{wildcards.rank}/reports"
-        " --train-reports runs/rank-{wildcards.rank}/reports/train --dataset-reports runs/reports/dataset"
-        " --latents-reports runs/reports/latents"
-        " --export-reports runs/rank-{wildcards.rank}/reports/export --export runs/rank-{wildcards.rank}/export"
-        " > {log} 2>&1"
+        "python -m stages.report --params $LORA_PARAMS {params.options} > {log} 2>&1"

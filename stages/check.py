@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.cache_latents.params import CacheParams, flip_problems
-from stages.core import base_files, bases, pin
+from stages.core import base_files, bases, params, pin, sweep
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
-from stages.core.params import Config, ModelParams, RuntimeParams, load
+from stages.core.params import Config, ModelParams, RuntimeParams
+from stages.core.sweep import Run
 from stages.export.params import ExportParams, rank_refusals, refusals, step_refusals
 from stages.families.base import load_family
 from stages.prepare.geometry import buckets
@@ -49,24 +50,27 @@ LEAST_DISK = 500 * 2**20
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    config = load(args.params, args.overrides)
-    model = config.section(ModelParams)
+    tree = params.overridden(args.params, args.overrides)
+    config = params.check(tree, args.params)
+    runs = sweep.plan(tree, args.params)
+    model, dataset = config.section(ModelParams), config.section(DatasetParams)
     family = load_family(model.family)
     base = bases.preview(model, family)
     found = package_problems() + base.problems + size_problems(config, base.configs)
-    found += dataset_problems(config) + export_problems(config)
-    if start := config.section(LoraParams).init_from:
-        found += pin.problems(start.path, start.sha256)
-    found += cross_problems(config.section(LoraParams), config.section(TrainParams), family)
-    found += prompt_problems(config.section(ValidateParams), family) + disk_problems()
+    found += dataset_problems(config) + setting_problems(config) + disk_problems()
     found += feature_files.problems(config.section(ValidateParams).feature_model)
+    others = {each.places["prepare"]: each.config for each in runs if each.config.section(DatasetParams) != dataset}
+    found += [problem for other in others.values() for problem in dataset_problems(other)]
+    found += [problem for problem in sweep_problems(runs) if problem not in found]
     if found:
         raise UserError(*found)
     log.info("parameters  %s, %d sections", args.params, len(config.sections))
+    if len(runs) > 1:
+        log.info("sweep       %d runs", len(runs))
     log.info("base        %s, family %s", model.pretrained, model.family)
     if base.to_do:
         log.info("            %s", base.to_do)
-    log.info("dataset     %s", config.section(DatasetParams).source)
+    log.info("dataset     %s", dataset.source)
     log.info("packages    %s", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
     log.info("disk        %.1f GB free for the state directory", shutil.disk_usage(existing(state_dir())).free / 1e9)
     device = check_device(config)  # from here on it imports torch, which takes seconds
@@ -126,14 +130,13 @@ def size_problems(config: Config, configs: ModelParams | None) -> list[str]:
 def dataset_problems(config: Config) -> list[str]:
     """What is wrong with the rows; prepare opens the pictures too."""
     dataset = config.section(DatasetParams)
-    found = flip_problems(dataset.flip, config.section(CacheParams).num_variants)
     try:
         listing = list_entries(dataset, fetch=False)
     except UserError as error:
-        return [*found, *error.problems]
+        return list(error.problems)
     for text in listing.warnings:
         log.warning("warning: %s", text)
-    found += batch_problems(listing, config)
+    found = batch_problems(listing, config)
     if dataset.on_bad == "error":
         return found + lines(listing.problems)
     for text in lines(listing.problems):
@@ -151,6 +154,26 @@ def batch_problems(listing: Listing, config: Config) -> list[str]:
     return [
         f"params.yaml train.batch_size: {size} is more than the dataset's {total} pictures, repeats counted; lower it"
     ]
+
+
+def setting_problems(config: Config) -> list[str]:
+    """Settings that do not go together, whatever the data; and the adapter to start from."""
+    family = load_family(config.section(ModelParams).family)
+    lora, train = config.section(LoraParams), config.section(TrainParams)
+    found = flip_problems(config.section(DatasetParams).flip, config.section(CacheParams).num_variants)
+    found += export_problems(config)
+    if start := lora.init_from:
+        found += pin.problems(start.path, start.sha256)
+    return found + cross_problems(lora, train, family) + prompt_problems(config.section(ValidateParams), family)
+
+
+def sweep_problems(runs: list[Run]) -> list[str]:
+    """Those of every run of a sweep, each once, with the first run that has it where there are several."""
+    first: dict[str, str] = {}
+    for each in runs:
+        for problem in setting_problems(each.config):
+            first.setdefault(problem, f" (sweep: {each.name})" if len(runs) > 1 else "")
+    return [problem + name for problem, name in first.items()]
 
 
 def export_problems(config: Config) -> list[str]:

@@ -13,7 +13,9 @@ from ruamel.yaml import YAML
 
 from stages.core import closure as closure_module
 from stages.core.closure import ROOT, closure, code_digest
+from stages.core.console import PATHS
 from stages.core.params import SECTIONS, load, read_yaml
+from stages.core.sweep import Run, plan
 from stages.export.params import ExportParams
 from tests.checkout import Checkout
 
@@ -61,9 +63,9 @@ def test_params_sections(stages: dict[str, Any], name: str) -> None:
     assert set(stages[name]["params"]) == READS[name]
 
 
-def test_every_section_is_read_by_a_stage_but_runtime(stages: dict[str, Any]) -> None:
+def test_every_section_is_read_by_a_stage_but_runtime_and_sweep(stages: dict[str, Any]) -> None:
     listed = sections(name for stage in stages.values() for name in stage["params"])
-    assert set(read_yaml(ROOT / "params.yaml")) == set(SECTIONS) == listed | {"runtime"}
+    assert set(read_yaml(ROOT / "params.yaml")) == set(SECTIONS) == listed | {"runtime", "sweep"}
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -95,38 +97,60 @@ def test_both_dags_have_the_same_edges(stages: dict[str, Any], tiny_checkout: Ch
     assert {edge for edge in edges if "all" not in edge} == dvc
 
 
-def test_snakemake_rules_run_the_same_modules_and_name_all_outputs(stages: dict[str, Any]) -> None:
-    text = (ROOT / "Snakefile").read_text()
+def test_both_dags_have_the_same_inputs_outputs_and_parameters(stages: dict[str, Any], tiny_checkout: Checkout) -> None:
+    """Each path of dvc.yaml, moved to where the run keeps it, stands in its rule's job; code and sections as params."""
+    (run,) = plan(read_yaml(tiny_checkout.path / "params.yaml"))
+    jobs = jobs_of(tiny_checkout.snakemake("--dry-run", "--printshellcmds"))
+    assert set(jobs) == {*STAGES, "all"}
+    wanted = jobs.pop("all")["input"].split(", ")
+    for name, job in jobs.items():
+        inputs, made = job["input"].split(", "), job["output"].split(", ")
+        for dep in (dep for dep in stages[name]["deps"] if not dep.startswith("stages/")):
+            assert any(lies_in(file, moved(dep, run)) for file in inputs), f"rule {name} does not read {dep}"
+        for out in outputs(stages[name]):
+            assert any(lies_in(file, moved(out, run)) for file in made), f"rule {name} does not name {out}"
+        assert set(made) & set(wanted), f"rule all names no output of {name}"
+        assert job["shell"].startswith(f"python -m stages.{name} --params ")
+    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
     rules = dict(re.findall(r"^rule (\w+):\n(.*?)(?=^rule |\Z)", text, re.MULTILINE | re.DOTALL))
-    assert set(rules) == {*STAGES, "all"}
     for name in STAGES:
-        assert f"python -m stages.{name} " in rules[name]
-        assert f'sections("{name}")' in rules[name] and f'code("{name}")' in rules[name]
-        for path in outputs(stages[name]):
-            stem = path.removeprefix("data/").removeprefix("reports/")
-            assert stem in rules[name].split("params:")[0], f"rule {name} does not name {path}"
-        assert re.search(rf"runs/[^\n]*{WITNESS[name]}", rules["all"]), f"rule all does not name an output of {name}"
+        assert f'sections=sections("{name}"),' in rules[name] and f'code=code("{name}"),' in rules[name]
+        assert re.search(rf'options\(\s*"{name}",', rules[name])
 
 
-WITNESS = {
-    "prepare": "prepared/manifest.jsonl",
-    "cache_latents": "latents/manifest.json",
-    "train": "adapter/adapter.json",
-    "validate": "reports/metrics.json",
-    "export": "reports/export/lineage.json",
-    "report": "reports/report.md",
-}
+def moved(path: str, run: Run) -> str:
+    """A path of dvc.yaml where a run of Snakemake's has it."""
+    path = re.sub(r"\$\{(.+)\}", lambda found: run.value(found[1]), path)
+    within = [name for name, folder in PATHS.items() if lies_in(path, folder)]
+    if not within:  # dataset and base
+        return path
+    nearest = max(within, key=lambda name: len(PATHS[name]))
+    return run.folders[nearest] + path.removeprefix(PATHS[nearest])
+
+
+def lies_in(file: str, path: str) -> bool:
+    return file == path or file.startswith(f"{path}/")
+
+
+def jobs_of(text: str) -> dict[str, dict[str, str]]:
+    """Rule -> what a dry run prints of its one job."""
+    found = {}
+    for block in re.split(r"^(?:local)?rule ", text, flags=re.MULTILINE)[1:]:
+        fields = dict(re.findall(r"^    (input|output): (.*)$", block, re.MULTILINE))
+        shell = re.search(r"^Shell command: (.*)$", block, re.MULTILINE)
+        found[block.partition(":")[0]] = fields | {"shell": shell[1] if shell else ""}
+    return found
 
 
 def test_snakemake_lints_clean(tiny_checkout: Checkout) -> None:
     assert "Congratulations" in tiny_checkout.snakemake("--lint")
 
 
-def test_snakemake_plans_a_list_of_ranks_with_shared_latents(tiny_checkout: Checkout) -> None:
-    plan = tiny_checkout.snakemake("--dry-run", "--quiet", "rules", "--config", "ranks=2,4,8")
-    counts = dict(re.findall(r"^(\w+)\s+(\d+)$", plan, re.MULTILINE))
-    expected = {"prepare": 1, "cache_latents": 1, "train": 3, "validate": 3, "export": 3, "report": 3}
-    assert {name: int(counts[name]) for name in STAGES} == expected
+def test_snakefile_is_formatted() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "snakefmt", "--check", "Snakefile"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["runs", "logs", "compare", "base/build", ".venv"])

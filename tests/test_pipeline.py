@@ -170,7 +170,7 @@ def test_data_less_gate_notices_a_report_edited_by_hand(reproduced: Checkout) ->
 
 def test_snakemake_gives_the_adapter_of_dvc_and_reruns_only_what_changed(reproduced: Checkout) -> None:
     reproduced.snakemake()
-    assert reproduced.adapter("runs/rank-2/adapter") == reproduced.adapter()
+    assert reproduced.adapter("runs/raw/default-s0/adapter") == reproduced.adapter()
     assert "Nothing to be done" in reproduced.snakemake()
     reproduced.set(export__seed=5)
     plan = reproduced.snakemake("--dry-run", "--quiet", "rules")

@@ -36,6 +36,7 @@ SECTIONS = {
     "export": "stages.export.params:ExportParams",
     "report": "stages.report.params:ReportParams",
     "runtime": "stages.core.params:RuntimeParams",
+    "sweep": "stages.core.sweep:SweepParams",
 }
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -111,21 +112,47 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     Raises:
         UserError: every problem found, one line each.
     """
+    return check(overridden(path, overrides), path)
+
+
+def overridden(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """The file's tree with ``section.key=value`` overrides applied, unchecked."""
     tree = read_yaml(path)
     for override in overrides:
         apply_override(tree, override)
+    return tree
+
+
+def check(tree: dict[str, Any], path: Path) -> Config:
+    """Every section as its class; ``path`` is named in the messages.
+
+    Raises:
+        UserError: every problem found, one line each.
+    """
     problems = [unknown(str(path), str(key), SECTIONS) for key in tree if key not in SECTIONS]
     problems += [f"{path}: section '{name}' is missing" for name in SECTIONS if name not in tree]
     sections = {}
     for name in SECTIONS:
         if name in tree:
             try:
-                sections[name] = params_class(name).model_validate(tree[name])
-            except ValidationError as error:
-                problems += explain(path, name, params_class(name), error)
+                sections[name] = check_section(path, name, tree[name])
+            except UserError as error:
+                problems += error.problems
     if problems:
         raise UserError(*problems)
     return Config(sections, path)
+
+
+def check_section(path: Path, name: str, values: Any) -> Params:
+    """One section as its class.
+
+    Raises:
+        UserError: its problems, one line each.
+    """
+    try:
+        return params_class(name).model_validate(values)
+    except ValidationError as error:
+        raise UserError(*explain(path, name, params_class(name), error)) from None
 
 
 def params_class(section: str) -> type[Params]:
