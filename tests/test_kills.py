@@ -113,8 +113,11 @@ def refused(checkout: Checkout, *words: str) -> str:
     return done.stdout + done.stderr
 
 
-def assert_refused(output: str, pid: int) -> None:
-    """The newcomer names who holds its run, and how to end it."""
+def assert_refused(checkout: Checkout, pid: int, *words: str) -> None:
+    """While the orphan holds its run (here it is halted), the newcomer names it and how to end it."""
+    os.kill(pid, signal.SIGSTOP)
+    output = refused(checkout, *words)
+    os.kill(pid, signal.SIGCONT)
     line = f"process {pid} is at work on this run; wait for it, or stop it: kill {pid}"
     assert re.search(rf"^error: \S+: {line}$", output, re.MULTILINE), output
 
@@ -139,7 +142,7 @@ def test_killed_under_dvc_repro(checkout: Checkout) -> None:
         process.kill()
     assert resumed((checkout.path / "logs/started.log").read_text()) == [reached]
     (orphan,) = trainers(checkout)
-    assert_refused(refused(checkout, "dvc", "repro", "train"), orphan)
+    assert_refused(checkout, orphan, "dvc", "repro", "train")
     reached = stop(checkout, orphan)
     assert resumed(checkout.dvc("repro", "train")) == [reached]
     assert checkout.adapter() == expected
@@ -155,7 +158,7 @@ def test_killed_in_a_temporary_experiment(checkout: Checkout) -> None:
     with started(checkout, *command) as process:
         process.kill()
     (orphan,) = trainers(checkout)
-    assert_refused(refused(checkout, *command), orphan)
+    assert_refused(checkout, orphan, *command)
     assert stop(checkout, orphan) > reached
     reached = newest(checkout)
     assert resumed(checkout.dvc(*command[1:])) == [reached]
@@ -223,7 +226,7 @@ def test_killed_under_snakemake(checkout: Checkout) -> None:
     assert resumed(log.read_text()) == [reached]
     (orphan,) = trainers(checkout)
     checkout.snakemake("--unlock")
-    assert_refused(refused(checkout, *command), orphan)
+    assert_refused(checkout, orphan, *command)
     reached = stop(checkout, orphan)
     checkout.snakemake(*command[3:])
     assert resumed(log.read_text()) == [reached]
