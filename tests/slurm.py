@@ -55,10 +55,10 @@ AccountingStorageType=accounting_storage/none
 ReturnToService=2
 MinJobAge=3600
 GresTypes=gpu
-NodeName=localhost CPUs=4 RealMemory=64000 Gres=gpu:2 State=UNKNOWN
+NodeName=localhost CPUs=4 RealMemory=64000 Gres=gpu:4 State=UNKNOWN
 PartitionName=try Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """
-GPUS = "".join(f"NodeName=localhost Name=gpu File=/dev/{name}\n" for name in ("null", "zero"))  # any two devices do
+GPUS = "".join(f"NodeName=localhost Name=gpu File=/dev/{name}\n" for name in ("null", "zero", "full", "random"))
 
 
 def missing() -> str | None:

@@ -22,7 +22,7 @@ from tests.conftest import REPOSITORY
 PROFILE = REPOSITORY / "profiles/slurm/config.v9+.yaml"
 TRAINING = {
     "runtime__device": "auto",  # which asks for a GPU, and trains on the CPU where Slurm's is none
-    "train__num_steps": 300,
+    "train__num_steps": 200,
     "train__checkpoint_every_n_steps": 10,
     "train__snapshot_every_n_steps": 100,
     "train__gradient_accumulation_steps": 2,
@@ -97,13 +97,18 @@ def test_a_killed_and_a_requeued_training_end_in_the_bytes_of_undisturbed_ones(c
         "rank-4-s0": lambda job: cluster.slurm.ask("scancel", "--signal=KILL", "--full", job),
         "rank-8-s0": lambda job: cluster.slurm.ask("scontrol", "requeue", job),
     }
-    left = {}
+    left: dict[str, tuple[int, float]] = {}
+
+    def disturb() -> bool:
+        for run in ways:
+            if run not in left and cluster.step(run) > 25:
+                ways[run](cluster.job(run))
+                left[run] = cluster.step(run), time.monotonic()
+        return len(left) == len(ways)
+
     with (cluster.path / "output.txt").open("wb") as output:
         sweep = cluster.snakemake(output, "--config", "grid={lora.rank: [2, 4, 8]}")
-        for run, disturb in ways.items():
-            wait(lambda run=run: cluster.step(run) > 25, sweep)
-            disturb(cluster.job(run))
-            left[run] = cluster.step(run), time.monotonic()
+        wait(disturb, sweep)
         for run in ways:
             wait(lambda run=run: "resumed from step" in cluster.log(run), sweep)
             print(f"\n{run}: disturbed at step {left[run][0]}, after {time.monotonic() - left[run][1]:.0f} s", end=" ")
