@@ -15,7 +15,7 @@ import pytest
 
 from tests.checkout import Checkout
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SETTINGS = ["dataset.source=data/other", "train.num_steps=300", "train.checkpoint_every_n_steps=10"]
 KILLED, OTHER = "rank-3", "rank-4"
 

@@ -88,6 +88,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterat
     assert all(process.poll() is not None for process in running.daemons)
 
 
+@pytest.mark.timeout(1800)  # seven minutes on two busy cores, of which Slurm holds a requeued job back for two
 @pytest.mark.slow
 def test_a_killed_and_a_requeued_training_end_in_the_bytes_of_undisturbed_ones(cluster: Cluster) -> None:
     """SIGKILL to the process (as for want of memory), to the whole job, and what Slurm does for a preempted one."""
