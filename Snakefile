@@ -241,6 +241,8 @@ rule validate:
         progress=report("runs/{dataset}/{run}/reports/progress.png", category="Progress", labels=labels),
         heldout="runs/{dataset}/{run}/reports/validate/heldout.csv",
         curve="runs/{dataset}/{run}/reports/validate/curve.csv",
+        nearest=report("runs/{dataset}/{run}/reports/validate/nearest.png", category="Nearest", labels=labels),
+        neighbours="runs/{dataset}/{run}/reports/validate/nearest.csv",
         lineage="runs/{dataset}/{run}/reports/validate/lineage.json",
     log:
         "runs/{dataset}/{run}/logs/validate.log",
@@ -288,7 +290,7 @@ rule report:
         train=made("report", "train_reports", "metrics.json", "loss.csv"),
         validate=made("report", "reports", "metrics.json", "samples.png", "progress.png"),
         detail=made("report", "reports", "validate/curve.csv", "validate/lineage.json"),
-        export=made("report", "export_reports", "metrics.json", "lineage.json"),
+        export=made("report", "export_reports", "metrics.json", "lineage.json", "energy.csv"),
     output:
         report="runs/{dataset}/{run}/reports/report.md",
         dataset="runs/{dataset}/{run}/reports/dataset.md",

@@ -22,7 +22,7 @@ def versions(*packages: str) -> str:
 
 def command(module: str, words: list[str]) -> str:
     """As it was typed, without the places of this machine."""
-    return f"`python -m {module} {' '.join(Path(word).name for word in words if word != '--write')}`"
+    return f"`{' '.join(['python -m', module, *(Path(word).name for word in words if word != '--write')])}`"
 
 
 def write(block: str, text: str) -> None:

@@ -20,13 +20,14 @@ from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams
 from stages.core.sweep import Run
-from stages.export.params import ExportParams, rank_refusals, refusals
+from stages.export.params import ExportParams, rank_refusals, refusals, step_refusals
 from stages.families.base import load_family
 from stages.prepare.geometry import buckets
 from stages.prepare.listing import Listing, lines
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
 from stages.train.params import LoraParams, TrainParams, cross_problems
+from stages.validate import feature_files
 from stages.validate.params import ValidateParams, prompt_problems
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def main() -> None:
     base = bases.preview(model, family)
     found = package_problems() + base.problems + size_problems(config, base.configs)
     found += dataset_problems(config) + setting_problems(config) + disk_problems()
+    found += feature_files.problems(config.section(ValidateParams).feature_model)
     others = {each.places["prepare"]: each.config for each in runs if each.config.section(DatasetParams) != dataset}
     found += [problem for other in others.values() for problem in dataset_problems(other)]
     found += [problem for problem in sweep_problems(runs) if problem not in found]
@@ -76,6 +78,7 @@ def main() -> None:
         check_objective(config, base.configs)
         check_captions(base.configs)
         check_training(config, base.configs, device)
+    check_features(config.section(ValidateParams), device)
 
 
 def package_problems() -> list[str]:
@@ -174,11 +177,12 @@ def sweep_problems(runs: list[Run]) -> list[str]:
 
 
 def export_problems(config: Config) -> list[str]:
-    """Formats that could not hold what training will make; said before the training, not after it."""
-    lora, export = config.section(LoraParams), config.section(ExportParams)
+    """Formats that could not hold what training will make, and a step that it keeps no snapshot of."""
+    lora, train, export = config.section(LoraParams), config.section(TrainParams), config.section(ExportParams)
     denoiser = load_family(config.section(ModelParams).family).DENOISER
     text = lora.train_text_encoder
     found = refusals(export.formats, lora.algo, lora.bias, lora.use_dora, denoiser, text)
+    found += step_refusals(export.step, train.snapshot_steps, train.num_steps)
     return found + rank_refusals(export.resized_ranks, lora.algo, lora.rank, lora.rank_pattern, text)
 
 
@@ -253,6 +257,17 @@ def check_training(config: Config, configs: ModelParams, device: torch.device) -
     if lora_params.init_from is not None:
         init_from.read(lora_params, denoiser, family)
         log.info("start       %s", lora_params.init_from.path)
+
+
+def check_features(settings: ValidateParams, device: torch.device) -> None:
+    """Loads the image-text model, if one is named and here."""
+    from stages.validate import features
+
+    asked = settings.feature_model
+    if asked and not feature_files.is_here(asked):
+        log.info("features    %s, downloaded when validate starts", asked.path)
+    elif model := features.load(settings, device):
+        log.info("features    %s", model.name)
 
 
 if __name__ == "__main__":

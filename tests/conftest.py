@@ -41,6 +41,9 @@ TINY: dict[str, dict[str, Any]] = {
         "batch_size": 4,
         "prompts": ["red apple", "blue boat"],
         "num_inference_steps": 2,
+        "num_seeds": 2,
+        "scales": [1.0],
+        "drift_prompts": ["red apple", "green circle"],
     },
     "runtime": {"device": "cpu", "num_threads": 1, "num_processes": 1, "log_every_n_steps": 1},
 }
@@ -215,3 +218,4 @@ def write_params(path: Path, changes: dict[str, dict[str, Any]]) -> None:
 
 
 from tests.checkout import reproduced, tiny_checkout  # noqa: E402, F401  (needs what stands above)
+from tests.planted import clone, published  # noqa: E402, F401

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import flops, gpu, players, readme, side_by_side
+from benchmarks import flops, gpu, players, readme, side_by_side, together
 from benchmarks.bases import DRY_SD15, SD15, SDXL, TINY
 from benchmarks.child import Turns
 from benchmarks.players import Failed, Turn, Variant
@@ -176,6 +176,17 @@ def test_the_gpu_benchmark_runs_dry(script: Path, monkeypatch: pytest.MonkeyPatc
         gpu.EAGER,
         gpu.COMPILED,
     ]
+
+
+def test_adapters_in_one_pass_have_the_gradients_of_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near, where all rows are joined; to the bit, where each product sees one adapter's rows at a time."""
+    monkeypatch.setattr(together, "WARM_UP", 0)
+    args = argparse.Namespace(num_adapters=3, rounds=1, batch_sizes=[1], dry=True)
+    alone, joined, apart = together.measure(args, "float32", batch_size=1)
+    assert joined.difference < 1e-5 and apart.is_equal and apart.difference == 0
+    assert min(row.milliseconds[0] for row in (alone, joined, apart)) > 0 and alone.ratios == [1.0]
+    text = together.table(args, [alone, joined, apart])
+    assert "| products one by one, float32 | 1 |" in text.replace("together, ", "") and "| 0 | yes |" in text
 
 
 def test_a_side_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:

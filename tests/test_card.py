@@ -22,6 +22,7 @@ CARD = Path("reports/model_card.md")
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """The card shows none."""
     monkeypatch.setattr("stages.report.__main__.plot_losses", lambda *_: None)
+    monkeypatch.setattr("stages.report.html_page.write_page", lambda *_: "")
 
 
 def card(workspace: Workspace, *argv: str, export: dict[str, Any] | None = None, **made: Any) -> ModelCard:

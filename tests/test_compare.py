@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +15,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages import compare
-from stages.artifacts import metrics, picture_table
+from stages.artifacts import picture_table
+from stages.compare import __main__ as compare
+from stages.compare import revisions, sides
 from stages.core import evaluation, thumbnails
 from stages.core.console import UserError
-from stages.core.evaluation import Score
-from stages.core.files import read_json, write_json, write_text
-from stages.core.sheets import cut, save_png, sheet
-
-PROMPTS = ["red apple", "blue boat"]
-COLOURS = {"base": "#cc2222", 8: "#22cc22", 16: "#2222cc"}
-
-
-def write_revision(rank: int, gain: float, table: str = "0123456789abcdef", prompts: list[str] = PROMPTS) -> None:
-    """params.yaml and reports/ of an adapter of ``rank`` that is better than the base by ``gain``, in this folder."""
-    text = f"lora:\n  rank: {rank}\n  alpha: 8\nreport:\n  title: Rank {rank}\n"
-    write_text(Path("params.yaml"), text)
-    scores = [
-        Score(f"{split}-{index}-{t}", f"{index}.png", split, t, 0.5, 0.5 - gain - 0.001 * index)
-        for split in ("heldout", "train")
-        for index in range(8)
-        for t in (100, 900)
-    ]
-    write_text(Path("reports/validate/heldout.csv"), evaluation.write_scores(scores))
-    measured = evaluation.metrics(scores, 1000, seed=0)
-    metrics.save(Path("reports/metrics.json"), measured | {"val.table": table, "val.best_step": 4})
-    metrics.save(Path("reports/train/metrics.json"), {"train.num_trainable_parameters": 100 * rank})
-    settings = {"prompts": prompts, "scales": [0.5, 1.0], "seed": 0}
-    lineage = {
-        "base": {"unet": "a"},
-        "dataset": {"content": "c"},
-        "latents": "d",
-        "model": {"dtype": "float32"},
-        "sheet": {"cell": 64, "picture": [64, 64]},
-        "validate": settings,
-    }
-    write_json(Path("reports/validate/lineage.json"), lineage)
-    columns = (COLOURS["base"], "#888888", COLOURS[rank])
-    rows = [[Image.new("RGB", (64, 64), colour) for colour in columns] for _ in prompts]
-    save_png(Path("reports/samples.png"), sheet(rows, prompts, ["base", "adapter x 0.5", "adapter"], 64))
-
-
-def git(*arguments: str) -> str:
-    identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
-    return subprocess.run(["git", *identity, *arguments], check=True, capture_output=True, text=True).stdout.strip()
-
-
-def commit(message: str) -> str:
-    git("add", "-A")
-    git("commit", "-q", "-m", message)
-    return git("rev-parse", "HEAD")
+from stages.core.files import write_json, write_text
+from stages.core.sheets import cut
+from tests.compared import (
+    COLOURS,
+    PROMPTS,
+    SCORES,
+    change_lineage,
+    commit,
+    git,
+    write_revision,
+    write_scores,
+)
 
 
 @dataclass
@@ -71,6 +39,14 @@ class Repository:
     """main: rank 8 (tag start: without reports); experiment clear-newt: rank 16; workspace: as main."""
 
     run: Callable[..., str]
+
+    def experiment(self, name: str, rank: int, gain: float, seed: int = 0) -> None:
+        """An experiment of HEAD."""
+        head = git("rev-parse", "HEAD")
+        write_revision(rank, gain, seed)
+        made = commit(name)
+        git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", made)
+        git("reset", "-q", "--hard", head)
 
 
 @pytest.fixture
@@ -81,81 +57,169 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
     commit("Start")
     git("tag", "start")
     write_revision(rank=8, gain=0.1)
-    head = commit("Report rank 8")
-    write_revision(rank=16, gain=0.15)
-    experiment = commit("Experiment")
-    git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/clear-newt", experiment)
-    git("reset", "-q", "--hard", head)
+    commit("Report rank 8")
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+        shutil.rmtree(tmp_path / "compare", ignore_errors=True)
         compare.main()
         (page,) = tmp_path.glob("compare/*/compare.md")
         return page.read_text(encoding="utf-8")
 
-    return Repository(run)
+    made = Repository(run)
+    made.experiment("clear-newt", rank=16, gain=0.15)
+    return made
 
 
 def test_a_better_experiment(repository: Repository) -> None:
     page = repository.run("main", "clear-newt")
-    assert "**lora.rank 16 (clear-newt) is better than lora.rank 8 (main): held-out loss lower by 0.0500" in page
+    assert "**clear-newt (lora.rank 16) against main (lora.rank 8): better, −12.6 % [−12.6, −12.6].**" in page
     assert "| lora.rank | 8 | 16 |" in page
     assert "lora.alpha" not in page and "report.title" not in page
-    assert "| val.loss | 0.3965 | 0.3465 | −0.05 ✓ |" in page
-    assert "| train.num_trainable_parameters | 800 | 1600 | +800 |" in page
+    assert "| val.loss | 0.3965 | 0.3465 (−0.05 ✓) |" in page
+    assert "| train.num_trainable_parameters | 800 | 1600 (+800) |" in page
     assert "val.loss_change_low" not in page and "val.table" not in page
 
 
 def test_a_worse_workspace_against_an_experiment(repository: Repository) -> None:
     page = repository.run("clear-newt")
-    assert "lora.rank 16 (clear-newt) is better than lora.rank 8 (workspace)" in page
-    assert "+0.05 ✗" in page
+    assert "**workspace (lora.rank 8) against clear-newt (lora.rank 16): worse, +14.4 % [+14.4, +14.4].**" in page
+    assert "(+0.05 ✗)" in page
 
 
 def test_head_and_an_untouched_workspace_are_the_same(repository: Repository) -> None:
     page = repository.run()
-    assert "The held-out losses are the same to the last digit." in page
+    assert "equal: the held-out losses are the same to the last digit." in page
     assert "None." in page and "are equal." in page
 
 
+def shift(*changes: float) -> None:
+    """The workspace at rank 16, each picture's loss changed by the next of ``changes``, over and over."""
+    write_revision(rank=16, gain=0.1)
+    scores = evaluation.read_scores(SCORES.read_text())
+    moved = [replace(s, adapter=s.adapter + changes[int(s.file_name[0]) % len(changes)]) for s in scores]
+    write_scores(moved, "0123456789abcdef")
+
+
 def test_a_difference_that_the_pictures_cannot_show(repository: Repository) -> None:
-    scores = evaluation.read_scores(Path("reports/validate/heldout.csv").read_text())
-    shifted = [
-        Score(
-            s.row, s.file_name, s.split, s.timestep, s.base, s.adapter + (0.01 if int(s.file_name[0]) % 2 else -0.0098)
-        )
-        for s in scores
-    ]
-    write_text(Path("reports/validate/heldout.csv"), evaluation.write_scores(shifted))
+    shift(0.01, -0.0098)
     page = repository.run()
-    assert "No difference that the held-out pictures can show: +0.0001" in page
+    assert ": within noise, +0.0 % [−2.4, +2.4].** Held-out loss 0.3965 → 0.3966; 95 % interval over 8 held" in page
+    assert "**Seed noise is not in the interval**" in page and "`dvc exp run -S train.seed=1`" in page
     assert "✗" not in page and "✓" not in page
-
-
-def test_other_tables_are_not_paired(repository: Repository) -> None:
-    write_revision(rank=16, gain=0.2, table="another")
-    page = repository.run()
-    assert "No verdict: the tables of held-out rows differ" in page
-    assert "✗" not in page and "✓" not in page
-    assert "interval" not in page
 
 
 def test_renamed_pictures_are_paired_all_the_same(repository: Repository) -> None:
-    scores = evaluation.read_scores(Path("reports/validate/heldout.csv").read_text())
-    renamed = [dataclasses.replace(s, file_name=f"new-{s.file_name}", adapter=s.adapter + 0.05) for s in scores]
-    write_text(Path("reports/validate/heldout.csv"), evaluation.write_scores(renamed))
-    assert "HEAD is better than workspace: held-out loss lower by 0.0500" in repository.run()
+    write_revision(rank=16, gain=0.1)
+    scores = evaluation.read_scores(SCORES.read_text())
+    write_scores([replace(s, file_name=f"new-{s.file_name}", adapter=s.adapter + 0.05) for s in scores], "another")
+    assert ": worse, +12.6 %" in repository.run()
 
 
-def change_lineage(**changes: Any) -> None:
-    path = Path("reports/validate/lineage.json")
-    write_json(path, read_json(path) | changes)
+def test_the_same_setting_and_seed_is_never_better(repository: Repository) -> None:
+    write_revision(rank=8, gain=0.2)
+    page = repository.run()
+    assert ": within noise, −25.2 %.**" in page and "another machine, or files edited by hand" in page
+
+
+def test_tables_are_joined_where_they_share_pictures(repository: Repository) -> None:
+    write_revision(rank=16, gain=0.15, table="another", pictures="2345678")
+    page = repository.run()
+    assert ": better, −12.6 %" in page and "over 6 held-out pictures that both have (of 8 and 7)" in page
+    assert "| val.loss | 0.3965 | 0.345 (−0.0515) |" in page  # of other pictures: no mark
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"base": {"unet": "a", "vae": "w", "scheduler": "s"}}, "(the vae)"),
+        (
+            {"validate": {"prompts": ["red apple"], "scales": [0.5, 1.0], "seed": 1, "num_timesteps": 2}},
+            "(validate.seed)",
+        ),
+        ({}, "(pictures, their sizes or captions)"),
+    ],
+)
+def test_other_tables_are_not_compared(repository: Repository, changes: dict[str, Any], reason: str) -> None:
+    write_revision(rank=16, gain=0.2, table="another", pictures="abcdefgh")
+    change_lineage(**changes)
+    page = repository.run()
+    assert f"not comparable: the held-out table differs {reason}.**" in page
+    assert "✗" not in page and "✓" not in page and "interval" not in page
+
+
+@pytest.mark.parametrize(("caption", "reason"), [("apple", "sizes or crops"), ("pear", "captions")])
+def test_tables_that_share_no_row_say_what_differs(repository: Repository, caption: str, reason: str) -> None:
+    write_pictures({"a": "apple"}, split="heldout")
+    commit("Before")
+    write_revision(rank=16, gain=0.2, table="another", pictures="abcdefgh")
+    write_pictures({"a": caption}, split="heldout")
+    assert f"the held-out table differs ({reason}" in repository.run()
+
+
+def test_one_shared_picture_has_no_interval(repository: Repository) -> None:
+    write_revision(rank=16, gain=0.2, table="another", pictures="0abc")
+    assert "not comparable: the held-out tables share 1 picture, and an interval takes 2" in repository.run()
+
+
+def without_names() -> None:
+    """heldout.csv as it was before rows had names."""
+    lines = SCORES.read_text().splitlines()
+    write_text(SCORES, "\n".join(line.partition(",")[2] for line in lines) + "\n")
+
+
+def test_rows_without_names_are_joined_by_position(repository: Repository) -> None:
+    write_revision(rank=16, gain=0.15)
+    without_names()
+    assert ": better, −12.6 %" in repository.run()
+    write_revision(rank=16, gain=0.15, table="another")
+    without_names()
+    page = repository.run()
+    assert "table differs (pictures, their sizes or captions, workspace from before its rows had names)" in page
+
+
+def test_three_revisions_in_one_table(repository: Repository) -> None:
+    write_revision(rank=16, gain=0.2)
+    page = repository.run("main", "clear-newt", "workspace")
+    assert page.startswith("# clear-newt and workspace against main\n")
+    assert "| lora.rank | 8 | 16 | 16 |" in page
+    assert "| val.loss | 0.3965 | 0.3465 (−0.05 ✓) | 0.2965 (−0.1 ✓) |" in page
+    with Image.open("compare/main..clear-newt..workspace/samples.png") as picture:
+        assert len(cut(picture.convert("RGB"), 2, 4, 64)[0]) == 4
+
+
+def test_repeats_among_the_experiments_are_found_and_named(repository: Repository) -> None:
+    for seed, gain in ((1, 0.102), (2, 0.098)):
+        repository.experiment(f"seed-{seed}", rank=8, gain=gain, seed=seed)
+    page = repository.run("main", "clear-newt")
+    assert "clear-newt (lora.rank 16) against main (lora.rank 8): better, −12.6 % [−15.1, −10.1].**" in page
+    assert "mean of clear-newt against mean of main, seed-" in page and "between seeds 0.5 %." in page
+    page = repository.run("seed-1", "seed-2")
+    assert ": within noise, +1.0 % [" in page and "They differ in train.seed alone: this is what a seed does" in page
+
+
+def test_cost_is_that_of_the_workspace(repository: Repository) -> None:
+    write_json(Path("reports/train/run.json"), {"seconds": 12.5, "images_per_second": 50.4, "environment": {}})
+    assert "| train: images per second | 50.4 |" in repository.run()
+    assert "## Cost" not in repository.run("main", "clear-newt")
+
+
+def test_the_html_page_holds_all_it_shows(repository: Repository) -> None:
+    write_pictures({"a": "apple"})
+    commit("One picture")
+    write_pictures({"a": "<script>alert(1)</script>"})
+    write_revision(rank=16, gain=0.15)
+    repository.run()
+    html = Path("compare/HEAD..workspace/compare.html").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "<script>alert" not in html
+    assert html.count('type="range"') == len(PROMPTS)
+    assert not re.search(r'(src|href)="(?!data:)', html)
 
 
 @pytest.mark.parametrize(
     ("changes", "row"),
     [
-        ({"base": {"unet": "b"}}, "| the base's unet | `a` | `b` |"),
+        ({"base": {"unet": "b", "vae": "v", "scheduler": "s"}}, "| the base's unet | `a` | `b` |"),
         ({"dataset": {"content": "e"}}, "| pictures and captions | `c` | `e` |"),
         ({"latents": "f"}, "| latents and prompt embeddings | `d` | `f` |"),
     ],
@@ -167,8 +231,21 @@ def test_one_parameter_is_not_credited_with_other_inputs(
     change_lineage(**changes)
     page = repository.run()
     assert row in page and "| lora.rank | 8 | 16 |" in page
-    assert "**workspace is better than HEAD: held-out loss lower by 0.0500" in page
-    assert f"More than parameters differs: {row.split(' | ')[0][2:]}.**" in page
+    assert "**workspace against HEAD: better, −12.6 %" in page
+    assert f"** More than parameters differs: {row.split(' | ')[0][2:]}." in page
+
+
+def test_other_code_of_train_is_told_and_is_no_repeat(repository: Repository) -> None:
+    entry = "    - path: stages/train/trainer.py\n      hash: md5\n      md5: {}\n      size: 1\n"
+    lock = f"stages:\n  train:\n    deps:\n{entry}"
+    write_text(Path("dvc.lock"), lock.format("a"))
+    commit("Lock")
+    write_revision(rank=16, gain=0.15)
+    assert "workspace (lora.rank 16) against" in repository.run()
+    write_text(Path("dvc.lock"), lock.format("b") + "  validate: {}\n")
+    assert "** More than parameters differs: the code of train. Held-out" in repository.run()
+    write_revision(rank=8, gain=0.11, seed=1)
+    assert "Seed noise is not in the interval" in repository.run()
 
 
 def test_inputs_that_the_parameter_moves_are_its_doing(repository: Repository) -> None:
@@ -177,17 +254,20 @@ def test_inputs_that_the_parameter_moves_are_its_doing(repository: Repository) -
         file.write("model:\n  dtype: bfloat16\n")
     change_lineage(latents="f")
     page = repository.run()
-    assert "model.dtype bfloat16 (workspace) is better than" in page and "More than" not in page
+    assert (
+        "workspace (model.dtype `bfloat16`) against HEAD (model.dtype not set): better" in page
+        and "More than" not in page
+    )
     assert "| latents and prompt embeddings | `d` | `f` |" in page
 
 
 PICTURE_TABLE = Path("reports/dataset/pictures.csv")
 
 
-def write_pictures(captions: dict[str, str]) -> None:
+def write_pictures(captions: dict[str, str], split: str = "train") -> None:
     """pictures.csv of red squares, named by their captions' keys."""
     rows = [
-        {"file_name": f"{name}.png", "split": "train", "captions": caption, "sha256": f"{ord(name):064x}"}
+        {"file_name": f"{name}.png", "split": split, "captions": caption, "sha256": f"{ord(name):064x}"}
         for name, caption in captions.items()
     ]
     picture_table.save(PICTURE_TABLE, rows)
@@ -203,11 +283,11 @@ def test_dataset_changes_are_listed_with_the_thumbnails_that_are_kept(
     page = repository.run()
     assert "## Dataset\n\nFrom HEAD to workspace: 1 added, 1 removed, 1 recaptioned.\n\n**1 added**" in page
     assert "- `b.png`: `boat` → `blue boat`" in page
-    assert "dataset.png" not in page and not Path("compare/HEAD..workspace/dataset.png").exists()
+    assert "dataset-workspace.png" not in page and not Path("compare/HEAD..workspace/dataset-workspace.png").exists()
     thumbnails.save(f"{ord('a'):064x}", Image.new("RGB", (64, 64), "#ff0000"))
     page = repository.run()
-    assert "![Thumbnails](dataset.png)\n\n## Samples" in page
-    with Image.open("compare/HEAD..workspace/dataset.png") as drawn:
+    assert "![Thumbnails](dataset-workspace.png)\n\n## Samples" in page
+    with Image.open("compare/HEAD..workspace/dataset-workspace.png") as drawn:
         pixels = np.asarray(drawn.convert("RGB"))
     assert ((pixels[..., 0] > 240) & (pixels[..., 1:].max(-1) < 20)).sum() > 70 * 70
 
@@ -228,6 +308,25 @@ def test_a_damaged_table_is_one_line(repository: Repository) -> None:
     write_text(PICTURE_TABLE, "nonsense\n")
     with pytest.raises(UserError, match="^workspace: reports/dataset/pictures.csv is damaged .*; run `dvc repro`"):
         repository.run()
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("params.yaml", "lora: [", "workspace: params.yaml is damaged"),
+        ("reports/metrics.json", "[]", "workspace: reports/metrics.json is damaged"),
+        ("reports/validate/heldout.csv", "row,split\n", "workspace: reports/validate/heldout.csv is damaged"),
+        ("reports/validate/lineage.json", "{}", "workspace: reports/validate/lineage.json is damaged"),
+        ("reports/samples.png", "no PNG", "workspace: reports/samples.png is damaged"),
+    ],
+)
+def test_a_damaged_report_is_one_line(repository: Repository, path: str, text: str, message: str) -> None:
+    write_text(Path(path), text)
+    with pytest.raises(UserError) as error:
+        repository.run()
+    assert len(error.value.problems) == 1 and "\n" not in str(error.value)
+    assert str(error.value).startswith(message) and "run `dvc repro` first" in str(error.value)
+    assert not list(Path("compare").glob("*"))
 
 
 def test_sheet_shows_both_bases_where_they_were_drawn_in_another_size(repository: Repository) -> None:
@@ -255,7 +354,7 @@ def test_sheet_takes_the_prompts_that_both_have(repository: Repository) -> None:
 
 def test_sheets_without_a_common_prompt(repository: Repository) -> None:
     write_revision(rank=16, gain=0.2, prompts=["green tree"])
-    assert "no prompt in common" in repository.run()
+    assert "The sheets share no prompt." in repository.run()
     assert not list(Path("compare").glob("*/samples.png"))
 
 
@@ -264,7 +363,10 @@ def test_sheets_without_a_common_prompt(repository: Repository) -> None:
     [
         (["clear-nwt"], "clear-nwt: no commit, branch, tag or DVC experiment of that name (near: clear-newt)"),
         (["mian"], "mian: no commit, branch, tag or DVC experiment of that name (near: main"),
-        (["start"], "start: has no reports/metrics.json; run `dvc repro` there and commit reports/"),
+        (
+            ["start"],
+            "start: has no reports/metrics.json, reports/validate/heldout.csv, ",
+        ),
     ],
 )
 def test_errors_name_what_is_near(repository: Repository, arguments: list[str], message: str) -> None:
@@ -291,10 +393,10 @@ def test_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_one_name_for_experiments_of_two_commits(repository: Repository) -> None:
     other, experiment = git("rev-parse", "start"), git("rev-parse", "main")
     git("update-ref", f"refs/exps/{other[:2]}/{other[2:]}/clear-newt", experiment)
-    assert compare.resolve("clear-newt") != experiment  # HEAD's own
-    git("checkout", "-q", "--detach", compare.resolve("clear-newt"))
+    assert revisions.find_commit("clear-newt") != experiment  # HEAD's own
+    git("checkout", "-q", "--detach", revisions.find_commit("clear-newt"))
     with pytest.raises(UserError, match="experiments of 2 commits have this name"):
-        compare.resolve("clear-newt")
+        revisions.find_commit("clear-newt")
 
 
 def test_starts_without_torch() -> None:
@@ -306,4 +408,4 @@ def test_starts_without_torch() -> None:
 
 def test_parameters_of_any_depth_are_compared() -> None:
     tree: dict[str, Any] = {"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None}
-    assert compare.flatten(tree) == {"a.b.c": 1, "a.d": [1, 2], "e": None}
+    assert sides.flatten(tree) == {"a.b.c": 1, "a.d": [1, 2], "e": None}

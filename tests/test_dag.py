@@ -26,7 +26,7 @@ READS = {
     "train": {"model", "lora", "train"},
     "validate": {"model", "validate"},
     "export": {"model", *(f"export.{name}" for name in ExportParams.model_fields if name != "push_to_hub")},
-    "report": {"report", "export.push_to_hub"},
+    "report": {"report.title", "export.push_to_hub"},
 }
 """Sections, or keys one by one where a section has one that changes nothing."""
 

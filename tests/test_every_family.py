@@ -128,6 +128,9 @@ def test_latents_are_what_the_pipeline_decodes(family: Family, model: ModelParam
     assert mean.shape == std.shape == (2, config.latent_channels, 32 // factor, 48 // factor)
     torch.testing.assert_close(mean / config.scaling_factor + (config.shift_factor or 0), posterior.mean)
     torch.testing.assert_close(std / config.scaling_factor, posterior.std)
+    with torch.no_grad():
+        expected = pipe.vae.decode(posterior.mean).sample
+    torch.testing.assert_close(family.decode_latents(pipe.vae, mean), expected)
 
 
 def test_prediction_is_the_pipelines_own_call(family: Family, model: ModelParams, stock: Stock, pipe: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.checkout import Checkout, ran
-from tests.conftest import picture
+from tests.conftest import REPOSITORY, picture
 
 AFTER_TRAIN = {"train", "validate", "export", "report"}
 
@@ -76,6 +77,9 @@ def test_an_edited_picture_is_the_only_one_encoded(reproduced: Checkout) -> None
     output = reproduced.dvc("repro")
     assert ran(output) == {"prepare", "cache_latents", *AFTER_TRAIN}
     assert re.search(r"^encoded 1, reused 7$", output, re.MULTILINE)
+    why = reproduced.python("-m", "stages.compare", "--explain").stdout
+    assert "**data** (data/raw) changed; parameters, base, code, environment are the same." in why
+    assert "| train | ran anew: data/latents from cache_latents |" in why
     path.unlink()
     path.write_bytes(original)
     reproduced.dvc("repro")
@@ -144,6 +148,13 @@ def test_a_temporary_experiment_runs_what_is_affected_and_compares(reproduced: C
     assert reproduced.git("status", "--porcelain") == ""
     page = reproduced.python("-m", "stages.compare", "HEAD", "rank-3").stdout
     assert re.search(r"lora\.rank.*2.*3", page)
+    why = reproduced.python("-m", "stages.compare", "--explain", "HEAD", "rank-3").stdout
+    assert "**parameters** (lora.rank 2 → 3) changed; data, base, code, environment are the same." in why
+    assert "| validate | ran anew: data/adapter from train |" in why
+    (line,) = re.findall(r"^dvc (exp show .*)$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    head, *rows = reproduced.dvc(*shlex.split(line), "--csv").splitlines()
+    assert re.fullmatch(r"Experiment,val\.loss,.*lora\.rank,.*train\.seed", head)
+    assert any(re.fullmatch(r"rank-3,.*,3,0", row) for row in rows)
 
 
 def test_data_less_gate_notices_a_report_edited_by_hand(reproduced: Checkout) -> None:

@@ -116,6 +116,14 @@ MADE: dict[str, Any] = {
     },
     "train": {"batch_size": 16, "snr_gamma": None},
 }
+ENERGY = """layer,rank,energy
+down.0.attn1.to_q,1,0.95
+down.0.attn1.to_q,4,0.99
+up.0.attn1.to_q,1,0.5
+up.0.attn1.to_q,4,0.9
+up.0.attn1.to_k,1,0
+up.0.attn1.to_k,4,0.8
+"""
 
 
 def row(file_name: str, **changes: str) -> picture_table.Row:
@@ -143,6 +151,7 @@ def write_reports(folder: Path) -> None:
         {"export.diffusers.max_abs_error": 1.5e-7, "export.effect": 0.5, "export.megabytes": 0.43},
     )
     write_json(folder / "export" / "lineage.json", MADE)
+    write_text(folder / "export" / "energy.csv", ENERGY)
     for name in ("samples.png", "progress.png", "dataset/contact.png"):
         Image.new("RGB", (8, 8)).save(folder / name)
 
@@ -233,6 +242,78 @@ def test_page_without_pixel_measures_and_intervals(workspace: Workspace) -> None
     workspace.run("report")
     page = (workspace.path / "reports" / "report.md").read_text()
     assert "Chroma" not in page and "nan" not in page and "None" not in page
+
+
+EVIDENCE: dict[str, Any] = {
+    "val.onset_step": 2,
+    "val.final_minus_best": 0.01,
+    "val.final_minus_best_low": 0.002,
+    "val.final_minus_best_high": 0.018,
+    "drift.loss": 0.25,
+    "drift.loss_base": 0.2,
+    "drift.loss_change": 0.05,
+    "drift.loss_change_low": 0.04,
+    "drift.loss_change_high": 0.06,
+    "samples.copied_share": 0.25,
+    "samples.copied_share_base": 0.0,
+    "samples.nearest_distance": 0.4,
+    "samples.nearest_distance_base": 0.9,
+    "samples.diversity": 0.7,
+    "samples.diversity_base": 0.8,
+    "cost.tflop_per_image": 0.0125,
+}
+NEIGHBOURS = {"space": "latents", "num_training_views": 6, "num_heldout": 2, "heldout_median": 0.8, "threshold": 0.35}
+
+
+def test_evidence_is_shown_where_it_was_measured(workspace: Workspace) -> None:
+    reports = workspace.path / "reports"
+    write_reports(reports)
+    metrics.save(reports / "metrics.json", MEASURED | EVIDENCE | {"val.best_step": 2})
+    write_json(reports / "validate" / "lineage.json", LINEAGE | {"neighbours": NEIGHBOURS})
+    write_text(reports / "validate" / "nearest.csv", "prompt,seed\n")
+    Image.new("RGB", (8, 8)).save(reports / "validate" / "nearest.png")
+    workspace.run("report")
+    page = (reports / "report.md").read_text()
+    for words in (
+        "| Drift: loss on pictures that the base drew | 0.2000 | 0.2500 | +0.0500 [+0.0400, +0.0600] |",
+        "| Copies of training pictures, share | 0 | 0.25 |  |",
+        "| Distance to the nearest training picture | 0.9 | 0.4 | 0.8 |",
+        "| Distance between pictures of one prompt | 0.8 | 0.7 |  |",
+        "between latents; the dataset's is that of its held-out pictures. A sample nearer than 0.35 to one of 6",
+        "| Lowest held-out loss | at step 2 of 4; the end is +0.0100 [+0.0020, +0.0180] from it |",
+        "| Overfitting sets in | at step 2 |",
+        "| Arithmetic per training image | 0.0125 TFLOP, 0.8 in all |",
+        "![Nearest training pictures](validate/nearest.png)",
+        "[nearest.csv](validate/nearest.csv)",
+    ):
+        assert words in page
+    card = (reports / "model_card.md").read_text()
+    assert "Of its samples, a share of 0.25 is as near to a training picture" in card and "repeats training" not in card
+
+
+def test_evidence_that_nobody_measured_is_not_spoken_of(workspace: Workspace) -> None:
+    reports = workspace.path / "reports"
+    write_reports(reports)
+    nothing = {name: None for name in ("val.onset_step", "samples.copied_share", "samples.copied_share_base")}
+    metrics.save(reports / "metrics.json", MEASURED | nothing)
+    workspace.run("report")
+    page = (reports / "report.md").read_text()
+    assert "| Overfitting sets in | at no snapshot |" in page
+    assert not any(word in page for word in ("Drift", "Copies", "Nearest", "TFLOP", "nan", "None"))
+    assert "Whether it repeats training pictures was not measured" in (reports / "model_card.md").read_text()
+
+
+def test_layers_are_counted_by_the_rank_that_they_use(workspace: Workspace) -> None:
+    reports = workspace.path / "reports"
+    write_reports(reports)
+    workspace.run("report")
+    page = (reports / "report.md").read_text()
+    assert "LoRA of rank 8 on `base` (sd): 4 steps over 6 pictures at 32 x 32." in page
+    assert "Of 3 adapted layers, 2 keep 90 % of their update at rank 4 of 8 or less." in page
+    assert "| `to_k` | 0 | 0 | 1 | 1 |\n| `to_q` | 1 | 1 | 0 | 2 |\n| all | 1 | 1 | 1 | 3 |" in page
+    write_text(reports / "export" / "energy.csv", "layer,rank,energy\n")  # of an algorithm without ranks
+    workspace.run("report")
+    assert "rank is used" not in (reports / "report.md").read_text()
 
 
 def test_missing_reports_name_their_stages(workspace: Workspace) -> None:

@@ -21,24 +21,33 @@ from stages.core.console import UserError
 from stages.core.files import read_json, save_tensors, sha256_file
 from stages.core.params import ModelParams
 from stages.families import sd
-from stages.validate import __main__ as validate
+from stages.validate import examine
 from tests.caches import write_mixed_cache
 from tests.conftest import Workspace, read_rows, write_rows
 
 CONFIG = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"], "init_lora_weights": True}
+SAMPLES = ("chroma", "dark_share", "copied_share", "nearest_distance", "diversity")
 KEYS = {
-    *(f"val.{name}" for name in ("best_step", "loss", "loss_base", "table", "train_loss", "train_loss_base")),
-    *(f"val.{name}{bound}" for name in ("loss_change", "overfit_gap") for bound in ("", "_low", "_high")),
+    *(f"val.{name}" for name in ("best_step", "onset_step", "loss", "loss_base", "table")),
+    *(f"val.{name}" for name in ("train_loss", "train_loss_base")),
+    *(
+        f"val.{name}{end}"
+        for name in ("loss_change", "overfit_gap", "final_minus_best")
+        for end in ("", "_low", "_high")
+    ),
+    *(f"drift.loss{end}" for end in ("", "_base", "_change", "_change_low", "_change_high")),
+    "cost.tflop_per_image",
     *(f"val.loss_{band}_noise{suffix}" for band in ("low", "mid", "high") for suffix in ("", "_base")),
-    *(f"samples.{name}{suffix}" for name in ("chroma", "dark_share") for suffix in ("", "_base")),
+    *(f"samples.{name}{suffix}" for name in SAMPLES for suffix in ("", "_base")),
 }
 
 
-def write_adapter(strength: float) -> None:
+def write_adapter(strength: float, rank: int = 2) -> None:
     """data/adapter with a snapshot at step 2 and the final one at step 4; strength 0 leaves the base as it is."""
+    config = CONFIG | {"r": rank}
     model = params.load(Path("params.yaml")).section(ModelParams)
     denoiser = sd.load_denoiser(model, torch.device("cpu"))
-    trainable = lora.inject(denoiser, CONFIG)
+    trainable = lora.inject(denoiser, config)
     files = {}
     for step, name in ((2, snapshot_name(2)), (4, FINAL)):
         for key, parameter in trainable.items():
@@ -46,7 +55,7 @@ def write_adapter(strength: float) -> None:
             parameter.data = noise * (step * strength if "lora_B" in key else 0.2)
         save_tensors(Path("data/adapter") / name, lora.state_dict(denoiser))
         files[name] = sha256_file(Path("data/adapter") / name)
-    Adapter(CONFIG, base_files.digests(model, sd.COMPONENTS), 4, [2], files).save(Path("data/adapter"))
+    Adapter(config, base_files.digests(model, sd.COMPONENTS), 4, [2], files).save(Path("data/adapter"))
 
 
 @pytest.fixture
@@ -65,6 +74,11 @@ def mixed(workspace: Workspace) -> Workspace:
     return workspace
 
 
+def reports(workspace: Workspace) -> dict[str, bytes]:
+    """What DVC hashes or git versions; run.json holds time and memory."""
+    return {name: blob for name, blob in workspace.tree("reports").items() if name != "validate/run.json"}
+
+
 def heldout(workspace: Workspace) -> list[evaluation.Score]:
     return evaluation.read_scores((workspace.path / "reports/validate/heldout.csv").read_text())
 
@@ -73,9 +87,9 @@ def test_everything_is_written_and_a_second_run_gives_the_same_bytes(cached: Wor
     write_adapter(0.3)
     lines = cached.run("validate", "--set", "validate.scales=[0.5, 1]")
     assert any(line.startswith("change") and "95% interval" in line for line in lines)
-    first = cached.tree("reports")
+    first = reports(cached)
     cached.run("validate", "--set", "validate.scales=[0.5, 1]")
-    assert cached.tree("reports") == first
+    assert reports(cached) == first
 
     measured = metrics.load(Path("reports/metrics.json"))
     assert set(measured) == KEYS
@@ -83,6 +97,7 @@ def test_everything_is_written_and_a_second_run_gives_the_same_bytes(cached: Wor
     curve = first["validate/curve.csv"].decode().splitlines()
     assert [line.partition(",")[0] for line in curve] == ["step", "0", "2", "4"]
     assert json.loads(first["validate/lineage.json"])["model"]["pretrained"] == "base"
+    assert json.loads(first["validate/lineage.json"])["validate"]["feature_model"] is None
     assert json.loads(first["validate/lineage.json"])["sheet"] == {"cell": 128, "picture": [32, 32]}
     assert not any(str(cached.path).encode() in blob for blob in first.values())
     sizes = [Image.open(io.BytesIO(first[name])).width for name in ("samples.png", "progress.png")]
@@ -96,7 +111,10 @@ def test_an_untrained_adapter_changes_nothing_at_all(cached: Workspace) -> None:
     measured = metrics.load(Path("reports/metrics.json"))
     assert [measured[f"val.loss_change{bound}"] for bound in ("", "_low", "_high")] == [0, 0, 0]
     assert measured["val.best_step"] == 0
-    assert measured["samples.chroma"] == measured["samples.chroma_base"]
+    for name in SAMPLES:
+        assert measured[f"samples.{name}"] == measured[f"samples.{name}_base"]
+    assert [measured[f"drift.loss_change{bound}"] for bound in ("", "_low", "_high")] == [0, 0, 0]
+    assert measured["val.onset_step"] is None
 
 
 def test_losses_equal_an_independent_computation(cached: Workspace) -> None:
@@ -200,9 +218,9 @@ def test_twins_are_two_pictures_of_the_table(workspace: Workspace) -> None:
 
 def test_mixed_pictures_are_validated(mixed: Workspace) -> None:
     mixed.run("validate", "--set", "validate.max_pictures=64")
-    first = mixed.tree("reports")
+    first = reports(mixed)
     mixed.run("validate", "--set", "validate.max_pictures=64")
-    assert mixed.tree("reports") == first
+    assert reports(mixed) == first
     assert set(metrics.load(Path("reports/metrics.json"))) == KEYS
     lineage = json.loads(first["validate/lineage.json"])
     assert lineage["sheet"] == {"cell": 128, "picture": [48, 16]}  # most of the table's pictures are wide
@@ -288,9 +306,9 @@ def test_losses_that_are_not_finite(
 ) -> None:
     write_adapter(0.3)
     answers = ([float("nan") if state == step else 0.1] * 8 for state in (0, 2, 4))
-    monkeypatch.setattr(validate, "answer", lambda *_: next(answers))
+    monkeypatch.setattr(examine, "answer", lambda *_: next(answers))
     with pytest.raises(UserError, match=re.escape(message)):
-        cached.run("validate", "--set", "model.dtype=bfloat16")
+        cached.run("validate", "--set", "model.dtype=bfloat16", "--set", "validate.drift_prompts=[]")
     assert not Path("reports/metrics.json").exists()
 
 
@@ -326,6 +344,10 @@ def test_another_base_is_refused(cached: Workspace) -> None:
         ("prompts=[]", "validate.prompts: got []"),
         ("prompts=[a, a]", "validate: prompts lists 'a' twice; name it once"),
         ("prompts=[a, ' ']", "validate: prompts has an empty prompt"),
+        ("drift_prompts=[a, a]", "validate: drift_prompts lists 'a' twice; name it once"),
+        ("drift_prompts=['']", "validate: drift_prompts has an empty prompt"),
+        ("num_seeds=0", "validate.num_seeds: got 0"),
+        ("max_copied_share=1.5", "validate.max_copied_share: got 1.5"),
         ("scales=[1, 1.0]", "validate: scales lists 1.0 twice"),
         ("num_timesteps=0", "validate.num_timesteps: got 0"),
         ("num_timestep=8", "validate.num_timestep: unknown key (near: num_timesteps"),

@@ -94,3 +94,14 @@ def test_the_revision_that_made_it_is_found(exported: Workspace) -> None:
     git("checkout", "--quiet", "--orphan", "other")
     assert made_by(read(kept)["adapter"]) == first
     assert made_by("0" * 64) == ""
+
+
+def test_another_step_than_params_asks_for_is_named(exported: Workspace) -> None:
+    end = Path("end.safetensors")
+    end.write_bytes(FILES[2].read_bytes())
+    exported.run("export", "--set", "export.step=2")
+    line = "made of the adapter at step {}, params.yaml export.step asks for {}"
+    assert differences(exported, FILES[2]) == (f"{FILES[2]}: {line.format(2, 4)}",)
+    assert differences(exported, end, "--set", "export.step=2") == (f"{end}: {line.format(4, 2)}",)
+    assert "step        2" in exported.run("export", "--verify", str(FILES[2]), "--set", "export.step=2")
+    exported.run("export", "--verify", str(end), "--set", "export.step=4")

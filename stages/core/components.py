@@ -87,6 +87,15 @@ def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch
     return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
 
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """What ``encode_images`` does, undone: pixel values, float32 [B, 3, H, W]."""
+    import torch
+
+    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+    with torch.inference_mode():
+        return vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample.float()
+
+
 def decode_in_own_dtype(vae: AutoencoderKL) -> AutoencoderKL:
     """Keeps a float32 VAE's decoder in float32 where the pipeline around it runs in half precision and autocast."""
     import torch

@@ -55,7 +55,10 @@ class Score:
     """One answered row of reports/validate/heldout.csv."""
 
     row: str
-    """Names the question, as ``row_names`` does: two runs' losses are paired where it is the same."""
+    """Names the question, as ``row_names`` does: two runs' losses are paired where it is the same.
+
+    Empty in tables from before rows had names.
+    """
     file_name: str
     split: str
     timestep: int
@@ -127,7 +130,7 @@ def read_scores(text: str) -> list[Score]:
     lines = csv.DictReader(io.StringIO(text))
     return [
         Score(
-            row=line["row"],
+            row=line.get("row") or "",
             file_name=line["file_name"],
             split=line["split"],
             timestep=int(line["timestep"]),

@@ -36,7 +36,7 @@ def problems(path: str, pinned: str | None) -> list[str]:
     if pinned == found:
         return []
     says = f"params.yaml pins {pinned}" if pinned else "params.yaml pins no sha256"
-    return [f"{where} has the digest {found}, {says}; to start from it: {override(path, found)}"]
+    return [f"{where} has the digest {found}, {says}; to start from it: {override('lora.init_from', path, found)}"]
 
 
 def inside(file: Path, folder: Path) -> bool:
@@ -59,8 +59,8 @@ def config_beside(file: Path) -> Path | None:
     return config if config.is_file() and (ours or config.name == "adapter_config.json") else None
 
 
-def override(path: str, found: str) -> str:
+def override(setting: str, path: str, found: str) -> str:
     """The argument of ``dvc exp run`` that pins a digest, in quotes where the path wants some."""
     name = path if re.fullmatch(r"[\w./-]+", path) else "'" + path.replace("'", r"\'") + "'"
-    text = f"lora.init_from={{path: {name}, sha256: {found}}}"
+    text = f"{setting}={{path: {name}, sha256: {found}}}"
     return f'-S "{text}"' if not set('"$`\\') & set(text) else f"-S {shlex.quote(text)}"

@@ -60,12 +60,12 @@ class Progress:
     def images_per_second(self, done: int) -> float:
         return (done - self.start) * self.images_per_step / max(time.monotonic() - self.began, 1e-9)
 
-    def end(self) -> dict[str, float]:
-        """Close bar and trackers; return what run.json keeps."""
+    def end(self, done: int) -> dict[str, float]:
+        """Close bar and trackers after the last step; return what run.json keeps."""
         self.bar.close()
         self.accelerator.end_training()
         return {
-            "images_per_second": round(self.images_per_second(self.num_steps), 1),
+            "images_per_second": round(self.images_per_second(done), 1),
             "resumed_from_step": self.start,
             "seconds": round(time.monotonic() - self.began, 1),
         }

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 def disable_progress_bars() -> None:
     """No "Loading weights" bars of diffusers and transformers."""
-    import diffusers
-    import transformers
+    from diffusers.utils import logging as of_diffusers  # no attribute of `diffusers.utils` before more is imported
+    from transformers.utils import logging as of_transformers
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
 
 
 @contextlib.contextmanager

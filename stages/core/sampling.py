@@ -1,4 +1,4 @@
-"""Pictures drawn by a diffusers pipeline under an adapter, one seed per prompt whatever stands beside it."""
+"""Pictures drawn by a diffusers pipeline under an adapter, from the same noise whatever stands beside a prompt."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ class Sampling:
     seed: int
     batch_size: int
     """Pictures at a time; guidance doubles what the denoiser sees."""
+    index: int = 0
+    """Which of a prompt's pictures: each starts from noise of its own."""
 
 
 def draw(pipeline: Any, sampling: Sampling, model: ModelParams) -> list[Image.Image]:
     """One picture per prompt with the pipeline's present weights.
 
-    Noise is keyed by (seed, prompt), so that base, snapshots and every later run start a prompt from the same noise.
+    Noise is keyed by (seed, prompt, index), so that base, snapshots and later runs start from the same noise.
     """
     pictures: list[Image.Image] = []
+    later = (sampling.index,) if sampling.index else ()  # the first one's noise goes by the prompt alone
     for start in range(0, len(sampling.prompts), sampling.batch_size):
         prompts = sampling.prompts[start : start + sampling.batch_size]
         with torch.inference_mode(), autocast(pipeline.device, model):
@@ -49,6 +52,6 @@ def draw(pipeline: Any, sampling: Sampling, model: ModelParams) -> list[Image.Im
                 guidance_scale=sampling.guidance_scale,
                 height=sampling.height,
                 width=sampling.width,
-                generator=[seeding.generator(sampling.seed, "sample", prompt) for prompt in prompts],
+                generator=[seeding.generator(sampling.seed, "sample", prompt, *later) for prompt in prompts],
             ).images
     return pictures

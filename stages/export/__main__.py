@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stages.core.console import UserError, log, parser, run
 from stages.core.params import ModelParams, RuntimeParams, load
-from stages.export.params import ExportParams, rank_refusals, refusals
+from stages.export.params import ExportParams, rank_refusals, refusals, step_refusals
 
 if TYPE_CHECKING:
     from stages.artifacts.metrics import Value
@@ -51,14 +51,19 @@ def main() -> None:
     base = bases.resolve(model, family)
     adapter = Adapter.load(args.adapter)
     require_same_base(adapter.base, digests(base.model, family.COMPONENTS), args.adapter)
-    weights = adapter.weights(args.adapter)
     bias = adapter.lora_config.get("bias", "none") if adapter.biases else "none"
     lora = adapter.lora_config
     algo, text = lora.get("algo", "lora"), bool(adapter.text_lora)
     refused = refusals(params.formats, algo, bias, lora.get("use_dora", False), family.DENOISER, text)
     refused += rank_refusals(params.resized_ranks, algo, lora["r"], lora.get("rank_pattern", {}), text)
+    refused += step_refusals(params.step, adapter.snapshots, adapter.num_steps)
     if refused:
         raise UserError(*refused)
+    if params.step == adapter.num_steps:
+        params = params.model_copy(update={"step": None})
+    weights = adapter.weights(args.adapter, params.step)
+    if params.step:
+        log.info("snapshot    of step %d of %d", params.step, adapter.num_steps)
     where = device.setup(config.section(RuntimeParams), model)
 
     proof = Proof(base, family, params, where, adapter, weights)

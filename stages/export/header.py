@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts.adapter import FINAL
+from stages.artifacts.adapter import FINAL, snapshot_name
 from stages.core.files import save_tensors, sha256_file
 from stages.export.loading import load_base, shown
 
@@ -44,7 +44,7 @@ def metadata(base: Base, params: ExportParams, adapter: Adapter, prediction_type
         "ss_network_alpha": f"{config['lora_alpha']:g}",
         "ss_network_dim": str(config["r"]),
         "ss_network_module": "lycoris.kohya" if "algo" in config else "networks.lora",
-        "ss_steps": str(adapter.num_steps),
+        "ss_steps": str(params.step or adapter.num_steps),
     }
     if base.file:  # kohya's names
         fields |= {"ss_sd_model_name": base.file.name, "ss_new_sd_model_hash": base.file_sha256}
@@ -58,7 +58,7 @@ def metadata(base: Base, params: ExportParams, adapter: Adapter, prediction_type
 
 
 def made_from(base: Base, params: ExportParams, adapter: Adapter) -> dict[str, Any]:
-    """The adapter and everything that determined it."""
+    """The adapter and everything that determined it; of a snapshot, ``adapter`` is the end of its training."""
     on_hub = base.name if base.revision else params.base_model
     return {
         "adapter": adapter.files[FINAL],
@@ -69,6 +69,7 @@ def made_from(base: Base, params: ExportParams, adapter: Adapter) -> dict[str, A
         "lora_config": adapter.lora_config,
         "num_steps": adapter.num_steps,
         **adapter.made_from,
+        **({"step": params.step, "snapshot": adapter.files[snapshot_name(params.step)]} if params.step else {}),
         **({"text_lora": adapter.text_lora} if adapter.text_lora else {}),
         **({"base_model": on_hub} if on_hub else {}),
         **({"base_revision": base.revision} if base.revision else {}),
@@ -80,7 +81,7 @@ def lineage(base: Base, family: Family, params: ExportParams, adapter: Adapter, 
     """reports/export/lineage.json: what the files in ``folder`` were made from, how they are loaded, their digests."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return made_from(base, params, adapter) | {
-        "export": params.model_dump(exclude={"push_to_hub"}),
+        "export": params.model_dump(exclude={"push_to_hub", "step"}),
         "files": {n: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for n, path in files.items()},
         "pipeline": {
             "class": family.PIPELINE,

@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from stages.core.params import Params
 
 Format = Literal["diffusers", "peft", "comfyui", "merged"]
+MAX_SHOWN = 12
+"""Snapshots' steps that a refusal lists one by one."""
 REPO_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
 
 
@@ -30,6 +32,8 @@ class ExportParams(Params):
     """What is written; merged is the whole pipeline in float32."""
     resized_ranks: list[Annotated[int, Field(ge=1)]]
     """Smaller ranks at which copies are written as well, in each of the formats but merged."""
+    step: int | None = Field(ge=1)
+    """Of the snapshot that is exported, such as ``val.best_step``; null for the adapter at the end."""
     prompt: str
     """Prompt of the model card's example and of the comparison."""
     base_model: str | None = Field(pattern=REPO_ID, max_length=96)
@@ -93,6 +97,16 @@ def refusals(
             instead = f"{', '.join(others)} or merged" if others else "merged"
             found.append(f"params.yaml export.formats: {name} cannot hold this adapter: {what}; use {instead}")
     return found
+
+
+def step_refusals(step: int | None, snapshots: list[int], num_steps: int) -> list[str]:
+    """A line for a step of which nothing is kept."""
+    if step in (None, num_steps, *snapshots):
+        return []
+    shown = snapshots if len(snapshots) <= MAX_SHOWN else [*snapshots[:2], "...", *snapshots[-2:]]
+    there = f"those of {', '.join(map(str, shown))}" if snapshots else "none"
+    known = f"snapshots there are {there} (train.snapshot_every_n_steps)"
+    return [f"params.yaml export.step: {step} has no snapshot; {known}; use one, or null for the end at {num_steps}"]
 
 
 def rank_refusals(

@@ -19,6 +19,7 @@ from stages.core.files import load_metadata, load_tensors, sha256_file
 from stages.core.git import git
 from stages.core.params import Config, ModelParams
 from stages.export.header import tensors_digest
+from stages.export.params import ExportParams
 from stages.families.base import load_family
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def verify(file: Path, config: Config, adapter_folder: Path) -> None:
     found = differences(record, config, adapter_folder)
     revision = made_by(digest)
     log.info("file        %s: adapter %s", file, digest[:16])
-    for name in ("num_steps", "num_pictures", "family"):
+    for name in ("step", "num_steps", "num_pictures", "family"):
         if name in record:
             log.info("%-11s %s", name, record[name])
     where = (
@@ -95,6 +96,10 @@ def differences(record: dict[str, Any], config: Config, adapter_folder: Path) ->
         changed = sorted(name for name, digest in base.items() if record["base"].get(name) != digest)
         if changed:
             found.append(f"made with another {', '.join(changed)} than model.pretrained holds now")
+    if "num_steps" in record:
+        made, asked = (step or record["num_steps"] for step in (record.get("step"), config.section(ExportParams).step))
+        if made != asked:
+            found.append(f"made of the adapter at step {made}, params.yaml export.step asks for {asked}")
     for name in OF_TRAINING:
         if name in record:
             found += setting_differences(name, record[name], config.sections[name])

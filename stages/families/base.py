@@ -31,7 +31,7 @@ class Family(Protocol):
     """Components that decide conditioning."""
     TEXT_ENCODERS: dict[str, int]
     """CLIP encoders that an adapter can be trained in -> how many of their last layers nothing reads. Empty for none;
-    then ``load_trainable_text``, ``text_of`` and ``text_encoders`` are never called.
+    then ``load_trainable_text`` and ``text_encoders`` are never called.
     """
     DENOISER: str
     """``unet`` or ``transformer``: the folder, and the prefix of adapter keys in diffusers' files."""
@@ -60,6 +60,9 @@ class Family(Protocol):
 
     def encode_images(self, vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float [B, 3, H, W] in [-1, 1] -> posterior mean and std in the denoiser's space, float32 [B, C, H/f, W/f]."""
+
+    def decode_latents(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Latents of ``encode_images`` -> pixel values, float32 [B, 3, H, W], about -1 to 1."""
 
     def drops_to_zeros(self, model: ModelParams) -> bool:
         """Whether a dropped caption is zeros, not the empty caption's embeddings: what the pipeline guides away from

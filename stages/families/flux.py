@@ -44,6 +44,7 @@ vae_scale_factor = components.vae_scale_factor
 vae_dtype = components.upcast_vae_dtype
 load_vae = components.load_vae
 encode_images = components.encode_images
+decode_latents = components.decode_latents
 view_conditioning = components.no_view_conditioning
 drops_to_zeros = components.drops_to_empty
 max_side = components.no_max_side

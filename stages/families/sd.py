@@ -34,6 +34,7 @@ NO_GUIDANCE = 1.0
 vae_scale_factor = components.vae_scale_factor
 load_vae = components.load_vae
 encode_images = components.encode_images
+decode_latents = components.decode_latents
 view_conditioning = components.no_view_conditioning
 drops_to_zeros = components.drops_to_empty
 max_side = components.no_max_side

@@ -41,6 +41,7 @@ vae_scale_factor = components.vae_scale_factor
 vae_dtype = components.upcast_vae_dtype
 load_vae = components.load_vae
 encode_images = components.encode_images
+decode_latents = components.decode_latents
 view_conditioning = components.no_view_conditioning
 drops_to_zeros = components.drops_to_empty
 
@@ -92,6 +93,10 @@ def load_text(model: ModelParams, device: torch.device) -> tuple[Qwen2Tokenizer,
     from transformers import Qwen3Model
 
     return load_tokenizer(model), components.load_frozen(Qwen3Model, model, "text_encoder", device)
+
+
+def text_of(pipeline: ZImagePipeline) -> tuple[Qwen2Tokenizer, Qwen3Model]:
+    return pipeline.tokenizer, pipeline.text_encoder
 
 
 def encode_prompts(

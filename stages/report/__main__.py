@@ -1,6 +1,7 @@
 """All that was measured and drawn -> one page for a reviewer, one about the dataset, and the model card.
 
 In: reports/ of the other stages.  Out: reports/{report.md,dataset.md,model_card.md,loss.png}
+And reports/report.html, for this workspace alone: report.md in one file, with time and memory.
 Run: `python -m stages.report`
 """
 
@@ -10,7 +11,7 @@ from stages.artifacts import model_card
 from stages.core import params
 from stages.core.console import log, parser, run
 from stages.core.files import write_text
-from stages.report import card, dataset, page
+from stages.report import card, dataset, html_page, page
 from stages.report.inputs import read_inputs
 from stages.report.params import ReportParams
 from stages.report.plots import plot_losses
@@ -32,8 +33,10 @@ def main() -> None:
     place = card.Place(repo_id or args.export.as_posix(), is_repository=repo_id is not None)
     mark = model_card.mark(args.reports, args.export_reports, title, repo_id)
     write_text(args.reports / model_card.NAME, card.write_card(title, place, inputs, args.reports) + f"\n{mark}\n")
+    own = html_page.write_page(title, inputs, args.reports, args.train_reports, args.export_reports)
+    write_text(args.reports / "report.html", own)
     log.info("verdict     %s", page.headline(inputs))
-    written = ("report.md", "dataset.md", model_card.NAME, "loss.png")
+    written = ("report.md", "report.html", "dataset.md", model_card.NAME, "loss.png")
     log.info("wrote       %s", ", ".join(str(args.reports / name) for name in written))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from stages.artifacts.adapter import algorithm
 from stages.core.markdown import code, facts, image, table
-from stages.report import dataset, page
+from stages.report import dataset, page, tables
 from stages.report.inputs import Inputs, number
 
 TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
@@ -58,6 +58,7 @@ def write_card(title: str, place: Place, inputs: Inputs, folder: Path) -> str:
         f"**{page.headline(inputs)}**",
         image("Samples", inputs.pictures["samples"], folder),
         page.samples_note(inputs),
+        *page.exported_snapshot(inputs),
         *(f"## {head}\n\n{body}" for head, body in sections.items()),
     ]
     return "\n\n".join(parts) + "\n"
@@ -91,7 +92,7 @@ def summary(inputs: Inputs) -> str:
     kind += f", biases {lora['bias']}" if made["biases"] else ""
     start = made.get("lora", {}).get("init_from")
     kind += f", started from the adapter `{start['sha256'][:16]}`" if start else ""
-    targets = ", ".join(f"`{name}`" for name in page.target_modules(lora["target_modules"]))
+    targets = ", ".join(f"`{name}`" for name in tables.target_modules(lora["target_modules"]))
     targets += "".join(f", attention of `{component}`" for component in made.get("text_lora", {}))
     return (
         f"A {algorithm(lora)} for {made['pipeline']['class']}: "
@@ -156,9 +157,9 @@ def base_note(inputs: Inputs) -> str:
 
 def measured(inputs: Inputs) -> str:
     parts = [
-        page.results(inputs),
-        page.table_note(inputs),
-        facts("Each file, loaded back into a fresh base", page.export_facts(inputs.export)),
+        tables.results(inputs),
+        tables.table_note(inputs),
+        facts("Each file, loaded back into a fresh base", tables.export_facts(inputs.export)),
     ]
     return "\n\n".join(parts)
 
@@ -174,7 +175,7 @@ def training(inputs: Inputs) -> str:
     every = facts("Section and key of params.yaml", values)
     return "\n\n".join(
         [
-            facts("What decided the result", page.settings_facts(inputs)),
+            facts("What decided the result", tables.settings_facts(inputs)),
             f"<details><summary>Every setting of the training</summary>\n\n{every}\n\n</details>",
         ]
     )
@@ -198,6 +199,8 @@ def files(inputs: Inputs) -> str:
     rows = [(f"`{name}`", size(file["bytes"]), sha(file["sha256"])) for name, file in weights.items()]
     base = {f"Base: {name}": sha(digest) for name, digest in sorted(made["base"].items())}
     known = {"Adapter as trained": sha(made["adapter"])} | base
+    if snapshot := made.get("snapshot"):
+        known = {f"Snapshot of step {made['step']}": sha(snapshot)} | known
     known["Table of held-out rows"] = f"`{inputs.measured['val.table']}`"
     parts = [table(("File", "size", "SHA-256"), rows), facts("Made from", known, "SHA-256, first digits")]
     if packages := made.get("packages"):
@@ -228,11 +231,23 @@ def limits(inputs: Inputs) -> list[str]:
         else f"It saw {dataset.sizes(inputs)} sizes; others were not measured.",
         f"Drawn at strength {', '.join(f'{scale:g}' for scale in scales)}; others, and other adapters beside it, were "
         "not measured.",
-        "Whether it repeats training pictures was not measured, nor what it takes over from the base's own data.",
+        repeats(inputs),
     ]
     if "comfyui" in inputs.made["export"]["formats"]:
         found.append("The file for ComfyUI was read by a reader of its keys; ComfyUI itself was not run.")
     return found
+
+
+def repeats(inputs: Inputs) -> str:
+    """Whether it repeats training pictures, as far as anybody looked."""
+    share, base = (number(inputs.measured, f"samples.copied_share{suffix}") for suffix in ("", "_base"))
+    own = "what it takes over from the base's own data"
+    if share != share:
+        return f"Whether it repeats training pictures was not measured, nor {own}."
+    return (
+        f"Of its samples, a share of {share:.3g} is as near to a training picture as one in twenty held-out pictures "
+        f"(the base's: {base:.3g}); whether it repeats them for other prompts, or in part, was not measured, nor {own}."
+    )
 
 
 def licence(inputs: Inputs) -> str:

@@ -36,8 +36,10 @@ class Inputs:
     export: Metrics
     made: dict[str, Any]
     """reports/export/lineage.json"""
+    energy: list[dict[str, str]]
+    """reports/export/energy.csv: layer, rank, energy; empty where the adapter is no LoRA, or of rank 1"""
     pictures: dict[str, Path]
-    """samples, progress, contact, loss, table (pictures.csv)"""
+    """samples, progress, contact, loss, table (pictures.csv); nearest and nearest_table where copies were looked for"""
 
 
 def read_inputs(reports: Path, dataset: Path, latents: Path, train: Path, export: Path) -> Inputs:
@@ -60,6 +62,7 @@ def read_inputs(reports: Path, dataset: Path, latents: Path, train: Path, export
         latents / "metrics.json": "cache_latents",
         export / "metrics.json": "export",
         export / "lineage.json": "export",
+        export / "energy.csv": "export",
     }
     missing = [
         f"{path}: no such file; run `python -m stages.{stage}` first"
@@ -69,6 +72,8 @@ def read_inputs(reports: Path, dataset: Path, latents: Path, train: Path, export
     if missing:
         raise UserError(*missing)
     pictures = {name: reports / f"{name}.png" for name in ("samples", "progress", "loss")}
+    found = {"nearest": reports / "validate" / "nearest.png", "nearest_table": reports / "validate" / "nearest.csv"}
+    pictures |= {name: path for name, path in found.items() if path.exists()}
     table = dataset / "pictures.csv"
     with understood(table, "stages.prepare"):
         rows = picture_table.load(table)
@@ -83,13 +88,18 @@ def read_inputs(reports: Path, dataset: Path, latents: Path, train: Path, export
         latents=metrics.load(latents / "metrics.json"),
         export=metrics.load(export / "metrics.json"),
         made=read_json(export / "lineage.json"),
+        energy=read_rows(export / "energy.csv"),
         pictures=pictures | {"contact": dataset / "contact.png", "table": table},
     )
 
 
 def read_numbers(path: Path) -> list[dict[str, float]]:
+    return [{name: float(value) for name, value in row.items()} for row in read_rows(path)]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def number(values: Metrics, name: str) -> float:

@@ -40,7 +40,7 @@ def log_plan(trainer: Trainer, start: int) -> None:
     num_processes = trainer.accelerator.num_processes
     shared = f", shared by {num_processes} processes" if num_processes > 1 else ""
     log.info("batch       %d x %d accumulated%s", params.batch_size, params.gradient_accumulation_steps, shared)
-    log.info("steps       %d to %d, %.1f epochs", start, params.num_steps, trainer.num_epochs)
+    log.info("steps       %d to %d, %.1f epochs", start, params.num_steps, trainer.num_epochs(params.num_steps))
 
 
 def log_adapter(trainer: Trainer) -> None:
@@ -106,8 +106,8 @@ def save_adapter(trainer: Trainer, adapter_folder: Path) -> dict[str, str]:
     if trainer.adapted.frozen_digest() != trainer.frozen_before:
         raise RuntimeError("training changed the frozen base")
     shutil.rmtree(adapter_folder, ignore_errors=True)
-    params = trainer.params
-    steps = [step for step in range(1, params.num_steps) if step % params.snapshot_every_n_steps == 0]
+    num_steps = len(trainer.history)
+    steps = [step for step in trainer.params.snapshot_steps if step < num_steps]
     files = {}
     for step in steps:
         name = adapter.snapshot_name(step)
@@ -120,7 +120,7 @@ def save_adapter(trainer: Trainer, adapter_folder: Path) -> dict[str, str]:
     for_use = {component: without_dropout(config) for component, config in trainer.adapted.configs.items()}
     lora_config = for_use.pop("")
     adapter.Adapter(
-        lora_config, trainer.base, params.num_steps, steps, files, trainer.biases, trainer.made_from, for_use
+        lora_config, trainer.base, num_steps, steps, files, trainer.biases, trainer.made_from, for_use
     ).save(adapter_folder)
     return files
 
@@ -131,7 +131,7 @@ def without_dropout(config: dict[str, Any]) -> dict[str, Any]:
 
 def save_reports(trainer: Trainer, reports: Path, files: dict[str, str]) -> None:
     """loss.csv and metrics.json for git; run.json, ignored by git and DVC, for what differs between equal runs."""
-    history, num_steps = trainer.history, trainer.params.num_steps
+    history, num_steps = trainer.history, len(trainer.history)
     stride = math.ceil(len(history) / MAX_LOSS_ROWS)
     rows = [
         f"{i + 1},{loss:.6g},{rate:.6g},{norm:.6g}"
@@ -145,7 +145,7 @@ def save_reports(trainer: Trainer, reports: Path, files: dict[str, str]) -> None
             "train.loss_final": smoothed_loss(history),
             "train.num_steps": num_steps,
             "train.images_seen": num_steps * trainer.images_per_step,
-            "train.epochs": trainer.num_epochs,
+            "train.epochs": trainer.num_epochs(num_steps),
             "train.num_pictures": len(trainer.items),
             "train.num_trainable_parameters": num_parameters(trainer.trainable),
             "train.grad_norm_max": max((row[2] for row in history if math.isfinite(row[2])), default=0.0),

@@ -169,7 +169,18 @@ class TrainParams(Params):
     checkpoint_every_n_steps: int = Field(ge=1)
     snapshot_every_n_steps: int = Field(ge=1)
     """Adapters kept for validate's curve and progress sheet."""
+    early_stop_patience: int | None = Field(ge=1)
+    """End after so many snapshots in a row without a lower held-out loss; null goes on to num_steps."""
     seed: int = Field(ge=0)
+
+    def recorded(self, without: set[str]) -> dict[str, Any]:
+        """For digests and headers: all but ``without``, and an early stop only where it is on."""
+        return self.model_dump(exclude=without | (set() if self.early_stop_patience else {"early_stop_patience"}))
+
+    @property
+    def snapshot_steps(self) -> list[int]:
+        """The steps at which a snapshot is kept; the end is none of them."""
+        return list(range(self.snapshot_every_n_steps, self.num_steps, self.snapshot_every_n_steps))
 
     @model_validator(mode="after")
     def settings_are_read(self) -> TrainParams:
@@ -190,6 +201,11 @@ class TrainParams(Params):
             raise ValueError("logit_mean and logit_std need timestep_sampling: logit_normal")
         if self.timestep_range[0] >= self.timestep_range[1]:
             raise ValueError(f"timestep_range {self.timestep_range} is empty; use [0.0, 1.0] for all")
+        if (self.early_stop_patience or 0) >= max(1, len(self.snapshot_steps)):
+            few = f"the number of snapshots ({len(self.snapshot_steps)})"
+            raise ValueError(
+                f"early_stop_patience ({self.early_stop_patience}) must be below {few}, or nothing ends early"
+            )
         if self.ema_power is not None and self.ema_decay is None:
             raise ValueError("ema_power needs ema_decay, such as 0.999")
         if self.lr_num_cycles != 1 and self.lr_scheduler != "cosine_with_restarts":

@@ -105,7 +105,7 @@ def run_inputs(
         "init_from": init_from,
         "lora": configs,
         "optimizer": optimizers.package(params.optimizer),
-        "train": params.model_dump(exclude=without),
+        "train": params.recorded(without),
     }
 
 
@@ -136,5 +136,5 @@ def made_from(config: Config, cache: LatentCache, items: list[CachedItem]) -> di
         "num_pictures": len(items),
         "packages": packages | optimizers.package(params.optimizer),
         "pictures": sha256_json(sorted(item.content for item in items)),
-        "train": params.model_dump(exclude={"checkpoint_every_n_steps"}),
+        "train": params.recorded({"checkpoint_every_n_steps"}),
     }

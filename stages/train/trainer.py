@@ -20,6 +20,7 @@ from stages.core.progress import Progress
 from stages.train import eva, init_from, noising, optimizers, outputs, weighting
 from stages.train.averaging import Kept
 from stages.train.batches import Batch, Batches
+from stages.train.early_stop import EarlyStop
 from stages.train.interrupt import Interrupt
 from stages.train.params import LoraParams, TrainParams
 from stages.train.processes import GradientSum
@@ -80,6 +81,8 @@ class Trainer:
         timesteps = noising.make_timesteps(self.params, self.noise_scheduler)
         zeros = family.drops_to_zeros(model)
         self.batches = Batches(cache, self.items, self.params, timesteps, self.device, zeros)
+        patience = self.params.early_stop_patience
+        self.early_stop = EarlyStop(patience, cache, self.params, timesteps, self.device, zeros) if patience else None
 
         dropped = {"dropped caption": "zeros"} if zeros else {}  # in no component's files
         start = settings.init_from.sha256 if settings.init_from else None
@@ -93,15 +96,14 @@ class Trainer:
         self.watch = selfcheck.Watch(self.trainable, self.params.max_grad_norm)
         self.images_per_step = self.params.batch_size * self.params.gradient_accumulation_steps
 
-    @property
-    def num_epochs(self) -> float:
+    def num_epochs(self, num_steps: int) -> float:
         """In one epoch each picture comes up as often as it repeats."""
-        return self.params.num_steps * self.images_per_step / self.batches.order.num_entries
+        return num_steps * self.images_per_step / self.batches.order.num_entries
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Run or go on to ``train.num_steps``; checkpoints and snapshots first, then the step."""
+        """Run or go on to ``train.num_steps`` or an early stop; checkpoints and snapshots first, then the step."""
         start = self.resume()
         if start == 0:
             self.check_step_zero()
@@ -128,15 +130,17 @@ class Trainer:
                     self.checkpoint(step)
                 if step > 0 and step % self.params.snapshot_every_n_steps == 0:
                     self.snapshot(step)
+                    if self.early_stop is not None and self.early_stop.is_over(self, step):
+                        break
                 stop = self.step(step)
                 progress.step(self.history)
                 if stop:
                     self.checkpoint(step + 1)
                     self.interrupt.leave(step + 1)
-        self.measured = progress.end()
+        self.measured = progress.end(len(self.history))
         self.watch.end()
         if may_go_on(self.params):
-            self.checkpoint(self.params.num_steps)
+            self.checkpoint(len(self.history))
 
     def step(self, step: int) -> bool:
         """One optimizer step; everything random in it is a function of (seed, purpose, step, slot).
@@ -237,6 +241,8 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.kept.load_state_dict(state["ema"])
         self.history = [tuple(row) for row in state["history"]]
+        if self.early_stop is not None:
+            self.early_stop.losses = state["heldout"]
         self.watch.silent = set(state["silent"])
         log.info("resumed from step %d", state["step"])
         return state["step"]
@@ -253,6 +259,7 @@ class Trainer:
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "ema": self.kept.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
+                "heldout": None if self.early_stop is None else self.early_stop.losses,
                 "history": self.history,
                 "silent": sorted(self.watch.silent),
             },

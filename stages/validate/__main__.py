@@ -1,37 +1,41 @@
-"""What the adapter changed: held-out losses of base, snapshots and final adapter on one frozen table, and pictures.
+"""What the adapter changed: losses on a frozen table, drift, copies of training pictures, diversity, and pictures.
 
 In: data/latents, data/adapter, the base.  Out: reports/metrics.json, reports/validate/, reports/{samples,progress}.png
+What was measured on this machine, time and memory, goes to reports/validate/run.json, which nobody tracks.
 Run: `python -m stages.validate [--set validate.num_timesteps=16]`; with `--adapters a.safetensors:0.8 b.safetensors:1`
 it writes none of these but compare/adapters.png, which shows the files together (stages/validate/several.py).
 """
 
 from __future__ import annotations
 
-import math
+import gc
+import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.artifacts import metrics
 from stages.artifacts.adapter import FINAL, Adapter
 from stages.artifacts.latent_cache import LatentCache
-from stages.core import base_files, bases, evaluation, params
+from stages.core import base_files, bases, closure, evaluation, params
 from stages.core.console import UserError, log, parser, run
-from stages.core.device import setup
+from stages.core.device import environment, setup
 from stages.core.evaluation import Score
 from stages.core.files import sha256_json, write_json, write_text
 from stages.core.params import ModelParams, RuntimeParams
 from stages.families.base import load_family
-from stages.validate import several
-from stages.validate.exam import Exam, answer, make_exam
+from stages.validate import cost, curve, feature_files, features, neighbours, several
+from stages.validate.exam import Exam, make_exam
+from stages.validate.examine import Evidence, examine, make_sampling, step_label
+from stages.validate.kept import Kept
+from stages.validate.latents import Vae
 from stages.validate.params import ValidateParams, prompt_problems
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from stages.core.bases import Base
-    from stages.core.sampling import Sampling
 
 SHEET_BYTES = 300_000  # each stays in git's history
 DIGEST_DIGITS = 12  # enough to tell files apart by eye
@@ -44,7 +48,7 @@ def main() -> None:
     config = params.load(args.params, args.overrides)
     settings, asked = config.section(ValidateParams), config.section(ModelParams)
     family = load_family(asked.family)
-    if found := prompt_problems(settings, family):
+    if found := prompt_problems(settings, family) + feature_files.problems(settings.feature_model):
         raise UserError(*found)
     origin = bases.resolve(asked, family)
     model, base = origin.model, base_files.digests(origin.model, family.COMPONENTS)
@@ -61,112 +65,43 @@ def main() -> None:
     if args.adapters:
         several.draw_grid(exam, lambda factor: make_sampling(exam, settings, factor), settings.prompts, entries)
         return
-    evidence = examine(exam, adapter, args.adapter, settings)
+    began = time.monotonic()
+    feature_model = features.load(settings, device)
+    kept, vae = Kept(conditions(base, model, device)), Vae(exam)
+    evidence = examine(exam, adapter, args.adapter, settings, kept, vae)
+    gc.collect()  # frees the pipeline, whose parts refer to each other
+    drawn = evidence.pictures[0], evidence.pictures[adapter.num_steps]
+    space = neighbours.Space(exam, cache, vae, feature_model)
+    near = neighbours.compare(space, settings.prompts, *drawn)
+
     targets = {component: base[component] for component in (*family.VAE, "scheduler")}
     names = evaluation.row_names(exam.rows, settings.seed, targets)
     measured = write_losses(args.reports, exam, names, evidence, settings)
     measured["val.table"] = evaluation.digest(exam.rows, settings.seed, targets)
-    measured |= draw_sheets(args.reports, evidence, settings)
+    measured |= draw_sheets(args.reports, evidence, settings, trained_captions(cache)) | neighbours.metrics(near)
+    neighbours.write(args.reports / "validate", near, vae, cache, sheet_cell(evidence))
+    measured |= evidence.drift | {"cost.tflop_per_image": cost.tflop_per_image(exam, adapter, cache)}
     made_from = lineage(settings, origin, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
+    made_from["neighbours"] = neighbours.scale(near, space)
+    if feature_model:
+        measured |= features.measure(feature_model, exam, settings.prompts, drawn[0][0], drawn[1][0], vae)
+        made_from["feature_model"] = feature_model.name
     write_json(args.reports / "validate" / "lineage.json", made_from)
     metrics.save(args.reports / "metrics.json", measured)
-    log_end(args.reports, measured)
+    write_json(args.reports / "validate" / "run.json", {"environment": environment(device), **used(device, began)})
+    log_end(args.reports, measured, adapter.num_steps)
+    neighbours.require_few_copied(near, settings.max_copied_share, args.reports / "validate")
 
 
-# Base, snapshots, final adapter
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Everything measured and drawn, by training step; step 0 is the base."""
-
-    losses: dict[int, list[float]]
-    """One per row of the table."""
-    pictures: dict[int, list[Image.Image]]
-    """One per prompt, the adapter at full strength."""
-    scaled: dict[float, list[Image.Image]]
-    """The final adapter at each of validate.scales."""
-
-
-def examine(exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams) -> Evidence:
-    """Score and draw the base, every snapshot and the final adapter, in one pipeline."""
-    from stages.core import adapted
-    from stages.core.sampling import draw
-
-    pipeline = exam.family.load_pipeline(exam.model, exam.device)
-    layers = adapted.in_pipeline(pipeline, exam.family.DENOISER, adapter)
-    denoiser = layers.modules[""]
-    text = exam.family.text_of(pipeline) if adapter.text_lora else None
-    sampling = make_sampling(exam, settings, pipeline.vae_scale_factor)
-    evidence = Evidence({}, {}, {})
-
-    with layers.disabled():
-        evidence.losses[0] = finite(answer(exam, denoiser, text), "the base", exam.model)
-        evidence.pictures[0] = draw(pipeline, sampling, exam.model)
-    log_step(exam, evidence, 0)
-    for step in [*adapter.snapshots, adapter.num_steps]:
-        is_final = step == adapter.num_steps
-        layers.load(adapter.weights(folder, None if is_final else step))
-        layers.set_scale(1.0)
-        state = "the final adapter" if is_final else f"the snapshot of step {step}"
-        evidence.losses[step] = finite(answer(exam, denoiser, text), state, exam.model)
-        evidence.pictures[step] = draw(pipeline, sampling, exam.model)
-        log_step(exam, evidence, step)
-    for scale in settings.scales:
-        layers.set_scale(scale)
-        evidence.scaled[scale] = evidence.pictures[step] if scale == 1 else draw(pipeline, sampling, exam.model)
-    return evidence
-
-
-def finite(losses: list[float], state: str, model: ModelParams) -> list[float]:
-    """The losses themselves.
-
-    Raises:
-        UserError: some are NaN or infinite; no figure could be trusted.
-    """
-    bad = sum(not math.isfinite(loss) for loss in losses)
-    if bad:
-        cures = ["fetch the base again" if state == "the base" else "lower train.learning_rate"]
-        if model.dtype != "float32":
-            cures.insert(0, "set model.dtype to float32")
-        found = f"{bad} of {len(losses)} losses of {state} are not finite in {model.dtype}"
-        raise UserError(f"validate: {found}; {' or '.join(cures)}")
-    return losses
-
-
-def make_sampling(exam: Exam, settings: ValidateParams, scale_factor: int) -> Sampling:
-    """Pictures of the size that the adapter was trained on."""
-    from stages.core.sampling import Sampling
-
-    height, width = (side * scale_factor for side in exam.picture_size)
-    return Sampling(
-        prompts=settings.prompts,
-        negative_prompt=settings.negative_prompt,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        height=height,
-        width=width,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-    )
-
-
-def log_step(exam: Exam, evidence: Evidence, step: int) -> None:
-    heldout, probe = split_losses(exam, evidence.losses[step])
-    log.info("%-11s held-out loss %.6f   train probe %.6f", step_label(step), heldout, probe)
-
-
-def split_losses(exam: Exam, losses: list[float]) -> tuple[float, float]:
-    """Mean loss of the held-out rows and of the train probe's."""
-    by_split = {
-        split: [loss for row, loss in zip(exam.rows, losses, strict=True) if row.picture.split == split]
-        for split in ("heldout", "train")
+def conditions(base: dict[str, str], model: ModelParams, device: torch.device) -> dict[str, Any]:
+    """What decides the base's losses and pictures beside what is asked."""
+    return {
+        "base": base,
+        "code": closure.code_digest("validate", model.family),
+        "dtype": model.dtype,
+        "environment": environment(device),
+        "family": model.family,
     }
-    return evaluation.mean(by_split["heldout"]), evaluation.mean(by_split["train"])
-
-
-def step_label(step: int) -> str:
-    return f"step {step}" if step else "base"
 
 
 # Reports
@@ -181,37 +116,53 @@ def write_losses(
         Score(name, row.picture.file_name, row.picture.split, row.timestep, base, adapter)
         for name, row, base, adapter in zip(names, exam.rows, evidence.losses[0], evidence.losses[final], strict=True)
     ]
-    curve = {step: split_losses(exam, losses) for step, losses in evidence.losses.items()}
-    lines = [(step, f"{heldout:.6g}", f"{probe:.6g}") for step, (heldout, probe) in sorted(curve.items())]
+    by_step = {
+        split: {step: exam.by_picture(losses, split) for step, losses in evidence.losses.items()}
+        for split in ("heldout", "train")
+    }
+    points = curve.make_curve(by_step["heldout"], by_step["train"], settings.seed)
     write_text(reports / "validate" / "heldout.csv", evaluation.write_scores(scores))
-    write_text(reports / "validate" / "curve.csv", evaluation.write_csv(("step", "heldout", "train_probe"), lines))
-    best_step = min(curve, key=lambda step: (curve[step][0], step))
-    return {**evaluation.metrics(scores, exam.num_train_timesteps, settings.seed), "val.best_step": best_step}
+    write_text(reports / "validate" / "curve.csv", curve.write(points))
+    return {**evaluation.metrics(scores, exam.num_train_timesteps, settings.seed), **curve.metrics(points)}
 
 
-def draw_sheets(reports: Path, evidence: Evidence, settings: ValidateParams) -> dict[str, metrics.Value]:
+def draw_sheets(
+    reports: Path, evidence: Evidence, settings: ValidateParams, trained: set[str]
+) -> dict[str, metrics.Value]:
     """samples.png and progress.png; returns the ``samples.*`` metrics."""
     from stages.core.sheets import save_png, sheet
 
     cell = sheet_cell(evidence)
-    samples = {"base": evidence.pictures[0]} | {scale_label(scale): drawn for scale, drawn in evidence.scaled.items()}
-    progress = {step_label(step): drawn for step, drawn in sorted(evidence.pictures.items())}
+    first = {step: drawn[0] for step, drawn in sorted(evidence.pictures.items())}
+    samples = {"base": first[0]} | {scale_label(scale): drawn for scale, drawn in evidence.scaled.items()}
+    progress = {step_label(step): drawn for step, drawn in first.items()}
+    labels = [f"trained on: {prompt}" if same_words(prompt) in trained else prompt for prompt in settings.prompts]
     for name, columns in (("samples.png", samples), ("progress.png", progress)):
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
-        save_png(reports / name, sheet(rows, settings.prompts, list(columns), cell), max_bytes=SHEET_BYTES)
+        save_png(reports / name, sheet(rows, labels, list(columns), cell), max_bytes=SHEET_BYTES)
     if not settings.ink_measures:
         return {}
-    return ink_measures("_base", evidence.pictures[0]) | ink_measures("", evidence.pictures[max(evidence.pictures)])
+    return ink_measures("_base", first[0]) | ink_measures("", first[max(first)])
+
+
+def trained_captions(cache: LatentCache) -> set[str]:
+    """Every caption that training could ask for."""
+    return {same_words(caption) for item in cache.items if item.split == "train" for caption in item.captions}
+
+
+def same_words(text: str) -> str:
+    """As two captions are compared: without case and spare spaces."""
+    return " ".join(text.casefold().split())
 
 
 def sheet_sizes(evidence: Evidence) -> dict[str, Any]:
     """In pixels: of a cell, and of the pictures as they were drawn."""
-    return {"cell": sheet_cell(evidence), "picture": list(evidence.pictures[0][0].size)}
+    return {"cell": sheet_cell(evidence), "picture": list(evidence.pictures[0][0][0].size)}
 
 
 def sheet_cell(evidence: Evidence) -> int:
     """Side of a sheet's picture in pixels: small ones are scaled up, large ones down."""
-    return min(256, max(128, *evidence.pictures[0][0].size))
+    return min(256, max(128, *evidence.pictures[0][0][0].size))
 
 
 def scale_label(scale: float) -> str:
@@ -255,12 +206,37 @@ def lineage(
     return found | ({"text_lora": adapter.text_lora} if adapter.text_lora else {})
 
 
-def log_end(reports: Path, measured: dict[str, Any]) -> None:
+def used(device: torch.device, began: float) -> dict[str, float]:
+    """Seconds since ``began``, and the most memory that was held: of the process, and of the GPU where there is one."""
+    import resource
+    import sys
+
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    peak = {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+    if device.type == "cuda":
+        peak["peak_gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return {name: round(value, 3) for name, value in peak.items()} | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def log_end(reports: Path, measured: dict[str, Any], num_steps: int) -> None:
     log.info("held-out    %.6f, base %.6f", measured["val.loss"], measured["val.loss_base"])
     log.info(
         "change      %+.6f, 95%% interval %+.6f to %+.6f",
         *(measured[f"val.loss_change{bound}"] for bound in ("", "_low", "_high")),
     )
+    if "drift.loss_change" in measured:
+        log.info(
+            "drift       %+.6f, 95%% interval %+.6f to %+.6f",
+            *(measured[f"drift.loss_change{bound}"] for bound in ("", "_low", "_high")),
+        )
+    log.info(
+        "copied      share of the samples %.3f, of the base's %.3f",
+        *(measured[f"samples.copied_share{suffix}"] for suffix in ("", "_base")),
+    )
+    if 0 < (best := measured["val.best_step"]) < num_steps:
+        log.info("best step   %d of %d: dvc exp run -S export.step=%d", best, num_steps, best)
     log.info("wrote       %s, %s", reports / "metrics.json", reports / "validate")
     log.info("pictures    %s, %s", reports / "samples.png", reports / "progress.png")
     log.info("next        python -m stages.export")

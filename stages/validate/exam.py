@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from stages.artifacts import store
 from stages.core import evaluation, seeding
 from stages.core.console import UserError, log
 from stages.core.device import autocast, log_device
 from stages.core.evaluation import Picture, Row
+from stages.core.files import sha256_json
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from stages.artifacts.latent_cache import CachedItem, LatentCache
@@ -21,12 +24,20 @@ if TYPE_CHECKING:
     from stages.validate.params import ValidateParams
 
 
+class Latents(Protocol):
+    """What the rows are about: LatentCache, or pictures that were drawn. Tensors are without a batch dimension."""
+
+    def latents(self, key: str) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def mask(self, key: str) -> torch.Tensor: ...
+    def prompt(self, caption: str, view: str | None = None) -> dict[str, torch.Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Exam:
     """The table with what is needed to answer it."""
 
     rows: list[Row]
-    cache: LatentCache
+    cache: Latents
     scheduler: Any
     family: Family
     model: ModelParams
@@ -50,9 +61,36 @@ class Exam:
         shapes = Counter(map(self.shape, self.rows))
         return max(shapes, key=lambda shape: (shapes[shape], shape))
 
+    @property
+    def heldout_views(self) -> list[str]:
+        """Keys of the held-out pictures' latents."""
+        return list(dict.fromkeys(row.picture.view for row in self.rows if row.picture.split == "heldout"))
+
     def shape(self, row: Row) -> tuple[int, ...]:
         """Height and width of a row's latents."""
         return tuple(self.cache.latents(row.picture.view)[0].shape[-2:])
+
+    def by_picture(self, losses: list[float], split: str) -> np.ndarray:
+        """Mean loss of each picture of a split, float64 [pictures]."""
+        answered = zip(self.rows, losses, strict=True)
+        return evaluation.by_picture(
+            (row.picture.file_name, loss) for row, loss in answered if row.picture.split == split
+        )
+
+    def digest(self) -> str:
+        """All that decides the losses beside the weights: what is asked, the tensors it is about, and batches."""
+        tensors = {}
+        for picture in {row.picture for row in self.rows}:
+            tensors[f"latents {picture.view}"] = self.cache.latents(picture.view)[0]
+            if picture.mask:
+                tensors[f"mask {picture.mask}"] = self.cache.mask(picture.mask)
+            prompt = self.cache.prompt(picture.caption, picture.view)
+            tensors |= {f"{name} {picture.view} {picture.caption}": tensor for name, tensor in prompt.items()}
+        asked = [
+            [row.picture.content, row.picture.caption, row.picture.view, row.picture.mask, row.stratum, row.timestep]
+            for row in self.rows
+        ]
+        return sha256_json([asked, self.seed, self.batch_size, store.checksum(tensors, "", "")])
 
     def batches(self) -> Iterator[list[int]]:
         """Positions of all rows, at most ``batch_size`` of one shape at a time."""
@@ -143,19 +181,28 @@ Prompts = dict[str, dict[str, "torch.Tensor"]]
 
 
 def encode(exam: Exam, text: Any) -> Prompts:
-    """Every caption of the table; every batch is full, as in ``answer``."""
+    """Every caption of the table, the frozen encoders' part from the cache."""
+    captions = sorted({row.picture.caption for row in exam.rows})
+    return encode_captions(exam, captions, text, exam.cache)
+
+
+def encode_captions(exam: Exam, captions: list[str], text: Any, cache: Latents | None = None) -> Prompts:
+    """By the text encoders as they are; every batch is full, as in ``answer``.
+
+    Args:
+        cache: where the frozen encoders' part is; None for all encoders being asked.
+    """
     import torch
 
-    captions = sorted({row.picture.caption for row in exam.rows})
     found: Prompts = {}
     for start in range(0, len(captions), exam.batch_size):
         batch = captions[start : start + exam.batch_size]
         filled = batch + batch[-1:] * (exam.batch_size - len(batch))
-        cached = stack([exam.cache.prompt(caption) for caption in filled], exam.device)
+        cached = stack([cache.prompt(caption) for caption in filled], exam.device) if cache else None
         with torch.inference_mode(), autocast(exam.device, exam.model):
             encoded = exam.family.encode_prompts(text, filled, cached)
         for index, caption in enumerate(batch):
-            found[caption] = {name: tensor[index] for name, tensor in encoded.items()}
+            found[caption] = {name: tensor[index].cpu() for name, tensor in encoded.items()}
     return found
 
 

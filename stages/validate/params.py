@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from stages.families.base import Family
 
 
+class FeatureModelParams(Params):
+    """An image-text model, pinned by its content."""
+
+    path: str = Field(min_length=1, exclude=True)
+    """A folder in the transformers layout, or a YAML file that pins a model of the Hub: ``validate/feature_files.py``.
+    Where it lies is no part of what is measured.
+    """
+    sha256: str | None = None
+    """Digest of the folder, or of the YAML file; without it the stage stops and prints it."""
+
+
 class ValidateParams(Params):
     """Section ``validate``."""
 
@@ -28,21 +39,35 @@ class ValidateParams(Params):
     guidance_scale: float = Field(ge=0)
     """Classifier-free guidance, as the pipeline counts it: none at 1 or below, or at 0 (z_image)."""
     negative_prompt: str
+    num_seeds: int = Field(ge=1, le=64)
+    """Pictures per prompt by base and final adapter, for diversity and nearest training pictures; sheets show one."""
+    drift_prompts: list[str]
+    """Prompts of the base's own domain: what it draws for them is asked of base and adapter. Empty for none."""
+    max_copied_share: float | None = Field(ge=0, le=1)
+    """Largest ``samples.copied_share`` that the stage lets pass; null for any."""
     scales: list[float] = Field(min_length=1)
     """Adapter strengths, columns of the sample sheet; the progress sheet and the measures are at 1."""
     ink_measures: bool
     """Measure chroma and dark share of the samples."""
+    feature_model: FeatureModelParams | None
+    """Measures how the samples fit their prompts, and how far they are from the held-out pictures."""
     seed: int = Field(ge=0)
     """Of the table's timesteps and noise, of the bootstrap and of the samples."""
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        for name, values in (("prompts", self.prompts), ("scales", self.scales)):
+        listed: dict[str, list[str] | list[float]] = {
+            "prompts": self.prompts,
+            "drift_prompts": self.drift_prompts,
+            "scales": self.scales,
+        }
+        for name, values in listed.items():
             twice = [value for value, count in Counter(values).items() if count > 1]
             if twice:
                 raise ValueError(f"{name} lists {twice[0]!r} twice; name it once")
-        if not all(prompt.strip() for prompt in self.prompts):
-            raise ValueError("prompts has an empty prompt; describe a picture or remove it")
+        for name, prompts in (("prompts", self.prompts), ("drift_prompts", self.drift_prompts)):
+            if not all(prompt.strip() for prompt in prompts):
+                raise ValueError(f"{name} has an empty prompt; describe a picture or remove it")
         return self
 
 

@@ -1,0 +1,109 @@
+"""The pictures of a comparison: sample sheets side by side, thumbnails of what changed, sliders from one to another."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.compare.page import changed_pictures
+from stages.compare.sides import SAMPLES, Side, how_to_report, shared_prompts
+from stages.core.console import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SAMPLING = ("num_inference_steps", "guidance_scale", "negative_prompt", "seed")  # of section validate
+SHEET_BYTES = 300_000
+Cells = Mapping[str, tuple["Image.Image", "Image.Image"]]
+"""Prompt -> picture of the base, and of the adapter."""
+
+
+def draw_pictures(sides: Sequence[Side], folder: Path) -> dict[str, Path]:
+    """Write samples.png and, for each other dataset, dataset-NAME.png; the names of what there is, as a page asks."""
+    paths = {"samples": draw_sheet(sides, folder / "samples.png")}
+    for side in sides[1:]:
+        paths[f"dataset {side.name}"] = draw_thumbnails(sides[0], side, folder / f"dataset-{file_name(side.name)}.png")
+    return {name: path for name, path in paths.items() if path}
+
+
+def file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+
+
+def draw_thumbnails(a: Side, b: Side, path: Path) -> Path | None:
+    """Of pictures that changed, where prepare kept some on this machine."""
+    from stages.core import thumbnails
+    from stages.core.sheets import save_png
+
+    image = thumbnails.changes_sheet(changed_pictures(a, b))
+    if image is None:
+        return None
+    save_png(path, image, max_bytes=thumbnails.SHEET_MAX_BYTES)
+    return path
+
+
+def draw_sheet(sides: Sequence[Side], path: Path) -> Path | None:
+    """A row for each prompt that all drew: the base, and each adapter; a base for each where they differ."""
+    from stages.core.sheets import save_png, sheet
+
+    prompts = shared_prompts(sides)
+    if not prompts:
+        return None
+    cells = [cut_cells(side) for side in sides]
+    if all(drawn_from(side) == drawn_from(sides[0]) for side in sides):
+        labels = ["base", *(side.name for side in sides)]
+        rows = [[cells[0][prompt][0], *(each[prompt][1] for each in cells)] for prompt in prompts]
+    else:
+        labels = [label for side in sides for label in (f"base of {side.name}", side.name)]
+        rows = [[picture for each in cells for picture in each[prompt]] for prompt in prompts]
+    save_png(path, sheet(rows, prompts, labels, cell=rows[0][0].width), max_bytes=SHEET_BYTES)
+    return path
+
+
+def cut_cells(side: Side) -> Cells:
+    """Of its sample sheet, the adapter at strength 1 where the sheet has it, else at the first.
+
+    Raises:
+        UserError: the sheet is no PNG.
+    """
+    from PIL import Image
+
+    from stages.core.sheets import cut
+
+    scales = side.lineage["validate"]["scales"]
+    column = 1 + (scales.index(1) if 1 in scales else 0)
+    try:
+        with Image.open(io.BytesIO(side.samples), formats=["PNG"]) as picture:
+            whole = picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError):
+        raise UserError(f"{side.name}: {SAMPLES} is damaged; {how_to_report(side.commit)}") from None
+    rows = cut(whole, len(side.prompts), 1 + len(scales), side.lineage["sheet"]["cell"])
+    return {prompt: (row[0], row[column]) for prompt, row in zip(side.prompts, rows, strict=True)}
+
+
+def drawn_from(side: Side) -> dict[str, Any]:
+    """All that decides what the base draws for a prompt."""
+    settings = {key: value for key, value in side.lineage["validate"].items() if key in SAMPLING}
+    size = side.lineage["sheet"]["picture"]
+    return settings | {"base": side.lineage["base"], "dtype": side.lineage["model"]["dtype"], "size": size}
+
+
+def sliders(sides: Sequence[Side]) -> str:
+    """HTML: for each shared prompt, a line to move between the first one's picture and the last one's."""
+    from stages.core.html import choice, slider
+
+    a, b = sides[0], sides[-1]
+    cells_a, cells_b = cut_cells(a), cut_cells(b)
+    panels = {
+        prompt: slider(encoded(cells_a[prompt][1]), encoded(cells_b[prompt][1]), (a.name, b.name))
+        for prompt in shared_prompts((a, b))
+    }
+    return choice("Prompt", panels) if panels else ""
+
+
+def encoded(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,160 @@
+"""One revision as the comparison sees it: its settings and its reports, read without a checkout."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from stages.artifacts import picture_table
+from stages.compare.revisions import find_commit, read_file
+from stages.core import evaluation
+from stages.core.console import UserError
+from stages.core.evaluation import Score
+
+PARAMS = "params.yaml"
+METRICS = "reports/metrics.json"
+MORE_METRICS = ("reports/train/metrics.json", "reports/export/metrics.json")
+SCORES = "reports/validate/heldout.csv"
+LINEAGE = "reports/validate/lineage.json"
+PICTURES = "reports/dataset/pictures.csv"
+SAMPLES = "reports/samples.png"
+LOCK = "dvc.lock"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One revision's settings and reports."""
+
+    name: str
+    commit: str | None
+    """None for the workspace."""
+    params: dict[str, Any]
+    """Dotted key -> value."""
+    metrics: dict[str, Any]
+    scores: list[Score]
+    lineage: dict[str, Any]
+    samples: bytes
+    """reports/samples.png"""
+    pictures: list[picture_table.Row] | None
+    """reports/dataset/pictures.csv; None for a revision from before there was one"""
+    lock: bytes | None
+    """dvc.lock; None where Snakemake alone is used"""
+
+    @property
+    def prompts(self) -> list[str]:
+        return self.lineage["validate"]["prompts"]
+
+
+def shared_prompts(sides: Sequence[Side]) -> list[str]:
+    """Prompts that all drew, in the order of the first."""
+    return [prompt for prompt in sides[0].prompts if all(prompt in side.prompts for side in sides)]
+
+
+def read_side(name: str) -> Side:
+    """Settings and reports of a branch, tag, commit or DVC experiment, or of the files in the workspace.
+
+    Raises:
+        UserError: no such revision, it has no reports, or some are damaged: a line for each file.
+    """
+    return read_commit(name, find_commit(name))
+
+
+def read_commit(name: str, commit: str | None) -> Side:
+    """The same of a commit, or of the workspace (None), that pages call ``name``."""
+    parsers: dict[str, Callable[[bytes], Any]] = {
+        PARAMS: parse_params,
+        **dict.fromkeys((METRICS, *MORE_METRICS), parse_object),
+        SCORES: parse_scores,
+        LINEAGE: parse_lineage,
+        SAMPLES: bytes,
+        PICTURES: lambda blob: picture_table.parse(blob.decode()),
+        LOCK: bytes,
+    }
+    found: dict[str, Any] = {}
+    problems = []
+    for path, parse in parsers.items():
+        blob = read_file(commit, path)
+        try:
+            found[path] = None if blob is None else parse(blob)
+        except (ValueError, KeyError, TypeError, YAMLError) as error:
+            what = " ".join(str(error).split())
+            problems.append(f"{name}: {path} is damaged ({type(error).__name__}: {what}); {how_to_report(commit)}")
+    needed = [path for path in parsers if path not in (*MORE_METRICS, PICTURES, LOCK)]
+    missing = [path for path in needed if path in found and found[path] is None]
+    if missing:
+        problems.append(f"{name}: has no {', '.join(missing)}; {how_to_report(commit)}")
+    if problems:
+        raise UserError(*problems)
+    return Side(
+        name=name,
+        commit=commit,
+        params=found[PARAMS],
+        metrics={key: value for path in (METRICS, *MORE_METRICS) for key, value in (found[path] or {}).items()},
+        scores=found[SCORES],
+        lineage=found[LINEAGE],
+        samples=found[SAMPLES],
+        pictures=found[PICTURES],
+        lock=found[LOCK],
+    )
+
+
+def how_to_report(commit: str | None) -> str:
+    return "run `dvc repro` first" if commit is None else "run `dvc repro` there and commit reports/"
+
+
+def parse_params(blob: bytes) -> dict[str, Any]:
+    return flatten(mapping(YAML(typ="safe", pure=True).load(io.BytesIO(blob))))
+
+
+def parse_object(blob: bytes) -> dict[str, Any]:
+    return mapping(json.loads(blob))
+
+
+def parse_scores(blob: bytes) -> list[Score]:
+    scores = evaluation.read_scores(blob.decode())
+    if not scores:
+        raise ValueError("no rows")
+    return scores
+
+
+def parse_lineage(blob: bytes) -> dict[str, Any]:
+    """Of lineage.json, with what the comparison takes from it.
+
+    Raises:
+        KeyError: it lacks some of that.
+    """
+    lineage = parse_object(blob)
+    for section, *keys in (
+        ("validate", "prompts", "scales"),
+        ("sheet", "cell", "picture"),
+        ("model", "dtype"),
+        ("dataset", "content"),
+        ("base",),
+        ("latents",),
+    ):
+        inside = lineage[section]
+        for key in keys:
+            inside[key]
+    return lineage
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} where names and values are expected")
+    return value
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"lora": {"rank": 8}}`` -> ``{"lora.rank": 8}``; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        deeper = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{name}.") if deeper else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,124 @@
+"""The page that a pull request shows: the gate's verdict first, then the comparison, then the sheets by commit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from stages.core.git import git
+from stages.core.markdown import code, table
+from stages.gate.against import Comparison
+from stages.gate.limits import Answer
+
+SHEETS = {"Samples": "reports/samples.png", "Progress": "reports/progress.png"}
+MAX_BYTES = 60_000  # GitHub takes 65,536 characters in a comment, Linux 131,072 bytes in a variable
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the page will be read."""
+
+    repository: str | None
+    """Its address, such as https://github.com/owner/name; None: pictures are linked by their path."""
+    commit: str | None
+    """The reviewed commit; None where none is named."""
+    against: str | None
+    """Revision compared with."""
+    against_commit: str | None
+
+
+def write_page(
+    place: Place,
+    problems: Sequence[str],
+    answers: Sequence[Answer],
+    comparison: Comparison | None,
+) -> str:
+    """Markdown of at most MAX_BYTES.
+
+    Args:
+        problems: all that is wrong but for closed gates.
+    """
+    passed = not problems and all(answer.passed for answer in answers)
+    parts = [f"# Experiment: {'passed' if passed else 'not passed'}", subject(place)]
+    if problems:
+        doubt = "The figures below are those of the files as they are; nobody can vouch for them."
+        parts += ["## Not of one run", "\n".join(f"- {in_line(line)}" for line in problems), doubt]
+    else:
+        parts.append("Parameters, code, dvc.lock and reports are of one run.")
+    parts += ["## Gates", gates_table(answers), *moved(place, comparison)]
+    parts += [re.sub("^#", "##", comparison.page, flags=re.MULTILINE)] if comparison else []
+    return shortened("\n\n".join(part.strip() for part in parts if part), sheets(place))
+
+
+def subject(place: Place) -> str:
+    """Which commit this is about, so that an older page does not pass for a newer one."""
+    words = [f"Commit `{place.commit[:10]}`"] if place.commit else []
+    if place.against and place.against_commit:
+        words.append(f"against `{place.against}` (`{place.against_commit[:10]}`)")
+    return " ".join(words) + "." if words else ""
+
+
+def in_line(text: str) -> str:
+    """Text of a file or a parameter, where no page takes it for markup."""
+    return code(text, max_length=400)
+
+
+def gates_table(answers: Sequence[Answer]) -> str:
+    if not answers:
+        return "None is set: see `report.gates` in params.yaml."
+    rows = [(a.gate, f"{a.limit:g}", a.measured, "passed" if a.passed else "**not passed**") for a in answers]
+    return table(("Gate", "limit", "measured", ""), rows, align=":---")
+
+
+def moved(place: Place, comparison: Comparison | None) -> list[str]:
+    """Gates that the branch itself changes."""
+    if not comparison or not comparison.moved_gates:
+        return []
+    changes = [f"{key} {before} → {now}" for key, (before, now) in comparison.moved_gates.items()]
+    return [f"**This branch changes gates:** {in_line(', '.join(changes))} (`{place.against}` has the first)."]
+
+
+def sheets(place: Place) -> str:
+    """Each sheet beside the other revision's, where the two differ."""
+    parts = []
+    for title, path in SHEETS.items():
+        if not Path(path).is_file():
+            continue
+        here, there = link(place, path), pinned(place.repository, place.against_commit, path)
+        same = bool(place.against_commit) and read(place.against_commit, path) == Path(path).read_bytes()
+        if there and not same:
+            parts += [f"## {title}", table((f"{place.against}", "this branch"), [(f"![]({there})", f"![]({here})")])]
+        else:
+            parts += [f"## {title}{' (unchanged)' if same else ''}", f"![{title}]({here})"]
+    return "\n\n".join(parts)
+
+
+def link(place: Place, path: str) -> str:
+    """By a commit that has the very bytes of the file here, so that the picture is the one that was judged."""
+    for commit in (place.commit, place.against_commit):
+        if commit and read(commit, path) == Path(path).read_bytes():
+            return pinned(place.repository, commit, path) or quote(path)
+    return quote(path)
+
+
+def pinned(repository: str | None, commit: str | None, path: str) -> str | None:
+    """GitHub shows it wherever Markdown is rendered, to whoever may read the repository."""
+    if not (repository and commit and read(commit, path)):
+        return None
+    return f"{repository}/blob/{commit}/{quote(path)}?raw=true"
+
+
+def read(commit: str | None, path: str) -> bytes | None:
+    return git("show", f"{commit}:./{path}")
+
+
+def shortened(text: str, end: str) -> str:
+    """Cut at a line so that ``end`` fits behind it."""
+    room = MAX_BYTES - len(end.encode())
+    if len(text.encode()) > room:
+        text = text.encode()[: room - 200].decode(errors="ignore").rpartition("\n")[0]
+        text += "\n\n(cut: `python -m stages.compare` shows all of it)"
+    return f"{text}\n\n{end}".strip() + "\n"

@@ -1,0 +1,105 @@
+"""reports/report.html: report.md in one file to look at, with what is no function of the inputs.
+
+Time and memory of this machine, and what differs from the last commit, change between equal runs: neither DVC nor git
+tracks this file.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from stages.core import html
+from stages.core.files import read_json, understood
+from stages.core.markdown import image, table
+from stages.core.sheets import cut
+from stages.report import last_commit, page
+from stages.report.inputs import Inputs
+
+
+def write_page(title: str, inputs: Inputs, reports: Path, train: Path, export: Path) -> str:
+    """HTML of the page that stands in ``reports``.
+
+    Args:
+        train: folder of train's reports.
+        export: folder of export's.
+    """
+    measured = measured_here({"train": train / "run.json", "validate": reports / "validate" / "run.json"})
+    markdown = page.write_page(title, inputs, reports, last_commit.changed(inputs, reports, export), measured)
+    sheet, losses = inputs.pictures["samples"], inputs.pictures["loss"]
+    extras = {
+        image("Samples", sheet, reports): html.beside(
+            html.picture(sheet.read_bytes(), "Samples"), html.choice("Prompt", dict(sliders(inputs)))
+        ),
+        image("Losses", losses, reports): html.picture(losses.read_bytes(), "Losses", plot=True),
+    }
+    return html.page(title, markdown, reports, extras)
+
+
+def sliders(inputs: Inputs) -> Iterator[tuple[str, str]]:
+    """Prompt and slider between the base's picture and the adapter's, at scale 1 where that was drawn."""
+    asked, cell = inputs.lineage["validate"], inputs.lineage["sheet"]["cell"]
+    prompts, scales = asked["prompts"], asked["scales"]
+    column = 1 + (scales.index(1.0) if 1.0 in scales else len(scales) - 1)
+    with Image.open(inputs.pictures["samples"]) as sheet:
+        rows = cut(sheet.convert("RGB"), len(prompts), 1 + len(scales), cell)
+    for prompt, row in zip(prompts, rows, strict=True):
+        yield prompt, html.slider(png(row[0]), png(row[column]), ("base", "adapter"))
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# Measured on this machine
+
+
+def measured_here(files: Mapping[str, Path]) -> str:
+    """A table of each stage's run.json, where there is one.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    runs: dict[str, tuple[str, ...]] = {}
+    for stage, path in files.items():
+        if path.exists():
+            with understood(path, f"stages.{stage}"):
+                runs[stage] = told(read_json(path))
+    if not runs:
+        return ""
+    rows = [(label, *cells) for label, *cells in zip(LABELS, *runs.values(), strict=True) if any(cells)]
+    note = "Of the last run of each stage in this workspace; a result that DVC restored brings none of its own."
+    return f"{table(('Measured on this machine', *runs), rows)}\n\n{note}"
+
+
+LABELS = ("Images per second", "Wall time", "Peak memory", "Peak memory of the GPU", "Device", "Went on from step")
+
+
+def told(run: Mapping[str, Any]) -> tuple[str, ...]:
+    """A cell for each of LABELS, empty where nothing was measured."""
+    where = run["environment"]
+    return (
+        shown(run.get("images_per_second"), "g"),
+        duration(run["seconds"]),
+        shown(run.get("peak_memory_gb"), ".3g", " GB"),
+        shown(run.get("peak_gpu_memory_gb"), ".3g", " GB"),
+        f"{where['device']}, {where['num_threads']} thread{'s' if where['num_threads'] > 1 else ''}",
+        shown(run.get("resumed_from_step") or None, ","),
+    )
+
+
+def shown(value: float | None, spec: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{spec}}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """``2 min 07 s``"""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

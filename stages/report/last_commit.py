@@ -1,0 +1,56 @@
+"""What differs from the report that is committed, in a line: settings, pictures, base, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.core.git import git
+from stages.core.markdown import code
+from stages.report.inputs import Inputs
+
+MAX_CHANGES = 8  # that the line names
+GIT_SECONDS = 10
+
+
+def changed(inputs: Inputs, reports: Path, export: Path) -> str:
+    """What differs from the report that is committed, in a line; empty without git, or where none is committed."""
+    paths = (export / "lineage.json", reports / "validate" / "lineage.json", reports / "metrics.json")
+    found = [git("show", f"HEAD:./{path.as_posix()}", timeout=GIT_SECONDS) for path in paths]
+    commit = git("rev-parse", "--short", "HEAD", timeout=GIT_SECONDS)
+    if commit is None or None in found:
+        return ""
+    try:
+        made, lineage, measured = (json.loads(text or b"") for text in found)
+        differences = list(compare(made, inputs.made, lineage, inputs.lineage))
+        before, after = measured["val.loss"], inputs.measured["val.loss"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return ""  # of a version that wrote it otherwise
+    name = commit.decode().strip()
+    if not differences:
+        return f"Against commit {name}: the same settings, pictures, base and packages."
+    more = [f"and {len(differences) - MAX_CHANGES} more"] if len(differences) > MAX_CHANGES else []
+    loss = f"held-out loss {before:.4f} → {after:.4f}" if before != after else "the same held-out loss"
+    if measured.get("val.table") != inputs.measured.get("val.table"):
+        loss = "held-out losses are of different tables"
+    return f"Against commit {name}: {', '.join([*differences[:MAX_CHANGES], *more])}; {loss}."
+
+
+def compare(made: Any, new_made: Any, lineage: Any, new_lineage: Any) -> Iterator[str]:
+    """Settings by their names in params.yaml, then what else went in."""
+    before = {name: made.get(name, {}) for name in ("lora", "train", "export")} | lineage
+    after = {name: new_made.get(name, {}) for name in ("lora", "train", "export")} | new_lineage
+    for section in ("model", "lora", "train", "validate", "export"):
+        old, new = before[section], after[section]
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                yield f"`{section}.{key}` {value(old.get(key))} → {value(new.get(key))}"
+    for name in ("pictures", "captions", "base", "packages"):
+        if made.get(name) != new_made.get(name):
+            yield f"other {name}"
+
+
+def value(setting: Any) -> str:
+    return code(json.dumps(setting, ensure_ascii=False), 60)

@@ -1,0 +1,46 @@
+"""What a training image costs in arithmetic, counted and not measured: the same on every machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.artifacts.adapter import Adapter
+    from stages.artifacts.latent_cache import LatentCache
+    from stages.validate.exam import Exam
+
+
+def tflop_per_image(exam: Exam, adapter: Adapter, cache: LatentCache) -> float:
+    """10^12 floating-point operations of one image in training: the adapted denoiser forward and backward, batch 1.
+
+    Matrix products, convolutions and attention, a multiplication and an addition counted as two, on the meta device:
+    nothing is computed. The frozen weights pass gradients on and get none. Without dropout, text encoders, and the
+    second forward of gradient checkpointing.
+
+    Source: torch.utils.flop_counter.
+    """
+    import diffusers
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from stages.core import components, lora, quiet
+
+    cls = getattr(diffusers, exam.family.COMPONENTS[exam.family.DENOISER])
+    picture = exam.rows[0].picture
+    prompt = {name: tensor[None] for name, tensor in cache.prompt(picture.caption, picture.view).items()}
+    channels = cache.latents(picture.view)[0].shape[0]
+    with torch.device("meta"), quiet.no_warnings():
+        denoiser = cls.from_config(components.config(exam.model, exam.family.DENOISER)).requires_grad_(False)
+        lora.inject(denoiser, adapter.lora_config)
+        latents = torch.zeros(1, channels, *exam.picture_size)
+        timesteps = torch.zeros(1)
+        with FlopCounterMode(display=False) as counter:
+            exam.family.predict(denoiser, latents, timesteps, on_meta(prompt)).mean().backward()
+    return counter.get_total_flops() / 1e12
+
+
+def on_meta(prompt: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without values, but for masks: they say how many tokens there are."""
+    return {name: tensor if name.endswith("mask") else tensor.to("meta") for name, tensor in prompt.items()}

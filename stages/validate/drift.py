@@ -1,0 +1,87 @@
+"""Drift: what the adapter costs the base on the base's own ground, on pictures that it drew itself.
+
+The base draws ``validate.drift_prompts``; its pictures are encoded as cache_latents encodes, and base and adapter
+answer the same rows about them. Nothing of the training set is in it: a loss that rises there is something forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from stages.core import evaluation
+from stages.core.evaluation import Picture
+from stages.validate.exam import encode_captions
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from stages.artifacts.metrics import Value
+    from stages.validate.exam import Exam
+    from stages.validate.latents import Vae
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The base's pictures, where an exam looks for the cache's: a picture is named by its prompt."""
+
+    means: dict[str, torch.Tensor]
+    """float32 [C, h, w]"""
+    prompts: dict[str, dict[str, torch.Tensor]]
+    """As the base's text encoders say them."""
+
+    def latents(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean, and no spread around it."""
+        import torch
+
+        return self.means[key], torch.zeros_like(self.means[key])
+
+    def mask(self, key: str) -> torch.Tensor:
+        raise LookupError(f"{key}: drawn pictures have no masks")
+
+    def prompt(self, caption: str, view: str | None = None) -> dict[str, torch.Tensor]:
+        return self.prompts[caption]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What the base was asked about its own pictures, and what it answered."""
+
+    exam: Exam
+    losses: list[float]
+    """The base's, one per row."""
+
+
+def make_exam(exam: Exam, pictures: dict[str, Image.Image], vae: Vae, text: Any) -> Exam:
+    """The frozen table about drawn pictures, with the exam's timesteps per picture and seed.
+
+    Args:
+        pictures: prompt -> what the base drew for it.
+        text: the family's text object, as the base has it.
+    """
+    means = {prompt: vae.encode(picture) for prompt, picture in pictures.items()}
+    captions = encode_captions(exam, list(pictures), text)
+    for prompt, picture in pictures.items():
+        size = picture.height, picture.width
+        captions[prompt] |= exam.family.view_conditioning(size, (0, 0), size)
+    known = [Picture(f"drift {prompt}", prompt, "drift", prompt, prompt) for prompt in pictures]
+    num_strata = 1 + max(row.stratum for row in exam.rows)
+    rows = evaluation.table(known, num_strata, exam.num_train_timesteps, exam.seed)
+    return replace(exam, rows=rows, cache=Drawn(means, captions))
+
+
+def metrics(drift: Drift, losses: list[float]) -> dict[str, Value]:
+    """``drift.*``: both losses, and the paired change with its bootstrap interval over pictures."""
+    changes = [
+        (row.picture.caption, after - before)
+        for row, before, after in zip(drift.exam.rows, drift.losses, losses, strict=True)
+    ]
+    change = evaluation.estimate(evaluation.by_picture(changes), drift.exam.seed)
+    return {
+        "drift.loss": evaluation.mean(losses),
+        "drift.loss_base": evaluation.mean(drift.losses),
+        "drift.loss_change": change.mean,
+        "drift.loss_change_low": change.low,
+        "drift.loss_change_high": change.high,
+    }

@@ -1,0 +1,168 @@
+"""Base, snapshots and final adapter under one pipeline: their losses, and the pictures that they draw."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.core import evaluation
+from stages.core.console import UserError, log
+from stages.validate import drift
+from stages.validate.exam import Exam, answer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from stages.artifacts.adapter import Adapter
+    from stages.artifacts.metrics import Value
+    from stages.core.params import ModelParams
+    from stages.core.sampling import Sampling
+    from stages.validate.kept import Kept
+    from stages.validate.latents import Vae
+    from stages.validate.params import ValidateParams
+
+FINAL = "the final adapter"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything measured and drawn, by training step; step 0 is the base."""
+
+    losses: dict[int, list[float]] = field(default_factory=dict)
+    """One per row of the table."""
+    pictures: dict[int, list[list[Image.Image]]] = field(default_factory=dict)
+    """By seed, and then by prompt, at full strength; snapshots have the first seed alone."""
+    scaled: dict[float, list[Image.Image]] = field(default_factory=dict)
+    """The final adapter at each of validate.scales, by prompt."""
+    drift: dict[str, Value] = field(default_factory=dict)
+    """The ``drift.*`` metrics."""
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """A pipeline with the adapter's layers in it, and what it is asked."""
+
+    exam: Exam
+    pipeline: Any
+    text: Any
+    """The family's text object where an adapter is in its encoders, else None."""
+    sampling: Sampling
+    settings: ValidateParams
+
+    def losses(self, exam: Exam, state: str) -> list[float]:
+        denoiser = getattr(self.pipeline, exam.family.DENOISER)
+        return finite(answer(exam, denoiser, self.text), state, exam.model)
+
+    def draw(self, sampling: Sampling) -> list[Image.Image]:
+        from stages.core.sampling import draw
+
+        return draw(self.pipeline, sampling, self.exam.model)
+
+    @property
+    def by_seed(self) -> list[Sampling]:
+        return [replace(self.sampling, index=index) for index in range(self.settings.num_seeds)]
+
+
+def examine(exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams, kept: Kept, vae: Vae) -> Evidence:
+    """Score and draw the base, every snapshot and the final adapter, in one pipeline, which is gone afterwards."""
+    from stages.core import adapted
+
+    pipeline = exam.family.load_pipeline(exam.model, exam.device)
+    layers = adapted.in_pipeline(pipeline, exam.family.DENOISER, adapter)
+    text = exam.family.text_of(pipeline) if adapter.text_lora else None
+    sampling = make_sampling(exam, settings, pipeline.vae_scale_factor)
+    examiner, evidence = Examiner(exam, pipeline, text, sampling, settings), Evidence()
+
+    with layers.disabled():
+        drifting = examine_base(examiner, evidence, kept, vae)
+    log_step(exam, evidence, 0)
+    for step in adapter.snapshots:
+        layers.load(adapter.weights(folder, step))
+        evidence.losses[step] = examiner.losses(exam, f"the snapshot of step {step}")
+        evidence.pictures[step] = [examiner.draw(sampling)]
+        log_step(exam, evidence, step)
+    step = adapter.num_steps
+    layers.load(adapter.weights(folder))
+    evidence.losses[step] = examiner.losses(exam, FINAL)
+    evidence.pictures[step] = [examiner.draw(drawn) for drawn in examiner.by_seed]
+    log_step(exam, evidence, step)
+    if drifting:
+        losses = examiner.losses(drifting.exam, f"{FINAL}, on the base's own pictures,")
+        evidence.drift.update(drift.metrics(drifting, losses))
+    for scale in settings.scales:
+        layers.set_scale(scale)
+        evidence.scaled[scale] = evidence.pictures[step][0] if scale == 1 else examiner.draw(sampling)
+    return evidence
+
+
+def examine_base(examiner: Examiner, evidence: Evidence, kept: Kept, vae: Vae) -> drift.Drift | None:
+    """The base's part of the evidence, as far as it is not kept from before; what drift is measured with."""
+    exam, settings = examiner.exam, examiner.settings
+
+    def losses(exam: Exam, state: str) -> list[float]:
+        asked = {"exam": exam.digest(), "encoders": examiner.text is not None}
+        return kept.losses(f"losses of {state}", asked, lambda: examiner.losses(exam, state))
+
+    def draw(sampling: Sampling) -> list[Image.Image]:
+        return kept.pictures(f"{len(sampling.prompts)} pictures", asdict(sampling), lambda: examiner.draw(sampling))
+
+    evidence.losses[0] = losses(exam, "the base")
+    evidence.pictures[0] = [draw(sampling) for sampling in examiner.by_seed]
+    drifting = None
+    if settings.drift_prompts:
+        drawn = draw(replace(examiner.sampling, prompts=settings.drift_prompts))
+        pictures = dict(zip(settings.drift_prompts, drawn, strict=True))
+        drift_exam = drift.make_exam(exam, pictures, vae, exam.family.text_of(examiner.pipeline))
+        drifting = drift.Drift(drift_exam, losses(drift_exam, "the base on its own pictures"))
+    kept.log_reused()
+    return drifting
+
+
+def finite(losses: list[float], state: str, model: ModelParams) -> list[float]:
+    """The losses themselves.
+
+    Raises:
+        UserError: some are NaN or infinite; no figure could be trusted.
+    """
+    bad = sum(not math.isfinite(loss) for loss in losses)
+    if bad:
+        cures = ["fetch the base again" if state.startswith("the base") else "lower train.learning_rate"]
+        if model.dtype != "float32":
+            cures.insert(0, "set model.dtype to float32")
+        found = f"{bad} of {len(losses)} losses of {state} are not finite in {model.dtype}"
+        raise UserError(f"validate: {found}; {' or '.join(cures)}")
+    return losses
+
+
+def make_sampling(exam: Exam, settings: ValidateParams, scale_factor: int) -> Sampling:
+    """Pictures of the size that the adapter was trained on."""
+    from stages.core.sampling import Sampling
+
+    height, width = (side * scale_factor for side in exam.picture_size)
+    return Sampling(
+        prompts=settings.prompts,
+        negative_prompt=settings.negative_prompt,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        height=height,
+        width=width,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+    )
+
+
+def log_step(exam: Exam, evidence: Evidence, step: int) -> None:
+    heldout, probe = split_losses(exam, evidence.losses[step])
+    log.info("%-11s held-out loss %.6f   train probe %.6f", step_label(step), heldout, probe)
+
+
+def split_losses(exam: Exam, losses: list[float]) -> tuple[float, float]:
+    """Mean loss of the held-out pictures and of the train probe's."""
+    heldout, probe = (evaluation.mean(exam.by_picture(losses, split)) for split in ("heldout", "train"))
+    return heldout, probe
+
+
+def step_label(step: int) -> str:
+    return f"step {step}" if step else "base"

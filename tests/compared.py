@@ -1,0 +1,80 @@
+"""Revisions of a small repository, with reports but no pipeline behind them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from stages.artifacts import metrics
+from stages.core import evaluation
+from stages.core.evaluation import Score
+from stages.core.files import read_json, write_json, write_text
+from stages.core.sheets import save_png, sheet
+
+PROMPTS = ["red apple", "blue boat"]
+COLOURS = {"base": "#cc2222", 8: "#22cc22", 16: "#2222cc"}
+SCORES = Path("reports/validate/heldout.csv")
+
+
+def scores_of(gain: float, pictures: Sequence[str] = "01234567") -> list[Score]:
+    """Two rows for each picture of each split; the base's loss is 0.5, the adapter's lower by ``gain`` and a little."""
+    return [
+        Score(f"{split}-{name}-{t}", f"{name}.png", split, t, 0.5, 0.5 - gain - 0.001 * ord(name[0]) + 0.048)
+        for split in ("heldout", "train")
+        for name in pictures
+        for t in (100, 900)
+    ]
+
+
+def write_revision(
+    rank: int,
+    gain: float,
+    seed: int = 0,
+    table: str = "0123456789abcdef",
+    prompts: list[str] = PROMPTS,
+    pictures: Sequence[str] = "01234567",
+) -> None:
+    """params.yaml and reports/ of an adapter of ``rank`` that is better than the base by ``gain``, in this folder."""
+    text = f"lora:\n  rank: {rank}\n  alpha: 8\ntrain:\n  seed: {seed}\nreport:\n  title: Rank {rank}\n"
+    write_text(Path("params.yaml"), text)
+    write_scores(scores_of(gain, pictures), table)
+    metrics.save(Path("reports/train/metrics.json"), {"train.num_trainable_parameters": 100 * rank})
+    settings = {"prompts": prompts, "scales": [0.5, 1.0], "seed": 0, "num_timesteps": 2}
+    lineage = {
+        "base": {"unet": "a", "vae": "v", "scheduler": "s"},
+        "dataset": {"content": "c"},
+        "latents": "d",
+        "model": {"dtype": "float32"},
+        "sheet": {"cell": 64, "picture": [64, 64]},
+        "validate": settings,
+    }
+    write_json(Path("reports/validate/lineage.json"), lineage)
+    columns = (COLOURS["base"], "#888888", COLOURS[rank])
+    rows = [[Image.new("RGB", (64, 64), colour) for colour in columns] for _ in prompts]
+    save_png(Path("reports/samples.png"), sheet(rows, prompts, ["base", "adapter x 0.5", "adapter"], 64))
+
+
+def write_scores(scores: Sequence[Score], table: str) -> None:
+    write_text(SCORES, evaluation.write_scores(scores))
+    measured = evaluation.metrics(scores, 1000, seed=0)
+    metrics.save(Path("reports/metrics.json"), measured | {"val.table": table, "val.best_step": 4})
+
+
+def change_lineage(**changes: Any) -> None:
+    path = Path("reports/validate/lineage.json")
+    write_json(path, read_json(path) | changes)
+
+
+def git(*arguments: str) -> str:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    return subprocess.run(["git", *identity, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit(message: str) -> str:
+    git("add", "-A")
+    git("commit", "-q", "-m", message)
+    return git("rev-parse", "HEAD")
