@@ -13,9 +13,9 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 from stages import check
-from stages.core import closure, sweep
+from stages.core import closure, job_records, sweep
 from stages.core.console import UserError
-from stages.core.files import sha256_file, sha256_json, write_text
+from stages.core.files import sha256_file, write_text
 from stages.core.params import read_yaml
 
 STAGES = read_yaml(Path("dvc.yaml"))["stages"]
@@ -62,10 +62,7 @@ def of(stage, wanted):
     return lambda wildcards: wanted(AT[stage]["/".join(wildcards)])
 
 
-@functools.cache
-def code_of(stage, family):
-    paths = [dep for dep in STAGES[stage]["deps"] if dep.startswith("stages/")]
-    return sha256_json([sha256_file(Path(path.replace("${model.family}", family))) for path in paths])
+code_of = functools.cache(lambda stage, family: job_records.code_of(STAGES[stage]["deps"], family))
 
 
 def code(stage):
