@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.checkout import Checkout
 from tests.conftest import picture
@@ -60,12 +61,24 @@ for option, files in names:
         path.write_text(" ".join(sys.argv) + open(options["--params"]).read())
 """
 
+# A stand-in of kubectl: a Job's script runs here, and its end is kept in a file.
+KUBECTL = """#!/bin/sh
+if [ "$1" = create ]; then
+    cat > job.yaml && cat job.yaml >> jobs.yaml && name=job$(date +%N)
+    script=$(sed -n 's/.*command: \\[sh, "\\(.*\\)"\\]/\\1/p' job.yaml)
+    (sh "$script" && echo Complete || echo Failed) > $name.status 2> $name.log &
+    printf %s $name
+else
+    tail -n 1 $3.status
+fi
+"""
+
 
 class Stubbed:
     """A checkout where every stage takes a moment."""
 
     def __init__(self, checkout: Checkout, folder: Path) -> None:
-        self.checkout, self.path = checkout, checkout.path
+        self.checkout, self.path, self.bin = checkout, checkout.path, folder
         folder.mkdir()
         (folder / "python").write_text(STUB.format(python=sys.executable))
         (folder / "python").chmod(0o755)
@@ -279,6 +292,26 @@ def test_slurm_profile_asks_for_gpu_memory_and_time(stubbed: Stubbed) -> None:
     text = done.stdout + done.stderr
     train = re.search(r"^rule train:.*?resources: ([^\n]+)", text, re.MULTILINE | re.DOTALL)
     assert train and {"gpu=1", "mem_mb=16000", "runtime=480"} <= set(train[1].split(", "))
+
+
+@pytest.mark.slow
+def test_kubernetes_profile_starts_a_job_per_stage_and_waits_for_it(stubbed: Stubbed) -> None:
+    pytest.importorskip("snakemake_executor_plugin_cluster_generic")
+    path = stubbed.bin / "kubectl"
+    path.write_text(KUBECTL)
+    path.chmod(0o755)
+    words = ["--workflow-profile", "profiles/kubernetes", "--latency-wait", "2", "--config", "grid={lora.rank: [6]}"]
+    done = stubbed.snakemake(*words, LORA_IMAGE="image", LORA_CLAIM="claim", LORA_MOUNT="/mnt")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.partition(" ")[0] for line in stubbed.ran()][0] == "train"
+    train, *_ = YAML(typ="safe").load_all(
+        (stubbed.path / "jobs.yaml").read_text().replace("apiVersion", "---\napiVersion")
+    )
+    pod = train["spec"]["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"] == {"memory": "16000M", "nvidia.com/gpu": "1"}
+    assert pod["containers"][0]["workingDir"] == str(stubbed.path)
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "claim"}
+    assert train["spec"]["activeDeadlineSeconds"] == 480 * 60
 
 
 @pytest.mark.slow
