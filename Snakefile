@@ -258,7 +258,7 @@ rule validate:
         progress=report("runs/{dataset}/{run}/reports/progress.png", category="Progress", labels=labels),
         heldout="runs/{dataset}/{run}/reports/validate/heldout.csv",
         curve="runs/{dataset}/{run}/reports/validate/curve.csv",
-        nearest=report("runs/{dataset}/{run}/reports/validate/nearest.png", category="Nearest", labels=labels),
+        nearest=report("runs/{dataset}/{run}/reports/validate/nearest.png", category="Nearest pictures", labels=labels),
         neighbours="runs/{dataset}/{run}/reports/validate/nearest.csv",
         lineage="runs/{dataset}/{run}/reports/validate/lineage.json",
     log:
@@ -307,6 +307,7 @@ rule report:
         train=made("report", "train_reports", "metrics.json", "loss.csv"),
         validate=made("report", "reports", "metrics.json", "samples.png", "progress.png"),
         detail=made("report", "reports", "validate/curve.csv", "validate/lineage.json"),
+        nearest=made("report", "reports", "validate/nearest.png", "validate/nearest.csv"),
         export=made("report", "export_reports", "metrics.json", "lineage.json", "energy.csv"),
     output:
         report="runs/{dataset}/{run}/reports/report.md",

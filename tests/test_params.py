@@ -83,6 +83,50 @@ def test_all_problems_at_once(file: Path) -> None:
     assert "got 0" in found[2]
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("train.optimizer=adam", "train.optimizer: got 'adam'; use adamw, or a class such as torch.optim.RAdam"),
+        (
+            "train.optimizer=3",
+            "train.optimizer: got 3; input should be 'adamw', 'adamw_8bit', 'adafactor', 'lion', 'prodigy' or "
+            "'schedule_free' or a valid string",
+        ),
+        ("lora.target_modules=3", "lora.target_modules: got 3; input should be a valid string or a valid list"),
+        ("lora.target_modules=[to_q, 3]", "lora.target_modules.1: got 3; input should be a valid string"),
+        (
+            "lora.target_modules=[]",
+            "lora.target_modules: got []; list should have at least 1 item after validation, not 0",
+        ),
+        (
+            "train.timestep_shift=atuo",
+            "train.timestep_shift: got 'atuo'; input should be a valid number or 'auto' (near: auto)",
+        ),
+        ("train.timestep_shift=-1", "train.timestep_shift: got -1; input should be greater than 0"),
+        ("lora.rank_pattern={str: x}", "lora.rank_pattern.str: got 'x'; input should be a valid integer"),
+        (
+            "validate.prompts=3",
+            "validate.prompts: got 3; input should be a valid list",
+        ),
+        (
+            "dataset.crop=centre",
+            "dataset.crop: got 'centre'; input should be 'center' or 'random' (near: center)",
+        ),
+    ],
+)
+def test_a_value_of_no_accepted_kind_is_one_line(file: Path, change: str, said: str) -> None:
+    assert problems(file, change) == (f"params.yaml {said}",)
+
+
+@pytest.mark.parametrize(
+    "key", ["export.prompt", "report.title", "validate.prompts", "dataset.subsets", "train.optimizer_args"]
+)
+def test_half_a_character_is_refused(file: Path, key: str) -> None:
+    value = {"validate.prompts": '["\\ud800"]', "dataset.subsets": '[{path: "\\ud800"}]'}.get(key, '"a\\ud800"')
+    (problem,) = problems(file, f"{key}={value}")
+    assert problem == f"params.yaml {key}: holds '\\ud800', half a surrogate pair; write the character itself"
+
+
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 def test_numbers_are_finite(file: Path, value: str) -> None:
     (problem,) = problems(file, f"train.learning_rate={value}")

@@ -88,7 +88,8 @@ def test_validate_says_how_the_best_is_exported(caplog: pytest.LogCaptureFixture
     from tests.test_report import MEASURED
 
     caplog.set_level("INFO", logger="lora-dag")
-    log_end(Path("reports"), MEASURED | {"val.best_step": best}, 4)
+    none_copied = {"samples.copied_share": 0, "samples.copied_share_base": 0}
+    log_end(Path("reports"), MEASURED | none_copied | {"val.best_step": best}, 4)
     assert ("best step   2 of 4: dvc exp run -S export.step=2" in caplog.messages) == said
 
 

@@ -7,8 +7,9 @@ run goes on meanwhile. Where any of these uses cannot be known, nothing is freed
 
 Beside the entries, thumbnails of pictures that no version of reports/dataset/pictures.csv names are freed. Snapshots of
 the Hub in <state>/hub stay, since the pins that name them may stand in folders that DVC tracks, and so do checkpoints
-converted to the diffusers layout in <state>/bases: delete one by hand, and the stage that needs it makes it again. What
-prepare remembers of pictures, it bounds itself.
+converted to the diffusers layout in <state>/bases: delete one by hand, and the stage that needs it makes it again.
+Trainings in <state>/runs stay too: no commit names one, and a killed one may be wanted. What prepare remembers of
+pictures, it bounds itself.
 """
 
 from __future__ import annotations

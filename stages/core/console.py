@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -44,6 +46,7 @@ REMEDIES = {
     errno.EIO: "check the disk or network drive, and run again",
     errno.ESTALE: "check the disk or network drive, and run again",
 }
+CPU_ALLOCATOR = "DefaultCPUAllocator: "  # before what torch says where memory is short
 
 
 class UserError(Exception):
@@ -84,20 +87,34 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in REMEDIES:
+    except Exception as error:
+        problem = machine_fault(error)
+        if not problem:
             raise
-        path = error.filename2 or error.filename  # of a rename, the second is the one that a person knows
-        where = f"{path}: " if path else ""
-        print(f"error: {where}{error.strerror}; {REMEDIES[error.errno]}", file=sys.stderr)
+        print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
-    except MemoryError as error:
-        what = str(error) or "out of memory"
-        print(f"error: {what}; end other programs, or use a machine with more of it", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
-            raise
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        print("error: lower the stage's batch_size; in train, raise gradient_accumulation_steps", file=sys.stderr)
-        sys.exit(2)
+
+
+def machine_fault(error: Exception) -> str:
+    """What a disk or the memory refused, and what to do; empty for what is our fault."""
+    refused = refusal(error)
+    if refused and refused.errno in REMEDIES:
+        path = refused.filename2 or refused.filename  # of a rename, the second is the one that a person knows
+        return f"{f'{path}: ' if path else ''}{refused.strerror}; {REMEDIES[refused.errno]}"
+    if isinstance(error, MemoryError):
+        return f"{str(error) or 'out of memory'}; end other programs, or use a machine with more of it"
+    text = (str(error).splitlines() or [""])[0]
+    if type(error).__name__ == "OutOfMemoryError" or CPU_ALLOCATOR in text:  # torch's, without importing torch
+        cure = (
+            "lower the stage's batch_size; in train, raise gradient_accumulation_steps, or set gradient_checkpointing"
+        )
+        return f"{text.rpartition(CPU_ALLOCATOR)[2].rstrip('.')}; {cure}"
+    return ""
+
+
+def refusal(error: Exception) -> OSError | None:
+    """The system's own error; safetensors says it as text."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from stages.core.console import UserError, log
+from stages.core.console import UserError, log, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -36,22 +36,38 @@ def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
 
     Args:
         sync: wait for the disk, so that a power cut leaves the old file or the new one. False where a checksum tells.
+
+    Raises:
+        OSError: the disk refuses; naming ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    with naming(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~umask())  # mkstemp and safetensors write 0600
+            if sync:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+            if sync:
+                sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, what is written will be ``path``: a refusal that names no file, or a temporary one, names it instead."""
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~umask())  # mkstemp and safetensors write 0600
-        if sync:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-        if sync:
-            sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except Exception as error:
+        refused, own = refusal(error), f".{path.name}."
+        if refused is None or not refused.errno or not Path(refused.filename or own).name.startswith(own):
+            raise
+        raise OSError(refused.errno, refused.strerror, str(path)) from error
 
 
 @contextlib.contextmanager
@@ -66,6 +82,12 @@ def replaced(folder: Path) -> Iterator[Path]:
         aside.replace(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def drop_leftovers(folder: Path) -> None:
+    """Delete what killed writes left below a folder that this process alone writes."""
+    for path in folder.rglob(".*"):
+        path.unlink()
 
 
 def umask() -> int:

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
+import json
 import re
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ruamel.yaml import YAML, YAMLError
 
 from stages.core.console import UserError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 # Modules are named, not imported: a stage's code must not depend on another stage's.
 SECTIONS = {
@@ -40,6 +46,17 @@ class Params(BaseModel):
     """A section of params.yaml: frozen, strict, no unknown keys. Every field is required: defaults live in the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def is_text(cls, value: Any) -> Any:
+        """YAML's "\\ud800" is half a character, which no file can hold."""
+        try:
+            json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise ValueError(f"holds {half}, half a surrogate pair; write the character itself") from None
+        return value
 
 
 class ModelParams(Params):
@@ -186,10 +203,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 def explain(path: Path, section: str, cls: type[Params], error: ValidationError) -> list[str]:
     """A validation error in the project's words: file, dotted key, value, what is accepted."""
     lines = []
-    for detail in error.errors():
-        # Members of a union repeat their type's name in the location.
-        parts = [str(part) for part in detail["loc"]]
-        key = ".".join([section, *(p for p in parts if not re.match(r"(function-|list\[|int$|str$|float$)", p))])
+    for _, alternatives in itertools.groupby(error.errors(), lambda detail: union(cls, detail["loc"])):
+        details = decisive(list(alternatives))
+        detail = details[0]
+        key = ".".join([section, *place(cls, detail["loc"])])
         inner = innermost(cls, detail["loc"])
         if detail["type"] == "extra_forbidden":
             lines.append(unknown(str(path), key, inner.model_fields))
@@ -201,8 +218,54 @@ def explain(path: Path, section: str, cls: type[Params], error: ValidationError)
         elif detail["type"] == "value_error":
             lines.append(f"{path} {key}: {detail['msg'].removeprefix('Value error, ')}")
         else:
-            lines.append(f"{path} {key}: got {detail['input']!r}; {detail['msg'][0].lower() + detail['msg'][1:]}")
+            accepted = [detail["msg"], *(other["msg"].removeprefix("Input should be ") for other in details[1:])]
+            text = " or ".join(accepted)
+            lines.append(f"{path} {key}: got {detail['input']!r}; {text[0].lower() + text[1:]}{nearest(details)}")
     return lines
+
+
+def decisive(alternatives: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Of what the members of a union say: that of the one whose type the value has, else all of it."""
+    deepest = max(len(detail["loc"]) for detail in alternatives)
+    meant = [detail for detail in alternatives if len(detail["loc"]) == deepest]
+    of_its_type = [d for d in meant if not d["type"].endswith("_type") and d["type"] != "literal_error"]
+    return of_its_type[:1] or meant
+
+
+def nearest(details: list[ErrorDetails]) -> str:
+    """`` (near: cosine)`` for a choice that was misspelled."""
+    choices = [name for d in details if d["type"] == "literal_error" for name in re.findall("'(.*?)'", d["msg"])]
+    near = difflib.get_close_matches(str(details[0]["input"]), choices, n=2)
+    return f" (near: {', '.join(near)})" if near else ""
+
+
+def place(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Names and indices of a location, without the tags by which pydantic tells the members of a union apart."""
+    found: list[str] = []
+    parts = iter(location)
+    for part in parts:
+        found.append(str(part))
+        field = cls.model_fields.get(str(part))
+        if field and is_union(field.annotation):
+            next(parts, None)
+        cls = innermost(cls, (part,))
+    return found
+
+
+def union(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A location up to the first union, whose members each have their say; the whole location where there is none."""
+    for depth, part in enumerate(location, start=1):
+        field = cls.model_fields.get(str(part))
+        if field and is_union(field.annotation):
+            return location[:depth]
+        cls = innermost(cls, (part,))
+    return location
+
+
+def is_union(annotation: Any) -> bool:
+    """Of several types; one type or null is none."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
+    return len([member for member in members if member is not type(None)]) > 1
 
 
 def innermost(cls: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:

@@ -16,10 +16,11 @@ from stages.leaderboard.results import Result
 
 SEED = "train.seed"
 ABOUT = (
-    "Held-out loss in percent of the base's, so below 0 is better; 95 % intervals over held-out pictures and, where a "
-    "setting has several seeds, over those. Differences to the best are paired, picture by picture. The best was "
-    "picked by these same pictures: a setting within noise of it may be as good. `front`: no setting of the table has "
-    "a lower loss and is as small (size), or as quickly trained (time, to two digits)."
+    "Held-out loss: what it differs from the base's, in percent of that, so below 0 is better. Against the best: what "
+    "it differs from the best setting's, in percent of that, paired picture by picture. Intervals are of 95 %, over "
+    "held-out pictures and, where a setting has several seeds, over those. The best was picked by these same pictures, "
+    "so one within noise of it may be as good. `front`: no setting of the table has a lower loss and is as small "
+    "(size), or as quickly trained (time, to two digits)."
 )
 FIELDS = (
     *("table", "rank", "run", "dataset", "seed", "state", "loss", "loss_base", "change", "change_low", "change_high"),
@@ -40,9 +41,9 @@ def write_page(tables: Sequence[Table], unfinished: Sequence[Result], pictures: 
     if unfinished:
         rows = [[result.run.name, code(result.reason, 300)] for result in unfinished]
         sections += ["## Not finished", table(("run", "why"), rows, align=":---")]
+    sections += [image(path.stem, path, folder) for path in pictures]
     if tables:
         sections += ["## Runs", runs_table(tables, keys)]
-    sections += [image(path.stem, path, folder) for path in pictures]
     return "\n\n".join(sections) + "\n"
 
 
@@ -68,18 +69,18 @@ def headline(each: Table) -> str:
 
 def standings_table(each: Table) -> str:
     """A line for each setting, best first."""
-    head = ("#", "setting", "seeds", "held-out loss", "against the best", "")
+    head = ("setting", "seeds", "held-out loss", "against the best", "")
     cost = ("copied", "parameters", "MB", "training", "front")
     best = each.standings[0]
-    return table([*head, *cost], [[str(i), *line(row, best)] for i, row in enumerate(each.standings, 1)])
+    return table([*head, *cost], [line(i, row, best) for i, row in enumerate(each.standings, 1)])
 
 
-def line(row: Standing, best: Standing) -> list[str]:
+def line(number: int, row: Standing, best: Standing) -> list[str]:
     against = ["", "best"]
     if row.against_best is not None:
         against = [percent(row.against_best, best.loss), str(row.verdict)]
     return [
-        row.name,
+        f"{number}. {row.name}",
         str(len(row.results)),
         percent(row.change, base_loss(row)),
         *against,

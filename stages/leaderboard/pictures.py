@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.compare.sheets import cut_cells, drawn_from
+from stages.compare.sheets import cut_cells
 from stages.compare.sides import shared_prompts
 from stages.core.files import atomic
 from stages.leaderboard.page import SEED, base_loss, swept_keys
@@ -15,12 +17,13 @@ from stages.leaderboard.ranking import Standing, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from PIL import Image
 
 INK, GRID = "#24292f", "#d8dee4"
 COLOURS = ("#0969da", "#9a6700", "#1a7f37", "#cf222e", "#8250df", "#57606a")
 """Of tables; they begin again after the last."""
 MAX_KEYS = 8
-MAX_COLUMNS, MAX_CELLS = 9, 90
+MAX_ROWS = 40
 SHEET_BYTES = 1_000_000
 
 
@@ -68,7 +71,7 @@ def draw_front(panel: Axes, tables: Sequence[Table]) -> None:
 
 
 def draw_key(panel: Axes, tables: Sequence[Table], key: str) -> None:
-    """Values of one key in their order; its effect joins the means over all that else was swept."""
+    """Values of one key in their order; its effect joins the means over what else was swept with all of them."""
     values: dict[str, Any] = {}
     for each in tables:
         for standing in each.standings:
@@ -79,16 +82,24 @@ def draw_key(panel: Axes, tables: Sequence[Table], key: str) -> None:
     )
     for index, each in enumerate(tables):
         colour, aside = COLOURS[index % len(COLOURS)], 0.12 * (index - (len(tables) - 1) / 2)
-        found: dict[float, list[float]] = {}
+        found: dict[str, dict[float, float]] = {}
         for standing in each.standings:
             x = order.index(json.dumps(standing.results[0].run.value(key), sort_keys=True)) + aside
             draw_seeds(panel, x, standing, colour)
-            found.setdefault(x, []).append(mean_change(standing))
-        xs = sorted(found)
-        panel.plot(xs, [sum(found[x]) / len(found[x]) for x in xs], "-", color=colour, linewidth=1)
+            found.setdefault(all_else(standing, key), {})[x] = mean_change(standing)
+        xs = sorted({x for changes in found.values() for x in changes})
+        whole = [changes for changes in found.values() if len(changes) == len(xs)]
+        means = [sum(changes[x] for changes in whole) / len(whole) if whole else math.nan for x in xs]
+        panel.plot(xs, means, "-", color=colour, linewidth=1)
     panel.set_xticks(range(len(order)), [text.strip('"')[:24] for text in order])
     panel.set_xlim(-0.5, len(order) - 0.5)
     panel.set_xlabel(key, color=INK)
+
+
+def all_else(standing: Standing, key: str) -> str:
+    """The setting but for one key."""
+    overrides = standing.results[0].run.overrides
+    return json.dumps({name: value for name, value in overrides.items() if name not in (key, SEED)}, sort_keys=True)
 
 
 def is_number(value: object) -> bool:
@@ -120,26 +131,26 @@ def style(axes: Axes, label: str) -> None:
 
 
 def draw_contact(tables: Sequence[Table], path: Path) -> None:
-    """The first prompt that all drew, else each one's first, by every run: best first, with its base before it."""
+    """The first prompt that all drew, else each one's first: a row for each setting, its base and each of its seeds."""
     from stages.core.sheets import save_png, sheet
 
-    results = [result for each in tables for standing in each.standings for result in standing.results]
-    shared = shared_prompts([result.done for result in results])
-    pictures, labels = [], []
-    drawn: list[dict[str, Any]] = []
-    for result in results[:MAX_CELLS]:
-        base, picture = cut_cells(result.done)[shared[0] if shared else result.done.prompts[0]]
-        if drawn_from(result.done) not in drawn:
-            drawn.append(drawn_from(result.done))
-            pictures.append(base)
-            labels.append("base")
-        pictures.append(picture)
-        labels.append(result.run.name.replace("/", " ").replace(",", ", "))
-    rows = [pictures[at : at + MAX_COLUMNS] for at in range(0, len(pictures), MAX_COLUMNS)]
-    captions = [labels[at : at + MAX_COLUMNS] for at in range(0, len(labels), MAX_COLUMNS)]
-    cell = pictures[0].width
-    save_png(
-        path,
-        sheet(rows, None, None, cell, title=shared[0] if shared else "The first prompt of each", captions=captions),
-        max_bytes=SHEET_BYTES,
-    )
+    standings = [(number, each) for board in tables for number, each in enumerate(board.standings, 1)][:MAX_ROWS]
+    shared = shared_prompts([result.done for _, each in standings for result in each.results])
+    seeds = sorted({result.seed for _, each in standings for result in each.results})
+    rows: list[list[Image.Image | None]] = []
+    cell = 0
+    for _, each in standings:
+        cells = {result.seed: cut_cells(result.done) for result in each.results}
+        prompt = shared[0] if shared else each.results[0].done.prompts[0]
+        base = next(iter(cells.values()))[prompt][0]
+        cell = base.width
+        rows.append([base, *(cells[seed][prompt][1] if seed in cells else None for seed in seeds)])
+    labels = [f"{number}. {worded(each.name)}" for number, each in standings]
+    columns = ["base", *(f"seed {seed}" for seed in seeds)]
+    title = shared[0] if shared else "The first prompt of each"
+    save_png(path, sheet(rows, labels, columns, cell, title), max_bytes=SHEET_BYTES)
+
+
+def worded(name: str) -> str:
+    """``raw rank 16`` of ``raw/rank-16``: a label is wrapped between words."""
+    return re.sub(r"[/,]|(?<=[a-z])-(?=[\d.])", " ", name)

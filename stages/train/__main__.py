@@ -13,6 +13,7 @@ import sys
 
 from stages.core import pin
 from stages.core.console import UserError, log, parser, run
+from stages.core.files import writing
 from stages.core.params import Config, ModelParams, RuntimeParams, load
 from stages.families.base import load_family
 from stages.train import processes
@@ -29,7 +30,10 @@ def main() -> None:
     if found:
         raise UserError(*found)
     processes.require_share(config.section(TrainParams), config.section(RuntimeParams).num_processes)
-    with processes.sharing(config.section(RuntimeParams).num_processes, sys.argv[1:]):
+    with contextlib.ExitStack() as held:
+        held.enter_context(processes.sharing(config.section(RuntimeParams).num_processes, sys.argv[1:]))
+        if processes.rank() == 0:
+            held.enter_context(writing(args.adapter))
         train(args, config)
 
 

@@ -12,7 +12,6 @@ from stages.core.console import log
 from stages.core.files import sha256_file, write_json, write_text
 from stages.core.progress import smoothed_loss
 from stages.train import optimizers
-from stages.train.setup import may_go_on
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,10 +90,10 @@ def num_parameters(named: dict[str, torch.nn.Parameter]) -> int:
 
 
 def save(trainer: Trainer, adapter_folder: Path, reports: Path) -> None:
-    """Write the adapter and its reports, then drop the checkpoints, unless a longer run could go on from them."""
+    """Write the adapter and its reports, then drop the checkpoints, unless another run could go on from them."""
     files = save_adapter(trainer, adapter_folder)
     save_reports(trainer, reports, files)
-    if not may_go_on(trainer.params):
+    if not trainer.may_be_asked_again:
         for name in ("checkpoints", "snapshots"):  # the lock stays: another process may wait for it
             shutil.rmtree(trainer.folder / name, ignore_errors=True)
     log.info("wrote       %s, %d snapshots, %s", adapter_folder, len(files) - 1, reports / "metrics.json")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from stages.core.base_files import FAMILIES
 from stages.core.params import Params
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 BiasMode = Literal["none", "all", "lora_only"]
 LossWeighting = Literal["uniform", "min_snr", "soft_min_snr", "debiased", "p2"]
 HuberSchedule = Literal["constant", "exponential", "snr"]
-DottedName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
+Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "lion", "prodigy", "schedule_free"]
 OF_LORA = {
     "dropout": 0,
     "init_lora_weights": "kaiming",
@@ -31,6 +32,17 @@ OF_LORA = {
 """Settings that PEFT has for LoRA alone, and what they must be elsewhere."""
 OF_LYCORIS = {"decompose_factor": None, "decompose_both": False, "use_effective_conv2d": False}
 """Settings that LoRA does not have, and what they must be there."""
+
+
+def dotted(name: str) -> str:
+    """Refuse what can be no class in a package."""
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
+        near = difflib.get_close_matches(name, get_args(Optimizer), n=1) or get_args(Optimizer)
+        raise ValueError(f"got '{name}'; use {', '.join(near)}, or a class such as torch.optim.RAdam")
+    return name
+
+
+DottedName = Annotated[str, AfterValidator(dotted)]
 
 
 class InitFrom(Params):
@@ -113,7 +125,7 @@ class TrainParams(Params):
     gradient_accumulation_steps: int = Field(ge=1, le=10**6)
     """Forward passes per step."""
 
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "lion", "prodigy", "schedule_free"] | DottedName
+    optimizer: Optimizer | DottedName
     """One of these, or a class of torch.optim's kind in an installed package, such as ``torch.optim.RAdam``."""
     optimizer_args: dict[str, Any]
     """More arguments of that class, such as {betas: [0.9, 0.99]}."""

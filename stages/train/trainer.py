@@ -14,10 +14,11 @@ from stages.core.adapted import Adapted, frozen_digest, text_configs
 from stages.core.base_files import is_whole
 from stages.core.checkpoint import Checkpoints
 from stages.core.console import log
-from stages.core.files import save_tensors, sha256_json, state_dir, write_json
+from stages.core.files import drop_leftovers, save_tensors, sha256_json, state_dir, write_json
 from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Progress
 from stages.train import eva, init_from, noising, optimizers, outputs, weighting
+from stages.train.ancestors import ancestors
 from stages.train.averaging import Kept
 from stages.train.batches import Batch, Batches
 from stages.train.early_stop import EarlyStop
@@ -44,6 +45,7 @@ class Trainer:
     """One run: what is frozen, the adapter in it, its optimizer, and what has been logged so far."""
 
     def __init__(self, config: Config, family: Family, cache: LatentCache, base: dict[str, str]) -> None:
+        self.started_by = ancestors()
         self.model = model = config.section(ModelParams)
         self.params, self.runtime = config.section(TrainParams), config.section(RuntimeParams)
         self.family, self.base = family, base
@@ -100,10 +102,17 @@ class Trainer:
         """In one epoch each picture comes up as often as it repeats."""
         return num_steps * self.images_per_step / self.batches.order.num_entries
 
+    @property
+    def may_be_asked_again(self) -> bool:
+        """A longer run could go on from here; or what started this one is gone and will not take what it wrote."""
+        return may_go_on(self.params) or ancestors() != self.started_by
+
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Run or go on to ``train.num_steps`` or an early stop; checkpoints and snapshots first, then the step."""
+        if self.accelerator.is_main_process:
+            drop_leftovers(self.folder)
         start = self.resume()
         if start == 0:
             self.check_step_zero()
@@ -139,7 +148,7 @@ class Trainer:
                     self.interrupt.leave(step + 1)
         self.measured = progress.end(len(self.history))
         self.watch.end()
-        if may_go_on(self.params):
+        if self.may_be_asked_again:
             self.checkpoint(len(self.history))
 
     def step(self, step: int) -> bool:
