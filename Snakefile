@@ -1,9 +1,10 @@
 # The DAG of dvc.yaml for Snakemake: every run of params.yaml's section sweep, with what runs have in common made once.
 #   snakemake                                                        params.yaml as it stands
 #   snakemake --config 'grid={lora.rank: [4, 8, 16]}' seeds=[0,1]    keys of sweep, for once
-# Writes below runs/, never to DVC's paths. Code and params of each rule come from dvc.yaml, folders from core/sweep.py.
+# Writes below runs/, never to DVC's paths, and reports/sweep. Code and params of each rule come from dvc.yaml, folders from core/sweep.py.
 
 import functools
+import json
 import os
 import shlex
 from pathlib import Path
@@ -12,9 +13,9 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 from stages import check
-from stages.core import sweep
+from stages.core import closure, job_records, sweep
 from stages.core.console import UserError
-from stages.core.files import sha256_file, sha256_json, write_text
+from stages.core.files import sha256_file, write_text
 from stages.core.params import RuntimeParams, read_yaml
 
 STAGES = read_yaml(Path("dvc.yaml"))["stages"]
@@ -64,10 +65,7 @@ def of(stage, wanted):
     return lambda wildcards: wanted(AT[stage]["/".join(wildcards)])
 
 
-@functools.cache
-def code_of(stage, family):
-    paths = [dep for dep in STAGES[stage]["deps"] if dep.startswith("stages/")]
-    return sha256_json([sha256_file(Path(path.replace("${model.family}", family))) for path in paths])
+code_of = functools.cache(lambda stage, family: job_records.code_of(STAGES[stage]["deps"], family))
 
 
 def code(stage):
@@ -144,6 +142,24 @@ def labels(wildcards):
     return {"dataset": wildcards.dataset, "lora.rank": str(rank)} | swept | {"seed": str(seed)}
 
 
+def leaderboard():
+    """The command, with the keys of sweep that stand in for those of params.yaml."""
+    section = sweep.from_command_line({}, config)["sweep"]
+    words = [word for key, value in section.items() for word in ("--set", f"sweep.{key}={json.dumps(value)}")]
+    return f"python -m stages.leaderboard --params $LORA_PARAMS {shlex.join(words)}".strip()
+
+
+# What failed belongs on the leaderboard, whose rule waits for every run.
+onerror:
+    if len(RUNS) > 1:
+        shell("{command} || true", command=leaderboard())
+
+
+localrules:
+    all,
+    leaderboard,
+
+
 wildcard_constraints:
     dataset="[^/]+",
     latents="latents[^/]*",
@@ -163,6 +179,7 @@ rule all:
         [f"{run.folders['reports']}/metrics.json" for run in AT["validate"].values()],
         [f"{run.folders['export_reports']}/lineage.json" for run in AT["export"].values()],
         [f"{run.folders['reports']}/report.md" for run in AT["report"].values()],
+        ["reports/sweep/leaderboard.md"] if len(RUNS) > 1 else [],
 
 
 rule prepare:
@@ -311,3 +328,28 @@ rule report:
         ),
     shell:
         "python -m stages.report --params $LORA_PARAMS {params.options} > {log} 2>&1"
+
+
+rule leaderboard:
+    input:
+        validate=[
+            f"{run.folders['reports']}/{name}"
+            for run in RUNS
+            for name in ("report.md", "metrics.json", "samples.png", "validate/heldout.csv", "validate/lineage.json")
+        ],
+        train=sorted({f"{run.folders['train_reports']}/metrics.json" for run in RUNS}),
+        export=sorted({f"{run.folders['export_reports']}/lineage.json" for run in RUNS}),
+    output:
+        page=report("reports/sweep/leaderboard.md", category="Leaderboard"),
+        table=report("reports/sweep/leaderboard.csv", category="Leaderboard"),
+        effects=report("reports/sweep/leaderboard.png", category="Leaderboard"),
+        contact=report("reports/sweep/contact.png", category="Leaderboard"),
+    log:
+        "runs/leaderboard.log",
+    conda:
+        "profiles/environment.yaml"
+    params:
+        code=lambda wildcards: closure.code_digest("leaderboard", RUNS[0].value("model.family")),
+        command=leaderboard(),
+    shell:
+        "{params.command} > {log} 2>&1"

@@ -36,11 +36,12 @@ FILES = {{
 }}
 REPORTS = {{
     "validate": ["metrics.json", "samples.png", "progress.png", "validate/heldout.csv", "validate/curve.csv",
-                 "validate/lineage.json"],
+                 "validate/nearest.png", "validate/nearest.csv", "validate/lineage.json"],
     "report": ["report.md", "dataset.md", "model_card.md", "loss.png"],
 }}
 WRITES = {{"prepare": ["prepared", "dataset-reports"], "cache_latents": ["latents", "latents-reports"],
-          "train": ["adapter", "train-reports"], "export": ["export", "export-reports"], "validate": [], "report": []}}
+          "train": ["adapter", "train-reports"], "export": ["export", "export-reports"], "validate": [], "report": [],
+          "leaderboard": []}}
 stage = sys.argv[2].removeprefix("stages.")
 options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 with open("ran.txt", "a") as file:
@@ -49,6 +50,9 @@ if os.environ.get("HANG") == stage:
     time.sleep(60)
 if os.environ.get("FAIL") == stage:
     sys.exit("error: asked to fail")
+if stage == "leaderboard":
+    options["--reports"] = "reports/sweep"
+    REPORTS[stage] = ["leaderboard.md", "leaderboard.csv", "leaderboard.png", "contact.png"]
 names = [(f"--{{name}}", FILES[name]) for name in WRITES[stage]] + [("--reports", REPORTS.get(stage, []))]
 for option, files in names:
     for name in files:
@@ -155,7 +159,7 @@ def test_a_sweep_makes_once_what_its_runs_share(stubbed: Stubbed) -> None:
     output = stubbed.run("--config", "grid={lora.rank: [2, 4], validate.guidance_scale: [1.5]}", "seeds=[0]")
     assert "sweep: 2 runs; all in all prepare 1, cache_latents 1, train 2" in output
     ran = stubbed.ran()
-    assert sorted(line.partition(" ")[0] for line in ran) == sorted([*AFTER_TRAIN] * 2)
+    assert sorted(line.partition(" ")[0] for line in ran) == sorted([*AFTER_TRAIN] * 2 + ["leaderboard"])
     (words,) = [line for line in ran if line.startswith("train") and "rank=4" in line]
     assert re.fullmatch(
         r"train --params runs/.params/\w+.yaml --set train.seed=0 --set lora.rank=4 --latents runs/raw/latents"
@@ -172,6 +176,14 @@ def test_a_crash_after_a_change_leaves_nothing_that_looks_current(stubbed: Stubb
     assert set(stubbed.plan()) == AFTER_TRAIN  # for the setting before, too: its adapter is gone
     stubbed.run()
     stubbed.ran()
+
+
+def test_a_sweep_with_a_failed_run_has_a_leaderboard_too(stubbed: Stubbed) -> None:
+    """The rule waits for every run; the command is given the sweep as it was asked for."""
+    failed = stubbed.snakemake("--config", "seeds=[8,9]", "--retries", "0", FAIL="train")
+    assert failed.returncode != 0
+    (words,) = [line for line in stubbed.ran() if line.startswith("leaderboard")]
+    assert re.fullmatch(r"leaderboard --params runs/.params/\w+.yaml --set sweep.seeds=\[8, 9\]", words)
 
 
 @pytest.mark.slow

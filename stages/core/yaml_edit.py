@@ -1,0 +1,42 @@
+"""Values of a YAML file changed in place: every other character stays, comments and columns too."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.nodes import MappingNode, Node
+
+
+def with_values(text: str, values: dict[str, Any]) -> str:
+    """``text`` with new values of dotted keys.
+
+    A list or mapping over several lines becomes one line.
+    """
+    root = YAML(typ="rt", pure=True).compose(text)
+    edits = []
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        node = entry(entry(root, section), name)
+        start, end = node.start_mark.index, node.end_mark.index
+        old = text[start:end]
+        tail = old[len(old.rstrip()) :]  # of a block: up to the next key
+        edits.append((start, end, ("" if old else " ") + written(value) + tail))
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new + text[end:]
+    return text
+
+
+def written(value: Any) -> str:
+    """JSON is YAML; a word needs no quotes."""
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value)
+    return (
+        value if plain and YAML(typ="safe", pure=True).load(value) == value else json.dumps(value, ensure_ascii=False)
+    )
+
+
+def entry(node: Node, name: str) -> Node:
+    assert isinstance(node, MappingNode)
+    return next(value for key, value in node.value if key.value == name)

@@ -1,0 +1,184 @@
+"""Tables -> leaderboard.md, for people, and leaderboard.csv, a line for each run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from stages.core import evaluation
+from stages.core.evaluation import Estimate
+from stages.core.markdown import code, image, signed, table
+from stages.core.sweep import Run, duration
+from stages.leaderboard.ranking import Standing, Table
+from stages.leaderboard.results import Result
+
+SEED = "train.seed"
+ABOUT = (
+    "Held-out loss: what it differs from the base's, in percent of that, so below 0 is better. Against the best: what "
+    "it differs from the best setting's, in percent of that, paired picture by picture. Intervals are of 95 %, over "
+    "held-out pictures and, where a setting has several seeds, over those. The best was picked by these same pictures, "
+    "so one within noise of it may be as good. `front`: no setting of the table has a lower loss and is as small "
+    "(size), or as quickly trained (time, to two digits)."
+)
+FIELDS = (
+    *("table", "rank", "run", "dataset", "seed", "state", "loss", "loss_base", "change", "change_low", "change_high"),
+    *("setting_loss", "against_best", "against_best_low", "against_best_high", "verdict", "seed_sd", "overfit_gap"),
+    *("copied_share", "parameters", "megabytes", "train_seconds", "front", "reason"),
+)
+
+
+def write_page(tables: Sequence[Table], unfinished: Sequence[Result], pictures: Sequence[Path], folder: Path) -> str:
+    """The whole page; pictures are linked from ``folder``."""
+    runs = [result for each in tables for standing in each.standings for result in standing.results]
+    keys = swept_keys([result.run for result in [*runs, *unfinished]])
+    counts = f"{len(runs)} of {len(runs) + len(unfinished)} runs finished"
+    sections = [f"# Leaderboard: {counts}"]
+    for each in tables:
+        sections += [f"## {heading(each)}", headline(each), standings_table(each), seed_line(each)]
+    sections += [ABOUT] if tables else []
+    if unfinished:
+        rows = [[result.run.name, code(result.reason, 300)] for result in unfinished]
+        sections += ["## Not finished", table(("run", "why"), rows, align=":---")]
+    sections += [image(path.stem, path, folder) for path in pictures]
+    if tables:
+        sections += ["## Runs", runs_table(tables, keys)]
+    return "\n\n".join(sections) + "\n"
+
+
+def swept_keys(runs: Sequence[Run]) -> list[str]:
+    """Dotted keys that the sweep gives more than one value."""
+    keys = dict.fromkeys(key for run in runs for key in run.overrides)
+    return [key for key in keys if len({json.dumps(run.value(key), sort_keys=True) for run in runs}) > 1]
+
+
+def heading(each: Table) -> str:
+    return f"{', '.join(each.datasets)}: {each.num_pictures} held-out pictures"
+
+
+def headline(each: Table) -> str:
+    """The best, and how many others cannot be told from it."""
+    best, *others = each.standings
+    if not others:
+        return f"**{best.name}** alone: {percent(best.change, base_loss(best))} of the base's loss."
+    near = sum(other.verdict == "within noise" for other in others)
+    told = "all others are worse beyond noise" if not near else f"{near} of {len(others)} others within noise of it"
+    return f"Best: **{best.name}**, {percent(best.change, base_loss(best))} of the base's loss; {told}."
+
+
+def standings_table(each: Table) -> str:
+    """A line for each setting, best first."""
+    head = ("setting", "seeds", "held-out loss", "against the best", "")
+    cost = ("copied", "parameters", "MB", "training", "front")
+    best = each.standings[0]
+    return table([*head, *cost], [line(i, row, best) for i, row in enumerate(each.standings, 1)])
+
+
+def line(number: int, row: Standing, best: Standing) -> list[str]:
+    against = ["", "best"]
+    if row.against_best is not None:
+        against = [percent(row.against_best, best.loss), str(row.verdict)]
+    return [
+        f"{number}. {row.name}",
+        str(len(row.results)),
+        percent(row.change, base_loss(row)),
+        *against,
+        shown(row.mean_of("samples.copied_share"), "{:.0%}"),
+        shown(row.mean_of("train.num_trainable_parameters"), "{:,.0f}"),
+        shown(row.megabytes, "{:.3g}"),
+        "" if row.seconds is None else duration(row.seconds),
+        ", ".join(row.fronts),
+    ]
+
+
+def seed_line(each: Table) -> str:
+    if not each.df:
+        return "**Seed noise is not in these intervals**: no setting has a second seed (`sweep.seeds`)."
+    share = f"{100 * each.seed_sd / each.standings[0].loss:.2g} %"
+    return f"Between seeds of a setting the loss varies by {share} (standard deviation, {each.df} degrees of freedom)."
+
+
+def runs_table(tables: Sequence[Table], keys: Sequence[str]) -> str:
+    """Every finished run with its overrides."""
+    keys = [key for key in keys if key != SEED]
+    rows = []
+    for each in tables:
+        for standing in each.standings:
+            for result, losses in zip(standing.results, standing.losses, strict=True):
+                change = (losses - standing.base).mean() / base_loss(standing)
+                values = [show(result.run.value(key)) for key in keys]
+                rows.append([result.run.name, *values, str(result.seed), f"{signed(100 * change, '.1f')} %"])
+                rows[-1] += [f"{losses.mean():.4f}", shown(result.number("val.overfit_gap"), "{:.4f}")]
+                rows[-1] += ["" if result.seconds is None else duration(result.seconds)]
+    return table(("run", *keys, SEED, "held-out loss", "MSE", "overfit gap", "training"), rows)
+
+
+def show(value: object) -> str:
+    return f"{value}" if isinstance(value, str | int | float) else json.dumps(value)
+
+
+def base_loss(row: Standing) -> float:
+    return float(row.base.mean())
+
+
+def percent(change: Estimate, of: float) -> str:
+    """``−3.1 % [−4.0, −2.2]``; without bounds where one picture has none."""
+    mean, low, high = (100 * value / of for value in (change.mean, change.low, change.high))
+    bounds = "" if math.isnan(low) else f" [{signed(low, '.1f')}, {signed(high, '.1f')}]"
+    return f"{signed(mean, '.1f')} %{bounds}"
+
+
+def shown(value: float | None, spec: str) -> str:
+    return "" if value is None else spec.format(value)
+
+
+def write_csv(tables: Sequence[Table], unfinished: Sequence[Result]) -> str:
+    """Every run; losses in MSE, six significant digits."""
+    runs = [result for each in tables for standing in each.standings for result in standing.results]
+    keys = [key for key in swept_keys([r.run for r in [*runs, *unfinished]]) if key not in (SEED, "dataset.source")]
+    lines = []
+    for number, each in enumerate(tables, 1):
+        for rank, standing in enumerate(each.standings, 1):
+            for index, result in enumerate(standing.results):
+                lines.append({"table": number, "rank": rank} | of_run(result, keys) | of_result(each, standing, index))
+    lines += [of_run(result, keys) | {"state": "not finished", "reason": result.reason} for result in unfinished]
+    fields = [*FIELDS, *keys]
+    return evaluation.write_csv(fields, [[digits(each.get(field)) for field in fields] for each in lines])
+
+
+def of_run(result: Result, keys: Sequence[str]) -> dict[str, object]:
+    overrides = {key: show(result.run.value(key)) for key in keys}
+    return {"run": result.run.name, "dataset": result.run.value("dataset.source"), "seed": result.seed} | overrides
+
+
+def of_result(each: Table, standing: Standing, index: int) -> dict[str, object]:
+    result, losses = standing.results[index], standing.losses[index]
+    change = evaluation.estimate(losses - standing.base, seed=0)
+    best = standing.against_best or Estimate(0.0, 0.0, 0.0)
+    return {
+        "state": "finished",
+        "loss": float(losses.mean()),
+        "loss_base": base_loss(standing),
+        "change": change.mean,
+        "change_low": change.low,
+        "change_high": change.high,
+        "setting_loss": standing.loss,
+        "against_best": best.mean,
+        "against_best_low": best.low,
+        "against_best_high": best.high,
+        "verdict": standing.verdict or "best",
+        "seed_sd": each.seed_sd,
+        "overfit_gap": result.number("val.overfit_gap"),
+        "copied_share": result.number("samples.copied_share"),
+        "parameters": result.number("train.num_trainable_parameters"),
+        "megabytes": result.number("export.megabytes"),
+        "train_seconds": result.seconds,
+        "front": " ".join(standing.fronts),
+    }
+
+
+def digits(value: object) -> object:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return "" if value is None else value

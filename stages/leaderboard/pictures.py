@@ -1,0 +1,156 @@
+"""leaderboard.png: what each swept key does to the held-out loss; contact.png: one prompt, drawn by every run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.compare.sheets import cut_cells
+from stages.compare.sides import shared_prompts
+from stages.core.files import atomic
+from stages.leaderboard.page import SEED, base_loss, swept_keys
+from stages.leaderboard.ranking import Standing, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL import Image
+
+INK, GRID = "#24292f", "#d8dee4"
+COLOURS = ("#0969da", "#9a6700", "#1a7f37", "#cf222e", "#8250df", "#57606a")
+"""Of tables; they begin again after the last."""
+MAX_KEYS = 8
+MAX_ROWS = 40
+SHEET_BYTES = 1_000_000
+
+
+def draw_effects(tables: Sequence[Table], path: Path) -> None:
+    """Loss against size, then a panel for each swept key: a dot for a run, a line through the seeds of a setting."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runs = [result.run for each in tables for standing in each.standings for result in standing.results]
+    keys = [key for key in swept_keys(runs) if key not in (SEED, "dataset.source")][:MAX_KEYS]
+    columns = min(3, 1 + len(keys))
+    rows = -(-(1 + len(keys)) // columns)
+    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID}):
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(4.4 * columns, 3.8 * rows + 0.5), layout="constrained", squeeze=False, sharey=True
+        )
+        panels = list(grid.flat)
+        draw_front(panels[0], tables)
+        for panel, key in zip(panels[1:], keys, strict=False):
+            draw_key(panel, tables, key)
+        for index, panel in enumerate(panels):
+            panel.set_visible(index <= len(keys))
+            style(panel, "held-out loss, % of the base's" if index % columns == 0 else "")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False)
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        plt.close(figure)
+
+
+def draw_front(panel: Axes, tables: Sequence[Table]) -> None:
+    """Settings by the size of their file; those that no smaller one beats are joined."""
+    for index, each in enumerate(tables):
+        colour = COLOURS[index % len(COLOURS)]
+        sized = [standing for standing in each.standings if standing.megabytes is not None]
+        for standing in sized:
+            draw_seeds(panel, standing.megabytes or 0.0, standing, colour)
+        front = [standing for standing in sized if "size" in standing.fronts]
+        label = f"{', '.join(each.datasets)} ({each.num_pictures} held-out pictures)"
+        sizes = [standing.megabytes or 0.0 for standing in front]
+        panel.plot(sizes, [mean_change(standing) for standing in front], "-", color=colour, linewidth=1, label=label)
+    panel.set_xlabel("MB; joined: the Pareto front", color=INK)
+
+
+def draw_key(panel: Axes, tables: Sequence[Table], key: str) -> None:
+    """Values of one key in their order; its effect joins the means over what else was swept with all of them."""
+    values: dict[str, Any] = {}
+    for each in tables:
+        for standing in each.standings:
+            value = standing.results[0].run.value(key)
+            values.setdefault(json.dumps(value, sort_keys=True), value)
+    order = sorted(
+        values, key=lambda text: (not is_number(values[text]), values[text] if is_number(values[text]) else 0)
+    )
+    for index, each in enumerate(tables):
+        colour, aside = COLOURS[index % len(COLOURS)], 0.12 * (index - (len(tables) - 1) / 2)
+        found: dict[str, dict[float, float]] = {}
+        for standing in each.standings:
+            x = order.index(json.dumps(standing.results[0].run.value(key), sort_keys=True)) + aside
+            draw_seeds(panel, x, standing, colour)
+            found.setdefault(all_else(standing, key), {})[x] = mean_change(standing)
+        xs = sorted({x for changes in found.values() for x in changes})
+        whole = [changes for changes in found.values() if len(changes) == len(xs)]
+        means = [sum(changes[x] for changes in whole) / len(whole) if whole else math.nan for x in xs]
+        panel.plot(xs, means, "-", color=colour, linewidth=1)
+    panel.set_xticks(range(len(order)), [text.strip('"')[:24] for text in order])
+    panel.set_xlim(-0.5, len(order) - 0.5)
+    panel.set_xlabel(key, color=INK)
+
+
+def all_else(standing: Standing, key: str) -> str:
+    """The setting but for one key."""
+    overrides = standing.results[0].run.overrides
+    return json.dumps({name: value for name, value in overrides.items() if name not in (key, SEED)}, sort_keys=True)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def draw_seeds(panel: Axes, x: float, standing: Standing, colour: str) -> None:
+    """A dot for each run, and a line from the lowest to the highest."""
+    changes = seed_changes(standing)
+    panel.plot([x] * len(changes), changes, "o", color=colour, markersize=4, alpha=0.7, markeredgewidth=0)
+    panel.plot([x, x], [min(changes), max(changes)], "-", color=colour, linewidth=3, alpha=0.25)
+
+
+def seed_changes(standing: Standing) -> list[float]:
+    """In percent of the base's loss."""
+    return [float(100 * (losses - standing.base).mean() / base_loss(standing)) for losses in standing.losses]
+
+
+def mean_change(standing: Standing) -> float:
+    changes = seed_changes(standing)
+    return sum(changes) / len(changes)
+
+
+def style(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label, color=INK)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=GRID, labelcolor=INK)
+
+
+def draw_contact(tables: Sequence[Table], path: Path) -> None:
+    """The first prompt that all drew, else each one's first: a row for each setting, its base and each of its seeds."""
+    from stages.core.sheets import save_png, sheet
+
+    standings = [(number, each) for board in tables for number, each in enumerate(board.standings, 1)][:MAX_ROWS]
+    shared = shared_prompts([result.done for _, each in standings for result in each.results])
+    seeds = sorted({result.seed for _, each in standings for result in each.results})
+    rows: list[list[Image.Image | None]] = []
+    cell = 0
+    for _, each in standings:
+        cells = {result.seed: cut_cells(result.done) for result in each.results}
+        prompt = shared[0] if shared else each.results[0].done.prompts[0]
+        base = next(iter(cells.values()))[prompt][0]
+        cell = base.width
+        rows.append([base, *(cells[seed][prompt][1] if seed in cells else None for seed in seeds)])
+    labels = [f"{number}. {worded(each.name)}" for number, each in standings]
+    columns = ["base", *(f"seed {seed}" for seed in seeds)]
+    title = shared[0] if shared else "The first prompt of each"
+    save_png(path, sheet(rows, labels, columns, cell, title), max_bytes=SHEET_BYTES)
+
+
+def worded(name: str) -> str:
+    """``raw rank 16`` of ``raw/rank-16``: a label is wrapped between words."""
+    return re.sub(r"[/,]|(?<=[a-z])-(?=[\d.])", " ", name)

@@ -1,0 +1,292 @@
+"""A run of a sweep becomes the workspace's experiment: its settings, data and reports, known to DVC, nothing retrained.
+
+In: a folder below runs/, and what Snakemake recorded of the jobs that filled it.
+Out: params.yaml with the run's overrides, the outputs at DVC's paths, in its cache, run cache and dvc.lock.
+Refused: a run that is unfinished, or that the workspace's code, data, base and other parameters would not make again.
+Stopped in the middle, the same command finishes. Run: `python -m stages.promote raw/rank-16-s0`
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.core import bases, params, sweep
+from stages.core.base_files import digests
+from stages.core.console import PATHS, UserError, log, run
+from stages.core.files import atomic, lock, read_json, replaced, sha256_file, state_dir, write_json, write_text
+from stages.core.job_records import Record, code_of, read_record
+from stages.core.params import ModelParams
+from stages.core.yaml_edit import with_values
+from stages.families.base import load_family
+
+PARAMS = Path("params.yaml")
+COMMITTED = ("prepare", "cache_latents", "train", "validate", "export")
+"""Stages whose outputs are copied. The report names the folders that it was made from, so it is written anew: 2 s."""
+MAKER = {
+    "prepared": "prepare",
+    "dataset_reports": "prepare",
+    "latents": "cache_latents",
+    "latents_reports": "cache_latents",
+    "adapter": "train",
+    "train_reports": "train",
+    "export": "export",
+    "export_reports": "export",
+    "reports": "validate",
+}
+"""Folder -> the stage whose job names it."""
+WITNESS = {
+    "prepare": ("prepared", "manifest.jsonl"),
+    "cache_latents": ("latents", "manifest.json"),
+    "train": ("adapter", "adapter.json"),
+    "validate": ("reports", "metrics.json"),
+    "export": ("export_reports", "lineage.json"),
+    "report": ("reports", "report.md"),
+}
+"""Stage -> an output that its record is found by: the folder, and a file in it."""
+MEASURED = ("reports/train/run.json", "reports/validate/run.json")
+"""Time and memory, for report.html; neither git nor DVC has them."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="its folder below runs/, such as raw/rank-16-s0")
+    name = parser.parse_args().run.removeprefix("./").removeprefix("runs/").strip("/")
+    with lock(state_dir() / "promote", shown=Path("promote")):
+        records = read_records(name)
+        overrides = {key: value for record in records.values() for key, value in assignments(record)}
+        tree = params.read_yaml(PARAMS)
+        wanted = applied(tree, overrides)
+        journal = state_dir() / "promote" / "journal.json"
+        problems = [*unsettled(records, wanted), *changed_code(records, wanted), *changed_inputs(records, wanted)]
+        problems += [*changed_base(records, wanted), *damaged(records), *at_risk(name, journal)]
+        if problems:
+            raise UserError(*dict.fromkeys(f"{name}: {problem}" for problem in problems))
+        write_json(journal, {"run": name})
+        adopt(records, {key: v for key, v in overrides.items() if value_in(tree, key) != v})
+        journal.unlink()
+    log.info("adopted     %s: params.yaml, dvc.lock, data/ and reports/ are its own", name)
+    log.info("next        git add params.yaml dvc.lock reports && git commit")
+
+
+# What the run was made with
+
+
+def read_records(name: str) -> dict[str, Record]:
+    """Stage -> its job's record.
+
+    Raises:
+        UserError: there is no such run, or it is not finished.
+    """
+    known = sorted(p.relative_to("runs").as_posix()[: -len("/reports")] for p in Path("runs").glob("*/*-s*/reports"))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5] or ["none; run `snakemake` first"]
+        raise UserError(f"{name}: no such run below runs/ (near: {', '.join(near)})")
+    folders = {"reports": f"runs/{name}/reports"}
+    found: dict[str, Record] = {}
+    for stage in (
+        "report",
+        "validate",
+        "export",
+        "train",
+        "cache_latents",
+        "prepare",
+    ):  # each names folders of the next
+        at, file = WITNESS[stage]
+        record = read_record(f"{folders[at]}/{file}") if at in folders else None
+        if record is None:
+            raise UserError(f"{name}: not finished, {stage} has not written {file}; run `snakemake` again")
+        found[stage] = record
+        names = [word[2:].replace("-", "_") for word in record.options if word.startswith("--") and word != "--set"]
+        folders |= {option: record.folder(option) for option in names}
+    return {stage: found[stage] for stage in WITNESS}
+
+
+def assignments(record: Record) -> Iterator[tuple[str, Any]]:
+    for override in record.overrides:
+        key, _, text = override.partition("=")
+        tree: dict[str, Any] = {key.partition(".")[0]: {}}
+        params.apply_override(tree, override)
+        yield key, tree[key.partition(".")[0]][key.partition(".")[2]]
+
+
+def applied(tree: dict[str, Any], overrides: dict[str, Any]) -> sweep.Run:
+    """params.yaml with the run's overrides, checked."""
+    changed = {section: dict(values) for section, values in tree.items()}
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        changed[section][name] = value
+    config = params.check(changed, PARAMS)
+    return sweep.Run(overrides, config, {name: sweep.dumped(each) for name, each in config.sections.items()}, {})
+
+
+def value_in(tree: dict[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    return tree[section].get(name)
+
+
+# Why it cannot be adopted
+
+
+def unsettled(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]:
+    """Parameters that the run was made with and params.yaml, overrides aside, has no more."""
+    for record in records.values():
+        for name, made_with in record.sections.items():
+            now = wanted.value(name)
+            pairs = (
+                {f"{name}.{key}": (made_with.get(key), now.get(key)) for key in made_with | now}
+                if (isinstance(made_with, dict) and isinstance(now, dict) and "." not in name)
+                else {name: (made_with, now)}
+            )
+            for key, (then, value) in pairs.items():
+                if then != value:
+                    yield f"made with {key} {json.dumps(then)}, params.yaml has {json.dumps(value)}; {AGAIN}"
+
+
+AGAIN = "run `snakemake` again, or go back to what it was"
+
+
+def changed_code(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]:
+    stages, family = pipeline(), wanted.value("model.family")
+    changed = [stage for stage, record in records.items() if record.code != code_of(stages[stage]["deps"], family)]
+    if changed:
+        yield f"made by other code of {', '.join(changed)} than stages/ has now; {AGAIN}"
+
+
+def changed_inputs(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]:
+    """Files that a stage read and that are other ones now: pictures, and what an earlier stage wrote."""
+    base = wanted.value("model.pretrained")
+    for stage, record in records.items():
+        for path, digest in record.inputs.items():
+            if lies_in(path, base):
+                continue
+            if not Path(path).is_file():
+                yield f"{stage} read {path}, which is not here; {AGAIN}"
+            elif other(Path(path), digest, record.started):
+                yield f"{stage} read another {path}; {AGAIN}"
+    source = wanted.value("dataset.source")
+    now = {str(path) for path in Path(source).rglob("*") if path.is_file()}
+    if added := sorted(now - records["prepare"].inputs.keys()):
+        yield f"{source} has files that it was made without ({', '.join(added[:3])}); {AGAIN}"
+
+
+def other(path: Path, digest: str | None, started: float) -> bool:
+    """Large files, which Snakemake takes no digest of, are told by their time."""
+    return sha256_file(path) != digest if digest else path.stat().st_mtime > started
+
+
+def changed_base(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]:
+    """By the digests that the export recorded."""
+    family = load_family(wanted.value("model.family"))
+    origin = bases.resolve(wanted.config.section(ModelParams), family, make=False)
+    recorded = read_json(Path(records["export"].path))["base"]
+    parts = [name for name, digest in digests(origin.model, family.COMPONENTS).items() if recorded.get(name) != digest]
+    if parts:
+        yield f"made on another base than {wanted.value('model.pretrained')} ({', '.join(parts)}); {AGAIN}"
+
+
+def damaged(records: dict[str, Record]) -> Iterator[str]:
+    """Weights that are not what was written."""
+    adapter = Path(records["train"].path)
+    exported = Path(records["export"].folder("export"))
+    files = {adapter.with_name(name): digest for name, digest in read_json(adapter)["files"].items()}
+    files |= {exported / n: entry["sha256"] for n, entry in read_json(Path(records["export"].path))["files"].items()}
+    for path, digest in files.items():
+        if not path.is_file() or sha256_file(path) != digest:
+            yield f"{path} is missing or damaged; delete {path.parent} and run `snakemake` again"
+
+
+def at_risk(name: str, journal: Path) -> Iterator[str]:
+    """Outputs of the workspace that DVC has no copy of; of a promotion that was stopped, its own are none."""
+    begun = read_json(journal)["run"] if journal.exists() else None
+    if begun == name:
+        log.info("resumed     a promotion that was stopped")
+        return
+    if begun:
+        yield f"the promotion of {begun} was stopped in the middle; `python -m stages.promote {begun}` finishes it"
+        return
+    for stage, entries in json.loads(dvc("status", "--json")).items():
+        changes = [e["changed outs"] for e in (entries if isinstance(entries, list) else []) if "changed outs" in e]
+        lost = [path for outs in changes for path, state in outs.items() if state != "deleted" and Path(path).exists()]
+        if lost:
+            yield (
+                f"the workspace's {', '.join(lost)} would be lost: not what dvc.lock has of {stage}; "
+                "`dvc commit` keeps it, `dvc checkout` or `git checkout` puts back what was"
+            )
+
+
+# Adoption
+
+
+def adopt(records: dict[str, Record], overrides: dict[str, Any]) -> None:
+    """Settings first, so that DVC records the run under them; every step may be repeated."""
+    if overrides:
+        write_text(PARAMS, with_values(PARAMS.read_text(encoding="utf-8"), overrides))
+        shown = (f"{key} {json.dumps(value)}" for key, value in overrides.items())
+        log.info("params      %s", ", ".join(shown))
+    folders = {name: records[stage].folder(name) for name, stage in MAKER.items()}
+    stages = pipeline()
+    for stage in COMMITTED:
+        for path in outputs(stages[stage]):
+            copy(Path(moved(path, folders)), Path(path))
+    for path in MEASURED:
+        Path(path).unlink(missing_ok=True)
+        if Path(moved(path, folders)).is_file():
+            copy(Path(moved(path, folders)), Path(path))
+    dvc("commit", "--force", *COMMITTED)
+    dvc("repro", "--single-item", "report")
+
+
+def pipeline() -> dict[str, Any]:
+    stages: dict[str, Any] = params.read_yaml(Path("dvc.yaml"))["stages"]
+    return stages
+
+
+def outputs(stage: dict[str, Any]) -> list[str]:
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+
+
+def moved(path: str, folders: dict[str, str]) -> str:
+    """One of DVC's paths where the run has it."""
+    name = max((name for name, place in PATHS.items() if lies_in(path, place)), key=lambda name: len(PATHS[name]))
+    return folders[name] + path.removeprefix(PATHS[name])
+
+
+def lies_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def copy(source: Path, target: Path) -> None:
+    """In the place of what was there, whole; DVC's links into its cache are replaced, never written through."""
+    if source.is_dir():
+        with replaced(target) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".snakemake_timestamp"))
+    else:
+        with atomic(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def dvc(*words: str) -> str:
+    """Standard output.
+
+    Raises:
+        UserError: what DVC said.
+    """
+    command = [sys.executable, "-m", "dvc", *words]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
+        raise UserError(*(f"`dvc {' '.join(words)}`: {line.removeprefix('ERROR: ')}" for line in said))
+    return done.stdout
+
+
+if __name__ == "__main__":
+    run(main)

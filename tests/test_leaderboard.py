@@ -1,0 +1,241 @@
+"""Planted runs of a sweep: their order, intervals, fronts, and that what failed is named with its reason."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.compare.verdict import judge
+from stages.core import sweep
+from stages.core.console import UserError
+from stages.core.evaluation import Score, write_scores
+from stages.core.files import write_json, write_text
+from stages.core.params import read_yaml
+from stages.core.sheets import save_png, sheet
+from stages.core.sweep import Run
+from stages.leaderboard.__main__ import main, write_board
+from stages.leaderboard.ranking import Table, rank
+from stages.leaderboard.results import read_result
+from tests.conftest import REPOSITORY
+
+EMPTY: dict[str, Any] = {"datasets": [], "grid": {}, "rows": [], "seeds": [], "exclude": []}
+PICTURES = [f"{index}.png" for index in range(12)]
+BASE = 0.8
+GAIN = {4: 0.20, 8: 0.30, 16: 0.31, 32: 0.25}  # by rank
+MEGABYTES = {4: 1.0, 8: 2.0, 16: 4.0, 32: 8.0}
+
+
+def write_run(run: Run, pictures: Sequence[str] = PICTURES, dataset: str = "c", shift: float = 0.0) -> None:
+    """All that a finished run leaves, as far as the leaderboard reads it: in the current folder."""
+    at = {name: Path(folder) for name, folder in run.folders.items()}
+    size, seed = run.value("lora.rank"), run.value("train.seed")
+    rng = np.random.default_rng([size, seed])
+    losses = BASE - GAIN[size] + shift + rng.normal(0, 0.004) + rng.normal(0, 0.01, len(pictures))
+    scores = [
+        Score(f"{dataset}-{split}-{name}-{t}", name, split, t, BASE, loss)
+        for split in ("heldout", "train")
+        for name, loss in zip(pictures, losses, strict=True)
+        for t in (100, 900)
+    ]
+    adapter = hashlib.sha256(run.places["train"].encode()).hexdigest()
+    for folder, name in (("prepared", "dataset.json"), ("latents", "manifest.json"), ("adapter", "adapter.json")):
+        write_json(at[folder] / name, {})
+    settings = run.value("validate")
+    write_json(
+        at["reports"] / "validate/lineage.json",
+        {
+            "adapter": adapter[:12],
+            "base": {"vae": "v", "scheduler": "s"},
+            "dataset": {"content": dataset},
+            "latents": "l",
+            "model": {"dtype": "bfloat16"},
+            "sheet": {"cell": 64, "picture": [64, 64]},
+            "validate": {key: settings[key] for key in ("scales", "prompts", "seed", "num_timesteps")},
+        },
+    )
+    write_text(at["reports"] / "validate/heldout.csv", write_scores(scores))
+    write_json(at["reports"] / "metrics.json", {"val.overfit_gap": 0.001, "samples.copied_share": 0.25})
+    write_text(at["reports"] / "report.md", "")
+    write_json(
+        at["train_reports"] / "metrics.json", {"train.num_trainable_parameters": 100 * size, "train.images_seen": 60}
+    )
+    write_json(at["train_reports"] / "run.json", {"images_per_second": 60 / size})
+    write_json(at["export_reports"] / "metrics.json", {"export.megabytes": MEGABYTES[size]})
+    exported = {"adapter": adapter, "lora": {"rank": size}, "train": {"seed": seed, "num_steps": 400}}
+    write_json(at["export_reports"] / "lineage.json", exported)
+    rows = [[Image.new("RGB", (64, 64), colour) for colour in ("#cc2222", "#22cc22")] for _ in settings["prompts"]]
+    save_png(at["reports"] / "samples.png", sheet(rows, settings["prompts"], ["base", "adapter"], 64))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def planted(**changes: Any) -> list[Run]:
+    """Finished runs; the prompts and scales of their sheets are those that params.yaml is taken to ask for."""
+    tree = read_yaml(REPOSITORY / "params.yaml") | {"sweep": EMPTY | changes}
+    tree["validate"] = tree["validate"] | {"scales": [1.0], "prompts": ["red apple", "boat"]}
+    return sweep.plan(tree)
+
+
+def board(runs: Sequence[Run]) -> tuple[str, list[dict[str, str]]]:
+    write_board(list(runs), Path("reports/sweep"))
+    folder = Path("reports/sweep")
+    with (folder / "leaderboard.csv").open() as file:
+        return (folder / "leaderboard.md").read_text(), list(csv.DictReader(file))
+
+
+def ranked(runs: Sequence[Run]) -> list[Table]:
+    return rank([read_result(run, Path()) for run in runs])[0]
+
+
+def test_settings_stand_in_order_with_the_intervals_of_compare() -> None:
+    runs = planted(grid={"lora.rank": [4, 8, 16]}, seeds=[0, 1])
+    for run in runs:
+        write_run(run)
+    (table,) = ranked(runs)
+    sides = {run.name: read_result(run, Path()).done for run in runs}
+    means = {
+        rank: np.mean([s.adapter for name, side in sides.items() if f"-{rank}-" in name for s in side.scores[:24]])
+        for rank in (4, 8, 16)
+    }
+    order = [f"raw/rank-{rank}" for rank in sorted(means, key=lambda rank: means[rank])]
+    assert [standing.name for standing in table.standings] == order
+    assert table.df == 3 and table.num_pictures == 12
+    for standing in table.standings[1:]:
+        verdict = judge(sides[f"{order[0]}-s0"], sides[f"{standing.name}-s0"], list(sides.values()))
+        assert standing.verdict == verdict.word
+        assert standing.against_best and vars(standing.against_best) == pytest.approx(vars(verdict.change))
+    page, _ = board(runs)
+    assert f"Best: **{order[0]}**" in page and "1 of 2 others within noise of it" in page
+    assert "Between seeds of a setting the loss varies by" in page
+
+
+def test_without_a_second_seed_the_page_says_what_the_intervals_leave_out() -> None:
+    runs = planted(grid={"lora.rank": [4, 8]})
+    for run in runs:
+        write_run(run)
+    page, rows = board(runs)
+    assert "**Seed noise is not in these intervals**: no setting has a second seed (`sweep.seeds`)." in page
+    assert [row["seed_sd"] for row in rows] == ["", ""]
+
+
+def test_fronts_are_those_of_comparing_each_with_each() -> None:
+    runs = planted(grid={"lora.rank": [4, 8, 16, 32]})
+    for run in runs:
+        write_run(run)
+    (table,) = ranked(runs)
+    cost = {standing.name: MEGABYTES[standing.results[0].run.value("lora.rank")] for standing in table.standings}
+    loss = {standing.name: standing.loss for standing in table.standings}
+    front = {a for a in cost if not any(b != a and loss[b] <= loss[a] and cost[b] <= cost[a] for b in cost)}
+    assert {standing.name for standing in table.standings if "size" in standing.fronts} == front
+    assert front == {"raw/rank-4", "raw/rank-8", "raw/rank-16"}  # 32 is larger and worse than 16
+    _, rows = board(runs)
+    assert {row["run"]: row["front"] for row in rows}["raw/rank-32-s0"] == ""
+
+
+def test_no_time_front_where_a_time_is_missing() -> None:
+    runs = planted(grid={"lora.rank": [4, 8]})
+    for run in runs:
+        write_run(run)
+    Path(runs[0].folders["train_reports"], "run.json").unlink()
+    assert [standing.fronts for standing in ranked(runs)[0].standings] == [["size"], ["size"]]
+
+
+def test_failed_and_unfinished_runs_are_named_with_their_reasons() -> None:
+    runs = planted(grid={"lora.rank": [4, 8, 16]}, seeds=[0, 1])
+    for run in runs[:4]:
+        write_run(run)
+    log = Path("runs/raw/rank-16-s0/logs/train.log")
+    write_text(log, "device cpu\nerror: train: the loss is not a number at step 7 | lower the rate\nstopped\n")
+    page, rows = board(runs)
+    assert page.startswith("# Leaderboard: 4 of 6 runs finished\n")
+    assert r"| raw/rank-16-s0 | `train: error: train: the loss is not a number at step 7 \| lower the rate` |" in page
+    assert "| raw/rank-16-s1 | `train: not run yet` |" in page
+    assert len(rows) == 6
+    assert {row["run"]: row["state"] for row in rows}["raw/rank-16-s1"] == "not finished"
+
+
+def test_a_run_of_other_parameters_than_the_plan_s_is_not_ranked() -> None:
+    runs = planted(grid={"lora.rank": [4, 8]})
+    for run in runs:
+        write_run(run)
+    (edited, _) = planted(grid={"lora.rank": [4, 8]}, rows=[])
+    write_json(
+        Path(edited.folders["export_reports"], "lineage.json"),
+        {"adapter": "0" * 64, "lora": {"rank": 5}, "train": {"seed": 0}},
+    )
+    page, _ = board(runs)
+    reason = "not of the plan: lora.rank was 5 and is 4, its reports are of two trainings; run snakemake again"
+    assert f"| raw/rank-4-s0 | `{reason}` |" in page
+
+
+def test_damaged_reports_and_losses_that_are_no_numbers_are_named() -> None:
+    runs = planted(grid={"lora.rank": [4, 8, 16]})
+    for run in runs:
+        write_run(run)
+    Path(runs[0].folders["reports"], "validate/lineage.json").write_text("{")
+    path = Path(runs[1].folders["reports"], "validate/heldout.csv")
+    path.write_text(path.read_text().replace(path.read_text().splitlines()[1].rpartition(",")[2], "nan"))
+    page, rows = board(runs)
+    assert "| raw/rank-4-s0 | `its reports are damaged (" in page
+    assert "| raw/rank-8-s0 | `validate: a held-out loss is not a number` |" in page
+    assert [row["run"] for row in rows if row["state"] == "finished"] == ["raw/rank-16-s0"]
+
+
+def test_datasets_without_a_row_in_common_have_a_table_each() -> None:
+    runs = planted(datasets=["data/raw", "data/raw-noto"], grid={"lora.rank": [4, 8]})
+    for run in runs:
+        write_run(run, dataset=run.value("dataset.source"))
+    tables = ranked(runs)
+    assert [table.datasets for table in tables] == [["data/raw"], ["data/raw-noto"]]
+    page, rows = board(runs)
+    assert "## data/raw-noto: 12 held-out pictures" in page
+    assert [(row["table"], row["rank"], row["verdict"]) for row in rows] == [
+        ("1", "1", "best"),
+        ("1", "2", "worse"),
+        ("2", "1", "best"),
+        ("2", "2", "worse"),
+    ]
+
+
+def test_datasets_that_share_pictures_are_compared_on_those() -> None:
+    """The other pictures of each are easy there: without pairing, the worse setting would win."""
+    runs = planted(datasets=["data/raw", "data/other"])
+    runs = [run for run in runs if run.value("lora.rank") == 8]
+    write_run(runs[0])
+    write_run(runs[1], shift=0.05)
+    path = Path(runs[1].folders["reports"], "validate/heldout.csv")
+    easy = "".join(f"easy-{i},easy-{i}.png,heldout,100,0.8,0.0001\n" for i in range(40))
+    path.write_text(path.read_text() + easy)
+    (table,) = ranked(runs)
+    assert table.num_pictures == 12
+    assert [standing.name for standing in table.standings] == ["raw/default", "other/default"]
+
+
+def test_the_same_runs_give_the_same_bytes() -> None:
+    runs = planted(grid={"lora.rank": [4, 8]}, seeds=[0, 1])
+    for run in runs:
+        write_run(run)
+    digests = []
+    for _ in range(2):
+        board(runs)
+        files = sorted(Path("reports/sweep").iterdir())
+        digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
+    assert digests[0] == digests[1]
+    assert set(digests[0]) == {"leaderboard.md", "leaderboard.csv", "leaderboard.png", "contact.png"}
+
+
+def test_before_the_first_run_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["leaderboard", "--params", str(REPOSITORY / "params.yaml")])
+    with pytest.raises(UserError, match=r"none of the sweep's 1 runs .* has begun; run `snakemake` first"):
+        main()
