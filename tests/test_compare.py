@@ -81,6 +81,14 @@ def test_a_better_experiment(repository: Repository) -> None:
     assert "val.loss_change_low" not in page and "val.table" not in page
 
 
+def test_a_verdict_marks_no_metric_that_it_is_not_of(repository: Repository) -> None:
+    write_revision(rank=16, gain=0.15)
+    page = repository.run()
+    assert "better, −12.6 %" in page and "| val.loss | 0.3965 | 0.3465 (−0.05 ✓) |" in page
+    assert "| val.train_loss | 0.3965 | 0.3465 (−0.05) |" in page
+    assert "| val.loss_low_noise | 0.3965 | 0.3465 (−0.05) |" in page
+
+
 def test_a_worse_workspace_against_an_experiment(repository: Repository) -> None:
     page = repository.run("clear-newt")
     assert "**workspace (lora.rank 8) against clear-newt (lora.rank 16): worse, +14.4 % [+14.4, +14.4].**" in page
