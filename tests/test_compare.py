@@ -20,7 +20,7 @@ from stages.compare import __main__ as compare
 from stages.compare import revisions, sides
 from stages.core import evaluation, thumbnails
 from stages.core.console import UserError
-from stages.core.files import write_json, write_text
+from stages.core.files import read_json, write_json, write_text
 from stages.core.sheets import cut
 from tests.compared import (
     COLOURS,
@@ -79,6 +79,14 @@ def test_a_better_experiment(repository: Repository) -> None:
     assert "| val.loss | 0.3965 | 0.3465 (−0.05 ✓) |" in page
     assert "| train.num_trainable_parameters | 800 | 1600 (+800) |" in page
     assert "val.loss_change_low" not in page and "val.table" not in page
+
+
+def test_a_verdict_marks_no_metric_that_it_is_not_of(repository: Repository) -> None:
+    write_revision(rank=16, gain=0.15)
+    page = repository.run()
+    assert "better, −12.6 %" in page and "| val.loss | 0.3965 | 0.3465 (−0.05 ✓) |" in page
+    assert "| val.train_loss | 0.3965 | 0.3465 (−0.05) |" in page
+    assert "| val.loss_low_noise | 0.3965 | 0.3465 (−0.05) |" in page
 
 
 def test_a_worse_workspace_against_an_experiment(repository: Repository) -> None:
@@ -335,6 +343,17 @@ def test_sheet_shows_both_bases_where_they_were_drawn_in_another_size(repository
     with Image.open("compare/HEAD..workspace/samples.png") as picture:
         rows = cut(picture.convert("RGB"), 2, 4, 64)
     assert "#" + bytes(rows[0][2].getpixel((32, 32))).hex() == COLOURS["base"]
+
+
+def test_pictures_at_another_strength_are_labelled_with_it(repository: Repository) -> None:
+    settings = read_json(Path("reports/validate/lineage.json"))["validate"]
+    change_lineage(validate=settings | {"scales": [0.5, 0.8]})  # the sheet's last column, which was 1.0
+    repository.run()
+    page = Path("compare/HEAD..workspace/compare.html").read_text()
+    assert "<figcaption><span>HEAD</span><span>workspace x 0.8</span></figcaption>" in page
+    with Image.open("compare/HEAD..workspace/samples.png") as picture:
+        cell = cut(picture.convert("RGB"), 2, 3, 64)[0][2]
+    assert "#" + bytes(cell.getpixel((32, 32))).hex() == COLOURS[8]
 
 
 def test_sheet_shows_the_base_once_and_each_adapter(repository: Repository) -> None:

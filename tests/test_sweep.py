@@ -15,7 +15,8 @@ from ruamel.yaml import YAML
 from stages import check
 from stages.core import sweep
 from stages.core.console import PATHS, UserError
-from stages.core.params import read_yaml
+from stages.core.params import load, read_yaml
+from stages.train.params import LoraParams
 from tests.conftest import REPOSITORY
 
 EMPTY: dict[str, Any] = {"datasets": [], "grid": {}, "rows": [], "seeds": [], "exclude": []}
@@ -206,6 +207,17 @@ def test_words_of_a_stage_are_those_that_it_reads_and_come_back_as_they_were() -
     assert yaml.load(prompts.partition("=")[2]) == ["a: b, 'c'"]
     assert sweep.words(run, ["export.name"]) == ["--set", "export.name=x"]
     assert sweep.words(run, ["export.seed"]) == []
+
+
+def test_a_pinned_file_keeps_its_path() -> None:
+    pinned = {"path": "data/start/adapter.safetensors", "sha256": "a" * 64}
+    (run,) = sweep.plan(tree(rows=[{"lora.init_from": pinned}]))
+    given = [word for word in sweep.words(run, ["lora", "train"]) if word != "--set"]
+    init_from = load(REPOSITORY / "params.yaml", given).section(LoraParams).init_from
+    assert init_from is not None and (init_from.path, init_from.sha256) == (pinned["path"], pinned["sha256"])
+    moved = pinned | {"path": "moved.safetensors"}
+    assert names(rows=[{"lora.init_from": pinned}, {"lora.init_from": moved}]) == [run.name]
+    assert names(rows=[{}, {"lora.init_from": pinned}], exclude=[{"lora.init_from": pinned}]) == ["raw/default-s0"]
 
 
 def test_summary_counts_and_estimates_from_earlier_trainings(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from stages.core.markdown import code, facts, image, signed, table
 
 MEASURED = {"train": Path("reports/train/run.json"), "validate": Path("reports/validate/run.json")}
 """What differs between equal runs; of the workspace alone, since neither git nor DVC has it."""
-LOWER_IS_BETTER = re.compile(r"\.(loss|loss_change|loss_(low|mid|high)_noise|train_loss|overfit_gap|loss_final)$")
+JUDGED = ("val.loss", "val.loss_change")
+"""What a verdict is of. It bears nothing out of drift, training losses or a third of the timesteps."""
 HIDDEN = re.compile(r"(_low|_high|_base)$")  # a metric's interval and the base's values
 MAX_VALUE = 300  # characters of a parameter
 
@@ -126,7 +127,7 @@ def show_value(value: object) -> str:
 def metrics_table(sides: Sequence[Side], verdicts: Sequence[Verdict]) -> str:
     """Numbers that moved, the losses first; whatever is equal in all is counted.
 
-    Losses are marked as better or worse only where they agree with a verdict on the whole tables.
+    The held-out loss is marked as better or worse only where it agrees with a verdict on the whole tables.
     """
     first, *others = sides
     keys = {key for side in sides for key in side.metrics if not HIDDEN.search(key)}
@@ -157,7 +158,7 @@ def cell(key: str, first: Side, side: Side, mark: str) -> str:
     before, after = first.metrics.get(key), side.metrics.get(key)
     if not is_number(before) or not is_number(after) or before == after:
         return show_number(after)
-    agrees = LOWER_IS_BETTER.search(key) and (after < before) == (mark == " ✓")
+    agrees = key in JUDGED and (after < before) == (mark == " ✓")
     return f"{show_number(after)} ({signed(after - before, '.4g')}{mark if agrees else ''})"
 
 

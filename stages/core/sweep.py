@@ -64,7 +64,7 @@ class Run:
     """One adapter from pictures to report."""
 
     overrides: Overrides
-    """What differs from params.yaml, as validated."""
+    """What differs from params.yaml, as validated; a mapping as it was written, with a path that decides no result."""
     config: Config
     values: dict[str, dict[str, Any]]
     """Section -> settings in JSON's types, overrides applied. Runs share them: not to be written to."""
@@ -197,7 +197,10 @@ class Reader:
         for name in self.base.sections:
             own = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")}
             sections[name], values[name] = self.section(name, own)
-        exact = {key: values[key.partition(".")[0]][key.partition(".")[2]] for key in overrides}
+        exact = {
+            key: asked if isinstance(asked, dict) else values[key.partition(".")[0]][key.partition(".")[2]]
+            for key, asked in overrides.items()
+        }
         return Run(exact, Config(sections, self.source), values, {})
 
     def section(self, name: str, own: Overrides) -> tuple[Params, dict[str, Any]]:
@@ -217,7 +220,7 @@ def dumped(section: Params) -> dict[str, Any]:
 
 
 def matches(run: Run, pattern: Overrides) -> bool:
-    return all(run.value(key) == value for key, value in pattern.items())
+    return all(value in (run.value(key), run.overrides.get(key, run.value(key))) for key, value in pattern.items())
 
 
 def placed(runs: list[Run]) -> list[Run]:
@@ -295,7 +298,8 @@ def words(run: Run, names: list[str]) -> list[str]:
     Source and seed are always among them, so that a folder's command is the same whatever sweep asks for it.
     """
     keys = [key for key in [*OWN_AXIS, *run.overrides] if key in names or key.partition(".")[0] in names]
-    values = {key: v if isinstance(v := run.value(key), str) and plain(v) else text(v) for key in keys}
+    asked = {key: run.overrides.get(key, run.value(key)) for key in keys}
+    values = {key: value if isinstance(value, str) and plain(value) else text(value) for key, value in asked.items()}
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 
 
