@@ -63,7 +63,7 @@ def names(one: Side, other: Side) -> tuple[str, str]:
     keys = differing(one, other)
     if len(keys) != 1 or unexplained(one, other):
         return one.name, other.name
-    left, right = (f"{side.name} ({keys[0]} {show_param(side, keys[0])})" for side in (one, other))
+    left, right = (f"{side.name} ({show_name(keys[0])} {show_param(side, keys[0])})" for side in (one, other))
     return left, right
 
 
@@ -106,9 +106,14 @@ def differences(sides: Sequence[Side]) -> str:
     first, *others = sides
     keys = sorted({key for side in others for key in differing(first, side)})
     inputs = dict.fromkeys(name for side in others for name in changed_inputs(first, side))
-    rows = [[key, *(show_param(side, key) for side in sides)] for key in keys]
-    rows += [[name, *(f"`{went_in(side).get(name)}`" for side in sides)] for name in inputs]
+    rows = [[show_name(key), *(show_param(side, key) for side in sides)] for key in keys]
+    rows += [[show_name(name), *(code(str(went_in(side).get(name))) for side in sides)] for name in inputs]
     return table(("", *(side.name for side in sides)), rows) if rows else "None."
+
+
+def show_name(name: str) -> str:
+    """Of a metric or a parameter; one that no stage has is code, where no page takes it for markup."""
+    return name if re.fullmatch(r"[\w.' -]+", name) else code(name, MAX_VALUE)
 
 
 def show_param(side: Side, key: str) -> str:
@@ -139,7 +144,7 @@ def metrics_table(sides: Sequence[Side], verdicts: Sequence[Verdict]) -> str:
     marks = [mark_of(first, side, verdict) for side, verdict in zip(others, verdicts, strict=True)]
     marked = list(zip(others, marks, strict=True))
     rows = [
-        [key, show_number(first.metrics.get(key)), *(cell(key, first, side, mark) for side, mark in marked)]
+        [show_name(key), show_number(first.metrics.get(key)), *(cell(key, first, side, mark) for side, mark in marked)]
         for key in moved
     ]
     legend = f" ✓ better, ✗ worse than {first.name}." if any(marks) else ""
@@ -167,7 +172,9 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def show_number(value: object) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
+    if value is None or is_number(value):
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
+    return code(f"{value}", MAX_VALUE)
 
 
 def measured_cost(sides: Sequence[Side]) -> list[str]:

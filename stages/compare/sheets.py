@@ -24,7 +24,10 @@ def draw_pictures(sides: Sequence[Side], folder: Path) -> dict[str, Path]:
     """Write samples.png and, for each other dataset, dataset-NAME.png; the names of what there is, as a page asks."""
     paths = {"samples": draw_sheet(sides, folder / "samples.png")}
     for side in sides[1:]:
-        paths[f"dataset {side.name}"] = draw_thumbnails(sides[0], side, folder / f"dataset-{file_name(side.name)}.png")
+        file = folder / f"dataset-{file_name(side.name)}.png"
+        if file in paths.values():  # try/a and try-a
+            file = file.with_stem(f"{file.stem}-{len(paths)}")
+        paths[f"dataset {side.name}"] = draw_thumbnails(sides[0], side, file)
     return {name: path for name, path in paths.items() if path}
 
 
@@ -69,21 +72,24 @@ def cut_cells(side: Side) -> Cells:
     """Of its sample sheet, the adapter at the strength nearest to 1.
 
     Raises:
-        UserError: the sheet is no PNG.
+        UserError: the sheet is no PNG, or smaller than its pictures.
     """
     from PIL import Image
 
     from stages.core.html import shown_scale
     from stages.core.sheets import cut
 
-    scales = side.lineage["validate"]["scales"]
+    scales, cell = side.lineage["validate"]["scales"], side.lineage["sheet"]["cell"]
     _, column = shown_scale(scales)
     try:
         with Image.open(io.BytesIO(side.samples), formats=["PNG"]) as picture:
             whole = picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError):
-        raise UserError(f"{side.name}: {SAMPLES} is damaged; {how_to_report(side.commit)}") from None
-    rows = cut(whole, len(side.prompts), 1 + len(scales), side.lineage["sheet"]["cell"])
+            small = whole.width < (1 + len(scales)) * cell or whole.height < len(side.prompts) * cell
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        small = True
+    if small:
+        raise UserError(f"{side.name}: {SAMPLES} is damaged; {how_to_report(side.commit)}")
+    rows = cut(whole, len(side.prompts), 1 + len(scales), cell)
     return {prompt: (row[0], row[column]) for prompt, row in zip(side.prompts, rows, strict=True)}
 
 
