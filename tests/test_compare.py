@@ -156,6 +156,7 @@ def test_other_tables_are_not_compared(repository: Repository, changes: dict[str
     page = repository.run()
     assert f"not comparable: the held-out table differs {reason}.**" in page
     assert "✗" not in page and "✓" not in page and "interval" not in page
+    assert re.search(r"\| val\.loss \| 0\.\d+ \| 0\.\d+ \|", page)  # side by side, without a difference
 
 
 @pytest.mark.parametrize(("caption", "reason"), [("apple", "sizes or crops"), ("pear", "captions")])

@@ -15,8 +15,7 @@ from ruamel.yaml import YAML
 from stages import check
 from stages.core import sweep
 from stages.core.console import PATHS, UserError
-from stages.core.params import load, read_yaml
-from stages.train.params import LoraParams
+from stages.core.params import read_yaml
 from tests.conftest import REPOSITORY
 
 EMPTY: dict[str, Any] = {"datasets": [], "grid": {}, "rows": [], "seeds": [], "exclude": []}

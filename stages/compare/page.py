@@ -12,7 +12,7 @@ from stages.compare.settings import SEED, changed_inputs, differing, unexplained
 from stages.compare.sides import Side, shared_prompts
 from stages.compare.verdict import Verdict
 from stages.core.dataset_changes import Changes, compare_tables
-from stages.core.markdown import code, facts, image, signed, table
+from stages.core.markdown import MINUS, code, facts, image, signed, table
 
 MEASURED = {"train": Path("reports/train/run.json"), "validate": Path("reports/validate/run.json")}
 """What differs between equal runs; of the workspace alone, since neither git nor DVC has it."""
@@ -132,7 +132,8 @@ def show_value(value: object) -> str:
 def metrics_table(sides: Sequence[Side], verdicts: Sequence[Verdict]) -> str:
     """Numbers that moved, the losses first; whatever is equal in all is counted.
 
-    The held-out loss is marked as better or worse only where it agrees with a verdict on the whole tables.
+    The held-out loss is marked as better or worse only where it agrees with a verdict on the whole tables; where there
+    is none to compare, what the held-out pictures gave stands side by side without a difference.
     """
     first, *others = sides
     keys = {key for side in sides for key in side.metrics if not HIDDEN.search(key)}
@@ -152,19 +153,22 @@ def metrics_table(sides: Sequence[Side], verdicts: Sequence[Verdict]) -> str:
     return f"{table(head, rows)}\n\n{len(numbers) - len(moved)} others are equal.{legend}"
 
 
-def mark_of(a: Side, b: Side, verdict: Verdict) -> str:
-    """Empty where the reports' own means do not show what the verdict is of."""
+def mark_of(a: Side, b: Side, verdict: Verdict) -> str | None:
+    """Empty where the reports' own means do not show what the verdict is of; None where they do not compare."""
+    if verdict.word == "not comparable":
+        return None
     same_table = a.metrics.get("val.table") == b.metrics.get("val.table")
     return {"better": " ✓", "worse": " ✗"}.get(verdict.word, "") if same_table else ""
 
 
-def cell(key: str, first: Side, side: Side, mark: str) -> str:
+def cell(key: str, first: Side, side: Side, mark: str | None) -> str:
     """``0.3465 (−0.05 ✓)``"""
     before, after = first.metrics.get(key), side.metrics.get(key)
-    if not is_number(before) or not is_number(after) or before == after:
+    alone = mark is None and key.startswith("val.")
+    if alone or not is_number(before) or not is_number(after) or before == after:
         return show_number(after)
     agrees = key in JUDGED and (after < before) == (mark == " ✓")
-    return f"{show_number(after)} ({signed(after - before, '.4g')}{mark if agrees else ''})"
+    return f"{show_number(after)} ({signed(after - before, '.4g')}{mark if mark and agrees else ''})"
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -173,7 +177,8 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def show_number(value: object) -> str:
     if value is None or is_number(value):
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
+        shown = "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
+        return shown.replace("-", MINUS)
     return code(f"{value}", MAX_VALUE)
 
 
