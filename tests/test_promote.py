@@ -43,7 +43,8 @@ for path in outputs(pipeline()[stage]):
         write(place)
     else:
         for name in {{"prepare": ["manifest.jsonl", "dataset.json"], "cache_latents": ["manifest.json"],
-                     "train": ["adapter.safetensors", "snapshots/step-000002.safetensors"], "export": ["diffusers/pytorch_lora_weights.safetensors",
+                     "train": ["adapter.safetensors", "snapshots/step-000002.safetensors"],
+                     "export": ["diffusers/pytorch_lora_weights.safetensors",
                      "peft/adapter_model.safetensors", "comfyui/ink-icons.safetensors"]}}[stage]:
             write(place / name)
 sha256 = hashlib.sha256(text.encode()).hexdigest()
