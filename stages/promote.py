@@ -196,7 +196,7 @@ def damaged(records: dict[str, Record]) -> Iterator[str]:
     """Weights that are not what was written."""
     adapter = Path(records["train"].path)
     exported = Path(records["export"].folder("export"))
-    files = {adapter.with_name(name): digest for name, digest in read_json(adapter)["files"].items()}
+    files = {adapter.parent / name: digest for name, digest in read_json(adapter)["files"].items()}
     files |= {exported / n: entry["sha256"] for n, entry in read_json(Path(records["export"].path))["files"].items()}
     for path, digest in files.items():
         if not path.is_file() or sha256_file(path) != digest:

@@ -43,13 +43,14 @@ for path in outputs(pipeline()[stage]):
         write(place)
     else:
         for name in {{"prepare": ["manifest.jsonl", "dataset.json"], "cache_latents": ["manifest.json"],
-                     "train": ["adapter.safetensors"], "export": ["diffusers/pytorch_lora_weights.safetensors",
+                     "train": ["adapter.safetensors", "snapshots/step-000002.safetensors"],
+                     "export": ["diffusers/pytorch_lora_weights.safetensors",
                      "peft/adapter_model.safetensors", "comfyui/ink-icons.safetensors"]}}[stage]:
             write(place / name)
 sha256 = hashlib.sha256(text.encode()).hexdigest()
 if stage == "train":
     write(pathlib.Path(options.get("adapter", "data/adapter"), "adapter.json"),
-          json.dumps({{"files": {{"adapter.safetensors": sha256}}}}))
+          json.dumps({{"files": {{"adapter.safetensors": sha256, "snapshots/step-000002.safetensors": sha256}}}}))
     write(pathlib.Path(options.get("train_reports", "reports/train"), "run.json"), text)
 if stage == "export":
     model = config.section(ModelParams)
