@@ -66,6 +66,7 @@ def test_a_worse_branch_is_closed_by_its_gate(clone: Clone, monkeypatch: pytest.
     page = Path("page.md").read_text(encoding="utf-8")
     assert page.startswith("# Experiment: not passed") and "**not passed**" in page
     assert "are of one run" in page
+    assert "passes unless the whole of it lies above the limit" in page
     assert "![](reports/samples.png)" in page or "![Samples](reports/samples.png)" in page  # no address: by path
 
 

@@ -27,7 +27,7 @@ th[aria-sort=ascending] button::after { content: "\\2191"; }
 th[aria-sort=descending] button::after { content: "\\2193"; }
 @media (max-width: 45rem) {
   th, td { padding: 0.2rem 0.4rem; font-size: 0.85rem; }
-  td:first-child, th { overflow-wrap: anywhere; }  /* long names break, so that the last column stays in sight */
+  td:first-child { overflow-wrap: anywhere; }  /* long names break, so that the last column stays in sight */
 }
 
 img { max-width: 100%; background: #fff; border-radius: 4px; }

@@ -70,8 +70,10 @@ def gates_table(answers: Sequence[Answer]) -> str:
     if not answers:
         return "None is set: see `report.gates` in params.yaml."
     rows = [(a.gate, f"{a.limit:g}", a.measured, "passed" if a.passed else "**not passed**") for a in answers]
-    rule = "An interval passes unless the whole of it lies above the limit." if "[" in str(rows) else ""
-    return f"{table(('Gate', 'limit', 'measured', ''), rows, align=':---')}\n\n{rule}".rstrip()
+    answered = table(("Gate", "limit", "measured", ""), rows, align=":---")
+    if any("[" in a.measured for a in answers):
+        return f"{answered}\n\nAn interval passes unless the whole of it lies above the limit."
+    return answered
 
 
 def moved(place: Place, comparison: Comparison | None) -> list[str]:
