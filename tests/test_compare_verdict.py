@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from stages.compare.interval import over_pictures, over_seeds, pooled_sd, t_quantile, widened
+from stages.compare.interval import over_seeds, pooled_sd, widened
 from stages.compare.page import paragraph
 from stages.compare.sides import Side
 from stages.compare.verdict import judge
-from stages.core.evaluation import Estimate, Score
+from stages.core.evaluation import Estimate, Score, estimate
+from stages.core.student import t_quantile
 
 LOSS, PICTURES = 0.42, 0.15  # mean held-out loss, and how it varies between pictures: the demo's
 SEED, SEED_OF_PICTURE = 0.004, 0.009  # what a seed moves: the loss of all pictures (1 %), and of each
@@ -120,17 +121,17 @@ def test_percent_is_of_the_first_ones_loss() -> None:
 def test_t_quantile_is_the_tables() -> None:
     """97.5 % quantiles, any statistics book."""
     table = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 10: 2.2281, 24: 2.0639, 63: 1.9983, 120: 1.9799}
-    assert {df: round(t_quantile(df), 4) for df in table} == table
+    assert {df: round(t_quantile(df, 0.95), 4) for df in table} == table
 
 
 def test_interval_over_pictures_is_as_wide_as_students() -> None:
     """The plain bootstrap's would be narrower by a third at five pictures."""
     for n in (5, 25, 200):
         values = np.random.default_rng(n).normal(size=n)
-        found = over_pictures(values)
-        half = t_quantile(n - 1) * values.std(ddof=1) / n**0.5
+        found = estimate(values, seed=0)
+        half = t_quantile(n - 1, 0.95) * values.std(ddof=1) / n**0.5
         assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.12)
-    assert np.isnan(over_pictures(np.array([1.0])).low)
+    assert np.isnan(estimate(np.array([1.0]), seed=0).low)
 
 
 def test_seeds_and_pictures_add_as_squares() -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from stages.compare.interval import over_pictures, over_seeds, pooled_sd, widened
+from stages.compare.interval import over_seeds, pooled_sd, widened
 from stages.compare.repeats import repeats_of
 from stages.compare.settings import setting
 from stages.compare.sides import Side
@@ -105,7 +105,7 @@ def weigh(a: Side, b: Side, runs: Sequence[Side], losses: Mapping[int, np.ndarra
     same = setting(a) == setting(b)
     of_a, of_b = ([a], [b]) if same else (repeats_of(a, runs), repeats_of(b, runs))
     mean_a, mean_b = (np.mean([losses[id(run)] for run in group], axis=0) for group in (of_a, of_b))
-    change = over_pictures(mean_b - mean_a)
+    change = evaluation.estimate(mean_b - mean_a, seed=0)
     groups = {setting(run): repeats_of(run, runs) for run in runs}
     sd, df = pooled_sd([[losses[id(run)].mean() for run in group] for group in groups.values()])
     if df:

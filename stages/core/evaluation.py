@@ -12,11 +12,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import NormalDist
 
 import numpy as np
 
 from stages.core.files import sha256_json
 from stages.core.seeding import key
+from stages.core.student import t_quantile
 
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -204,7 +206,7 @@ def by_picture(values: Iterable[tuple[str, float]]) -> np.ndarray:
 
 
 def estimate(values: np.ndarray, seed: int) -> Estimate:
-    """Mean of per-picture values with the percentile bootstrap interval over pictures.
+    """Mean of per-picture values with the bootstrap interval over pictures, of Student's width where they are few.
 
     Rows of one picture are not independent, so whole pictures are drawn. Source: Efron & Tibshirani (1993), ch. 13.
     """
@@ -218,11 +220,18 @@ def difference(a: np.ndarray, b: np.ndarray, seed: int) -> Estimate:
 
 
 def resampled_means(values: np.ndarray, seed: int, purpose: str) -> np.ndarray:
-    """float64 [NUM_RESAMPLES]; NaN where there are fewer than two values."""
-    if len(values) < 2:
+    """float64 [NUM_RESAMPLES]; NaN where there are fewer than two values.
+
+    Bootstrap means vary less than means do, by sqrt((n - 1) / n) and by z over Student's t, so they are stretched by
+    that about their centre. Source: Hesterberg (2015), doi:10.1080/00031305.2015.1089789, "narrowness bias".
+    """
+    n = len(values)
+    if n < 2:
         return np.full(NUM_RESAMPLES, np.nan)
     rng = np.random.default_rng(key(seed, "bootstrap", purpose))
-    return values[rng.integers(len(values), size=(NUM_RESAMPLES, len(values)))].mean(axis=1)
+    means = values[rng.integers(n, size=(NUM_RESAMPLES, n))].mean(axis=1)
+    stretch = t_quantile(n - 1, CONFIDENCE) / NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(n / (n - 1))
+    return values.mean() + stretch * (means - values.mean())
 
 
 def bounds(means: np.ndarray) -> tuple[float, float]:

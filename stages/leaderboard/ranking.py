@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stages.compare.interval import over_pictures, over_seeds, pooled_sd, t_quantile, widened
+from stages.compare.interval import over_seeds, pooled_sd, widened
 from stages.compare.verdict import MIN_PICTURES, Word, in_words
 from stages.core import evaluation
-from stages.core.evaluation import Estimate, Score
+from stages.core.evaluation import CONFIDENCE, Estimate, Score
+from stages.core.student import t_quantile
 from stages.leaderboard.results import Result, setting_of
 
 
@@ -147,14 +148,14 @@ def seed_noise(results: Sequence[Result], losses: dict[str, np.ndarray]) -> tupl
 
 def difference(a: np.ndarray, b: np.ndarray, sd: float, df: int) -> Estimate:
     """Mean of ``b`` minus mean of ``a``, both float64 [runs, pictures]."""
-    change = over_pictures(b.mean(axis=0) - a.mean(axis=0))
+    change = evaluation.estimate(b.mean(axis=0) - a.mean(axis=0), seed=0)
     return widened(change, over_seeds(sd, df, len(a), len(b))) if df else change
 
 
 def against_base(losses: np.ndarray, base: np.ndarray, sd: float, df: int) -> Estimate:
     """The base has no seed."""
-    change = over_pictures(losses.mean(axis=0) - base)
-    return widened(change, t_quantile(df) * sd / math.sqrt(len(losses))) if df else change
+    change = evaluation.estimate(losses.mean(axis=0) - base, seed=0)
+    return widened(change, t_quantile(df, CONFIDENCE) * sd / math.sqrt(len(losses))) if df else change
 
 
 def mark_fronts(standings: Sequence[Standing]) -> None:
