@@ -61,7 +61,9 @@ def unknown_revision(name: str, experiments: Iterable[str]) -> UserError:
     refs = git("for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags", "refs/remotes") or b""
     known = sorted({*refs.decode().split(), *experiments, WORKSPACE})
     near = difflib.get_close_matches(name, known, n=3) or known[:5]
-    return UserError(f"{name}: no commit, branch, tag or DVC experiment of that name (near: {', '.join(near)})")
+    shallow = (git("rev-parse", "--is-shallow-repository") or b"").strip() == b"true"
+    cure = "; this clone is shallow: `git fetch --unshallow` brings the others" if shallow else ""
+    return UserError(f"{name}: no commit, branch, tag or DVC experiment of that name (near: {', '.join(near)}){cure}")
 
 
 def head_commit() -> str:
