@@ -171,9 +171,19 @@ def sweep_problems(runs: list[Run]) -> list[str]:
     """Those of every run of a sweep, each once, with the first run that has it where there are several."""
     first: dict[str, str] = {}
     for each in runs:
-        for problem in setting_problems(each.config):
+        for problem in [*setting_problems(each.config), *pin_problems(each.config)]:
             first.setdefault(problem, f" (sweep: {each.name})" if len(runs) > 1 else "")
     return [problem + name for problem, name in first.items()]
+
+
+def pin_problems(config: Config) -> list[str]:
+    """A feature model that is not here or not pinned; whether it is the pinned one, validate asks: that takes seconds
+    per gigabyte, and every job of Snakemake makes the plan again.
+    """
+    asked = config.section(ValidateParams).feature_model
+    if asked is None or (asked.sha256 and Path(asked.path).exists()):
+        return []
+    return feature_files.problems(asked)
 
 
 def export_problems(config: Config) -> list[str]:

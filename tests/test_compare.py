@@ -391,6 +391,16 @@ def test_sheets_without_a_common_prompt(repository: Repository) -> None:
     assert not list(Path("compare").glob("*/samples.png"))
 
 
+def test_a_shallow_clone_is_named(
+    repository: Repository, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("shallow")
+    git("clone", "-q", "--depth", "1", Path.cwd().as_uri(), str(folder / "clone"))
+    monkeypatch.chdir(folder / "clone")
+    with pytest.raises(UserError, match=r"^HEAD~1: no commit, .*; this clone is shallow: `git fetch --unshallow`"):
+        revisions.find_commit("HEAD~1")
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [

@@ -185,3 +185,8 @@ def test_errors_are_one_line(pipeline: Pipeline, explained: Any) -> None:
     Path("dvc.lock").unlink()
     with pytest.raises(UserError, match="^workspace: has no dvc.lock, which says what every stage read; run `dvc rep"):
         explained()
+
+
+def test_a_stage_with_a_number_for_a_name_is_a_stage(pipeline: Pipeline, explained: Any) -> None:
+    Path("dvc.lock").write_text("stages: {1: {cmd: x}}\n")
+    assert "| 1 | only in workspace |" in explained()

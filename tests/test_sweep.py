@@ -15,7 +15,9 @@ from ruamel.yaml import YAML
 from stages import check
 from stages.core import sweep
 from stages.core.console import PATHS, UserError
+from stages.core.files import write_json
 from stages.core.params import read_yaml
+from stages.validate import feature_files
 from tests.conftest import REPOSITORY
 
 EMPTY: dict[str, Any] = {"datasets": [], "grid": {}, "rows": [], "seeds": [], "exclude": []}
@@ -195,6 +197,21 @@ def test_check_says_what_the_sweep_would_be_refused_for(workspace: Any) -> None:
     done = workspace.process("check", "--set", "sweep.grid={lora.rank: [2, 0]}")
     assert done.returncode == 2
     assert done.stderr == "error: params.yaml sweep: lora.rank: got 0; input should be greater than or equal to 1\n"
+
+
+@pytest.mark.parametrize("sha256", [None, "0" * 64])
+def test_a_feature_model_that_no_job_could_load_is_refused_before_the_first(sha256: str | None) -> None:
+    missing = {"path": "data/nothere", "sha256": sha256}
+    (problem,) = check.sweep_problems(sweep.plan(tree(rows=[{"validate.feature_model": missing}, {}])))
+    assert problem.startswith("params.yaml validate.feature_model: 'data/nothere' is no folder; fetch it: ")
+    assert "(sweep: raw/feature_model-" in problem
+
+
+def test_a_feature_model_without_a_digest_is_refused_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(feature_files, "folder_problems", lambda folder: [])
+    write_json(tmp_path / "clip/config.json", {"model_type": "clip"})
+    (problem,) = check.sweep_problems(sweep.plan(tree(rows=[{"validate.feature_model": {"path": f"{tmp_path}/clip"}}])))
+    assert "params.yaml pins no sha256; to measure with it: -S " in problem
 
 
 def test_command_line_replaces_keys_and_reads_them_as_set_does() -> None:

@@ -84,7 +84,7 @@ def read_lock(name: str) -> Locked:
         stages = mapping(mapping(YAML(typ="safe", pure=True).load(io.BytesIO(lock))).get("stages"))
         return Locked(
             name=name,
-            stages={stage: parse_stage(mapping(entry)) for stage, entry in stages.items()},
+            stages={str(stage): parse_stage(mapping(entry)) for stage, entry in stages.items()},
             params=parse_params(params),
             packages=mapping(json.loads(exported).get("packages", {})) if exported else {},
         )

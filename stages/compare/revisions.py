@@ -62,7 +62,9 @@ def unknown_revision(name: str, experiments: Iterable[str]) -> UserError:
     runs = list(dict.fromkeys(experiments))
     known = [*runs, *sorted({*refs.decode().split(), WORKSPACE}.difference(runs))]
     near = difflib.get_close_matches(name, known, n=3) or known[:5]
-    return UserError(f"{name}: no commit, branch, tag or DVC experiment of that name (near: {', '.join(near)})")
+    shallow = (git("rev-parse", "--is-shallow-repository") or b"").strip() == b"true"
+    cure = "; this clone is shallow: `git fetch --unshallow` brings the others" if shallow else ""
+    return UserError(f"{name}: no commit, branch, tag or DVC experiment of that name (near: {', '.join(near)}){cure}")
 
 
 def head_commit() -> str:
