@@ -16,7 +16,7 @@ from stages import check
 from stages.core import closure, job_records, sweep
 from stages.core.console import UserError
 from stages.core.files import sha256_file, write_text
-from stages.core.params import read_yaml
+from stages.core.params import RuntimeParams, read_yaml
 
 STAGES = read_yaml(Path("dvc.yaml"))["stages"]
 
@@ -50,6 +50,9 @@ def plan():
 
 
 RUNS = plan()
+RUNTIME = RUNS[0].config.section(RuntimeParams)  # the same for all
+THREADS = RUNTIME.num_threads or 2
+GPUS = 0 if RUNTIME.device == "cpu" else 1
 AT = {stage: {run.places[stage]: run for run in reversed(RUNS)} for stage in STAGES}
 
 if workflow.is_main_process:
@@ -212,9 +215,9 @@ rule cache_latents:
         "runs/{dataset}/logs/{latents}.log",
     conda:
         "profiles/environment.yaml"
-    threads: 2
+    threads: THREADS
     resources:
-        gpu=1,
+        gpu=GPUS,
     params:
         code=code("cache_latents"),
         sections=sections("cache_latents"),
@@ -233,12 +236,11 @@ rule train:
         loss="runs/{dataset}/{training}/reports/train/loss.csv",
     log:
         "runs/{dataset}/{training}/logs/train.log",
-    retries: 2  # a retry goes on from the last checkpoint
     conda:
         "profiles/environment.yaml"
-    threads: 2
+    threads: THREADS * RUNTIME.num_processes
     resources:
-        gpu=1,
+        gpu=GPUS * RUNTIME.num_processes,
     params:
         code=code("train"),
         sections=sections("train"),
@@ -265,9 +267,9 @@ rule validate:
         "runs/{dataset}/{run}/logs/validate.log",
     conda:
         "profiles/environment.yaml"
-    threads: 2
+    threads: THREADS
     resources:
-        gpu=1,
+        gpu=GPUS,
     params:
         code=code("validate"),
         sections=sections("validate"),
@@ -289,9 +291,9 @@ rule export:
         "runs/{dataset}/{exports}/logs/export.log",
     conda:
         "profiles/environment.yaml"
-    threads: 2
+    threads: THREADS
     resources:
-        gpu=1,
+        gpu=GPUS,
     params:
         code=code("export"),
         sections=sections("export"),

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 from stages.artifacts.adapter import FINAL, Adapter, snapshot_name
 from stages.core import base_files, bases
 from stages.core.console import UserError, log, parser, run
-from stages.core.files import load_tensors, read_json, state_dir, write_json
+from stages.core.files import load_tensors, read_json, sha256_file, state_dir, understood, write_json
 from stages.core.params import Config, ModelParams, RuntimeParams, load
 from stages.families.base import load_family
 from stages.prepare.params import DatasetParams
 from stages.validate.params import ValidateParams, prompt_problems
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from stages.core.sampling import Sampling
@@ -85,7 +86,13 @@ class Training:
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        return read_json(self.folder / "inputs.json")
+        path = self.folder / "inputs.json"
+        with understood(path, "stages.train"):
+            inputs = read_json(path)
+            [inputs[name].items() for name in ("base", "train", "lora")]
+            [config.items() for config in inputs["lora"].values()]
+            [inputs[name] for name in ("cache", "dtype")]
+            return inputs
 
     @property
     def configs(self) -> dict[str, dict[str, Any]]:
@@ -113,6 +120,25 @@ class Training:
                 found |= {step: self.adapter / snapshot_name(step) for step in adapter.snapshots}
                 found[adapter.num_steps] = self.adapter / FINAL
         return dict(sorted(found.items()))
+
+    def tensors(self, file: Path) -> dict[str, torch.Tensor]:
+        """Of a snapshot, or of the adapter.
+
+        Raises:
+            FileNotFoundError: the run ended meanwhile; data/adapter has it.
+            UserError: the file is damaged.
+        """
+        from safetensors import SafetensorError
+
+        damaged = UserError(f"{file}: damaged; run `python -m stages.train` again")
+        if file.is_relative_to(self.adapter):
+            digest = Adapter.load(self.adapter).files[file.relative_to(self.adapter).as_posix()]
+            if sha256_file(file) != digest:
+                raise damaged
+        try:
+            return load_tensors(file)
+        except SafetensorError:
+            raise damaged from None
 
     def made(self, adapter: Adapter) -> bool:
         """Whether the adapter is this run's: the same settings, latents and base."""
@@ -168,8 +194,8 @@ class Painter:
         pipeline, layers = self.loaded
         if file is not None:
             try:
-                layers.load(load_tensors(file))
-            except FileNotFoundError:  # the run ended meanwhile; data/adapter has it
+                layers.load(self.training.tensors(file))
+            except FileNotFoundError:
                 return
         with layers.disabled() if file is None else nullcontext():
             pictures = draw(pipeline, self.sampling, self.model)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +19,10 @@ from PIL import Image
 
 from stages.artifacts import picture_table
 from stages.compare import __main__ as compare
-from stages.compare import revisions, sides
+from stages.compare import revisions, sheets, sides
 from stages.core import evaluation, thumbnails
 from stages.core.console import UserError
-from stages.core.files import write_json, write_text
+from stages.core.files import read_json, write_json, write_text
 from stages.core.sheets import cut
 from tests.compared import (
     COLOURS,
@@ -79,6 +81,14 @@ def test_a_better_experiment(repository: Repository) -> None:
     assert "| val.loss | 0.3965 | 0.3465 (−0.05 ✓) |" in page
     assert "| train.num_trainable_parameters | 800 | 1600 (+800) |" in page
     assert "val.loss_change_low" not in page and "val.table" not in page
+
+
+def test_a_verdict_marks_no_metric_that_it_is_not_of(repository: Repository) -> None:
+    write_revision(rank=16, gain=0.15)
+    page = repository.run()
+    assert "better, −12.6 %" in page and "| val.loss | 0.3965 | 0.3465 (−0.05 ✓) |" in page
+    assert "| val.train_loss | 0.3965 | 0.3465 (−0.05) |" in page
+    assert "| val.loss_low_noise | 0.3965 | 0.3465 (−0.05) |" in page
 
 
 def test_a_worse_workspace_against_an_experiment(repository: Repository) -> None:
@@ -146,6 +156,7 @@ def test_other_tables_are_not_compared(repository: Repository, changes: dict[str
     page = repository.run()
     assert f"not comparable: the held-out table differs {reason}.**" in page
     assert "✗" not in page and "✓" not in page and "interval" not in page
+    assert re.search(r"\| val\.loss \| 0\.\d+ \| 0\.\d+ \|", page)  # side by side, without a difference
 
 
 @pytest.mark.parametrize(("caption", "reason"), [("apple", "sizes or crops"), ("pear", "captions")])
@@ -310,6 +321,9 @@ def test_a_damaged_table_is_one_line(repository: Repository) -> None:
         repository.run()
 
 
+HEAD = "row,file_name,split,timestep,base,adapter\n"
+
+
 @pytest.mark.parametrize(
     ("path", "text", "message"),
     [
@@ -318,6 +332,14 @@ def test_a_damaged_table_is_one_line(repository: Repository) -> None:
         ("reports/validate/heldout.csv", "row,split\n", "workspace: reports/validate/heldout.csv is damaged"),
         ("reports/validate/lineage.json", "{}", "workspace: reports/validate/lineage.json is damaged"),
         ("reports/samples.png", "no PNG", "workspace: reports/samples.png is damaged"),
+        ("params.yaml", "lora: {rank: .nan}\n", "workspace: params.yaml is damaged"),
+        ("params.yaml", "lora: {rank: 2026-01-01}\n", "workspace: params.yaml is damaged"),
+        ("params.yaml", "lora: &lora {rank: *lora}\n", "workspace: params.yaml is damaged"),
+        ("params.yaml", "[" * 20_000, "workspace: params.yaml is damaged"),
+        ("reports/metrics.json", "[" * 200_000, "workspace: reports/metrics.json is damaged"),
+        ("reports/metrics.json", f'{{"val.loss": 1{"0" * 400}}}', "workspace: reports/metrics.json is damaged"),
+        ("reports/validate/heldout.csv", HEAD + "x" * 200_000, "workspace: reports/validate/heldout.csv is damaged"),
+        ("reports/validate/heldout.csv", HEAD.replace("\n", "\r") * 2, "workspace: reports/validate/heldout.csv is"),
     ],
 )
 def test_a_damaged_report_is_one_line(repository: Repository, path: str, text: str, message: str) -> None:
@@ -335,6 +357,17 @@ def test_sheet_shows_both_bases_where_they_were_drawn_in_another_size(repository
     with Image.open("compare/HEAD..workspace/samples.png") as picture:
         rows = cut(picture.convert("RGB"), 2, 4, 64)
     assert "#" + bytes(rows[0][2].getpixel((32, 32))).hex() == COLOURS["base"]
+
+
+def test_pictures_at_another_strength_are_labelled_with_it(repository: Repository) -> None:
+    settings = read_json(Path("reports/validate/lineage.json"))["validate"]
+    change_lineage(validate=settings | {"scales": [0.5, 0.8]})  # the sheet's last column, which was 1.0
+    repository.run()
+    page = Path("compare/HEAD..workspace/compare.html").read_text()
+    assert "<figcaption><span>HEAD</span><span>workspace x 0.8</span></figcaption>" in page
+    with Image.open("compare/HEAD..workspace/samples.png") as picture:
+        cell = cut(picture.convert("RGB"), 2, 3, 64)[0][2]
+    assert "#" + bytes(cell.getpixel((32, 32))).hex() == COLOURS[8]
 
 
 def test_sheet_shows_the_base_once_and_each_adapter(repository: Repository) -> None:
@@ -356,6 +389,52 @@ def test_sheets_without_a_common_prompt(repository: Repository) -> None:
     write_revision(rank=16, gain=0.2, prompts=["green tree"])
     assert "The sheets share no prompt." in repository.run()
     assert not list(Path("compare").glob("*/samples.png"))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("validate", "prompts", None),
+        ("validate", "prompts", [["red apple"]]),
+        ("validate", "scales", "1.0"),
+        ("validate", "scales", []),
+        ("sheet", "cell", "64"),
+        ("sheet", "cell", 0),
+    ],
+)
+def test_lineage_of_another_kind_is_one_line(repository: Repository, section: str, key: str, value: Any) -> None:
+    whole = read_json(Path("reports/validate/lineage.json"))
+    change_lineage(**{section: whole[section] | {key: value}})
+    message = rf"^workspace: reports/validate/lineage.json is damaged \(ValueError: {section}.{key} is [^\n]*$"
+    with pytest.raises(UserError, match=message):
+        repository.run()
+
+
+def test_a_sheet_that_is_too_small_or_too_large_is_damaged(repository: Repository) -> None:
+    path = Path("reports/samples.png")
+    whole = path.read_bytes()
+    for width, height in ((1, 1), (100_000, 100_000)):  # the second by its header, as a decompression bomb has it
+        Image.new("RGB", (1, 1)).save(path)
+        head = b"IHDR" + struct.pack(">II", width, height) + path.read_bytes()[24:29]
+        path.write_bytes(whole[:12] + head + struct.pack(">I", zlib.crc32(head)) + path.read_bytes()[33:])
+        with pytest.raises(UserError, match="^workspace: reports/samples.png is damaged; run `dvc repro` first$"):
+            repository.run()
+
+
+def test_names_in_reports_are_no_markup(repository: Repository) -> None:
+    path = Path("reports/metrics.json")
+    write_json(path, read_json(path) | {"val.x\n\n# Better\n\n![](/etc/passwd)": 1, "val.loss": "![](x.png)"})
+    page = repository.run()
+    assert "| `val.x # Better ![](/etc/passwd)` |  | 1 |" in page and "\n# Better" not in page
+    assert "| val.loss | 0.3965 | `![](x.png)` |" in page
+
+
+def test_names_alike_have_thumbnails_of_their_own(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    for branch in ("try/a", "try-a"):
+        git("branch", branch)
+    monkeypatch.setattr(sheets, "draw_thumbnails", lambda a, b, path: path)
+    found = sheets.draw_pictures([sides.read_side(name) for name in ("main", "try/a", "try-a")], Path())
+    assert found["dataset try/a"] != found["dataset try-a"]
 
 
 @pytest.mark.parametrize(

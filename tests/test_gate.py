@@ -229,6 +229,47 @@ def test_an_unknown_revision_is_refused_before_anything_is_written(
     assert not Path("page.md").exists()
 
 
+@pytest.mark.parametrize("name", ["", "workspace"])
+def test_nothing_and_itself_are_no_revision_to_pass_against(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """An empty one, as an unset variable of CI gives it, left max_heldout_change out."""
+    clone("worse")
+    (line,) = run(monkeypatch, "--against", name, "--out", "page.md")
+    assert line.startswith(f"--against: got '{name}'; name a commit, branch, tag or DVC experiment")
+    assert not Path("page.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("dvc.lock", "stages:\n", "stages:\nother:\n"),
+        ("dvc.lock", "path: reports/metrics.json", "path: null"),
+        ("dvc.lock", "cmd: python -m stages.train", "cmds: x"),
+        ("data/raw.dvc", "outs:\n", "outs: [x]\nother:\n"),
+    ],
+)
+def test_what_dvc_would_not_write_is_one_line(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch, path: str, old: str, new: str
+) -> None:
+    clone("main")
+    monkeypatch.setattr(lock, "ask_dvc", lambda: [])  # which refuses most of them by itself
+    edit(path, old, new)
+    (line,) = lock.problems()
+    assert line.startswith("dvc.yaml, dvc.lock or a .dvc file: not as DVC writes it (") and "\n" not in line
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "[" * 200_000])
+def test_figures_of_another_kind_are_one_line(clone: Clone, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    clone("main")
+    monkeypatch.setattr(lock, "ask_dvc", lambda: [])
+    Path("reports/metrics.json").write_text(text)
+    edited, damaged = run(monkeypatch, "--out", "page.md")
+    assert edited.startswith("reports/metrics.json: not what stage validate wrote")
+    assert damaged == "reports/metrics.json: damaged, no names and values; run `dvc repro`"
+    assert Path("page.md").read_text(encoding="utf-8").startswith("# Experiment: not passed")
+
+
 # Gates
 
 
@@ -263,6 +304,12 @@ def answer(metrics: dict[str, Any], change: Estimate | str | None = None, **gate
         ),
         ("max_export_error", {"export.peft.max_abs_error": None}, "export.peft.max_abs_error was not measured"),
         ("max_export_error", {}, "export.*.max_abs_error was not measured"),
+        (
+            "max_export_error",
+            {"export.peft.max_abs_error": 0.0, "export.comfyui.max_abs_error": float("nan")},
+            "export.comfyui.max_abs_error was not measured",
+        ),
+        ("max_copied_share", {"samples.copied_share": 10**400}, "samples.copied_share was not measured"),
     ],
 )
 def test_each_gate_asks_its_figure(gate: str, metrics: dict[str, Any], closed: str | bool) -> None:

@@ -144,3 +144,30 @@ def test_a_dead_process_is_no_training(begun: Workspace) -> None:
     assert preview.Training(folder, Path("data/adapter")).is_alive()  # this process broke it off
     (folder / "lock").write_text(str(2**22 + 1))
     assert not preview.Training(folder, Path("data/adapter")).is_alive()
+
+
+@pytest.mark.parametrize("at", [8, -8])  # in the header, and in the numbers, which draw as if nothing were
+def test_a_damaged_file_is_one_line_and_no_picture(encoded: Workspace, at: int) -> None:
+    encoded.run("train", *SETTINGS)
+    path = Path("data/adapter/snapshots/step-000002.safetensors")
+    whole = bytearray(path.read_bytes())
+    whole[at] ^= 0xFF
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match=rf"^{path}: damaged; run `python -m stages.train` again$"):
+        encoded.run("preview", "--once")
+    assert set(previews()) == {"step-000000.png"}
+
+
+def test_a_damaged_snapshot_of_a_living_run_is_one_line(begun: Workspace) -> None:
+    (path,) = Path(".state/runs").glob("*/snapshots/*.safetensors")
+    path.write_bytes(b"no snapshot")
+    with pytest.raises(UserError, match=rf"{path}: damaged; run"):
+        begun.run("preview", "--once")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"lora": 5}'])
+def test_inputs_of_another_kind_are_one_line(begun: Workspace, text: str) -> None:
+    (path,) = Path(".state/runs").glob("*/inputs.json")
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"{path}: edited by hand or of another version \("):
+        begun.run("preview", "--once")

@@ -283,9 +283,29 @@ def test_a_sweep_is_refused_before_any_job(stubbed: Stubbed, words: list[str], m
     assert "Traceback" not in done.stderr and stubbed.ran() == []
 
 
+@pytest.mark.parametrize(
+    ("device", "threads", "gpus"), [("auto", 6, 2), pytest.param("cpu", 6, 0, marks=pytest.mark.slow)]
+)
+def test_each_process_gets_its_threads_and_its_gpu(stubbed: Stubbed, device: str, threads: int, gpus: int) -> None:
+    stubbed.checkout.set(
+        runtime__device=device,
+        runtime__num_threads=3,
+        runtime__num_processes=2,
+        train__gradient_accumulation_steps=2,
+    )
+    done = stubbed.snakemake("--workflow-profile", "none", "--cores", "8", "--dry-run", "--forceall")
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = re.split(r"^rule ", done.stdout + done.stderr, flags=re.MULTILINE)
+    (train,) = [job for job in jobs if job.startswith("train:")]
+    assert f"threads: {threads}\n" in train and f"gpu={gpus}" in train.split()
+    (validate,) = [job for job in jobs if job.startswith("validate:")]
+    assert "threads: 3\n" in validate and f"gpu={gpus // 2}" in validate.split()
+
+
 @pytest.mark.slow
 def test_slurm_profile_asks_for_gpu_memory_and_time(stubbed: Stubbed) -> None:
     pytest.importorskip("snakemake_executor_plugin_slurm")
+    stubbed.checkout.set(runtime__device="auto")
     words = ["--workflow-profile", "profiles/slurm", "--dry-run", "--forceall"]
     done = stubbed.snakemake(*words)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -297,6 +317,7 @@ def test_slurm_profile_asks_for_gpu_memory_and_time(stubbed: Stubbed) -> None:
 @pytest.mark.slow
 def test_kubernetes_profile_starts_a_job_per_stage_and_waits_for_it(stubbed: Stubbed) -> None:
     pytest.importorskip("snakemake_executor_plugin_cluster_generic")
+    stubbed.checkout.set(runtime__device="auto")
     path = stubbed.bin / "kubectl"
     path.write_text(KUBECTL)
     path.chmod(0o755)

@@ -111,6 +111,18 @@ def test_names_are_safe_and_tell_values_apart() -> None:
     assert found[0] == f"raw/target_modules-to_q-{same}-s0"
 
 
+def test_a_source_outside_of_data_has_a_folder_of_its_own() -> None:
+    sources = ["data/raw", "raw", "data/Raw", "Raw", "./data/raw"]
+    found = names(datasets=sources)
+    assert found[0] == "raw/default-s0" and len({name.casefold() for name in found}) == len(sources)
+
+
+def test_two_settings_in_one_folder_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "digest", lambda value: "0")
+    found = problems(grid={"lora.target_modules": [["to_q"], ["to_Q"]]})
+    assert found[-1].startswith("params.yaml sweep: runs/raw/target_modules-to_q-0-s0 (report): two settings have this")
+
+
 def test_keys_of_several_sections_are_named_with_theirs() -> None:
     assert names(rows=[{"train.batch_size": 4}, {"validate.batch_size": 4}]) == [
         "raw/train.batch_size-4-s0",
@@ -206,6 +218,16 @@ def test_words_of_a_stage_are_those_that_it_reads_and_come_back_as_they_were() -
     assert yaml.load(prompts.partition("=")[2]) == ["a: b, 'c'"]
     assert sweep.words(run, ["export.name"]) == ["--set", "export.name=x"]
     assert sweep.words(run, ["export.seed"]) == []
+
+
+@pytest.mark.parametrize("key", ["validate.feature_model", "lora.init_from"])
+def test_a_pinned_file_keeps_its_path(key: str) -> None:
+    """Where it lies decides no result, so a section's dump is without it; a job must find it all the same."""
+    pinned = {"path": "data/pinned", "sha256": "0" * 64}
+    (run,) = sweep.plan(tree(rows=[{key: pinned}, {}], exclude=[{key: None}]))
+    (word,) = sweep.words(run, [key])[1:]
+    assert json.loads(word.partition("=")[2]) == pinned
+    assert sweep.plan(tree(rows=[{key: pinned}, {}], exclude=[{key: pinned}]))[0].name == "raw/default-s0"
 
 
 def test_summary_counts_and_estimates_from_earlier_trainings(tmp_path: Path) -> None:

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from stages.compare.page import show_value
 from stages.compare.revisions import find_commit, read_file
-from stages.compare.sides import LOCK, PARAMS, flatten, mapping, parse_params
+from stages.compare.sides import DAMAGED, LOCK, PARAMS, flatten, mapping, parse_params
 from stages.core.console import UserError
 from stages.core.markdown import table
 
@@ -89,7 +88,7 @@ def read_lock(name: str) -> Locked:
             params=parse_params(params),
             packages=mapping(json.loads(exported).get("packages", {})) if exported else {},
         )
-    except (ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
+    except DAMAGED as error:
         what = " ".join(str(error).split())
         raise UserError(f"{name}: {LOCK}, {PARAMS} or {EXPORTED} is damaged ({what}); run `dvc repro` there") from None
 

@@ -12,11 +12,12 @@ from stages.compare.settings import SEED, changed_inputs, differing, unexplained
 from stages.compare.sides import Side, shared_prompts
 from stages.compare.verdict import Verdict
 from stages.core.dataset_changes import Changes, compare_tables
-from stages.core.markdown import code, facts, image, signed, table
+from stages.core.markdown import MINUS, code, facts, image, signed, table
 
 MEASURED = {"train": Path("reports/train/run.json"), "validate": Path("reports/validate/run.json")}
 """What differs between equal runs; of the workspace alone, since neither git nor DVC has it."""
-LOWER_IS_BETTER = re.compile(r"\.(loss|loss_change|loss_(low|mid|high)_noise|train_loss|overfit_gap|loss_final)$")
+JUDGED = ("val.loss", "val.loss_change")
+"""What a verdict is of. It bears nothing out of drift, training losses or a third of the timesteps."""
 HIDDEN = re.compile(r"(_low|_high|_base)$")  # a metric's interval and the base's values
 MAX_VALUE = 300  # characters of a parameter
 
@@ -62,7 +63,7 @@ def names(one: Side, other: Side) -> tuple[str, str]:
     keys = differing(one, other)
     if len(keys) != 1 or unexplained(one, other):
         return one.name, other.name
-    left, right = (f"{side.name} ({keys[0]} {show_param(side, keys[0])})" for side in (one, other))
+    left, right = (f"{side.name} ({show_name(keys[0])} {show_param(side, keys[0])})" for side in (one, other))
     return left, right
 
 
@@ -105,9 +106,14 @@ def differences(sides: Sequence[Side]) -> str:
     first, *others = sides
     keys = sorted({key for side in others for key in differing(first, side)})
     inputs = dict.fromkeys(name for side in others for name in changed_inputs(first, side))
-    rows = [[key, *(show_param(side, key) for side in sides)] for key in keys]
-    rows += [[name, *(f"`{went_in(side).get(name)}`" for side in sides)] for name in inputs]
+    rows = [[show_name(key), *(show_param(side, key) for side in sides)] for key in keys]
+    rows += [[show_name(name), *(code(str(went_in(side).get(name))) for side in sides)] for name in inputs]
     return table(("", *(side.name for side in sides)), rows) if rows else "None."
+
+
+def show_name(name: str) -> str:
+    """Of a metric or a parameter; one that no stage has is code, where no page takes it for markup."""
+    return name if re.fullmatch(r"[\w.' -]+", name) else code(name, MAX_VALUE)
 
 
 def show_param(side: Side, key: str) -> str:
@@ -126,7 +132,8 @@ def show_value(value: object) -> str:
 def metrics_table(sides: Sequence[Side], verdicts: Sequence[Verdict]) -> str:
     """Numbers that moved, the losses first; whatever is equal in all is counted.
 
-    Losses are marked as better or worse only where they agree with a verdict on the whole tables.
+    The held-out loss is marked as better or worse only where it agrees with a verdict on the whole tables; where there
+    is none to compare, what the held-out pictures gave stands side by side without a difference.
     """
     first, *others = sides
     keys = {key for side in sides for key in side.metrics if not HIDDEN.search(key)}
@@ -138,7 +145,7 @@ def metrics_table(sides: Sequence[Side], verdicts: Sequence[Verdict]) -> str:
     marks = [mark_of(first, side, verdict) for side, verdict in zip(others, verdicts, strict=True)]
     marked = list(zip(others, marks, strict=True))
     rows = [
-        [key, show_number(first.metrics.get(key)), *(cell(key, first, side, mark) for side, mark in marked)]
+        [show_name(key), show_number(first.metrics.get(key)), *(cell(key, first, side, mark) for side, mark in marked)]
         for key in moved
     ]
     legend = f" ✓ better, ✗ worse than {first.name}." if any(marks) else ""
@@ -146,19 +153,22 @@ def metrics_table(sides: Sequence[Side], verdicts: Sequence[Verdict]) -> str:
     return f"{table(head, rows)}\n\n{len(numbers) - len(moved)} others are equal.{legend}"
 
 
-def mark_of(a: Side, b: Side, verdict: Verdict) -> str:
-    """Empty where the reports' own means do not show what the verdict is of."""
+def mark_of(a: Side, b: Side, verdict: Verdict) -> str | None:
+    """Empty where the reports' own means do not show what the verdict is of; None where they do not compare."""
+    if verdict.word == "not comparable":
+        return None
     same_table = a.metrics.get("val.table") == b.metrics.get("val.table")
     return {"better": " ✓", "worse": " ✗"}.get(verdict.word, "") if same_table else ""
 
 
-def cell(key: str, first: Side, side: Side, mark: str) -> str:
+def cell(key: str, first: Side, side: Side, mark: str | None) -> str:
     """``0.3465 (−0.05 ✓)``"""
     before, after = first.metrics.get(key), side.metrics.get(key)
-    if not is_number(before) or not is_number(after) or before == after:
+    alone = mark is None and key.startswith("val.")
+    if alone or not is_number(before) or not is_number(after) or before == after:
         return show_number(after)
-    agrees = LOWER_IS_BETTER.search(key) and (after < before) == (mark == " ✓")
-    return f"{show_number(after)} ({signed(after - before, '.4g')}{mark if agrees else ''})"
+    agrees = key in JUDGED and (after < before) == (mark == " ✓")
+    return f"{show_number(after)} ({signed(after - before, '.4g')}{mark if mark and agrees else ''})"
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -166,7 +176,10 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def show_number(value: object) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
+    if value is None or is_number(value):
+        shown = "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
+        return shown.replace("-", MINUS)
+    return code(f"{value}", MAX_VALUE)
 
 
 def measured_cost(sides: Sequence[Side]) -> list[str]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ruamel.yaml.error import YAMLError
-
 from stages.compare.revisions import head_commit, list_experiments, parents, read_file
 from stages.compare.settings import SEED, setting, setting_params
-from stages.compare.sides import PARAMS, Side, parse_params, read_commit
+from stages.compare.sides import DAMAGED, PARAMS, Side, parse_params, read_commit
 from stages.core.console import UserError
 
 MAX_CANDIDATES = 50  # read in about 4 s
@@ -24,7 +22,7 @@ def find_repeats(sides: Sequence[Side]) -> list[Side]:
             if setting_params(parse_params(read_file(commit, PARAMS) or b"{}")) not in wanted:
                 continue
             side = read_commit(name, commit)
-        except (UserError, ValueError, YAMLError):  # without reports it repeats nothing
+        except (UserError, *DAMAGED):  # without reports it repeats nothing
             continue
         run = setting(side), side.params.get(SEED)
         if run not in seen and any(run[0] == known for known, _ in seen):

@@ -59,7 +59,8 @@ def list_experiments() -> Experiments:
 
 def unknown_revision(name: str, experiments: Iterable[str]) -> UserError:
     refs = git("for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags", "refs/remotes") or b""
-    known = sorted({*refs.decode().split(), *experiments, WORKSPACE})
+    runs = list(dict.fromkeys(experiments))
+    known = [*runs, *sorted({*refs.decode().split(), WORKSPACE}.difference(runs))]
     near = difflib.get_close_matches(name, known, n=3) or known[:5]
     return UserError(f"{name}: no commit, branch, tag or DVC experiment of that name (near: {', '.join(near)})")
 

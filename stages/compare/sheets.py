@@ -24,7 +24,10 @@ def draw_pictures(sides: Sequence[Side], folder: Path) -> dict[str, Path]:
     """Write samples.png and, for each other dataset, dataset-NAME.png; the names of what there is, as a page asks."""
     paths = {"samples": draw_sheet(sides, folder / "samples.png")}
     for side in sides[1:]:
-        paths[f"dataset {side.name}"] = draw_thumbnails(sides[0], side, folder / f"dataset-{file_name(side.name)}.png")
+        file = folder / f"dataset-{file_name(side.name)}.png"
+        if file in paths.values():  # try/a and try-a
+            file = file.with_stem(f"{file.stem}-{len(paths)}")
+        paths[f"dataset {side.name}"] = draw_thumbnails(sides[0], side, file)
     return {name: path for name, path in paths.items() if path}
 
 
@@ -45,7 +48,10 @@ def draw_thumbnails(a: Side, b: Side, path: Path) -> Path | None:
 
 
 def draw_sheet(sides: Sequence[Side], path: Path) -> Path | None:
-    """A row for each prompt that all drew: the base, and each adapter; a base for each where they differ."""
+    """A row for each prompt that all drew: the base, and each adapter; a base for each where they differ.
+
+    An adapter at another strength than 1 is labelled with it.
+    """
     from stages.core.sheets import save_png, sheet
 
     prompts = shared_prompts(sides)
@@ -53,34 +59,45 @@ def draw_sheet(sides: Sequence[Side], path: Path) -> Path | None:
         return None
     cells = [cut_cells(side) for side in sides]
     if all(drawn_from(side) == drawn_from(sides[0]) for side in sides):
-        labels = ["base", *(side.name for side in sides)]
+        labels = ["base", *map(adapter_label, sides)]
         rows = [[cells[0][prompt][0], *(each[prompt][1] for each in cells)] for prompt in prompts]
     else:
-        labels = [label for side in sides for label in (f"base of {side.name}", side.name)]
+        labels = [label for side in sides for label in (f"base of {side.name}", adapter_label(side))]
         rows = [[picture for each in cells for picture in each[prompt]] for prompt in prompts]
     save_png(path, sheet(rows, prompts, labels, cell=rows[0][0].width), max_bytes=SHEET_BYTES)
     return path
 
 
 def cut_cells(side: Side) -> Cells:
-    """Of its sample sheet, the adapter at strength 1 where the sheet has it, else at the first.
+    """Of its sample sheet, the adapter at the strength nearest to 1.
 
     Raises:
-        UserError: the sheet is no PNG.
+        UserError: the sheet is no PNG, or smaller than its pictures.
     """
     from PIL import Image
 
+    from stages.core.html import shown_scale
     from stages.core.sheets import cut
 
-    scales = side.lineage["validate"]["scales"]
-    column = 1 + (scales.index(1) if 1 in scales else 0)
+    scales, cell = side.lineage["validate"]["scales"], side.lineage["sheet"]["cell"]
+    _, column = shown_scale(scales)
     try:
         with Image.open(io.BytesIO(side.samples), formats=["PNG"]) as picture:
             whole = picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError):
-        raise UserError(f"{side.name}: {SAMPLES} is damaged; {how_to_report(side.commit)}") from None
-    rows = cut(whole, len(side.prompts), 1 + len(scales), side.lineage["sheet"]["cell"])
+            small = whole.width < (1 + len(scales)) * cell or whole.height < len(side.prompts) * cell
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        small = True
+    if small:
+        raise UserError(f"{side.name}: {SAMPLES} is damaged; {how_to_report(side.commit)}")
+    rows = cut(whole, len(side.prompts), 1 + len(scales), cell)
     return {prompt: (row[0], row[column]) for prompt, row in zip(side.prompts, rows, strict=True)}
+
+
+def adapter_label(side: Side) -> str:
+    from stages.core.html import at_scale, shown_scale
+
+    scale, _ = shown_scale(side.lineage["validate"]["scales"])
+    return at_scale(side.name, scale)
 
 
 def drawn_from(side: Side) -> dict[str, Any]:
@@ -92,18 +109,12 @@ def drawn_from(side: Side) -> dict[str, Any]:
 
 def sliders(sides: Sequence[Side]) -> str:
     """HTML: for each shared prompt, a line to move between the first one's picture and the last one's."""
-    from stages.core.html import choice, slider
+    from stages.core.html import choice, png, slider
 
     a, b = sides[0], sides[-1]
+    labels = adapter_label(a), adapter_label(b)
     cells_a, cells_b = cut_cells(a), cut_cells(b)
     panels = {
-        prompt: slider(encoded(cells_a[prompt][1]), encoded(cells_b[prompt][1]), (a.name, b.name))
-        for prompt in shared_prompts((a, b))
+        prompt: slider(png(cells_a[prompt][1]), png(cells_b[prompt][1]), labels) for prompt in shared_prompts((a, b))
     }
     return choice("Prompt", panels) if panels else ""
-
-
-def encoded(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()

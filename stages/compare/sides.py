@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -25,7 +27,9 @@ LINEAGE = "reports/validate/lineage.json"
 PICTURES = "reports/dataset/pictures.csv"
 SAMPLES = "reports/samples.png"
 LOCK = "dvc.lock"
-T = TypeVar("T")
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, YAMLError, csv.Error)
+"""What reading a file raises that no stage wrote so."""
+MAX_SHOWN = 100  # characters of a wrong value
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def read_commit(name: str, commit: str | None) -> Side:
     """The same of a commit, or of the workspace (None), that pages call ``name``."""
     parsers: dict[str, Callable[[bytes], Any]] = {
         PARAMS: parse_params,
-        **dict.fromkeys((METRICS, *MORE_METRICS), parse_object),
+        **dict.fromkeys((METRICS, *MORE_METRICS), parse_metrics),
         SCORES: parse_scores,
         LINEAGE: parse_lineage,
         SAMPLES: bytes,
@@ -83,7 +87,7 @@ def read_commit(name: str, commit: str | None) -> Side:
         blob = read_file(commit, path)
         try:
             found[path] = None if blob is None else parse(blob)
-        except (ValueError, KeyError, TypeError, YAMLError) as error:
+        except DAMAGED as error:
             what = " ".join(str(error).split())
             problems.append(f"{name}: {path} is damaged ({type(error).__name__}: {what}); {how_to_report(commit)}")
     needed = [path for path in parsers if path not in (*MORE_METRICS, PICTURES, LOCK)]
@@ -110,11 +114,25 @@ def how_to_report(commit: str | None) -> str:
 
 
 def parse_params(blob: bytes) -> dict[str, Any]:
-    return flatten(mapping(YAML(typ="safe", pure=True).load(io.BytesIO(blob))))
+    """Dotted key -> value, all of JSON's types: dates and NaN are no setting's.
+
+    Raises:
+        DAMAGED: it is no params.yaml.
+    """
+    found = flatten(mapping(YAML(typ="safe", pure=True).load(io.BytesIO(blob))))
+    json.dumps(found, allow_nan=False)
+    return found
 
 
 def parse_object(blob: bytes) -> dict[str, Any]:
     return mapping(json.loads(blob))
+
+
+def parse_metrics(blob: bytes) -> dict[str, Any]:
+    metrics = parse_object(blob)
+    if large := [name for name, value in metrics.items() if isinstance(value, int) and abs(value) > sys.maxsize]:
+        raise ValueError(f"{large[0]} is beyond 64 bits")
+    return metrics
 
 
 def parse_scores(blob: bytes) -> list[Score]:
@@ -129,6 +147,7 @@ def parse_lineage(blob: bytes) -> dict[str, Any]:
 
     Raises:
         KeyError: it lacks some of that.
+        ValueError: some of that is of another kind.
     """
     lineage = parse_object(blob)
     for section, *keys in (
@@ -142,6 +161,13 @@ def parse_lineage(blob: bytes) -> dict[str, Any]:
         inside = lineage[section]
         for key in keys:
             inside[key]
+    mapping(lineage["base"])
+    asked, cell = lineage["validate"], lineage["sheet"]["cell"]
+    for key, kind in (("prompts", str), ("scales", int | float)):
+        if not (isinstance(asked[key], list) and asked[key] and all(isinstance(each, kind) for each in asked[key])):
+            raise ValueError(f"validate.{key} is {asked[key]!r}"[:MAX_SHOWN])
+    if not isinstance(cell, int) or cell < 1:
+        raise ValueError(f"sheet.cell is {cell!r}"[:MAX_SHOWN])
     return lineage
 
 

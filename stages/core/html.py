@@ -7,6 +7,7 @@ forbids it to. Text is escaped, whatever a caption says; only what ``page`` is h
 from __future__ import annotations
 
 import base64
+import io
 import mimetypes
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -19,6 +20,7 @@ from stages.core.page_assets import SCRIPT, STYLE
 if TYPE_CHECKING:
     from markdown_it.renderer import RendererHTML
     from markdown_it.token import Token
+    from PIL import Image
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -101,6 +103,22 @@ def slider(before: bytes, after: bytes, labels: tuple[str, str]) -> str:
 <figcaption><span>{left}</span><span>{right}</span></figcaption>
 </figure>
 """
+
+
+def shown_scale(scales: Sequence[float]) -> tuple[float, int]:
+    """The adapter's strength that a slider shows, the nearest to 1 of those on a sample sheet; and its column there."""
+    scale = min(scales, key=lambda scale: abs(scale - 1))
+    return scale, 1 + scales.index(scale)
+
+
+def at_scale(name: str, scale: float) -> str:
+    return name if scale == 1 else f"{name} x {scale:g}"
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def choice(label: str, panels: Mapping[str, str]) -> str:

@@ -25,7 +25,10 @@ th button { padding: 0; border: 0; background: none; font-weight: inherit; text-
 th button::after { content: "\\2195"; color: var(--faint); margin-left: 0.35em; }
 th[aria-sort=ascending] button::after { content: "\\2191"; }
 th[aria-sort=descending] button::after { content: "\\2193"; }
-@media (max-width: 45rem) { th, td { padding: 0.2rem 0.4rem; font-size: 0.85rem; } }
+@media (max-width: 45rem) {
+  th, td { padding: 0.2rem 0.4rem; font-size: 0.85rem; }
+  td:first-child, th { overflow-wrap: anywhere; }  /* long names break, so that the last column stays in sight */
+}
 
 img { max-width: 100%; background: #fff; border-radius: 4px; }
 .picture { display: block; max-width: 100%; margin: 1rem 0; padding: 0; border: 0; background: none; cursor: zoom-in; }

@@ -64,7 +64,7 @@ class Run:
     """One adapter from pictures to report."""
 
     overrides: Overrides
-    """What differs from params.yaml, as validated."""
+    """What differs from params.yaml, as validated; a mapping as it was written, with a path that decides no result."""
     config: Config
     values: dict[str, dict[str, Any]]
     """Section -> settings in JSON's types, overrides applied. Runs share them: not to be written to."""
@@ -197,7 +197,10 @@ class Reader:
         for name in self.base.sections:
             own = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")}
             sections[name], values[name] = self.section(name, own)
-        exact = {key: values[key.partition(".")[0]][key.partition(".")[2]] for key in overrides}
+        exact = {
+            key: asked if isinstance(asked, dict) else values[key.partition(".")[0]][key.partition(".")[2]]
+            for key, asked in overrides.items()
+        }
         return Run(exact, Config(sections, self.source), values, {})
 
     def section(self, name: str, own: Overrides) -> tuple[Params, dict[str, Any]]:
@@ -217,11 +220,22 @@ def dumped(section: Params) -> dict[str, Any]:
 
 
 def matches(run: Run, pattern: Overrides) -> bool:
-    return all(run.value(key) == value for key, value in pattern.items())
+    return all(value in (run.value(key), asked(run, key)) for key, value in pattern.items())
+
+
+def asked(run: Run, key: str) -> Any:
+    """A value as params.yaml would have it: with what decides no result, such as where a file lies."""
+    section, _, name = key.partition(".")
+    value = getattr(run.config.sections[section], name)
+    return dict(value) if isinstance(value, Params) else run.value(key)
 
 
 def placed(runs: list[Run]) -> list[Run]:
-    """With each stage in the folder of the first run that has the same sections behind it."""
+    """With each stage in the folder of the first run that has the same sections behind it.
+
+    Raises:
+        UserError: two settings would write into one folder.
+    """
     known: dict[tuple[str, ...], str] = {}
     texts = {id(values): text(values) for run in runs for values in run.values.values()}
     found: dict[str, Run] = {}
@@ -231,13 +245,19 @@ def placed(runs: list[Run]) -> list[Run]:
             key = (stage, *(texts[id(run.values[name])] for name in sections))
             places[stage] = known.setdefault(key, place(run, stage))
         found.setdefault(places["report"], Run(run.overrides, run.config, run.values, places))
+    shared = Counter((key[0], where) for key, where in known.items())
+    if twice := [f"runs/{where} ({stage})" for (stage, where), count in shared.items() if count > 1]:
+        cure = "two settings have this folder's name; sweep one of them, or take out what tells them apart"
+        raise UserError(*(f"params.yaml sweep: {folder}: {cure}" for folder in twice))
     return list(found.values())
 
 
 def place(run: Run, stage: str) -> str:
     """``raw``, ``raw/latents-dtype-float32`` or ``raw/rank-16-s0``, by the overrides behind the stage."""
     source, seed = run.value("dataset.source"), run.value("train.seed")
-    dataset = named([readable(source.removeprefix("data/")), *labels(run, ("dataset",))])
+    inside = source.removeprefix("data/")
+    elsewhere = inside == source  # raw is not data/raw
+    dataset = named([readable([source] if elsewhere else inside), *labels(run, ("dataset",))])
     if stage == "prepare":
         return dataset
     own = labels(run, tuple(name for name in SECTIONS_BEHIND[stage] if name != "dataset"))
@@ -295,7 +315,7 @@ def words(run: Run, names: list[str]) -> list[str]:
     Source and seed are always among them, so that a folder's command is the same whatever sweep asks for it.
     """
     keys = [key for key in [*OWN_AXIS, *run.overrides] if key in names or key.partition(".")[0] in names]
-    values = {key: v if isinstance(v := run.value(key), str) and plain(v) else text(v) for key in keys}
+    values = {key: v if isinstance(v := asked(run, key), str) and plain(v) else text(v) for key in keys}
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 
 

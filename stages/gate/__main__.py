@@ -25,10 +25,10 @@ METRICS = ("reports/metrics.json", "reports/train/metrics.json", "reports/export
 
 def main() -> None:
     args = arguments().parse_args()
-    there = against.resolve(args.against) if args.against else None
+    there = against.other(args.against) if args.against is not None else None
     place = Place(args.repository, reviewed(args.commit), args.against, there)
     problems = lock.problems()
-    comparison = compare(args.against) if args.against else None
+    comparison = compare(args.against) if args.against is not None else None
     try:
         gates = params.load(Path("params.yaml")).section(ReportParams).gates
         answers = limits.answers(gates, measured(), comparison.change if comparison else None)
@@ -78,9 +78,18 @@ def reviewed(name: str | None) -> str | None:
 
 
 def measured() -> dict[str, metrics.Value]:
-    """Every figure in reports/; a file that is missing has none."""
-    paths = [Path(name) for name in METRICS if Path(name).is_file()]
-    return {name: value for path in paths for name, value in metrics.load(path).items()}
+    """Every figure in reports/; a file that is missing has none.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found: dict[str, metrics.Value] = {}
+    for path in filter(Path.is_file, map(Path, METRICS)):
+        try:
+            found |= metrics.load(path)
+        except (RecursionError, TypeError, ValueError):
+            raise UserError(f"{path}: damaged, no names and values; run `dvc repro`") from None
+    return found
 
 
 if __name__ == "__main__":

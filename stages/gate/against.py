@@ -12,9 +12,10 @@ from stages.compare.revisions import WORKSPACE
 from stages.compare.revisions import find_commit as resolve
 from stages.compare.sides import Side, read_side
 from stages.compare.verdict import Verdict, judge
+from stages.core.console import UserError
 from stages.core.evaluation import Estimate
 
-__all__ = ["Comparison", "compare", "resolve"]
+__all__ = ["Comparison", "compare", "other", "resolve"]
 
 HERE = "this branch"
 
@@ -29,6 +30,18 @@ class Comparison:
     """Of the held-out loss, as a share of the revision's, with its 95 % interval; or why there is none."""
     moved_gates: dict[str, tuple[Any, Any]]
     """Gates that were set otherwise there: key -> value there, value here."""
+
+
+def other(name: str) -> str:
+    """Commit of the revision to compare with.
+
+    Raises:
+        UserError: nothing of that name, or this folder itself.
+    """
+    commit = resolve(name) if name else None  # an empty one is a variable of CI that is not set
+    if commit is None:
+        raise UserError(f"--against: got '{name}'; name a commit, branch, tag or DVC experiment, such as origin/main")
+    return commit
 
 
 def compare(revision: str) -> Comparison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -64,7 +65,10 @@ def ask(gate: str, limit: float, values: Mapping[str, Value], what: str) -> Answ
 
 
 def as_number(value: Value) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """None for NaN too, which no limit is below."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        return None
+    return float(value)
 
 
 def ask_change(limit: float, change: Estimate | str) -> Answer:

@@ -39,6 +39,9 @@ def problems() -> list[str]:
         return compare(Pipeline.read()) or stale
     except UserError as error:
         return list(error.problems)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        return [f"dvc.yaml, dvc.lock or a .dvc file: not as DVC writes it ({what}); `git checkout` them, or {RUN}"]
 
 
 def ask_dvc() -> list[str]:

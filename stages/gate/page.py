@@ -70,7 +70,8 @@ def gates_table(answers: Sequence[Answer]) -> str:
     if not answers:
         return "None is set: see `report.gates` in params.yaml."
     rows = [(a.gate, f"{a.limit:g}", a.measured, "passed" if a.passed else "**not passed**") for a in answers]
-    return table(("Gate", "limit", "measured", ""), rows, align=":---")
+    rule = "An interval passes unless the whole of it lies above the limit." if "[" in str(rows) else ""
+    return f"{table(('Gate', 'limit', 'measured', ''), rows, align=':---')}\n\n{rule}".rstrip()
 
 
 def moved(place: Place, comparison: Comparison | None) -> list[str]:

@@ -6,7 +6,6 @@ tracks this file.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,20 +40,15 @@ def write_page(title: str, inputs: Inputs, reports: Path, train: Path, export: P
 
 
 def sliders(inputs: Inputs) -> Iterator[tuple[str, str]]:
-    """Prompt and slider between the base's picture and the adapter's, at scale 1 where that was drawn."""
+    """Prompt and slider between the base's picture and the adapter's, at the scale nearest to 1."""
     asked, cell = inputs.lineage["validate"], inputs.lineage["sheet"]["cell"]
     prompts, scales = asked["prompts"], asked["scales"]
-    column = 1 + (scales.index(1.0) if 1.0 in scales else len(scales) - 1)
+    scale, column = html.shown_scale(scales)
+    labels = ("base", html.at_scale("adapter", scale))
     with Image.open(inputs.pictures["samples"]) as sheet:
         rows = cut(sheet.convert("RGB"), len(prompts), 1 + len(scales), cell)
     for prompt, row in zip(prompts, rows, strict=True):
-        yield prompt, html.slider(png(row[0]), png(row[column]), ("base", "adapter"))
-
-
-def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
+        yield prompt, html.slider(html.png(row[0]), html.png(row[column]), labels)
 
 
 # Measured on this machine

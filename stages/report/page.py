@@ -13,7 +13,7 @@ from stages.report.tables import export_facts, lineage_facts, results, settings_
 
 # The verdict
 
-FEW_PICTURES = 10  # held out; below it an interval is so wide that "no sign" would say nothing
+FEW_PICTURES = 10  # held out; below it "no sign" would say nothing, and a bootstrap interval is too narrow
 
 
 def headline(inputs: Inputs) -> str:
@@ -30,8 +30,11 @@ def verdict(measured: Metrics, num_steps: int, num_heldout: int) -> str:
         return f"Held-out loss moved by {signed(change)}{percent}, but one held-out picture cannot tell more."
     known = f"{percent}, 95 % interval {interval(low, high)}"
     if high < 0:
-        learned = f"the adapter learned the style; {overfitting(measured, num_steps, num_heldout)}"
-        return f"Held-out loss fell by {-change:.4f}{known}: {learned}."
+        enough = num_heldout >= FEW_PICTURES
+        learned = "the adapter learned the style" if enough else "better than the base on these few pictures"
+        return (
+            f"Held-out loss fell by {-change:.4f}{known}: {learned}; {overfitting(measured, num_steps, num_heldout)}."
+        )
     if low > 0:
         return (
             f"Held-out loss rose by {change:.4f}{known}: on pictures that it never saw, "

@@ -61,10 +61,12 @@ def samples_rows(inputs: Inputs) -> list[tuple[str, ...]]:
 
 def copies_note(neighbours: Mapping[str, Any], limit: float) -> str:
     """What the distances and the share of copies mean."""
+    by_chance = "one in twenty held-out pictures is that near by chance, so a share about 0.05 is no sign of copying"
+    if neighbours["num_heldout"] < 20:
+        by_chance = f"{neighbours['num_heldout']} held-out pictures are too few to say how many are by chance"
     return (
         f"Distances are between {neighbours['space']}; the dataset's is that of its held-out pictures. A sample nearer "
-        f"than {limit:.3g} to one of {neighbours['num_training_views']} training views counts as a copy: one in twenty "
-        "held-out pictures is that near by chance, so a share about 0.05 is no sign of copying."
+        f"than {limit:.3g} to one of {neighbours['num_training_views']} training views counts as a copy: {by_chance}."
     )
 
 
@@ -99,7 +101,7 @@ def settings_facts(inputs: Inputs) -> dict[str, object]:
         "Lowest held-out loss": f"at step {inputs.measured['val.best_step']} of {steps}"
         + above_best(inputs.measured)
         + best_hint(inputs),
-        **onset(inputs.measured),
+        **(onset(inputs.measured) if len(inputs.curve) > 2 else {}),
         "Base weights unchanged": "yes" if inputs.train.get("train.base_unchanged") else "NO",
         "Prompts and noise": f"seed {validate['seed']}, adapter at {', '.join(f'{s:g}' for s in validate['scales'])}",
     }

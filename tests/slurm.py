@@ -1,0 +1,170 @@
+"""A Slurm of one node for the tests, on any Debian or Ubuntu, in a container too: no systemd, no slurmdbd, no cgroups.
+
+Configuration, keys, sockets, state and logs lie in one folder. /etc/slurm gets links to the configuration, since the
+plugin hides SLURM_CONF from its jobs; where a configuration is there already, nothing is done.
+
+Run: ``python -m tests.slurm [--install]`` as root starts it, runs tests/test_slurm.py, and tears it down again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PACKAGES = ("slurm-wlm", "munge")
+PLUGIN = "snakemake_executor_plugin_slurm"
+ETC = Path("/etc/slurm")
+PATIENCE = 60  # seconds for the node to come up
+
+# CPUs, memory (MB) and GPUs are said, not found: what is tried is what jobs ask for. MinJobAge: how long squeue tells
+# of ended jobs. Without slurmdbd there is no accounting.
+CONFIGURATION = """\
+ClusterName=try
+SlurmctldHost=localhost
+SlurmctldPort={controller}
+SlurmdPort={node}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/slurmctld
+SlurmdSpoolDir={folder}/slurmd
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+ReturnToService=2
+MinJobAge=3600
+GresTypes=gpu
+NodeName=localhost CPUs=4 RealMemory=64000 Gres=gpu:4 State=UNKNOWN
+PartitionName=try Nodes=localhost Default=YES MaxTime=INFINITE State=UP
+"""
+GPUS = "".join(f"NodeName=localhost Name=gpu File=/dev/{name}\n" for name in ("null", "zero", "full", "random"))
+
+
+def missing() -> str | None:
+    """Why no Slurm can be started here, or None."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return "slurmd wants root"
+    if programs := [name for name in ("munged", "mungekey", "slurmctld", "slurmd", "sbatch") if not shutil.which(name)]:
+        return f"{', '.join(programs)} not found: apt-get install -y --no-install-recommends {' '.join(PACKAGES)}"
+    if (ETC / "slurm.conf").exists():
+        return f"{ETC}/slurm.conf: a Slurm is configured here already, and stays as it is"
+    if importlib.util.find_spec(PLUGIN) is None:
+        return f"{PLUGIN} not found: pip install 'lora-dag[slurm]'"
+    return None
+
+
+class Slurm:
+    """Inside ``with``, it answers sbatch, squeue and scontrol."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.daemons: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Slurm:
+        self.folder.chmod(0o755)
+        for name in ("slurmctld", "slurmd"):
+            (self.folder / name).mkdir()
+        places = {"folder": self.folder, "controller": free_port(), "node": free_port()}
+        texts = {"slurm.conf": CONFIGURATION.format(**places), "gres.conf": GPUS}
+        try:
+            for name, text in texts.items():
+                (self.folder / name).write_text(text)
+                (ETC / name).unlink(missing_ok=True)  # a link to nowhere, of a process that was killed
+                (ETC / name).symlink_to(self.folder / name)
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Raises AssertionError: the node did not come up; with the daemons' last lines."""
+        key = self.folder / "munge.key"
+        subprocess.run(["mungekey", "--create", f"--keyfile={key}"], check=True)
+        own = {"key-file": key, "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log"}
+        options = [f"--{name}={self.folder / value}" for name, value in (own | {"seed-file": "munge.seed"}).items()]
+        self.daemon("munged", "--foreground", "--force", *options)
+        self.wait(lambda: (self.folder / "munge.socket").exists())
+        self.daemon("slurmctld", "-D", "-c")
+        self.daemon("slurmd", "-D", "-N", "localhost")
+        self.wait(lambda: "idle" in self.ask("sinfo", "--noheader", "--format=%T"))
+
+    def daemon(self, *words: str | Path) -> None:
+        with (self.folder / f"{words[0]}.out").open("wb") as output:
+            self.daemons.append(subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True))
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not done():
+            lines = [f"{path.name}: {path.read_text()[-500:]}" for path in sorted(self.folder.glob("*.out"))]
+            assert time.monotonic() < deadline, "\n".join(lines)
+            time.sleep(0.2)
+
+    def ask(self, *words: str) -> str:
+        """What one of Slurm's commands prints; nothing when it fails."""
+        return subprocess.run(words, capture_output=True, text=True, timeout=60).stdout
+
+    def jobs(self) -> dict[str, str]:
+        """Number -> comment, which the plugin fills with rule and wildcards, of what waits or runs."""
+        lines = self.ask("squeue", "--noheader", "--format=%i %k").splitlines()
+        return dict(line.split(maxsplit=1) for line in lines if " " in line)
+
+    def stop(self) -> None:
+        """End jobs and daemons, the last one first."""
+        if self.daemons[1:]:
+            self.ask("scancel", "--signal=KILL", "--full", *self.jobs())
+        for process in reversed(self.daemons):
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for name in ("slurm.conf", "gres.conf"):
+            (ETC / name).unlink(missing_ok=True)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--install", action="store_true", help=f"apt-get install {' '.join(PACKAGES)} first")
+    if parser.parse_args().install:
+        subprocess.run(["apt-get", "update"], check=True)
+        subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES], check=True)
+    if reason := missing():
+        sys.exit(f"error: {reason}")
+    tests = Path(__file__).with_name("test_slurm.py")
+    sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-m", "slow", "-n0", "-s", "-v", tests]).returncode)
+
+
+if __name__ == "__main__":
+    main()

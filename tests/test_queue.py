@@ -1,0 +1,121 @@
+"""DVC's queue as the README tells it: parallel workers on one state directory, and a worker that was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checkout import Checkout
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+SETTINGS = ["dataset.source=data/other", "train.num_steps=300", "train.checkpoint_every_n_steps=10"]
+KILLED, OTHER = "rank-3", "rank-4"
+
+
+def queue(checkout: Checkout, name: str) -> None:
+    settings = [f"lora.rank={name[5:]}", *SETTINGS]
+    words = [word for setting in settings for word in ("--set-param", setting)]
+    checkout.dvc("exp", "run", "--queue", "--name", name, *words)
+
+
+@pytest.fixture
+def queued(reproduced: Checkout) -> Iterator[Checkout]:
+    queue(reproduced, KILLED)
+    queue(reproduced, OTHER)
+    yield reproduced
+    reproduced.run("dvc", "queue", "stop", "--kill", check=False)
+    reproduced.run("dvc", "queue", "remove", "--all", check=False)
+
+
+def test_parallel_workers_share_the_state_and_a_killed_one_is_recovered(queued: Checkout, tmp_path: Path) -> None:
+    """Both encode the same new pictures at once; one dies with all that it started, as when memory runs out."""
+    start_workers(queued)
+    wait(lambda: step(queued, KILLED) > 25 and "Running" in status(queued)[OTHER])
+    for process in family(KILLED):
+        os.kill(process, signal.SIGKILL)
+    time.sleep(1)
+    assert status(queued)[KILLED] == "Running"  # DVC does not notice by itself
+
+    queued.dvc("queue", "kill", KILLED)
+    assert status(queued)[KILLED] == "Failed"
+    queued.dvc("queue", "remove", KILLED)
+    queue(queued, KILLED)
+    start_workers(queued)
+    wait(lambda: status(queued) == {KILLED: "Success", OTHER: "Success"})
+
+    resumed = re.findall(r"^resumed from step (\d+)", queued.dvc("queue", "logs", KILLED), re.MULTILINE)
+    assert resumed and int(resumed[0]) >= 20
+    for name in (KILLED, OTHER):
+        assert sha256(made(queued, name, "data/adapter", tmp_path)) == sha256(undisturbed(queued, name, tmp_path))
+    assert queued.git("status", "--porcelain") == ""
+
+
+def start_workers(checkout: Checkout) -> None:
+    checkout.run("sh", "-c", "dvc queue start --jobs 2 > start.log 2>&1")  # they hold on to what they print to
+    (checkout.path / "start.log").unlink()
+
+
+def status(checkout: Checkout) -> dict[str, str]:
+    """Name -> status of each task."""
+    output = checkout.dvc("queue", "status")
+    return dict(re.findall(r"^[0-9a-f]{7}\s+(\S+)\s.*\s(\w+)\s*$", output, re.MULTILINE))
+
+
+def step(checkout: Checkout, name: str) -> int:
+    """The last that the task's training has logged."""
+    output = checkout.run("dvc", "queue", "logs", name, check=False).stdout
+    return max([0, *map(int, re.findall(r"^step +(\d+)", output, re.MULTILINE))])
+
+
+def family(name: str) -> list[int]:
+    """The worker of an experiment, what runs it, and its training."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            environment = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[1:3] == [b"-m", b"stages.train"] and f"DVC_EXP_NAME={name}".encode() in environment:
+            training = int(path.name)
+            return [parent(parent(training)), parent(training), training]
+    raise AssertionError(f"no process trains {name}")
+
+
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def made(checkout: Checkout, name: str, path: str, folder: Path) -> Path:
+    """An output of an experiment, brought into a folder."""
+    target = folder / name / path
+    target.parent.mkdir(parents=True)
+    checkout.dvc("get", ".", path, "--rev", name, "--out", str(target))
+    return target
+
+
+def undisturbed(checkout: Checkout, name: str, folder: Path) -> Path:
+    """The adapter that the experiment's settings give without DVC and with a state directory of its own."""
+    changes = [word for change in (f"lora.rank={name[5:]}", *SETTINGS) for word in ("--set", change)]
+    places = ["--latents", str(made(checkout, name, "data/latents", folder))]
+    places += ["--adapter", str(folder / name / "whole"), "--train-reports", str(folder / name / "reports")]
+    checkout.run("env", f"LORA_STATE_DIR={folder}", sys.executable, "-m", "stages.train", *changes, *places)
+    return folder / name / "whole"
+
+
+def sha256(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter.safetensors").read_bytes()).hexdigest()
+
+
+def wait(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 400
+    while not done():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(1)
