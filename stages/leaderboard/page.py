@@ -109,7 +109,7 @@ def runs_table(tables: Sequence[Table], keys: Sequence[str]) -> str:
                 change = (losses - standing.base).mean() / base_loss(standing)
                 values = [show(result.run.value(key)) for key in keys]
                 rows.append([result.run.name, *values, str(result.seed), f"{signed(100 * change, '.1f')} %"])
-                rows[-1] += [f"{losses.mean():.4f}", shown(result.number("val.overfit_gap"), "{:.4f}")]
+                rows[-1] += [f"{losses.mean():.4f}", signed_or_empty(result.number("val.overfit_gap"))]
                 rows[-1] += ["" if result.seconds is None else duration(result.seconds)]
     return table(("run", *keys, SEED, "held-out loss", "MSE", "overfit gap", "training"), rows)
 
@@ -131,6 +131,10 @@ def percent(change: Estimate, of: float) -> str:
 
 def shown(value: float | None, spec: str) -> str:
     return "" if value is None else spec.format(value)
+
+
+def signed_or_empty(value: float | None) -> str:
+    return "" if value is None else signed(value)
 
 
 def write_csv(tables: Sequence[Table], unfinished: Sequence[Result]) -> str:
