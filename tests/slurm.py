@@ -161,7 +161,8 @@ def main() -> None:
         subprocess.run(["apt-get", "update"], check=True)
         subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES], check=True)
     if reason := missing():
-        sys.exit(f"error: {reason}")
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(2)
     tests = Path(__file__).with_name("test_slurm.py")
     sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-m", "slow", "-n0", "-s", "-v", tests]).returncode)
 

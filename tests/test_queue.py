@@ -16,7 +16,12 @@ import pytest
 from tests.checkout import Checkout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-SETTINGS = ["dataset.source=data/other", "train.num_steps=300", "train.checkpoint_every_n_steps=10"]
+SETTINGS = [
+    "dataset.source=data/other",
+    "train.num_steps=300",
+    "train.checkpoint_every_n_steps=10",
+    "train.snapshot_every_n_steps=100",
+]
 KILLED, OTHER = "rank-3", "rank-4"
 
 
@@ -115,7 +120,7 @@ def sha256(folder: Path) -> str:
 
 
 def wait(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while not done():
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(1)
