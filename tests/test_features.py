@@ -214,6 +214,12 @@ def test_the_pin_names_the_digest_and_refuses_another(models: dict[str, Path], t
 # A pin of the Hub
 
 
+def test_a_link_is_named_as_params_name_it(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "ours").symlink_to(models["clip"])
+    link = tmp_path / "ours"
+    assert feature_files.resolve(asked(link)).name == "ours"
+
+
 def test_a_hub_pin_is_fetched_once_and_named(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,7 @@ class Source:
 
     folder: Path
     name: str
-    """owner/name@commit for a pin, else the folder's own name."""
+    """owner/name@commit for a pin, else the folder's name as params.yaml has it: a link's target is this machine's."""
 
 
 def resolve(asked: FeatureModelParams) -> Source:
@@ -56,7 +56,7 @@ def resolve(asked: FeatureModelParams) -> Source:
         source = Source(hub.fetch(path, pin=chosen), f"{chosen.hub}@{chosen.revision[:NUM_DIGITS]}")
         found = folder_problems(source.folder)
     else:
-        source = Source(path, path.resolve().name)
+        source = Source(path, path.name)
     if found:
         raise UserError(*found)
     return source
