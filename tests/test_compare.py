@@ -22,7 +22,7 @@ from stages.compare import __main__ as compare
 from stages.compare import revisions, sheets, sides
 from stages.core import evaluation, thumbnails
 from stages.core.console import UserError
-from stages.core.files import read_json, write_json, write_text
+from stages.core.files import read_json, sha256_file, write_json, write_text
 from stages.core.sheets import cut
 from tests.compared import (
     COLOURS,
@@ -210,8 +210,12 @@ def test_repeats_among_the_experiments_are_found_and_named(repository: Repositor
 
 
 def test_cost_is_that_of_the_workspace(repository: Repository) -> None:
-    write_json(Path("reports/train/run.json"), {"seconds": 12.5, "images_per_second": 50.4, "environment": {}})
+    run = {"seconds": 12.5, "images_per_second": 50.4, "environment": {}}
+    write_json(Path("reports/train/run.json"), run | {"of": sha256_file(Path("reports/train/metrics.json"))})
     assert "| train: images per second | 50.4 |" in repository.run()
+    write_json(Path("reports/train/run.json"), run | {"of": "0" * 64})  # DVC restored another run's figures since
+    assert "## Cost" not in repository.run()
+    write_json(Path("reports/train/run.json"), run | {"of": sha256_file(Path("reports/train/metrics.json"))})
     assert "## Cost" not in repository.run("main", "clear-newt")
 
 

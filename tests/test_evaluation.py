@@ -11,6 +11,8 @@ import pytest
 from stages.core import evaluation
 from stages.core.evaluation import Picture, Score
 
+STRETCH_OF_TWO = 12.70620 / 1.959964 * 2**0.5
+
 
 def make_pictures(count: int, split: str = "heldout") -> list[Picture]:
     return [
@@ -110,9 +112,11 @@ def test_interval_equals_the_normal_one_for_many_pictures() -> None:
 
 
 def test_interval_of_two_pictures_equals_the_enumerated_distribution() -> None:
-    # Resamples of {0, 1}: means 0, 0.5, 1 with chances 1/4, 1/2, 1/4, so that the 2.5 and 97.5 % quantiles are 0 and 1.
+    # Resamples of {0, 1}: means 0, 0.5, 1 with chances 1/4, 1/2, 1/4, so that the 2.5 and 97.5 % quantiles are 0 and 1,
+    # half a unit off the mean; Student's t with one degree of freedom, and the variance over n - 1, stretch that.
     estimate = evaluation.estimate(np.array([0.0, 1.0]), seed=0)
-    assert (estimate.mean, estimate.low, estimate.high) == (0.5, 0.0, 1.0)
+    half = 0.5 * STRETCH_OF_TWO
+    assert (estimate.mean, estimate.low, estimate.high) == (0.5, pytest.approx(0.5 - half), pytest.approx(0.5 + half))
     means = evaluation.resampled_means(np.array([0.0, 1.0]), 0, "values")
     assert np.mean(means == 0.5) == pytest.approx(0.5, abs=0.04)
 
@@ -159,8 +163,8 @@ def test_metrics_by_hand() -> None:
     assert measured["val.loss"] == pytest.approx(0.5)
     assert measured["val.loss_base"] == pytest.approx(0.9)
     assert measured["val.loss_change"] == pytest.approx(-0.4)
-    assert measured["val.loss_change_low"] == pytest.approx(-0.5)
-    assert measured["val.loss_change_high"] == pytest.approx(-0.3)
+    assert measured["val.loss_change_low"] == pytest.approx(-0.4 - 0.1 * STRETCH_OF_TWO)
+    assert measured["val.loss_change_high"] == pytest.approx(-0.4 + 0.1 * STRETCH_OF_TWO)
     assert measured["val.overfit_gap"] == pytest.approx(0.9 - 0.4)
     assert measured["val.loss_low_noise"] == pytest.approx(0.75)
     assert measured["val.loss_high_noise_base"] == pytest.approx(0.3)

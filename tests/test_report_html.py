@@ -13,7 +13,7 @@ from PIL import Image
 
 from stages.artifacts import metrics
 from stages.core.console import UserError
-from stages.core.files import write_json
+from stages.core.files import sha256_file, write_json
 from stages.core.sheets import sheet
 from stages.report.html_page import duration
 from tests.browser import CHROMIUM, browser
@@ -54,6 +54,9 @@ def test_sliders_show_the_base_and_the_adapter_of_each_prompt(workspace: Workspa
     assert page.count("<script>") == 1 and "<option>&lt;/option&gt;&lt;script&gt;" in page
 
 
+FIGURES = {"train": Path("reports/train/metrics.json"), "validate": Path("reports/metrics.json")}
+
+
 def test_it_says_what_report_md_says(workspace: Workspace, reports: Path) -> None:
     page = written(workspace)
     text = (reports / "report.md").read_text()
@@ -65,9 +68,16 @@ def test_it_says_what_report_md_says(workspace: Workspace, reports: Path) -> Non
 
 def test_what_a_machine_took_stands_in_the_html_alone(workspace: Workspace, reports: Path) -> None:
     before = written(workspace), (reports / "report.md").read_bytes()
-    run = {"environment": ENVIRONMENT, "images_per_second": 50.4, "resumed_from_step": 0, "seconds": 127.0}
+    of = {stage: {"of": sha256_file(path)} for stage, path in FIGURES.items()}
+    run = of["train"] | {
+        "environment": ENVIRONMENT,
+        "images_per_second": 50.4,
+        "resumed_from_step": 0,
+        "seconds": 127.0,
+    }
     write_json(reports / "train" / "run.json", run)
-    write_json(reports / "validate" / "run.json", {"environment": ENVIRONMENT, "peak_memory_gb": 1.234, "seconds": 42})
+    other = {"environment": ENVIRONMENT, "peak_memory_gb": 1.234, "seconds": 42}
+    write_json(reports / "validate" / "run.json", of["validate"] | other)
     page = re.sub(r"</td>\s*<td[^>]*>", " | ", written(workspace))
     assert before[0] != page and (reports / "report.md").read_bytes() == before[1]
     for words in (
@@ -78,6 +88,8 @@ def test_what_a_machine_took_stands_in_the_html_alone(workspace: Workspace, repo
     ):
         assert words in page
     assert "Went on" not in page and "of the GPU" not in page
+    write_json(reports / "train" / "run.json", run | {"of": "0" * 64})  # DVC restored another run's figures since
+    assert "2 min 07 s" not in written(workspace)
 
 
 def test_a_damaged_measurement_is_one_line(workspace: Workspace, reports: Path) -> None:

@@ -12,9 +12,14 @@ from stages.compare.settings import SEED, changed_inputs, differing, unexplained
 from stages.compare.sides import Side, shared_prompts
 from stages.compare.verdict import Verdict
 from stages.core.dataset_changes import Changes, compare_tables
+from stages.core.files import sha256_file
 from stages.core.markdown import MINUS, code, facts, image, signed, table
 
-MEASURED = {"train": Path("reports/train/run.json"), "validate": Path("reports/validate/run.json")}
+MEASURED = {
+    "train": (Path("reports/train/run.json"), Path("reports/train/metrics.json")),
+    "validate": (Path("reports/validate/run.json"), Path("reports/metrics.json")),
+}
+"""What a stage took, and the figures that it is of."""
 """What differs between equal runs; of the workspace alone, since neither git nor DVC has it."""
 JUDGED = ("val.loss", "val.loss_change")
 """What a verdict is of. It bears nothing out of drift, training losses or a third of the timesteps."""
@@ -183,12 +188,14 @@ def show_number(value: object) -> str:
 
 
 def measured_cost(sides: Sequence[Side]) -> list[str]:
-    """Seconds, speed and memory of the workspace's last runs."""
+    """Seconds, speed and memory of the workspace's runs; none of a result that DVC restored."""
     found: dict[str, str] = {}
-    for stage, path in MEASURED.items() if any(side.commit is None for side in sides) else ():
+    for stage, (path, figures) in MEASURED.items() if any(side.commit is None for side in sides) else ():
         try:
-            measured = json.loads(path.read_bytes())
+            measured, own = json.loads(path.read_bytes()), sha256_file(figures)
         except (OSError, ValueError):
+            continue
+        if measured["of"] != own:
             continue
         found |= {f"{stage}: {key.replace('_', ' ')}": show_number(v) for key, v in measured.items() if is_number(v)}
     return ["## Cost", facts("The workspace's last runs, measured on this machine", found)] if found else []

@@ -60,7 +60,8 @@ class Verdict:
         mean, low, high = (100 * value / self.loss for value in (self.change.mean, self.change.low, self.change.high))
         spec = ".1f" if max(abs(low), abs(high)) >= 0.1 else ".3f"
         bounds = f" [{signed(low, spec)}, {signed(high, spec)}]" if self.df or not self.same_setting else ""
-        return f"{self.word}, {signed(mean, spec)} %{bounds}"
+        once = ", with one seed each" if self.word in ("better", "worse") and not self.df else ""
+        return f"{self.word}, {signed(mean, spec)} %{bounds}{once}"
 
 
 def judge(a: Side, b: Side, others: Sequence[Side] = ()) -> Verdict:

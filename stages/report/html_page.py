@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from stages.core import html
-from stages.core.files import read_json, understood
+from stages.core.files import read_json, sha256_file, understood
 from stages.core.markdown import image, table
 from stages.core.sheets import cut
 from stages.report import last_commit, page
@@ -27,7 +27,11 @@ def write_page(title: str, inputs: Inputs, reports: Path, train: Path, export: P
         train: folder of train's reports.
         export: folder of export's.
     """
-    measured = measured_here({"train": train / "run.json", "validate": reports / "validate" / "run.json"})
+    figures = {"train": train / "metrics.json", "validate": reports / "metrics.json"}
+    measured = measured_here(
+        {"train": train / "run.json", "validate": reports / "validate" / "run.json"},
+        {stage: sha256_file(path) for stage, path in figures.items()},
+    )
     markdown = page.write_page(title, inputs, reports, last_commit.changed(inputs, reports, export), measured)
     sheet, losses = inputs.pictures["samples"], inputs.pictures["loss"]
     extras = {
@@ -54,8 +58,11 @@ def sliders(inputs: Inputs) -> Iterator[tuple[str, str]]:
 # Measured on this machine
 
 
-def measured_here(files: Mapping[str, Path]) -> str:
-    """A table of each stage's run.json, where there is one.
+def measured_here(files: Mapping[str, Path], figures: Mapping[str, str]) -> str:
+    """A table of each stage's run.json, where it is of the run that these figures are of: DVC restores none.
+
+    Args:
+        figures: sha256 of the stage's metrics.json.
 
     Raises:
         UserError: one is damaged.
@@ -64,12 +71,13 @@ def measured_here(files: Mapping[str, Path]) -> str:
     for stage, path in files.items():
         if path.exists():
             with understood(path, f"stages.{stage}"):
-                runs[stage] = told(read_json(path))
+                run = read_json(path)
+                if run["of"] == figures[stage]:
+                    runs[stage] = told(run)
     if not runs:
         return ""
     rows = [(label, *cells) for label, *cells in zip(LABELS, *runs.values(), strict=True) if any(cells)]
-    note = "Of the last run of each stage in this workspace; a result that DVC restored brings none of its own."
-    return f"{table(('Measured on this machine', *runs), rows)}\n\n{note}"
+    return table(("Measured on this machine", *runs), rows)
 
 
 LABELS = ("Images per second", "Wall time", "Peak memory", "Peak memory of the GPU", "Device", "Went on from step")

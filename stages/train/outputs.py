@@ -153,4 +153,5 @@ def save_reports(trainer: Trainer, reports: Path, files: dict[str, str]) -> None
             "train.adapter_digest": files[adapter.FINAL][:16],
         },
     )
-    write_json(reports / "run.json", {"environment": device.environment(trainer.device), **trainer.measured})
+    own = {"environment": device.environment(trainer.device), "of": sha256_file(reports / "metrics.json")}
+    write_json(reports / "run.json", own | trainer.measured)

@@ -21,7 +21,7 @@ from stages.core import base_files, bases, closure, evaluation, params
 from stages.core.console import UserError, log, parser, run
 from stages.core.device import environment, setup
 from stages.core.evaluation import Score
-from stages.core.files import sha256_json, write_json, write_text
+from stages.core.files import sha256_file, sha256_json, write_json, write_text
 from stages.core.params import ModelParams, RuntimeParams
 from stages.families.base import load_family
 from stages.validate import cost, curve, feature_files, features, neighbours, several
@@ -88,7 +88,8 @@ def main() -> None:
         made_from["feature_model"] = feature_model.name
     write_json(args.reports / "validate" / "lineage.json", made_from)
     metrics.save(args.reports / "metrics.json", measured)
-    write_json(args.reports / "validate" / "run.json", {"environment": environment(device), **used(device, began)})
+    own = {"environment": environment(device), "of": sha256_file(args.reports / "metrics.json")}
+    write_json(args.reports / "validate" / "run.json", own | used(device, began))
     log_end(args.reports, measured, adapter.num_steps)
     neighbours.require_few_copied(near, settings.max_copied_share, args.reports / "validate")
 

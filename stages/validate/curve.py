@@ -56,9 +56,10 @@ def onset_step(curve: Sequence[Point]) -> int | None:
     """First snapshot after the best from which on the held-out loss is above its minimum while the probe's is below.
 
     Above: the paired interval of the difference lies above 0, at this snapshot and at every later one, of which there
-    is at least one: the lowest of several snapshots is low by luck too, and a single one above it is no onset. Below: the train probe is lower than at the best snapshot. A held-out loss
-    that rises together with the probe's is a training that diverges, not one that overfits. None where there is none,
-    and with one held-out picture, which has no interval.
+    is at least one: the lowest of several snapshots is low by luck too, and a single one above it is no onset.
+    Below: the train probe is lower than at the best snapshot. A held-out loss that rises together with the probe's is
+    a training that diverges, not one that overfits. None where there is none, and with one held-out picture, which has
+    no interval.
     """
     best, onset = best_point(curve), None
     for point in reversed(curve):
