@@ -111,7 +111,7 @@ def test_losses_that_are_no_numbers_are_not_compared() -> None:
 
 def test_percent_is_of_the_first_ones_loss() -> None:
     verdict = judge(side([0.5, 0.3]), side([0.48, 0.28], alpha=16))
-    assert str(verdict) == "better, −5.0 % [−5.0, −5.0]"
+    assert str(verdict) == "better, −5.0 % [−5.0, −5.0], with one seed each"
     assert (verdict.loss, verdict.num_pictures, verdict.num_each) == (pytest.approx(0.4), 2, (2, 2))
 
 
