@@ -28,7 +28,7 @@ PATIENCE = 60  # seconds for the node to come up
 # CPUs, memory (MB) and GPUs are said, not found: what is tried is what jobs ask for. MinJobAge: how long squeue tells
 # of ended jobs. Without slurmdbd there is no accounting.
 CONFIGURATION = """\
-ClusterName=try
+ClusterName=lora-dag
 SlurmctldHost=localhost
 SlurmctldPort={controller}
 SlurmdPort={node}
@@ -67,7 +67,7 @@ def missing() -> str | None:
         return "slurmd wants root"
     if programs := [name for name in ("munged", "mungekey", "slurmctld", "slurmd", "sbatch") if not shutil.which(name)]:
         return f"{', '.join(programs)} not found: apt-get install -y --no-install-recommends {' '.join(PACKAGES)}"
-    if (ETC / "slurm.conf").exists():
+    if (ETC / "slurm.conf").exists() and "ClusterName=lora-dag\n" not in (ETC / "slurm.conf").read_text():
         return f"{ETC}/slurm.conf: a Slurm is configured here already, and stays as it is"
     if importlib.util.find_spec(PLUGIN) is None:
         return f"{PLUGIN} not found: pip install 'lora-dag[slurm]'"
@@ -90,7 +90,7 @@ class Slurm:
         try:
             for name, text in texts.items():
                 (self.folder / name).write_text(text)
-                (ETC / name).unlink(missing_ok=True)  # a link to nowhere, of a process that was killed
+                (ETC / name).unlink(missing_ok=True)  # of a try that was killed
                 (ETC / name).symlink_to(self.folder / name)
             self.start()
         except BaseException:
@@ -113,9 +113,11 @@ class Slurm:
         self.daemon("slurmd", "-D", "-N", "localhost")
         self.wait(lambda: "idle" in self.ask("sinfo", "--noheader", "--format=%T"))
 
-    def daemon(self, *words: str | Path) -> None:
+    def daemon(self, *words: str) -> None:
+        """Start one that the kernel ends should this process be killed."""
+        command = ["setpriv", "--pdeathsig", "TERM", *words]
         with (self.folder / f"{words[0]}.out").open("wb") as output:
-            self.daemons.append(subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True))
+            self.daemons.append(subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True))
 
     def wait(self, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE

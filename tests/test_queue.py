@@ -101,7 +101,7 @@ def parent(process: int) -> int:
 def made(checkout: Checkout, name: str, path: str, folder: Path) -> Path:
     """An output of an experiment, brought into a folder."""
     target = folder / name / path
-    target.parent.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     checkout.dvc("get", ".", path, "--rev", name, "--out", str(target))
     return target
 
