@@ -75,7 +75,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
 
 def test_a_better_experiment(repository: Repository) -> None:
     page = repository.run("main", "clear-newt")
-    assert "**clear-newt (lora.rank 16) against main (lora.rank 8): better, −12.6 % [−12.6, −12.6], with one seed each.**" in page
+    words = "better, −12.6 % [−12.6, −12.6], with one seed each."
+    assert f"**clear-newt (lora.rank 16) against main (lora.rank 8): {words}**" in page
     assert "| lora.rank | 8 | 16 |" in page
     assert "lora.alpha" not in page and "report.title" not in page
     assert "| val.loss | 0.3965 | 0.3465 (−0.05 ✓) |" in page
@@ -93,7 +94,8 @@ def test_a_verdict_marks_no_metric_that_it_is_not_of(repository: Repository) -> 
 
 def test_a_worse_workspace_against_an_experiment(repository: Repository) -> None:
     page = repository.run("clear-newt")
-    assert "**workspace (lora.rank 8) against clear-newt (lora.rank 16): worse, +14.4 % [+14.4, +14.4], with one seed each.**" in page
+    words = "worse, +14.4 % [+14.4, +14.4], with one seed each."
+    assert f"**workspace (lora.rank 8) against clear-newt (lora.rank 16): {words}**" in page
     assert "(+0.05 ✗)" in page
 
 

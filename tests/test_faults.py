@@ -51,7 +51,7 @@ def outcome(workspace: Workspace, stage: str, capsys: pytest.CaptureFixture[str]
 def written(workspace: Workspace) -> dict[str, bytes]:
     """All outputs, but for what differs between equal runs."""
     found = {f"{folder}/{name}": blob for folder in OUTPUTS for name, blob in workspace.tree(folder).items()}
-    return {name: blob for name, blob in found.items() if not name.endswith("run.json")}
+    return {name: blob for name, blob in found.items() if not name.endswith(("run.json", "report.html"))}
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ def test_indexes_of_shards_that_came_with_the_configs_are_left(sd: Path) -> None
 
 def test_a_killed_conversion_is_done_again(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(single_file, "files_in", lambda folder: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(single_file, "files_in", lambda folder: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             resolve()
     assert list(STATE.iterdir()) == []

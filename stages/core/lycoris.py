@@ -46,7 +46,8 @@ def _in_autocast_dtype(module: torch.nn.Module, arguments: tuple[torch.Tensor, .
     """What the base's layer would do with its input itself."""
     x, *others = arguments
     kind = x.device.type
-    return (x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x, *others)
+    is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta has none
+    return (x.to(torch.get_autocast_dtype(kind)) if is_cast else x, *others)
 
 
 # What is made of a layer

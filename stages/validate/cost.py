@@ -34,6 +34,7 @@ def tflop_per_image(exam: Exam, adapter: Adapter, cache: LatentCache) -> float:
     with torch.device("meta"), quiet.no_warnings():
         denoiser = cls.from_config(components.config(exam.model, exam.family.DENOISER)).requires_grad_(False)
         lora.inject(denoiser, adapter.lora_config)
+        denoiser.eval()  # in train mode LoKr draws a number and reads it, which meta tensors cannot give
         latents = torch.zeros(1, channels, *exam.picture_size)
         timesteps = torch.zeros(1)
         with FlopCounterMode(display=False) as counter:
