@@ -51,6 +51,7 @@ WITNESS = {
     "report": ("reports", "report.md"),
 }
 """Stage -> an output that its record is found by: the folder, and a file in it."""
+AGAIN = "run `snakemake` again, or go back to what it was"
 MEASURED = ("reports/train/run.json", "reports/validate/run.json")
 """Time and memory, for report.html; neither git nor DVC has them."""
 
@@ -91,14 +92,7 @@ def read_records(name: str) -> dict[str, Record]:
         raise UserError(f"{name}: no such run below runs/ (near: {', '.join(near)})")
     folders = {"reports": f"runs/{name}/reports"}
     found: dict[str, Record] = {}
-    for stage in (
-        "report",
-        "validate",
-        "export",
-        "train",
-        "cache_latents",
-        "prepare",
-    ):  # each names folders of the next
+    for stage in reversed(WITNESS):  # each names folders of those before it
         at, file = WITNESS[stage]
         record = read_record(f"{folders[at]}/{file}") if at in folders else None
         if record is None:
@@ -148,9 +142,6 @@ def unsettled(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]:
             for key, (then, value) in pairs.items():
                 if then != value:
                     yield f"made with {key} {json.dumps(then)}, params.yaml has {json.dumps(value)}; {AGAIN}"
-
-
-AGAIN = "run `snakemake` again, or go back to what it was"
 
 
 def changed_code(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]:

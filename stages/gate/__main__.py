@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from stages.artifacts import metrics
+from stages.compare.revisions import find_commit
 from stages.core import params
 from stages.core.console import UserError, log, run
 from stages.core.files import write_text
@@ -72,7 +73,7 @@ def arguments() -> argparse.ArgumentParser:
 def reviewed(name: str | None) -> str | None:
     """The commit named, or HEAD's; None outside of a repository."""
     if name:
-        return against.resolve(name)
+        return find_commit(name)
     head = git("rev-parse", "--verify", "--quiet", "HEAD")
     return head.decode().strip() if head else None
 

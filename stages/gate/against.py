@@ -8,14 +8,11 @@ from typing import Any
 
 from stages.compare.page import write_page
 from stages.compare.repeats import find_repeats
-from stages.compare.revisions import WORKSPACE
-from stages.compare.revisions import find_commit as resolve
+from stages.compare.revisions import WORKSPACE, find_commit
 from stages.compare.sides import Side, read_side
 from stages.compare.verdict import Verdict, judge
 from stages.core.console import UserError
 from stages.core.evaluation import Estimate
-
-__all__ = ["Comparison", "compare", "other", "resolve"]
 
 HERE = "this branch"
 
@@ -38,7 +35,7 @@ def other(name: str) -> str:
     Raises:
         UserError: nothing of that name, or this folder itself.
     """
-    commit = resolve(name) if name else None  # an empty one is a variable of CI that is not set
+    commit = find_commit(name) if name else None  # an empty one is a variable of CI that is not set
     if commit is None:
         raise UserError(f"--against: got '{name}'; name a commit, branch, tag or DVC experiment, such as origin/main")
     return commit
