@@ -8,6 +8,7 @@ it writes none of these but compare/adapters.png, which shows the files together
 
 from __future__ import annotations
 
+import argparse
 import gc
 import time
 from collections import Counter
@@ -65,16 +66,33 @@ def main() -> None:
     if args.adapters:
         several.draw_grid(exam, lambda factor: make_sampling(exam, settings, factor), settings.prompts, entries)
         return
+    report(args, settings, exam, cache, adapter, origin, base)
+
+
+def report(
+    args: argparse.Namespace,
+    settings: ValidateParams,
+    exam: Exam,
+    cache: LatentCache,
+    adapter: Adapter,
+    origin: Base,
+    base: dict[str, str],
+) -> None:
+    """Examine base and adapter, and write all that was measured and drawn.
+
+    Args:
+        base: digest per component.
+    """
     began = time.monotonic()
-    feature_model = features.load(settings, device)
-    kept, vae = Kept(conditions(base, model, device)), Vae(exam)
+    feature_model = features.load(settings, exam.device)
+    kept, vae = Kept(conditions(base, exam)), Vae(exam)
     evidence = examine(exam, adapter, args.adapter, settings, kept, vae)
     gc.collect()  # frees the pipeline, whose parts refer to each other
     drawn = evidence.pictures[0], evidence.pictures[adapter.num_steps]
     space = neighbours.Space(exam, cache, vae, feature_model)
     near = neighbours.compare(space, settings.prompts, *drawn)
 
-    targets = {component: base[component] for component in (*family.VAE, "scheduler")}
+    targets = {component: base[component] for component in (*exam.family.VAE, "scheduler")}
     names = evaluation.row_names(exam.rows, settings.seed, targets)
     measured = write_losses(args.reports, exam, names, evidence, settings)
     measured["val.table"] = evaluation.digest(exam.rows, settings.seed, targets)
@@ -88,20 +106,20 @@ def main() -> None:
         made_from["feature_model"] = feature_model.name
     write_json(args.reports / "validate" / "lineage.json", made_from)
     metrics.save(args.reports / "metrics.json", measured)
-    own = {"environment": environment(device), "of": sha256_file(args.reports / "metrics.json")}
-    write_json(args.reports / "validate" / "run.json", own | used(device, began))
+    own = {"environment": environment(exam.device), "of": sha256_file(args.reports / "metrics.json")}
+    write_json(args.reports / "validate" / "run.json", own | used(exam.device, began))
     log_end(args.reports, measured, adapter.num_steps)
     neighbours.require_few_copied(near, settings.max_copied_share, args.reports / "validate")
 
 
-def conditions(base: dict[str, str], model: ModelParams, device: torch.device) -> dict[str, Any]:
+def conditions(base: dict[str, str], exam: Exam) -> dict[str, Any]:
     """What decides the base's losses and pictures beside what is asked."""
     return {
         "base": base,
-        "code": closure.code_digest("validate", model.family),
-        "dtype": model.dtype,
-        "environment": environment(device),
-        "family": model.family,
+        "code": closure.code_digest("validate", exam.model.family),
+        "dtype": exam.model.dtype,
+        "environment": environment(exam.device),
+        "family": exam.model.family,
     }
 
 
