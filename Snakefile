@@ -1,7 +1,8 @@
 # The DAG of dvc.yaml for Snakemake: every run of params.yaml's section sweep, with what runs have in common made once.
 #   snakemake                                                        params.yaml as it stands
 #   snakemake --config 'grid={lora.rank: [4, 8, 16]}' seeds=[0,1]    keys of sweep, for once
-# Writes below runs/, never to DVC's paths, and reports/sweep. Code and params of each rule come from dvc.yaml, folders from core/sweep.py.
+# Writes below runs/, never to DVC's paths, and reports/sweep. Code and params of each rule come from dvc.yaml,
+# folders from core/sweep.py.
 
 import functools
 import json
