@@ -16,6 +16,7 @@ from stages.core.console import UserError
 from stages.core.files import load_metadata, load_tensors, read_json, write_json
 from tests.conftest import Workspace
 from tests.test_lora import fill, inject, load, predict
+from tests.trainings import broken_off
 
 MODES = ["none", "all", "lora_only"]
 
@@ -189,21 +190,11 @@ def test_train_saves_the_deltas_with_mode_and_list(workspace: Workspace, tiny_ba
 
 
 def test_a_killed_run_with_biases_ends_in_the_same_bytes(workspace: Workspace, monkeypatch: Any) -> None:
-    from stages.train.trainer import Trainer
-
     prepared(workspace)
     argv = ("--set", "lora.bias=all", "--set", "lora.use_dora=true")
     workspace.run("train", *argv)
     expected = workspace.tree("data/adapter")
-    original = Trainer.step
-
-    def step(self: Trainer, number: int) -> None:
-        if number == 3:
-            raise KeyboardInterrupt
-        original(self, number)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", step)
+    with broken_off(3):
         workspace.run("train", *argv)
     assert "resumed from step 2" in workspace.run("train", *argv)
     assert workspace.tree("data/adapter") == expected
@@ -224,9 +215,7 @@ def test_an_adapter_of_another_mode_is_refused(workspace: Workspace) -> None:
     )
 
 
-def test_a_bias_that_the_base_never_uses_is_a_warning(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bias_that_the_base_never_uses_is_a_warning(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
     from stages.core.selfcheck import Watch
 
     watch = Watch({"unused.parametrizations.bias.0.delta": torch.nn.Parameter(torch.zeros(1))}, 1.0)

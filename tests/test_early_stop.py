@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from stages.train.early_stop import EarlyStop
 from stages.train.trainer import Trainer
 from tests.conftest import Workspace
 from tests.settings import train_params
+from tests.trainings import broken_off
 
 CHANGES = (
     "train.num_steps=20",
@@ -81,21 +81,14 @@ def test_it_ends_with_the_bytes_of_the_undisturbed_runs_snapshot(encoded: Worksp
     encoded.run("export", "--set", f"export.step={best}")
 
 
-def test_broken_off_anywhere_it_ends_in_the_same_bytes(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_off_anywhere_it_ends_in_the_same_bytes(encoded: Workspace) -> None:
     lines = encoded.run("train", *STOPPING)
     losses, undisturbed = heldout(lines), encoded.tree("data/adapter")
     assert "resumed" not in "".join(lines)
-    step: Callable[[Trainer, int], bool] = Trainer.step
     at = max(losses) - 3
     os.environ["LORA_STATE_DIR"] += "-other"
 
-    def until(self: Trainer, number: int) -> bool:
-        if number == at:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", until)
+    with broken_off(at):
         encoded.run("train", *STOPPING)
     lines = encoded.run("train", *STOPPING)
     assert f"resumed from step {at}" in lines and encoded.tree("data/adapter") == undisturbed

@@ -16,6 +16,7 @@ from stages.train import eva
 from stages.train.batches import Batch
 from tests.conftest import Workspace
 from tests.test_lora import inject, load, predict
+from tests.trainings import broken_off
 
 
 @pytest.fixture
@@ -112,28 +113,16 @@ def test_what_it_cannot_start_is_named(denoiser: torch.nn.Module, tiny_base: Pat
         start(same, *(batch(seed) for seed in range(9)))
 
 
-def test_the_stages_end_in_the_same_bytes_after_a_kill(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.train.trainer import Trainer
-
+def test_the_stages_end_in_the_same_bytes_after_a_kill(workspace: Workspace) -> None:
     for stage in ("prepare", "cache_latents"):
         workspace.run(stage)
     argv = ("--set", "lora.init_lora_weights=eva", "--set", "train.gradient_accumulation_steps=2")
-    original = Trainer.step
-
-    def run_until(stop: int) -> None:
-        def step(self: Trainer, number: int) -> None:
-            if number == stop:
-                raise KeyboardInterrupt
-            original(self, number)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Trainer, "step", step)
-            workspace.run("train", *argv)
-
-    run_until(1)  # before the first checkpoint: the next run starts anew
+    with broken_off(1):  # before the first checkpoint: the next run starts anew
+        workspace.run("train", *argv)
     assert any(line.startswith("eva         settled after ") for line in workspace.run("train", *argv))
     expected = workspace.tree("data/adapter")
-    run_until(3)
+    with broken_off(3):
+        workspace.run("train", *argv)
     lines = workspace.run("train", *argv)
     assert "resumed from step 2" in lines and not any(line.startswith("eva") for line in lines)
     assert workspace.tree("data/adapter") == expected

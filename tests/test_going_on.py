@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ import torch
 from stages.artifacts.adapter import FINAL
 from stages.core.files import load_tensors
 from tests.conftest import Workspace, picture, write_rows
+from tests.trainings import broken_off
 
-Breaking = Callable[..., None]
 ADAPTER = Path("data/adapter") / FINAL
 CONSTANT = ("--set", "train.lr_scheduler=constant", "--set", "train.snapshot_every_n_steps=2")
 
@@ -32,26 +31,6 @@ def encoded(workspace: Workspace) -> Workspace:
     workspace.run("prepare")
     workspace.run("cache_latents")
     return workspace
-
-
-@pytest.fixture
-def breaking_off(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> Breaking:
-    """``breaking_off(3, *argv)`` runs train and breaks off in place of step 3."""
-    from stages.train.trainer import Trainer
-
-    step: Callable[[Trainer, int], bool] = Trainer.step
-
-    def broken_off(at: int, *argv: str) -> None:
-        def until(self: Trainer, number: int) -> bool:
-            if number == at:
-                raise KeyboardInterrupt
-            return step(self, number)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Trainer, "step", until)
-            train(encoded, *argv)
-
-    return broken_off
 
 
 def train(workspace: Workspace, *argv: str) -> tuple[list[str], dict[str, bytes]]:
@@ -109,10 +88,11 @@ def test_a_longer_run_of_a_constant_schedule_goes_on_from_the_end_of_the_shorter
     assert shorter == short and not any(line.startswith("resumed from step 7") for line in lines)
 
 
-def test_a_shorter_run_after_a_longer_one_keeps_its_own_checkpoints(encoded: Workspace, breaking_off: Breaking) -> None:
+def test_a_shorter_run_after_a_longer_one_keeps_its_own_checkpoints(encoded: Workspace) -> None:
     train(encoded, *CONSTANT, "--set", "train.num_steps=9")
     argv = (*CONSTANT, "--set", "train.num_steps=6", "--set", "train.checkpoint_every_n_steps=1")
-    breaking_off(4, *argv)
+    with broken_off(4):
+        train(encoded, *argv)
     lines, _ = train(encoded, *argv)
     assert "resumed from step 4" in lines
 
@@ -151,7 +131,7 @@ def test_a_longer_run_of_another_schedule_starts_over_and_says_why(encoded: Work
     ],
     ids=lambda changes: changes[0].partition(".")[2],
 )
-def test_a_killed_run_ends_in_the_same_bytes(encoded: Workspace, changes: list[str], breaking_off: Breaking) -> None:
+def test_a_killed_run_ends_in_the_same_bytes(encoded: Workspace, changes: list[str]) -> None:
     argv = [
         word
         for change in (*changes, "train.num_steps=5", "train.checkpoint_every_n_steps=1")
@@ -159,7 +139,8 @@ def test_a_killed_run_ends_in_the_same_bytes(encoded: Workspace, changes: list[s
     ]
     _, undisturbed = train(encoded, *argv)
     os.environ["LORA_STATE_DIR"] += "-other"
-    breaking_off(3, *argv)
+    with broken_off(3):
+        train(encoded, *argv)
     lines, resumed = train(encoded, *argv)
     assert "resumed from step 3" in lines and resumed == undisturbed
     assert undisturbed != train(encoded, "--set", "train.num_steps=5")[1]

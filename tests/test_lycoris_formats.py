@@ -23,6 +23,7 @@ from tests.conftest import Workspace
 from tests.test_formats import ADAPTER, COMFYUI, adapt, loaded, unet
 from tests.test_lora import predict
 from tests.test_lycoris import ATTENTION, CONV, algo
+from tests.trainings import broken_off
 
 
 def settings(name: str, **changes: Any) -> list[str]:
@@ -119,26 +120,14 @@ def test_check_says_so_before_the_training(workspace: Workspace) -> None:
 # The stages
 
 
-def test_the_dag_end_to_end_and_a_killed_run_ends_in_the_same_bytes(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from stages.train.trainer import Trainer
-
+def test_the_dag_end_to_end_and_a_killed_run_ends_in_the_same_bytes(workspace: Workspace) -> None:
     argv = settings("lokr-both", bias="all") + ["--set", "export.formats=[comfyui, merged]"]
     for stage in ("prepare", "cache_latents"):
         workspace.run(stage, *argv)
     lines = workspace.run("train", *argv)
     assert any(line.startswith("lokr        second factor of the rank in ") for line in lines)
     expected = workspace.tree("data/adapter")
-    original = Trainer.step
-
-    def step(self: Trainer, number: int) -> None:
-        if number == 3:
-            raise KeyboardInterrupt
-        original(self, number)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", step)
+    with broken_off(3):
         workspace.run("train", *argv)
     assert "resumed from step 2" in workspace.run("train", *argv)
     assert workspace.tree("data/adapter") == expected

@@ -18,6 +18,7 @@ from stages.core.console import UserError
 from stages.core.files import load_tensors, read_json
 from stages.train.trainer import Trainer
 from tests.conftest import Workspace
+from tests.trainings import broken_off
 
 Step = Callable[[Trainer, int], bool]
 SETTINGS = ("--set", "lora.dropout=0.5", "--set", "train.learning_rate=0.05")
@@ -33,15 +34,7 @@ def encoded(workspace: Workspace) -> Workspace:
 @pytest.fixture
 def begun(encoded: Workspace) -> Workspace:
     """A training broken off in place of its step 3, with the snapshot of step 2; of four."""
-    step: Step = Trainer.step
-
-    def until(self: Trainer, number: int) -> bool:
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", until)
+    with broken_off(3):
         encoded.run("train", *SETTINGS)
     return encoded
 
@@ -123,7 +116,7 @@ def test_the_newest_run_or_the_named_one(begun: Workspace) -> None:
         begun.run("preview", "--run", "zz")
 
 
-def test_what_cannot_be_drawn_is_one_line(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_drawn_is_one_line(workspace: Workspace) -> None:
     with pytest.raises(UserError, match=r"runs: no training; start `dvc repro` or `python -m stages.train`"):
         workspace.run("preview")
     assert not Path(".state").exists()

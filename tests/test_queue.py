@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkout import Checkout
+from tests.trainings import process_with
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SETTINGS = [
@@ -82,16 +83,8 @@ def step(checkout: Checkout, name: str) -> int:
 
 def family(name: str) -> list[int]:
     """The worker of an experiment, what runs it, and its training."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "cmdline").read_bytes().split(b"\0")
-            environment = (path / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if words[1:3] == [b"-m", b"stages.train"] and f"DVC_EXP_NAME={name}".encode() in environment:
-            training = int(path.name)
-            return [parent(parent(training)), parent(training), training]
-    raise AssertionError(f"no process trains {name}")
+    training = process_with(f"DVC_EXP_NAME={name}")
+    return [parent(parent(training)), parent(training), training]
 
 
 def parent(process: int) -> int:

@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from tests import slurm
 from tests.checkout import Checkout
 from tests.conftest import REPOSITORY
+from tests.trainings import process_with
 
 PROFILE = REPOSITORY / "profiles/slurm/config.v9+.yaml"
 TRAINING = {
@@ -94,7 +95,7 @@ def test_a_killed_and_a_requeued_training_end_in_the_bytes_of_undisturbed_ones(c
     """SIGKILL to the process (as for want of memory), to the whole job, and what Slurm does for a preempted one."""
     began = time.monotonic()
     ways: dict[str, Callable[[str], object]] = {
-        "rank-2-s0": lambda job: os.kill(training(job), signal.SIGKILL),
+        "rank-2-s0": lambda job: os.kill(process_with(f"SLURM_JOB_ID={job}"), signal.SIGKILL),
         "rank-4-s0": lambda job: cluster.slurm.ask("scancel", "--signal=KILL", "--full", job),
         "rank-8-s0": lambda job: cluster.slurm.ask("scontrol", "requeue", job),
     }
@@ -135,19 +136,6 @@ def test_two_processes_in_a_job_give_the_bytes_of_one(cluster: Cluster) -> None:
     assert "CPUs/Task=2 " in asked and "mem=16000M" in asked and "gpu:2" in asked and "TimeLimit=08:00:00" in asked
     cluster.checkout.set(runtime__num_processes=1)
     assert cluster.checkout.adapter("runs/raw/default-s1/adapter") == cluster.undisturbed("train.seed=1")
-
-
-def training(job: str) -> int:
-    """The process of ``stages.train`` in a job: the one that Slurm's job number stands with in the environment."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "cmdline").read_bytes().split(b"\0")
-            environment = (path / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if words[1:3] == [b"-m", b"stages.train"] and f"SLURM_JOB_ID={job}".encode() in environment:
-            return int(path.name)
-    raise AssertionError(f"job {job} trains nothing")
 
 
 def wait(done: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:

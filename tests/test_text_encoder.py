@@ -30,13 +30,13 @@ from stages.families import sd
 from stages.families.base import load_family
 from stages.train.optimizers import make_optimizer
 from stages.train.params import LoraParams, TrainParams, cross_problems
-from stages.train.trainer import Trainer
 from stages.validate.exam import make_exam
 from stages.validate.params import ValidateParams
 from tests.conftest import REPOSITORY, Workspace
 from tests.stock import STOCK
 from tests.test_every_family import overrides, stock_loss
 from tests.test_lora import params
+from tests.trainings import broken_off
 
 CPU = torch.device("cpu")
 ADAPTER = Path("data/adapter")
@@ -66,24 +66,12 @@ def on_base(workspace: Workspace, name: str, bases: dict[str, Path]) -> Workspac
     return workspace
 
 
-class Killed(Exception):
-    pass
-
-
-def test_the_dag_end_to_end(on_base: Workspace, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dag_end_to_end(on_base: Workspace, name: str) -> None:
     argv = overrides(name, *STRONG, "train.num_steps=4", "validate.num_timesteps=1", ON, ALL)
     for stage in ("prepare", "cache_latents"):
         on_base.run(stage, *argv)
     latents = on_base.tree("data/latents")
-    step = Trainer.step
-
-    def killed(self: Trainer, number: int) -> None:
-        if number == 3:
-            raise Killed
-        step(self, number)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Trainer, "step", killed)
+    with broken_off(3):
         on_base.run("train", *argv)
     lines = on_base.run("train", *argv)
     assert "resumed from step 2" in lines

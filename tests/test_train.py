@@ -35,6 +35,7 @@ from stages.train.trainer import Trainer
 from tests.caches import write_mixed_cache
 from tests.conftest import REPOSITORY, TINY, Workspace, picture, write_params, write_rows
 from tests.settings import train_params
+from tests.trainings import broken_off
 
 LONG = ("--set", "train.num_steps=6", "--set", "lora.dropout=0.25", "--set", "train.prompt_dropout=0.5")
 """Six steps with everything random in them."""
@@ -73,27 +74,15 @@ def other_precision_may_follow() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-class Interrupted(Exception):
-    pass
-
-
 @pytest.fixture
 def interrupt(workspace: Workspace) -> Callable[..., None]:
     """``interrupt(3, *argv)`` runs train and breaks off in place of step 3."""
 
-    def broken_off(at: int, *argv: str) -> None:
-        original = Trainer.step
-
-        def step(self: Trainer, number: int) -> bool:
-            if number == at:
-                raise Interrupted
-            return original(self, number)
-
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-            patch.setattr(Trainer, "step", step)
+    def train(at: int, *argv: str) -> None:
+        with broken_off(at):
             workspace.run("train", *argv)
 
-    return broken_off
+    return train
 
 
 def history() -> list[dict[str, float]]:
