@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -104,6 +105,18 @@ class Checkout:
 
     def adapter(self, folder: str = "data/adapter") -> str:
         return hashlib.sha256((self.path / folder / "adapter.safetensors").read_bytes()).hexdigest()
+
+    def adapter_of(self, experiment: str) -> str:
+        """The same of the adapter that a DVC experiment has committed, out of DVC's cache."""
+        (ref,) = self.git("for-each-ref", "--format=%(refname)", f"refs/exps/**/{experiment}").split()
+        lock = YAML(typ="safe").load(self.git("show", f"{ref}:dvc.lock"))
+        folder = next(out["md5"] for out in lock["stages"]["train"]["outs"] if out["path"] == "data/adapter")
+        entries = json.loads(self.cached(folder))
+        (digest,) = (entry["md5"] for entry in entries if entry["relpath"] == "adapter.safetensors")
+        return hashlib.sha256(self.cached(digest)).hexdigest()
+
+    def cached(self, digest: str) -> bytes:
+        return (self.path / ".dvc/cache/files/md5" / digest[:2] / digest[2:]).read_bytes()
 
 
 def ran(output: str) -> set[str]:

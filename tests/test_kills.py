@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import signal
@@ -16,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from stages.core.params import read_yaml
 from tests.checkout import Checkout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -42,20 +39,6 @@ def undisturbed(checkout: Checkout, *changes: str) -> str:
     environment = checkout.environment | {"LORA_STATE_DIR": str(checkout.path / "logs/state")}
     subprocess.run(command, cwd=checkout.path, env=environment, check=True, capture_output=True, timeout=300)
     return checkout.adapter("logs/whole")
-
-
-def of_experiment(checkout: Checkout, name: str) -> str:
-    """sha256 of the adapter that an experiment has committed, out of DVC's cache."""
-    (ref,) = re.findall(rf"refs/exps/\S+/{name}$", checkout.git("for-each-ref", "--format=%(refname)"), re.MULTILINE)
-    (checkout.path / "logs/dvc.lock").write_text(checkout.git("show", f"{ref}:dvc.lock"))
-    outs = read_yaml(checkout.path / "logs/dvc.lock")["stages"]["train"]["outs"]
-    folder = next(out["md5"] for out in outs if out["path"] == "data/adapter")
-    (file,) = (entry for entry in json.loads(cached(checkout, folder)) if entry["relpath"] == "adapter.safetensors")
-    return hashlib.sha256(cached(checkout, file["md5"])).hexdigest()
-
-
-def cached(checkout: Checkout, digest: str) -> bytes:
-    return (checkout.path / ".dvc/cache/files/md5" / digest[:2] / digest[2:]).read_bytes()
 
 
 @contextmanager
@@ -162,7 +145,7 @@ def test_killed_in_a_temporary_experiment(checkout: Checkout) -> None:
     assert stop(checkout, orphan) > reached
     reached = newest(checkout)
     assert resumed(checkout.dvc(*command[1:])) == [reached]
-    assert of_experiment(checkout, "temporary") == expected
+    assert checkout.adapter_of("temporary") == expected
 
 
 def test_an_orphan_that_came_to_its_end_cost_nothing(checkout: Checkout) -> None:
@@ -173,7 +156,7 @@ def test_an_orphan_that_came_to_its_end_cost_nothing(checkout: Checkout) -> None
     (orphan,) = trainers(checkout)
     wait_for(lambda: not is_alive(orphan))
     assert resumed(checkout.dvc(*command[1:])) == [STEPS]
-    assert of_experiment(checkout, "ended") == expected
+    assert checkout.adapter_of("ended") == expected
     assert not checkpoints(checkout)  # of a cosine schedule: taken, and dropped
 
 
@@ -200,7 +183,7 @@ def test_killed_in_the_queue(checkout: Checkout, orphaned: bool) -> None:
     checkout.dvc(*queued)
     output = checkout.run(sys.executable, "-m", "dvc", "exp", "run", "--run-all", timeout=900).stdout
     assert resumed(output) == [reached]
-    assert of_experiment(checkout, queued[4]) == expected
+    assert checkout.adapter_of(queued[4]) == expected
 
 
 def members(group: int) -> list[int]:
@@ -214,8 +197,8 @@ def members(group: int) -> list[int]:
 def test_killed_under_snakemake(checkout: Checkout) -> None:
     """All of it; then Snakemake alone, which leaves a shell and the training; the lock is to be lifted by hand."""
     expected = undisturbed(checkout)
-    log = checkout.path / "runs/rank-2/logs/train.log"
-    command = ("snakemake", "--cores", "1", "runs/rank-2/adapter/adapter.json")
+    log = checkout.path / "runs/raw/default-s0/logs/train.log"
+    command = ("snakemake", "--cores", "1", "runs/raw/default-s0/adapter/adapter.json")
     with started(checkout, *command) as process:
         os.killpg(process.pid, signal.SIGKILL)
     reached = newest(checkout)
@@ -230,4 +213,4 @@ def test_killed_under_snakemake(checkout: Checkout) -> None:
     reached = stop(checkout, orphan)
     checkout.snakemake(*command[3:])
     assert resumed(log.read_text()) == [reached]
-    assert checkout.adapter("runs/rank-2/adapter") == expected
+    assert checkout.adapter("runs/raw/default-s0/adapter") == expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import signal
@@ -60,8 +59,32 @@ def test_parallel_workers_share_the_state_and_a_killed_one_is_recovered(queued: 
     resumed = re.findall(r"^resumed from step (\d+)", queued.dvc("queue", "logs", KILLED), re.MULTILINE)
     assert resumed and int(resumed[0]) >= 20
     for name in (KILLED, OTHER):
-        assert sha256(made(queued, name, "data/adapter", tmp_path)) == sha256(undisturbed(queued, name, tmp_path))
+        assert queued.adapter_of(name) == undisturbed(queued, name, tmp_path)
     assert queued.git("status", "--porcelain") == ""
+
+
+def test_repro_temp_queue_and_snakemake_train_the_same_bytes(reproduced: Checkout) -> None:
+    """One setting, trained anew each time: what the ways before have left is deleted."""
+    change = ("--set-param", "lora.rank=5", "train")
+    found = {}
+
+    def trained(way: str, output: str, adapter: str) -> None:
+        assert re.search(r"^step +4\b", output, re.MULTILINE) and "resumed" not in output, output
+        found[way] = adapter
+        reproduced.run("rm", "-rf", ".state/runs", ".dvc/cache/runs")
+
+    output = reproduced.dvc("exp", "run", "--temp", "--name", "temp", *change)
+    trained("temp", output, reproduced.adapter_of("temp"))
+    reproduced.dvc("exp", "run", "--queue", "--name", "queued", *change)
+    start_workers(reproduced)
+    wait(lambda: status(reproduced) == {"queued": "Success"})
+    trained("queue", reproduced.dvc("queue", "logs", "queued"), reproduced.adapter_of("queued"))
+    run = "runs/raw/rank-5-s0"
+    reproduced.snakemake(f"{run}/adapter/adapter.json", "--config", "grid={lora.rank: [5]}")
+    trained("snakemake", (reproduced.path / run / "logs/train.log").read_text(), reproduced.adapter(f"{run}/adapter"))
+    reproduced.set(lora__rank=5)
+    trained("repro", reproduced.dvc("repro", "train"), reproduced.adapter())
+    assert len(set(found.values())) == 1, found
 
 
 def start_workers(checkout: Checkout) -> None:
@@ -99,17 +122,13 @@ def made(checkout: Checkout, name: str, path: str, folder: Path) -> Path:
     return target
 
 
-def undisturbed(checkout: Checkout, name: str, folder: Path) -> Path:
-    """The adapter that the experiment's settings give without DVC and with a state directory of its own."""
+def undisturbed(checkout: Checkout, name: str, folder: Path) -> str:
+    """sha256 of the adapter that the experiment's settings give without DVC and with a state directory of its own."""
     changes = [word for change in (f"lora.rank={name[5:]}", *SETTINGS) for word in ("--set", change)]
     places = ["--latents", str(made(checkout, name, "data/latents", folder))]
     places += ["--adapter", str(folder / name / "whole"), "--train-reports", str(folder / name / "reports")]
     checkout.run("env", f"LORA_STATE_DIR={folder}", sys.executable, "-m", "stages.train", *changes, *places)
-    return folder / name / "whole"
-
-
-def sha256(folder: Path) -> str:
-    return hashlib.sha256((folder / "adapter.safetensors").read_bytes()).hexdigest()
+    return checkout.adapter(str(folder / name / "whole"))
 
 
 def wait(done: Callable[[], bool]) -> None:
