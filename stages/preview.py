@@ -9,6 +9,7 @@ bytes are what they are without it. On one GPU it takes memory for the pipeline;
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import time
 from contextlib import nullcontext, suppress
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from stages.artifacts.adapter import FINAL, Adapter, snapshot_name
 from stages.core import base_files, bases
 from stages.core.console import UserError, log, parser, run
-from stages.core.files import load_tensors, read_json, sha256_file, state_dir, understood, write_json
+from stages.core.files import last_holder, load_tensors, read_json, sha256_file, state_dir, understood, write_json
 from stages.core.params import Config, ModelParams, RuntimeParams, load
 from stages.families.base import load_family
 from stages.prepare.params import DatasetParams
@@ -104,9 +105,12 @@ class Training:
         }
 
     def is_alive(self) -> bool:
-        """Whether the process that last held the run's lock is there."""
+        """Whether the process that last held the run's lock is there; taken for granted of another host's."""
+        process, host = last_holder(self.folder)
+        if host != platform.node():
+            return True
         with suppress(OSError, ValueError):
-            os.kill(int((self.folder / "lock").read_text()), 0)
+            os.kill(int(process), 0)
             return True
         return False
 

@@ -3,7 +3,8 @@
 Configuration, keys, sockets, state and logs lie in one folder. /etc/slurm gets links to the configuration, since the
 plugin hides SLURM_CONF from its jobs; where a configuration is there already, nothing is done.
 
-Run: ``python -m tests.slurm [--install]`` as root starts it, runs tests/test_slurm.py, and tears it down again.
+Run: ``python -m tests.slurm [--install] [COMMAND ...]`` as root starts it, runs tests/test_slurm.py or the command, and
+tears it down again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -159,12 +161,20 @@ def free_port() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--install", action="store_true", help=f"apt-get install {' '.join(PACKAGES)} first")
-    if parser.parse_args().install:
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run there in place of the tests")
+    args = parser.parse_args()
+    if args.install:
         subprocess.run(["apt-get", "update"], check=True)
         subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES], check=True)
-    if reason := missing():
+    reason = missing()
+    if args.command and not shutil.which(args.command[0]):
+        reason = f'{args.command[0]} not found on PATH: with sudo, `sudo env PATH="$PATH" python -m tests.slurm ...`'
+    if reason:
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
+    if args.command:
+        with tempfile.TemporaryDirectory() as folder, Slurm(Path(folder)):
+            sys.exit(subprocess.run(args.command).returncode)
     tests = Path(__file__).with_name("test_slurm.py")
     sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-m", "slow", "-n0", "-s", "-v", tests]).returncode)
 

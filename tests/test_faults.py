@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 from stages.core import console
-from stages.core.files import save_tensors
+from stages.core.files import last_holder, save_tensors
 from stages.train import trainer
 from stages.train.ancestors import ancestors
+from stages.train.trainer import Trainer
 from tests.conftest import Workspace
 
 STAGES = ("prepare", "cache_latents", "train", "validate", "export", "report")
@@ -148,12 +150,30 @@ def test_two_trainings_into_one_folder(workspace: Workspace, capsys: pytest.Capt
     """They may be of other parameters: the later one to end would leave its adapter under the other's reports."""
     command = [sys.executable, "-c", HOLD]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as holder:
-        while not [path for path in Path(".state").glob("writing/*/lock") if path.read_text() == str(holder.pid)]:
+        while not [path for path in Path(".state").glob("writing/*") if last_holder(path)[0] == str(holder.pid)]:
             assert holder.poll() is None
         line = outcome(workspace, "train", capsys)
         holder.communicate(b"\n")
     what = f"process {holder.pid} is at work on this run; wait for it, or stop it: kill {holder.pid}"
     assert line == f"error: data/adapter: {what}"
+
+
+def test_a_run_taken_over_from_another_machine_is_left_to_it(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network disk without locks; here another name in the lock file."""
+    for stage in ("prepare", "cache_latents"):
+        workspace.run(stage)
+    save = Trainer.save_weights
+
+    def taken_over(trainer: Trainer, path: Path) -> None:
+        save(trainer, path)
+        (trainer.folder / "lock").write_text("7 node-b")
+
+    monkeypatch.setattr(Trainer, "save_weights", taken_over)
+    line = outcome(workspace, "train", capsys)
+    assert re.fullmatch(r"error: \S+: process 7 on node-b has taken this run over and goes on with it, .*", line)
+    assert not Path("data/adapter").exists()
 
 
 def test_what_a_killed_write_left_is_swept(workspace: Workspace) -> None:

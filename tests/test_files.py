@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -95,7 +96,11 @@ def test_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
         holder.kill()
         holder.wait()
     with files.lock(tmp_path):  # the kernel has freed it
-        assert (tmp_path / "lock").read_text() == str(os.getpid())
+        assert files.last_holder(tmp_path) == (str(os.getpid()), platform.node())
+        (tmp_path / "lock").write_text("7 node-b")  # as a shared disk shows one of another machine
+        message = "process 7 on node-b is at work on this run; wait for it, or stop it there: kill 7$"
+        with pytest.raises(UserError, match=message), files.lock(tmp_path):
+            pass
 
 
 def test_state_dir(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.core.files import last_holder
 from tests.checkout import Checkout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -76,8 +77,8 @@ def newest(checkout: Checkout) -> int:
 
 def trainers(checkout: Checkout) -> list[int]:
     """Process ids of the trainings that are at work for this checkout."""
-    locks = (checkout.path / ".state/runs").glob("*/lock")
-    return [pid for path in locks if is_alive(pid := int(path.read_text() or 0))]
+    holders = [last_holder(path.parent)[0] for path in (checkout.path / ".state/runs").glob("*/lock")]
+    return [int(pid) for pid in holders if pid.isdigit() and is_alive(int(pid))]
 
 
 def is_alive(pid: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,8 +136,10 @@ def test_a_run_of_another_base_is_refused(begun: Workspace, monkeypatch: pytest.
 def test_a_dead_process_is_no_training(begun: Workspace) -> None:
     (folder,) = Path(".state/runs").iterdir()
     assert preview.Training(folder, Path("data/adapter")).is_alive()  # this process broke it off
-    (folder / "lock").write_text(str(2**22 + 1))
+    (folder / "lock").write_text(f"{2**22 + 1} {platform.node()}")
     assert not preview.Training(folder, Path("data/adapter")).is_alive()
+    (folder / "lock").write_text(f"{2**22 + 1} another.host")
+    assert preview.Training(folder, Path("data/adapter")).is_alive()  # not to be known from here
 
 
 @pytest.mark.parametrize("at", [8, -8])  # in the header, and in the numbers, which draw as if nothing were

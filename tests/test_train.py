@@ -23,7 +23,7 @@ from stages.artifacts.latent_cache import LatentCache
 from stages.artifacts.manifest import Manifest
 from stages.core import closure, lora, objectives, params
 from stages.core.console import UserError
-from stages.core.files import load_tensors, read_json
+from stages.core.files import last_holder, load_tensors, read_json
 from stages.core.params import ModelParams
 from stages.core.pictures import load_view
 from stages.core.selfcheck import Watch
@@ -269,7 +269,7 @@ def test_a_second_process_on_the_same_run_is_refused(encoded: Workspace, interru
     (folder,) = Path(".state/runs").resolve().iterdir()
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE) as holder:
-        while (folder / "lock").read_text() != str(holder.pid):
+        while last_holder(folder)[0] != str(holder.pid):
             assert holder.poll() is None
         problem = refusal(encoded)
         assert holder.stdin

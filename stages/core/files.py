@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -219,16 +220,37 @@ def lock(folder: Path, shown: Path | None = None, wait: bool = False) -> Iterato
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.seek(0)
-            holder, what = file.read().strip() or "unknown", shown or folder
+            process, host = last_holder(folder)
+            where = "" if host == platform.node() else f" on {host}"
             if not wait:
-                raise UserError(
-                    f"{what}: process {holder} is at work on this run; wait for it, or stop it: kill {holder}"
-                ) from None
-            log.info("wait        for process %s, which is at work on %s", holder, what)
+                cure = f"wait for it, or stop it{' there' if where else ''}: kill {process}"
+                raise UserError(f"{shown or folder}: process {process}{where} is at work on this run; {cure}") from None
+            log.info("wait        for process %s%s, which is at work on %s", process, where, shown or folder)
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         file.truncate()
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} {platform.node()}")
         file.flush()
         yield
+
+
+def require_held(folder: Path) -> None:
+    """For long work under a lock: some network disks carry no lock from one machine to another.
+
+    Raises:
+        UserError: another process has taken the lock since; the one that came first gives way.
+    """
+    process, host = last_holder(folder)
+    if process not in ("unknown", str(os.getpid())) or host != platform.node():
+        raise UserError(
+            f"{folder}: process {process} on {host} has taken this run over and goes on with it, since this disk "
+            "carries no locks between machines; wait for it"
+        )
+
+
+def last_holder(folder: Path) -> tuple[str, str]:
+    """Process id and host of who took the folder's lock last; "unknown" of this host where nothing says."""
+    with contextlib.suppress(OSError, ValueError):
+        process, host = (folder / "lock").read_text(encoding="utf-8").split()
+        return process, host
+    return "unknown", platform.node()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from stages.artifacts import adapter, metrics
 from stages.core import device, lora, lycoris, targets
-from stages.core.console import log
-from stages.core.files import sha256_file, write_json, write_text
+from stages.core.console import UserError, log
+from stages.core.files import require_held, sha256_file, write_json, write_text
 from stages.core.progress import smoothed_loss
 from stages.train import optimizers
 
@@ -90,7 +90,12 @@ def num_parameters(named: dict[str, torch.nn.Parameter]) -> int:
 
 
 def save(trainer: Trainer, adapter_folder: Path, reports: Path) -> None:
-    """Write the adapter and its reports, then drop the checkpoints, unless another run could go on from them."""
+    """Write the adapter and its reports, then drop the checkpoints, unless another run could go on from them.
+
+    Raises:
+        UserError: another process is at work on the run, or has ended it, on a disk without locks.
+    """
+    require_held(trainer.folder)
     files = save_adapter(trainer, adapter_folder)
     save_reports(trainer, reports, files)
     if not trainer.may_be_asked_again:
@@ -104,9 +109,11 @@ def save_adapter(trainer: Trainer, adapter_folder: Path) -> dict[str, str]:
     """Final adapter, snapshots and, last, adapter.json; returns the digest of each weight file."""
     if trainer.adapted.frozen_digest() != trainer.frozen_before:
         raise RuntimeError("training changed the frozen base")
-    shutil.rmtree(adapter_folder, ignore_errors=True)
     num_steps = len(trainer.history)
     steps = [step for step in trainer.params.snapshot_steps if step < num_steps]
+    if gone := [step for step in steps if not (trainer.folder / adapter.snapshot_name(step)).exists()]:
+        raise UserError(f"{trainer.folder}: the snapshot of step {gone[0]} is gone; run the same command again")
+    shutil.rmtree(adapter_folder, ignore_errors=True)
     files = {}
     for step in steps:
         name = adapter.snapshot_name(step)

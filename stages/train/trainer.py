@@ -14,7 +14,7 @@ from stages.core.adapted import Adapted, frozen_digest, text_configs
 from stages.core.base_files import is_whole
 from stages.core.checkpoint import Checkpoints
 from stages.core.console import log
-from stages.core.files import drop_leftovers, save_tensors, sha256_json, state_dir, write_json
+from stages.core.files import drop_leftovers, require_held, save_tensors, sha256_json, state_dir, write_json
 from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Progress
 from stages.train import eva, init_from, noising, optimizers, outputs, weighting
@@ -259,6 +259,7 @@ class Trainer:
     def checkpoint(self, step: int) -> None:
         if not self.accelerator.is_main_process:
             return
+        require_held(self.folder)
         scaler = self.accelerator.scaler
         self.checkpoints.save(
             step,
