@@ -22,7 +22,7 @@ from stages.core.sheets import save_png, sheet
 from stages.core.sweep import Run
 from stages.leaderboard.__main__ import main, write_board
 from stages.leaderboard.ranking import Table, rank
-from stages.leaderboard.results import read_result
+from stages.leaderboard.results import read_results
 from tests.conftest import REPOSITORY
 
 EMPTY: dict[str, Any] = {"datasets": [], "grid": {}, "rows": [], "seeds": [], "exclude": []}
@@ -95,7 +95,7 @@ def board(runs: Sequence[Run]) -> tuple[str, list[dict[str, str]]]:
 
 
 def ranked(runs: Sequence[Run]) -> list[Table]:
-    return rank([read_result(run, Path()) for run in runs])[0]
+    return rank(read_results(runs))[0]
 
 
 def test_settings_stand_in_order_with_the_intervals_of_compare() -> None:
@@ -103,7 +103,7 @@ def test_settings_stand_in_order_with_the_intervals_of_compare() -> None:
     for run in runs:
         write_run(run)
     (table,) = ranked(runs)
-    sides = {run.name: read_result(run, Path()).done for run in runs}
+    sides = {result.run.name: result.done for result in read_results(runs)}
     means = {
         rank: np.mean([s.adapter for name, side in sides.items() if f"-{rank}-" in name for s in side.scores[:24]])
         for rank in (4, 8, 16)

@@ -16,7 +16,7 @@ from stages.core.files import replaced, write_text
 from stages.leaderboard.page import heading, headline, write_csv, write_page
 from stages.leaderboard.pictures import draw_contact, draw_effects
 from stages.leaderboard.ranking import rank
-from stages.leaderboard.results import read_result
+from stages.leaderboard.results import read_results
 
 OUT = Path("reports/sweep")
 
@@ -31,7 +31,7 @@ def main() -> None:
 
 def write_board(runs: list[sweep.Run], out: Path) -> None:
     """Rank what is finished, list what is not, and write all of it, or nothing."""
-    tables, unfinished = rank([read_result(each, Path()) for each in runs])
+    tables, unfinished = rank(read_results(runs))
     with replaced(out) as folder:
         pictures = []
         if tables:
