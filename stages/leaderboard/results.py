@@ -113,11 +113,6 @@ def read_side(run: Run) -> tuple[Side, dict[str, Any]]:
     return side, parse_object((exported / "lineage.json").read_bytes())
 
 
-def changes_since(stage: str, path: Path, run: Run) -> tuple[str, ...]:
-    """Since the job that wrote ``path``; none where Snakemake's record of it is not there."""
-    return tuple(outdated(stage, record, run)) if (record := read_record(str(path))) else ()
-
-
 def other_than_planned(run: Run, side: Side, exported: dict[str, Any]) -> Iterator[str]:
     """What the reports say they were made with, where the plan says something else: of a run from before an edit."""
     recorded = {"lora": exported["lora"], "train": exported["train"], "validate": side.lineage["validate"]}
