@@ -73,6 +73,15 @@ else
 fi
 """
 
+# A stand-in of conda; it makes no environment.
+CONDA = """#!/bin/sh
+case "$1" in
+info) echo '{{"conda_prefix": "{folder}", "platform": "linux-64"}}' ;;
+--version) echo conda 24.9.2 ;;
+config) echo '{{"get": {{"channel_priority": "strict"}}}}' ;;
+esac
+"""
+
 
 class Stubbed:
     """A checkout where every stage takes a moment."""
@@ -333,6 +342,25 @@ def test_kubernetes_profile_starts_a_job_per_stage_and_waits_for_it(stubbed: Stu
     assert pod["containers"][0]["workingDir"] == str(stubbed.path)
     assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "claim"}
     assert train["spec"]["activeDeadlineSeconds"] == 480 * 60
+
+
+@pytest.mark.slow
+def test_conda_environment_has_the_locked_packages(stubbed: Stubbed, tmp_path: Path) -> None:
+    """Snakemake copies the file to .snakemake/conda, and conda takes what pip is asked for from there."""
+    files = {
+        "bin/conda": CONDA.format(folder=tmp_path),
+        "bin/activate": f"PATH={tmp_path}/activated:$PATH",
+        "activated/python": f'#!/bin/sh\necho "$@" >> {tmp_path}/asked.txt; ls requirements.lock\n',
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (stubbed.path / "requirements.lock").touch()
+    words = ["--software-deployment-method", "conda", "--conda-create-envs-only", "--config", "seeds=[7]"]
+    done = stubbed.snakemake(*words, PATH=f"{tmp_path}/bin{os.pathsep}{stubbed.environment['PATH']}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "asked.txt").read_text() == "-m pip install --requirement requirements.lock\n"
 
 
 @pytest.mark.slow
