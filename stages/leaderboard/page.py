@@ -26,7 +26,8 @@ ABOUT = (
     "of a single run, over pictures alone. Each is for its own line: of twenty settings as good as the best, one is "
     "expected to stand as worse. The best was picked by these same pictures, so one within noise of it may be as good. "
     "`front`: no setting of the table is better in one of loss and size, or loss and time (to two digits), and as "
-    "good in the other."
+    "good in the other. In the plots a dot is a run, a bar the seeds of a setting, and a line the mean of the settings "
+    "that were run with every value of the key."
 )
 FIELDS = (
     *("table", "rank", "run", "dataset", "seed", "state", "loss", "loss_base", "change", "change_low", "change_high"),

@@ -26,6 +26,7 @@ MAX_ROWS = 40
 SHEET_BYTES = 1_000_000
 SHEET_PIXELS = 2_000_000  # of its cells together: more would take fewer colours
 MIN_CELL = 32
+SHORT_NAME = 7  # letters
 
 
 def draw_effects(tables: Sequence[Table], path: Path) -> str:
@@ -63,7 +64,7 @@ def draw_effects(tables: Sequence[Table], path: Path) -> str:
 
 
 def draw_sizes(panel: Axes, tables: Sequence[Table]) -> None:
-    """Settings by the size of their file; those that no smaller one beats are joined."""
+    """Settings by the size of their file; those that none beats in one and equals in the other are joined."""
     for index, each in enumerate(tables):
         colour = COLOURS[index % len(COLOURS)]
         sized = [standing for standing in each.standings if standing.megabytes is not None]
@@ -72,8 +73,12 @@ def draw_sizes(panel: Axes, tables: Sequence[Table]) -> None:
         front = [standing for standing in sized if "size" in standing.fronts]
         points = sorted((standing.megabytes or 0.0, mean_change(standing)) for standing in front)
         label = heading(each, tables)
-        panel.plot([x for x, _ in points], [y for _, y in points], "-", color=colour, linewidth=1, label=label)
-    panel.set_xlabel("MB; joined: the Pareto front", color=INK)
+        (line,) = panel.plot(
+            [x for x, _ in points], [y for _, y in points], "o-", color=colour, linewidth=1, label=label
+        )
+        line.set(markersize=9, markerfacecolor="none")
+    panel.locator_params(axis="x", nbins=5)
+    panel.set_xlabel("MB; ringed and joined: the Pareto front", color=INK)
 
 
 def draw_key(panel: Axes, tables: Sequence[Table], key: str) -> None:
@@ -155,7 +160,7 @@ def draw_contact(tables: Sequence[Table], path: Path) -> str:
         prompt = shared[0] if shared else each.results[0].done.prompts[0]
         base = next(iter(cells.values()))[prompt][0]
         rows.append([base, *(cells[seed][prompt][1] if seed in cells else None for seed in seeds)])
-    labels = [f"{number}. {', '.join(shown_short(each, key) for key in keys)}" for number, each in standings]
+    labels = [f"({number}) {', '.join(shown_short(each, key) for key in keys)}" for number, each in standings]
     columns = ["base", *(f"seed {seed}" for seed in seeds)]
     title = f"{shared[0] if shared else 'The first prompt of each'} ({', '.join(keys) or 'one setting'})"
     side = math.isqrt(SHEET_PIXELS // (len(rows) * len(columns)))
@@ -166,5 +171,6 @@ def draw_contact(tables: Sequence[Table], path: Path) -> str:
 
 
 def shown_short(standing: Standing, key: str) -> str:
-    """A value in few letters, where a row has room for little."""
-    return show(standing.results[0].run.value(key)).removeprefix("data/").replace('"', "")
+    """``rank 16``; of a long key the value alone, where a row has room for little."""
+    name, value = key.partition(".")[2], show(standing.results[0].run.value(key)).removeprefix("data/")
+    return f"{name} {value}" if len(name) <= SHORT_NAME else value.replace('"', "")
