@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from stages.core.files import write_json, write_text
 from stages.core.params import read_yaml
 from stages.core.sheets import save_png, sheet
 from stages.core.sweep import Run
+from stages.leaderboard import pictures
 from stages.leaderboard.__main__ import main, write_board
-from stages.leaderboard.ranking import Table, rank
-from stages.leaderboard.results import read_result
+from stages.leaderboard.ranking import Table, front, rank
+from stages.leaderboard.results import read_results
 from tests.conftest import REPOSITORY
 
 EMPTY: dict[str, Any] = {"datasets": [], "grid": {}, "rows": [], "seeds": [], "exclude": []}
@@ -32,16 +34,16 @@ GAIN = {4: 0.20, 8: 0.30, 16: 0.31, 32: 0.25}  # by rank
 MEGABYTES = {4: 1.0, 8: 2.0, 16: 4.0, 32: 8.0}
 
 
-def write_run(run: Run, pictures: Sequence[str] = PICTURES, dataset: str = "c", shift: float = 0.0) -> None:
+def write_run(run: Run, names: Sequence[str] = PICTURES, dataset: str = "c", shift: float = 0.0) -> None:
     """All that a finished run leaves, as far as the leaderboard reads it: in the current folder."""
     at = {name: Path(folder) for name, folder in run.folders.items()}
     size, seed = run.value("lora.rank"), run.value("train.seed")
     rng = np.random.default_rng([size, seed])
-    losses = BASE - GAIN[size] + shift + rng.normal(0, 0.004) + rng.normal(0, 0.01, len(pictures))
+    losses = BASE - GAIN[size] + shift + rng.normal(0, 0.004) + rng.normal(0, 0.01, len(names))
     scores = [
         Score(f"{dataset}-{split}-{name}-{t}", name, split, t, BASE, loss)
         for split in ("heldout", "train")
-        for name, loss in zip(pictures, losses, strict=True)
+        for name, loss in zip(names, losses, strict=True)
         for t in (100, 900)
     ]
     adapter = hashlib.sha256(run.places["train"].encode()).hexdigest()
@@ -95,7 +97,7 @@ def board(runs: Sequence[Run]) -> tuple[str, list[dict[str, str]]]:
 
 
 def ranked(runs: Sequence[Run]) -> list[Table]:
-    return rank([read_result(run, Path()) for run in runs])[0]
+    return rank(read_results(runs))[0]
 
 
 def test_settings_stand_in_order_with_the_intervals_of_compare() -> None:
@@ -103,7 +105,7 @@ def test_settings_stand_in_order_with_the_intervals_of_compare() -> None:
     for run in runs:
         write_run(run)
     (table,) = ranked(runs)
-    sides = {run.name: read_result(run, Path()).done for run in runs}
+    sides = {result.run.name: result.done for result in read_results(runs)}
     means = {
         rank: np.mean([s.adapter for name, side in sides.items() if f"-{rank}-" in name for s in side.scores[:24]])
         for rank in (4, 8, 16)
@@ -141,6 +143,47 @@ def test_fronts_are_those_of_comparing_each_with_each() -> None:
     assert front == {"raw/rank-4", "raw/rank-8", "raw/rank-16"}  # 32 is larger and worse than 16
     _, rows = board(runs)
     assert {row["run"]: row["front"] for row in rows}["raw/rank-32-s0"] == ""
+
+
+def test_a_front_has_all_points_that_none_dominates() -> None:
+    """Of equal losses, as of two exports of one training, only the smaller file; of points in one place, all."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        points = [(float(cost), float(loss)) for cost, loss in rng.integers(0, 5, (8, 2))]
+        free = [
+            i
+            for i, own in enumerate(points)
+            if not any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in points)
+        ]
+        assert sorted(front(*zip(*points, strict=True))) == free
+
+
+def test_one_training_exported_twice_is_equal_and_the_smaller_file_is_on_the_front() -> None:
+    runs = planted(grid={"export.seed": [0, 1]}, seeds=[0, 1])
+    for run in runs:
+        write_run(run)
+        if run.value("export.seed") == 1:
+            write_json(Path(run.folders["export_reports"], "metrics.json"), {"export.megabytes": 1.0})
+    page, rows = board(runs)
+    found = {(row["export.seed"], row["verdict"], "size" in row["front"].split()) for row in rows}
+    names = {verdict for _, verdict, _ in found}
+    assert names == {"best", "equal"}
+    assert {(number, size) for number, _, size in found} == {("0", False), ("1", True)}
+    assert "1 of 1 others within noise of it" in page
+
+
+def test_each_setting_is_held_against_its_own_base() -> None:
+    """Two denoisers with one VAE answer the same rows."""
+    runs = planted(grid={"model.variant": [None, "fp16"]})
+    for run in runs:
+        write_run(run)
+    path = Path(runs[1].folders["reports"], "validate/heldout.csv")
+    path.write_text(re.sub(r",0\.8,", ",1.6,", path.read_text()))
+    (table,) = ranked(runs)
+    assert sorted(float(standing.base.mean()) for standing in table.standings) == pytest.approx([0.8, 1.6])
+    page, rows = board(runs)
+    assert {row["loss_base"] for row in rows} == {"0.8", "1.6"}
+    assert len(set(re.findall(r"(\S+) % \[", page.partition("| 1. ")[2]))) > 1
 
 
 def test_no_time_front_where_a_time_is_missing() -> None:
@@ -220,6 +263,48 @@ def test_datasets_that_share_pictures_are_compared_on_those() -> None:
     (table,) = ranked(runs)
     assert table.num_pictures == 12
     assert [standing.name for standing in table.standings] == ["raw/default", "other/default"]
+
+
+def test_a_chance_overlap_of_two_splits_does_not_decide_for_all() -> None:
+    runs = planted(datasets=["data/raw", "data/other"])
+    write_run(runs[0])
+    write_run(runs[1], [*PICTURES[:3], *(f"own-{i}.png" for i in range(9))])
+    assert [table.num_pictures for table in ranked(runs)] == [12, 12]
+    write_run(runs[1], [*PICTURES[:6], *(f"own-{i}.png" for i in range(6))])
+    assert [table.num_pictures for table in ranked(runs)] == [6]
+
+
+def test_tables_of_one_dataset_are_told_apart_by_what_was_swept() -> None:
+    runs = planted(grid={"dataset.resolution": [32, 64], "lora.rank": [4, 8]})
+    for run in runs:
+        write_run(run, dataset=str(run.value("dataset.resolution")))
+    page, _ = board(runs)
+    headings = [f"## data/raw, dataset.resolution {size}: 12 held-out pictures" for size in (32, 64)]
+    assert re.findall(r"^## data.*", page, re.MULTILINE) == headings
+
+
+def test_every_run_has_its_interval_over_pictures() -> None:
+    (run,) = planted()
+    write_run(run)
+    page, (row,) = board([run])
+    cells = page.splitlines()[-1].split(" | ")
+    values = [100 * float(row[f"change{bound}"]) / BASE for bound in ("", "_low", "_high")]
+    assert cells[2].replace("\N{MINUS SIGN}", "-") == "{:+.1f} % [{:+.1f}, {:+.1f}]".format(*values)
+    assert cells[-2] == "25%"
+
+
+def test_a_sheet_without_room_for_all_says_so_and_has_rows_of_every_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_ROWS", 4)
+    monkeypatch.setattr(pictures, "MAX_KEYS", 1)
+    grid = {"lora.rank": [4, 8, 16], "lora.alpha": [8]}
+    runs = planted(datasets=["data/raw", "data/raw-noto"], grid=grid, rows=[{"lora.rank": 32, "lora.alpha": 4}])
+    for run in runs:
+        write_run(run, dataset=run.value("dataset.source"))
+    page, _ = board(runs)
+    assert "![contact](contact.png)\n\nWithout 4 settings: the best 2 of each table are drawn." in page
+    assert "![leaderboard](leaderboard.png)\n\nWithout lora.alpha: 1 keys at most are drawn." in page
+    with Image.open("reports/sweep/contact.png") as picture:
+        assert 4 * 64 < picture.height < 6 * 64
 
 
 def test_the_same_runs_give_the_same_bytes() -> None:

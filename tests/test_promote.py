@@ -189,6 +189,27 @@ def test_runs_of_other_parameters_code_pictures_or_base_are_refused(swept: Stubb
         path.write_bytes(content)
 
 
+def test_the_leaderboard_ranks_no_run_that_would_be_made_otherwise_now(swept: Stubbed) -> None:
+    """As after a sweep that failed early, once a parameter, a picture or a stage's code was edited."""
+
+    def reason() -> str:
+        swept.python("-m", "stages.leaderboard", "--set", "sweep.grid={lora.rank: [4]}")
+        return (swept.path / "reports/sweep/leaderboard.md").read_text()
+
+    assert "run `snakemake` again" not in reason()  # the stand-ins write no reports that could be read
+    swept.set(dataset__heldout_fraction=0.4)
+    code = swept.path / "stages/export/header.py"
+    code.write_text(code.read_text() + "\n# edited\n")
+    page = reason().replace("'", "`")
+    assert "made with dataset.heldout_fraction 0.25, params.yaml has 0.4, made by other code of export" in page
+    swept.back()
+    manifest = swept.path / "runs/raw/latents/manifest.json"
+    latents = manifest.read_bytes()
+    manifest.write_bytes(b"{}")
+    assert "train read another runs/raw/latents/manifest.json, validate read another" in reason()
+    manifest.write_bytes(latents)
+
+
 def test_unknown_and_unfinished_runs_are_refused(swept: Stubbed) -> None:
     assert f"raw/rank-44-s0: no such run below runs/ (near: {RUN}" in swept.refusal("raw/rank-44-s0")
     report = swept.path / f"runs/{RUN}/reports/report.md"

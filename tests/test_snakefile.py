@@ -69,8 +69,17 @@ if [ "$1" = create ]; then
     (sh "$script" && echo Complete || echo Failed) > $name.status 2> $name.log &
     printf %s $name
 else
-    tail -n 1 $3.status
+    printf "%s " $3 && tail -n 1 $3.status
 fi
+"""
+
+# A stand-in of conda; it makes no environment.
+CONDA = """#!/bin/sh
+case "$1" in
+info) echo '{{"conda_prefix": "{folder}", "platform": "linux-64"}}' ;;
+--version) echo conda 24.9.2 ;;
+config) echo '{{"get": {{"channel_priority": "strict"}}}}' ;;
+esac
 """
 
 
@@ -139,7 +148,7 @@ def put_back(stubbed: Stubbed) -> Iterator[None]:
         pytest.param("export__seed", 1, {"export", "report"}, marks=pytest.mark.slow),
         pytest.param("report__title", "Another", {"report"}, marks=pytest.mark.slow),
         pytest.param("runtime__log_every_n_steps", 2, set(), marks=pytest.mark.slow),
-        pytest.param("sweep__grid", {}, set(), marks=pytest.mark.slow),
+        pytest.param("sweep__seeds", [0], set(), marks=pytest.mark.slow),
     ],
 )
 def test_a_change_reruns_what_it_can_affect_as_under_dvc(
@@ -172,6 +181,7 @@ def test_a_crash_after_a_change_leaves_nothing_that_looks_current(stubbed: Stubb
     stubbed.checkout.set(lora__rank=3)
     failed = stubbed.snakemake("--retries", "0", FAIL="train")
     assert failed.returncode != 0 and "asked to fail" in failed.stdout + failed.stderr
+    assert set(stubbed.plan()) == AFTER_TRAIN  # only since rule all names the adapter: no parameter has changed since
     stubbed.checkout.git("checkout", "--quiet", "params.yaml")
     assert set(stubbed.plan()) == AFTER_TRAIN  # for the setting before, too: its adapter is gone
     stubbed.run()
@@ -333,6 +343,25 @@ def test_kubernetes_profile_starts_a_job_per_stage_and_waits_for_it(stubbed: Stu
     assert pod["containers"][0]["workingDir"] == str(stubbed.path)
     assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "claim"}
     assert train["spec"]["activeDeadlineSeconds"] == 480 * 60
+
+
+@pytest.mark.slow
+def test_conda_environment_has_the_locked_packages(stubbed: Stubbed, tmp_path: Path) -> None:
+    """Snakemake copies the file to .snakemake/conda, and conda takes what pip is asked for from there."""
+    files = {
+        "bin/conda": CONDA.format(folder=tmp_path),
+        "bin/activate": f"PATH={tmp_path}/activated:$PATH",
+        "activated/python": f'#!/bin/sh\necho "$@" >> {tmp_path}/asked.txt; ls requirements.lock\n',
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (stubbed.path / "requirements.lock").touch()
+    words = ["--software-deployment-method", "conda", "--conda-create-envs-only", "--config", "seeds=[7]"]
+    done = stubbed.snakemake(*words, PATH=f"{tmp_path}/bin{os.pathsep}{stubbed.environment['PATH']}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "asked.txt").read_text() == "-m pip install --requirement requirements.lock\n"
 
 
 @pytest.mark.slow

@@ -266,6 +266,10 @@ def test_summary_counts_and_estimates_from_earlier_trainings(tmp_path: Path) -> 
     assert measured == [50.0, 100.0, 1000.0]
     # 900 steps of 16 pictures at the median of 100 a second
     assert "about 2.4 min one after the other at 6.2 steps/s" in sweep.summary(runs, measured)[1]
+    write_json(tmp_path / "runs/raw/rank-4-s0/adapter/adapter.json", {})
+    line = sweep.summary(runs, measured, tmp_path)[1]
+    assert line.startswith("train: 900 optimizer steps")
+    assert line.endswith("; 400 of the steps are of adapters that are there")
 
 
 def test_sections_behind_a_stage_are_those_of_dvc_s_dag() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 from base64 import urlsafe_b64encode
@@ -18,7 +19,6 @@ from stages.core.console import UserError
 from stages.core.files import sha256_file, sha256_json
 
 METADATA = Path(".snakemake/metadata")
-NAME_LENGTH = 254  # characters of a file's name, beside an @
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,7 @@ def read_record(path: str) -> Record | None:
     Raises:
         UserError: what stands there is of another version of Snakemake.
     """
-    encoded = urlsafe_b64encode(path.encode()).decode()
-    *parents, name = (encoded[i : i + NAME_LENGTH] for i in range(0, len(encoded), NAME_LENGTH))
-    place = METADATA.joinpath(*(f"@{part}" for part in parents), name)
-    if not place.is_file() or not Path(path).is_file():
+    if not METADATA.is_dir() or not (place := place_of(path)).is_file() or not Path(path).is_file():
         return None
     try:
         found = json.loads(place.read_bytes())
@@ -84,3 +81,11 @@ def read_record(path: str) -> Record | None:
             f"{place}: not as Snakemake 9 writes it ({type(error).__name__}: {error}); "
             f"delete {path} and run snakemake again"
         ) from None
+
+
+def place_of(path: str) -> Path:
+    """Of its record: the path in base64, cut where a file's name must end on this disk."""
+    length = os.pathconf(METADATA, "PC_NAME_MAX") - 1  # beside an @
+    encoded = urlsafe_b64encode(path.encode()).decode()
+    *parents, name = (encoded[i : i + length] for i in range(0, len(encoded), length))
+    return METADATA.joinpath(*(f"@{part}" for part in parents), name)

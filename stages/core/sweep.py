@@ -319,20 +319,31 @@ def words(run: Run, names: list[str]) -> list[str]:
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 
 
-def summary(runs: list[Run], measured: list[float]) -> list[str]:
-    """What a sweep comes to, in lines; ``measured`` holds images per second of earlier trainings."""
+def summary(runs: list[Run], measured: list[float], root: Path = Path()) -> list[str]:
+    """What a sweep comes to, in lines.
+
+    Args:
+        measured: images per second of earlier trainings.
+        root: of the checkout, where some adapters may be already.
+    """
     count = {stage: len({run.places[stage] for run in runs}) for stage in SECTIONS_BEHIND}
     stages = ", ".join(f"{stage} {number}" for stage, number in count.items())
-    trainings = {run.places["train"]: run.value("train") for run in runs}.values()
+    adapters = {run.folders["adapter"]: run.value("train") for run in runs}
+    trainings = adapters.values()
     steps = sum(train["num_steps"] for train in trainings)
+    done = sum(train["num_steps"] for at, train in adapters.items() if (root / at / "adapter.json").is_file())
+    here = f"; {done:,} of the steps are of adapters that are there" if done else ""
     images = sum(train["num_steps"] * train["batch_size"] * train["gradient_accumulation_steps"] for train in trainings)
     lines = [f"sweep: {len(runs)} runs; all in all {stages}"]
     if not measured:
-        return [*lines, f"train: {steps:,} optimizer steps; time not measured: no training's run.json is here yet"]
+        return [
+            *lines,
+            f"train: {steps:,} optimizer steps; time not measured: no training has a run.json yet{here}",
+        ]
     speed = sorted(measured)[len(measured) // 2]
     seconds = images / speed
     rate = f"{steps / seconds:.1f} steps/s, the median of {len(measured)} earlier training{'s' * (len(measured) > 1)}"
-    return [*lines, f"train: {steps:,} optimizer steps, about {duration(seconds)} one after the other at {rate}"]
+    return [*lines, f"train: {steps:,} optimizer steps, about {duration(seconds)} one after the other at {rate}{here}"]
 
 
 def duration(seconds: float) -> str:

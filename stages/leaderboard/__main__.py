@@ -16,7 +16,7 @@ from stages.core.files import replaced, write_text
 from stages.leaderboard.page import heading, headline, write_csv, write_page
 from stages.leaderboard.pictures import draw_contact, draw_effects
 from stages.leaderboard.ranking import rank
-from stages.leaderboard.results import read_result
+from stages.leaderboard.results import read_results
 
 OUT = Path("reports/sweep")
 
@@ -31,17 +31,16 @@ def main() -> None:
 
 def write_board(runs: list[sweep.Run], out: Path) -> None:
     """Rank what is finished, list what is not, and write all of it, or nothing."""
-    tables, unfinished = rank([read_result(each, Path()) for each in runs])
+    tables, unfinished = rank(read_results(runs))
     with replaced(out) as folder:
-        pictures = []
+        pictures = {}
         if tables:
-            pictures = [folder / "leaderboard.png", folder / "contact.png"]
-            draw_effects(tables, pictures[0])
-            draw_contact(tables, pictures[1])
+            for name, draw in (("leaderboard.png", draw_effects), ("contact.png", draw_contact)):
+                pictures[folder / name] = draw(tables, folder / name)
         write_text(folder / "leaderboard.csv", write_csv(tables, unfinished))
         write_text(folder / "leaderboard.md", write_page(tables, unfinished, pictures, folder))
     for each in tables:
-        log.info("%s", heading(each))
+        log.info("%s", heading(each, tables))
         log.info("  %s", headline(each).replace("**", ""))
     for result in unfinished:
         log.info("not finished: %s (%s)", result.run.name, result.reason)

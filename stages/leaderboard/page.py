@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.core import evaluation
 from stages.core.evaluation import Estimate
@@ -14,13 +15,19 @@ from stages.core.sweep import Run, duration
 from stages.leaderboard.ranking import Standing, Table
 from stages.leaderboard.results import Result
 
+if TYPE_CHECKING:
+    import numpy as np
+
 SEED = "train.seed"
 ABOUT = (
-    "Held-out loss: what it differs from the base's, in percent of that, so below 0 is better. Against the best: what "
-    "it differs from the best setting's, in percent of that, paired picture by picture. Intervals are of 95 %, over "
-    "held-out pictures and, where a setting has several seeds, over those. The best was picked by these same pictures, "
-    "so one within noise of it may be as good. `front`: no setting of the table has a lower loss and is as small "
-    "(size), or as quickly trained (time, to two digits)."
+    "Held-out loss: of the adapter at the end of its training, what it differs from the base's, in percent of that, so "
+    "below 0 is better. Against the best: what it differs from the best setting's, in percent of that, paired picture "
+    "by picture. Intervals are of 95 %, over held-out pictures and, where some setting has several seeds, over those; "
+    "of a single run, over pictures alone. Each is for its own line: of twenty settings as good as the best, one is "
+    "expected to stand as worse. The best was picked by these same pictures, so one within noise of it may be as good. "
+    "`front`: no setting of the table is better in one of loss and size, or loss and time (to two digits), and as "
+    "good in the other. In the plots a dot is a run, a bar the seeds of a setting, and a line the mean of the settings "
+    "that were run with every value of the key."
 )
 FIELDS = (
     *("table", "rank", "run", "dataset", "seed", "state", "loss", "loss_base", "change", "change_low", "change_high"),
@@ -29,19 +36,26 @@ FIELDS = (
 )
 
 
-def write_page(tables: Sequence[Table], unfinished: Sequence[Result], pictures: Sequence[Path], folder: Path) -> str:
-    """The whole page; pictures are linked from ``folder``."""
-    runs = [result for each in tables for standing in each.standings for result in standing.results]
-    keys = swept_keys([result.run for result in [*runs, *unfinished]])
+def write_page(
+    tables: Sequence[Table], unfinished: Sequence[Result], pictures: Mapping[Path, str], folder: Path
+) -> str:
+    """The whole page; pictures are linked from ``folder``.
+
+    Args:
+        pictures: of each, what was left out of it.
+    """
+    runs = runs_of(tables)
+    keys = swept_keys([*runs, *(result.run for result in unfinished)])
     counts = f"{len(runs)} of {len(runs) + len(unfinished)} runs finished"
     sections = [f"# Leaderboard: {counts}"]
     for each in tables:
-        sections += [f"## {heading(each)}", headline(each), standings_table(each), seed_line(each)]
+        sections += [f"## {heading(each, tables)}", headline(each), standings_table(each), seed_line(each)]
     sections += [ABOUT] if tables else []
     if unfinished:
         rows = [[result.run.name, code(result.reason, 300)] for result in unfinished]
         sections += ["## Not finished", table(("run", "why"), rows, align=":---")]
-    sections += [image(path.stem, path, folder) for path in pictures]
+    for path, left_out in pictures.items():
+        sections += [image(path.stem, path, folder), *([left_out] if left_out else [])]
     if tables:
         sections += ["## Runs", runs_table(tables, keys)]
     return "\n\n".join(sections) + "\n"
@@ -53,23 +67,31 @@ def swept_keys(runs: Sequence[Run]) -> list[str]:
     return [key for key in keys if len({json.dumps(run.value(key), sort_keys=True) for run in runs}) > 1]
 
 
-def heading(each: Table) -> str:
-    return f"{', '.join(each.datasets)}: {each.num_pictures} held-out pictures"
+def heading(each: Table, tables: Sequence[Table]) -> str:
+    """``data/raw, dataset.resolution 64: 12 held-out pictures``, with the swept values that tell it from the others."""
+    keys = [key for key in swept_keys(runs_of(tables)) if key not in (SEED, "dataset.source")]
+    own = runs_of([each])
+    values = [f"{key} {show(own[0].value(key))}" for key in keys if key not in swept_keys(own)]
+    return f"{', '.join([*each.datasets, *values])}: {each.num_pictures} held-out pictures"
+
+
+def runs_of(tables: Sequence[Table]) -> list[Run]:
+    return [result.run for each in tables for standing in each.standings for result in standing.results]
 
 
 def headline(each: Table) -> str:
     """The best, and how many others cannot be told from it."""
     best, *others = each.standings
     if not others:
-        return f"**{best.name}** alone: {percent(best.change, base_loss(best))} of the base's loss."
-    near = sum(other.verdict == "within noise" for other in others)
+        return f"**{best.name}** alone: {percent(best.change, base_loss(best))} against the base."
+    near = sum(other.verdict != "worse" for other in others)
     told = "all others are worse beyond noise" if not near else f"{near} of {len(others)} others within noise of it"
-    return f"Best: **{best.name}**, {percent(best.change, base_loss(best))} of the base's loss; {told}."
+    return f"Best: **{best.name}**, {percent(best.change, base_loss(best))} against the base; {told}."
 
 
 def standings_table(each: Table) -> str:
     """A line for each setting, best first."""
-    head = ("setting", "seeds", "held-out loss", "against the best", "")
+    head = ("setting", "seeds", "held-out loss", "against the best", "verdict")
     cost = ("copied", "parameters", "MB", "training", "front")
     best = each.standings[0]
     return table([*head, *cost], [line(i, row, best) for i, row in enumerate(each.standings, 1)])
@@ -106,12 +128,18 @@ def runs_table(tables: Sequence[Table], keys: Sequence[str]) -> str:
     for each in tables:
         for standing in each.standings:
             for result, losses in zip(standing.results, standing.losses, strict=True):
-                change = (losses - standing.base).mean() / base_loss(standing)
                 values = [show(result.run.value(key)) for key in keys]
-                rows.append([result.run.name, *values, str(result.seed), f"{signed(100 * change, '.1f')} %"])
-                rows[-1] += [f"{losses.mean():.4f}", signed_or_empty(result.number("val.overfit_gap"))]
+                change = percent(change_of(losses, standing), base_loss(standing))
+                rows.append([result.run.name, *values, str(result.seed), change, f"{losses.mean():.4f}"])
+                rows[-1] += [signed_or_empty(result.number("val.overfit_gap"))]
+                rows[-1] += [shown(result.number("samples.copied_share"), "{:.0%}")]
                 rows[-1] += ["" if result.seconds is None else duration(result.seconds)]
-    return table(("run", *keys, SEED, "held-out loss", "MSE", "overfit gap", "training"), rows)
+    return table(("run", *keys, SEED, "held-out loss", "MSE", "overfit gap", "copied", "training"), rows)
+
+
+def change_of(losses: np.ndarray, standing: Standing) -> Estimate:
+    """Of one run, float64 [pictures]: loss minus the base's, over pictures alone."""
+    return evaluation.estimate(losses - standing.base, seed=0)
 
 
 def show(value: object) -> str:
@@ -139,8 +167,8 @@ def signed_or_empty(value: float | None) -> str:
 
 def write_csv(tables: Sequence[Table], unfinished: Sequence[Result]) -> str:
     """Every run; losses in MSE, six significant digits."""
-    runs = [result for each in tables for standing in each.standings for result in standing.results]
-    keys = [key for key in swept_keys([r.run for r in [*runs, *unfinished]]) if key not in (SEED, "dataset.source")]
+    runs = [*runs_of(tables), *(result.run for result in unfinished)]
+    keys = [key for key in swept_keys(runs) if key not in (SEED, "dataset.source")]
     lines = []
     for number, each in enumerate(tables, 1):
         for rank, standing in enumerate(each.standings, 1):
@@ -158,7 +186,7 @@ def of_run(result: Result, keys: Sequence[str]) -> dict[str, object]:
 
 def of_result(each: Table, standing: Standing, index: int) -> dict[str, object]:
     result, losses = standing.results[index], standing.losses[index]
-    change = evaluation.estimate(losses - standing.base, seed=0)
+    change = change_of(losses, standing)
     best = standing.against_best or Estimate(0.0, 0.0, 0.0)
     return {
         "state": "finished",

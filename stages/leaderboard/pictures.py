@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stages.compare.sheets import cut_cells
 from stages.compare.sides import shared_prompts
 from stages.core.files import atomic
-from stages.leaderboard.page import SEED, base_loss, swept_keys
+from stages.leaderboard.page import SEED, base_loss, heading, runs_of, show, swept_keys
 from stages.leaderboard.ranking import Standing, Table
 
 if TYPE_CHECKING:
@@ -25,17 +24,24 @@ COLOURS = ("#0969da", "#9a6700", "#1a7f37", "#cf222e", "#8250df", "#57606a")
 MAX_KEYS = 8
 MAX_ROWS = 40
 SHEET_BYTES = 1_000_000
+SHEET_PIXELS = 2_000_000  # of its cells together: more would take fewer colours
+MIN_CELL = 32
+SHORT_NAME = 7  # letters
 
 
-def draw_effects(tables: Sequence[Table], path: Path) -> None:
-    """Loss against size, then a panel for each swept key: a dot for a run, a line through the seeds of a setting."""
+def draw_effects(tables: Sequence[Table], path: Path) -> str:
+    """Loss against size, then a panel for each swept key: a dot for a run, a line through the seeds of a setting.
+
+    Returns:
+        What was left out, in words.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    runs = [result.run for each in tables for standing in each.standings for result in standing.results]
-    keys = [key for key in swept_keys(runs) if key not in (SEED, "dataset.source")][:MAX_KEYS]
+    swept = [key for key in swept_keys(runs_of(tables)) if key not in (SEED, "dataset.source")]
+    keys = swept[:MAX_KEYS]
     columns = min(3, 1 + len(keys))
     rows = -(-(1 + len(keys)) // columns)
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID}):
@@ -43,31 +49,36 @@ def draw_effects(tables: Sequence[Table], path: Path) -> None:
             rows, columns, figsize=(4.4 * columns, 3.8 * rows + 0.5), layout="constrained", squeeze=False, sharey=True
         )
         panels = list(grid.flat)
-        draw_front(panels[0], tables)
+        draw_sizes(panels[0], tables)
         for panel, key in zip(panels[1:], keys, strict=False):
             draw_key(panel, tables, key)
         for index, panel in enumerate(panels):
             panel.set_visible(index <= len(keys))
-            style(panel, "held-out loss, % of the base's" if index % columns == 0 else "")
+            style(panel, "held-out loss against the base's, %" if index % columns == 0 else "")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False)
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
         with atomic(path) as temporary:
             figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
         plt.close(figure)
+    return f"Without {', '.join(swept[MAX_KEYS:])}: {MAX_KEYS} keys at most are drawn." if swept[MAX_KEYS:] else ""
 
 
-def draw_front(panel: Axes, tables: Sequence[Table]) -> None:
-    """Settings by the size of their file; those that no smaller one beats are joined."""
+def draw_sizes(panel: Axes, tables: Sequence[Table]) -> None:
+    """Settings by the size of their file; those that none beats in one and equals in the other are joined."""
     for index, each in enumerate(tables):
         colour = COLOURS[index % len(COLOURS)]
         sized = [standing for standing in each.standings if standing.megabytes is not None]
         for standing in sized:
             draw_seeds(panel, standing.megabytes or 0.0, standing, colour)
         front = [standing for standing in sized if "size" in standing.fronts]
-        label = f"{', '.join(each.datasets)} ({each.num_pictures} held-out pictures)"
-        sizes = [standing.megabytes or 0.0 for standing in front]
-        panel.plot(sizes, [mean_change(standing) for standing in front], "-", color=colour, linewidth=1, label=label)
-    panel.set_xlabel("MB; joined: the Pareto front", color=INK)
+        points = sorted((standing.megabytes or 0.0, mean_change(standing)) for standing in front)
+        label = heading(each, tables)
+        (line,) = panel.plot(
+            [x for x, _ in points], [y for _, y in points], "o-", color=colour, linewidth=1, label=label
+        )
+        line.set(markersize=9, markerfacecolor="none")
+    panel.locator_params(axis="x", nbins=5)
+    panel.set_xlabel("MB; ringed and joined: the Pareto front", color=INK)
 
 
 def draw_key(panel: Axes, tables: Sequence[Table], key: str) -> None:
@@ -130,27 +141,36 @@ def style(axes: Axes, label: str) -> None:
     axes.tick_params(color=GRID, labelcolor=INK)
 
 
-def draw_contact(tables: Sequence[Table], path: Path) -> None:
-    """The first prompt that all drew, else each one's first: a row for each setting, its base and each of its seeds."""
+def draw_contact(tables: Sequence[Table], path: Path) -> str:
+    """The first prompt that all drew, else each one's first: a row for each setting, its base and each of its seeds.
+
+    Returns:
+        What was left out, in words.
+    """
     from stages.core.sheets import save_png, sheet
 
-    standings = [(number, each) for board in tables for number, each in enumerate(board.standings, 1)][:MAX_ROWS]
+    most = max(1, MAX_ROWS // len(tables))
+    standings = [(number, each) for board in tables for number, each in enumerate(board.standings[:most], 1)]
+    keys = [key for key in swept_keys(runs_of(tables)) if key != SEED]
     shared = shared_prompts([result.done for _, each in standings for result in each.results])
     seeds = sorted({result.seed for _, each in standings for result in each.results})
     rows: list[list[Image.Image | None]] = []
-    cell = 0
     for _, each in standings:
         cells = {result.seed: cut_cells(result.done) for result in each.results}
         prompt = shared[0] if shared else each.results[0].done.prompts[0]
         base = next(iter(cells.values()))[prompt][0]
-        cell = base.width
         rows.append([base, *(cells[seed][prompt][1] if seed in cells else None for seed in seeds)])
-    labels = [f"{number}. {worded(each.name)}" for number, each in standings]
+    labels = [f"({number}) {', '.join(shown_short(each, key) for key in keys)}" for number, each in standings]
     columns = ["base", *(f"seed {seed}" for seed in seeds)]
-    title = shared[0] if shared else "The first prompt of each"
+    title = f"{shared[0] if shared else 'The first prompt of each'} ({', '.join(keys) or 'one setting'})"
+    side = math.isqrt(SHEET_PIXELS // (len(rows) * len(columns)))
+    cell = max(MIN_CELL, min(side, *(row[0].width for row in rows if row[0])))
     save_png(path, sheet(rows, labels, columns, cell, title), max_bytes=SHEET_BYTES)
+    left = sum(len(board.standings[most:]) for board in tables)
+    return f"Without {left} settings: the best {most} of each table are drawn." if left else ""
 
 
-def worded(name: str) -> str:
-    """``raw rank 16`` of ``raw/rank-16``: a label is wrapped between words."""
-    return re.sub(r"[/,]|(?<=[a-z])-(?=[\d.])", " ", name)
+def shown_short(standing: Standing, key: str) -> str:
+    """``rank 16``; of a long key the value alone, where a row has room for little."""
+    name, value = key.partition(".")[2], show(standing.results[0].run.value(key)).removeprefix("data/")
+    return f"{name} {value}" if len(name) <= SHORT_NAME else value.replace('"', "")

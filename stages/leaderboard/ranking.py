@@ -18,6 +18,9 @@ from stages.core.evaluation import CONFIDENCE, Estimate, Score
 from stages.core.student import t_quantile
 from stages.leaderboard.results import Result, setting_of
 
+EQUAL = Estimate(0.0, 0.0, 0.0)
+"""Of the same trainings, drawn or exported in another way."""
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -28,13 +31,13 @@ class Standing:
     losses: np.ndarray
     """Mean per held-out picture, float64 [runs, pictures]."""
     base: np.ndarray
-    """The base's, float64 [pictures]."""
+    """Of its own base, float64 [pictures]: settings of one table may have other denoisers."""
     change: Estimate
     """Loss minus the base's."""
     against_best: Estimate | None
     """Loss minus the best setting's; None for the best."""
     fronts: list[str] = field(default_factory=list)
-    """Of ``size`` and ``time``: no setting of the table is better in loss and at least as good in that."""
+    """Of ``size`` and ``time``: no setting of the table is better in one of loss and that, and as good in the other."""
 
     @property
     def loss(self) -> float:
@@ -43,7 +46,9 @@ class Standing:
     @property
     def verdict(self) -> Word | None:
         """Of a setting against the best; None for the best."""
-        return in_words(self.against_best) if self.against_best else None
+        if self.against_best is None:
+            return None
+        return "equal" if self.against_best == EQUAL else in_words(self.against_best)
 
     def mean_of(self, name: str) -> float | None:
         """A metric, averaged over seeds; None where a run is without."""
@@ -93,13 +98,19 @@ def heldout(result: Result) -> dict[str, Score]:
 
 
 def groups(results: Iterable[Result]) -> list[tuple[list[Result], list[str]]]:
-    """Runs and the rows that all of them answered: each run joins the first ones that it can be paired with."""
+    """Runs and the rows that all of them answered: each run joins the first ones that it can be paired with.
+
+    That takes half of the held-out pictures of the one that has fewer: a chance overlap of two splits would have all
+    judged by it.
+    """
     found: list[tuple[list[Result], list[str]]] = []
     for result in results:
         own = heldout(result)
         for index, (members, rows) in enumerate(found):
             shared = [row for row in rows if row in own]
-            if len({own[row].file_name for row in shared}) >= MIN_PICTURES:
+            num_shared, num_own = (len({own[row].file_name for row in names}) for names in (shared, own))
+            num_theirs = len({heldout(members[0])[row].file_name for row in rows})
+            if num_shared >= max(MIN_PICTURES, min(num_own, num_theirs) / 2):
                 found[index] = [*members, result], shared
                 break
         else:
@@ -114,12 +125,15 @@ def table(results: Sequence[Result], rows: Sequence[str]) -> Table:
         result.run.name: evaluation.by_picture(zip(pictures, (own[row].adapter for row in rows), strict=True))
         for result, own in zip(results, answers, strict=True)
     }
-    base = evaluation.by_picture(zip(pictures, (answers[0][row].base for row in rows), strict=True))
     sd, df = seed_noise(results, losses)
     settings: dict[str, list[Result]] = {}
     for result in results:
         settings.setdefault(result.setting, []).append(result)
     stacked = {name: np.stack([losses[each.run.name] for each in group]) for name, group in settings.items()}
+    own = {result.setting: answer for result, answer in zip(results, answers, strict=True)}
+    bases = {
+        name: evaluation.by_picture(zip(pictures, (own[name][row].base for row in rows), strict=True)) for name in own
+    }
     order = sorted(settings, key=lambda name: (stacked[name].mean(), name))
     best = stacked[order[0]]
     standings = [
@@ -127,14 +141,14 @@ def table(results: Sequence[Result], rows: Sequence[str]) -> Table:
             name=name,
             results=settings[name],
             losses=stacked[name],
-            base=base,
-            change=against_base(stacked[name], base, sd, df),
+            base=bases[name],
+            change=against_base(stacked[name], bases[name], sd, df),
             against_best=difference(best, stacked[name], sd, df) if name != order[0] else None,
         )
         for name in order
     ]
     mark_fronts(standings)
-    return Table(standings, len(base), sd, df)
+    return Table(standings, best.shape[1], sd, df)
 
 
 def seed_noise(results: Sequence[Result], losses: dict[str, np.ndarray]) -> tuple[float, int]:
@@ -148,6 +162,8 @@ def seed_noise(results: Sequence[Result], losses: dict[str, np.ndarray]) -> tupl
 
 def difference(a: np.ndarray, b: np.ndarray, sd: float, df: int) -> Estimate:
     """Mean of ``b`` minus mean of ``a``, both float64 [runs, pictures]."""
+    if np.array_equal(a, b):
+        return EQUAL
     change = evaluation.estimate(b.mean(axis=0) - a.mean(axis=0), seed=0)
     return widened(change, over_seeds(sd, df, len(a), len(b))) if df else change
 
@@ -159,17 +175,27 @@ def against_base(losses: np.ndarray, base: np.ndarray, sd: float, df: int) -> Es
 
 
 def mark_fronts(standings: Sequence[Standing]) -> None:
-    """The Pareto fronts of loss against size, and against time where it was measured for all."""
+    """The Pareto fronts of loss against size, and against time; each where it is known of all."""
     costs = {
         "size": [each.megabytes for each in standings],
         "time": [None if each.seconds is None else float(f"{each.seconds:.2g}") for each in standings],
     }
     for name, values in costs.items():
-        cheapest = math.inf
-        for each, cost in zip(standings, values, strict=True):  # best first
-            if None not in values and cost is not None and cost < cheapest:
-                each.fronts.append(name)
-                cheapest = cost
+        known = [value for value in values if value is not None]
+        if len(known) == len(standings):
+            for index in front(known, [each.loss for each in standings]):
+                standings[index].fronts.append(name)
+
+
+def front(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
+    """Indices of the points that no other beats in one and equals or beats in the other."""
+    found = []
+    last = math.inf, math.inf
+    for cost, loss, index in sorted(zip(costs, losses, range(len(costs)), strict=True)):
+        if loss < last[1] or (cost, loss) == last:
+            found.append(index)
+            last = cost, loss
+    return found
 
 
 def mean_or_none(values: Sequence[float | None]) -> float | None:

@@ -1,32 +1,28 @@
 """What a run left below runs/: its reports, as `compare` takes them apart, or the reason why it has none.
 
-A run counts as finished when all of its stages have written and what they recorded is what the plan asks for.
+A run counts as finished when all of its stages have written and what they recorded is what the plan asks for, of
+today's code and inputs: after a failure, what Snakemake would still make again is not ranked beside what it made.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.artifacts.metrics import Value
 from stages.compare.sides import Side, parse_lineage, parse_object, parse_scores
+from stages.core.console import UserError
+from stages.core.job_records import read_record
+from stages.core.outdated import AGAIN, WITNESS, outdated
 from stages.core.sweep import Run
 
-# Stage -> (what it writes last, its log), by the names of Run.folders and Run.places.
-LAST = {
-    "prepare": ("prepared", "dataset.json"),
-    "cache_latents": ("latents", "manifest.json"),
-    "train": ("adapter", "adapter.json"),
-    "validate": ("reports", "metrics.json"),
-    "export": ("export_reports", "lineage.json"),
-    "report": ("reports", "report.md"),
-}
 DIGEST_DIGITS = 12  # of the adapter, in reports/validate/lineage.json
 LONGEST_REASON = 300  # characters
+MOST_CHANGES = 3  # that a reason names
 
 
 @dataclass(frozen=True)
@@ -67,24 +63,39 @@ def setting_of(place: str) -> str:
     return re.sub(r"-s\d+$", "", place)
 
 
-def read_result(run: Run, root: Path) -> Result:
-    """The reports of a run in a checkout at ``root``, or why there are none."""
-    missing = next((stage for stage, (at, name) in LAST.items() if not (root / run.folders[at] / name).is_file()), None)
-    if missing:
-        return Result(run, None, why_missing(run, missing, root))
+def read_results(runs: Sequence[Run]) -> list[Result]:
+    """The reports of each run, below the current folder, or why it has none; what runs share is looked at once."""
+    changes: dict[Path, list[str]] = {}
+    return [read_result(run, changes) for run in runs]
+
+
+def read_result(run: Run, changes: dict[Path, list[str]]) -> Result:
+    files = {stage: Path(run.folders[at], name) for stage, (at, name) in WITNESS.items()}
+    if missing := next((stage for stage, path in files.items() if not path.is_file()), None):
+        return Result(run, None, why_missing(run, missing))
     try:
-        side, exported = read_side(run, root)
+        for stage, path in files.items():
+            changes[path] = changes[path] if path in changes else changes_since(stage, path, run)
+        if found := list(dict.fromkeys(change for path in files.values() for change in changes[path])):
+            return Result(run, None, f"{', '.join(found[:MOST_CHANGES])}; {AGAIN}")
+        side, exported = read_side(run)
         other = list(other_than_planned(run, side, exported))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         return Result(run, None, f"its reports are damaged ({error}); delete runs/{run.name} and run snakemake again")
     if other:
         return Result(run, None, f"not of the plan: {', '.join(other)}; run snakemake again")
-    return Result(run, side, seconds=training_seconds(run, side, root))
+    return Result(run, side, seconds=training_seconds(run, side))
 
 
-def read_side(run: Run, root: Path) -> tuple[Side, dict[str, Any]]:
+def changes_since(stage: str, path: Path, run: Run) -> list[str]:
+    """Since the job that wrote ``path``; nothing where Snakemake's record of it is gone."""
+    record = read_record(path.as_posix())
+    return list(outdated(stage, record, run)) if record else []
+
+
+def read_side(run: Run) -> tuple[Side, dict[str, Any]]:
     """The run as `compare` sees a revision, and its export's lineage."""
-    reports, trained, exported = (root / run.folders[at] for at in ("reports", "train_reports", "export_reports"))
+    reports, trained, exported = (Path(run.folders[at]) for at in ("reports", "train_reports", "export_reports"))
     metrics: dict[str, Value] = {}
     for folder in (reports, trained, exported):
         metrics |= parse_object((folder / "metrics.json").read_bytes())
@@ -113,20 +124,20 @@ def other_than_planned(run: Run, side: Side, exported: dict[str, Any]) -> Iterat
         yield "its reports are of two trainings"
 
 
-def training_seconds(run: Run, side: Side, root: Path) -> float | None:
+def training_seconds(run: Run, side: Side) -> float | None:
     """By the speed of the last command, so that one that went on from a checkpoint counts whole."""
     try:
-        speed = json.loads((root / run.folders["train_reports"] / "run.json").read_bytes())["images_per_second"]
+        speed = json.loads(Path(run.folders["train_reports"], "run.json").read_bytes())["images_per_second"]
         return side.metrics["train.images_seen"] / speed
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
 
 
-def why_missing(run: Run, stage: str, root: Path) -> str:
+def why_missing(run: Run, stage: str) -> str:
     """``train: error: ...``: the last error in the stage's log, else its last line."""
     place = run.places[stage]
     folder, name = (place, stage) if stage != "cache_latents" else place.rsplit("/", 1)
-    log = root / "runs" / folder / "logs" / f"{name}.log"
+    log = Path("runs", folder, "logs", f"{name}.log")
     try:
         lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     except OSError:
