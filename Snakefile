@@ -54,6 +54,7 @@ RUNS = plan()
 RUNTIME = RUNS[0].config.section(RuntimeParams)  # the same for all
 THREADS = RUNTIME.num_threads or 2
 GPUS = 0 if RUNTIME.device == "cpu" else 1
+PER_MACHINE = RUNTIME.num_processes // RUNTIME.num_machines
 AT = {stage: {run.places[stage]: run for run in reversed(RUNS)} for stage in STAGES}
 
 if workflow.is_main_process:
@@ -150,6 +151,20 @@ def leaderboard():
     return f"python -m stages.leaderboard --params $LORA_PARAMS {shlex.join(words)}".strip()
 
 
+def machines():
+    """What a training asks for; of several machines the Slurm executor wants to know that the shell calls srun."""
+    if RUNTIME.num_machines == 1:
+        return {"gpu": GPUS * PER_MACHINE}
+    own = {"gres": f"gpu:{PER_MACHINE}"} if GPUS else {}
+    return own | {"mpi": "srun", "nodes": RUNTIME.num_machines, "tasks": RUNTIME.num_machines, "tasks_per_gpu": 0}
+
+
+TRAINER = "python"
+if RUNTIME.num_machines > 1:
+    each = f"--nodes={RUNTIME.num_machines} --ntasks-per-node=1 --kill-on-bad-exit=1"
+    TRAINER = f"srun {each} profiles/slurm/torchrun {PER_MACHINE}"
+
+
 # What failed belongs on the leaderboard, whose rule waits for every run.
 onerror:
     if len(RUNS) > 1:
@@ -239,15 +254,15 @@ rule train:
         "runs/{dataset}/{training}/logs/train.log",
     conda:
         "profiles/environment.yaml"
-    threads: THREADS * RUNTIME.num_processes
+    threads: THREADS * PER_MACHINE
     resources:
-        gpu=GPUS * RUNTIME.num_processes,
+        **machines(),
     params:
         code=code("train"),
         sections=sections("train"),
         options=options("train", "latents", "adapter", "train_reports"),
     shell:
-        "python -m stages.train --params $LORA_PARAMS {params.options} > {log} 2>&1"
+        "{TRAINER} -m stages.train --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
 
 rule validate:

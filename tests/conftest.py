@@ -45,7 +45,7 @@ TINY: dict[str, dict[str, Any]] = {
         "scales": [1.0],
         "drift_prompts": ["red apple", "green circle"],
     },
-    "runtime": {"device": "cpu", "num_threads": 1, "num_processes": 1, "log_every_n_steps": 1},
+    "runtime": {"device": "cpu", "num_threads": 1, "num_processes": 1, "num_machines": 1, "log_every_n_steps": 1},
 }
 
 

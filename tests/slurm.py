@@ -1,4 +1,4 @@
-"""A Slurm of one node for the tests, on any Debian or Ubuntu, in a container too: no systemd, no slurmdbd, no cgroups.
+"""A Slurm of two nodes on one machine for the tests: any Debian or Ubuntu, a container too; no systemd, no slurmdbd.
 
 Configuration, keys, sockets, state and logs lie in one folder. /etc/slurm gets links to the configuration, since the
 plugin hides SLURM_CONF from its jobs; where a configuration is there already, nothing is done.
@@ -25,7 +25,8 @@ from pathlib import Path
 PACKAGES = ("slurm-wlm", "munge")
 PLUGIN = "snakemake_executor_plugin_slurm"
 ETC = Path("/etc/slurm")
-PATIENCE = 60  # seconds for the node to come up
+NODES = ("try-1", "try-2")
+PATIENCE = 60  # seconds for them to come up
 
 # CPUs, memory (MB) and GPUs are said, not found: what is tried is what jobs ask for. MinJobAge: how long squeue tells
 # of ended jobs. Without slurmdbd there is no accounting.
@@ -33,18 +34,17 @@ CONFIGURATION = """\
 ClusterName=lora-dag
 SlurmctldHost=localhost
 SlurmctldPort={controller}
-SlurmdPort={node}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 StateSaveLocation={folder}/slurmctld
-SlurmdSpoolDir={folder}/slurmd
+SlurmdSpoolDir={folder}/slurmd-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -57,10 +57,11 @@ AccountingStorageType=accounting_storage/none
 ReturnToService=2
 MinJobAge=3600
 GresTypes=gpu
-NodeName=localhost CPUs=4 RealMemory=64000 Gres=gpu:4 State=UNKNOWN
-PartitionName=try Nodes=localhost Default=YES MaxTime=INFINITE State=UP
+NodeName=try-1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={first} CPUs=4 RealMemory=64000 Gres=gpu:4 State=UNKNOWN
+NodeName=try-2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={second} CPUs=4 RealMemory=64000 Gres=gpu:4 State=UNKNOWN
+PartitionName=try Nodes=try-1,try-2 Default=YES MaxTime=INFINITE State=UP
 """
-GPUS = "".join(f"NodeName=localhost Name=gpu File=/dev/{name}\n" for name in ("null", "zero", "full", "random"))
+GPUS = "".join(f"NodeName=try-[1-2] Name=gpu File=/dev/{name}\n" for name in ("null", "zero", "full", "random"))
 
 
 def missing() -> str | None:
@@ -85,9 +86,8 @@ class Slurm:
 
     def __enter__(self) -> Slurm:
         self.folder.chmod(0o755)
-        for name in ("slurmctld", "slurmd"):
-            (self.folder / name).mkdir()
-        places = {"folder": self.folder, "controller": free_port(), "node": free_port()}
+        (self.folder / "slurmctld").mkdir()
+        places = {"folder": self.folder} | {name: free_port() for name in ("controller", "first", "second")}
         texts = {"slurm.conf": CONFIGURATION.format(**places), "gres.conf": GPUS}
         try:
             for name, text in texts.items():
@@ -104,7 +104,7 @@ class Slurm:
         self.stop()
 
     def start(self) -> None:
-        """Raises AssertionError: the node did not come up; with the daemons' last lines."""
+        """Raises AssertionError: the nodes did not come up; with the daemons' last lines."""
         key = self.folder / "munge.key"
         subprocess.run(["mungekey", "--create", f"--keyfile={key}"], check=True)
         own = {"key-file": key, "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log"}
@@ -112,13 +112,14 @@ class Slurm:
         self.daemon("munged", "--foreground", "--force", *options)
         self.wait(lambda: (self.folder / "munge.socket").exists())
         self.daemon("slurmctld", "-D", "-c")
-        self.daemon("slurmd", "-D", "-N", "localhost")
-        self.wait(lambda: "idle" in self.ask("sinfo", "--noheader", "--format=%T"))
+        for node in NODES:
+            self.daemon("slurmd", "-D", "-N", node)
+        self.wait(lambda: self.ask("sinfo", "--noheader", "--Node", "--format=%T").split() == ["idle"] * len(NODES))
 
     def daemon(self, *words: str) -> None:
         """Start one that the kernel ends should this process be killed."""
         command = ["setpriv", "--pdeathsig", "TERM", *words]
-        with (self.folder / f"{words[0]}.out").open("wb") as output:
+        with (self.folder / f"{words[0]}-{len(self.daemons)}.out").open("wb") as output:
             self.daemons.append(subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True))
 
     def wait(self, done: Callable[[], bool]) -> None:

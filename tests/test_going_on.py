@@ -205,14 +205,24 @@ def test_processes_give_the_bytes_of_one(encoded: Workspace, num_processes: int)
 
 
 @pytest.mark.slow
-def test_accelerate_launch_gives_the_bytes_of_one(encoded: Workspace) -> None:
+def test_torchrun_gives_the_bytes_of_one(encoded: Workspace) -> None:
+    """`accelerate launch` calls it for GPUs."""
     alone = by_itself(encoded)
     os.environ["LORA_STATE_DIR"] += "-other"
-    launcher = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "stages.train", *ACCUMULATED]
+    machines = ["--set", "runtime.num_processes=2", "--set", "runtime.num_machines=2"]  # here both are this one
+    argv = ["-m", "stages.train", *ACCUMULATED, *machines]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511", *argv]
     done = subprocess.run(command, cwd=encoded.path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "4 accumulated, shared by 2 processes" in done.stdout
     assert ADAPTER.read_bytes() == alone[FINAL]
+
+
+def test_other_machines_want_a_launcher(encoded: Workspace) -> None:
+    done = encoded.process("train", *ACCUMULATED, "--set", "runtime.num_processes=4", "--set", "runtime.num_machines=2")
+    assert done.returncode == 2 and "runtime.num_machines: got 2, and a stage by itself reaches this" in done.stderr
+    done = encoded.process("train", "--set", "runtime.num_processes=3", "--set", "runtime.num_machines=2")
+    assert done.returncode == 2 and "num_machines 2 does not divide num_processes 3" in done.stderr
 
 
 def test_a_process_that_dies_ends_the_training_in_one_line(encoded: Workspace) -> None:

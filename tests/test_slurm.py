@@ -124,18 +124,28 @@ def test_a_killed_and_a_requeued_training_end_in_the_bytes_of_undisturbed_ones(c
         assert cluster.checkout.adapter(f"runs/raw/{run}/adapter") == cluster.undisturbed(f"lora.rank={rank}")
 
 
+@pytest.mark.parametrize(
+    ("machines", "seed", "asks"),
+    [
+        # Slurm's own variables make no distributed training of a job with one task
+        (1, 1, ["NumNodes=1 ", "CPUs/Task=2 ", "gpu:2"]),
+        (2, 2, ["NumNodes=2 ", "CPUs/Task=1 ", "gpu:1"]),
+    ],
+)
 @pytest.mark.slow
-def test_two_processes_in_a_job_give_the_bytes_of_one(cluster: Cluster) -> None:
-    """Each has its CPU and its GPU; Slurm's own variables make no distributed training of a job with one task."""
-    cluster.checkout.set(runtime__num_processes=2)
+def test_two_processes_give_the_bytes_of_one(cluster: Cluster, machines: int, seed: int, asks: list[str]) -> None:
+    """Each has its CPU and its GPU; on one machine, and on two that torchrun joins."""
+    cluster.checkout.set(runtime__num_processes=2, runtime__num_machines=machines)
+    run = f"default-s{seed}"
     with (cluster.path / "output.txt").open("wb") as output:
-        words = ["--config", "seeds=[1]", "--", "runs/raw/default-s1/adapter/adapter.json"]
+        words = ["--config", f"seeds=[{seed}]", "--", f"runs/raw/{run}/adapter/adapter.json"]
         assert cluster.snakemake(output, *words).wait(600) == 0, (cluster.path / "output.txt").read_text()
-    (asked,) = [line for line in cluster.asked() if "default-s1" in line]
+    (asked,) = [line for line in cluster.asked() if run in line]
     print("\n" + asked)
-    assert "CPUs/Task=2 " in asked and "mem=16000M" in asked and "gpu:2" in asked and "TimeLimit=08:00:00" in asked
-    cluster.checkout.set(runtime__num_processes=1)
-    assert cluster.checkout.adapter("runs/raw/default-s1/adapter") == cluster.undisturbed("train.seed=1")
+    assert all(words in asked for words in [*asks, "MinMemoryNode=16000M ", "TimeLimit=08:00:00 "])
+    assert "shared by 2 processes" in cluster.log(run)
+    cluster.checkout.set(runtime__num_processes=1, runtime__num_machines=1)
+    assert cluster.checkout.adapter(f"runs/raw/{run}/adapter") == cluster.undisturbed(f"train.seed={seed}")
 
 
 def wait(done: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from stages.core.console import UserError
@@ -80,11 +80,19 @@ class RuntimeParams(Params):
     num_threads: int | None = Field(ge=1, le=1024)
     """CPU threads, null for all cores. Results differ in the last bits between thread counts."""
     num_processes: int = Field(ge=1, le=1024)
-    """Processes that share a training's micro-batches on this machine, one per GPU; the bytes stay the same."""
+    """Processes that share a training's micro-batches, one per GPU, on all machines; the bytes stay the same."""
+    num_machines: int = Field(ge=1, le=1024)
+    """Machines that the processes are spread over evenly."""
     log_every_n_steps: int = Field(ge=1)
     """Steps between log lines where there is no terminal."""
     tracker: Literal["none", "tensorboard", "wandb", "dvclive"]
     """Tracker that accelerate writes to, under logs/."""
+
+    @model_validator(mode="after")
+    def is_even(self) -> RuntimeParams:
+        if self.num_processes % self.num_machines:
+            raise ValueError(f"num_machines {self.num_machines} does not divide num_processes {self.num_processes}")
+        return self
 
 
 T = TypeVar("T", bound=Params)

@@ -2,7 +2,7 @@
 
 In: data/latents, the base's denoiser and scheduler.  Out: data/adapter, reports/train/{loss.csv,metrics.json}.
 Run: ``python -m stages.train [--set lora.rank=16]``; killed, the same command goes on and gives the same bytes.
-Several processes: ``runtime.num_processes``, or ``accelerate launch -m stages.train``.
+Several processes: ``runtime.num_processes``, or ``torchrun -m stages.train``, on several machines too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
         raise UserError(*found)
     processes.require_share(config.section(TrainParams), config.section(RuntimeParams).num_processes)
     with contextlib.ExitStack() as held:
-        held.enter_context(processes.sharing(config.section(RuntimeParams).num_processes, sys.argv[1:]))
+        held.enter_context(processes.sharing(config.section(RuntimeParams), sys.argv[1:]))
         if processes.rank() == 0:
             held.enter_context(writing(args.adapter))
         train(args, config)

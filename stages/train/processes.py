@@ -24,6 +24,7 @@ from stages.core.console import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from stages.core.params import RuntimeParams
     from stages.train.params import TrainParams
 
 FRACTION_BITS = 44  # a gradient's smallest part is 6e-14; the largest sum is 2^18
@@ -36,16 +37,22 @@ def rank() -> int:
 
 
 @contextlib.contextmanager
-def sharing(num_processes: int, arguments: Sequence[str]) -> Iterator[None]:
+def sharing(runtime: RuntimeParams, arguments: Sequence[str]) -> Iterator[None]:
     """Inside, this is process 0, and this very command runs again as processes 1 to ``num_processes`` - 1.
 
-    They find each other by torch.distributed's variables, as under ``accelerate launch``, which sets them itself: then
-    nothing is started here. What the others print goes to logs/train-process-N.log.
+    They find each other by torch.distributed's variables, as under ``torchrun`` and ``accelerate launch``, which set
+    them themselves: then nothing is started here. What the others print goes to logs/train-process-N.log.
 
     Raises:
-        UserError: one of the others ended, and why.
+        UserError: one of the others ended, and why; or they are to be on other machines too.
     """
-    others = [] if "WORLD_SIZE" in os.environ else launch(num_processes, arguments)
+    started = "WORLD_SIZE" in os.environ
+    if runtime.num_machines > 1 and not started:
+        raise UserError(
+            f"params.yaml runtime.num_machines: got {runtime.num_machines}, and a stage by itself reaches this machine "
+            "alone; use `snakemake --workflow-profile profiles/slurm`, torchrun on each machine, or 1"
+        )
+    others = [] if started else launch(runtime.num_processes, arguments)
     if others:  # until the training loop notes signals itself: go through the finally below
         signal.signal(signal.SIGTERM, leave)
         signal.signal(signal.SIGUSR1, leave)
