@@ -8,7 +8,6 @@ Stopped in the middle, the same command finishes. Run: `python -m stages.promote
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 
 from stages.core import bases, params, sweep
 from stages.core.base_files import digests
-from stages.core.console import PATHS, UserError, log, run
+from stages.core.console import PATHS, UserError, bare_parser, log, run
 from stages.core.files import atomic, lock, read_json, replaced, sha256_file, state_dir, write_json, write_text
 from stages.core.job_records import Record, code_of, read_record
 from stages.core.params import ModelParams
@@ -57,7 +56,7 @@ MEASURED = ("reports/train/run.json", "reports/validate/run.json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare_parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="its folder below runs/, such as raw/rank-16-s0")
     name = parser.parse_args().run.removeprefix("./").removeprefix("runs/").strip("/")
     with lock(state_dir() / "promote", shown=Path("promote")):
