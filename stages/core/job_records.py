@@ -6,7 +6,6 @@ Reads .snakemake/metadata of Snakemake 9 (requirements.lock pins it): what its o
 from __future__ import annotations
 
 import ast
-import json
 import re
 import shlex
 from base64 import urlsafe_b64encode
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.console import UserError
-from stages.core.files import sha256_file, sha256_json
+from stages.core.files import from_json, sha256_file, sha256_json
 
 METADATA = Path(".snakemake/metadata")
 NAME_LENGTH = 254  # characters of a file's name, beside an @
@@ -65,7 +64,7 @@ def read_record(path: str) -> Record | None:
     if not place.is_file() or not Path(path).is_file():
         return None
     try:
-        found = json.loads(place.read_bytes())
+        found = from_json(place.read_bytes())
         if found["incomplete"]:
             return None
         values = [ast.literal_eval(text) for text in found["params"]]

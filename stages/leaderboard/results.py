@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.artifacts.metrics import Value
-from stages.compare.sides import Side, parse_lineage, parse_object, parse_scores
+from stages.compare.sides import DAMAGED, Side, parse_lineage, parse_object, parse_scores
+from stages.core.files import from_json
 from stages.core.sweep import Run
 
 # Stage -> (what it writes last, its log), by the names of Run.folders and Run.places.
@@ -75,7 +76,7 @@ def read_result(run: Run, root: Path) -> Result:
     try:
         side, exported = read_side(run, root)
         other = list(other_than_planned(run, side, exported))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *DAMAGED) as error:
         return Result(run, None, f"its reports are damaged ({error}); delete runs/{run.name} and run snakemake again")
     if other:
         return Result(run, None, f"not of the plan: {', '.join(other)}; run snakemake again")
@@ -116,7 +117,7 @@ def other_than_planned(run: Run, side: Side, exported: dict[str, Any]) -> Iterat
 def training_seconds(run: Run, side: Side, root: Path) -> float | None:
     """By the speed of the last command, so that one that went on from a checkpoint counts whole."""
     try:
-        speed = json.loads((root / run.folders["train_reports"] / "run.json").read_bytes())["images_per_second"]
+        speed = from_json((root / run.folders["train_reports"] / "run.json").read_bytes())["images_per_second"]
         return side.metrics["train.images_seen"] / speed
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
