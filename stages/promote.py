@@ -21,7 +21,8 @@ from stages.core import bases, params, sweep
 from stages.core.base_files import digests
 from stages.core.console import PATHS, UserError, bare_parser, log, run
 from stages.core.files import atomic, lock, read_json, replaced, sha256_file, state_dir, write_json, write_text
-from stages.core.job_records import Record, code_of, read_record
+from stages.core.job_records import Record, read_record
+from stages.core.made_with import WITNESS, changed_code, changed_inputs, lies_in, pipeline, unsettled
 from stages.core.params import ModelParams
 from stages.core.yaml_edit import with_values
 from stages.families.base import load_family
@@ -41,15 +42,6 @@ MAKER = {
     "reports": "validate",
 }
 """Folder -> the stage whose job names it."""
-WITNESS = {
-    "prepare": ("prepared", "manifest.jsonl"),
-    "cache_latents": ("latents", "manifest.json"),
-    "train": ("adapter", "adapter.json"),
-    "validate": ("reports", "metrics.json"),
-    "export": ("export_reports", "lineage.json"),
-    "report": ("reports", "report.md"),
-}
-"""Stage -> an output that its record is found by: the folder, and a file in it."""
 AGAIN = "run `snakemake` again, or go back to what it was"
 MEASURED = ("reports/train/run.json", "reports/validate/run.json")
 """Time and memory, for report.html; neither git nor DVC has them."""
@@ -65,7 +57,7 @@ def main() -> None:
         tree = params.read_yaml(PARAMS)
         wanted = applied(tree, overrides)
         journal = state_dir() / "promote" / "journal.json"
-        problems = [*unsettled(records, wanted), *changed_code(records, wanted), *changed_inputs(records, wanted)]
+        problems = [f"{line}; {AGAIN}" for line in not_current(records, wanted)]
         problems += [*changed_base(records, wanted), *damaged(records), *at_risk(name, journal)]
         if problems:
             raise UserError(*dict.fromkeys(f"{name}: {problem}" for problem in problems))
@@ -128,48 +120,11 @@ def value_in(tree: dict[str, Any], key: str) -> Any:
 # Why it cannot be adopted
 
 
-def unsettled(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]:
-    """Parameters that the run was made with and params.yaml, overrides aside, has no more."""
-    for record in records.values():
-        for name, made_with in record.sections.items():
-            now = wanted.value(name)
-            pairs = (
-                {f"{name}.{key}": (made_with.get(key), now.get(key)) for key in made_with | now}
-                if (isinstance(made_with, dict) and isinstance(now, dict) and "." not in name)
-                else {name: (made_with, now)}
-            )
-            for key, (then, value) in pairs.items():
-                if then != value:
-                    yield f"made with {key} {json.dumps(then)}, params.yaml has {json.dumps(value)}; {AGAIN}"
-
-
-def changed_code(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]:
-    stages, family = pipeline(), wanted.value("model.family")
-    changed = [stage for stage, record in records.items() if record.code != code_of(stages[stage]["deps"], family)]
-    if changed:
-        yield f"made by other code of {', '.join(changed)} than stages/ has now; {AGAIN}"
-
-
-def changed_inputs(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]:
-    """Files that a stage read and that are other ones now: pictures, and what an earlier stage wrote."""
-    base = wanted.value("model.pretrained")
-    for stage, record in records.items():
-        for path, digest in record.inputs.items():
-            if lies_in(path, base):
-                continue
-            if not Path(path).is_file():
-                yield f"{stage} read {path}, which is not here; {AGAIN}"
-            elif other(Path(path), digest, record.started):
-                yield f"{stage} read another {path}; {AGAIN}"
-    source = wanted.value("dataset.source")
-    now = {str(path) for path in Path(source).rglob("*") if path.is_file()}
-    if added := sorted(now - records["prepare"].inputs.keys()):
-        yield f"{source} has files that it was made without ({', '.join(added[:3])}); {AGAIN}"
-
-
-def other(path: Path, digest: str | None, started: float) -> bool:
-    """Large files, which Snakemake takes no digest of, are told by their time."""
-    return sha256_file(path) != digest if digest else path.stat().st_mtime > started
+def not_current(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]:
+    """What would be made otherwise now; the base, whose large files Snakemake tells by time, is asked for elsewhere."""
+    yield from unsettled(records, wanted)
+    yield from changed_code(records, wanted)
+    yield from changed_inputs(records, wanted, but=wanted.value("model.pretrained"))
 
 
 def changed_base(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]:
@@ -234,11 +189,6 @@ def adopt(records: dict[str, Record], overrides: dict[str, Any]) -> None:
     dvc("repro", "--single-item", "report")
 
 
-def pipeline() -> dict[str, Any]:
-    stages: dict[str, Any] = params.read_yaml(Path("dvc.yaml"))["stages"]
-    return stages
-
-
 def outputs(stage: dict[str, Any]) -> list[str]:
     entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
     return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
@@ -248,10 +198,6 @@ def moved(path: str, folders: dict[str, str]) -> str:
     """One of DVC's paths where the run has it."""
     name = max((name for name, place in PATHS.items() if lies_in(path, place)), key=lambda name: len(PATHS[name]))
     return folders[name] + path.removeprefix(PATHS[name])
-
-
-def lies_in(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(f"{folder}/")
 
 
 def copy(source: Path, target: Path) -> None:

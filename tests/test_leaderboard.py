@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from base64 import urlsafe_b64encode
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from stages.compare.verdict import judge
 from stages.core import sweep
 from stages.core.console import UserError
 from stages.core.evaluation import Score, write_scores
-from stages.core.files import write_json, write_text
+from stages.core.files import sha256_file, write_json, write_text
+from stages.core.job_records import METADATA, code_of
 from stages.core.params import read_yaml
 from stages.core.sheets import save_png, sheet
 from stages.core.sweep import Run
@@ -190,6 +192,61 @@ def test_damaged_reports_and_losses_that_are_no_numbers_are_named() -> None:
     assert "| raw/rank-4-s0 | `its reports are damaged (" in page
     assert "| raw/rank-8-s0 | `validate: a held-out loss is not a number` |" in page
     assert [row["run"] for row in rows if row["state"] == "finished"] == ["raw/rank-16-s0"]
+
+
+def test_a_run_without_held_out_rows_a_sheet_or_plain_numbers_stops_no_other() -> None:
+    runs = planted(grid={"lora.rank": [4, 8, 16, 32]})
+    for run in runs:
+        write_run(run)
+    path = Path(runs[0].folders["reports"], "validate/heldout.csv")
+    path.write_text(path.read_text().replace(",heldout,", ",train,"))
+    Path(runs[1].folders["reports"], "samples.png").write_bytes(b"half")
+    Path(runs[2].folders["reports"], "metrics.json").write_text(f'{{"val.overfit_gap": {10**400}}}')
+    page, rows = board(runs)
+    assert "| raw/rank-4-s0 | `validate: reports/validate/heldout.csv has no held-out row` |" in page
+    assert "| raw/rank-8-s0 | `its reports are damaged (raw/rank-8-s0: reports/samples.png is damaged" in page
+    assert "| raw/rank-16-s0 | `its reports are damaged (val.overfit_gap is beyond 64 bits)" in page
+    assert [row["run"] for row in rows if row["state"] == "finished"] == ["raw/rank-32-s0"]
+
+
+def record(path: str, stage: str, run: Run, inputs: dict[str, str], **changes: Any) -> None:
+    """As Snakemake keeps it of the job that wrote ``path``."""
+    entry = read_yaml(Path("dvc.yaml"))["stages"][stage]
+    sections = {name: run.value(name) for name in entry["params"]} | changes
+    found = {
+        "incomplete": False,
+        "params": [repr(code_of(entry["deps"], "sd")), repr(sections), repr("--set lora.rank=4")],
+        "input": list(inputs),
+        "input_checksums": {name: f"sha256:{digest}" for name, digest in inputs.items()},
+        "starttime": 0.0,
+    }
+    write_json(METADATA / urlsafe_b64encode(path.encode()).decode(), found)
+
+
+def test_a_run_that_would_be_made_otherwise_now_is_not_ranked(here: Path) -> None:
+    """Its own reports do not say so: other pictures, settings of data and code in the folder of an equal name."""
+    for name in ("dvc.yaml", "stages"):
+        (here / name).symlink_to(REPOSITORY / name)
+    runs = planted(grid={"lora.rank": [4, 8, 16]})
+    write_text(Path("data/raw/0.png"), "pixels")
+    own = {"data/raw/0.png": sha256_file(Path("data/raw/0.png"))}
+    for run in runs:
+        write_run(run)
+        record(f"{run.folders['adapter']}/adapter.json", "train", run, {})
+    write_text(Path("runs/raw/prepared/manifest.jsonl"), "")
+    record("runs/raw/prepared/manifest.jsonl", "prepare", runs[0], own)
+    assert len(ranked(runs)[0].standings) == 3
+
+    changed = {"lora": runs[0].value("lora") | {"alpha": 7.0}}
+    record(f"{runs[0].folders['adapter']}/adapter.json", "train", runs[0], {}, **changed)
+    page, _ = board(runs)
+    reason = "not of the plan: made with lora.alpha 7.0, params.yaml has 8.0; run snakemake again"
+    assert f"| raw/rank-4-s0 | `{reason}` |" in page and page.startswith("# Leaderboard: 2 of 3 runs finished")
+
+    write_text(Path("data/raw/0.png"), "other pixels")
+    page, rows = board(runs)
+    assert page.count("prepare read another data/raw/0.png") == 3
+    assert {row["state"] for row in rows} == {"not finished"}
 
 
 def test_datasets_without_a_row_in_common_have_a_table_each() -> None:

@@ -31,7 +31,8 @@ def main() -> None:
 
 def write_board(runs: list[sweep.Run], out: Path) -> None:
     """Rank what is finished, list what is not, and write all of it, or nothing."""
-    tables, unfinished = rank([read_result(each, Path()) for each in runs])
+    known: dict[str, list[str]] = {}
+    tables, unfinished = rank([read_result(each, Path(), known) for each in runs])
     with replaced(out) as folder:
         pictures = []
         if tables:

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from stages.artifacts.metrics import Value
-from stages.compare.sides import DAMAGED, Side, parse_lineage, parse_object, parse_scores
+from stages.compare.sheets import cut_cells
+from stages.compare.sides import DAMAGED, Side, parse_lineage, parse_metrics, parse_object, parse_scores
+from stages.core.console import UserError
 from stages.core.files import from_json
+from stages.core.job_records import read_record
+from stages.core.made_with import WITNESS, changed_code, changed_inputs, unsettled
 from stages.core.sweep import Run
 
 # Stage -> (what it writes last, its log), by the names of Run.folders and Run.places.
@@ -26,6 +30,8 @@ LAST = {
     "export": ("export_reports", "lineage.json"),
     "report": ("reports", "report.md"),
 }
+RANKED = ("prepare", "cache_latents", "train", "validate", "export")  # what the figures come from
+MAX_NAMED = 3
 DIGEST_DIGITS = 12  # of the adapter, in reports/validate/lineage.json
 LONGEST_REASON = 300  # characters
 
@@ -68,18 +74,24 @@ def setting_of(place: str) -> str:
     return re.sub(r"-s\d+$", "", place)
 
 
-def read_result(run: Run, root: Path) -> Result:
-    """The reports of a run in a checkout at ``root``, or why there are none."""
+def read_result(run: Run, root: Path, known: dict[str, list[str]] | None = None) -> Result:
+    """The reports of a run in a checkout at ``root``, or why there are none.
+
+    Args:
+        known: what ``outdated`` has found of folders that runs share.
+    """
     missing = next((stage for stage, (at, name) in LAST.items() if not (root / run.folders[at] / name).is_file()), None)
     if missing:
         return Result(run, None, why_missing(run, missing, root))
     try:
         side, exported = read_side(run, root)
+        cut_cells(side)
         other = list(other_than_planned(run, side, exported))
-    except (OSError, *DAMAGED) as error:
+        other += [line for stage in RANKED for line in outdated(run, stage, {} if known is None else known)]
+    except (OSError, UserError, *DAMAGED) as error:
         return Result(run, None, f"its reports are damaged ({error}); delete runs/{run.name} and run snakemake again")
     if other:
-        return Result(run, None, f"not of the plan: {', '.join(other)}; run snakemake again")
+        return Result(run, None, f"not of the plan: {and_more(list(dict.fromkeys(other)))}; run snakemake again")
     return Result(run, side, seconds=training_seconds(run, side, root))
 
 
@@ -88,7 +100,7 @@ def read_side(run: Run, root: Path) -> tuple[Side, dict[str, Any]]:
     reports, trained, exported = (root / run.folders[at] for at in ("reports", "train_reports", "export_reports"))
     metrics: dict[str, Value] = {}
     for folder in (reports, trained, exported):
-        metrics |= parse_object((folder / "metrics.json").read_bytes())
+        metrics |= parse_metrics((folder / "metrics.json").read_bytes())
     side = Side(
         name=run.name,
         commit=None,
@@ -112,6 +124,27 @@ def other_than_planned(run: Run, side: Side, exported: dict[str, Any]) -> Iterat
                 yield f"{section}.{key} was {json.dumps(value)} and is {json.dumps(asked)}"
     if not exported["adapter"].startswith(side.lineage["adapter"][:DIGEST_DIGITS]):
         yield "its reports are of two trainings"
+
+
+def outdated(run: Run, stage: str, known: dict[str, list[str]]) -> list[str]:
+    """What the stage's job read or did otherwise than it would now; nothing where Snakemake has no record of it.
+
+    Raises:
+        UserError: the record is of another version of Snakemake.
+    """
+    folder, name = WITNESS[stage]
+    path = f"{run.folders[folder]}/{name}"
+    if path not in known:
+        record = read_record(path)
+        records = {stage: record} if record else {}
+        checks = (unsettled, changed_code, changed_inputs)
+        known[path] = [line for check in checks for line in check(records, run)] if records else []
+    return known[path]
+
+
+def and_more(lines: list[str]) -> str:
+    """The first few: of another dataset, every picture is a line."""
+    return ", ".join(lines[:MAX_NAMED]) + (f" and {len(lines) - MAX_NAMED} more" if len(lines) > MAX_NAMED else "")
 
 
 def training_seconds(run: Run, side: Side, root: Path) -> float | None:
