@@ -131,7 +131,7 @@ def changed_base(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]
     """By the digests that the export recorded."""
     family = load_family(wanted.value("model.family"))
     origin = bases.resolve(wanted.config.section(ModelParams), family, make=False)
-    recorded = read_json(Path(records["export"].path))["base"]
+    recorded = entries(Path(records["export"].path), "base")
     parts = [name for name, digest in digests(origin.model, family.COMPONENTS).items() if recorded.get(name) != digest]
     if parts:
         yield f"made on another base than {wanted.value('model.pretrained')} ({', '.join(parts)}); {AGAIN}"
@@ -141,16 +141,32 @@ def damaged(records: dict[str, Record]) -> Iterator[str]:
     """Weights that are not what was written."""
     adapter = Path(records["train"].path)
     exported = Path(records["export"].folder("export"))
-    files = {adapter.parent / name: digest for name, digest in read_json(adapter)["files"].items()}
-    files |= {exported / n: entry["sha256"] for n, entry in read_json(Path(records["export"].path))["files"].items()}
+    files = {adapter.parent / name: digest for name, digest in entries(adapter, "files").items()}
+    written = entries(Path(records["export"].path), "files")
+    files |= {exported / n: each.get("sha256") if isinstance(each, dict) else None for n, each in written.items()}
     for path, digest in files.items():
         if not path.is_file() or sha256_file(path) != digest:
             yield f"{path} is missing or damaged; delete {path.parent} and run `snakemake` again"
 
 
+def entries(path: Path, key: str) -> dict[str, Any]:
+    """What a run's file has below ``key``.
+
+    Raises:
+        UserError: nothing of that kind.
+    """
+    found = read_json(path)
+    if not (isinstance(found, dict) and isinstance(found.get(key), dict)):
+        raise UserError(f"{path}: damaged, no {key} in it; delete it and run `snakemake` again")
+    return found[key]
+
+
 def at_risk(name: str, journal: Path) -> Iterator[str]:
     """Outputs of the workspace that DVC has no copy of; of a promotion that was stopped, its own are none."""
-    begun = read_json(journal)["run"] if journal.exists() else None
+    stopped = read_json(journal) if journal.exists() else {"run": None}
+    if not isinstance(stopped, dict) or "run" not in stopped:
+        raise UserError(f"{journal}: damaged, names no run; delete it, and `dvc checkout` puts back what was")
+    begun = stopped["run"]
     if begun == name:
         log.info("resumed     a promotion that was stopped")
         return
