@@ -101,6 +101,8 @@ FILES = {}
 
 def files(path):
     """A file, or every file below a folder: Snakemake does not notice an edit inside a directory() input."""
+    if path not in FILES and Path("runs").resolve().is_relative_to(Path(path).resolve()):
+        FILES[path] = [], [f"{path}: holds runs/, which Snakemake writes; name a folder of its own"]
     if path not in FILES:
         found = [path] if Path(path).is_file() else sorted(str(p) for p in Path(path).rglob("*") if p.is_file())
         problems = [f"{name}: Snakemake takes braces for wildcards; rename the file" for name in found if "{" in name]

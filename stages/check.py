@@ -44,6 +44,8 @@ PACKAGES = {
     "dvc": "3",
     "snakemake": "9",
 }
+FEW_HELDOUT = 5
+"""Held-out pictures: by Student's t, an interval over four is 1.6 times as wide as one of known scatter."""
 LEAST_DISK = 500 * 2**20
 """Bytes: what the demo's store, latents, adapter and exports take twice over."""
 
@@ -59,6 +61,8 @@ def main() -> None:
     found = package_problems() + base.problems + size_problems(config, base.configs)
     found += dataset_problems(config) + setting_problems(config) + disk_problems()
     found += feature_files.problems(config.section(ValidateParams).feature_model)
+    for text in dict.fromkeys(text for each in runs for text in snapshot_notes(each.config)):
+        log.info("note: %s", text)
     others = {each.places["prepare"]: each.config for each in runs if each.config.section(DatasetParams) != dataset}
     found += [problem for other in others.values() for problem in dataset_problems(other)]
     found += [problem for problem in sweep_problems(runs) if problem not in found]
@@ -136,12 +140,46 @@ def dataset_problems(config: Config) -> list[str]:
         return list(error.problems)
     for text in listing.warnings:
         log.warning("warning: %s", text)
+    for text in split_notes(listing, config):
+        log.info("note: %s", text)
     found = batch_problems(listing, config)
     if dataset.on_bad == "error":
         return found + lines(listing.problems)
     for text in lines(listing.problems):
         log.warning("warning: will be left out: %s", text)
     return found
+
+
+def split_notes(listing: Listing, config: Config) -> list[str]:
+    """Fewer held-out pictures than can tell much; of a fraction, what is to be expected of the draw by content."""
+    dataset = config.section(DatasetParams)
+    subsets = dataset.as_subsets()
+    drawn = [entry for entry in listing.entries if not subsets[entry.subset].regularization]
+    if not listing.is_whole or not drawn:
+        return []
+    if dataset.heldout_split is not None:
+        count = sum(entry.split == dataset.heldout_split for entry in drawn)
+        what, cure = f"{count} of {len(drawn)} pictures are held out", "add pictures to it"
+        key = f"dataset.heldout_split: {dataset.heldout_split}"
+    else:
+        count = round((dataset.heldout_fraction or 0) * len(drawn))
+        what, cure = f"about {count} of {len(drawn)} pictures will be held out", "raise it, or add pictures"
+        key = f"dataset.heldout_fraction: {dataset.heldout_fraction}"
+    if count >= FEW_HELDOUT:
+        return []
+    return [f"{dataset.source}: {what} ({key}), and fewer than {FEW_HELDOUT} seldom tell settings apart; {cure}"]
+
+
+def snapshot_notes(config: Config) -> list[str]:
+    """Where a training would leave its end alone."""
+    train = config.section(TrainParams)
+    every = train.snapshot_every_n_steps
+    if every <= train.num_steps:
+        return []
+    alone = "the progress sheet and the held-out curve have the start and the end alone"
+    return [
+        f"params.yaml train.snapshot_every_n_steps: {every} keeps none of {train.num_steps} steps: {alone}; lower it"
+    ]
 
 
 def batch_problems(listing: Listing, config: Config) -> list[str]:

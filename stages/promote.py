@@ -8,7 +8,6 @@ Stopped in the middle, the same command finishes. Run: `python -m stages.promote
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 
 from stages.core import bases, params, sweep
 from stages.core.base_files import digests
-from stages.core.console import PATHS, UserError, log, run
+from stages.core.console import PATHS, UserError, bare_parser, log, run
 from stages.core.files import atomic, lock, read_json, replaced, sha256_file, state_dir, write_json, write_text
 from stages.core.job_records import Record, read_record
 from stages.core.outdated import AGAIN, WITNESS, lies_in, outdated, pipeline
@@ -48,7 +47,7 @@ MEASURED = ("reports/train/run.json", "reports/validate/run.json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare_parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="its folder below runs/, such as raw/rank-16-s0")
     name = parser.parse_args().run.removeprefix("./").removeprefix("runs/").strip("/")
     with lock(state_dir() / "promote", shown=Path("promote")):
@@ -57,7 +56,8 @@ def main() -> None:
         tree = params.read_yaml(PARAMS)
         wanted = applied(tree, overrides)
         journal = state_dir() / "promote" / "journal.json"
-        changed = [problem for stage, record in records.items() for problem in outdated(stage, record, wanted)]
+        base = wanted.value("model.pretrained")  # told by its digests, not by the times of large files
+        changed = [problem for stage, record in records.items() for problem in outdated(stage, record, wanted, base)]
         problems = [f"{problem}; {AGAIN}" for problem in [*changed, *changed_base(records, wanted)]]
         problems += [*damaged(records), *at_risk(name, journal)]
         if problems:
@@ -125,7 +125,7 @@ def changed_base(records: dict[str, Record], wanted: sweep.Run) -> Iterator[str]
     """By the digests that the export recorded."""
     family = load_family(wanted.value("model.family"))
     origin = bases.resolve(wanted.config.section(ModelParams), family, make=False)
-    recorded = read_json(Path(records["export"].path))["base"]
+    recorded = entries(Path(records["export"].path), "base")
     parts = [name for name, digest in digests(origin.model, family.COMPONENTS).items() if recorded.get(name) != digest]
     if parts:
         yield f"made on another base than {wanted.value('model.pretrained')} ({', '.join(parts)})"
@@ -135,16 +135,32 @@ def damaged(records: dict[str, Record]) -> Iterator[str]:
     """Weights that are not what was written."""
     adapter = Path(records["train"].path)
     exported = Path(records["export"].folder("export"))
-    files = {adapter.parent / name: digest for name, digest in read_json(adapter)["files"].items()}
-    files |= {exported / n: entry["sha256"] for n, entry in read_json(Path(records["export"].path))["files"].items()}
+    files = {adapter.parent / name: digest for name, digest in entries(adapter, "files").items()}
+    written = entries(Path(records["export"].path), "files")
+    files |= {exported / n: each.get("sha256") if isinstance(each, dict) else None for n, each in written.items()}
     for path, digest in files.items():
         if not path.is_file() or sha256_file(path) != digest:
             yield f"{path} is missing or damaged; delete {path.parent} and run `snakemake` again"
 
 
+def entries(path: Path, key: str) -> dict[str, Any]:
+    """What a run's file has below ``key``.
+
+    Raises:
+        UserError: nothing of that kind.
+    """
+    found = read_json(path)
+    if not (isinstance(found, dict) and isinstance(found.get(key), dict)):
+        raise UserError(f"{path}: damaged, no {key} in it; delete it and run `snakemake` again")
+    return found[key]
+
+
 def at_risk(name: str, journal: Path) -> Iterator[str]:
     """Outputs of the workspace that DVC has no copy of; of a promotion that was stopped, its own are none."""
-    begun = read_json(journal)["run"] if journal.exists() else None
+    stopped = read_json(journal) if journal.exists() else {"run": None}
+    if not isinstance(stopped, dict) or "run" not in stopped:
+        raise UserError(f"{journal}: damaged, names no run; delete it, and `dvc checkout` puts back what was")
+    begun = stopped["run"]
     if begun == name:
         log.info("resumed     a promotion that was stopped")
         return

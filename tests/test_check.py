@@ -47,10 +47,25 @@ def test_all_is_well(workspace: Workspace) -> None:
     done = workspace.process("check")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
+    noted = "note: data/raw: about 2 of 8 pictures will be held out (dataset.heldout_fraction: 0.25), and fewer than 5"
+    assert lines.pop(0).startswith(noted)
     names = ["parameters", "base", "dataset", "packages", "disk", "device", "objective", "captions", "adapter"]
     assert [line.split()[0] for line in lines] == names
     assert lines[6] == "objective   v_prediction"
     assert "torch 2.13" in lines[3] and lines[5] == "device      cpu, 1 threads, float32"
+
+
+def test_notes_of_what_a_run_will_tell_little_with(workspace: Workspace) -> None:
+    """Counted without opening a picture; of no snapshot, for a run of the sweep too."""
+    lines = workspace.run("check", "--set", "train.snapshot_every_n_steps=5", "--set", "dataset.heldout_fraction=0.6")
+    assert [line for line in lines if line.startswith("note: ")] == [
+        "note: params.yaml train.snapshot_every_n_steps: 5 keeps none of 4 steps: the progress sheet and the held-out "
+        "curve have the start and the end alone; lower it"
+    ]
+    lines = workspace.run("check", "--set", "sweep.grid={train.snapshot_every_n_steps: [4, 9]}")
+    assert [line[:60] for line in lines if "snapshot" in line] == [
+        "note: params.yaml train.snapshot_every_n_steps: 9 keeps none"
+    ]
 
 
 def test_problems_are_lines_and_exit_code_2(workspace: Workspace) -> None:

@@ -453,6 +453,12 @@ def test_names_alike_have_thumbnails_of_their_own(repository: Repository, monkey
     assert found["dataset try/a"] != found["dataset try-a"]
 
 
+def test_names_alike_have_folders_of_their_own() -> None:
+    found = [compare.folder_name(["main", name]) for name in ("try-a", "try/a", "try~a")]
+    assert found[0] == "main..try-a" and len(set(found)) == 3
+    assert all(re.fullmatch(r"main\.\.try-a-[0-9a-f]{6}", name) for name in found[1:])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

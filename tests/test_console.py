@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from stages.core.console import UserError, run
+from tests.conftest import Workspace
 
 
 def stderr_of(error: BaseException, capsys: pytest.CaptureFixture[str]) -> str:
@@ -24,6 +25,8 @@ def stderr_of(error: BaseException, capsys: pytest.CaptureFixture[str]) -> str:
     ("error", "said"),
     [
         (UserError("one; mend it", "two; mend it"), "error: one; mend it\nerror: two; mend it\n"),
+        (UserError("got 'a\nb\x1b[2K\ud800'"), "error: got 'a\\nb\\x1b[2K\\ud800'\n"),
+        (UserError(f"got {'9' * 5000}; mend it"), f"error: got {'9' * 496} ... {'9' * 325}; mend it\n"),
         (OSError(errno.ENOSPC, "No space left", "/x"), "error: /x: No space left; free some space\n"),
         (
             OSError(errno.EIO, "Input/output error", "/mnt/a.png"),
@@ -51,3 +54,9 @@ def test_our_faults_have_a_traceback(make: Callable[[], Exception]) -> None:
 
     with pytest.raises((OSError, ValueError)):
         run(main)
+
+
+@pytest.mark.parametrize("stage", ["gate", "compare", "promote", "leaderboard"])
+def test_help_names_the_command_as_it_is_started(workspace: Workspace, stage: str) -> None:
+    """Of a package, Python's own guess is ``__main__.py``."""
+    assert workspace.process(stage, "--help").stdout.startswith(f"usage: python -m stages.{stage} [-h]")

@@ -123,7 +123,7 @@ def test_a_file_in_the_place_of_a_folder_is_one_line(workspace: Workspace) -> No
     assert Path("reports").read_text() == "mine"
 
 
-@pytest.mark.parametrize("blob", [b"", b"{", b"\xff"])
+@pytest.mark.parametrize("blob", [b"", b"{", b"\xff", b"[" * 100_000])
 def test_json_that_was_damaged_is_one_line(tmp_path: Path, blob: bytes) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(blob)

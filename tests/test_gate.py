@@ -260,6 +260,17 @@ def test_what_dvc_would_not_write_is_one_line(
     assert line.startswith("dvc.yaml, dvc.lock or a .dvc file: not as DVC writes it (") and "\n" not in line
 
 
+@pytest.mark.parametrize("out", ["reports/report.md", "./reports/metrics.json", "params.yaml", "data/export/page.md"])
+def test_the_page_takes_the_place_of_no_file_of_the_run(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    clone("main")
+    (line,) = run(monkeypatch, "--out", out)
+    taken = "data/export" if "export" in out else str(Path(out))
+    assert line == f"--out: {Path(out)} is, or lies in, {taken} of the run; name another file, such as gate.md"
+    assert git("status", "--porcelain") == ""
+
+
 @pytest.mark.parametrize("text", ["[1]", "null", "[" * 200_000])
 def test_figures_of_another_kind_are_one_line(clone: Clone, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     clone("main")
@@ -267,7 +278,7 @@ def test_figures_of_another_kind_are_one_line(clone: Clone, monkeypatch: pytest.
     Path("reports/metrics.json").write_text(text)
     edited, damaged = run(monkeypatch, "--out", "page.md")
     assert edited.startswith("reports/metrics.json: not what stage validate wrote")
-    assert damaged == "reports/metrics.json: damaged, no names and values; run `dvc repro`"
+    assert re.fullmatch(r"reports/metrics\.json: damaged, no .*run `dvc repro`", damaged)
     assert Path("page.md").read_text(encoding="utf-8").startswith("# Experiment: not passed")
 
 

@@ -235,6 +235,21 @@ def test_damaged_reports_and_losses_that_are_no_numbers_are_named() -> None:
     assert [row["run"] for row in rows if row["state"] == "finished"] == ["raw/rank-16-s0"]
 
 
+def test_a_run_without_held_out_rows_a_sheet_or_plain_numbers_stops_no_other() -> None:
+    runs = planted(grid={"lora.rank": [4, 8, 16, 32]})
+    for run in runs:
+        write_run(run)
+    path = Path(runs[0].folders["reports"], "validate/heldout.csv")
+    path.write_text(path.read_text().replace(",heldout,", ",train,"))
+    Path(runs[1].folders["reports"], "samples.png").write_bytes(b"half")
+    Path(runs[2].folders["reports"], "metrics.json").write_text(f'{{"val.overfit_gap": {10**400}}}')
+    page, rows = board(runs)
+    assert "| raw/rank-4-s0 | `validate: reports/validate/heldout.csv has no held-out row` |" in page
+    assert "| raw/rank-8-s0 | `its reports are damaged (raw/rank-8-s0: reports/samples.png is damaged" in page
+    assert "| raw/rank-16-s0 | `its reports are damaged (val.overfit_gap is beyond 64 bits)" in page
+    assert [row["run"] for row in rows if row["state"] == "finished"] == ["raw/rank-32-s0"]
+
+
 def test_datasets_without_a_row_in_common_have_a_table_each() -> None:
     runs = planted(datasets=["data/raw", "data/raw-noto"], grid={"lora.rank": [4, 8]})
     for run in runs:

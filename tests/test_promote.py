@@ -210,6 +210,31 @@ def test_the_leaderboard_ranks_no_run_that_would_be_made_otherwise_now(swept: St
     manifest.write_bytes(latents)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        (f"runs/{RUN}/adapter/adapter.json", "[]", "damaged, no files in it; delete it and run `snakemake` again"),
+        (
+            f"runs/{RUN}/reports/export/lineage.json",
+            "{}",
+            "damaged, no base in it; delete it and run `snakemake` again",
+        ),
+        (
+            ".state/promote/journal.json",
+            "[]",
+            "damaged, names no run; delete it, and `dvc checkout` puts back what was",
+        ),
+    ],
+)
+def test_files_of_another_kind_are_one_line(swept: Stubbed, name: str, text: str, said: str) -> None:
+    path = swept.path / name
+    before = path.read_bytes() if path.exists() else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    assert swept.refusal() == f"error: {name}: {said}\n"
+    path.unlink() if before is None else path.write_bytes(before)
+
+
 def test_unknown_and_unfinished_runs_are_refused(swept: Stubbed) -> None:
     assert f"raw/rank-44-s0: no such run below runs/ (near: {RUN}" in swept.refusal("raw/rank-44-s0")
     report = swept.path / f"runs/{RUN}/reports/report.md"

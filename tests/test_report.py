@@ -444,10 +444,21 @@ def test_long_lists_are_cut_and_text_of_the_dataset_is_no_markup(workspace: Work
     assert "`rows:3: '<img src=x> \\| 'y'' is damaged` |" in page
 
 
-def test_a_damaged_table_names_its_stage(workspace: Workspace) -> None:
+@pytest.mark.parametrize(
+    ("name", "text", "stage"),
+    [
+        ("dataset/pictures.csv", "nonsense\n", "prepare"),
+        ("train/loss.csv", f"step,loss\n1,{'9' * 200_000}\n", "train"),  # csv.Error, no ValueError
+        ("train/loss.csv", "step,loss\n1\n", "train"),
+        ("validate/curve.csv", "step,heldout,train_probe\n\0,x,y\n", "validate"),
+        ("export/energy.csv", f"layer,rank,energy\n{'a' * 200_000},1,1\n", "export"),
+        ("export/lineage.json", "[1]", "export"),
+    ],
+)
+def test_a_damaged_file_names_its_stage(workspace: Workspace, name: str, text: str, stage: str) -> None:
     write_reports(workspace.path / "reports")
-    (workspace.path / "reports/dataset/pictures.csv").write_text("nonsense\n")
-    with pytest.raises(UserError, match="^reports/dataset/pictures.csv: .*run `python -m stages.prepare` again$"):
+    (workspace.path / "reports" / name).write_text(text)
+    with pytest.raises(UserError, match=rf"^reports/{name}: .*run `python -m stages\.{stage}` again$"):
         workspace.run("report")
 
 

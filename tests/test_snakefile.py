@@ -282,6 +282,7 @@ def wait(done: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
         ),
         (["ranks=4,8"], "--config ranks: unknown key (known: datasets, grid, rows, seeds, exclude)"),
         (["datasets=[data/nope]"], "data/nope: no such file or folder, or nothing in it; correct it, or `dvc pull"),
+        pytest.param(["datasets=[.]"], ".: holds runs/, which Snakemake writes", marks=pytest.mark.slow),
         pytest.param(
             ["grid={export.resized_ranks: [[9]]}"], "9 is not below the adapter's rank 2", marks=pytest.mark.slow
         ),

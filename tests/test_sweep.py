@@ -114,9 +114,17 @@ def test_names_are_safe_and_tell_values_apart() -> None:
 
 
 def test_a_source_outside_of_data_has_a_folder_of_its_own() -> None:
-    sources = ["data/raw", "raw", "data/Raw", "Raw", "./data/raw"]
+    sources = ["data/raw", "raw", "data/Raw", "Raw"]
     found = names(datasets=sources)
     assert found[0] == "raw/default-s0" and len({name.casefold() for name in found}) == len(sources)
+
+
+def test_a_folder_under_two_spellings_is_one() -> None:
+    """Else its adapters are trained twice, and stand beside themselves on the leaderboard."""
+    assert names(datasets=["data/raw", "data/raw/", "./data//raw"]) == ["raw/default-s0"]
+    assert len(places("train", grid={"model.pretrained": ["data/base", "data/base/"]})) == 1
+    two = {"datasets": ["data/raw", "data/other/"]}
+    assert names(**two, exclude=[{"dataset.source": "data/raw/"}]) == ["other/default-s0"]
 
 
 def test_two_settings_in_one_folder_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +229,19 @@ def test_command_line_replaces_keys_and_reads_them_as_set_does() -> None:
     assert [run.name for run in runs] == [f"raw/use_rslora-true,learning_rate-0.0001-s{n}" for n in (0, 1)]
     with pytest.raises(UserError, match=r"--config ranks: unknown key \(known: datasets, grid"):
         sweep.from_command_line(tree(), {"ranks": "4,8"})
+
+
+@pytest.mark.parametrize("section", [None, [], "x", 3])
+def test_a_section_of_another_kind_is_one_line_under_config_too(section: object) -> None:
+    with pytest.raises(UserError) as error:
+        sweep.plan(sweep.from_command_line(tree() | {"sweep": section}, {"seeds": [1]}))
+    (line,) = error.value.problems
+    assert line.startswith(f"params.yaml sweep: got {section!r}; expected {{datasets: ..., grid:")
+
+
+def test_keys_that_are_no_text_are_refused_with_the_others() -> None:
+    found = problems(grid={"train.optimizer_args": [{1: 2, "1": 2}], "lora.rank": [{(1,): 2}]})
+    assert len(found) == 2 and "lora.rank: got {(1,): 2}" in found[0] and "optimizer_args" in found[1]
 
 
 def test_words_of_a_stage_are_those_that_it_reads_and_come_back_as_they_were() -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from stages.artifacts.manifest import Split
 from stages.core.console import UserError
-from stages.core.files import load_tensors, save_tensors, sha256_file, sha256_json, understood, write_json
+from stages.core.files import from_json, load_tensors, save_tensors, sha256_file, sha256_json, understood, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +93,7 @@ class LatentCache:
         with understood(path, "stages.cache_latents"):
             text = path.read_text(encoding="utf-8")
             contents = CONTENTS.validate_json(text, strict=True)
-            self.manifest: dict[str, Any] = json.loads(text)
+            self.manifest: dict[str, Any] = from_json(text)
         self.items = contents.items
         self.tensors: dict[str, torch.Tensor] = {}
         for name, digest in contents.shards.items():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from stages.core.console import UserError
 from stages.core.files import read_json, write_json
 
 Value = float | int | str | bool | None
@@ -16,7 +17,15 @@ def save(path: Path, metrics: Mapping[str, Value]) -> None:
 
 
 def load(path: Path) -> dict[str, Value]:
-    return read_json(path)
+    """Names and values.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: damaged, no names and values; run `dvc repro`")
+    return values
 
 
 def tidy(value: Value) -> Value:

@@ -9,7 +9,6 @@ pass through the encoder; where that has been seen before, it is not done again.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import threading
 import time
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from stages.artifacts.store import Kind
 from stages.core.console import UserError, log
 from stages.core.device import autocast
-from stages.core.files import sha256_json, write_json
+from stages.core.files import from_json, sha256_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +135,7 @@ class Proofs:
     def _load(self) -> set[str]:
         """Empty where there is none, or it is damaged: the proof is made again."""
         try:
-            return set(json.loads(self.path.read_text(encoding="utf-8")))
+            return set(from_json(self.path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return set()
 

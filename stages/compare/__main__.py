@@ -19,7 +19,7 @@ from stages.compare.revisions import WORKSPACE
 from stages.compare.sheets import draw_pictures, file_name, sliders
 from stages.compare.sides import Side, read_side
 from stages.compare.verdict import judge
-from stages.core.console import UserError, log, run
+from stages.core.console import UserError, bare_parser, log, run
 from stages.core.files import replaced, sha256_json, write_text
 
 MAX_FOLDER = 100  # characters
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare_parser(__doc__)
     parser.add_argument(
         "revisions",
         nargs="*",

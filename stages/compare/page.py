@@ -12,7 +12,7 @@ from stages.compare.settings import SEED, changed_inputs, differing, unexplained
 from stages.compare.sides import Side, shared_prompts
 from stages.compare.verdict import Verdict
 from stages.core.dataset_changes import Changes, compare_tables
-from stages.core.files import sha256_file
+from stages.core.files import from_json, sha256_file
 from stages.core.markdown import MINUS, code, facts, image, signed, table
 
 MEASURED = {
@@ -192,10 +192,10 @@ def measured_cost(sides: Sequence[Side]) -> list[str]:
     found: dict[str, str] = {}
     for stage, (path, figures) in MEASURED.items() if any(side.commit is None for side in sides) else ():
         try:
-            measured, own = json.loads(path.read_bytes()), sha256_file(figures)
+            measured, own = from_json(path.read_bytes()), sha256_file(figures)
         except (OSError, ValueError):
             continue
-        if measured["of"] != own:
+        if not isinstance(measured, dict) or measured.get("of") != own:
             continue
         found |= {f"{stage}: {key.replace('_', ' ')}": show_number(v) for key, v in measured.items() if is_number(v)}
     return ["## Cost", facts("The workspace's last runs, measured on this machine", found)] if found else []

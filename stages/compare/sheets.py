@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stages.compare.page import changed_pictures
 from stages.compare.sides import SAMPLES, Side, how_to_report, shared_prompts
 from stages.core.console import UserError
+from stages.core.files import sha256_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,14 +26,14 @@ def draw_pictures(sides: Sequence[Side], folder: Path) -> dict[str, Path]:
     paths = {"samples": draw_sheet(sides, folder / "samples.png")}
     for side in sides[1:]:
         file = folder / f"dataset-{file_name(side.name)}.png"
-        if file in paths.values():  # try/a and try-a
-            file = file.with_stem(f"{file.stem}-{len(paths)}")
         paths[f"dataset {side.name}"] = draw_thumbnails(sides[0], side, file)
     return {name: path for name, path in paths.items() if path}
 
 
 def file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+    """The name, and a digest where it has what a file's cannot: ``try/a`` is not ``try-a``."""
+    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+    return safe if safe == name else f"{safe}-{sha256_json(name)[:6]}"
 
 
 def draw_thumbnails(a: Side, b: Side, path: Path) -> Path | None:

@@ -6,7 +6,6 @@ that no layer here has go through diffusers' own converters; what those would lo
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.base_files import read_header
 from stages.core.console import UserError
-from stages.core.files import load_metadata, load_tensors, read_json, sha256_file
+from stages.core.files import from_json, load_metadata, load_tensors, read_json, sha256_file
 from stages.core.pin import SETTING, config_beside
 from stages.core.targets import matches
 
@@ -99,7 +98,7 @@ def read(file: Path, denoiser: Any, pipeline: str) -> AdapterFile:
     try:
         tensors, header = load_tensors(file), load_metadata(file)
         names = ("lora_dag", "lora_adapter_metadata")
-        record, packed = (mapping(json.loads(header.get(name, "{}")), file, name) for name in names)
+        record, packed = (mapping(from_json(header.get(name, "{}")), file, name) for name in names)
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{SETTING}: '{file}' is damaged, or no safetensors file ({error})") from None
     require_numbers(tensors, file)

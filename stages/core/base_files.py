@@ -6,13 +6,12 @@ Looks at names and bytes only; nothing is imported from the folder and no model 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.console import UserError
-from stages.core.files import sha256_file
+from stages.core.files import from_json, sha256_file
 
 if TYPE_CHECKING:
     from stages.core.params import ModelParams
@@ -46,7 +45,7 @@ def problems(
     if found:
         return found
     index = root / "model_index.json"
-    listed = json.loads(index.read_text(encoding="utf-8"))
+    listed = from_json(index.read_text(encoding="utf-8"))
     for component, expected in family.COMPONENTS.items():
         folder = root / component
         entry = listed.get(component)
@@ -83,7 +82,7 @@ def index_problems(model: ModelParams, family: Family, root: Path) -> list[str]:
     if not index.exists():
         return [f"{where} has no model_index.json; expected a folder in the diffusers layout"]
     try:
-        pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        pipeline = from_json(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError):
         return [f"{index}: not a diffusers model index; fetch the model again"]
     if pipeline != family.PIPELINE:
@@ -131,7 +130,7 @@ def text_problems(folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
-            whole = isinstance(json.loads(path.read_bytes()), dict)
+            whole = isinstance(from_json(path.read_bytes()), dict)
         except (OSError, ValueError):
             whole = False
         if not whole:
@@ -153,7 +152,7 @@ def shard_problems(folder: Path, variant: str | None) -> list[str]:
         found.append(f"{files[0]}: a shard without its index (*{ending}); fetch the model again")
     for path in indexes:
         try:
-            shards = set(json.loads(path.read_bytes())["weight_map"].values())
+            shards = set(from_json(path.read_bytes())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             found.append(f"{path}: no index of shards; fetch the model again")
             continue
@@ -173,7 +172,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < path.stat().st_size else {}
+            header = from_json(file.read(length)) if length < path.stat().st_size else {}
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max(entry["data_offsets"][1] for entry in entries.values())
         return entries if path.stat().st_size == 8 + length + end else {}
@@ -202,7 +201,7 @@ def component_files(folder: Path, variant: str | None) -> list[Path]:
 def absent(model: ModelParams, components: Iterable[str]) -> set[str]:
     """Those that model_index.json declares null; none where there is no such file, which is refused elsewhere."""
     index = Path(model.pretrained) / "model_index.json"
-    listed = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    listed = from_json(index.read_text(encoding="utf-8")) if index.exists() else {}
     return {component for component in components if listed.get(component) == [None, None]}
 
 

@@ -46,6 +46,7 @@ REMEDIES = {
     errno.EIO: "check the disk or network drive, and run again",
     errno.ESTALE: "check the disk or network drive, and run again",
 }
+LONGEST_LINE = 1000  # characters of a problem; what was got may be a list of thousands
 CPU_ALLOCATOR = "DefaultCPUAllocator: "  # before what torch says where memory is short
 
 
@@ -53,13 +54,29 @@ class UserError(Exception):
     """Input that a person can mend. One line per problem: where, what we got, what we accept, what to do."""
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(map(one_line, problems))
+        super().__init__("\n".join(self.problems))
+
+
+def one_line(text: str) -> str:
+    """Printable: a value that we quote may hold ends of lines, and anything else that moves a terminal's cursor."""
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 3 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def bare_parser(description: str | None) -> argparse.ArgumentParser:
+    """Named as a person starts it; for a package, Python's own guess is ``__main__.py``."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+    return argparse.ArgumentParser(
+        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def parser(description: str | None, paths: Iterable[str] = ()) -> argparse.ArgumentParser:
     """The stage's parser: ``--params``, ``--set`` and one ``--NAME DIR`` per artifact that it reads or writes."""
-    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = bare_parser(description)
     result.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
     result.add_argument(
         "--set",

@@ -11,7 +11,6 @@ The snapshot is downloaded once, into the state directory, and then needs no net
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.events import AliasEvent
 
 from stages.core.console import REMEDIES, UserError, log
-from stages.core.files import sha256_file, sha256_json, state_dir, write_json
+from stages.core.files import from_json, sha256_file, sha256_json, state_dir, write_json
 from stages.core.params import read_yaml, unknown
 
 Kind = Literal["dataset", "model"]
@@ -110,7 +109,7 @@ def is_fetched(pin: Pin) -> bool:
 def read_marker(pin: Pin) -> dict[str, FileState]:
     """Files of a download that came to its end; empty where none did."""
     try:
-        stated = json.loads(pin.marker.read_text(encoding="utf-8"))
+        stated = from_json(pin.marker.read_text(encoding="utf-8"))
         return {name: {"bytes": int(state["bytes"]), "sha256": str(state["sha256"])} for name, state in stated.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return {}

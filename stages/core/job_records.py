@@ -6,7 +6,6 @@ Reads .snakemake/metadata of Snakemake 9 (requirements.lock pins it): what its o
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import shlex
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.console import UserError
-from stages.core.files import sha256_file, sha256_json
+from stages.core.files import from_json, sha256_file, sha256_json
 
 METADATA = Path(".snakemake/metadata")
 
@@ -62,7 +61,7 @@ def read_record(path: str) -> Record | None:
     if not METADATA.is_dir() or not (place := place_of(path)).is_file() or not Path(path).is_file():
         return None
     try:
-        found = json.loads(place.read_bytes())
+        found = from_json(place.read_bytes())
         if found["incomplete"]:
             return None
         values = [ast.literal_eval(text) for text in found["params"]]

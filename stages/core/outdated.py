@@ -25,12 +25,16 @@ WITNESS = {
 AGAIN = "run `snakemake` again, or go back to what it was"
 
 
-def outdated(stage: str, record: Record, wanted: Run) -> Iterator[str]:
-    """What has changed since the job: parameters, code, files that it read; the base's aside."""
+def outdated(stage: str, record: Record, wanted: Run, but: str = "") -> Iterator[str]:
+    """What has changed since the job: parameters, code, files that it read.
+
+    Args:
+        but: a folder whose files are not looked at.
+    """
     yield from changed_parameters(record, wanted)
     if record.code != current_code(stage, wanted.value("model.family")):
         yield f"made by other code of {stage} than stages/ has now"
-    yield from changed_inputs(stage, record, wanted)
+    yield from changed_inputs(stage, record, wanted, but)
 
 
 def changed_parameters(record: Record, wanted: Run) -> Iterator[str]:
@@ -51,11 +55,11 @@ def current_code(stage: str, family: str) -> str:
     return code_of(pipeline()[stage]["deps"], family)
 
 
-def changed_inputs(stage: str, record: Record, wanted: Run) -> Iterator[str]:
-    """Pictures, and what an earlier stage wrote."""
-    base, source = wanted.value("model.pretrained"), wanted.value("dataset.source")
+def changed_inputs(stage: str, record: Record, wanted: Run, but: str) -> Iterator[str]:
+    """Pictures, the base, and what an earlier stage wrote."""
+    source = wanted.value("dataset.source")
     for path, digest in record.inputs.items():
-        if lies_in(path, base):
+        if but and lies_in(path, but):
             continue
         if not Path(path).is_file():
             yield f"{stage} read {path}, which is not here"

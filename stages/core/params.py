@@ -10,14 +10,15 @@ import difflib
 import importlib
 import itertools
 import json
+import os
 import re
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from stages.core.console import UserError
@@ -40,6 +41,8 @@ SECTIONS = {
 }
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.normpath)]
+"""One spelling for ``data/raw``, ``data/raw/`` and ``./data/raw``."""
 
 
 class Params(BaseModel):
@@ -64,7 +67,7 @@ class ModelParams(Params):
 
     family: Literal["sd", "sdxl", "sd3", "flux", "z_image"]
     """File in stages/families/ that knows the model."""
-    pretrained: str = Field(min_length=1)
+    pretrained: LocalPath
     """Folder in the diffusers layout, or what ``core/bases.py`` makes one of."""
     variant: str | None = Field(min_length=1)
     """Weight file variant, such as fp16 for ``*.fp16.safetensors``."""

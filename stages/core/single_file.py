@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from stages.core import quiet
 from stages.core.base_files import absent, component_files, read_header, weight_files
 from stages.core.console import UserError, log
-from stages.core.files import lock, replaced, sha256_file, sha256_json, state_dir, write_json
+from stages.core.files import from_json, lock, replaced, sha256_file, sha256_json, state_dir, write_json
 from stages.core.hub import is_whole, state_of
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def scheduler_problems(file: Path, names: Iterable[str]) -> list[str]:
     """Marks of what a checkpoint predicts, which ComfyUI and its peers obey, against the scheduler beside it."""
     path = file.parent / "scheduler" / "scheduler_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []  # base_files says so
     wanted = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
@@ -273,7 +273,7 @@ def kept_files(file: Path, model: ModelParams, family: Family) -> list[Path]:
 def stands(folder: Path) -> bool:
     """Whether it is whole, to the byte."""
     try:
-        record = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))["files"]
+        record = from_json((folder / "conversion.json").read_text(encoding="utf-8"))["files"]
         return all(is_whole(folder / name, state, verify=True) for name, state in record.items())
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return False
@@ -332,7 +332,7 @@ def load(name: str, file: Path, model: ModelParams, family: Family) -> Any:
     """
     import diffusers
 
-    listed = json.loads((file.parent / "model_index.json").read_text(encoding="utf-8"))
+    listed = from_json((file.parent / "model_index.json").read_text(encoding="utf-8"))
     others = [other for other, entry in listed.items() if isinstance(entry, list) and other != name]
     try:
         pipeline = getattr(diffusers, family.PIPELINE).from_single_file(
@@ -382,7 +382,7 @@ def require_depth(name: str, file: Path, model: ModelParams, family: Family) -> 
     """
     found = [re.search(r"\.(?:layers|block)\.(\d+)\.", key) for key in names_of(name, read_header(file), model, family)]
     there = max((int(match[1]) + 1 for match in found if match), default=0)
-    config = json.loads((file.parent / name / "config.json").read_text(encoding="utf-8"))
+    config = from_json((file.parent / name / "config.json").read_text(encoding="utf-8"))
     described = config.get("num_hidden_layers", config.get("num_layers", there))
     if there > described:
         what = f"has {there} layers of {name}, {name}/config.json describes {described}"

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from pydantic import Field
 from ruamel.yaml import YAML, YAMLError
 
 from stages.core.console import UserError
+from stages.core.files import from_json
 from stages.core.params import SECTIONS, Config, Params, check, check_section, params_class, unknown
 
 Overrides = dict[str, Any]
@@ -38,6 +40,7 @@ SECTIONS_BEHIND = {
 }
 """Stage -> the sections that it and the stages before it read: where they are equal, so are the results."""
 OWN_AXIS = {"dataset.source": "datasets", "train.seed": "seeds"}
+PATHS = ("dataset.source", "model.pretrained")
 MOST_RUNS = 10_000
 """Snakemake would plan more for many minutes: rather a slip of the pen in the grid."""
 LONGEST_NAME = 160
@@ -132,7 +135,10 @@ def from_command_line(tree: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     known = list(SweepParams.model_fields)
     if problems := [unknown("--config", str(key), known) for key in given if key not in known]:
         raise UserError(*problems)
-    return tree | {"sweep": tree.get("sweep", {}) | {key: reread(value) for key, value in given.items()}}
+    section = tree.get("sweep", {})
+    if given and isinstance(section, dict):  # else `check` says what is wrong with it
+        section = section | {key: reread(value) for key, value in given.items()}
+    return tree | {"sweep": section}
 
 
 def reread(value: Any) -> Any:
@@ -220,7 +226,10 @@ def dumped(section: Params) -> dict[str, Any]:
 
 
 def matches(run: Run, pattern: Overrides) -> bool:
-    return all(value in (run.value(key), asked(run, key)) for key, value in pattern.items())
+    return all(
+        value in (run.value(key), asked(run, key)) or key in PATHS and os.path.normpath(str(value)) == run.value(key)
+        for key, value in pattern.items()
+    )
 
 
 def asked(run: Run, key: str) -> Any:
@@ -306,7 +315,11 @@ def digest(value: str) -> str:
 
 
 def text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    """One text for one value; keys that are no text, which no section takes, are told apart by it all the same."""
+    try:
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    except TypeError:
+        return repr(value)
 
 
 def words(run: Run, names: list[str]) -> list[str]:
@@ -358,7 +371,7 @@ def measurements(root: Path) -> list[float]:
     found = []
     for path in [root / "reports/train/run.json", *sorted(root.glob("runs/*/*/reports/train/run.json"))]:
         try:
-            found.append(float(json.loads(path.read_text(encoding="utf-8"))["images_per_second"]))
+            found.append(float(from_json(path.read_text(encoding="utf-8"))["images_per_second"]))
         except (OSError, ValueError, KeyError, TypeError):  # not there, of another version, or half a file
             continue
     return [speed for speed in found if speed > 0]

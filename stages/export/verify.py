@@ -6,7 +6,6 @@ Out: lines on the terminal. Exit code 0 when the file is that of data/adapter an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from stages.artifacts.adapter import FINAL, Adapter
 from stages.core import bases
 from stages.core.base_files import digests
 from stages.core.console import UserError, log
-from stages.core.files import load_metadata, load_tensors, sha256_file
+from stages.core.files import from_json, load_metadata, load_tensors, sha256_file, understood
 from stages.core.git import git
 from stages.core.params import Config, ModelParams
 from stages.export.header import tensors_digest
@@ -72,7 +71,8 @@ def read(file: Path) -> dict[str, Any]:
     if "lora_dag" in fields:
         if fields.get("modelspec.hash_sha256") != f"0x{tensors_digest(tensors)}":
             raise UserError(f"{file}: its tensors were changed after it was written")
-        return json.loads(fields["lora_dag"])
+        with understood(file, "stages.export"):
+            return dict(from_json(fields["lora_dag"]))
     if any(mark in name for mark in BY_TRAIN for name in tensors):
         return {"adapter": sha256_file(file)}
     raise UserError(
@@ -118,8 +118,8 @@ def made_by(digest: str) -> str:
     refs = words("for-each-ref", "--format=%(objectname)", "refs/heads", "refs/tags", "refs/remotes", "refs/exps")
     for revision in words("log", "--format=%H", *dict.fromkeys(refs), "--", METRICS) if refs else []:
         try:
-            recorded = json.loads(git("show", f"{revision}:{METRICS}") or "{}")
-        except ValueError:
+            recorded = dict(from_json(git("show", f"{revision}:{METRICS}") or "{}"))
+        except (TypeError, ValueError):
             continue
         if recorded.get("train.adapter_digest") == digest[:16]:
             return revision

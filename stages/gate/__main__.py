@@ -13,7 +13,7 @@ from pathlib import Path
 from stages.artifacts import metrics
 from stages.compare.revisions import find_commit
 from stages.core import params
-from stages.core.console import UserError, log, run
+from stages.core.console import UserError, bare_parser, log, run
 from stages.core.files import write_text
 from stages.core.git import git
 from stages.gate import against, limits, lock
@@ -26,6 +26,8 @@ METRICS = ("reports/metrics.json", "reports/train/metrics.json", "reports/export
 
 def main() -> None:
     args = arguments().parse_args()
+    if args.out is not None:
+        require_free(args.out)
     there = against.other(args.against) if args.against is not None else None
     place = Place(args.repository, reviewed(args.commit), args.against, there)
     problems = lock.problems()
@@ -40,6 +42,17 @@ def main() -> None:
     if problems or closed:
         raise UserError(*problems, *closed)
     log.info("passed      %d gates", len(answers))
+
+
+def require_free(out: Path) -> None:
+    """Before anything is written.
+
+    Raises:
+        UserError: the page would take the place of a file that the run reads or writes.
+    """
+    taken = next((path for path in lock.paths() if out.resolve().is_relative_to(path.resolve())), None)
+    if taken:
+        raise UserError(f"--out: {out} is, or lies in, {taken} of the run; name another file, such as gate.md")
 
 
 def compare(revision: str) -> Comparison:
@@ -60,7 +73,7 @@ def show(page: str, out: Path | None) -> None:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare_parser(__doc__)
     parser.add_argument("--against", metavar="REV", help="compare with this commit, branch, tag or DVC experiment")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: the terminal)")
     parser.add_argument(
@@ -86,10 +99,7 @@ def measured() -> dict[str, metrics.Value]:
     """
     found: dict[str, metrics.Value] = {}
     for path in filter(Path.is_file, map(Path, METRICS)):
-        try:
-            found |= metrics.load(path)
-        except (RecursionError, TypeError, ValueError):
-            raise UserError(f"{path}: damaged, no names and values; run `dvc repro`") from None
+        found |= metrics.load(path)
     return found
 
 

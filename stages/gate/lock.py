@@ -7,6 +7,7 @@ and stages that are frozen.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import subprocess
@@ -25,6 +26,7 @@ UP_TO_DATE = "Data and pipelines are up to date."
 SHOWN = "dvc repro --dry --allow-missing"
 RUN = "run `dvc repro`, then commit dvc.lock and reports/"
 ABSENT = object()
+LOCK = Path("dvc.lock")
 
 
 def problems() -> list[str]:
@@ -32,7 +34,7 @@ def problems() -> list[str]:
 
     Reads the current folder.
     """
-    if not Path("dvc.lock").is_file():
+    if not LOCK.is_file():
         return [f"dvc.lock: missing; {RUN}"]
     try:
         stale = ask_dvc()
@@ -42,6 +44,15 @@ def problems() -> list[str]:
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         return [f"dvc.yaml, dvc.lock or a .dvc file: not as DVC writes it ({what}); `git checkout` them, or {RUN}"]
+
+
+def paths() -> list[Path]:
+    """What the run consists of, as far as dvc.yaml and params.yaml can be read."""
+    found = ["params.yaml", "dvc.yaml", "dvc.lock"]
+    with contextlib.suppress(UserError, AttributeError, KeyError, TypeError, ValueError):
+        pipeline = Pipeline.read()
+        found += [path for stage in pipeline.stages for kind in (True, False) for path in pipeline.listed(stage, kind)]
+    return [Path(path) for path in found]
 
 
 def ask_dvc() -> list[str]:
@@ -95,7 +106,9 @@ class Pipeline:
                 return re.sub(r"\$\{([\w.]+)\}", lambda key: str(look_up(params, key[1])), value)
             return value
 
-        return cls(fill(read_yaml(Path("dvc.yaml"))["stages"]), read_yaml(Path("dvc.lock"))["stages"], params)
+        return cls(
+            fill(read_yaml(Path("dvc.yaml"))["stages"]), read_yaml(LOCK)["stages"] if LOCK.exists() else {}, params
+        )
 
     def files(self) -> list[File]:
         """Of the stages that both have."""

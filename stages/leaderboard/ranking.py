@@ -86,6 +86,8 @@ def rank(results: Sequence[Result]) -> tuple[list[Table], list[Result]]:
     for result in results:
         if result.side is None:
             left.append(result)
+        elif not heldout(result):
+            left.append(Result(result.run, None, "validate: reports/validate/heldout.csv has no held-out row"))
         elif all(math.isfinite(score.adapter) for score in heldout(result).values()):
             finished.append(result)
         else:

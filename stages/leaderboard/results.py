@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.artifacts.metrics import Value
-from stages.compare.sides import Side, parse_lineage, parse_object, parse_scores
+from stages.compare.sheets import cut_cells
+from stages.compare.sides import DAMAGED, Side, parse_lineage, parse_metrics, parse_object, parse_scores
 from stages.core.console import UserError
+from stages.core.files import from_json
 from stages.core.job_records import read_record
 from stages.core.outdated import AGAIN, WITNESS, outdated
 from stages.core.sweep import Run
@@ -79,8 +81,9 @@ def read_result(run: Run, changes: dict[Path, list[str]]) -> Result:
         if found := list(dict.fromkeys(change for path in files.values() for change in changes[path])):
             return Result(run, None, f"{', '.join(found[:MOST_CHANGES])}; {AGAIN}")
         side, exported = read_side(run)
+        cut_cells(side)
         other = list(other_than_planned(run, side, exported))
-    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+    except (OSError, UserError, *DAMAGED) as error:
         return Result(run, None, f"its reports are damaged ({error}); delete runs/{run.name} and run snakemake again")
     if other:
         return Result(run, None, f"not of the plan: {', '.join(other)}; run snakemake again")
@@ -98,7 +101,7 @@ def read_side(run: Run) -> tuple[Side, dict[str, Any]]:
     reports, trained, exported = (Path(run.folders[at]) for at in ("reports", "train_reports", "export_reports"))
     metrics: dict[str, Value] = {}
     for folder in (reports, trained, exported):
-        metrics |= parse_object((folder / "metrics.json").read_bytes())
+        metrics |= parse_metrics((folder / "metrics.json").read_bytes())
     side = Side(
         name=run.name,
         commit=None,
@@ -127,7 +130,7 @@ def other_than_planned(run: Run, side: Side, exported: dict[str, Any]) -> Iterat
 def training_seconds(run: Run, side: Side) -> float | None:
     """By the speed of the last command, so that one that went on from a checkpoint counts whole."""
     try:
-        speed = json.loads(Path(run.folders["train_reports"], "run.json").read_bytes())["images_per_second"]
+        speed = from_json(Path(run.folders["train_reports"], "run.json").read_bytes())["images_per_second"]
         return side.metrics["train.images_seen"] / speed
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None

@@ -19,7 +19,7 @@ from zlib import crc32
 import PIL
 
 from stages.core import pictures
-from stages.core.files import sha256_file, sha256_json, state_dir, write_text
+from stages.core.files import from_json, sha256_file, sha256_json, state_dir, write_text
 
 MAX_REMEMBERED = 20_000  # lines of other runs that are kept; 1.3 KB each
 
@@ -102,5 +102,5 @@ def parsed(path: Path) -> Iterator[tuple[str, Any]]:
         crc, _, text = line.partition(" ")
         with contextlib.suppress(TypeError, ValueError):
             if int(crc, 16) == crc32(text.encode()):
-                key, value = json.loads(text)
+                key, value = from_json(text)
                 yield json.dumps(key, sort_keys=True), value

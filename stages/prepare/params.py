@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.core.params import Params
+from stages.core.params import LocalPath, Params
 from stages.prepare.captions import odd_characters
 
 
@@ -40,7 +40,7 @@ class Subset(Params):
 class DatasetParams(Params):
     """Section ``dataset``."""
 
-    source: str = Field(min_length=1)
+    source: LocalPath
     """Folder of pictures, Parquet or WebDataset (.tar) files; or a YAML file that pins a Hub dataset."""
     subsets: list[Subset] | None = Field(min_length=1)
     """Several sources below ``source``; null for ``source`` as one."""

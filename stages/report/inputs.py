@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stages.artifacts import metrics, picture_table
 from stages.artifacts.metrics import Value
 from stages.core.console import UserError
 from stages.core.files import read_json, understood
 
+T = TypeVar("T")
 Metrics = Mapping[str, Value]
 
 
@@ -75,25 +76,33 @@ def read_inputs(reports: Path, dataset: Path, latents: Path, train: Path, export
     found = {"nearest": reports / "validate" / "nearest.png", "nearest_table": reports / "validate" / "nearest.csv"}
     pictures |= {name: path for name, path in found.items() if path.exists()}
     table = dataset / "pictures.csv"
-    with understood(table, "stages.prepare"):
-        rows = picture_table.load(table)
+
+    def read(path: Path, parse: Callable[[Path], T]) -> T:
+        with understood(path, f"stages.{writers[path]}"):
+            return parse(path)
+
     return Inputs(
         measured=metrics.load(reports / "metrics.json"),
-        lineage=read_json(reports / "validate" / "lineage.json"),
-        curve=read_numbers(reports / "validate" / "curve.csv"),
+        lineage=read(reports / "validate" / "lineage.json", read_object),
+        curve=read(reports / "validate" / "curve.csv", read_numbers),
         train=metrics.load(train / "metrics.json"),
-        loss=read_numbers(train / "loss.csv"),
+        loss=read(train / "loss.csv", read_numbers),
         dataset=metrics.load(dataset / "metrics.json"),
-        rows=rows,
+        rows=read(table, picture_table.load),
         latents=metrics.load(latents / "metrics.json"),
         export=metrics.load(export / "metrics.json"),
-        made=read_json(export / "lineage.json"),
-        energy=read_rows(export / "energy.csv"),
+        made=read(export / "lineage.json", read_object),
+        energy=read(export / "energy.csv", read_rows),
         pictures=pictures | {"contact": dataset / "contact.png", "table": table},
     )
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    return dict(read_json(path))
+
+
 def read_numbers(path: Path) -> list[dict[str, float]]:
+    """Raises what ``understood`` explains where a cell is missing or is no number."""
     return [{name: float(value) for name, value in row.items()} for row in read_rows(path)]
 
 

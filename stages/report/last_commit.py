@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stages.core.files import from_json
 from stages.core.git import git
 from stages.core.markdown import code
 from stages.report.inputs import Inputs
@@ -23,7 +24,7 @@ def changed(inputs: Inputs, reports: Path, export: Path) -> str:
     if commit is None or None in found:
         return ""
     try:
-        made, lineage, measured = (json.loads(text or b"") for text in found)
+        made, lineage, measured = (from_json(text or b"") for text in found)
         differences = list(compare(made, inputs.made, lineage, inputs.lineage))
         before, after = measured["val.loss"], inputs.measured["val.loss"]
     except (AttributeError, KeyError, TypeError, ValueError):

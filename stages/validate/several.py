@@ -7,7 +7,6 @@ per prompt of section ``validate``, a column for the base and for each combinati
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stages.core import base_files
 from stages.core.base_files import read_header
 from stages.core.console import UserError, log
-from stages.core.files import load_metadata
+from stages.core.files import from_json, load_metadata
 
 if TYPE_CHECKING:
     from stages.core.sampling import Sampling
@@ -71,7 +70,7 @@ def require_base(file: Path, base: dict[str, str]) -> None:
     from safetensors import SafetensorError
 
     try:
-        record = json.loads(load_metadata(file).get("lora_dag", "{}"))
+        record = from_json(load_metadata(file).get("lora_dag", "{}"))
         recorded, config = dict(record.get("base", {})), dict(record.get("lora_config", {}))
     except (SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged, or no safetensors file ({error})") from None
