@@ -218,4 +218,8 @@ def write_params(path: Path, changes: dict[str, dict[str, Any]]) -> None:
 
 
 from tests.checkout import reproduced, tiny_checkout  # noqa: E402, F401  (needs what stands above)
+from tests.compared import repository  # noqa: E402, F401
+from tests.encodings import cached, calls, masked  # noqa: E402, F401
 from tests.planted import clone, published  # noqa: E402, F401
+from tests.sources import here  # noqa: E402, F401
+from tests.trainings import encoded, interrupt, mixed, reference  # noqa: E402, F401
