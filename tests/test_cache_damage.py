@@ -2,56 +2,58 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from stages.artifacts import latent_cache
 from stages.artifacts.latent_cache import LatentCache
+from stages.artifacts.store import Store
 from stages.core.console import UserError
 from stages.core.files import read_json, writing
 from stages.families import sd
-from tests.conftest import Workspace
+from tests import forked
+from tests.conftest import Workspace, outcome
 from tests.encodings import LATENTS, Calls, encode, from_empty_store
 
-KILL = """
-import os, signal, sys
-from stages.artifacts import store, latent_cache
-from stages.cache_latents.__main__ import main
-owner, name, left = {owner}, {name!r}, {left}
-real = getattr(owner, name)
-def dying(*args, **kwargs):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return real(*args, **kwargs)
-setattr(owner, name, dying)
-sys.argv = ["cache_latents"]
-main()
-"""
+
+def kill_instead(owner: Any, name: str, left: int) -> None:
+    """This process is killed in place of the call of ``owner.name`` after ``left`` others."""
+    real, calls = getattr(owner, name), itertools.count()
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, dying)
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "left", "missing"),
     [
-        ("store.Store", "save", 0, (8, 8)),
-        ("store.Store", "save", 5, (3, 8)),
-        ("store.Store", "save", 11, (0, 6)),  # 8 pictures, the empty caption and two others
-        ("latent_cache", "save_tensors", 2, (0, 0)),
-        ("latent_cache", "write_json", 0, (0, 0)),
+        (Store, "save", 0, (8, 8)),
+        (Store, "save", 5, (3, 8)),
+        (Store, "save", 11, (0, 6)),  # 8 pictures, the empty caption and two others
+        (latent_cache, "save_tensors", 2, (0, 0)),
+        (latent_cache, "write_json", 0, (0, 0)),
     ],
 )
 def test_after_a_kill_only_what_is_missing_is_encoded(
-    workspace: Workspace, calls: Calls, owner: str, name: str, left: int, missing: tuple[int, int]
+    workspace: Workspace, calls: Calls, owner: Any, name: str, left: int, missing: tuple[int, int]
 ) -> None:
     workspace.run("prepare")
-    code = KILL.format(owner=owner, name=name, left=left)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
+
+    def run() -> None:
+        kill_instead(owner, name, left)
+        workspace.run("cache_latents")
+
+    assert forked.exit_code(run) == -signal.SIGKILL
     with pytest.raises(UserError, match="data/latents/manifest.json: no such file; run `python -m stages.cache_latent"):
         LatentCache(LATENTS)
     workspace.run("cache_latents")
@@ -110,13 +112,11 @@ def test_a_folder_in_place_of_the_notes_is_a_warning(cached: Workspace) -> None:
     assert Path("reports/latents/metrics.json").exists() and lines[-1] == "encoded 0, reused 8"
 
 
-def test_a_folder_in_place_of_an_entry_is_named(cached: Workspace) -> None:
+def test_a_folder_in_place_of_an_entry_is_named(cached: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     entry = sorted(Path(".state/store/latents").rglob("*.safetensors"))[0]
     entry.unlink()
     entry.mkdir()
-    done = cached.process("cache_latents")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
+    assert outcome(cached, "cache_latents", capsys) == (
         f"error: {entry.resolve()}: Is a directory; remove or rename the folder that stands in the place of a file"
     )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import importlib
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +118,23 @@ def broken_off(at: int) -> Iterator[None]:
         return original(self, number)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", step)
+        yield
+
+
+@contextlib.contextmanager
+def signalled(at: int, number: signal.Signals) -> Iterator[None]:
+    """A training inside gets the signal before step ``at``."""
+    from stages.train.trainer import Trainer
+
+    original = Trainer.step
+
+    def step(self: Trainer, index: int) -> bool:
+        if index == at:
+            os.kill(os.getpid(), number)
+        return original(self, index)
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", step)
         yield
 
