@@ -77,6 +77,16 @@ def test_moved_dataset_is_no_encode(cached: Workspace, calls: Calls) -> None:
     assert calls.take() == (0, 0)
 
 
+def test_another_dataset_encodes_what_is_new(cached: Workspace, calls: Calls) -> None:
+    """Six of its eight pictures under other names, with captions beside them."""
+    Path("data/other").mkdir()
+    for index in range(2, 10):
+        picture(index).save(f"data/other/new-{index}.png")
+        Path(f"data/other/new-{index}.txt").write_text(f"thing {index}\n")
+    assert encode(cached, "dataset.source=data/other") == ("encoded 2, reused 6", "captions: encoded 2, reused 7")
+    assert calls.take() == (2, 2)
+
+
 def test_equal_pictures_are_encoded_once(workspace: Workspace, calls: Calls) -> None:
     shutil.copy("data/raw/00.png", "data/raw/twin.png")
     write_rows(Path("data/raw"), [*read_rows(Path("data/raw")), {"file_name": "twin.png", "text": "x"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import pytest
 
 from stages.artifacts.adapter import FINAL
 from stages.core import closure
+from tests import forked
 from tests.caches import write_mixed_cache
 from tests.conftest import REPOSITORY, Workspace, picture
-from tests.trainings import LONG, outputs, refusal, weights
+from tests.trainings import LONG, outputs, refusal, signalled, weights
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -46,6 +48,20 @@ def test_interrupted_twice_and_with_the_newest_checkpoint_damaged(
     lines = encoded.run("train", *argv)
     assert "resumed from step 4" in lines and any("is damaged or unfinished" in line for line in lines)
     assert (Path("data/adapter") / FINAL).read_bytes() == (reference / "data/adapter" / FINAL).read_bytes()
+
+
+def test_killed_before_a_step_the_same_command_gives_the_same_bytes(encoded: Workspace, reference: Path) -> None:
+    argv = (*LONG, "--set", "train.checkpoint_every_n_steps=1")
+
+    def run() -> None:
+        with signalled(4, signal.SIGKILL):
+            encoded.run("train", *argv)
+
+    assert forked.exit_code(run) == -signal.SIGKILL
+    assert not Path("data/adapter").exists()
+    assert "resumed from step 4" in encoded.run("train", *argv)
+    for name, blob in encoded.tree("data/adapter").items():
+        assert blob == (reference / "data/adapter" / name).read_bytes(), name
 
 
 @pytest.mark.usefixtures("encoded")
