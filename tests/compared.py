@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
-from stages.artifacts import metrics
+from stages.artifacts import metrics, picture_table
+from stages.compare import __main__ as compare
 from stages.core import evaluation
 from stages.core.evaluation import Score
 from stages.core.files import read_json, write_json, write_text
@@ -18,6 +23,7 @@ from stages.core.sheets import save_png, sheet
 PROMPTS = ["red apple", "blue boat"]
 COLOURS = {"base": "#cc2222", 8: "#22cc22", 16: "#2222cc"}
 SCORES = Path("reports/validate/heldout.csv")
+PICTURE_TABLE = Path("reports/dataset/pictures.csv")
 
 
 def scores_of(gain: float, pictures: Sequence[str] = "01234567") -> list[Score]:
@@ -78,3 +84,49 @@ def commit(message: str) -> str:
     git("add", "-A")
     git("commit", "-q", "-m", message)
     return git("rev-parse", "HEAD")
+
+
+@dataclass
+class Repository:
+    """main: rank 8 (tag start: without reports); experiment clear-newt: rank 16; workspace: as main."""
+
+    run: Callable[..., str]
+
+    def experiment(self, name: str, rank: int, gain: float, seed: int = 0) -> None:
+        """An experiment of HEAD."""
+        head = git("rev-parse", "HEAD")
+        write_revision(rank, gain, seed)
+        made = commit(name)
+        git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", made)
+        git("reset", "-q", "--hard", head)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q", "-b", "main")
+    write_text(Path("params.yaml"), "lora:\n  rank: 8\n")
+    commit("Start")
+    git("tag", "start")
+    write_revision(rank=8, gain=0.1)
+    commit("Report rank 8")
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+        shutil.rmtree(tmp_path / "compare", ignore_errors=True)
+        compare.main()
+        (page,) = tmp_path.glob("compare/*/compare.md")
+        return page.read_text(encoding="utf-8")
+
+    made = Repository(run)
+    made.experiment("clear-newt", rank=16, gain=0.15)
+    return made
+
+
+def write_pictures(captions: dict[str, str], split: str = "train") -> None:
+    """pictures.csv of red squares, named by their captions' keys."""
+    rows = [
+        {"file_name": f"{name}.png", "split": split, "captions": caption, "sha256": f"{ord(name):064x}"}
+        for name, caption in captions.items()
+    ]
+    picture_table.save(PICTURE_TABLE, rows)

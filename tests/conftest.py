@@ -19,6 +19,8 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
+from stages.core import console
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 
@@ -207,6 +209,18 @@ def workspace(
     return Workspace(tmp_path, call)
 
 
+def outcome(workspace: Workspace, stage: str, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that the stage is refused with; empty where it came to its end."""
+    capsys.readouterr()
+    try:
+        console.run(lambda: workspace.run(stage, *argv) and None)
+    except SystemExit as ended:
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert ended.code == 2 and len(lines) == 1, lines
+        return lines[0]
+    return ""
+
+
 def write_params(path: Path, changes: dict[str, dict[str, Any]]) -> None:
     """The repository's params.yaml with some values changed."""
     yaml = YAML()
@@ -218,4 +232,8 @@ def write_params(path: Path, changes: dict[str, dict[str, Any]]) -> None:
 
 
 from tests.checkout import reproduced, tiny_checkout  # noqa: E402, F401  (needs what stands above)
+from tests.compared import repository  # noqa: E402, F401
+from tests.encodings import cached, calls, masked  # noqa: E402, F401
 from tests.planted import clone, published  # noqa: E402, F401
+from tests.sources import here  # noqa: E402, F401
+from tests.trainings import encoded, interrupt, mixed, reference  # noqa: E402, F401

@@ -19,6 +19,13 @@ from tests.conftest import REPOSITORY, picture
 DEFAULTS = params.load(REPOSITORY / "params.yaml").section(DatasetParams).model_dump()
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    return Path("data/raw")
+
+
 def listed(source: Path | str, **changes: Any) -> Listing:
     """The entries of a source, under the repository's params.yaml with these changes."""
     return list_entries(DatasetParams.model_validate(DEFAULTS | {"source": str(source)} | changes))
@@ -43,6 +50,13 @@ def captions(listing: Listing) -> dict[str, tuple[str, ...]]:
 
 def splits(listing: Listing) -> dict[str, str | None]:
     return {entry.file_name: entry.split for entry in listing.entries}
+
+
+def others(count: int, shown: str, place: str = "data/raw") -> str:
+    """The warning about files that may be pictures."""
+    return (
+        f"{count} files in {place} are no pictures by their suffix and are left out ({shown}); convert those that are"
+    )
 
 
 def png(index: int = 0) -> bytes:

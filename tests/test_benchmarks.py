@@ -130,6 +130,15 @@ def test_a_turn_ends_after_its_steps_and_the_next_is_as_long_as_asked(monkeypatc
     assert json.loads(channel.getvalue().splitlines()[0])["cpu"] >= 0
 
 
+def test_the_table_sets_the_sides_against_each_other(script: Path) -> None:
+    theirs = turn(2.0, **{"VAE encode": 0.5, "denoiser forward": 1.0, "backward": 0.5})
+    ours = turn(1.0, **{"batch from the cache": 0.1, "denoiser forward": 0.5, "backward": 0.4})
+    turns = {side_by_side.REFERENCE: [theirs], side_by_side.OURS: [ours]}
+    text = side_by_side.table(arguments(script), side_by_side.Results(turns, 1.0, 2.0, 0.5, [], None))
+    assert "| the script | 1.00 [1.00, 1.00] |" in text and "| ours | 2.00 [2.00, 2.00] |" in text
+
+
+@pytest.mark.slow
 def test_both_sides_run_in_turns_and_make_a_table(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,76 +1,30 @@
-"""Two revisions of a small repository with an experiment, and the errors a person can make."""
+"""Two revisions of a small repository with an experiment: what their page says of metrics, tables, inputs and data."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import struct
 import subprocess
 import sys
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from stages.artifacts import picture_table
-from stages.compare import __main__ as compare
-from stages.compare import revisions, sheets, sides
-from stages.core import evaluation, thumbnails
-from stages.core.console import UserError
+from stages.core import evaluation
 from stages.core.files import read_json, sha256_file, write_json, write_text
 from stages.core.sheets import cut
 from tests.compared import (
-    COLOURS,
     PROMPTS,
     SCORES,
+    Repository,
     change_lineage,
     commit,
-    git,
+    write_pictures,
     write_revision,
     write_scores,
 )
-
-
-@dataclass
-class Repository:
-    """main: rank 8 (tag start: without reports); experiment clear-newt: rank 16; workspace: as main."""
-
-    run: Callable[..., str]
-
-    def experiment(self, name: str, rank: int, gain: float, seed: int = 0) -> None:
-        """An experiment of HEAD."""
-        head = git("rev-parse", "HEAD")
-        write_revision(rank, gain, seed)
-        made = commit(name)
-        git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", made)
-        git("reset", "-q", "--hard", head)
-
-
-@pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
-    monkeypatch.chdir(tmp_path)
-    git("init", "-q", "-b", "main")
-    write_text(Path("params.yaml"), "lora:\n  rank: 8\n")
-    commit("Start")
-    git("tag", "start")
-    write_revision(rank=8, gain=0.1)
-    commit("Report rank 8")
-
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
-        shutil.rmtree(tmp_path / "compare", ignore_errors=True)
-        compare.main()
-        (page,) = tmp_path.glob("compare/*/compare.md")
-        return page.read_text(encoding="utf-8")
-
-    made = Repository(run)
-    made.experiment("clear-newt", rank=16, gain=0.15)
-    return made
 
 
 def test_a_better_experiment(repository: Repository) -> None:
@@ -278,37 +232,6 @@ def test_inputs_that_the_parameter_moves_are_its_doing(repository: Repository) -
     assert "| latents and prompt embeddings | `d` | `f` |" in page
 
 
-PICTURE_TABLE = Path("reports/dataset/pictures.csv")
-
-
-def write_pictures(captions: dict[str, str], split: str = "train") -> None:
-    """pictures.csv of red squares, named by their captions' keys."""
-    rows = [
-        {"file_name": f"{name}.png", "split": split, "captions": caption, "sha256": f"{ord(name):064x}"}
-        for name, caption in captions.items()
-    ]
-    picture_table.save(PICTURE_TABLE, rows)
-
-
-def test_dataset_changes_are_listed_with_the_thumbnails_that_are_kept(
-    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LORA_STATE_DIR", str(tmp_path / ".state"))
-    write_pictures({"a": "apple", "b": "boat"})
-    commit("Two pictures")
-    write_pictures({"b": "blue boat", "c": "cat"})
-    page = repository.run()
-    assert "## Dataset\n\nFrom HEAD to workspace: 1 added, 1 removed, 1 recaptioned.\n\n**1 added**" in page
-    assert "- `b.png`: `boat` → `blue boat`" in page
-    assert "dataset-workspace.png" not in page and not Path("compare/HEAD..workspace/dataset-workspace.png").exists()
-    thumbnails.save(f"{ord('a'):064x}", Image.new("RGB", (64, 64), "#ff0000"))
-    page = repository.run()
-    assert "![Thumbnails](dataset-workspace.png)\n\n## Samples" in page
-    with Image.open("compare/HEAD..workspace/dataset-workspace.png") as drawn:
-        pixels = np.asarray(drawn.convert("RGB"))
-    assert ((pixels[..., 0] > 240) & (pixels[..., 1:].max(-1) < 20)).sum() > 70 * 70
-
-
 def test_equal_datasets_have_no_section(repository: Repository) -> None:
     write_pictures({"a": "apple"})
     commit("One picture")
@@ -321,122 +244,6 @@ def test_a_revision_from_before_the_table_is_no_change(repository: Repository, a
     assert "Dataset" not in repository.run(*arguments)
 
 
-def test_a_damaged_table_is_one_line(repository: Repository) -> None:
-    write_text(PICTURE_TABLE, "nonsense\n")
-    with pytest.raises(UserError, match="^workspace: reports/dataset/pictures.csv is damaged .*; run `dvc repro`"):
-        repository.run()
-
-
-HEAD = "row,file_name,split,timestep,base,adapter\n"
-
-
-@pytest.mark.parametrize(
-    ("path", "text", "message"),
-    [
-        ("params.yaml", "lora: [", "workspace: params.yaml is damaged"),
-        ("reports/metrics.json", "[]", "workspace: reports/metrics.json is damaged"),
-        ("reports/validate/heldout.csv", "row,split\n", "workspace: reports/validate/heldout.csv is damaged"),
-        ("reports/validate/lineage.json", "{}", "workspace: reports/validate/lineage.json is damaged"),
-        ("reports/samples.png", "no PNG", "workspace: reports/samples.png is damaged"),
-        ("params.yaml", "lora: {rank: .nan}\n", "workspace: params.yaml is damaged"),
-        ("params.yaml", "lora: {rank: 2026-01-01}\n", "workspace: params.yaml is damaged"),
-        ("params.yaml", "lora: &lora {rank: *lora}\n", "workspace: params.yaml is damaged"),
-        ("params.yaml", "[" * 20_000, "workspace: params.yaml is damaged"),
-        ("reports/metrics.json", "[" * 200_000, "workspace: reports/metrics.json is damaged"),
-        ("reports/metrics.json", f'{{"val.loss": 1{"0" * 400}}}', "workspace: reports/metrics.json is damaged"),
-        ("reports/validate/heldout.csv", HEAD + "x" * 200_000, "workspace: reports/validate/heldout.csv is damaged"),
-        ("reports/validate/heldout.csv", HEAD.replace("\n", "\r") * 2, "workspace: reports/validate/heldout.csv is"),
-    ],
-)
-def test_a_damaged_report_is_one_line(repository: Repository, path: str, text: str, message: str) -> None:
-    write_text(Path(path), text)
-    with pytest.raises(UserError) as error:
-        repository.run()
-    assert len(error.value.problems) == 1 and "\n" not in str(error.value)
-    assert str(error.value).startswith(message) and "run `dvc repro` first" in str(error.value)
-    assert not list(Path("compare").glob("*"))
-
-
-def test_sheet_shows_both_bases_where_they_were_drawn_in_another_size(repository: Repository) -> None:
-    change_lineage(sheet={"cell": 64, "picture": [32, 32]})
-    repository.run()
-    with Image.open("compare/HEAD..workspace/samples.png") as picture:
-        rows = cut(picture.convert("RGB"), 2, 4, 64)
-    assert "#" + bytes(rows[0][2].getpixel((32, 32))).hex() == COLOURS["base"]
-
-
-def test_pictures_at_another_strength_are_labelled_with_it(repository: Repository) -> None:
-    settings = read_json(Path("reports/validate/lineage.json"))["validate"]
-    change_lineage(validate=settings | {"scales": [0.5, 0.8]})  # the sheet's last column, which was 1.0
-    repository.run()
-    page = Path("compare/HEAD..workspace/compare.html").read_text()
-    assert "<figcaption><span>HEAD</span><span>workspace x 0.8</span></figcaption>" in page
-    with Image.open("compare/HEAD..workspace/samples.png") as picture:
-        cell = cut(picture.convert("RGB"), 2, 3, 64)[0][2]
-    assert "#" + bytes(cell.getpixel((32, 32))).hex() == COLOURS[8]
-
-
-def test_sheet_shows_the_base_once_and_each_adapter(repository: Repository) -> None:
-    repository.run("main", "clear-newt")
-    with Image.open("compare/main..clear-newt/samples.png") as picture:
-        rows = cut(picture.convert("RGB"), 2, 3, 64)
-    seen = [["#" + bytes(cell.getpixel((32, 32))).hex() for cell in row] for row in rows]
-    assert seen == [[COLOURS["base"], COLOURS[8], COLOURS[16]]] * 2
-
-
-def test_sheet_takes_the_prompts_that_both_have(repository: Repository) -> None:
-    write_revision(rank=16, gain=0.2, prompts=["green tree", "blue boat"])
-    repository.run()
-    with Image.open("compare/HEAD..workspace/samples.png") as picture:
-        assert picture.height < 150
-
-
-def test_sheets_without_a_common_prompt(repository: Repository) -> None:
-    write_revision(rank=16, gain=0.2, prompts=["green tree"])
-    assert "The sheets share no prompt." in repository.run()
-    assert not list(Path("compare").glob("*/samples.png"))
-
-
-def test_a_shallow_clone_is_named(
-    repository: Repository, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path_factory.mktemp("shallow")
-    git("clone", "-q", "--depth", "1", Path.cwd().as_uri(), str(folder / "clone"))
-    monkeypatch.chdir(folder / "clone")
-    with pytest.raises(UserError, match=r"^HEAD~1: no commit, .*; this clone is shallow: `git fetch --unshallow`"):
-        revisions.find_commit("HEAD~1")
-
-
-@pytest.mark.parametrize(
-    ("section", "key", "value"),
-    [
-        ("validate", "prompts", None),
-        ("validate", "prompts", [["red apple"]]),
-        ("validate", "scales", "1.0"),
-        ("validate", "scales", []),
-        ("sheet", "cell", "64"),
-        ("sheet", "cell", 0),
-    ],
-)
-def test_lineage_of_another_kind_is_one_line(repository: Repository, section: str, key: str, value: Any) -> None:
-    whole = read_json(Path("reports/validate/lineage.json"))
-    change_lineage(**{section: whole[section] | {key: value}})
-    message = rf"^workspace: reports/validate/lineage.json is damaged \(ValueError: {section}.{key} is [^\n]*$"
-    with pytest.raises(UserError, match=message):
-        repository.run()
-
-
-def test_a_sheet_that_is_too_small_or_too_large_is_damaged(repository: Repository) -> None:
-    path = Path("reports/samples.png")
-    whole = path.read_bytes()
-    for width, height in ((1, 1), (100_000, 100_000)):  # the second by its header, as a decompression bomb has it
-        Image.new("RGB", (1, 1)).save(path)
-        head = b"IHDR" + struct.pack(">II", width, height) + path.read_bytes()[24:29]
-        path.write_bytes(whole[:12] + head + struct.pack(">I", zlib.crc32(head)) + path.read_bytes()[33:])
-        with pytest.raises(UserError, match="^workspace: reports/samples.png is damaged; run `dvc repro` first$"):
-            repository.run()
-
-
 def test_names_in_reports_are_no_markup(repository: Repository) -> None:
     path = Path("reports/metrics.json")
     write_json(path, read_json(path) | {"val.x\n\n# Better\n\n![](/etc/passwd)": 1, "val.loss": "![](x.png)"})
@@ -445,68 +252,8 @@ def test_names_in_reports_are_no_markup(repository: Repository) -> None:
     assert "| val.loss | 0.3965 | `![](x.png)` |" in page
 
 
-def test_names_alike_have_thumbnails_of_their_own(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    for branch in ("try/a", "try-a"):
-        git("branch", branch)
-    monkeypatch.setattr(sheets, "draw_thumbnails", lambda a, b, path: path)
-    found = sheets.draw_pictures([sides.read_side(name) for name in ("main", "try/a", "try-a")], Path())
-    assert found["dataset try/a"] != found["dataset try-a"]
-
-
-def test_names_alike_have_folders_of_their_own() -> None:
-    found = [compare.folder_name(["main", name]) for name in ("try-a", "try/a", "try~a")]
-    assert found[0] == "main..try-a" and len(set(found)) == 3
-    assert all(re.fullmatch(r"main\.\.try-a-[0-9a-f]{6}", name) for name in found[1:])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["clear-nwt"], "clear-nwt: no commit, branch, tag or DVC experiment of that name (near: clear-newt)"),
-        (["mian"], "mian: no commit, branch, tag or DVC experiment of that name (near: main"),
-        (
-            ["start"],
-            "start: has no reports/metrics.json, reports/validate/heldout.csv, ",
-        ),
-    ],
-)
-def test_errors_name_what_is_near(repository: Repository, arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        repository.run(*arguments)
-    assert str(error.value).startswith(message)
-    assert not Path("compare").exists()
-
-
-def test_workspace_without_reports(repository: Repository) -> None:
-    Path("reports/metrics.json").unlink()
-    with pytest.raises(UserError, match="^workspace: has no reports/metrics.json; run `dvc repro` first$"):
-        repository.run()
-
-
-def test_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(sys, "argv", ["compare"])
-    with pytest.raises(UserError, match="in no git repository"):
-        compare.main()
-
-
-def test_one_name_for_experiments_of_two_commits(repository: Repository) -> None:
-    other, experiment = git("rev-parse", "start"), git("rev-parse", "main")
-    git("update-ref", f"refs/exps/{other[:2]}/{other[2:]}/clear-newt", experiment)
-    assert revisions.find_commit("clear-newt") != experiment  # HEAD's own
-    git("checkout", "-q", "--detach", revisions.find_commit("clear-newt"))
-    with pytest.raises(UserError, match="experiments of 2 commits have this name"):
-        revisions.find_commit("clear-newt")
-
-
 def test_starts_without_torch() -> None:
     modules = "stages.compare, stages.validate.__main__, stages.report.__main__"
     code = f"import sys, {modules}; print({{'torch', 'diffusers', 'matplotlib'}} & {{*sys.modules}})"
     command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
     assert subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout.strip() == "set()"
-
-
-def test_parameters_of_any_depth_are_compared() -> None:
-    tree: dict[str, Any] = {"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None}
-    assert sides.flatten(tree) == {"a.b.c": 1, "a.d": [1, 2], "e": None}

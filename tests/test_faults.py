@@ -20,7 +20,7 @@ from stages.core.files import last_holder, save_tensors
 from stages.train import trainer
 from stages.train.ancestors import ancestors
 from stages.train.trainer import Trainer
-from tests.conftest import Workspace
+from tests.conftest import Workspace, outcome
 
 STAGES = ("prepare", "cache_latents", "train", "validate", "export", "report")
 OUTPUTS = ("data/prepared", "data/latents", "data/adapter", "data/export", "reports")
@@ -36,18 +36,6 @@ def file_size(limit: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def outcome(workspace: Workspace, stage: str, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that the stage is refused with; empty where it came to its end."""
-    capsys.readouterr()
-    try:
-        console.run(lambda: workspace.run(stage, *argv) and None)
-    except SystemExit as ended:
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-        assert ended.code == 2 and len(lines) == 1, lines
-        return lines[0]
-    return ""
 
 
 def written(workspace: Workspace) -> dict[str, bytes]:

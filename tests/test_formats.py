@@ -33,6 +33,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "conv": {"target_modules": "all-linear+conv"},
     "dora-conv": {"target_modules": "all-linear+conv", "use_dora": True},
 }
+CASES = [(kind, mode) for kind in KINDS for mode in ("none", "lora_only", "all")]
+DEFAULT = {("plain", mode) for mode in ("none", "lora_only", "all")} | {
+    ("rslora", "none"),
+    ("dora", "lora_only"),
+    ("conv", "all"),
+    ("dora-conv", "none"),
+    ("dora-conv", "all"),
+}
+"""Each kind and each mode; a mode of biases asks no kind but DoRA."""
 
 
 def unet() -> Any:
@@ -72,8 +81,10 @@ def loaded(name: str) -> torch.Tensor:
         return predict(denoiser)
 
 
-@pytest.mark.parametrize("mode", ["none", "lora_only", "all"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [pytest.param(*case, marks=[] if case in DEFAULT else [pytest.mark.slow]) for case in CASES],
+)
 def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace, kind: str, mode: str) -> None:
     denoiser = adapt(workspace, **KINDS[kind], bias=mode)
     expected = predict(denoiser)

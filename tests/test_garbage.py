@@ -58,14 +58,37 @@ class Repository:
         return len(list(self.store.entries()))
 
 
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of git and DVC without any version."""
+    folder = tmp_path_factory.mktemp("versions") / "started"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        git("init", "--quiet", "--initial-branch=main")
+        dvc("init", "--quiet")
+        Path("dvc.yaml").write_text(DVC_YAML)
+        git("add", ".dvc", "dvc.yaml")
+        git("commit", "--quiet", "--message", "start")
+    return folder
+
+
 @pytest.fixture
-def repository(workspace: Workspace) -> Repository:
-    git("init", "--quiet", "--initial-branch=main")
-    dvc("init", "--quiet")
-    Path("dvc.yaml").write_text(DVC_YAML)
-    git("add", ".dvc", "dvc.yaml")
-    git("commit", "--quiet", "--message", "start")
+def repository(workspace: Workspace, started: Path) -> Repository:
+    shutil.copytree(started, workspace.path, dirs_exist_ok=True)
     return Repository(workspace)
+
+
+@pytest.fixture
+def committed(repository: Repository, started: Path) -> Repository:
+    """With version A, which the first to ask makes for all."""
+    made = started.with_name("A")
+    if made.exists():
+        shutil.copytree(made, ".", dirs_exist_ok=True)
+    else:
+        repository.commit("A")
+        shutil.copytree(".", made, ignore=shutil.ignore_patterns("raw", "base"))
+    return repository
 
 
 def freed(line: str) -> tuple[str, int, int]:
@@ -75,26 +98,24 @@ def freed(line: str) -> tuple[str, int, int]:
     return found[1], int(found[3]), int(found[4])
 
 
-def test_what_no_commit_uses_is_freed_and_the_rest_stays(repository: Repository) -> None:
-    repository.commit("A")
-    repository.make("B")
-    repository.commit("C")
-    repository.clear()
-    assert repository.num_entries() == 3 * 8 + 9
-    assert freed(repository.collect("--dry-run")) == ("would free", 8, 33)
-    assert repository.num_entries() == 33
-    assert freed(repository.collect()) == ("freed", 8, 33)
-    assert freed(repository.collect()) == ("freed", 0, 25)
+def test_what_no_commit_uses_is_freed_and_the_rest_stays(committed: Repository) -> None:
+    committed.make("B")
+    committed.commit("C")
+    committed.clear()
+    assert committed.num_entries() == 3 * 8 + 9
+    assert freed(committed.collect("--dry-run")) == ("would free", 8, 33)
+    assert committed.num_entries() == 33
+    assert freed(committed.collect()) == ("freed", 8, 33)
+    assert freed(committed.collect()) == ("freed", 0, 25)
     for version, encoded in (("A", 0), ("C", 0), ("B", 8)):
-        before = repository.num_entries()
-        repository.make(version)
-        assert repository.num_entries() - before == encoded
+        before = committed.num_entries()
+        committed.make(version)
+        assert committed.num_entries() - before == encoded
 
 
 @pytest.mark.parametrize("kept_by", ["branch", "tag", "remote", "stash", "older stash", "experiment", "detached", None])
-def test_every_kind_of_ref_keeps_its_entries(repository: Repository, kept_by: str | None) -> None:
-    start = git("rev-parse", "HEAD")
-    repository.commit("A")
+def test_every_kind_of_ref_keeps_its_entries(committed: Repository, kept_by: str | None) -> None:
+    start = git("rev-parse", "HEAD~")
     if kept_by == "detached":
         git("checkout", "--quiet", "--detach")
         git("branch", "--force", "main", start)
@@ -114,8 +135,8 @@ def test_every_kind_of_ref_keeps_its_entries(repository: Repository, kept_by: st
         if kept_by:
             git("update-ref", refs[kept_by], "HEAD")
         git("reset", "--quiet", "--hard", start)
-    repository.clear()
-    assert freed(repository.collect()) == ("freed", 0 if kept_by else 17, 17)
+    committed.clear()
+    assert freed(committed.collect()) == ("freed", 0 if kept_by else 17, 17)
 
 
 @pytest.mark.parametrize("folder", ["data/latents", "runs/latents", ".dvc/tmp/exps/standalone/tmp1/data/latents"])
@@ -200,13 +221,12 @@ def test_leftovers_of_killed_writes_are_freed(repository: Repository) -> None:
     assert not leftover.exists()
 
 
-def test_a_version_that_is_not_here_stops_it(repository: Repository) -> None:
-    repository.commit("A")
-    repository.commit("B")
-    repository.clear()
+def test_a_version_that_is_not_here_stops_it(committed: Repository) -> None:
+    committed.commit("B")
+    committed.clear()
     shutil.rmtree(".dvc/cache")
     with pytest.raises(UserError) as caught:
-        repository.collect()
+        committed.collect()
     (problem,) = caught.value.problems
     assert re.fullmatch(
         r"2 committed versions are not in DVC's cache \(\w{8}, \w{8}\): their entries cannot be known; "
@@ -214,17 +234,16 @@ def test_a_version_that_is_not_here_stops_it(repository: Repository) -> None:
         r"entries that only those versions use, which a run encodes again when they are needed",
         problem,
     )
-    assert repository.num_entries() == 25
-    assert freed(repository.collect("--force")) == ("freed", 25, 25)
+    assert committed.num_entries() == 25
+    assert freed(committed.collect("--force")) == ("freed", 25, 25)
 
 
-def test_a_lock_file_that_cannot_be_read_stops_it(repository: Repository) -> None:
-    repository.commit("A")
+def test_a_lock_file_that_cannot_be_read_stops_it(committed: Repository) -> None:
     lock = Path("dvc.lock")
     lock.write_text(re.sub(r"md5: \w+\.dir", "<<<<<<< HEAD", lock.read_text()))
     git("commit", "--quiet", "--all", "--message", "conflict")
     with pytest.raises(UserError, match=r"1 committed dvc.lock \(blob \w{8}\) cannot be read: .* pass --force"):
-        repository.collect()
+        committed.collect()
 
 
 def stopped(repository: Repository, *expected: str) -> None:
@@ -241,46 +260,40 @@ def commit_lock(blob: bytes) -> None:
     git("commit", "--quiet", "--all", "--message", "lock")
 
 
-def test_a_path_in_quotes_is_the_same_path(repository: Repository) -> None:
-    repository.commit("A")
+def test_a_path_in_quotes_is_the_same_path(committed: Repository) -> None:
     lock = Path("dvc.lock").read_bytes().replace(b"path: data/latents", b'path: "data/latents"')
     git("reset", "--quiet", "--soft", "HEAD~")
     commit_lock(lock)
-    repository.clear()
-    assert freed(repository.collect()) == ("freed", 0, 17)
+    committed.clear()
+    assert freed(committed.collect()) == ("freed", 0, 17)
 
 
 @pytest.mark.parametrize(
     "added", [b"# \xff\n", b"[", b"stages: 3\n", b"", b"stages:\n  a:\n    outs: [data/latents]\n"]
 )
-def test_a_lock_file_of_another_shape_stops_it(repository: Repository, added: bytes) -> None:
-    repository.commit("A")
+def test_a_lock_file_of_another_shape_stops_it(committed: Repository, added: bytes) -> None:
     commit_lock(Path("dvc.lock").read_bytes() + added if added.startswith(b"#") else added)
-    repository.clear()
-    stopped(repository, r"1 committed dvc\.lock \(blob \w{8}\) cannot be read: .*; pass --force to free them")
-    assert freed(repository.collect("--force")) == ("freed", 0, 17)  # the commit before it can be read
+    committed.clear()
+    stopped(committed, r"1 committed dvc\.lock \(blob \w{8}\) cannot be read: .*; pass --force to free them")
+    assert freed(committed.collect("--force")) == ("freed", 0, 17)  # the commit before it can be read
 
 
 @pytest.mark.parametrize("content", ["garbage", "1" * 40])
-def test_a_broken_ref_stops_it(repository: Repository, content: str) -> None:
-    repository.commit("A")
+def test_a_broken_ref_stops_it(committed: Repository, content: str) -> None:
     Path(".git/refs/heads/broken").write_text(content + "\n")
-    repository.clear()
-    stopped(repository, r"git: .*refs/heads/broken.*: what was committed there cannot be known; .* pass --force .*")
-    assert freed(repository.collect("--force")) == ("freed", 0, 17)
+    committed.clear()
+    stopped(committed, r"git: .*refs/heads/broken.*: what was committed there cannot be known; .* pass --force .*")
+    assert freed(committed.collect("--force")) == ("freed", 0, 17)
 
 
 @pytest.mark.parametrize("missing", ["HEAD^{tree}", "HEAD:dvc.lock"])
-def test_missing_objects_stop_it(repository: Repository, missing: str) -> None:
-    repository.commit("A")
-    repository.commit("B")
-    repository.clear()
+def test_missing_objects_stop_it(committed: Repository, missing: str) -> None:
+    committed.commit("B")
+    committed.clear()
     digest = git("rev-parse", missing)
     (Path(".git/objects") / digest[:2] / digest[2:]).unlink()
-    stopped(
-        repository, r"git: .*: what was committed there cannot be known; run `git fsck`, or pass --force to free it"
-    )
-    assert freed(repository.collect("--force")) == ("freed", 8, 25)
+    stopped(committed, r"git: .*: what was committed there cannot be known; run `git fsck`, or pass --force to free it")
+    assert freed(committed.collect("--force")) == ("freed", 8, 25)
 
 
 @pytest.mark.parametrize(
@@ -294,19 +307,18 @@ def test_a_manifest_of_another_shape_stops_it(repository: Repository, text: str)
     assert freed(repository.collect("--force")) == ("freed", 17, 17)
 
 
-def test_a_damaged_manifest_in_the_cache_of_dvc_stops_it(repository: Repository) -> None:
-    repository.commit("A")
+def test_a_damaged_manifest_in_the_cache_of_dvc_stops_it(committed: Repository) -> None:
     digest = hashlib.md5(Path("data/latents/manifest.json").read_bytes()).hexdigest()
     path = Path(".dvc/cache/files/md5") / digest[:2] / digest[2:]
-    repository.clear()
+    committed.clear()
     path.chmod(0o644)
     path.write_text('{"captions": [], "items": []}')
     stopped(
-        repository,
+        committed,
         r"1 committed version of data/latents \(\w{8}\) cannot be read in DVC's cache: the entries used there cannot "
         r"be known; pass --force to free them",
     )
-    assert freed(repository.collect("--force")) == ("freed", 17, 17)
+    assert freed(committed.collect("--force")) == ("freed", 17, 17)
 
 
 def test_dvc_may_keep_its_cache_elsewhere(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> None:

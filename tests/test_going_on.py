@@ -16,21 +16,11 @@ import torch
 
 from stages.artifacts.adapter import FINAL
 from stages.core.files import load_tensors
-from tests.conftest import Workspace, picture, write_rows
-from tests.trainings import broken_off
+from tests.conftest import Workspace
+from tests.trainings import LONG, broken_off, signalled
 
 ADAPTER = Path("data/adapter") / FINAL
 CONSTANT = ("--set", "train.lr_scheduler=constant", "--set", "train.snapshot_every_n_steps=2")
-
-
-@pytest.fixture
-def encoded(workspace: Workspace) -> Workspace:
-    for index in range(8):
-        picture(index).save(workspace.path / f"data/raw/{index:02}.png")
-    write_rows(workspace.path / "data/raw", [{"file_name": f"{i:02}.png", "text": f"thing {i}"} for i in range(8)])
-    workspace.run("prepare")
-    workspace.run("cache_latents")
-    return workspace
 
 
 def train(workspace: Workspace, *argv: str) -> tuple[list[str], dict[str, bytes]]:
@@ -56,8 +46,24 @@ def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
 # Asked to stop
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
+    encoded: Workspace, reference: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = (*LONG, "--set", "train.checkpoint_every_n_steps=1000")
+    with signalled(3, number), pytest.raises(SystemExit) as left:
+        encoded.run("train", *argv)
+    assert left.value.code == 128 + number
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert line == "error: stopped after step 4, checkpoint written; the same command goes on"
+    assert not ADAPTER.exists()
+    assert "resumed from step 4" in encoded.run("train", *argv)
+    assert ADAPTER.read_bytes() == (reference / ADAPTER).read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(encoded: Workspace, number: signal.Signals) -> None:
+def test_a_signal_from_outside_ends_a_process_with_its_code(encoded: Workspace, number: signal.Signals) -> None:
     argv = ("--set", "train.num_steps=60", "--set", "train.checkpoint_every_n_steps=1000")
     with start(encoded, *argv) as process:
         wait_for_step(process, 3)
@@ -225,6 +231,7 @@ def test_other_machines_want_a_launcher(encoded: Workspace) -> None:
     assert done.returncode == 2 and "num_machines 2 does not divide num_processes 3" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_training_in_one_line(encoded: Workspace) -> None:
     argv = ("--set", "train.gradient_accumulation_steps=2", "--set", "train.num_steps=500")
     with start(encoded, *argv, "--set", "runtime.num_processes=2") as process:

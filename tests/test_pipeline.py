@@ -1,4 +1,7 @@
-"""The three promises under the real DVC and Snakemake, with a tiny base: what reruns, what is restored, equal bytes."""
+"""The three promises under the real DVC and Snakemake, with a tiny base: what reruns, what is restored, equal bytes.
+
+What reruns is asked of each change in tests/test_reruns.py, where a stage takes a moment; here it is slow.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,7 @@ import pytest
 
 from tests.checkout import Checkout, ran
 from tests.conftest import REPOSITORY, picture
-
-AFTER_TRAIN = {"train", "validate", "export", "report"}
+from tests.test_reruns import AFTER_TRAIN, CHANGES
 
 
 @contextmanager
@@ -35,6 +37,7 @@ def test_nothing_runs_when_nothing_changed(reproduced: Checkout) -> None:
     assert reproduced.repro() == set()
 
 
+@pytest.mark.slow
 def test_lora_reruns_training_and_what_follows_and_going_back_restores(reproduced: Checkout) -> None:
     before = reproduced.adapter()
     with changed(reproduced, lora__rank=4) as stages:
@@ -43,32 +46,23 @@ def test_lora_reruns_training_and_what_follows_and_going_back_restores(reproduce
     assert reproduced.adapter() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"train__seed": 1}, AFTER_TRAIN),
-        ({"validate__seed": 1}, {"validate", "report"}),
-        ({"export__seed": 1}, {"export", "report"}),
-        ({"export__license": "mit"}, {"export", "report"}),
-        ({"export__push_to_hub": {"repo_id": "someone/icons", "private": True}}, {"report"}),
-        ({"report__title": "Another"}, {"report"}),
-        ({"dataset__heldout_fraction": 0.4}, {"prepare", "cache_latents", *AFTER_TRAIN}),
-        ({"model__dtype": "bfloat16"}, {"cache_latents", *AFTER_TRAIN}),
-        ({"runtime__log_every_n_steps": 2}, set()),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    ("change", "expected"), CHANGES, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
 )
 def test_a_change_reruns_what_it_can_affect(reproduced: Checkout, change: dict[str, Any], expected: set[str]) -> None:
     with changed(reproduced, **change) as stages:
         assert stages == expected
 
 
+@pytest.mark.slow
 def test_a_change_of_the_cache_section_reruns_no_more_than_its_bits_reach(reproduced: Checkout) -> None:
     """Another batch size encodes again; what follows runs only where the last bits of the latents differ."""
     with changed(reproduced, cache__batch_size=3) as stages:
         assert {"cache_latents"} <= stages <= {"cache_latents", *AFTER_TRAIN}
 
 
+@pytest.mark.slow
 def test_an_edited_picture_is_the_only_one_encoded(reproduced: Checkout) -> None:
     path = reproduced.path / "data/raw/00.png"
     original = path.read_bytes()
@@ -87,6 +81,7 @@ def test_an_edited_picture_is_the_only_one_encoded(reproduced: Checkout) -> None
     assert reproduced.git("status", "--porcelain") == ""
 
 
+@pytest.mark.slow
 def test_another_source_runs_everything_and_encodes_what_is_new(reproduced: Checkout) -> None:
     reproduced.set(dataset__source="data/other")
     output = reproduced.dvc("repro")
@@ -108,6 +103,7 @@ def test_two_runs_give_the_same_bytes_from_nothing(reproduced: Checkout) -> None
     assert reproduced.git("status", "--porcelain") == ""
 
 
+@pytest.mark.slow
 def test_killed_in_training_and_run_again_gives_the_same_bytes(reproduced: Checkout) -> None:
     change = ["--set", "train.num_steps=400", "--set", "train.snapshot_every_n_steps=100"]
     command = ["-m", "stages.train", *change, "--adapter", "out/a", "--train-reports", "out/ra"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +67,19 @@ def test_what_does_not_fit_becomes_nan_and_not_a_wrong_number(bad: float) -> Non
     parts[1][0][0, 0] = bad  # type: ignore[index]
     found = summed(parts, (0, 1))
     assert all(bool(gradient.isnan().all()) for gradient in found if gradient is not None)
+
+
+def test_the_first_process_that_ended_is_named_with_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    processes.LOGS.mkdir()
+    for number, text in ((1, ""), (2, "step 1\nno such layer\n")):
+        processes.log_file(number).write_text(text)
+    ended = [subprocess.Popen(["bash", "-c", script]) for script in ("exit 0", "exit 1", "kill -KILL $$")]
+    assert str(processes.failure(ended)) == ("train: process 2 ended (no such layer; see logs/train-process-2.log)")
+    assert str(processes.failure(ended[2:])) == (
+        "train: process 1 ended (killed by signal 9; 9 is often for want of memory)"
+    )
+    assert processes.failure(ended[:1]) is None
 
 
 @pytest.mark.parametrize(

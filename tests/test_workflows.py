@@ -260,6 +260,25 @@ def test_who_gets_a_comment_and_who_a_run(clone: Clone, tmp_path: Path) -> None:
     assert by_hand.would_run("full-run") and not by_hand.would_run("gate")
 
 
+@pytest.mark.parametrize(
+    ("label", "head", "started"),
+    [("bug", "o/r", []), ("full-run", "o/r", ["full-run"]), ("full-run", "someone/r", [])],
+)
+def test_a_label_starts_a_full_run_or_nothing(tmp_path: Path, label: str, head: str, started: list[str]) -> None:
+    """Nor a second gate, whose comment would replace the first: where the gate is skipped, it has no page."""
+    values = {
+        "github.event_name": "pull_request",
+        "github.event.action": "labeled",
+        "github.event.label.name": label,
+        "github.event.pull_request.head.repo.full_name": head,
+        "github.repository": "o/r",
+    }
+    runner = Runner(tmp_path / "runner", values)
+    assert [job for job in load("experiment.yml")["jobs"] if runner.would_run(job)] == started
+    runner.values |= {"github.event.action": "synchronize", "github.event.label.name": ""}
+    assert [job for job in load("experiment.yml")["jobs"] if runner.would_run(job)] == ["gate"]
+
+
 @pytest.mark.slow
 def test_a_full_run_makes_a_branch_honest(
     reproduced: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
