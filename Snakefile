@@ -156,15 +156,11 @@ def leaderboard():
 def machines():
     """What a training asks for; of several machines the Slurm executor wants to know that the shell calls srun."""
     if RUNTIME.num_machines == 1:
-        return {"gpu": GPUS * PER_MACHINE}
-    own = {"gres": f"gpu:{PER_MACHINE}"} if GPUS else {}
-    return own | {"mpi": "srun", "nodes": RUNTIME.num_machines, "tasks": RUNTIME.num_machines, "tasks_per_gpu": 0}
-
-
-TRAINER = "python"
-if RUNTIME.num_machines > 1:
+        return {"launcher": "python", "gpu": GPUS * PER_MACHINE}
     each = f"--nodes={RUNTIME.num_machines} --ntasks-per-node=1 --kill-on-bad-exit=1"
-    TRAINER = f"srun {each} profiles/slurm/torchrun {PER_MACHINE}"
+    own = {"gres": f"gpu:{PER_MACHINE}"} if GPUS else {}
+    own |= {"mpi": "srun", "nodes": RUNTIME.num_machines, "tasks": RUNTIME.num_machines, "tasks_per_gpu": 0}
+    return own | {"launcher": f"srun {each} profiles/slurm/torchrun {PER_MACHINE}"}
 
 
 # What failed belongs on the leaderboard, whose rule waits for every run.
@@ -264,7 +260,7 @@ rule train:
         sections=sections("train"),
         options=options("train", "latents", "adapter", "train_reports"),
     shell:
-        "{TRAINER} -m stages.train --params $LORA_PARAMS {params.options} > {log} 2>&1"
+        "{resources.launcher} -m stages.train --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
 
 rule validate:

@@ -41,8 +41,14 @@ SECTIONS = {
 }
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-LocalPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.normpath)]
-"""One spelling for ``data/raw``, ``data/raw/`` and ``./data/raw``."""
+
+
+def one_spelling(path: str) -> str:
+    """Of ``data/raw``, ``data/raw/`` and ``./data/raw``; an address stays, for the message that refuses it."""
+    return path if "://" in path else os.path.normpath(path)
+
+
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(one_spelling)]
 
 
 class Params(BaseModel):
