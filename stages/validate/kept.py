@@ -1,13 +1,15 @@
-"""What the base answered and drew before, so that another rank, or another prompt, does not ask it again.
+"""What the base and adapters answered and drew before, so that another prompt, or another export, does not ask again.
 
 <state>/evidence/<kind>/<key>.safetensors   kind: ``losses`` or ``pictures``; the key holds all that decides them
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,32 +22,35 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Tensors = dict[str, "torch.Tensor"]
-MAX_KEPT = 64  # of each kind; the least recently used goes. 8 prompts and 4 seeds at 512 x 512 take 25 MB
+MAX_BYTES = 2_000_000_000  # of each kind; the least recently used goes. 8 pictures of 512 x 512 take 6.3 MB
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Results of the base under some conditions."""
+    """Results under some conditions."""
 
     conditions: dict[str, Any]
     """Base, family, dtype, code and environment: what moves last bits is part of the key, as in train's run digest."""
-    reused: list[str] = field(default_factory=list)
-    """What was found."""
+    reused: Counter[str] = field(default_factory=Counter)
+    """Kind -> number of those that were found."""
 
-    def losses(self, what: str, asked: Any, make: Callable[[], list[float]]) -> list[float]:
+    def under(self, **conditions: Any) -> Kept:
+        """The same with further conditions."""
+        return replace(self, conditions=self.conditions | conditions)
+
+    def losses(self, asked: Any, make: Callable[[], list[float]]) -> list[float]:
         """What ``make`` returns, or returned when it was asked the same.
 
         Args:
-            what: for the log.
             asked: all that decides the result beside the conditions, as JSON.
         """
         import torch
 
-        tensors = self._get("losses", what, asked, lambda: {"losses": torch.tensor(make(), dtype=torch.float64)})
+        tensors = self._get("losses", asked, lambda: {"losses": torch.tensor(make(), dtype=torch.float64)})
         return tensors["losses"].tolist()
 
-    def pictures(self, what: str, asked: Any, make: Callable[[], list[Image.Image]]) -> list[Image.Image]:
-        """The same of RGB pictures of one size."""
+    def pictures(self, asked: Any, make: Callable[[], list[Image.Image]]) -> list[Image.Image]:
+        """The same of RGB pictures of one size: a sheet."""
         import numpy as np
         import torch
         from PIL import Image
@@ -53,16 +58,16 @@ class Kept:
         def draw() -> Tensors:
             return {"pictures": torch.from_numpy(np.stack([np.asarray(drawn.convert("RGB")) for drawn in make()]))}
 
-        tensors = self._get("pictures", what, asked, draw)  # uint8 [N, H, W, 3]
+        tensors = self._get("pictures", asked, draw)  # uint8 [N, H, W, 3]
         return [Image.fromarray(array) for array in tensors["pictures"].numpy()]
 
-    def _get(self, kind: Literal["losses", "pictures"], what: str, asked: Any, make: Callable[[], Tensors]) -> Tensors:
+    def _get(self, kind: Literal["losses", "pictures"], asked: Any, make: Callable[[], Tensors]) -> Tensors:
         key = sha256_json([self.conditions, asked])
         path, entry = root() / kind / f"{key}.safetensors", f"{kind}/{key}"
         found = store.read(path, entry)
         if found is not None:
             os.utime(path)
-            self.reused.append(what)
+            self.reused[kind] += 1
             return found.tensors
         if path.exists():
             log.warning("warning: %s is damaged and is made again", path)
@@ -73,7 +78,9 @@ class Kept:
 
     def log_reused(self) -> None:
         if self.reused:
-            log.info("reused      from %s: %s", root(), ", ".join(self.reused))
+            log.info(
+                "reused      %d losses and %d sheets, from %s", self.reused["losses"], self.reused["pictures"], root()
+            )
 
 
 def root() -> Path:
@@ -81,12 +88,13 @@ def root() -> Path:
 
 
 def drop_oldest(folder: Path) -> None:
-    """All but the MAX_KEPT that were used last; another process may do the same."""
-    used = {}
+    """All but the MAX_BYTES that were used last; another process may do the same."""
+    found = {}
     for path in folder.glob("*.safetensors"):
-        try:
-            used[path] = path.stat().st_mtime
-        except FileNotFoundError:
-            continue
-    for path in sorted(used, key=lambda path: used[path])[:-MAX_KEPT]:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = path.stat()
+    kept = 0
+    for path in sorted(found, key=lambda path: found[path].st_mtime, reverse=True):
+        kept += found[path].st_size
+        if kept > MAX_BYTES:
+            path.unlink(missing_ok=True)
