@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -157,10 +158,12 @@ def machines():
     """What a training asks for; of several machines the Slurm executor wants to know that the shell calls srun."""
     if RUNTIME.num_machines == 1:
         return {"launcher": "python", "gpu": GPUS * PER_MACHINE}
-    each = f"--nodes={RUNTIME.num_machines} --ntasks-per-node=1 --kill-on-bad-exit=1"
+    if not shutil.which("srun"):
+        raise WorkflowError("params.yaml runtime.num_machines: several machines want Slurm; use profiles/slurm, or 1")
+    each = f"--nodes={RUNTIME.num_machines} --ntasks-per-node=1 --cpus-per-task={THREADS * PER_MACHINE}"
     own = {"gres": f"gpu:{PER_MACHINE}"} if GPUS else {}
     own |= {"mpi": "srun", "nodes": RUNTIME.num_machines, "tasks": RUNTIME.num_machines, "tasks_per_gpu": 0}
-    return own | {"launcher": f"srun {each} profiles/slurm/torchrun {PER_MACHINE}"}
+    return own | {"launcher": f"srun {each} --kill-on-bad-exit=1 profiles/slurm/torchrun {PER_MACHINE}"}
 
 
 # What failed belongs on the leaderboard, whose rule waits for every run.

@@ -160,7 +160,7 @@ def test_a_run_taken_over_from_another_machine_is_left_to_it(
 
     monkeypatch.setattr(Trainer, "save_weights", taken_over)
     line = outcome(workspace, "train", capsys)
-    assert re.fullmatch(r"error: \S+: process 7 on node-b has taken this run over and goes on with it, .*", line)
+    assert re.fullmatch(r"error: \S+: process 7 on node-b has taken this run over, since this disk .*", line)
     assert not Path("data/adapter").exists()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import stat
@@ -101,6 +102,17 @@ def test_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
         message = "process 7 on node-b is at work on this run; wait for it, or stop it there: kill 7$"
         with pytest.raises(UserError, match=message), files.lock(tmp_path):
             pass
+
+
+def test_a_disk_without_locks_gives_them_to_everyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.lock(tmp_path):
+        files.require_held(tmp_path)
+        with files.lock(tmp_path, wait=True):
+            files.require_held(tmp_path)
 
 
 def test_state_dir(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,7 @@ def test_the_last_used_stay(monkeypatch: pytest.MonkeyPatch) -> None:
             os.utime(path, (path.stat().st_atime - age, path.stat().st_mtime - age))
     kept.losses("a", lambda: [0.0])  # used again
     kept.losses("c", lambda: [0.0])
+    kept.end()
     calls, make = counted([0.0])
     for asked in ("a", "c"):
         kept.losses(asked, make)
@@ -101,8 +102,8 @@ def test_losses_go_by_every_tensor_that_the_table_is_about_and_no_other(workspac
 
 
 def reused(lines: list[str]) -> tuple[int, int]:
-    """Losses and sheets."""
-    found = re.search(r"^reused +(\d+) losses and (\d+) sheets", "\n".join(lines), re.MULTILINE)
+    """Tables of losses, rows of pictures."""
+    found = re.search(r"^reused +(\d+) tables of losses, (\d+) rows", "\n".join(lines), re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
@@ -123,7 +124,15 @@ def test_what_was_answered_and_drawn_is_not_asked_again(cached: Workspace, monke
     assert reused(cached.run("validate", "--set", "validate.scales=[0.5, 1.0]")) == (5, 7)
 
 
-@pytest.mark.parametrize("change", [{"files": {"adapter.safetensors": "0"}}, {"lora_config": {"lora_alpha": 7}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"adapter.safetensors": "0"}},
+        {"lora_config": {"lora_alpha": 7}},
+        {"text_lora": {"text_encoder": {"r": 2}}},
+        {"biases": ["conv_in"]},
+    ],
+)
 def test_an_adapter_s_part_goes_by_its_weights_and_its_settings(change: dict[str, Any]) -> None:
     known = Adapter({"r": 2, "lora_alpha": 2}, {}, 4, [], {"adapter.safetensors": "1"})
     examiner = Examiner(None, None, None, None, None, Kept({"base": "a"}))  # type: ignore[arg-type]

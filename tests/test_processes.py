@@ -82,6 +82,22 @@ def test_the_first_process_that_ended_is_named_with_why(tmp_path: Path, monkeypa
     assert processes.failure(ended[:1]) is None
 
 
+@pytest.mark.parametrize("theirs", [["digest", 2], ["another", 2], ["digest", None]])
+def test_processes_that_would_start_from_different_states_are_refused(
+    theirs: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_gather_object(found: list[object], value: object) -> None:
+        found[:] = [value, theirs]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    if theirs == ["digest", 2]:
+        return processes.require_same(["digest", 2])
+    with pytest.raises(UserError, match="use machines of one kind, with one state directory"):
+        processes.require_same(["digest", 2])
+
+
 @pytest.mark.parametrize(
     ("accumulation", "num_processes", "use"), [(1, 2, "use 2,"), (3, 2, "use 2 or 4,"), (4, 3, "use 3 or 6,")]
 )

@@ -139,9 +139,14 @@ def test_two_processes_give_the_bytes_of_one(cluster: Cluster, machines: int, se
     run = f"default-s{seed}"
     with (cluster.path / "output.txt").open("wb") as output:
         words = ["--config", f"seeds=[{seed}]", "--", f"runs/raw/{run}/adapter/adapter.json"]
-        assert cluster.snakemake(output, *words).wait(600) == 0, (cluster.path / "output.txt").read_text()
-    (asked,) = [line for line in cluster.asked() if run in line]
-    print("\n" + asked)
+        sweep = cluster.snakemake(output, *words)
+        wait(lambda: cluster.step(run) > 25, sweep)
+        cluster.slurm.ask("scancel", "--signal=USR1", cluster.job(run))  # to its processes, as before a time limit
+        assert sweep.wait(600) == 0, (cluster.path / "output.txt").read_text()
+    found = re.search(r"^resumed from step (\d+)$", cluster.log(run), re.MULTILINE)
+    assert found and int(found[1]) > 25 and int(found[1]) % 10  # a checkpoint of its own
+    asked, again = [line for line in cluster.asked() if run in line]
+    print("\n" + again)
     assert all(words in asked for words in [*asks, "MinMemoryNode=16000M ", "TimeLimit=08:00:00 "])
     assert "shared by 2 processes" in cluster.log(run)
     cluster.checkout.set(runtime__num_processes=1, runtime__num_machines=1)

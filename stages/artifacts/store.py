@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO, get_args
 
 from stages.core.console import UserError, log
-from stages.core.files import save_tensors, state_dir
+from stages.core.files import flock, save_tensors, state_dir
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ class Store:
     def in_use(self) -> Iterator[None]:
         """Held by any number of runs that read and write; waits while another process has it alone."""
         with self._lock_file() as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+            flock(file, fcntl.LOCK_SH)
             yield
 
     @contextlib.contextmanager
@@ -91,10 +91,8 @@ class Store:
             UserError: a run is at work.
         """
         with self._lock_file() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{self.root}: a run of cache_latents is at work here; wait for its end") from None
+            if not flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                raise UserError(f"{self.root}: a run of cache_latents is at work here; wait for its end")
             yield
 
     def _lock_file(self) -> TextIO:

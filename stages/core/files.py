@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -21,6 +23,9 @@ from stages.core.console import UserError, log, refusal
 
 if TYPE_CHECKING:
     import torch
+
+
+THIS_PROCESS = secrets.token_hex(8)  # beside its number, which a container's may share
 
 
 def state_dir() -> Path:
@@ -230,21 +235,31 @@ def lock(folder: Path, shown: Path | None = None, wait: bool = False) -> Iterato
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
             process, host = last_holder(folder)
             where = "" if host == platform.node() else f" on {host}"
             if not wait:
                 cure = f"wait for it, or stop it{' there' if where else ''}: kill {process}"
-                raise UserError(f"{shown or folder}: process {process}{where} is at work on this run; {cure}") from None
+                raise UserError(f"{shown or folder}: process {process}{where} is at work on this run; {cure}")
             log.info("wait        for process %s%s, which is at work on %s", process, where, shown or folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            flock(file, fcntl.LOCK_EX)
         file.seek(0)
         file.truncate()
-        file.write(f"{os.getpid()} {platform.node()}")
+        file.write(f"{os.getpid()} {platform.node()} {THIS_PROCESS}")
         file.flush()
         yield
+
+
+def flock(file: IO[Any], operation: int) -> bool:
+    """Whether the lock is taken; a disk that knows no locks gives it to everyone."""
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+    return True
 
 
 def require_held(folder: Path) -> None:
@@ -253,17 +268,19 @@ def require_held(folder: Path) -> None:
     Raises:
         UserError: another process has taken the lock since; the one that came first gives way.
     """
-    process, host = last_holder(folder)
-    if process not in ("unknown", str(os.getpid())) or host != platform.node():
-        raise UserError(
-            f"{folder}: process {process} on {host} has taken this run over and goes on with it, since this disk "
-            "carries no locks between machines; wait for it"
-        )
+    with contextlib.suppress(FileNotFoundError):
+        held = (folder / "lock").read_text(encoding="utf-8")
+        if held and not held.endswith(THIS_PROCESS):
+            process, host = last_holder(folder)
+            raise UserError(
+                f"{folder}: process {process} on {host} has taken this run over, since this disk carries no locks "
+                "between machines; wait for it, or where it is gone run the same command again"
+            )
 
 
 def last_holder(folder: Path) -> tuple[str, str]:
     """Process id and host of who took the folder's lock last; "unknown" of this host where nothing says."""
     with contextlib.suppress(OSError, ValueError):
-        process, host = (folder / "lock").read_text(encoding="utf-8").split()
+        process, host, *_ = (folder / "lock").read_text(encoding="utf-8").split()
         return process, host
     return "unknown", platform.node()

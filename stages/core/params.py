@@ -44,8 +44,11 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def one_spelling(path: str) -> str:
-    """Of ``data/raw``, ``data/raw/`` and ``./data/raw``; an address stays, for the message that refuses it."""
-    return path if "://" in path else os.path.normpath(path)
+    """Of ``data/raw``, ``data/raw/`` and ``./data/raw``.
+
+    An address stays, for the message that refuses it, and so does what ``..`` may reach through a link.
+    """
+    return path if "://" in path or ".." in Path(path).parts else os.path.normpath(path)
 
 
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(one_spelling)]

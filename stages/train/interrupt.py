@@ -12,7 +12,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupt:
-    """Inside ``with``, notes a signal instead of dying of it; a second one has its usual effect."""
+    """Inside ``with``, notes a signal instead of dying of it; a second Ctrl-C has its usual effect.
+
+    Other signals may come twice: Slurm sends them to every process, and launchers pass on what they get.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -26,10 +29,10 @@ class Interrupt:
             signal.signal(number, handler)
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        log.warning("%s: stopping after this step", self.received.name)
-        for other, handler in self.before.items():
-            signal.signal(other, handler)
+        if self.received is None:
+            self.received = signal.Signals(number)
+            log.warning("%s: stopping after this step", self.received.name)
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def leave(self, step: int) -> None:
         """Exit as a process does that died of the signal: DVC and Snakemake see that nothing was finished."""

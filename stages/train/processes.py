@@ -116,6 +116,23 @@ def require_share(params: TrainParams, num_processes: int) -> None:
         )
 
 
+def require_same(value: object) -> None:
+    """Of every process: they would train together from different states.
+
+    Raises:
+        UserError: on another machine something is otherwise.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    found: list[object] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    if any(other != found[0] for other in found):
+        raise UserError(
+            "train: processes differ in the kind of processor, GPU or Python, in their files, or in the checkpoints "
+            "that they see; use machines of one kind, with one state directory ($LORA_STATE_DIR) on a disk of all"
+        )
+
+
 class GradientSum:
     """Adds up the gradients of a step's micro-batches, over all processes."""
 

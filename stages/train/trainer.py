@@ -17,7 +17,7 @@ from stages.core.console import log
 from stages.core.files import drop_leftovers, require_held, save_tensors, sha256_json, state_dir, write_json
 from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Progress
-from stages.train import eva, init_from, noising, optimizers, outputs, weighting
+from stages.train import eva, init_from, noising, optimizers, outputs, processes, weighting
 from stages.train.ancestors import ancestors
 from stages.train.averaging import Kept
 from stages.train.batches import Batch, Batches
@@ -145,6 +145,7 @@ class Trainer:
                 progress.step(self.history)
                 if stop:
                     self.checkpoint(step + 1)
+                    self.accelerator.wait_for_everyone()  # the end of one process ends the others
                     self.interrupt.leave(step + 1)
         self.measured = progress.end(len(self.history))
         self.watch.end()
@@ -235,6 +236,7 @@ class Trainer:
         """Load the newest good checkpoint of this very run; return the number of steps it has done."""
         self.accelerator.wait_for_everyone()  # until process 0 holds the run's lock
         state = self.checkpoints.load(self.params.num_steps)
+        processes.require_same([self.digest, state and state["step"]])
         if state is None:
             return 0
         every = self.params.snapshot_every_n_steps

@@ -113,10 +113,11 @@ def report(
 
 
 def conditions(base: dict[str, str], exam: Exam) -> dict[str, Any]:
-    """What decides the base's losses and pictures beside what is asked."""
+    """What decides losses and pictures beside what is asked, and an adapter."""
     return {
         "base": base,
         "code": closure.code_digest("validate", exam.model.family),
+        "drops_to_zeros": exam.family.drops_to_zeros(exam.model),  # model_index.json's, in no component's files
         "dtype": exam.model.dtype,
         "environment": environment(exam.device),
         "family": exam.model.family,

@@ -105,7 +105,7 @@ def examine(exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams
         layers.set_scale(scale)
         drawn = evidence.pictures[step][0] if scale == 1 else examiner.of(adapter, FINAL, scale).draw(sampling)
         evidence.scaled[scale] = drawn
-    kept.log_reused()
+    kept.end()
     return evidence
 
 

@@ -1,4 +1,4 @@
-"""What the base and adapters answered and drew before, so that another prompt, or another export, does not ask again.
+"""What the base and adapters answered and drew before, so that nothing of it is asked twice.
 
 <state>/evidence/<kind>/<key>.safetensors   kind: ``losses`` or ``pictures``; the key holds all that decides them
 """
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Tensors = dict[str, "torch.Tensor"]
-MAX_BYTES = 2_000_000_000  # of each kind; the least recently used goes. 8 pictures of 512 x 512 take 6.3 MB
+MAX_BYTES, MAX_FILES = 2_000_000_000, 4000
+"""Of each kind; the least recently used goes. Eight pictures of 512 x 512 take 6.3 MB."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Kept:
         return tensors["losses"].tolist()
 
     def pictures(self, asked: Any, make: Callable[[], list[Image.Image]]) -> list[Image.Image]:
-        """The same of RGB pictures of one size: a sheet."""
+        """The same of RGB pictures of one size."""
         import numpy as np
         import torch
         from PIL import Image
@@ -66,21 +67,23 @@ class Kept:
         path, entry = root() / kind / f"{key}.safetensors", f"{kind}/{key}"
         found = store.read(path, entry)
         if found is not None:
-            os.utime(path)
+            with contextlib.suppress(OSError):  # another process may just have dropped it
+                os.utime(path)
             self.reused[kind] += 1
             return found.tensors
         if path.exists():
             log.warning("warning: %s is damaged and is made again", path)
         tensors = make()
         save_tensors(path, tensors, {"entry": entry, "sha256": store.checksum(tensors, "", entry)}, sync=False)
-        drop_oldest(path.parent)
         return tensors
 
-    def log_reused(self) -> None:
+    def end(self) -> None:
+        """Say what was found, and make room."""
         if self.reused:
-            log.info(
-                "reused      %d losses and %d sheets, from %s", self.reused["losses"], self.reused["pictures"], root()
-            )
+            num_losses, num_pictures = self.reused["losses"], self.reused["pictures"]
+            log.info("reused      %d tables of losses, %d rows of pictures, from %s", num_losses, num_pictures, root())
+        for folder in root().glob("*"):
+            drop_oldest(folder)
 
 
 def root() -> Path:
@@ -88,13 +91,13 @@ def root() -> Path:
 
 
 def drop_oldest(folder: Path) -> None:
-    """All but the MAX_BYTES that were used last; another process may do the same."""
+    """All but those that were used last; another process may do the same."""
     found = {}
     for path in folder.glob("*.safetensors"):
         with contextlib.suppress(FileNotFoundError):
             found[path] = path.stat()
-    kept = 0
-    for path in sorted(found, key=lambda path: found[path].st_mtime, reverse=True):
-        kept += found[path].st_size
-        if kept > MAX_BYTES:
+    size = 0
+    for index, path in enumerate(sorted(found, key=lambda path: found[path].st_mtime, reverse=True)):
+        size += found[path].st_size
+        if size > MAX_BYTES or index >= MAX_FILES:
             path.unlink(missing_ok=True)
