@@ -61,7 +61,8 @@ def main() -> None:
     found = package_problems() + base.problems + size_problems(config, base.configs)
     found += dataset_problems(config) + setting_problems(config) + disk_problems()
     found += feature_files.problems(config.section(ValidateParams).feature_model)
-    for text in dict.fromkeys(text for each in runs for text in snapshot_notes(each.config)):
+    notes = dict.fromkeys(text for each in runs for text in snapshot_notes(each.config))
+    for text in [*notes, *machine_notes(config.section(RuntimeParams).num_machines)]:
         log.info("note: %s", text)
     others = {each.places["prepare"]: each.config for each in runs if each.config.section(DatasetParams) != dataset}
     found += [problem for other in others.values() for problem in dataset_problems(other)]
@@ -168,6 +169,13 @@ def split_notes(listing: Listing, config: Config) -> list[str]:
     if count >= FEW_HELDOUT:
         return []
     return [f"{dataset.source}: {what} ({key}), and fewer than {FEW_HELDOUT} seldom tell settings apart; {cure}"]
+
+
+def machine_notes(num_machines: int) -> list[str]:
+    if num_machines == 1:
+        return []
+    way = "use `snakemake --workflow-profile profiles/slurm`"
+    return [f"params.yaml runtime.num_machines: {num_machines}, and `dvc repro` stops before train; {way}"]
 
 
 def snapshot_notes(config: Config) -> list[str]:

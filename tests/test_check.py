@@ -68,6 +68,12 @@ def test_notes_of_what_a_run_will_tell_little_with(workspace: Workspace) -> None
     ]
 
 
+def test_several_machines_are_noted(workspace: Workspace) -> None:
+    asked = ("runtime.num_machines=2", "runtime.num_processes=2", "train.gradient_accumulation_steps=2")
+    lines = workspace.run("check", *(word for change in asked for word in ("--set", change)))
+    assert any("num_machines: 2, and `dvc repro` stops before train; use `snakemake --work" in line for line in lines)
+
+
 def test_problems_are_lines_and_exit_code_2(workspace: Workspace) -> None:
     changes = ("model.pretrained=data/none", "dataset.source=data/nothing")
     done = workspace.process("check", *(word for change in changes for word in ("--set", change)))
