@@ -17,7 +17,7 @@ import torch
 
 from stages.core import console
 from stages.core.files import last_holder, save_tensors
-from stages.train import trainer
+from stages.train import outputs, trainer
 from stages.train.ancestors import ancestors
 from stages.train.trainer import Trainer
 from tests.conftest import Workspace, outcome
@@ -162,6 +162,20 @@ def test_a_run_taken_over_from_another_machine_is_left_to_it(
     line = outcome(workspace, "train", capsys)
     assert re.fullmatch(r"error: \S+: process 7 on node-b has taken this run over, since this disk .*", line)
     assert not Path("data/adapter").exists()
+
+
+def test_a_run_that_another_machine_has_ended_is_one_line(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its snapshots are gone just before they would be copied; the adapter that is there stays."""
+    for stage in ("prepare", "cache_latents"):
+        workspace.run(stage)
+    Path("data/adapter").mkdir()
+    Path("data/adapter/mine").touch()
+    monkeypatch.setattr(outputs, "require_held", lambda folder: shutil.rmtree(folder / "snapshots"))
+    line = outcome(workspace, "train", capsys)
+    assert re.fullmatch(r"error: \S+: the snapshot of step 2 is gone; run the same command again", line)
+    assert Path("data/adapter/mine").exists()
 
 
 def test_what_a_killed_write_left_is_swept(workspace: Workspace) -> None:

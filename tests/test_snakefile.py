@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,6 +312,27 @@ def test_each_process_gets_its_threads_and_its_gpu(stubbed: Stubbed, device: str
     assert f"threads: {threads}\n" in train and f"gpu={gpus}" in train.split()
     (validate,) = [job for job in jobs if job.startswith("validate:")]
     assert "threads: 3\n" in validate and f"gpu={gpus // 2}" in validate.split()
+
+
+def test_several_machines_are_started_by_srun(stubbed: Stubbed, tmp_path: Path) -> None:
+    stubbed.checkout.set(
+        runtime__num_threads=3,
+        runtime__num_processes=4,
+        runtime__num_machines=2,
+        train__gradient_accumulation_steps=4,
+    )
+    words = ("--workflow-profile", "none", "--cores", "8", "--dry-run", "--forceall", "-p")
+    for name in ("bash", "sh", "git"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    path = f"{stubbed.bin}{os.pathsep}{tmp_path}"
+    done = stubbed.snakemake(*words, PATH=path)
+    assert done.returncode and "several machines want Slurm; use profiles/slurm, or 1" in done.stdout + done.stderr
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    done = stubbed.snakemake(*words, PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    each = "--nodes=2 --ntasks-per-node=1 --cpus-per-task=6 --kill-on-bad-exit=1"
+    assert f"Shell command: srun {each} profiles/slurm/torchrun 2 -m stages.train" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from stages.families import sd
 from stages.train.optimizers import make_optimizer
 from tests.conftest import Workspace, outcome
 from tests.settings import train_params
-from tests.trainings import LONG, batches, history, outputs, refusal, weights
+from tests.trainings import LONG, batches, history, outputs, refusal, squared_errors, weights
 
 
 @pytest.fixture(autouse=True)
@@ -95,18 +95,12 @@ def test_first_loss_equals_an_independent_computation(encoded: Workspace, gamma:
     """Step 1 sees the base alone: v of Salimans & Ho 2022, weighted as in Hang et al. 2023."""
     weighting = [] if gamma is None else ["--set", "train.loss_weighting=min_snr", "--set", f"train.snr_gamma={gamma}"]
     encoded.run("train", "--set", "train.num_steps=2", *weighting)
-    model = params.load(Path("params.yaml")).section(ModelParams)
-    denoiser, scheduler = sd.load_denoiser(model, torch.device("cpu")), sd.load_scheduler(model)
+    scheduler = sd.load_scheduler(params.load(Path("params.yaml")).section(ModelParams))
     batch = batches(LatentCache(Path("data/latents"))).batch(0, 0)
     losses = []
     for index, t in enumerate(batch.timesteps.tolist()):
         signal = scheduler.alphas_cumprod[t].double()
-        latents, noise = batch.latents[index].double(), batch.noise[index].double()
-        noisy_latents = (signal.sqrt() * latents + (1 - signal).sqrt() * noise).float()[None]
-        prompt = {name: tensor[index : index + 1] for name, tensor in batch.prompt.items()}
-        with torch.no_grad():
-            model_pred = sd.predict(denoiser, noisy_latents, torch.tensor([t]), prompt)[0].double()
-        loss = (model_pred - (signal.sqrt() * noise - (1 - signal).sqrt() * latents)).square().mean()
+        loss = squared_errors(batch, index).mean()
         ratio = signal / (1 - signal)
         losses.append(float(loss * (1 if gamma is None else min(float(ratio), gamma) / (ratio + 1))))
     assert history()[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)

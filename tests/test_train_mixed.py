@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from stages.artifacts.latent_cache import LatentCache
-from stages.core import objectives, params
+from stages.core import objectives
 from stages.core.files import read_json
-from stages.core.params import ModelParams
-from stages.families import sd
 from tests.caches import write_mixed_cache
 from tests.conftest import Workspace
-from tests.trainings import batches, history, refusal, weights
+from tests.trainings import batches, history, refusal, squared_errors, weights
 
 
 def test_mixed_pictures_are_trained_and_told_about(mixed: Workspace) -> None:
@@ -38,24 +36,16 @@ def test_buckets_smaller_than_a_batch_are_named_once(mixed: Workspace) -> None:
 def test_first_loss_of_mixed_pictures_equals_an_independent_computation(mixed: Workspace) -> None:
     """Masked, weighted, and each micro-batch in its own shape."""
     mixed.run("train", "--set", "train.num_steps=2", "--set", "train.gradient_accumulation_steps=3")
-    model = params.load(Path("params.yaml")).section(ModelParams)
-    denoiser, scheduler = sd.load_denoiser(model, torch.device("cpu")), sd.load_scheduler(model)
     source = batches(LatentCache(Path("data/latents")), accumulation=3)
     losses, shapes, factors = [], set(), set()
     for micro in range(3):
         batch = source.batch(0, micro)
         assert batch.masks is not None
-        for index, t in enumerate(batch.timesteps.tolist()):
-            signal = scheduler.alphas_cumprod[t].double()
-            latents, noise = batch.latents[index].double(), batch.noise[index].double()
-            noisy_latents = (signal.sqrt() * latents + (1 - signal).sqrt() * noise).float()[None]
-            prompt = {name: tensor[index : index + 1] for name, tensor in batch.prompt.items()}
-            with torch.no_grad():
-                model_pred = sd.predict(denoiser, noisy_latents, torch.tensor([t]), prompt)[0].double()
-            errors = (model_pred - (signal.sqrt() * noise - (1 - signal).sqrt() * latents)).square()
+        for index in range(len(batch.timesteps)):
+            errors = squared_errors(batch, index)
             mask = batch.masks[index].double().expand_as(errors)
             losses.append(float((errors * mask).sum() / mask.sum() * batch.weights[index]))
-            shapes.add(tuple(latents.shape))
+            shapes.add(tuple(errors.shape))
             factors.add((float(batch.weights[index]), bool(mask.eq(1).all())))
     assert len(shapes) > 1 and len(factors) > 1
     assert history()[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)

@@ -17,9 +17,12 @@ import torch
 
 from stages.artifacts.adapter import FINAL
 from stages.artifacts.latent_cache import LatentCache
+from stages.core import params
 from stages.core.console import UserError
 from stages.core.files import load_tensors
-from stages.train.batches import Batches
+from stages.core.params import ModelParams
+from stages.families import sd
+from stages.train.batches import Batch, Batches
 from stages.train.noising import make_timesteps
 from tests.caches import write_mixed_cache
 from tests.conftest import TINY, Workspace, picture, write_params, write_rows
@@ -75,6 +78,19 @@ def history() -> list[dict[str, float]]:
 def outputs(workspace: Workspace) -> dict[str, bytes]:
     """What DVC hashes or git versions; run.json holds time and speed."""
     return workspace.tree("data/adapter") | workspace.tree("reports/train") | {"run.json": b""}
+
+
+def squared_errors(batch: Batch, index: int) -> torch.Tensor:
+    """Of one picture of a batch under the base alone, in float64 [C, h, w]: v of Salimans & Ho 2022, against sd's."""
+    model = params.load(Path("params.yaml")).section(ModelParams)
+    denoiser, t = sd.load_denoiser(model, torch.device("cpu")), batch.timesteps[index : index + 1]
+    signal = sd.load_scheduler(model).alphas_cumprod[int(t)].double()
+    latents, noise = batch.latents[index].double(), batch.noise[index].double()
+    noisy_latents = (signal.sqrt() * latents + (1 - signal).sqrt() * noise).float()[None]
+    prompt = {name: tensor[index : index + 1] for name, tensor in batch.prompt.items()}
+    with torch.no_grad():
+        model_pred = sd.predict(denoiser, noisy_latents, t, prompt)[0].double()
+    return (model_pred - (signal.sqrt() * noise - (1 - signal).sqrt() * latents)).square()
 
 
 def weights() -> dict[str, torch.Tensor]:
