@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from stages.core.console import UserError, run
+from stages.core.console import UserError, plural, run
 from tests.conftest import Workspace
 
 
@@ -60,3 +60,10 @@ def test_our_faults_have_a_traceback(make: Callable[[], Exception]) -> None:
 def test_help_names_the_command_as_it_is_started(workspace: Workspace, stage: str) -> None:
     """Of a package, Python's own guess is ``__main__.py``."""
     assert workspace.process(stage, "--help").stdout.startswith(f"usage: python -m stages.{stage} [-h]")
+
+
+def test_numbers_of_one_are_singular() -> None:
+    assert plural(1, "caption") == "1 caption"
+    assert plural(0, "caption") == "0 captions"
+    assert plural(2500, "caption") == "2,500 captions"
+    assert [plural(n, "caption has", "captions have") for n in (1, 2)] == ["1 caption has", "2 captions have"]

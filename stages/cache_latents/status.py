@@ -17,7 +17,7 @@ from stages.cache_latents.entries import Captions, Effort, Masks, Views
 from stages.cache_latents.environments import Origins
 from stages.cache_latents.keys import Setting
 from stages.cache_latents.notes import MadeOf, Notes, made_of
-from stages.core.console import log
+from stages.core.console import log, plural
 from stages.core.params import Config
 from stages.core.pictures import preprocessing
 
@@ -263,7 +263,3 @@ def duration(work: Views | Captions, keys: set[str], effort: Effort) -> float:
     if not effort.source_units:
         return encoding
     return encoding + effort.reading_seconds * sum(map(work.source_units, keys)) / effort.source_units
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -65,6 +65,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """``1 caption``, ``2,000 captions``; the words may hold a verb: ``plural(1, "caption has", "captions have")``."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def bare_parser(description: str | None) -> argparse.ArgumentParser:
     """Named as a person starts it; for a package, Python's own guess is ``__main__.py``."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from stages.core import html
+from stages.core.console import plural
 from stages.core.files import read_json, sha256_file, understood
 from stages.core.markdown import image, table
 from stages.core.sheets import cut
@@ -91,7 +92,7 @@ def told(run: Mapping[str, Any]) -> tuple[str, ...]:
         duration(run["seconds"]),
         shown(run.get("peak_memory_gb"), ".3g", " GB"),
         shown(run.get("peak_gpu_memory_gb"), ".3g", " GB"),
-        f"{where['device']}, {where['num_threads']} thread{'s' if where['num_threads'] > 1 else ''}",
+        f"{where['device']}, {plural(where['num_threads'], 'thread')}",
         shown(run.get("resumed_from_step") or None, ","),
     )
 
