@@ -82,6 +82,23 @@ def srgb() -> bytes:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
+def grey_profile(gamma: float = 1.0) -> bytes:
+    """An ICC profile for one grey channel; Little CMS makes none through Pillow."""
+    white = struct.pack(">iii", 0xF6D6, 0x10000, 0xD32D)
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"grey\0" + bytes(78),
+        b"wtpt": b"XYZ " + bytes(4) + white,
+        b"kTRC": b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2),
+    }
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    size = 128 + len(table) + len(body)
+    header = struct.pack(">I4xI", size, 0x02400000) + b"mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28) + white
+    return header.ljust(128, b"\0") + table + body
+
+
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -173,7 +190,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), n
         (png(8, 8, chunk(b"zTXt", b"bomb\0\0" + zlib.compress(bytes(10**8)))), "'x.png' is damaged (Decompressed data"),
         (encoded(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "'x.png' has pixels of type F; save it with 8"),
         (encoded(Image.fromarray(np.ones((8, 8), np.int32)), "TIFF"), "'x.png' has pixels of type I of 32 bits; "),
-        (encoded(Image.new("LAB", (8, 8)), "TIFF"), "'x.png' has pixels of type LAB; save it with 8"),
+        (encoded(Image.new("LAB", (8, 8)), "TIFF"), "'x.png' has pixels of type LAB; save it as RGB"),
         (encoded(grey16(), transparency=7), "'x.png' is 16-bit grey with a transparent shade; save it with 8 bits"),
         (
             deep_png(chunk(b"tRNS", struct.pack(">HHH", 65535, 32768, 257))),
@@ -309,19 +326,19 @@ def test_thumbnails_show_what_is_seen() -> None:
     ],
     ids=["RGB", "RGBA", "WebP", "LA", "L", "P", "1", "I;16", "turned", "profile", "key"],
 )
-def test_pixels_are_those_of_version_1(
+def test_pixels_are_those_of_version_2(
     image: Callable[[], Image.Image], form: str, options: dict[str, Any], digest: str
 ) -> None:
     """Stored latents are of these pixels: who changes them raises ``pictures.VERSION`` and these digests."""
-    assert pictures.VERSION == 1
+    assert pictures.VERSION == 2
     view = View((0, 0, 38, 38), True)
     shown = load_view(encoded(image(), form, **options), item(32, 32), view, preprocessing("#FF8000", "lanczos"))
     assert hashlib.sha256(shown.tobytes()).hexdigest()[:16] == digest
 
 
-def test_preprocessing_of_the_first_version_stays() -> None:
+def test_preprocessing_of_this_version_stays() -> None:
     """It is in the key of every cached latent."""
-    assert preprocessing("#FFFFFF", "lanczos") == {"background": "#ffffff", "filter": "lanczos", "version": 1}
+    assert preprocessing("#FFFFFF", "lanczos") == {"background": "#ffffff", "filter": "lanczos", "version": 2}
 
 
 def test_view_is_the_cropped_and_resized_picture() -> None:
@@ -393,9 +410,114 @@ def test_exif_rotation_is_applied() -> None:
 def test_embedded_profile_is_converted_to_srgb() -> None:
     image = Image.new("RGB", (8, 8), (200, 60, 60))
     np.testing.assert_allclose(seen(encoded(image, icc_profile=srgb()), 8, (0, 0, 8, 8))[0, 0], (200, 60, 60), atol=1)
-    swapped = srgb().replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")  # blue is red
-    np.testing.assert_allclose(seen(encoded(image, icc_profile=swapped), 8, (0, 0, 8, 8))[0, 0], (60, 60, 200), atol=1)
     assert seen(encoded(image, icc_profile=b"no profile"), 8, (0, 0, 8, 8))[0, 0].tolist() == [200, 60, 60]
+
+
+def from_linear(linear: float) -> float:
+    """The sRGB shade, 0 to 255, of a linear one (IEC 61966-2-1)."""
+    share = linear / 255
+    return 255 * (12.92 * share if share <= 0.0031308 else 1.055 * share ** (1 / 2.4) - 0.055)
+
+
+def deep(shade: int) -> Image.Image:
+    return Image.fromarray(np.full((8, 8), shade * 257, np.uint16))
+
+
+@pytest.mark.parametrize("shade", [2, 20, 64, 200])
+@pytest.mark.parametrize(
+    ("image", "form", "options"),
+    [
+        (lambda shade: Image.new("L", (8, 8), shade), "PNG", {}),
+        (lambda shade: Image.new("L", (8, 8), shade), "TIFF", {}),
+        (lambda shade: Image.new("L", (8, 8), shade), "JPEG", {"quality": 100}),
+        (lambda shade: Image.new("LA", (8, 8), (shade, 255)), "PNG", {}),
+        (lambda shade: Image.new("LA", (8, 8), (shade, 255)), "TIFF", {}),
+        (lambda shade: Image.new("L", (8, 8), shade), "PNG", {"transparency": 77}),
+        (deep, "PNG", {}),
+        (deep, "TIFF", {}),
+    ],
+    ids=["L", "L TIFF", "L JPEG", "LA", "LA TIFF", "L with tRNS", "16-bit PNG", "16-bit TIFF"],
+)
+def test_a_grey_profile_is_applied_whatever_the_mode(
+    image: Callable[[int], Image.Image], form: str, options: dict[str, Any], shade: int
+) -> None:
+    blob = encoded(image(shade), form, icc_profile=grey_profile(), **options)
+    np.testing.assert_allclose(seen(blob, 8, (0, 0, 8, 8)), from_linear(shade), atol=1)
+    np.testing.assert_allclose(thumbnail_pixels(checked(blob).thumbnail), from_linear(shade), atol=1)
+    assert checked(blob).warnings == ()
+    assert shade != 64 or round(from_linear(shade)) == 137
+
+
+def test_16_bit_grey_keeps_its_depth_until_the_profile_is_applied() -> None:
+    """Between the linear shades 0 and 1 of 8 bits lie 13 of sRGB."""
+    ramp = np.arange(0, 640, 10, dtype=np.uint16).reshape(8, 8)
+    array = seen(encoded(Image.fromarray(ramp), icc_profile=grey_profile()), 8, (0, 0, 8, 8))[..., 0]
+    expected = np.vectorize(from_linear)(ramp / 257)
+    np.testing.assert_allclose(array, expected, atol=1)
+    assert len(np.unique(array)) > 20
+
+
+def test_opacity_is_kept_aside_of_the_profile() -> None:
+    half = Image.new("LA", (8, 8), (64, 128))
+    array = seen(encoded(half, icc_profile=grey_profile()), 8, (0, 0, 8, 8))
+    np.testing.assert_allclose(array, 137 * 128 / 255 + 255 * 127 / 255, atol=1.5)  # on white
+    assert checked(encoded(half, icc_profile=grey_profile())).alpha == (128, 128)
+
+
+def swapped() -> bytes:
+    """A profile in which blue is red."""
+    return srgb().replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")
+
+
+@pytest.mark.parametrize(
+    ("image", "form"),
+    [
+        (lambda: Image.new("RGB", (8, 8), (200, 60, 60)), "PNG"),
+        (lambda: Image.new("RGB", (8, 8), (200, 60, 60)), "TIFF"),
+        (lambda: Image.new("RGBA", (8, 8), (200, 60, 60, 255)), "PNG"),
+        (lambda: Image.new("RGBA", (8, 8), (200, 60, 60, 255)), "TIFF"),
+        (lambda: Image.new("RGBA", (8, 8), (200, 60, 60, 255)), "WEBP"),
+        (lambda: Image.new("RGB", (8, 8), (200, 60, 60)).quantize(4), "PNG"),
+        (lambda: Image.new("RGBA", (8, 8), (200, 60, 60, 255)).quantize(4), "PNG"),
+    ],
+    ids=["RGB", "TIFF", "RGBA", "RGBA TIFF", "WebP", "P", "P with tRNS"],
+)
+def test_a_colour_profile_is_applied_whatever_the_mode(image: Callable[[], Image.Image], form: str) -> None:
+    options = {"lossless": True} if form == "WEBP" else {}
+    blob = encoded(image(), form, icc_profile=swapped(), **options)
+    np.testing.assert_allclose(seen(blob, 8, (0, 0, 8, 8))[0, 0], (60, 60, 200), atol=1)
+
+
+def test_grey_under_a_profile_for_rgb() -> None:
+    blob = encoded(Image.new("L", (8, 8), 64), icc_profile=srgb())
+    np.testing.assert_allclose(seen(blob, 8, (0, 0, 8, 8)), 64, atol=1)
+    assert checked(blob).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("mode", "form", "profile"),
+    [
+        ("RGB", "PNG", grey_profile()),
+        ("RGBA", "PNG", grey_profile()),
+        ("P", "PNG", grey_profile()),
+        ("CMYK", "TIFF", srgb()),
+        ("CMYK", "TIFF", grey_profile()),
+        ("L", "PNG", b"no profile"),
+        ("RGB", "JPEG", b"no profile"),
+    ],
+)
+def test_a_profile_that_does_not_fit_is_warned_of(mode: str, form: str, profile: bytes) -> None:
+    said = "have a colour profile that is broken or of other colours than theirs, and is ignored"
+    plain, with_profile = (encoded(Image.new(mode, (8, 8)), form, **options)
+                           for options in ({}, {"icc_profile": profile}))  # fmt: skip
+    assert checked(with_profile).warnings == (*checked(plain).warnings, said)
+    np.testing.assert_array_equal(seen(with_profile, 8, (0, 0, 8, 8)), seen(plain, 8, (0, 0, 8, 8)))
+
+
+@pytest.mark.parametrize(("gamma", "is_odd"), [(45455, False), (100_000, True)])
+def test_a_gamma_without_a_profile(gamma: int, is_odd: bool) -> None:
+    warnings = checked(deep_png(chunk(b"gAMA", struct.pack(">I", gamma)))).warnings
+    assert any("state another gamma than sRGB's, which is ignored" in text for text in warnings) == is_odd
 
 
 # load_mask

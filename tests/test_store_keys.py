@@ -26,6 +26,7 @@ PIXELS = (
     pictures._upright,
     pictures._flat,
     pictures._luminance,
+    pictures._eight_bits,
     pictures.to_srgb,
 )
 ENTRIES = (
@@ -68,7 +69,7 @@ ENTRIES = (
 )
 MASKS = (entries.Masks.read, entries.Masks.decode, entries.Masks._make, entries.mask_weights)
 RECORDED = {  # number, digest of the source that it stands for
-    "pictures.VERSION": (1, "27d978230580fe10"),
+    "pictures.VERSION": (2, "352d15426863c3fa"),
     "keys.FORMAT": (1, "570e501c47cc0fa4"),
     "keys.MASK_FORMAT": (2, "1f64e39bdb69e15c"),
 }

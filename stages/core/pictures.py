@@ -45,7 +45,7 @@ SIGNATURES = {  # how files start that a person may take for a picture, and pict
 MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B"}
 MAX_PIXELS = 80_000_000  # a few KB of PNG can claim more, and Pillow itself refuses from 179 million only
 MAX_SIDE = 65_535  # of a JPEG
-VERSION = 1  # of the way from bytes to pixels; part of every cache key, so raise it when load_view changes
+VERSION = 2  # of the way from bytes to pixels; part of every cache key, so raise it when load_view changes
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "bicubic": Image.Resampling.BICUBIC,
@@ -145,7 +145,8 @@ def _refuse(image: Image.Image, first_frame: bool) -> list[str]:
             "is animated or has several pages; save one as a picture, or set dataset.first_frame to true for the first"
         )
     if image.mode not in MODES or _odd_depth(image):
-        raise UserError(f"has pixels of type {image.mode}{_odd_depth(image)}; save it with 8 or 16 bits per channel")
+        cure = "save it with 8 or 16 bits per channel" if image.mode[0] in "IF" else "save it as RGB"
+        raise UserError(f"has pixels of type {image.mode}{_odd_depth(image)}; {cure}")
     misread = _misread(image)
     if misread:
         raise UserError(f"is {misread}; save it with 8 bits")
@@ -153,8 +154,16 @@ def _refuse(image: Image.Image, first_frame: bool) -> list[str]:
         "are CMYK and are converted to sRGB": image.mode == "CMYK",
         "have 1 bit per pixel, black or white": image.mode == "1",
         "have several frames or pages, of which the first is taken": several,
+        "state another gamma than sRGB's, which is ignored; save them with a colour profile": _odd_gamma(image),
     }
     return [text for text, applies in found.items() if applies]
+
+
+def _odd_gamma(image: Image.Image) -> bool:
+    """A PNG's gAMA chunk, which counts only where neither a profile nor an sRGB chunk does."""
+    gamma = image.info.get("gamma")
+    stronger = {"icc_profile", "srgb"} & image.info.keys()
+    return gamma is not None and not stronger and abs(gamma * 2.2 - 1) > 0.05
 
 
 def _odd_depth(image: Image.Image) -> str:
@@ -178,11 +187,15 @@ def _misread(image: Image.Image) -> str | None:
 
 def _describe(image: Image.Image, found: list[str]) -> Checked:
     full = _upright(image)
-    alpha = _range(full.getchannel("A")) if full.mode == "RGBA" else None
+    alpha = _range(full.getchannel("A")) if full.mode in ("LA", "RGBA") else None
     if alpha == (0, 0):
         found = [*found, "are transparent all over, so that only dataset.background is seen"]
     # Before colours are converted, which takes long; bilinear weighs pixels by a triangle twice as wide as a cell.
-    small = _flat(full.resize(THUMBNAIL, Image.Resampling.BILINEAR), "#ffffff")
+    tiny = full.resize(THUMBNAIL, Image.Resampling.BILINEAR)
+    small = _flat(tiny, "#ffffff")
+    profile = full.info.get("icc_profile")
+    if profile and to_srgb(tiny.convert(tiny.mode.removesuffix("A")), profile) is None:
+        found = [*found, "have a colour profile that is broken or of other colours than theirs, and is ignored"]
     return Checked(
         *full.size,
         format="JPEG" if image.format == "MPO" else str(image.format),
@@ -280,7 +293,7 @@ def decode_mask(blob: bytes, kind: Literal["alpha", "file"]) -> Image.Image:
         full = _upright(image)
     if kind == "file":
         return _luminance(full)
-    return full.getchannel("A") if full.mode == "RGBA" else Image.new("L", full.size, 255)
+    return full.getchannel("A") if full.mode in ("LA", "RGBA") else Image.new("L", full.size, 255)
 
 
 def cut_mask(channel: Image.Image, item: Item, view: View) -> np.ndarray:
@@ -298,41 +311,64 @@ def to_rgb(image: Image.Image, background: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned upright by EXIF, 8 bits per channel, RGBA where it has transparency, without a palette."""
+    """Turned upright by EXIF, without a palette; mode L, I;16, RGB or CMYK, or LA or RGBA where it has transparency.
+
+    These are the modes that a profile can belong to, so ``_flat`` applies it before anything becomes RGB.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit grey to white
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBa"):
-        return image.convert("RGBA")
-    return image.convert("RGB") if image.mode in ("P", "1") else image
+    if image.mode.startswith("I"):
+        return image if image.mode == "I;16" else image.convert("I;16")
+    is_grey = image.mode in ("1", "L", "LA", "La")
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        return image.convert("LA" if is_grey else "RGBA")
+    if image.mode == "CMYK":
+        return image
+    return image.convert("L" if is_grey else "RGB")
 
 
 def _flat(image: Image.Image, background: str) -> Image.Image:
     """From the embedded profile to sRGB, then on ``background``."""
-    profile = image.info.get("icc_profile")
-    if profile:
-        image = to_srgb(image, profile)
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("RGB")
+    colours = image.convert(image.mode.removesuffix("A"))
+    flat = to_srgb(colours, image.info.get("icc_profile"))
+    flat = _eight_bits(colours).convert("RGB") if flat is None else flat
+    if image.mode in ("LA", "RGBA"):
+        flat.putalpha(image.getchannel("A"))
+        flat = Image.alpha_composite(Image.new("RGBA", image.size, background), flat)
+    return flat.convert("RGB")
 
 
 def _luminance(image: Image.Image) -> Image.Image:
     """Mode L, black where transparent; profiles are for colours and play no part."""
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "#000000"), image)
-    return image.convert("L")
+    if image.mode in ("LA", "RGBA"):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "#000000"), image.convert("RGBA"))
+    return _eight_bits(image).convert("L")
 
 
-def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Apply an embedded ICC profile; one that is broken or of another colour space is ignored, as browsers do."""
-    target = "RGBA" if image.mode == "RGBA" else "RGB"
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode != "I;16":
+        return image
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))  # Pillow would clip
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image | None:
+    """RGB by an embedded ICC profile; None where there is none, or one that is broken or of another colour space.
+
+    Browsers ignore such a profile too; they also read grey under a profile for RGB as three equal channels.
+
+    Args:
+        image: L, I;16, RGB or CMYK.
+    """
+    if not profile:
+        return None
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=target)
+        if source.profile.xcolor_space.strip() == "RGB":
+            image = _eight_bits(image).convert("RGB") if image.mode in ("L", "I;16") else image
+        # Little CMS shortens a grey curve to a table that is wrong by up to 10 of 255 in the dark of a linear one.
+        flags = ImageCms.Flags.NOOPTIMIZE if image.mode in ("L", "I;16") else ImageCms.Flags.NONE
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB", flags=flags)
     except (ImageCms.PyCMSError, OSError, ValueError):
-        return image
-    return converted or image
+        return None
 
 
 # Pixel measures
