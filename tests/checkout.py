@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 
 from tests.conftest import REPOSITORY, TINY, picture, write_params, write_rows
 
-CODE = ("stages", "dvc.yaml", "Snakefile", "profiles", ".gitignore", ".dvcignore")
+CODE = ("stages", "dvc.yaml", "Snakefile", "profiles", ".gitattributes", ".gitignore", ".dvcignore")
 
 
 class Checkout:

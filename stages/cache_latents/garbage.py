@@ -220,7 +220,7 @@ def repository() -> Path:
         UserError: there is none.
     """
     try:
-        return Path(git("rev-parse", "--show-toplevel").strip()).resolve()
+        return Path(git("rev-parse", "--show-toplevel").rstrip("\n")).resolve()
     except (OSError, subprocess.CalledProcessError):
         raise UserError(
             "--gc: no git repository here, so what experiments use cannot be known; nothing is freed"
@@ -242,7 +242,7 @@ class History:
 
     def versions(self, name: str) -> dict[str, bytes]:
         """Object id -> bytes of every distinct version of a file of this folder."""
-        path = f":(top,literal){git('rev-parse', '--show-prefix').strip()}{name}"
+        path = f":(top,literal){git('rev-parse', '--show-prefix').rstrip(chr(10))}{name}"
         changes = self._lines("diff-tree", self.commits, "-r", "-m", "--root", "--raw", "--no-abbrev", "--", path)
         blobs = dict.fromkeys(line.split()[3] for line in changes if line.startswith(":"))
         found = {}

@@ -118,7 +118,7 @@ def made_by(digest: str) -> str:
     refs = words("for-each-ref", "--format=%(objectname)", "refs/heads", "refs/tags", "refs/remotes", "refs/exps")
     for revision in words("log", "--format=%H", *dict.fromkeys(refs), "--", METRICS) if refs else []:
         try:
-            recorded = dict(from_json(git("show", f"{revision}:{METRICS}") or "{}"))
+            recorded = dict(from_json(git("show", f"{revision}:./{METRICS}") or "{}"))
         except (TypeError, ValueError):
             continue
         if recorded.get("train.adapter_digest") == digest[:16]:

@@ -144,7 +144,8 @@ def look_up(tree: Tree, key: str) -> Any:
 
 def compare(pipeline: Pipeline) -> list[str]:
     """Every difference between dvc.lock and what stands beside it."""
-    return [*changed_commands(pipeline), *changed_params(pipeline), *changed_files(pipeline), *changed_data(pipeline)]
+    found = [*changed_commands(pipeline), *changed_params(pipeline), *line_ends(pipeline)]
+    return [*found, *changed_files(pipeline), *changed_data(pipeline)]
 
 
 def changed_commands(pipeline: Pipeline) -> Iterator[str]:
@@ -187,6 +188,27 @@ def show(value: Any) -> str:
     return "no such key" if value is ABSENT else "null" if value is None else f"{value}"
 
 
+def line_ends(pipeline: Pipeline) -> list[str]:
+    """One line for all files whose line ends alone are not those of dvc.lock: git converts them where it is told to."""
+    found = sorted({file.path for file in pipeline.files() if other_line_ends(Path(file.path), file.locked)})
+    if not found:
+        return []
+    here, there = ("CRLF", "LF") if b"\r\n" in Path(found[0]).read_bytes() else ("LF", "CRLF")
+    count = "1 file has" if len(found) == 1 else f"{len(found)} files have"
+    cure = (
+        "commit or stash your changes, run `git config core.autocrlf false && git rm -r -q --cached . && "
+        "git reset --hard`"
+    )
+    return [f"line ends: {count} {here} where dvc.lock has {there} (core.autocrlf?), such as {found[0]}; {cure}"]
+
+
+def other_line_ends(path: Path, locked: str | None) -> bool:
+    if locked is None or not path.is_file() or md5(path) == locked:
+        return False
+    lf = path.read_bytes().replace(b"\r\n", b"\n")
+    return locked in (digest(lf), digest(lf.replace(b"\n", b"\r\n")))
+
+
 def changed_files(pipeline: Pipeline) -> Iterator[str]:
     """Code, reports and the other files that git has; each path once, an output by its own stage."""
     files = pipeline.files()
@@ -227,7 +249,7 @@ def written(output: File) -> list[str]:
     if not Path(output.path).is_file():
         return [f"{output.path}: missing, and stage {output.stage} wrote it; {undo}"]
     here = md5(Path(output.path))
-    if here == output.locked:
+    if here == output.locked or other_line_ends(Path(output.path), output.locked):
         return []
     digests = f"(md5 {here[:8]}, dvc.lock has {str(output.locked)[:8]})"
     return [f"{output.path}: not what stage {output.stage} wrote {digests}: edited or replaced by hand; {undo}"]
@@ -242,7 +264,8 @@ def used(pipeline: Pipeline, path: str, uses: list[File]) -> list[str]:
         cure = "restore it" if path.startswith("stages/") else "restore it, or commit its .dvc file"
         return [] if pointer(path) else [f"{path}: missing, and a dependency of {stages}; {cure}"]
     here = md5(Path(path))
-    other = in_order(pipeline, (file.stage for file in uses if file.locked != here))
+    same = {file.locked for file in uses if file.locked == here or other_line_ends(Path(path), file.locked)}
+    other = in_order(pipeline, (file.stage for file in uses if file.locked not in same))
     return [f"{path}: changed since {other} ran, without a new dvc.lock; {RUN}"] if other else []
 
 
@@ -282,4 +305,8 @@ def in_order(pipeline: Pipeline, stages: Iterable[str]) -> str:
 
 
 def md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    return digest(path.read_bytes())
+
+
+def digest(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
