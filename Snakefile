@@ -5,7 +5,7 @@
 # folders from core/sweep.py.
 
 import functools
-import json
+import hashlib
 import os
 import shlex
 import shutil
@@ -17,23 +17,34 @@ from snakemake.logging import logger
 from stages import check
 from stages.core import closure, job_records, sweep
 from stages.core.console import UserError
-from stages.core.files import sha256_file, write_text
+from stages.core.files import write_text
 from stages.core.params import RuntimeParams, read_yaml
+from stages.core.params import check as check_params
+from stages.core.yaml_edit import flow
 
 STAGES = read_yaml(Path("dvc.yaml"))["stages"]
 
 
 def snapshot():
-    """A copy of params.yaml by its content."""
-    path = Path(f"runs/.params/{sha256_file(Path('params.yaml'))[:12]}.yaml")
+    """params.yaml with the sweep of the command line, in a file named by its content."""
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    if config:
+        tree = sweep.from_command_line(read_yaml(Path("params.yaml")), config)
+        check_params(tree, Path("params.yaml"))
+        text = flow(tree)
+    path = Path(f"runs/.params/{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml")
     if not path.exists():
-        write_text(path, Path("params.yaml").read_text(encoding="utf-8"))
+        write_text(path, text)
     return str(path)
 
 
-# Jobs, on a cluster too, read what this command started with: params.yaml may be edited while they run.
+# Jobs, on a cluster too, read what this command started with: params.yaml may be edited while they run, and Snakemake
+# hands them --config through a shell, which changes quotes and backslashes.
 if workflow.is_main_process or not Path(os.environ.get("LORA_PARAMS", "")).is_file():
-    os.environ["LORA_PARAMS"] = snapshot()
+    try:
+        os.environ["LORA_PARAMS"] = snapshot()
+    except UserError as error:
+        raise WorkflowError(*error.problems)
 
 
 envvars:
@@ -43,7 +54,7 @@ envvars:
 def plan():
     """The runs, every setting of theirs checked."""
     try:
-        runs = sweep.plan(sweep.from_command_line(read_yaml(Path(os.environ["LORA_PARAMS"])), config))
+        runs = sweep.plan(read_yaml(Path(os.environ["LORA_PARAMS"])))
         if problems := check.sweep_problems(runs):
             raise UserError(*problems)
     except UserError as error:
@@ -147,13 +158,6 @@ def labels(wildcards):
     return {"dataset": wildcards.dataset, "lora.rank": str(rank)} | swept | {"seed": str(seed)}
 
 
-def leaderboard():
-    """The command, with the keys of sweep that stand in for those of params.yaml."""
-    section = sweep.from_command_line({}, config)["sweep"]
-    words = [word for key, value in section.items() for word in ("--set", f"sweep.{key}={json.dumps(value)}")]
-    return f"python -m stages.leaderboard --params $LORA_PARAMS {shlex.join(words)}".strip()
-
-
 def machines():
     """What a training asks for; of several machines the Slurm executor wants to know that the shell calls srun."""
     if RUNTIME.num_machines == 1:
@@ -169,7 +173,7 @@ def machines():
 # What failed belongs on the leaderboard, whose rule waits for every run.
 onerror:
     if len(RUNS) > 1:
-        shell("{command} || true", command=leaderboard())
+        shell("python -m stages.leaderboard --params $LORA_PARAMS || true")
 
 
 localrules:
@@ -367,6 +371,5 @@ rule leaderboard:
         "profiles/environment.yaml"
     params:
         code=lambda wildcards: closure.code_digest("leaderboard", RUNS[0].value("model.family")),
-        command=leaderboard(),
     shell:
-        "{params.command} > {log} 2>&1"
+        "python -m stages.leaderboard --params $LORA_PARAMS > {log} 2>&1"

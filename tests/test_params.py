@@ -141,7 +141,8 @@ def test_malformed_override(file: Path, override: str) -> None:
 
 def test_override_that_is_no_yaml(file: Path) -> None:
     assert problems(file, "lora.target_modules=[to_q") == (
-        "--set lora.target_modules=[to_q: the value is no valid YAML",
+        "--set lora.target_modules=[to_q: the value is no valid YAML (expected ',' or ']', but got '<stream end>'); "
+        "put each text in quotes of its own",
     )
 
 
@@ -202,3 +203,50 @@ def test_a_mistake_inside_a_list_names_its_place(file: Path, subsets: str, messa
     with pytest.raises(UserError) as caught:
         params.load(file, [f"dataset.subsets={subsets}"])
     assert any(problem.startswith(message) for problem in caught.value.problems)
+
+
+LOST = [
+    ("dataset.background=#000000", "'#' begins a comment in YAML", "'#000000'"),
+    ("export.prompt=a fox #1", "'#' begins a comment in YAML", "'a fox #1'"),
+    ("export.prompt= #1 fox", "'#' begins a comment in YAML", "'#1 fox'"),
+    ("report.title=a fox: it's night", 'YAML reads {"a fox": "it\'s night"}, which is no text', "'a fox: it''s night'"),
+    ("report.title=[red] fox", "the value is no valid YAML (expected '<document start>', but found", "'[red] fox'"),
+    ("report.title={a}", 'YAML reads {"a": null}, which is no text', "'{a}'"),
+    ("report.title=2024", "YAML reads 2024, which is no text", "'2024'"),
+    ("report.title=null", "YAML reads null, which is no text", "'null'"),
+    ("export.license=true", "YAML reads true, which is no text", "'true'"),
+    ("report.title='70s fox", "the value is no valid YAML (found unexpected end of stream)", "'''70s fox'"),
+    ("dataset.instance_prompt=*star", "the value is no valid YAML (found undefined alias 'star')", "'*star'"),
+    ("dataset.instance_prompt=@home", "the value is no valid YAML (found character '@'", "'@home'"),
+]
+
+
+@pytest.mark.parametrize(("override", "why", "form"), LOST)
+def test_a_text_that_yaml_reads_otherwise_is_refused_with_the_form_that_works(
+    file: Path, override: str, why: str, form: str
+) -> None:
+    (line,) = problems(file, override)
+    key, _, value = override.partition("=")
+    assert line.startswith(f"--set {override}: {why}") and line.endswith(f'; write "{key}={form}"')
+    section, _, name = key.partition(".")
+    assert getattr(params.load(file, [f"{key}={form}"]).sections[section], name) == value.strip()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["é ü ñ", "雪の中の狐", "ثعلب", "fox 🦊 café", "it's", 'the "fox"', "a, b", "[a]", "a/b (c)", "50%", "a'b\"c: #d"],
+)
+def test_a_text_in_quotes_arrives_as_written(file: Path, text: str) -> None:
+    quoted = "'" + text.replace("'", "''") + "'"
+    loaded = params.load(file, [f"export.prompt={quoted}", f"validate.prompts=[{quoted}]"])
+    assert loaded.sections["export"].prompt == text and loaded.sections["validate"].prompts == [text]  # type: ignore[attr-defined]
+
+
+def test_a_comment_in_the_file_that_took_the_text_is_named(file: Path) -> None:
+    file.write_text(file.read_text().replace('background: "#ffffff"', "background: #ffffff"))
+    hint = "input should be a valid string; '#' begins a comment in YAML, so put the text in quotes"
+    assert problems(file) == (f"params.yaml dataset.background: got None; {hint}",)
+    (line,) = problems(file, "dataset.background='#000000'", "validate.prompts=[a fox: night]")
+    assert "got {'a fox': 'night'}; " in line and line.endswith(
+        "; ': ' makes a mapping in YAML, so put the text in quotes"
+    )

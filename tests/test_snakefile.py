@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from stages.core.params import read_yaml
 from tests.checkout import Checkout
 from tests.conftest import picture
 
@@ -190,11 +192,29 @@ def test_a_crash_after_a_change_leaves_nothing_that_looks_current(stubbed: Stubb
 
 
 def test_a_sweep_with_a_failed_run_has_a_leaderboard_too(stubbed: Stubbed) -> None:
-    """The rule waits for every run; the command is given the sweep as it was asked for."""
+    """The rule waits for every run; the parameters of the command have the sweep of the command line."""
     failed = stubbed.snakemake("--config", "seeds=[8,9]", "--retries", "0", FAIL="train")
     assert failed.returncode != 0
     (words,) = [line for line in stubbed.ran() if line.startswith("leaderboard")]
-    assert re.fullmatch(r"leaderboard --params runs/.params/\w+.yaml --set sweep.seeds=\[8, 9\]", words)
+    (params,) = re.fullmatch(r"leaderboard --params (runs/.params/\w+.yaml)", words).groups()
+    assert read_yaml(stubbed.path / params)["sweep"]["seeds"] == [8, 9]
+
+
+TEXTS = ["a photo of ", "null", "3", "a fox: night", "yes", "1e-4", " #x", "it's $HOME `pwd`", "лиса 🦊", 'a\\b "c"']
+
+
+def test_texts_on_the_command_line_reach_the_stages_as_written(stubbed: Stubbed) -> None:
+    """Also those that YAML, a shell or Snakemake reads otherwise."""
+    grid = f"grid={{dataset.caption_prefix: {json.dumps(TEXTS, ensure_ascii=False)}}}"
+    stubbed.run("--config", grid, "seeds=[0]", "--until", "prepare")
+    lines = stubbed.ran()
+    options = [re.search("dataset.caption_prefix=(.*) --prepared", line)[1] for line in lines]
+    assert sorted(YAML(typ="safe", pure=True).load(text) for text in options) == sorted(TEXTS)
+    # a job on a cluster is given --config through a shell, which damages such texts; it reads the snapshot instead
+    params, folder = re.search(r"--params (\S+) .* --prepared (\S+)", lines[0]).groups()
+    words = ("--mode", "subprocess", "--config", "grid={lora.rank: [damaged]}", "--dry-run", f"{folder}/manifest.jsonl")
+    assert stubbed.snakemake(*words, LORA_PARAMS=params).returncode == 0
+    assert stubbed.snakemake(*words[2:]).returncode != 0
 
 
 @pytest.mark.slow

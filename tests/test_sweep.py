@@ -231,6 +231,47 @@ def test_command_line_replaces_keys_and_reads_them_as_set_does() -> None:
         sweep.from_command_line(tree(), {"ranks": "4,8"})
 
 
+TEXT_VALUES = ["a photo of ", "null", "3", "a fox: night", "yes", "1e-4", " #x", "[a]", "é 雪 🦊", "", "it's"]
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "wanted"),
+    [
+        ("dataset.caption_prefix", TEXT_VALUES, TEXT_VALUES),  # text
+        ("dataset.instance_prompt", ["3", "a: b", "null"], ["3", "a: b", None]),  # text or null
+        ("validate.prompts", [["3", "a: b"], [" yes", "null"]], [["3", "a: b"], [" yes", "null"]]),  # list of text
+        ("lora.target_modules", ["attention", ["to_q", "3"]], ["attention", ["to_q", "3"]]),  # text or list of text
+        ("lora.init_from", ["null", {"path": "3", "sha256": "0123"}], [None, {"path": "3", "sha256": "0123"}]),
+        ("lora.rank_pattern", [{"to_q": "4"}], [{"to_q": 4}]),
+        (
+            "dataset.subsets",
+            ["null", [{"path": "1", "repeats": "2", "instance_prompt": "3"}]],
+            [None, [{"path": "1", "repeats": 2, "instance_prompt": "3"}]],
+        ),
+        ("lora.bias", ["none"], ["none"]),
+        ("train.timestep_shift", ["auto", "1.5"], ["auto", 1.5]),
+        ("train.optimizer_args", [{"eps": "1e-8"}], [{"eps": 1e-8}]),
+        ("train.early_stop_patience", ["null", "3"], [None, 3]),
+    ],
+)
+def test_a_value_from_the_command_line_has_the_type_of_its_setting(key: str, given: Any, wanted: Any) -> None:
+    """Snakemake has taken the quotes away, so the setting says what is text."""
+    section = sweep.from_command_line(tree(), {"grid": {key: given}})["sweep"]
+    assert section["grid"] == {key: wanted}
+    rows = [{"dataset.source": "data/raw", key: value} for value in given]
+    for name in ("rows", "datasets", "exclude"):
+        section = sweep.from_command_line(tree(), {name: rows})["sweep"]
+        assert [row[key] for row in section[name]] == wanted
+    assert sweep.from_command_line(tree(), {"datasets": ["3"]})["sweep"]["datasets"] == ["3"]
+
+
+def test_any_text_comes_back_from_the_words_of_a_job() -> None:
+    texts = [*TEXT_VALUES, "a\x85b\u2028c\x7fd\ufffe", "back\\slash", "\U000e0041"]
+    for run, wanted in zip(sweep.plan(tree(grid={"export.prompt": texts})), texts, strict=True):
+        (word,) = sweep.words(run, ["export.prompt"])[1:]
+        assert YAML(typ="safe", pure=True).load(word.partition("=")[2]) == wanted
+
+
 @pytest.mark.parametrize("section", [None, [], "x", 3])
 def test_a_section_of_another_kind_is_one_line_under_config_too(section: object) -> None:
     with pytest.raises(UserError) as error:

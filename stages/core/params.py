@@ -214,10 +214,28 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected SECTION.KEY=VALUE, such as lora.rank=16")
     if not isinstance(tree.get(section), dict):
         raise UserError(unknown("--set " + override, section, SECTIONS))
+    tree[section][name] = read_value(key, value)
+
+
+def read_value(key: str, value: str) -> Any:
+    """The value of an override.
+
+    Raises:
+        UserError: YAML reads less than all of it, or another type where the setting is text; the form that works.
+    """
+    quoted = "'" + value.strip().replace("'", "''") + "'"
+    cure = f'write "{key}={quoted}"' if only_text(kind_of(key)) else "put each text in quotes of its own"
     try:
-        tree[section][name] = YAML(typ="safe", pure=True).load(value)
-    except (YAMLError, ValueError, RecursionError):
-        raise UserError(f"--set {override}: the value is no valid YAML") from None
+        node, read = YAML(typ="safe", pure=True).compose(value), YAML(typ="safe", pure=True).load(value)
+    except (YAMLError, ValueError, RecursionError) as error:
+        why = "'#' begins a comment in YAML" if "#" in value else "the value is no valid YAML"
+        said = getattr(error, "problem", None)
+        raise UserError(f"--set {key}={value}: {why}{f' ({said})' if said else ''}; {cure}") from None
+    if value[node.end_mark.index if node else 0 :].strip():
+        raise UserError(f"--set {key}={value}: '#' begins a comment in YAML; {cure}")
+    if only_text(kind_of(key)) and not isinstance(read, str) and not (read is None and takes_null(kind_of(key))):
+        raise UserError(f"--set {key}={value}: YAML reads {json.dumps(read, default=str)}, which is no text; {cure}")
+    return read
 
 
 def explain(path: Path, section: str, cls: type[Params], error: ValidationError) -> list[str]:
@@ -240,7 +258,8 @@ def explain(path: Path, section: str, cls: type[Params], error: ValidationError)
         else:
             accepted = [detail["msg"], *(other["msg"].removeprefix("Input should be ") for other in details[1:])]
             text = " or ".join(accepted)
-            lines.append(f"{path} {key}: got {detail['input']!r}; {text[0].lower() + text[1:]}{nearest(details)}")
+            hint = nearest(details) or unquoted(detail)
+            lines.append(f"{path} {key}: got {detail['input']!r}; {text[0].lower() + text[1:]}{hint}")
     return lines
 
 
@@ -257,6 +276,13 @@ def nearest(details: list[ErrorDetails]) -> str:
     choices = [name for d in details if d["type"] == "literal_error" for name in re.findall("'(.*?)'", d["msg"])]
     near = difflib.get_close_matches(str(details[0]["input"]), choices, n=2)
     return f" (near: {', '.join(near)})" if near else ""
+
+
+def unquoted(detail: ErrorDetails) -> str:
+    """What YAML made of a text without quotes."""
+    signs = {type(None): "'#' begins a comment", dict: "': ' makes a mapping"}
+    sign = signs.get(type(detail["input"])) if detail["type"] == "string_type" else None
+    return f"; {sign} in YAML, so put the text in quotes" if sign else ""
 
 
 def place(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
@@ -280,6 +306,55 @@ def union(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | 
             return location[:depth]
         cls = innermost(cls, (part,))
     return location
+
+
+def kind_of(key: str) -> Any:
+    """Annotation of ``section.key``; Any where there is no such setting, which is refused later."""
+    section, _, name = key.partition(".")
+    field = params_class(section).model_fields.get(name) if section in SECTIONS else None
+    return field.annotation if field else Any
+
+
+def members(kind: Any) -> list[Any]:
+    """The types of a union, or the one type; without what Annotated adds."""
+    if get_origin(kind) is Annotated:
+        return members(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        return [each for member in get_args(kind) for each in members(member)]
+    return [kind]
+
+
+def inside(kind: Any, key: str | None = None) -> Any:
+    """Type of a list's items; with ``key``, of a mapping's values or of a params class's field."""
+    for member in members(kind):
+        if key is None and get_origin(member) is list:
+            return get_args(member)[0]
+        if key is not None and get_origin(member) is dict:
+            return get_args(member)[1]
+        if key is not None and isinstance(member, type) and issubclass(member, BaseModel):
+            field = member.model_fields.get(key)
+            return field.annotation if field else Any
+    return Any
+
+
+def is_text(kind: Any) -> bool:
+    """Whether every scalar of it but null is text: a free one, or a choice of names."""
+    scalars = [m for m in members(kind) if get_origin(m) not in (list, dict) and m is not type(None)]
+    choices = [name for m in scalars if get_origin(m) is Literal for name in get_args(m)]
+    return (
+        bool(scalars)
+        and all(m is str or get_origin(m) is Literal for m in scalars)
+        and all(isinstance(name, str) for name in choices)
+    )
+
+
+def only_text(kind: Any) -> bool:
+    """Free text, or null."""
+    return set(members(kind)) <= {str, type(None)}
+
+
+def takes_null(kind: Any) -> bool:
+    return type(None) in members(kind)
 
 
 def is_union(annotation: Any) -> bool:

@@ -24,7 +24,20 @@ from ruamel.yaml import YAML, YAMLError
 
 from stages.core.console import UserError
 from stages.core.files import from_json
-from stages.core.params import SECTIONS, Config, Params, check, check_section, params_class, unknown
+from stages.core.params import (
+    SECTIONS,
+    Config,
+    Params,
+    check,
+    check_section,
+    inside,
+    is_text,
+    kind_of,
+    params_class,
+    takes_null,
+    unknown,
+)
+from stages.core.yaml_edit import flow
 
 Overrides = dict[str, Any]
 """``section.key`` -> value, such as ``{"lora.rank": 16}``."""
@@ -130,24 +143,41 @@ def plan(tree: dict[str, Any], source: Path = Path("params.yaml")) -> list[Run]:
 def from_command_line(tree: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The tree with keys of ``sweep`` replaced, as in ``snakemake --config 'grid={lora.rank: [4, 8]}'``.
 
-    Snakemake hands over every scalar as text; it is read as YAML 1.2 here, as ``--set`` does.
+    Snakemake hands over every scalar as text, without its quotes. The value of a setting that is text stays as it is;
+    any other is read as YAML 1.2, as ``--set`` does.
     """
     known = list(SweepParams.model_fields)
     if problems := [unknown("--config", str(key), known) for key in given if key not in known]:
         raise UserError(*problems)
     section = tree.get("sweep", {})
     if given and isinstance(section, dict):  # else `check` says what is wrong with it
-        section = section | {key: reread(value) for key, value in given.items()}
+        section = section | {key: reread_key(key, value) for key, value in given.items()}
     return tree | {"sweep": section}
 
 
-def reread(value: Any) -> Any:
+def reread_key(key: str, value: Any) -> Any:
+    """One key of ``sweep``: grid has lists of values by dotted key, the other keys have lists of overrides."""
+
+    def overrides(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {name: reread(each, kind_of(str(name))) for name, each in item.items()}
+        return reread(item, str if key == "datasets" else Any)
+
+    if key == "grid" and isinstance(value, dict):
+        return {name: reread(values, list[kind_of(str(name))]) for name, values in value.items()}  # type: ignore[misc]
+    return [overrides(item) for item in value] if isinstance(value, list) else reread(value, Any)
+
+
+def reread(value: Any, kind: Any) -> Any:
+    """Texts that stand for another type, read; ``kind`` is the annotation of their setting."""
     if isinstance(value, dict):
-        return {key: reread(item) for key, item in value.items()}
+        return {key: reread(item, inside(kind, str(key))) for key, item in value.items()}
     if isinstance(value, list):
-        return [reread(item) for item in value]
+        return [reread(item, inside(kind)) for item in value]
+    if not isinstance(value, str) or is_text(kind) and not (takes_null(kind) and value in ("null", "~", "")):
+        return value
     try:
-        return YAML(typ="safe", pure=True).load(value) if isinstance(value, str) else value
+        return YAML(typ="safe", pure=True).load(value)
     except (YAMLError, ValueError, RecursionError):
         raise UserError(f"--config: {value!r} is no valid YAML") from None
 
@@ -328,7 +358,7 @@ def words(run: Run, names: list[str]) -> list[str]:
     Source and seed are always among them, so that a folder's command is the same whatever sweep asks for it.
     """
     keys = [key for key in [*OWN_AXIS, *run.overrides] if key in names or key.partition(".")[0] in names]
-    values = {key: v if isinstance(v := asked(run, key), str) and plain(v) else text(v) for key in keys}
+    values = {key: v if isinstance(v := asked(run, key), str) and plain(v) else flow(v) for key in keys}
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 
 

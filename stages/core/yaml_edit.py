@@ -30,11 +30,15 @@ def with_values(text: str, values: dict[str, Any]) -> str:
 
 
 def written(value: Any) -> str:
-    """JSON is YAML; a word needs no quotes."""
+    """A word needs no quotes."""
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value)
-    return (
-        value if plain and YAML(typ="safe", pure=True).load(value) == value else json.dumps(value, ensure_ascii=False)
-    )
+    return value if plain and YAML(typ="safe", pure=True).load(value) == value else flow(value)
+
+
+def flow(value: Any) -> str:
+    """One line of YAML: JSON, with escapes for the characters that YAML reads as line ends or refuses."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def entry(node: Node, name: str) -> Node:
