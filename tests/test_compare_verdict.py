@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from stages.compare.interval import over_seeds, pooled_sd, widened
 from stages.compare.page import paragraph
+from stages.compare.settings import differing, setting
 from stages.compare.sides import Side
 from stages.compare.verdict import judge
 from stages.core.evaluation import Estimate, Score, estimate
@@ -90,6 +93,23 @@ def test_runs_that_differ_in_the_seed_alone_are_never_better() -> None:
     assert verdict.seed_sd == pytest.approx(np.std([0.4, 0.1], ddof=1))
     others = [side([0.4 + 1e-4 * i] * 9, seed=2 + i) for i in range(20)]
     assert judge(a, b, others).word == "within noise"  # though it lies far outside of the others
+
+
+def lora(**section: Any) -> Side:
+    changed = {f"lora.{name}": value for name, value in section.items()}
+    return dataclasses.replace(side([0.4, 0.5]), params={"train.seed": 0} | changed)
+
+
+def test_alpha_null_is_the_setting_of_the_rank_written_out() -> None:
+    null, eight = lora(rank=8, alpha=None), lora(rank=8, alpha=8)
+    assert setting(null) == setting(eight) and differing(null, eight) == []
+    assert setting(null) != setting(lora(rank=8, alpha=4)) and differing(null, lora(rank=8, alpha=4)) == ["lora.alpha"]
+    assert differing(null, lora(rank=16, alpha=None)) == ["lora.rank"]
+    assert differing(null, lora(rank=16, alpha=8)) == ["lora.alpha", "lora.rank"]  # null would be 16 there
+    of_ranks = {"rank": 8, "rank_pattern.attn2.to_k": 4}
+    assert setting(lora(alpha=None, **of_ranks)) != setting(lora(alpha=8, **of_ranks))
+    written_out = lora(alpha=8, **of_ranks, **{"alpha_pattern.attn2.to_k": 4})
+    assert differing(lora(alpha=None, **of_ranks), written_out) == []
 
 
 def test_a_second_run_of_one_seed_is_no_repeat() -> None:

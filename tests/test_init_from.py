@@ -417,7 +417,7 @@ def test_train_starts_there_and_goes_on_after_a_kill_with_the_same_bytes(workspa
         shutil.copy(f"data/adapter/{name}", f"data/start/{name}")
     path = FILES["ours"]
     workspace.run("check", *pinned(path))
-    with pytest.raises(UserError, match="use lora.rank=2 lora.alpha=2"):
+    with pytest.raises(UserError, match="use lora.rank=2 lora.alpha=null"):
         workspace.run("check", *pinned(path), "--set", "lora.rank=4")
     for stage in ("check", "train"):
         with pytest.raises(UserError, match=r"has the digest \w{64}, params.yaml pins f{64}; to start from it: -S"):

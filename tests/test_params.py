@@ -51,8 +51,44 @@ def test_overrides_leave_the_rest(file: Path) -> None:
     plain = params.load(file).section(LoraParams)
     changed = params.load(file, ["lora.rank=16", "lora.target_modules=[to_q]"]).section(LoraParams)
     assert (changed.rank, changed.target_modules) == (16, ["to_q"])
-    assert changed.alpha == plain.alpha
+    assert changed.dropout == plain.dropout
     assert plain.rank == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "alpha", "alphas"),
+    [
+        ([], 8, {}),
+        (["lora.rank=16"], 16, {}),
+        (["lora.alpha=8", "lora.rank=16"], 8, {}),
+        (["lora.alpha=8", "lora.rank_pattern={to_k: 4}"], 8, {}),  # as in PEFT
+        (["lora.rank_pattern={to_k: 4, rank: 5}"], 8, {"to_k": 4, "rank": 5}),
+        (["lora.rank_pattern={to_k: 4}", "lora.alpha_pattern={to_k: 2, to_v: 3}"], 8, {"to_k": 2, "to_v": 3}),
+    ],
+)
+def test_alpha_null_is_the_rank_of_each_layer(
+    file: Path, overrides: list[str], alpha: float, alphas: dict[str, float]
+) -> None:
+    """And is the default."""
+    section = params.load(file, overrides).section(LoraParams)
+    assert (section.alpha, section.alpha_pattern) == (alpha, alphas)
+    assert isinstance(section.alpha, float)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("lora.rank=x", "params.yaml lora.rank: got 'x'; input should be a valid integer"),
+        ("lora.rank=-3", "params.yaml lora.rank: got -3; input should be greater than or equal to 1"),
+        ("lora.rank=true", "params.yaml lora.rank: got True; input should be a valid integer"),
+        ("lora.rank_pattern=3", "params.yaml lora.rank_pattern: got 3; input should be a valid dictionary"),
+        ("lora.rank_pattern={to_k: 0}", "params.yaml lora.rank_pattern.to_k: got 0; input should be greater than or"),
+        ("lora.rank_pattern={to_(k: 2}", "params.yaml lora.rank_pattern: got 'to_(k', no regular expression"),
+    ],
+)
+def test_a_wrong_rank_is_no_wrong_alpha_too(file: Path, override: str, line: str) -> None:
+    (problem,) = problems(file, override)
+    assert problem.startswith(line)
 
 
 def test_unknown_key_names_the_near_one(file: Path) -> None:

@@ -78,6 +78,18 @@ def test_only_the_very_same_run_is_resumed(interrupt: Callable[..., None], caplo
         assert resumed("--set", change), change
 
 
+def test_alpha_null_is_the_run_of_the_rank_written_out(encoded: Workspace, interrupt: Callable[..., None]) -> None:
+    """The same bytes, with what adapter.json says of the settings, and one checkpoint."""
+    patterns = ("--set", "lora.rank=4", "--set", "lora.rank_pattern={to_k: 3}")
+    interrupt(3, *LONG, *patterns, "--set", "lora.alpha=null")
+    argv = (*LONG, *patterns, "--set", "lora.alpha=4", "--set", "lora.alpha_pattern={to_k: 3}")
+    assert "resumed from step 2" in encoded.run("train", *argv)
+    written_out = outputs(encoded)
+    encoded.run("train", *LONG, *patterns, "--set", "lora.alpha=null")
+    assert outputs(encoded) == written_out
+    assert '"alpha": 4.0' in written_out["adapter.json"].decode()
+
+
 def test_other_latents_or_code_are_no_resume(
     encoded: Workspace, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:

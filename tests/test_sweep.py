@@ -96,6 +96,20 @@ def test_the_default_written_out_is_the_same_run() -> None:
     assert places("prepare", rows=rows) == ["raw", "raw,resolution-32"]
 
 
+def test_alpha_null_is_the_run_of_its_number_and_stays_null_for_the_stages() -> None:
+    """As a number it would be the same alpha for every layer, whatever lora.rank_pattern says."""
+    assert names(grid={"lora.rank": [4, 8], "lora.alpha": [None, 8]}) == [
+        "raw/rank-4,alpha-null-s0",
+        "raw/rank-4,alpha-8-s0",
+        "raw/rank-8,alpha-null-s0",
+    ]
+    rows = [{"lora.alpha": None, "lora.rank_pattern": {"to_k": 2}}, {"lora.alpha": 8, "lora.rank_pattern": {"to_k": 2}}]
+    null, number = sweep.plan(tree(rows=rows))
+    assert null.value("lora.alpha_pattern") == {"to_k": 2} and number.value("lora.alpha_pattern") == {}
+    assert "lora.alpha=null" in sweep.words(null, ["lora"]) and "lora.alpha=8.0" in sweep.words(number, ["lora"])
+    assert len(sweep.plan(tree(rows=rows, exclude=[{"lora.alpha": None}]))) == 1
+
+
 def test_names_do_not_change_when_the_sweep_grows() -> None:
     few = names(rows=[{"lora.rank": 4}])
     assert few[0] in names(rows=[{"train.num_steps": 90}, {"lora.rank": 4}], seeds=[3, 0])

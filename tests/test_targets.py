@@ -71,6 +71,31 @@ def test_patterns_change_rank_and_alpha_of_their_layers_alone(denoiser: torch.nn
         assert len(layer.lora_A["default"].weight) == rank and layer.scaling["default"] == alpha / rank
 
 
+def test_alpha_null_gives_each_layer_a_strength_of_one(denoiser: torch.nn.Module) -> None:
+    inject(denoiser, alpha=None, rank_pattern={"attn2.to_k": 8}, alpha_pattern={"to_v": 1.0})
+    for name in lora.targets(denoiser):
+        expected = 0.5 if name.endswith("to_v") else 1.0
+        assert denoiser.get_submodule(name).scaling["default"] == expected, name
+
+
+def test_alpha_null_under_rslora_is_the_root_of_the_rank(denoiser: torch.nn.Module) -> None:
+    inject(denoiser, alpha=None, rank_pattern={"to_k": 16}, use_rslora=True)
+    for name in lora.targets(denoiser):
+        strength = 4 if name.endswith("to_k") else 2**0.5
+        assert denoiser.get_submodule(name).scaling["default"] == pytest.approx(strength), name
+
+
+def test_an_alpha_that_a_layer_would_have_from_two_patterns_is_named(denoiser: torch.nn.Module) -> None:
+    patterns = {"rank_pattern": {"to_k": 4}, "alpha_pattern": {"attn2.to_k": 2.0}}
+    (problem,) = refusal(denoiser, alpha=None, **patterns)
+    assert problem.startswith("params.yaml lora.alpha_pattern: 'to_k' and 'attn2.to_k' both match ")
+    assert problem.endswith("; with lora.alpha null, 'to_k' of rank_pattern is an alpha too: name it in alpha_pattern")
+    (problem,) = refusal(denoiser, alpha=None, rank_pattern={"to_k": 4, "attn2.to_k": 3})
+    assert problem.startswith("params.yaml lora.rank_pattern: ") and problem.endswith("; make one narrower")
+    (problem,) = refusal(denoiser, alpha=None, rank_pattern={"to_w": 4})
+    assert problem.startswith("params.yaml lora.rank_pattern: 'to_w' matches none of the targets")
+
+
 def test_settings_at_their_default_leave_no_trace(denoiser: torch.nn.Module) -> None:
     """An adapter.json of before the options equals one of now."""
     assert set(lora.make_config(params(), denoiser)) == {

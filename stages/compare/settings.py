@@ -7,6 +7,7 @@ from typing import Any
 
 from stages.compare.sides import Side
 from stages.core.files import sha256_json
+from stages.train.params import with_alphas
 
 SEED = "train.seed"
 IGNORED_SECTIONS = ("runtime", "report", "sweep")  # they change no result
@@ -17,8 +18,10 @@ MOVE_LATENTS = ("model.", "dataset.", "cache.")
 
 
 def differing(a: Side, b: Side) -> list[str]:
-    """Dotted keys of parameters."""
+    """Dotted keys of parameters; ``lora.alpha`` null and the rank as a number are one value where ranks are equal."""
     keys = sorted(a.params.keys() | b.params.keys())
+    if lora_section(a.params) == lora_section(b.params):
+        keys = [key for key in keys if not key.startswith("lora.alpha")]
     absent = object()
     return [
         key
@@ -59,7 +62,19 @@ def setting(side: Side) -> str:
 
 
 def setting_params(params: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in params.items() if key.partition(".")[0] in OF_TRAINING and key != SEED}
+    of_training = {key: value for key, value in params.items() if key.partition(".")[0] in OF_TRAINING and key != SEED}
+    return {key: value for key, value in of_training.items() if not key.startswith("lora.")} | {
+        "lora": lora_section(params)
+    }
+
+
+def lora_section(params: dict[str, Any]) -> dict[str, Any]:
+    """Section ``lora``, patterns as mappings, with numbers where ``alpha`` is null: the same for equal adapters."""
+    own = {key.removeprefix("lora."): value for key, value in params.items() if key.startswith("lora.")}
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = {key: own.pop(key) for key in list(own) if key.startswith(f"{name}.")}
+        own[name] = {key.removeprefix(f"{name}."): value for key, value in pattern.items()} or own.get(name, {})
+    return with_alphas(own)
 
 
 def train_code(lock: bytes | None) -> list[list[str]]:

@@ -39,7 +39,9 @@ def step_zero(adapted: Adapted, predict: Callable[[], torch.Tensor], fresh: bool
             "model.pretrained: the base predicts NaN or infinity; use model.dtype float32 or fetch it again"
         )
     if not found.isfinite().all():
-        raise UserError("params.yaml lora.alpha: so large that the fresh adapter gives NaN; use about lora.rank")
+        raise UserError(
+            "params.yaml lora.alpha: so large that the fresh adapter gives NaN; use null, which is the rank"
+        )
     if not fresh and torch.equal(found, plain):
         log.warning("warning: lora.init_from: the file's adapter changes nothing; training starts at the base")
     if fresh and not torch.equal(found, plain):

@@ -80,7 +80,7 @@ class Run:
     """One adapter from pictures to report."""
 
     overrides: Overrides
-    """What differs from params.yaml, as validated; a mapping as it was written, with a path that decides no result."""
+    """What differs from params.yaml, as validated; null stays null, a mapping keeps a path that decides no result."""
     config: Config
     values: dict[str, dict[str, Any]]
     """Section -> settings in JSON's types, overrides applied. Runs share them: not to be written to."""
@@ -234,7 +234,9 @@ class Reader:
             own = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")}
             sections[name], values[name] = self.section(name, own)
         exact = {
-            key: asked if isinstance(asked, dict) else values[key.partition(".")[0]][key.partition(".")[2]]
+            key: asked
+            if asked is None or isinstance(asked, dict)
+            else values[key.partition(".")[0]][key.partition(".")[2]]
             for key, asked in overrides.items()
         }
         return Run(exact, Config(sections, self.source), values, {})
@@ -263,7 +265,9 @@ def matches(run: Run, pattern: Overrides) -> bool:
 
 
 def asked(run: Run, key: str) -> Any:
-    """A value as params.yaml would have it: with what decides no result, such as where a file lies."""
+    """A value as params.yaml would have it: null stays null, and a mapping keeps what decides no result, as a path."""
+    if run.overrides.get(key, ...) is None:
+        return None
     section, _, name = key.partition(".")
     value = getattr(run.config.sections[section], name)
     return dict(value) if isinstance(value, Params) else run.value(key)

@@ -53,9 +53,9 @@ def lora_settings(params: LoraParams, denoiser: torch.nn.Module) -> dict[str, An
     targets = [name for name in targets if name not in excluded]
     for setting, pattern in (("rank_pattern", params.rank_pattern), ("alpha_pattern", params.alpha_pattern)):
         for key in pattern:
-            if not any(matches(key, name) for name in targets):
+            if not any(matches(key, name) for name in targets) and not is_of_rank(params, setting, key):
                 problems.append(nothing(setting, key, "none of the targets", targets))
-        problems += ambiguous(setting, pattern, targets)
+        problems += ambiguous(params, setting, targets)
     for label, names in groups.items():
         if not names:
             problem = nothing("target_modules", label, f"no layer of {type(denoiser).__name__}", layers)
@@ -138,13 +138,23 @@ def dora_problems(params: LoraParams, convolutions: list[str], layers: Layers) -
     return [f"params.yaml lora.use_dora: needs model.dtype float32 on convolutions ({kinds}); or leave them out"]
 
 
-def ambiguous(setting: str, pattern: Mapping[str, float], targets: list[str]) -> list[str]:
+def is_of_rank(params: LoraParams, setting: str, key: str) -> bool:
+    """Whether a key of alpha_pattern may have come from rank_pattern, as all of those do under ``lora.alpha: null``."""
+    return setting == "alpha_pattern" and params.alpha_pattern[key] == params.rank_pattern.get(key)
+
+
+def ambiguous(params: LoraParams, setting: str, targets: list[str]) -> list[str]:
     """A line for each two keys that match one layer with two values: PEFT would take whichever stands first."""
-    found = []
+    found: list[str] = []
+    pattern: Mapping[str, float] = getattr(params, setting)
     for one, other in itertools.combinations(pattern, 2):
+        of_rank = [key for key in (one, other) if is_of_rank(params, setting, key)]
         both = [name for name in targets if matches(one, name) and matches(other, name)]
-        if both and pattern[one] != pattern[other]:
-            found.append(f"params.yaml lora.{setting}: '{one}' and '{other}' both match {both[0]}; make one narrower")
+        if both and pattern[one] != pattern[other] and len(of_rank) < 2:  # of two ranks rank_pattern has the line
+            cure = "make one narrower"
+            if of_rank:
+                cure = f"with lora.alpha null, '{of_rank[0]}' of rank_pattern is an alpha too: name it in alpha_pattern"
+            found.append(f"params.yaml lora.{setting}: '{one}' and '{other}' both match {both[0]}; {cure}")
     return found
 
 

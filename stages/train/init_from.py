@@ -163,7 +163,7 @@ def rank_problems(params: LoraParams, denoiser: Any, file: AdapterFile) -> list[
         return []
     rank, _ = Counter(theirs.values()).most_common(1)[0]
     pattern = rank_pattern(rank, theirs)
-    use = f"lora.rank={rank} lora.alpha={alpha(params, file, rank):g}"
+    use = f"lora.rank={rank} lora.alpha={alpha(params, file, rank)}"
     if pattern or params.rank_pattern:
         use += f" lora.rank_pattern={{{', '.join(f'{key}: {value}' for key, value in pattern.items())}}}"
     text = " and ".join(map(str, sorted(set(theirs.values()))))
@@ -191,10 +191,12 @@ def rank_pattern(rank: int, theirs: dict[str, int]) -> dict[str, int]:
     }
 
 
-def alpha(params: LoraParams, file: AdapterFile, rank: int) -> float:
+def alpha(params: LoraParams, file: AdapterFile, rank: int) -> str:
     """lora.alpha that gives most of the file's layers their own strength."""
     strength, _ = Counter(layer.scaling for layer in file.layers.values()).most_common(1)[0]
-    return strength * (math.sqrt(rank) if params.use_rslora else rank)
+    if math.isclose(strength, 1) and not params.use_rslora:
+        return "null"
+    return f"{strength * (math.sqrt(rank) if params.use_rslora else rank):g}"
 
 
 def bias_problems(params: LoraParams, denoiser: Any, file: AdapterFile) -> list[str]:

@@ -61,7 +61,7 @@ class LoraParams(Params):
     """What is added to a weight: B A, a Kronecker or a Hadamard product (Yeh et al. 2023, arXiv:2309.14859)."""
     rank: int = Field(ge=1, le=1024)
     alpha: float = Field(gt=0)
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank; null in the file is each layer's own rank: ``with_alphas``."""
     dropout: float = Field(ge=0, lt=1)
     """Share of the adapter's inputs dropped in training."""
     target_modules: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
@@ -93,9 +93,16 @@ class LoraParams(Params):
     use_effective_conv2d: bool
     """Kernels above 1 x 1 in Tucker form (FedPara, Hyeon-Woo et al. 2022, arXiv:2108.06098, proposition 3)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def null_alpha_is_the_rank(cls, values: Any) -> Any:
+        return with_alphas(values) if isinstance(values, dict) else values
+
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     @classmethod
-    def patterns_compile(cls, value: str | Iterable[str]) -> str | Iterable[str]:
+    def patterns_compile(cls, value: str | Iterable[str], info: ValidationInfo) -> str | Iterable[str]:
+        if info.field_name == "alpha_pattern" and "rank_pattern" not in info.data:  # refused, and may be part of it
+            return value
         for pattern in [value] if isinstance(value, str) else value:
             try:
                 re.compile(pattern)
@@ -114,6 +121,24 @@ class LoraParams(Params):
             given, wanted = (json.dumps(text, default=lambda start: start.path).strip('"') for text in (value, off))
             raise ValueError(f"got {given}, which lora.algo {algo} does not have; use {wanted}")
         return value
+
+
+def with_alphas(lora: dict[str, Any]) -> dict[str, Any]:
+    """Section ``lora``, unchecked, with numbers for ``alpha: null``: each layer's own rank, so that its strength is 1.
+
+    A layer of ``rank_pattern`` has the alpha of its rank there, unless ``alpha_pattern`` has the same key.
+    """
+    if lora.get("alpha", 1) is not None:
+        return lora
+    rank, ranks, alphas = (lora.get(name) for name in ("rank", "rank_pattern", "alpha_pattern"))
+    if isinstance(ranks, dict) and isinstance(alphas, dict):
+        lora = lora | {"alpha_pattern": {key: value for key, value in ranks.items() if is_rank(value)} | alphas}
+    return lora | {"alpha": rank if is_rank(rank) else 1}
+
+
+def is_rank(value: Any) -> bool:
+    """Another value is refused as a rank, and need not be refused as an alpha too."""
+    return type(value) is int and value > 0
 
 
 class TrainParams(Params):
