@@ -75,3 +75,16 @@ def test_mask_folder_that_is_the_source(here: Path) -> None:
             f"params.yaml dataset.mask: '{mask}' is the folder of the pictures themselves; name a folder below it that"
             " holds the masks alone"
         )
+
+
+def test_masks_beside_pictures(here: Path) -> None:
+    """As OneTrainer names them."""
+    write_files(here, "a.jpg", "a-masklabel.png", "sub/b.png", "c-masklabel.png")
+    write_rows(here, [{"file_name": "a.jpg", "text": "x"}, {"file_name": "sub/b.png", "text": "x"}])
+    listing = listed(here, mask="*-masklabel")
+    assert [(entry.file_name, entry.mask) for entry in listing.entries] == [("a.jpg", "a-masklabel.png")]
+    assert [str(problem) for problem in listing.problems] == [
+        "data/raw/metadata.jsonl:2: 'sub/b.png' has no mask 'b-masklabel' beside it; add one, white all over for all"
+        " of it"
+    ]
+    assert (listing.unlisted, listing.warnings) == ([], ["1 masks in data/raw belong to no picture and are left out"])

@@ -236,7 +236,7 @@ def test_tar_without_captions(here: Path) -> None:
             {"0.png": b"", "0.json": '{"text": "x", "text": "y"}'},
             "data/raw/00.tar::0.png: '0.json': \"text\" stands there twice; remove one",
         ),
-        ({"0.png": b"", "0.txt": "a", "0.seg.txt": "b"}, "data/raw/00.tar::0.png: '0' has 2 .txt members (0.txt, 0.s"),
+        ({"0.png": b"", "0.txt": "a", "0.seg.txt": "b"}, "data/raw/00.tar::0.png: '0' has 2 caption members (0.txt, "),
         ({"0.png": b"", "0.json": "{}", "0.x.json": "{}"}, "data/raw/00.tar::0.png: '0' has 2 .json members (0.json, "),
         ({"0.png": b"", "0.txt": "a\x1bb"}, "data/raw/00.tar::0.png: '0.txt' holds a control character; write"),
     ],

@@ -1,7 +1,8 @@
-"""Captions as sources write them: a string, a list of strings (training draws one per step), or the lines of a .txt."""
+"""Captions as sources write them: a string, a list of strings (training draws one per step), or the lines of a file."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import unicodedata
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from stages.core.console import UserError
 
 MAX_TEXT_BYTES = 2**20
-"""Of a .txt or .json file beside a picture."""
+"""Of a caption file or .json file beside a picture."""
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def from_value(values: dict[str, Any], column: str) -> tuple[str, ...]:
@@ -42,6 +44,15 @@ def odd_characters(caption: str) -> str | None:
     return "holds a control character; write the caption as plain text" if "Cc" in kinds else None
 
 
+def decoded(blob: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 that says so by its byte order mark, as some of Windows' programs write it.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    return blob.decode("utf-16" if blob.startswith(UTF16) else "utf-8-sig")
+
+
 def from_text(blob: bytes, shown: str) -> tuple[str, ...]:
     """The captions in a .txt file: each line that is not blank is one; a blank file says that there is no caption.
 
@@ -49,7 +60,7 @@ def from_text(blob: bytes, shown: str) -> tuple[str, ...]:
         UserError: it is no text, or has control characters.
     """
     try:
-        text = blob.decode("utf-8-sig")
+        text = decoded(blob)
     except UnicodeDecodeError:
         raise UserError(f"'{shown}' is not UTF-8 text; save it as UTF-8") from None
     odd = odd_characters(text)

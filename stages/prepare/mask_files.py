@@ -1,28 +1,53 @@
-"""The folder of masks: each picture's mask stands there under the picture's own name, with any picture suffix."""
+"""Masks in files, with any picture suffix: in a folder under the picture's own name, or beside it with an ending.
+
+``dataset.mask`` is the folder below a source, or ``*-masklabel`` for fox-masklabel.png beside fox.jpg.
+"""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import PurePosixPath
 
 from stages.core.console import UserError
 from stages.prepare.listing import Problem
-from stages.prepare.names import Root, checked_file, checked_name, printable, scan
+from stages.prepare.names import Root, Tree, checked_file, checked_name, nfc, printable, scan, stem
 from stages.prepare.scope import Scope
 
 
-def attach(scope: Scope) -> None:
+def take_out(tree: Tree, mask: str | None) -> list[str]:
+    """Take the masks beside pictures out of a tree: those that ``dataset.mask`` gives the ending of."""
+    ending = ending_of(mask)
+    found = [name for name in tree.pictures if ending and stem(name).endswith(ending)]
+    tree.pictures[:] = [name for name in tree.pictures if name not in set(found)]
+    return found
+
+
+def ending_of(mask: str | None) -> str:
+    """``-masklabel`` of ``*-masklabel``; empty for a folder."""
+    return nfc(mask[1:]) if mask and mask.startswith("*") else ""
+
+
+def attach(scope: Scope, beside: list[str]) -> None:
     """Give each entry its mask; one that has none becomes a problem.
 
-    Regularization pictures may do without the folder: the loss then looks at all of them.
+    Regularization pictures may do without masks: the loss then looks at all of them.
+
+    Args:
+        beside: masks that ``take_out`` found.
 
     Raises:
         UserError: there is no folder of masks, or it leaves the source.
     """
     if scope.mask_folder is None:
         return
-    masks = masks_below(scope.root, scope.below, scope.mask_folder, optional=scope.subset.regularization)
+    optional = scope.subset.regularization
+    if ending := ending_of(scope.mask_folder):
+        masks = (
+            None if optional and not beside else by_picture((stem(name).removesuffix(ending), name) for name in beside)
+        )
+    else:
+        masks = masks_below(scope.root, scope.below, scope.mask_folder, optional)
     if masks is None:
         return
     of_pictures = {stem(name) for name in scope.names}
@@ -47,7 +72,7 @@ def masks_below(root: Root, below: str, mask: str, optional: bool) -> dict[str, 
     Raises:
         UserError: there is no such folder, or it leaves the source.
     """
-    folder = str(PurePosixPath(below) / mask)
+    folder = root.on_disk(str(PurePosixPath(below) / mask))
     path = root.folder / folder
     if not path.is_dir():
         if optional:
@@ -57,22 +82,29 @@ def masks_below(root: Root, below: str, mask: str, optional: bool) -> dict[str, 
         raise UserError(
             f"params.yaml dataset.mask: '{mask}' is a link that leaves {root.place('')}; put the masks there"
         )
+    names = scan(root, folder).pictures
+    return by_picture(
+        (stem(str(PurePosixPath(below) / PurePosixPath(name).relative_to(folder))), name) for name in names
+    )
+
+
+def by_picture(masks: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """``stem`` of a picture -> names of its masks."""
     found: dict[str, list[str]] = {}
-    for name in scan(root, folder).pictures:
-        found.setdefault(stem(str(PurePosixPath(below) / PurePosixPath(name).relative_to(folder))), []).append(name)
+    for picture, name in masks:
+        found.setdefault(picture, []).append(name)
     return found
 
 
 def mask_of(name: str, masks: dict[str, list[str]], root: Root, mask: str) -> str:
     found = masks.get(stem(name), [])
     if not found:
+        if ending := ending_of(mask):
+            wanted = PurePosixPath(name).stem + ending
+            raise UserError(f"'{name}' has no mask '{wanted}' beside it; add one, white all over for all of it")
         raise UserError(
             f"'{name}' has no mask in folder '{mask}'; add one of the same name, white all over for all of it"
         )
     if len(found) > 1:
         raise UserError(f"'{name}' has {len(found)} masks ({', '.join(map(printable, found))}); keep one")
     return checked_file(checked_name(found[0], root), root)
-
-
-def stem(name: str) -> str:
-    return os.path.splitext(name)[0]

@@ -8,8 +8,7 @@ from typing import Any
 from stages.core.console import UserError
 from stages.prepare import captions, split_names
 from stages.prepare.listing import Problem
-from stages.prepare.mask_files import stem
-from stages.prepare.names import Tree, checked_file, checked_name, clash, folded
+from stages.prepare.names import Tree, checked_file, checked_name, clash, folded, stem
 from stages.prepare.scope import Scope, all_of, attempt, instance_prompt, no_column
 from stages.prepare.tables import Row, Table, good, read_table
 

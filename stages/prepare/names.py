@@ -21,8 +21,10 @@ from stages.core.containers import SEPARATOR, kind_of
 SUFFIXES = {suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes}
 SUFFIXES |= {".svg", ".avif", ".heic", ".heif", ".jxl"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-COMPANIONS = {".md", ".rst", ".dvc"}
-"""Suffixes of files that stand beside pictures and are nobody's loss."""
+TEXTS = {".txt", ".caption"}
+"""Suffixes of caption files beside pictures: most trainers' habit, and the default of kohya's."""
+COMPANIONS = {".md", ".rst", ".dvc", ".npz", ".npy", ".pt", ".safetensors", ".xmp", ".ini", ".db"}
+"""Suffixes of files that lie beside pictures and are nobody's loss, such as the caches of other trainers."""
 ABOUT = {"authors", "changelog", "copying", "credits", "licence", "license", "notice", "readme"}
 """Such files without their suffix, in lower case."""
 MAX_NAME = 4096
@@ -44,6 +46,8 @@ class Root:
     """Before a name in ``Entry.file_name``: empty or ``pin.yaml::``."""
     _real: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Folder -> where it really stands."""
+    _forms: dict[str, dict[str, str]] = field(default_factory=dict, repr=False, compare=False)
+    """Folder -> what it holds: ``nfc`` of each name, and the name."""
 
     def place(self, name: str) -> str:
         """How a message names a file or folder; "" is the root itself."""
@@ -53,6 +57,23 @@ class Root:
         """Whether a path, its own last link not followed, stands inside; ask for its target by ``os.path.realpath``."""
         base, parent = self._resolved(str(self.folder)), self._resolved(str(path.parent))
         return parent == base or parent.startswith(base.rstrip(os.sep) + os.sep)
+
+    def on_disk(self, name: str) -> str:
+        """The name with each part in the Unicode form that the disk has; as it is where there is no such file."""
+        found = PurePosixPath()
+        for part in PurePosixPath(name).parts:
+            if not os.path.lexists(self.folder / found / part):
+                part = self._listed(str(found)).get(nfc(part), part)
+            found /= part
+        return "" if found == PurePosixPath() else str(found)
+
+    def _listed(self, folder: str) -> dict[str, str]:
+        if folder not in self._forms:
+            try:
+                self._forms[folder] = {nfc(name): name for name in os.listdir(self.folder / folder)}
+            except OSError:
+                self._forms[folder] = {}
+        return self._forms[folder]
 
     def _resolved(self, folder: str) -> str:
         if folder not in self._real:
@@ -76,9 +97,19 @@ def has_controls(text: str) -> bool:
     return not text.isprintable() and any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
 
 
+def nfc(text: str) -> str:
+    """Equal for texts that differ in the Unicode form of their accents alone; macOS and Linux write different ones."""
+    return unicodedata.normalize("NFC", text)
+
+
+def stem(name: str) -> str:
+    """``nfc`` of a name without its suffix: what a picture, its caption and its mask have in common."""
+    return nfc(os.path.splitext(name)[0])
+
+
 def folded(name: str) -> str:
     """Equal for names that are one file where case or the Unicode form of accents does not count."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return nfc(nfc(name).casefold())
 
 
 def clash(name: str, first: str, where: str = "") -> str:
@@ -114,33 +145,30 @@ def checked_name(name: Any, root: Root, below: str = "") -> str:
 
 
 def checked_file(name: str, root: Root) -> str:
-    """The name, as it stands on disk, of a regular file inside the root; its accents may be in the other Unicode form.
+    """The name, as it stands on disk, of a regular file inside the root; its accents may be in another Unicode form.
 
     Raises:
         UserError: there is none, or what stands there is no file or a link that leaves the root.
     """
     shown = short(name)
-    for form in dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))):
-        path = root.folder / form
-        try:
-            status = path.lstat()
-        except OSError:
-            continue
-        is_link = stat.S_ISLNK(status.st_mode)
-        if not root.holds(path) or (is_link and not root.holds(Path(os.path.realpath(path)))):
-            raise UserError(
-                f"'{shown}' is a link that leaves {root.place('')}; put the picture itself there"
-                " (pictures linked by DVC: dvc config cache.type reflink,hardlink,copy, then dvc checkout --relink)"
-            )
-        if is_link and not path.exists():
-            raise UserError(
-                f"'{shown}' is no file in {root.place('')}, but a link to nothing; restore what it links to"
-            )
-        if not path.is_file():
-            raise UserError(f"'{shown}' is not a regular file; replace it by one")
-        return form
-    slashes = " with / between folders" if "\\" in name else ""
-    raise UserError(f"'{shown}' is no file in {root.place('')}; add it{slashes} or remove the row")
+    form = root.on_disk(name)
+    path = root.folder / form
+    try:
+        status = path.lstat()
+    except OSError:
+        slashes = " with / between folders" if "\\" in name else ""
+        raise UserError(f"'{shown}' is no file in {root.place('')}; add it{slashes} or remove the row") from None
+    is_link = stat.S_ISLNK(status.st_mode)
+    if not root.holds(path) or (is_link and not root.holds(Path(os.path.realpath(path)))):
+        raise UserError(
+            f"'{shown}' is a link that leaves {root.place('')}; put the picture itself there"
+            " (pictures linked by DVC: dvc config cache.type reflink,hardlink,copy, then dvc checkout --relink)"
+        )
+    if is_link and not path.exists():
+        raise UserError(f"'{shown}' is no file in {root.place('')}, but a link to nothing; restore what it links to")
+    if not path.is_file():
+        raise UserError(f"'{shown}' is not a regular file; replace it by one")
+    return form
 
 
 @dataclass(frozen=True)
@@ -150,7 +178,7 @@ class Tree:
     pictures: list[str] = field(default_factory=list)
     """By suffix, whatever they are."""
     texts: list[str] = field(default_factory=list)
-    """.txt files."""
+    """Caption files, by suffix."""
     metadata: list[str] = field(default_factory=list)
     containers: list[str] = field(default_factory=list)
     """Parquet and .tar files, compressed ones too."""
@@ -163,14 +191,14 @@ class Tree:
 def scan(root: Root, below: str, mask: str | None = None) -> Tree:
     """Every file below a folder, without the folder of masks."""
     tree = Tree()
-    masks = str(PurePosixPath(below) / mask) if mask else None
+    masks = nfc(str(PurePosixPath(below) / mask)) if mask else None
     todo = [below]
     while todo:
         folder = todo.pop()
         with os.scandir(root.folder / folder) as entries:
             for entry in entries:
                 name = str(PurePosixPath(folder) / entry.name)
-                if entry.name.startswith(".") or name == masks:
+                if entry.name.startswith(".") or nfc(name) == masks:
                     continue
                 if not sort_in(tree, name, entry):
                     todo.append(name)
@@ -192,7 +220,7 @@ def sort_in(tree: Tree, name: str, entry: os.DirEntry[str]) -> bool:
         tree.links.append(name)
     elif kind_of(entry.name) in ("parquet", "tar", "compressed"):
         tree.containers.append(name)
-    elif suffix == ".txt":
+    elif suffix in TEXTS:
         tree.texts.append(name)
     else:
         tree.others.append(name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from stages.core.params import LocalPath, Params
 from stages.prepare.captions import odd_characters
+from stages.prepare.names import nfc
 
 
 def plain_text(value: str | None) -> str | None:
@@ -77,7 +79,8 @@ class DatasetParams(Params):
     background: str = Field(pattern="^#[0-9a-fA-F]{6}$")
     """Colour #rrggbb that transparent pixels are laid on."""
     mask: str | None = Field(min_length=1)
-    """What the loss looks at: null for everything, ``alpha`` for opaque pixels, or a folder of masks below a source."""
+    """What the loss looks at: null for everything, ``alpha`` for opaque pixels, a folder of masks below a source, or
+    ``*-masklabel`` for fox-masklabel.png beside fox.jpg."""
     unmasked_weight: float = Field(ge=0, lt=1)
     """Weight of the loss where the mask is black."""
     first_frame: bool
@@ -96,6 +99,19 @@ class DatasetParams(Params):
     """Decides split, crops and caption variants."""
 
     _plain = field_validator("instance_prompt", "caption_prefix")(plain_text)
+
+    @field_validator("heldout_split")
+    @classmethod
+    def _one_unicode_form(cls, value: str | None) -> str | None:
+        """Names of splits come from folders, whose accents another system writes in another form."""
+        return None if value is None else nfc(value)
+
+    @field_validator("mask")
+    @classmethod
+    def _one_ending(cls, value: str | None) -> str | None:
+        if value is not None and "*" in value and not re.fullmatch(r"\*[^*/]+", value):
+            raise ValueError(f"'{value}' is neither a folder nor an ending; expected such as *-masklabel")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> DatasetParams:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.console import UserError
 from stages.core.containers import SEPARATOR, TarIndex, image_column, image_leaves, index_tar, kind_of, open_parquet
-from stages.prepare import captions, split_names
+from stages.prepare import captions, side_files, split_names
 from stages.prepare.listing import Problem
-from stages.prepare.names import MAX_NAME, NUM_EXAMPLES, SUFFIXES, Root, checked_file, checked_name, short
+from stages.prepare.names import MAX_NAME, NUM_EXAMPLES, SUFFIXES, TEXTS, Root, checked_file, checked_name, nfc, short
 from stages.prepare.scope import Scope, all_of, instance_prompt, no_column
-from stages.prepare.tables import FLOOD, NOT_UTF8, NoText, parse_json, text_columns
+from stages.prepare.tables import FLOOD, NOT_UTF8, NoText, parse_object, text_columns
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -57,6 +57,10 @@ def read_shards(scope: Scope, names: list[str]) -> None:
     columns = sorted({column for shard in shards for column in shard.columns})
     if not any(shard.samples for shard in shards):
         raise UserError(f"{place}: no pictures; the dataset is empty")
+    if any(kind_of(name) == "tar" for name in names):
+        found = [sample for shard in shards for sample in shard.samples if isinstance(sample, Sample)]
+        bare = [each.name for each in found if each.text is None and scope.column not in each.values]
+        side_files.refuse(scope, bare, [each.name for each in found])
     has_texts = any(getattr(sample, "text", None) is not None for shard in shards for sample in shard.samples)
     missing = no_column(scope, columns, place) if columns else no_texts(scope, place)
     prompt = instance_prompt(scope, has_texts or scope.column in columns, place, missing)
@@ -186,11 +190,11 @@ class Grouping:
             folder, _, base = member.rpartition("/")
             if base.startswith("."):  # macOS packs a hidden file beside each
                 continue
-            group = found.setdefault(f"{folder}/{base.partition('.')[0]}", Group())
+            group = found.setdefault(nfc(f"{folder}/{base.partition('.')[0]}"), Group())
             suffix = PurePosixPath(base).suffix.lower()
             if suffix in SUFFIXES:
                 group.pictures.append(member)
-            elif suffix == ".txt":
+            elif suffix in TEXTS:
                 group.texts.append(member)
             elif suffix == ".json":
                 group.jsons.append(member)
@@ -199,33 +203,19 @@ class Grouping:
     def sample(self, key: str, group: Group, columns: set[str]) -> Sample | Problem:
         member = group.pictures[0]
         try:
-            kinds = {"pictures": group.pictures, ".txt members": group.texts, ".json members": group.jsons}
+            kinds = {"pictures": group.pictures, "caption members": group.texts, ".json members": group.jsons}
             for what, members in kinds.items():
                 if len(members) > 1:
                     names = ", ".join(map(short, members[:NUM_EXAMPLES]))
                     raise UserError(f"'{short(key.lstrip('/'))}' has {len(members)} {what} ({names}); keep one")
             checked_name(member.replace(SEPARATOR, ":"), self.root, self.name)
-            values = self.json_values(group.jsons[0]) if group.jsons else {}
+            values = parse_object(self.read(group.jsons[0]), short(group.jsons[0])) if group.jsons else {}
             text = captions.from_text(self.read(group.texts[0]), short(group.texts[0])) if group.texts else None
         except UserError as error:
             return Problem(self.place(member), str(error))
         columns.update(values)
         wanted = {name: values[name] for name in (self.column, "split") if name in values}
         return Sample(f"{self.name}{SEPARATOR}{member}", wanted, text)
-
-    def json_values(self, member: str) -> dict[str, Any]:
-        blob = self.read(member)
-        try:
-            value = parse_json(blob.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise UserError(f"'{short(member)}' is not UTF-8 text; save it as UTF-8") from None
-        except UserError as error:
-            raise UserError(f"'{short(member)}': {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"'{short(member)}' is no valid JSON ({error})") from None
-        if not isinstance(value, dict):
-            raise UserError(f"'{short(member)}' holds a {type(value).__name__}; expected one JSON object")
-        return value
 
     def read(self, member: str) -> bytes:
         return self.index.read(self.path, member, short(member), captions.MAX_TEXT_BYTES)

@@ -4,8 +4,8 @@ No picture is opened, so the preflight can afford it. What a subset's path may b
 
 - a folder with metadata.jsonl, metadata.csv or metadata.parquet, also in folders below, as ``datasets`` reads them:
   ``file_name`` is relative to the metadata file; the caption column holds a string or a list of strings;
-- a folder with ``name.txt`` beside ``name.png``, as kohya's trainers read them; each line of the .txt that is not blank
-  is one caption, of which training draws one per step;
+- a folder with ``name.txt`` or ``name.caption`` beside ``name.png`` (``loose.py``); each line that is not blank is one
+  caption, of which training draws one per step;
 - a folder of pictures alone, with ``instance_prompt``, as for DreamBooth;
 - a .parquet or .tar (WebDataset) file, or a folder of them and no loose pictures (``shards.py``);
 - a YAML file that pins a dataset of the Hugging Face Hub (``core/hub.py``), whose snapshot then is any of these.
@@ -22,7 +22,7 @@ from stages.core.console import UserError
 from stages.core.containers import SEPARATOR, kind_of
 from stages.prepare import mask_files, split_names, variants
 from stages.prepare.listing import Listing, lines
-from stages.prepare.loose import read_loose
+from stages.prepare.loose import files_beside, read_loose
 from stages.prepare.metadata import read_metadata
 from stages.prepare.names import (
     NUM_EXAMPLES,
@@ -128,7 +128,7 @@ def label(folder: Path) -> str:
 
 def checked_path(path: str, root: Root) -> str:
     """A folder or file below the root."""
-    name = checked_name(path, root)
+    name = root.on_disk(checked_name(path, root))
     if not (root.folder / name).exists():
         raise UserError(f"'{name}' is neither folder nor file in {root.place('')}; add it or correct the path")
     if not (root.folder / name).is_dir():
@@ -194,6 +194,7 @@ def read_folder(scope: Scope) -> None:
         except UserError as error:
             raise UserError(*(f"params.yaml dataset.mask: {problem}" for problem in error.problems)) from None
     tree = scan(scope.root, scope.below, scope.mask_folder)
+    masks = mask_files.take_out(tree, scope.mask_folder)
     if tree.metadata and (tree.pictures or not tree.containers):
         read_metadata(scope, tree)
     elif tree.containers and not (tree.pictures or tree.metadata):
@@ -211,7 +212,7 @@ def read_folder(scope: Scope) -> None:
     if not (scope.entries or scope.problems):
         raise UserError(f"{scope.place}: no pictures; the dataset is empty")
     warn_of_others(scope, tree)
-    mask_files.attach(scope)
+    mask_files.attach(scope, masks)
 
 
 def nothing_there(scope: Scope, tree: Tree) -> str:
@@ -224,12 +225,18 @@ def nothing_there(scope: Scope, tree: Tree) -> str:
 
 
 def warn_of_others(scope: Scope, tree: Tree) -> None:
-    """Files that may be pictures under a suffix that is nobody's, such as a camera's own."""
+    """Files that may be pictures under a suffix that is nobody's, such as a camera's own; or captions under another."""
     told = {(problem.file_name or "").removeprefix(scope.root.prefix) for problem in scope.problems}
+    beside = {name for names in files_beside(tree.pictures, tree.others).values() for name in names}
     used = told.union(scope.names)
-    others = [scope.below_it(name) for name in tree.others if name not in used and not is_companion(name)]
-    shown = ", ".join(map(printable, others[:NUM_EXAMPLES])) + (", ..." if len(others) > NUM_EXAMPLES else "")
-    scope.warn_about(
-        len(others),
-        f"files in {scope.place} are no pictures by their suffix and are left out ({shown}); convert those that are",
-    )
+    others = [name for name in tree.others if name not in used and not is_companion(name)]
+    for text, names in (
+        ("files beside pictures of {place} are not read ({shown}); captions are read from .txt", beside),
+        (
+            "files in {place} are no pictures by their suffix and are left out ({shown}); convert those that are",
+            set(others) - beside,
+        ),
+    ):
+        found = [scope.below_it(name) for name in others if name in names and not name.endswith(".json")]
+        shown = ", ".join(map(printable, found[:NUM_EXAMPLES])) + (", ..." if len(found) > NUM_EXAMPLES else "")
+        scope.warn_about(len(found), text.format(place=scope.place, shown=shown))

@@ -19,6 +19,7 @@ from typing import Any
 from stages.core.console import UserError
 from stages.core.containers import SEPARATOR, kind_of
 from stages.prepare.listing import Entry, Problem
+from stages.prepare.names import nfc
 from stages.prepare.params import DatasetParams
 
 SYNONYMS = (
@@ -37,7 +38,7 @@ def from_column(value: Any, heldout_split: str | None) -> str | None:
         UserError: it is no name, and a named split is held out.
     """
     if isinstance(value, str) and value:
-        return value
+        return nfc(value)
     if heldout_split is None or value is None or value == "":
         return None
     raise UserError(f"split: got {value!r}; expected the name of a split, such as '{heldout_split}'")
@@ -88,7 +89,7 @@ def named_only(entries: list[Entry], heldout: str, dataset: DatasetParams) -> tu
 
 def first_folder(name: str) -> str | None:
     """Of a name outside of containers."""
-    folder, slash, _ = name.partition(SEPARATOR)[0].partition("/")
+    folder, slash, _ = nfc(name).partition(SEPARATOR)[0].partition("/")
     return folder if slash else None
 
 
@@ -96,7 +97,7 @@ def from_name(file_name: str, heldout: str | None, first: str | None) -> str | N
     """The first part of a file name that is a split's; else ``first``; else what a numbered container is called."""
     parts = []
     numbered = None
-    for outer in file_name.split(SEPARATOR):
+    for outer in nfc(file_name).split(SEPARATOR):
         *folders, last = outer.split("/")
         parts += folders
         if kind_of(last) in ("parquet", "tar"):

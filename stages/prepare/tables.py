@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.console import UserError
 from stages.core.containers import open_parquet, read_regular
-from stages.prepare.captions import MAX_TEXT_BYTES
+from stages.prepare.captions import MAX_TEXT_BYTES, decoded
 from stages.prepare.listing import Problem
 from stages.prepare.names import Root, checked_file, has_controls
 
@@ -112,6 +112,25 @@ def parse_json(text: str) -> Any:
         return values
 
     return json.loads(text, object_pairs_hook=unique)
+
+
+def parse_object(blob: bytes, shown: str) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        value = parse_json(decoded(blob))
+    except UnicodeDecodeError:
+        raise UserError(f"'{shown}' is not UTF-8 text; save it as UTF-8") from None
+    except UserError as error:
+        raise UserError(f"'{shown}': {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"'{shown}' is no valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"'{shown}' holds a {type(value).__name__}; expected one JSON object")
+    return value
 
 
 def csv_table(blob: bytes, name: str, place: str) -> Table:
