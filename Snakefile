@@ -333,6 +333,7 @@ rule report:
         nearest=made("report", "reports", "validate/nearest.png", "validate/nearest.csv"),
         export=made("report", "export_reports", "metrics.json", "lineage.json", "energy.csv"),
     output:
+        headline="runs/{dataset}/{run}/reports/headline.json",
         report="runs/{dataset}/{run}/reports/report.md",
         dataset="runs/{dataset}/{run}/reports/dataset.md",
         card="runs/{dataset}/{run}/reports/model_card.md",

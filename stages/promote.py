@@ -8,6 +8,7 @@ Stopped in the middle, the same command finishes. Run: `python -m stages.promote
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stages.artifacts import lineage
 from stages.core import bases, params, sweep
 from stages.core.base_files import digests
 from stages.core.console import PATHS, UserError, bare_parser, log, run
@@ -149,10 +151,10 @@ def entries(path: Path, key: str) -> dict[str, Any]:
     Raises:
         UserError: nothing of that kind.
     """
-    found = read_json(path)
-    if not (isinstance(found, dict) and isinstance(found.get(key), dict)):
-        raise UserError(f"{path}: damaged, no {key} in it; delete it and run `snakemake` again")
-    return found[key]
+    with contextlib.suppress(TypeError, ValueError):
+        if isinstance(found := lineage.load(path).get(key), dict):
+            return found
+    raise UserError(f"{path}: damaged, no {key} in it; delete it and run `snakemake` again")
 
 
 def at_risk(name: str, journal: Path) -> Iterator[str]:

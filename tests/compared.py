@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from stages.artifacts import metrics, picture_table
+from stages.artifacts.lineage import load as load_lineage
+from stages.artifacts.lineage import save as save_lineage
 from stages.compare import __main__ as compare
 from stages.core import evaluation
 from stages.core.evaluation import Score
-from stages.core.files import read_json, write_json, write_text
+from stages.core.files import write_text
 from stages.core.sheets import save_png, sheet
 
 PROMPTS = ["red apple", "blue boat"]
@@ -58,7 +60,7 @@ def write_revision(
         "sheet": {"cell": 64, "picture": [64, 64]},
         "validate": settings,
     }
-    write_json(Path("reports/validate/lineage.json"), lineage)
+    save_lineage(Path("reports/validate/lineage.json"), lineage)
     columns = (COLOURS["base"], "#888888", COLOURS[rank])
     rows = [[Image.new("RGB", (64, 64), colour) for colour in columns] for _ in prompts]
     save_png(Path("reports/samples.png"), sheet(rows, prompts, ["base", "adapter x 0.5", "adapter"], 64))
@@ -72,7 +74,7 @@ def write_scores(scores: Sequence[Score], table: str) -> None:
 
 def change_lineage(**changes: Any) -> None:
     path = Path("reports/validate/lineage.json")
-    write_json(path, read_json(path) | changes)
+    save_lineage(path, load_lineage(path) | changes)
 
 
 def git(*arguments: str) -> str:

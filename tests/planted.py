@@ -14,9 +14,10 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from stages.artifacts import metrics, picture_table
+from stages.artifacts.lineage import save as save_lineage
 from stages.core import evaluation
 from stages.core.evaluation import Score
-from stages.core.files import write_json, write_text
+from stages.core.files import write_text
 from tests.checkout import Checkout
 from tests.conftest import REPOSITORY
 
@@ -87,11 +88,14 @@ def plant(root: Path, loss: float, table: str = "0123456789abcdef") -> None:
         "base": {"unet": "a"},
         "dataset": {"content": "c"},
         "latents": "d",
+        "lora_config": {"exclude_modules": []},
         "model": {"dtype": "float32"},
         "sheet": {"cell": 64, "picture": [64, 64]},
         "validate": {"prompts": PROMPTS, "scales": [1.0], "seed": 0},
     }
-    write_json(reports / "validate/lineage.json", lineage)
+    save_lineage(reports / "validate/lineage.json", lineage)
+    few = ("val.loss", "val.loss_change", "val.best_step")
+    metrics.save(reports / "headline.json", {name: measured.get(name, 4) for name in few})
     row = {"file_name": "0.png", "split": "train", "captions": "apple", "sha256": "0" * 64}
     picture_table.save(reports / "dataset/pictures.csv", [row])
     for name in ("samples", "progress"):

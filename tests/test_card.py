@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from stages.artifacts import model_card
-from stages.core.files import write_json
+from stages.artifacts.lineage import save as save_lineage
 from tests.conftest import Workspace
 from tests.test_report import MADE, write_reports
 
@@ -29,7 +29,7 @@ def card(workspace: Workspace, *argv: str, export: dict[str, Any] | None = None,
     """Of reports whose export says ``made``, as the hub's own client reads it."""
     write_reports(workspace.path / "reports")
     lineage = MADE | {"export": MADE["export"] | (export or {})} | made
-    write_json(Path("reports/export/lineage.json"), lineage)
+    save_lineage(Path("reports/export/lineage.json"), lineage)
     workspace.run("report", *argv)
     found = ModelCard.load(CARD)
     assert not re.search(r"nan|\bNone\b|/tmp", found.text.replace("=None", "")), found.text

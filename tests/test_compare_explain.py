@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from stages.artifacts.lineage import save as save_lineage
 from stages.compare import __main__ as compare
 from stages.core.console import UserError
-from stages.core.files import write_json
 from tests.compared import commit, git
 
 PARAMS: dict[str, Any] = {
@@ -51,7 +51,7 @@ class Pipeline:
         for path, tree in (("params.yaml", self.params), ("dvc.lock", {"schema": "2.0", "stages": stages})):
             with Path(path).open("w") as file:
                 yaml.dump(tree, file)
-        write_json(Path("reports/export/lineage.json"), {"packages": self.packages})
+        save_lineage(Path("reports/export/lineage.json"), {"packages": self.packages})
 
     def dependency(self, path: str) -> dict[str, Any]:
         count = {} if path.endswith(".py") else {"nfiles": 8 + len(self.files[path])}

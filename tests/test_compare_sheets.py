@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stages.artifacts.lineage import load as load_lineage
 from stages.compare import sheets, sides
 from stages.core import thumbnails
-from stages.core.files import read_json
 from stages.core.sheets import cut
 from tests.compared import COLOURS, Repository, change_lineage, commit, git, write_pictures, write_revision
 
@@ -43,7 +43,7 @@ def test_sheet_shows_both_bases_where_they_were_drawn_in_another_size(repository
 
 
 def test_pictures_at_another_strength_are_labelled_with_it(repository: Repository) -> None:
-    settings = read_json(Path("reports/validate/lineage.json"))["validate"]
+    settings = load_lineage(Path("reports/validate/lineage.json"))["validate"]
     change_lineage(validate=settings | {"scales": [0.5, 0.8]})  # the sheet's last column, which was 1.0
     repository.run()
     page = Path("compare/HEAD..workspace/compare.html").read_text()

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from stages.artifacts.lineage import load as load_lineage
 from stages.compare import sides
 from stages.core.console import UserError
-from stages.core.files import read_json, write_text
+from stages.core.files import write_text
 from tests.compared import PICTURE_TABLE, Repository, change_lineage
 
 
@@ -64,7 +65,7 @@ def test_a_damaged_report_is_one_line(repository: Repository, path: str, text: s
     ],
 )
 def test_lineage_of_another_kind_is_one_line(repository: Repository, section: str, key: str, value: Any) -> None:
-    whole = read_json(Path("reports/validate/lineage.json"))
+    whole = load_lineage(Path("reports/validate/lineage.json"))
     change_lineage(**{section: whole[section] | {key: value}})
     message = rf"^workspace: reports/validate/lineage.json is damaged \(ValueError: {section}.{key} is [^\n]*$"
     with pytest.raises(UserError, match=message):

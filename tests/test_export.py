@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from stages.artifacts.adapter import FINAL, Adapter
 from stages.artifacts.latent_cache import LatentCache
+from stages.artifacts.lineage import load as load_lineage
 from stages.core import base_files, lora, params, seeding
 from stages.core.console import UserError
 from stages.core.files import load_metadata, load_tensors, read_json, save_tensors, sha256_file
@@ -153,7 +154,7 @@ def test_peft_folder_is_what_peft_writes(exported: Workspace) -> None:
 
 
 def test_lineage_says_what_was_written_and_from_what(exported: Workspace) -> None:
-    lineage = read_json(Path("reports/export/lineage.json"))
+    lineage = load_lineage(Path("reports/export/lineage.json"))
     assert lineage["adapter"] == sha256_file(ADAPTER / FINAL) and lineage["lora_config"] == CONFIG
     files = exported.tree("data/export")
     assert {name: file["bytes"] for name, file in lineage["files"].items()} == {n: len(b) for n, b in files.items()}
@@ -170,8 +171,8 @@ def test_lineage_says_what_was_written_and_from_what(exported: Workspace) -> Non
 
 def test_a_base_somewhere_on_this_machine_is_named_without_its_place(adapted: Workspace) -> None:
     adapted.run("export", "--set", f"model.pretrained={adapted.path / 'data/base'}")
-    text = Path("reports/export/lineage.json").read_text()
-    assert json.loads(text)["pipeline"]["pretrained"] == "base" and str(adapted.path) not in text
+    path = Path("reports/export/lineage.json")
+    assert load_lineage(path)["pipeline"]["pretrained"] == "base" and str(adapted.path) not in path.read_text()
 
 
 def test_licence_and_base_stand_in_the_headers(exported: Workspace) -> None:
@@ -184,7 +185,7 @@ def test_licence_and_base_stand_in_the_headers(exported: Workspace) -> None:
         assert after.pop("modelspec.license") == "Apache-2.0" and "modelspec.license" not in before
         assert json.loads(after.pop("lora_dag")) == json.loads(before.pop("lora_dag")) | {"base_model": "owner/base"}
         assert after == before
-    pipeline = read_json(Path("reports/export/lineage.json"))["pipeline"]
+    pipeline = load_lineage(Path("reports/export/lineage.json"))["pipeline"]
     assert pipeline["load"] == 'pipe = StableDiffusionPipeline.from_pretrained("owner/base", safety_checker=None)'
 
 

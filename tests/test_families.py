@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.artifacts.lineage import load as load_lineage
 from stages.core import base_files
 from stages.core.params import ModelParams
 from stages.families import sd
@@ -96,7 +97,7 @@ def test_zero_terminal_snr_is_the_schedulers_word(workspace: Workspace, tiny_bas
     overrides += ("--set", "train.snr_gamma=5.0")
     for stage in ("prepare", "cache_latents", "train", "validate"):
         workspace.run(stage, *overrides)
-    assert json.loads(Path("reports/validate/lineage.json").read_text())["table"]["prediction_type"] == "v_prediction"
+    assert load_lineage(Path("reports/validate/lineage.json"))["table"]["prediction_type"] == "v_prediction"
 
 
 def test_everything_loaded_is_frozen_and_in_eval_mode(sd15: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPTextModel
 
 from stages.artifacts import metrics
+from stages.artifacts.lineage import parse as parse_lineage
 from stages.core import hub
 from stages.core.console import UserError
 from stages.core.files import read_json, sha256_file
@@ -304,7 +305,7 @@ def test_validate_measures_samples_against_prompts_and_heldout_pictures(
             cosines = stock(**inputs).logits_per_image.diagonal() / stock.logit_scale.exp()
         assert measured[name] == pytest.approx(100 * cosines.clamp(min=0).mean().item(), rel=1e-4)
 
-    made = json.loads(first["validate/lineage.json"])
+    made = parse_lineage(first["validate/lineage.json"])
     assert made["feature_model"] == "clip" and made["validate"]["feature_model"] == {"sha256": digest}
     Path("data/clip").rename("data/moved")
     workspace.run("validate", "--set", three, "--set", setting.replace("data/clip", "data/moved"))

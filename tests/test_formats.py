@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 
 from stages.artifacts.adapter import FINAL, Adapter, bias_metadata
+from stages.artifacts.lineage import load as load_lineage
 from stages.core import base_files, bias, lora, seeding
 from stages.core.console import UserError
 from stages.core.files import load_metadata, load_tensors, read_json, save_tensors, sha256_file
@@ -98,7 +99,7 @@ def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace,
     lines = workspace.run("export", "--set", f"export.formats=[{', '.join(written)}]")
     metrics = read_json(Path("reports/export/metrics.json"))
     assert metrics["export.effect"] > 0.05
-    adapter, lineage = Adapter.load(ADAPTER), read_json(Path("reports/export/lineage.json"))
+    adapter, lineage = Adapter.load(ADAPTER), load_lineage(Path("reports/export/lineage.json"))
     assert (lineage["lora_config"], lineage["biases"]) == (adapter.lora_config, adapter.biases)
     headers = [load_metadata(path) for path in Path("data/export").rglob("*.safetensors")]
     records = [json.loads(header["lora_dag"]) for header in headers if "lora_dag" in header]

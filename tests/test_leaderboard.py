@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stages.artifacts.lineage import save as save_lineage
 from stages.compare.verdict import judge
 from stages.core import sweep
 from stages.core.console import UserError
@@ -50,7 +51,7 @@ def write_run(run: Run, names: Sequence[str] = PICTURES, dataset: str = "c", shi
     for folder, name in (("prepared", "dataset.json"), ("latents", "manifest.json"), ("adapter", "adapter.json")):
         write_json(at[folder] / name, {})
     settings = run.value("validate")
-    write_json(
+    save_lineage(
         at["reports"] / "validate/lineage.json",
         {
             "adapter": adapter[:12],
@@ -71,7 +72,7 @@ def write_run(run: Run, names: Sequence[str] = PICTURES, dataset: str = "c", shi
     write_json(at["train_reports"] / "run.json", {"images_per_second": 60 / size})
     write_json(at["export_reports"] / "metrics.json", {"export.megabytes": MEGABYTES[size]})
     exported = {"adapter": adapter, "lora": {"rank": size}, "train": {"seed": seed, "num_steps": 400}}
-    write_json(at["export_reports"] / "lineage.json", exported)
+    save_lineage(at["export_reports"] / "lineage.json", exported)
     rows = [[Image.new("RGB", (64, 64), colour) for colour in ("#cc2222", "#22cc22")] for _ in settings["prompts"]]
     save_png(at["reports"] / "samples.png", sheet(rows, settings["prompts"], ["base", "adapter"], 64))
 

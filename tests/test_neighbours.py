@@ -15,10 +15,10 @@ from PIL import Image
 
 from stages.artifacts import metrics
 from stages.artifacts.latent_cache import LatentCache
+from stages.artifacts.lineage import load as load_lineage
 from stages.artifacts.manifest import Manifest
 from stages.core import params
 from stages.core.console import UserError
-from stages.core.files import read_json
 from stages.core.params import ModelParams
 from stages.core.pictures import load_view
 from stages.families import sd
@@ -168,4 +168,4 @@ def test_planted_copies_fail_the_stage_and_the_base_does_not(
     assert {row["copied"] for row in rows} == {"1"} and {row["base_copied"] for row in rows} == {"0"}
     assert [row["seed"] for row in rows] == ["0", "0", "1", "1"]
     assert Path("reports/validate/nearest.png").stat().st_size <= 300_000
-    assert read_json(Path("reports/validate/lineage.json"))["neighbours"]["num_heldout"] == 8 - len(planted)
+    assert load_lineage(Path("reports/validate/lineage.json"))["neighbours"]["num_heldout"] == 8 - len(planted)

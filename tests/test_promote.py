@@ -57,7 +57,7 @@ if stage == "export":
     base = digests(model, load_family(model.family).COMPONENTS)
     files = {{"peft/adapter_model.safetensors": {{"sha256": sha256}}}}
     write(pathlib.Path(options.get("export_reports", "reports/export"), "lineage.json"),
-          json.dumps({{"base": base, "files": files}}))
+          json.dumps([["base", base], ["files", files]]))
 """
 
 

@@ -15,9 +15,10 @@ import huggingface_hub
 import pytest
 
 from stages.artifacts.adapter import FINAL
+from stages.artifacts.lineage import save as save_lineage
 from stages.core import params
 from stages.core.console import UserError
-from stages.core.files import sha256_file, write_json
+from stages.core.files import sha256_file
 from tests.conftest import REPOSITORY, TINY, Workspace, write_params
 from tests.hub_server import TOKEN, Hub, Repository, serving
 from tests.test_export import ADAPTER, write_adapter
@@ -49,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
         write_reports(Path("reports"))
         settings = params.load(Path("params.yaml")).sections["validate"].model_dump()
         lineage = LINEAGE | {"adapter": sha256_file(ADAPTER / FINAL)[:12], "validate": settings}
-        write_json(Path("reports/validate/lineage.json"), lineage)
+        save_lineage(Path("reports/validate/lineage.json"), lineage)
         for stage in ("export", "report"):
             patch.setattr(sys, "argv", [stage])
             importlib.import_module(f"stages.{stage}.__main__").main()
@@ -196,7 +197,7 @@ def test_settings_that_made_nothing_here(workspace: Workspace, hub: Hub) -> None
 
 def test_files_of_another_adapter(workspace: Workspace, hub: Hub) -> None:
     lineage = LINEAGE | {"validate": params.load(Path("params.yaml")).sections["validate"].model_dump()}
-    write_json(Path("reports/validate/lineage.json"), lineage)
+    save_lineage(Path("reports/validate/lineage.json"), lineage)
     adapter = (ADAPTER / "adapter.json").read_text()
     own = sha256_file(ADAPTER / FINAL)
     (ADAPTER / "adapter.json").write_text(adapter.replace(own, "f" * 64))

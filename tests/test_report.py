@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from stages.artifacts import metrics, picture_table
+from stages.artifacts.lineage import save as save_lineage
 from stages.core.console import UserError
-from stages.core.files import write_json, write_text
+from stages.core.files import write_text
 from stages.report import page as report
 from stages.report.plots import smooth
 from tests.conftest import Workspace
@@ -138,7 +139,7 @@ ROWS = [row(f"{index}.png", split="train" if index < 6 else "heldout") for index
 def write_reports(folder: Path) -> None:
     """What the other stages would have written below ``folder``."""
     metrics.save(folder / "metrics.json", MEASURED)
-    write_json(folder / "validate" / "lineage.json", LINEAGE)
+    save_lineage(folder / "validate" / "lineage.json", LINEAGE)
     write_text(folder / "validate" / "curve.csv", "step,heldout,train_probe\n0,0.13,0.12\n2,0.1,0.09\n4,0.09,0.08\n")
     metrics.save(folder / "train" / "metrics.json", TRAIN)
     rows = "".join(f"{step},{0.2 - step / 50},{step * 1e-4},0.5\n" for step in range(1, 5))
@@ -150,7 +151,7 @@ def write_reports(folder: Path) -> None:
         folder / "export" / "metrics.json",
         {"export.diffusers.max_abs_error": 1.5e-7, "export.effect": 0.5, "export.megabytes": 0.43},
     )
-    write_json(folder / "export" / "lineage.json", MADE)
+    save_lineage(folder / "export" / "lineage.json", MADE)
     write_text(folder / "export" / "energy.csv", ENERGY)
     for name in ("samples.png", "progress.png", "dataset/contact.png"):
         Image.new("RGB", (8, 8)).save(folder / name)
@@ -270,7 +271,7 @@ def test_evidence_is_shown_where_it_was_measured(workspace: Workspace) -> None:
     reports = workspace.path / "reports"
     write_reports(reports)
     metrics.save(reports / "metrics.json", MEASURED | EVIDENCE | {"val.best_step": 2})
-    write_json(reports / "validate" / "lineage.json", LINEAGE | {"neighbours": NEIGHBOURS})
+    save_lineage(reports / "validate" / "lineage.json", LINEAGE | {"neighbours": NEIGHBOURS})
     write_text(reports / "validate" / "nearest.csv", "prompt,seed\n")
     Image.new("RGB", (8, 8)).save(reports / "validate" / "nearest.png")
     workspace.run("report")

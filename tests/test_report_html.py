@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from stages.artifacts import metrics
+from stages.artifacts.lineage import save as save_lineage
 from stages.core.console import UserError
 from stages.core.files import sha256_file, write_json
 from stages.core.sheets import sheet
@@ -31,7 +32,7 @@ def reports(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = workspace.path / "reports"
     write_reports(folder)
     asked = LINEAGE["validate"] | {"prompts": list(COLOURS), "scales": [0.5, 1.0]}
-    write_json(folder / "validate" / "lineage.json", LINEAGE | {"validate": asked, "sheet": {"cell": 64}})
+    save_lineage(folder / "validate" / "lineage.json", LINEAGE | {"validate": asked, "sheet": {"cell": 64}})
     rows = [[Image.new("RGB", (64, 64), colour) for colour in colours] for colours in COLOURS.values()]
     sheet(rows, list(COLOURS), ["base", "x 0.5", "adapter"], 64).save(folder / "samples.png")
     monkeypatch.setattr("stages.report.__main__.plot_losses", lambda _, path: Image.new("RGB", (8, 8)).save(path))
@@ -114,7 +115,7 @@ def test_it_says_what_differs_from_the_last_commit(workspace: Workspace, reports
     start = f"<p>Against commit {git('rev-parse', '--short', 'HEAD')}: "
     assert start + "the same settings, pictures, base and packages.</p>" in written(workspace)
     lora = {"rank": 16, "target_modules": ["to_q"]}
-    write_json(reports / "export" / "lineage.json", MADE | {"lora": lora, "pictures": "3" * 64})
+    save_lineage(reports / "export" / "lineage.json", MADE | {"lora": lora, "pictures": "3" * 64})
     metrics.save(reports / "metrics.json", MEASURED | {"val.loss": 0.085})
     page = re.sub("</?code>", "`", written(workspace))
     assert start + "`lora.rank` `8` → `16`, other pictures; held-out loss 0.0900 → 0.0850.</p>" in page

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.artifacts.lineage import load as load_lineage
 from stages.core import base_files, bases, single_file
 from stages.core.console import UserError
 from stages.core.files import load_metadata, load_tensors, save_tensors, sha256_file
@@ -220,7 +221,7 @@ def test_a_file_trains_the_adapter_that_its_folder_trains(workspace: Workspace, 
     assert header["ss_sd_model_name"] == "dreamshaper.safetensors"
     assert header["ss_new_sd_model_hash"] == sha256_file(file)
     assert json.loads(header["lora_dag"])["base_name"] == "mine"
-    assert json.loads(Path("reports/validate/lineage.json").read_text())["model"]["pretrained"] == "mine"
+    assert load_lineage(Path("reports/validate/lineage.json"))["model"]["pretrained"] == "mine"
     card = Path("reports/model_card.md").read_text()
     assert f"The base is the checkpoint `dreamshaper.safetensors` (SHA-256 `{sha256_file(file)}`)" in card
     load_as_said("unet.conv_in.weight", of(tiny_base / "unet")["conv_in.weight"])
@@ -228,7 +229,7 @@ def test_a_file_trains_the_adapter_that_its_folder_trains(workspace: Workspace, 
 
 
 def recorded() -> dict[str, str]:
-    return json.loads(Path("reports/export/lineage.json").read_text())["pipeline"]
+    return load_lineage(Path("reports/export/lineage.json"))["pipeline"]
 
 
 def load_as_said(name: str, expected: torch.Tensor) -> None:

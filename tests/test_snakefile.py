@@ -40,7 +40,7 @@ FILES = {{
 REPORTS = {{
     "validate": ["metrics.json", "samples.png", "progress.png", "validate/heldout.csv", "validate/curve.csv",
                  "validate/nearest.png", "validate/nearest.csv", "validate/lineage.json"],
-    "report": ["report.md", "dataset.md", "model_card.md", "loss.png"],
+    "report": ["headline.json", "report.md", "dataset.md", "model_card.md", "loss.png"],
 }}
 WRITES = {{"prepare": ["prepared", "dataset-reports"], "cache_latents": ["latents", "latents-reports"],
           "train": ["adapter", "train-reports"], "export": ["export", "export-reports"], "validate": [], "report": [],

@@ -10,8 +10,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import get_peft_model_state_dict
 
+from stages.artifacts.lineage import load as load_lineage
+from stages.artifacts.lineage import save as save_lineage
 from stages.core.console import UserError
-from stages.core.files import load_metadata, load_tensors, read_json, sha256_file, write_json
+from stages.core.files import load_metadata, load_tensors, sha256_file, write_json
 from stages.export.params import step_refusals
 from tests.conftest import Workspace
 
@@ -60,7 +62,7 @@ def test_the_last_step_is_the_end_and_its_bytes_are_those_without_the_setting(tr
     plain = trained.tree("data/export") | trained.tree("reports/export")
     trained.run("export", "--set", "export.step=4")
     assert trained.tree("data/export") | trained.tree("reports/export") == plain
-    assert "step" not in read_json(Path("reports/export/lineage.json"))
+    assert "step" not in load_lineage(Path("reports/export/lineage.json"))
 
 
 def test_a_step_without_a_snapshot_is_refused_before_anything_is_written(trained: Workspace) -> None:
@@ -103,7 +105,7 @@ def test_the_card_and_the_report_say_which_step_the_files_hold(trained: Workspac
     write_json(Path("reports/metrics.json"), MEASURED | {"val.best_step": 2})
     trained.run("report")
     assert "at step 2 of 4; `export.step=2` exports it" in Path("reports/report.md").read_text()
-    write_json(Path("reports/export/lineage.json"), MADE | {"step": 2, "snapshot": "9" * 64})
+    save_lineage(Path("reports/export/lineage.json"), MADE | {"step": 2, "snapshot": "9" * 64})
     trained.run("report")
     line = "The files hold the snapshot of step 2 of 4: held-out loss 0.1000, 0.0900 at the end."
     for name in ("report.md", "model_card.md"):

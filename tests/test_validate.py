@@ -16,6 +16,8 @@ from PIL import Image
 from stages.artifacts import metrics
 from stages.artifacts.adapter import FINAL, Adapter, snapshot_name
 from stages.artifacts.latent_cache import LatentCache
+from stages.artifacts.lineage import load as load_lineage
+from stages.artifacts.lineage import parse as parse_lineage
 from stages.core import base_files, evaluation, lora, objectives, params, seeding
 from stages.core.console import UserError
 from stages.core.files import read_json, save_tensors, sha256_file
@@ -97,9 +99,9 @@ def test_everything_is_written_and_a_second_run_gives_the_same_bytes(cached: Wor
     assert isinstance(measured["val.loss_change"], float) and measured["val.loss_change"] != 0
     curve = first["validate/curve.csv"].decode().splitlines()
     assert [line.partition(",")[0] for line in curve] == ["step", "0", "2", "4"]
-    assert json.loads(first["validate/lineage.json"])["model"]["pretrained"] == "base"
-    assert json.loads(first["validate/lineage.json"])["validate"]["feature_model"] is None
-    assert json.loads(first["validate/lineage.json"])["sheet"] == {"cell": 128, "picture": [32, 32]}
+    assert parse_lineage(first["validate/lineage.json"])["model"]["pretrained"] == "base"
+    assert parse_lineage(first["validate/lineage.json"])["validate"]["feature_model"] is None
+    assert parse_lineage(first["validate/lineage.json"])["sheet"] == {"cell": 128, "picture": [32, 32]}
     assert not any(str(cached.path).encode() in blob for blob in first.values())
     sizes = [Image.open(io.BytesIO(first[name])).width for name in ("samples.png", "progress.png")]
     assert sizes[0] == sizes[1] and all(len(first[f"{name}.png"]) <= 300_000 for name in ("samples", "progress"))
@@ -185,7 +187,7 @@ def test_lineage_names_pictures_and_captions_whatever_encodes_them(cached: Works
     def content(*argv: str) -> str:
         for stage in ("prepare", "cache_latents", "validate"):
             cached.run(stage, *argv)
-        return read_json(Path("reports/validate/lineage.json"))["dataset"]["content"]
+        return load_lineage(Path("reports/validate/lineage.json"))["dataset"]["content"]
 
     write_adapter(0.3)
     first = content()
@@ -224,7 +226,7 @@ def test_mixed_pictures_are_validated(mixed: Workspace) -> None:
     mixed.run("validate", "--set", "validate.max_pictures=64")
     assert reports(mixed) == first
     assert set(metrics.load(Path("reports/metrics.json"))) == KEYS
-    lineage = json.loads(first["validate/lineage.json"])
+    lineage = parse_lineage(first["validate/lineage.json"])
     assert lineage["sheet"] == {"cell": 128, "picture": [48, 16]}  # most of the table's pictures are wide
     assert lineage["table"]["num_pictures"] == {"heldout": 5, "train": 5}
     assert all(len(first[f"{name}.png"]) <= 300_000 for name in ("samples", "progress"))
@@ -321,7 +323,7 @@ def test_pictures_of_a_prompt_do_not_depend_on_the_others(cached: Workspace) -> 
     cells = []
     for prompts in ("[red apple, blue boat]", "[blue boat]"):
         cached.run("validate", "--set", f"validate.prompts={prompts}")
-        count = len(read_json(Path("reports/validate/lineage.json"))["validate"]["prompts"])
+        count = len(load_lineage(Path("reports/validate/lineage.json"))["validate"]["prompts"])
         with Image.open("reports/samples.png") as picture:
             cells.append(cut(picture.convert("RGB"), count, 2, 128)[-1])
     difference = [

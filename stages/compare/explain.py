@@ -8,13 +8,13 @@ stage that gave other bytes for the same inputs was run in another environment.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from stages.artifacts import lineage
 from stages.compare.page import show_value
 from stages.compare.revisions import find_commit, read_file
 from stages.compare.sides import DAMAGED, LOCK, PARAMS, flatten, mapping, parse_params
@@ -86,7 +86,7 @@ def read_lock(name: str) -> Locked:
             name=name,
             stages={str(stage): parse_stage(mapping(entry)) for stage, entry in stages.items()},
             params=parse_params(params),
-            packages=mapping(json.loads(exported).get("packages", {})) if exported else {},
+            packages=mapping(lineage.parse(exported).get("packages", {})) if exported else {},
         )
     except DAMAGED as error:
         what = " ".join(str(error).split())

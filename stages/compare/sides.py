@@ -13,7 +13,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from stages.artifacts import picture_table
+from stages.artifacts import lineage, picture_table
 from stages.compare.revisions import find_commit, read_file
 from stages.core import evaluation
 from stages.core.console import UserError
@@ -149,7 +149,7 @@ def parse_lineage(blob: bytes) -> dict[str, Any]:
         KeyError: it lacks some of that.
         ValueError: some of that is of another kind.
     """
-    lineage = parse_object(blob)
+    made = lineage.parse(blob)
     for section, *keys in (
         ("validate", "prompts", "scales"),
         ("sheet", "cell", "picture"),
@@ -158,17 +158,17 @@ def parse_lineage(blob: bytes) -> dict[str, Any]:
         ("base",),
         ("latents",),
     ):
-        inside = lineage[section]
+        inside = made[section]
         for key in keys:
             inside[key]
-    mapping(lineage["base"])
-    asked, cell = lineage["validate"], lineage["sheet"]["cell"]
+    mapping(made["base"])
+    asked, cell = made["validate"], made["sheet"]["cell"]
     for key, kind in (("prompts", str), ("scales", int | float)):
         if not (isinstance(asked[key], list) and asked[key] and all(isinstance(each, kind) for each in asked[key])):
             raise ValueError(f"validate.{key} is {asked[key]!r}"[:MAX_SHOWN])
     if not isinstance(cell, int) or cell < 1:
         raise ValueError(f"sheet.cell is {cell!r}"[:MAX_SHOWN])
-    return lineage
+    return made
 
 
 def mapping(value: Any) -> dict[str, Any]:

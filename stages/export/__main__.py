@@ -37,13 +37,13 @@ def main() -> None:
         return
     model, params = config.section(ModelParams), config.section(ExportParams)
 
-    from stages.artifacts import metrics
+    from stages.artifacts import lineage, metrics
     from stages.artifacts.adapter import Adapter
     from stages.core import bases, device
     from stages.core.base_files import digests, require_same_base
-    from stages.core.files import replaced, write_json, write_text
+    from stages.core.files import replaced, write_text
     from stages.export import resize
-    from stages.export.header import lineage
+    from stages.export.header import provenance
     from stages.export.proof import Proof
     from stages.families.base import load_family
 
@@ -85,7 +85,7 @@ def main() -> None:
             measured |= compared(proof, copy, rank, [layer.energy(rank) for layer in svd.values()])
     write_text(args.export_reports / "energy.csv", resize.energy_csv(svd, params.resized_ranks))
     metrics.save(args.export_reports / "metrics.json", measured)
-    write_json(args.export_reports / "lineage.json", lineage(base, family, params, adapter, args.export))
+    lineage.save(args.export_reports / "lineage.json", provenance(base, family, params, adapter, args.export))
     log.info("wrote       %s (%s)", args.export, ", ".join(params.formats))
 
 

@@ -77,7 +77,7 @@ def made_from(base: Base, params: ExportParams, adapter: Adapter) -> dict[str, A
     }
 
 
-def lineage(base: Base, family: Family, params: ExportParams, adapter: Adapter, folder: Path) -> dict[str, Any]:
+def provenance(base: Base, family: Family, params: ExportParams, adapter: Adapter, folder: Path) -> dict[str, Any]:
     """reports/export/lineage.json: what the files in ``folder`` were made from, how they are loaded, their digests."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return made_from(base, params, adapter) | {

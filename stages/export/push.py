@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts import model_card
+from stages.artifacts import lineage, model_card
 from stages.artifacts.adapter import FINAL, Adapter
 from stages.core.console import UserError
-from stages.core.files import read_json, sha256_file
+from stages.core.files import sha256_file
 from stages.export.hub import upload
 from stages.export.params import ExportParams
 from stages.export.verify import differences, setting_differences
@@ -44,12 +44,12 @@ def require_current(config: Config, adapter: Path, export: Path, export_reports:
     missing = [path for path in needed if not path.exists()]
     if missing:
         raise UserError(*(f"{path}: no such file; run `python -m stages.{needed[path]}` first" for path in missing))
-    lineage, drawn = read_json(export_reports / "lineage.json"), read_json(reports / "validate/lineage.json")
-    found = [f"{export}: {line}" for line in differences(lineage, config, adapter)]
-    found += [f"{export}: {line}" for line in settings("export", lineage, config)]
-    found += changed_files(export, lineage["files"])
-    if not lineage["adapter"].startswith(drawn["adapter"]):
-        found.append(f"{reports / SHEET}: its adapter is {drawn['adapter']}, {export} holds {lineage['adapter'][:12]}")
+    made, drawn = lineage.load(export_reports / "lineage.json"), lineage.load(reports / "validate/lineage.json")
+    found = [f"{export}: {line}" for line in differences(made, config, adapter)]
+    found += [f"{export}: {line}" for line in settings("export", made, config)]
+    found += changed_files(export, made["files"])
+    if not made["adapter"].startswith(drawn["adapter"]):
+        found.append(f"{reports / SHEET}: its adapter is {drawn['adapter']}, {export} holds {made['adapter'][:12]}")
     found += [f"{reports / SHEET}: {line}" for line in settings("validate", drawn, config)]
     if mark(config, reports, export_reports) not in (reports / model_card.NAME).read_text(encoding="utf-8"):
         found.append(f"{reports / model_card.NAME}: written for other reports or settings than stand here")
@@ -57,8 +57,8 @@ def require_current(config: Config, adapter: Path, export: Path, export_reports:
         raise UserError(*found, "nothing was uploaded: run `dvc repro`, then push again")
 
 
-def settings(section: str, lineage: dict[str, Any], config: Config) -> list[str]:
-    return list(setting_differences(section, lineage[section], config.sections[section]))
+def settings(section: str, made: dict[str, Any], config: Config) -> list[str]:
+    return list(setting_differences(section, made[section], config.sections[section]))
 
 
 def mark(config: Config, reports: Path, export_reports: Path) -> str:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.artifacts import lineage
 from stages.artifacts.metrics import Value
 from stages.compare.sheets import cut_cells
-from stages.compare.sides import DAMAGED, Side, parse_lineage, parse_metrics, parse_object, parse_scores
+from stages.compare.sides import DAMAGED, Side, parse_lineage, parse_metrics, parse_scores
 from stages.core.console import UserError
 from stages.core.files import from_json
 from stages.core.job_records import read_record
@@ -113,7 +114,7 @@ def read_side(run: Run) -> tuple[Side, dict[str, Any]]:
         pictures=None,
         lock=None,
     )
-    return side, parse_object((exported / "lineage.json").read_bytes())
+    return side, lineage.parse((exported / "lineage.json").read_bytes())
 
 
 def other_than_planned(run: Run, side: Side, exported: dict[str, Any]) -> Iterator[str]:

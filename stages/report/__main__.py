@@ -1,17 +1,17 @@
 """All that was measured and drawn -> one page for a reviewer, one about the dataset, and the model card.
 
-In: reports/ of the other stages.  Out: reports/{report.md,dataset.md,model_card.md,loss.png}
+In: reports/ of the other stages.  Out: reports/{headline.json,report.md,dataset.md,model_card.md,loss.png}
 And reports/report.html, for this workspace alone: report.md in one file, with time and memory.
 Run: `python -m stages.report`
 """
 
 from __future__ import annotations
 
-from stages.artifacts import model_card
+from stages.artifacts import metrics, model_card
 from stages.core import params
 from stages.core.console import log, parser, run
 from stages.core.files import write_text
-from stages.report import card, dataset, html_page, page
+from stages.report import card, dataset, headline, html_page, page
 from stages.report.inputs import read_inputs
 from stages.report.params import ReportParams
 from stages.report.plots import plot_losses
@@ -27,6 +27,7 @@ def main() -> None:
     inputs = read_inputs(
         args.reports, args.dataset_reports, args.latents_reports, args.train_reports, args.export_reports
     )
+    metrics.save(args.reports / "headline.json", headline.numbers(inputs))
     plot_losses(inputs, inputs.pictures["loss"])
     write_text(args.reports / "dataset.md", dataset.write_page(title, inputs, args.reports))
     write_text(args.reports / "report.md", page.write_page(title, inputs, args.reports))
@@ -36,7 +37,7 @@ def main() -> None:
     own = html_page.write_page(title, inputs, args.reports, args.train_reports, args.export_reports)
     write_text(args.reports / "report.html", own)
     log.info("verdict     %s", page.headline(inputs))
-    written = ("report.md", "report.html", "dataset.md", model_card.NAME, "loss.png")
+    written = ("headline.json", "report.md", "report.html", "dataset.md", model_card.NAME, "loss.png")
     log.info("wrote       %s", ", ".join(str(args.reports / name) for name in written))
 
 

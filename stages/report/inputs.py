@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stages.artifacts import metrics, picture_table
+from stages.artifacts import lineage, metrics, picture_table
 from stages.artifacts.metrics import Value
 from stages.core.console import UserError
-from stages.core.files import read_json, understood
+from stages.core.files import understood
 
 T = TypeVar("T")
 Metrics = Mapping[str, Value]
@@ -83,7 +83,7 @@ def read_inputs(reports: Path, dataset: Path, latents: Path, train: Path, export
 
     return Inputs(
         measured=metrics.load(reports / "metrics.json"),
-        lineage=read(reports / "validate" / "lineage.json", read_object),
+        lineage=read(reports / "validate" / "lineage.json", lineage.load),
         curve=read(reports / "validate" / "curve.csv", read_numbers),
         train=metrics.load(train / "metrics.json"),
         loss=read(train / "loss.csv", read_numbers),
@@ -91,14 +91,10 @@ def read_inputs(reports: Path, dataset: Path, latents: Path, train: Path, export
         rows=read(table, picture_table.load),
         latents=metrics.load(latents / "metrics.json"),
         export=metrics.load(export / "metrics.json"),
-        made=read(export / "lineage.json", read_object),
+        made=read(export / "lineage.json", lineage.load),
         energy=read(export / "energy.csv", read_rows),
         pictures=pictures | {"contact": dataset / "contact.png", "table": table},
     )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    return dict(read_json(path))
 
 
 def read_numbers(path: Path) -> list[dict[str, float]]:

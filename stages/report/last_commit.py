@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stages.artifacts import lineage
 from stages.core.files import from_json
 from stages.core.git import git
 from stages.core.markdown import code
@@ -24,8 +25,9 @@ def changed(inputs: Inputs, reports: Path, export: Path) -> str:
     if commit is None or None in found:
         return ""
     try:
-        made, lineage, measured = (from_json(text or b"") for text in found)
-        differences = list(compare(made, inputs.made, lineage, inputs.lineage))
+        made, of_samples = (lineage.parse(text or b"") for text in found[:2])
+        measured = from_json(found[2] or b"")
+        differences = list(compare(made, inputs.made, of_samples, inputs.lineage))
         before, after = measured["val.loss"], inputs.measured["val.loss"]
     except (AttributeError, KeyError, TypeError, ValueError):
         return ""  # of a version that wrote it otherwise
@@ -39,10 +41,10 @@ def changed(inputs: Inputs, reports: Path, export: Path) -> str:
     return f"Against commit {name}: {', '.join([*differences[:MAX_CHANGES], *more])}; {loss}."
 
 
-def compare(made: Any, new_made: Any, lineage: Any, new_lineage: Any) -> Iterator[str]:
+def compare(made: Any, new_made: Any, of_samples: Any, new_of_samples: Any) -> Iterator[str]:
     """Settings by their names in params.yaml, then what else went in."""
-    before = {name: made.get(name, {}) for name in ("lora", "train", "export")} | lineage
-    after = {name: new_made.get(name, {}) for name in ("lora", "train", "export")} | new_lineage
+    before = {name: made.get(name, {}) for name in ("lora", "train", "export")} | of_samples
+    after = {name: new_made.get(name, {}) for name in ("lora", "train", "export")} | new_of_samples
     for section in ("model", "lora", "train", "validate", "export"):
         old, new = before[section], after[section]
         for key in sorted({*old, *new}):

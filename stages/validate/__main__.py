@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts import metrics
+from stages.artifacts import lineage, metrics
 from stages.artifacts.adapter import FINAL, Adapter
 from stages.artifacts.latent_cache import LatentCache
 from stages.core import base_files, bases, closure, evaluation, params
@@ -99,12 +99,12 @@ def report(
     measured |= draw_sheets(args.reports, evidence, settings, trained_captions(cache)) | neighbours.metrics(near)
     neighbours.write(args.reports / "validate", near, vae, cache, sheet_cell(evidence))
     measured |= evidence.drift | {"cost.tflop_per_image": cost.tflop_per_image(exam, adapter, cache)}
-    made_from = lineage(settings, origin, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
+    made_from = origin_of(settings, origin, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
     made_from["neighbours"] = neighbours.scale(near, space)
     if feature_model:
         measured |= features.measure(feature_model, exam, settings.prompts, drawn[0][0], drawn[1][0], vae)
         made_from["feature_model"] = feature_model.name
-    write_json(args.reports / "validate" / "lineage.json", made_from)
+    lineage.save(args.reports / "validate" / "lineage.json", made_from)
     metrics.save(args.reports / "metrics.json", measured)
     own = {"environment": environment(exam.device), "of": sha256_file(args.reports / "metrics.json")}
     write_json(args.reports / "validate" / "run.json", own | used(exam.device, began))
@@ -202,7 +202,7 @@ def ink_measures(suffix: str, drawn: list[Image.Image]) -> dict[str, metrics.Val
     }
 
 
-def lineage(
+def origin_of(
     settings: ValidateParams, origin: Base, base: dict[str, str], cache: LatentCache, adapter: Adapter, exam: Exam
 ) -> dict[str, Any]:
     """What the figures and pictures came from; `report` and `compare` read it."""
