@@ -187,7 +187,7 @@ def test_wrong_caption_column_is_one_line(raw: Path) -> None:
 
 def test_no_column_of_names_is_one_line(raw: Path) -> None:
     write_rows(raw, [{"image": "a.png", "text": "x"}] * 2)
-    assert refusal(raw) == "data/raw/metadata.jsonl: no column 'file_name'; it has image, text"
+    assert refusal(raw) == "data/raw/metadata.jsonl: no column 'file_name'; it has image, text; rename 'image' to it"
 
 
 def test_split_column(raw: Path) -> None:
@@ -219,7 +219,7 @@ def test_csv(raw: Path) -> None:
     ("row", "message"),
     [
         (b"c.png,a cat, black", "3 cells, and the header has 2 (file_name, text); put text with commas in quotes"),
-        (b"c.png", "1 cells, and the header has 2 (file_name, text); put text with commas in quotes"),
+        (b"c.png", "1 cell, and the header has 2 (file_name, text); put text with commas in quotes"),
         (b"c.png,caf\xe9", "not UTF-8 text; save the file as UTF-8"),
         (b"c.png,a \x07 cat", 'text: "a \\u0007 cat" holds a control character; write the caption as plain text'),
     ],
@@ -256,12 +256,33 @@ def test_csv_cells_may_be_as_long_as_text_files(raw: Path) -> None:
     assert csv.field_size_limit() == before
 
 
-@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
-def test_metadata_in_utf_16_is_one_line(raw: Path, name: str, encoding: str) -> None:
+ROWS = {
+    "metadata.csv": "file_name,text\na.png,größer\nb.png,é\n",
+    "metadata.jsonl": '{"file_name": "a.png", "text": "größer"}\n{"file_name": "b.png", "text": "é"}\n',
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_metadata_that_says_its_encoding(raw: Path, name: str, encoding: str) -> None:
+    """As Excel's "Unicode text" and PowerShell write it."""
     (raw / "metadata.jsonl").unlink()
-    (raw / name).write_text("file_name,text\na.png,one\n", encoding=encoding)
+    (raw / name).write_text(ROWS[name], encoding=encoding)
+    assert captions(listed(raw)) == {"a.png": ("größer",), "b.png": ("é",)}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_metadata_in_another_encoding_is_one_line(raw: Path, name: str) -> None:
+    (raw / "metadata.jsonl").unlink()
+    (raw / name).write_text(ROWS[name], encoding="utf-16-le")
     assert refusal(raw) == f"data/raw/{name}: not UTF-8 text; save the file as UTF-8"
+    (raw / name).write_text(ROWS[name], encoding="cp1252")
+    first = 2 if name.endswith(".csv") else 1
+    assert refusal(raw) == (
+        f"data/raw/{name}: 2 lines, such as line {first}, are not UTF-8 text; save the file as UTF-8"
+    )
+    (raw / name).write_bytes(ROWS[name].encode().replace("é".encode(), b"\xe9"))  # one line is damaged
+    assert problems(raw) == [f"data/raw/{name}:{first + 1}: not UTF-8 text; save the file as UTF-8"]
 
 
 def test_long_names_are_echoed_in_part(raw: Path) -> None:
@@ -274,8 +295,69 @@ def test_long_names_are_echoed_in_part(raw: Path) -> None:
 def test_csv_header(raw: Path) -> None:
     write_csv(raw, "file_name,text,text\na.png,x,y\n")
     assert refusal(raw) == "data/raw/metadata.csv:1: a column twice in the header file_name, text, text; rename one"
-    (raw / "metadata.csv").write_text("file_name;text\na.png;x\n")
-    assert refusal(raw) == "data/raw/metadata.csv: no column 'file_name'; it has file_name;text"
+    (raw / "metadata.csv").write_text("image;text\na.png;x\n")
+    assert refusal(raw) == "data/raw/metadata.csv: no column 'file_name'; it has image;text"
+    (raw / "metadata.csv").write_text("Image,text\na.png,x\n")
+    assert refusal(raw) == "data/raw/metadata.csv: no column 'file_name'; it has Image, text; rename 'Image' to it"
+    (raw / "metadata.csv").write_text("a.png,a cat\nb.png,a dog\n")
+    assert refusal(raw) == (
+        "data/raw/metadata.csv:1: got a.png, a cat; expected the names of the columns, such as file_name,text"
+    )
+
+
+DIALECTS = {
+    "semicolons, as Excel in many countries": 'file_name;text\na.png;"one; more, and"\nb.png;two, three\n',
+    "tabs": 'file_name\ttext\na.png\t"one; more, and"\nb.png\ttwo, three\n',
+    "bars": "file_name|text\na.png|one; more, and\nb.png|two, three\n",
+    "a line for Excel": 'sep=;\nfile_name;text\na.png;"one; more, and"\nb.png;two, three\n',
+    "quoted names": '"file_name";"text"\n"a.png";"one; more, and"\n"b.png";"two, three"\n',
+    "blanks before quotes": 'file_name, text\na.png, "one; more, and"\nb.png, "two, three"\n',
+    "blanks around names": 'file_name , text\na.png,"one; more, and"\nb.png,"two, three"\n',
+    "ends of lines of old Macs": 'file_name,text\ra.png,"one; more, and"\rb.png,"two, three"\r',
+    "empty columns": 'file_name,text,,\na.png,"one; more, and",,\nb.png,"two, three",,\n',
+    "columns in another order": 'text;file_name\n"one; more, and";a.png\ntwo, three;b.png\n',
+}
+
+
+@pytest.mark.parametrize("text", DIALECTS.values(), ids=list(DIALECTS))
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_dialects_of_csv(raw: Path, text: str, encoding: str) -> None:
+    write_csv(raw, text.encode(encoding))
+    listing = listed(raw)
+    assert captions(listing) == {"a.png": ("one; more, and",), "b.png": ("two, three",)}
+    assert listing.problems == []
+
+
+def test_blanks_in_csv_are_kept_where_no_quote_follows_them(raw: Path) -> None:
+    write_csv(raw, 'file_name,text\na.png, one\nb.png,"  two"\nc.png,"a ""b"", c"\n')
+    assert captions(listed(raw)) == {"a.png": (" one",), "b.png": ("  two",), "c.png": ('a "b", c',)}
+
+
+def test_a_wrong_delimiter_is_not_blamed_on_rows(raw: Path) -> None:
+    write_csv(raw, "file_name,text\na.png;one\nb.png;two\nc.png;three\n")
+    assert refusal(raw) == (
+        "data/raw/metadata.csv: no line has the 2 cells of the header (file_name, text); separate cells with ',', and"
+        " put text that holds it in quotes"
+    )
+    (raw / "metadata.csv").write_text("file_name;text\na.png;one; two\nb.png;three\n")
+    assert problems(raw) == [
+        "data/raw/metadata.csv:2: 3 cells, and the header has 2 (file_name, text); put text with ';' in quotes"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('[\n{"file_name": "a.png", "text": "x"},\n{"file_name": "b.png", "text": "y"}\n]\n', "one JSON value over"),
+        ('{\n"a.png": {"text": "x"}\n}\n', "one JSON value over several lines"),
+        ('{"file_name": "a.png", "text": "x"},\n{"file_name": "b.png", "text": "y"},\n', "a ',' after lines"),
+    ],
+)
+def test_json_of_another_form_is_not_blamed_on_rows(raw: Path, text: str, what: str) -> None:
+    (raw / "metadata.jsonl").write_text(text)
+    found = refusal(raw)
+    assert found.startswith(f"data/raw/metadata.jsonl: has {what}")
+    assert found.endswith("; write one JSON object per line, with nothing between them")
 
 
 def test_parquet(raw: Path) -> None:

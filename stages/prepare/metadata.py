@@ -12,6 +12,8 @@ from stages.prepare.names import Tree, checked_file, checked_name, clash, folded
 from stages.prepare.scope import Scope, all_of, attempt, instance_prompt, no_column
 from stages.prepare.tables import Row, Table, good, read_table
 
+OTHER_NAMES = {"file", "file_name", "file_path", "filename", "filepath", "image", "image_path", "img", "name", "path"}
+"""What other programs call the column of file names, in lower case."""
 Seen = dict[str, tuple[str, Table, Row]]
 """Folded name -> the name, and the row that it stands in."""
 
@@ -65,7 +67,8 @@ def require_columns(scope: Scope, tables: list[Table]) -> tuple[str, ...] | None
     if not rows:  # each is a problem of its own
         return None
     if "file_name" not in columns:
-        raise UserError(f"{place}: no column 'file_name'; it has {', '.join(columns) or 'no column at all'}")
+        other = next((f"; rename '{column}' to it" for column in columns if column.lower() in OTHER_NAMES), "")
+        raise UserError(f"{place}: no column 'file_name'; it has {', '.join(columns) or 'no column at all'}{other}")
     return instance_prompt(scope, scope.column in columns, place, no_column(scope, columns, place))
 
 
