@@ -47,7 +47,7 @@ def write_revision(
     pictures: Sequence[str] = "01234567",
 ) -> None:
     """params.yaml and reports/ of an adapter of ``rank`` that is better than the base by ``gain``, in this folder."""
-    text = f"lora:\n  rank: {rank}\n  alpha: 8\ntrain:\n  seed: {seed}\nreport:\n  title: Rank {rank}\n"
+    text = f"lora:\n  rank: {rank}\n  alpha: null\ntrain:\n  seed: {seed}\nreport:\n  title: Rank {rank}\n"
     write_text(Path("params.yaml"), text)
     write_scores(scores_of(gain, pictures), table)
     metrics.save(Path("reports/train/metrics.json"), {"train.num_trainable_parameters": 100 * rank})

@@ -123,6 +123,25 @@ def test_settings_stand_in_order_with_the_intervals_of_compare() -> None:
     assert "Between seeds of a setting the loss varies by" in page
 
 
+def test_a_rank_sweep_under_one_alpha_says_that_it_sweeps_strengths(caplog: pytest.LogCaptureFixture) -> None:
+    """README's own sweep, with null and with the number that once was the default."""
+    caplog.set_level("INFO", "lora-dag")
+    for alpha, said in ((None, False), (8, True)):
+        caplog.clear()
+        runs = planted(grid={"lora.rank": [4, 8, 16], "lora.alpha": [alpha]})
+        for run in runs:
+            write_run(run)
+        page, rows = board(runs)
+        headline = next(line for line in page.splitlines() if line.startswith("Best: "))
+        assert headline.endswith("; `lora.alpha=null` keeps it at 1.") == said
+        assert ("**Strength differs too**: alpha / rank is 0.5, 1, 2, so this compares" in headline) == said
+        assert ("Strength differs too: alpha / rank is 0.5, 1, 2" in caplog.text) == said
+        notes = {row["lora.rank"]: row["differs_too"].partition(", so")[0] for row in rows}
+        strengths = {"4": "2 against 0.5", "8": "1 against 0.5"} if said else {"4": "", "8": ""}
+        expected = {rank: text and f"Strength differs too: alpha / rank is {text}" for rank, text in strengths.items()}
+        assert notes == expected | {"16": ""}  # the best
+
+
 def test_without_a_second_seed_the_page_says_what_the_intervals_leave_out() -> None:
     runs = planted(grid={"lora.rank": [4, 8]})
     for run in runs:

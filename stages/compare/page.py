@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
+from stages.compare.confounds import confounds
 from stages.compare.settings import SEED, changed_inputs, differing, unexplained, went_in
 from stages.compare.sides import Side, shared_prompts
 from stages.compare.verdict import Verdict
@@ -59,8 +60,9 @@ def paragraph(a: Side, b: Side, verdict: Verdict) -> str:
     """``rank-16 (lora.rank 16) against main (lora.rank 8): better, −3.1 % [−4.0, −2.2].`` and what bears it."""
     left, right = names(b, a)
     inputs = [] if verdict.word == "not comparable" else unexplained(a, b)
-    more = f" More than parameters differs: {', '.join(inputs)}." if inputs else ""
-    return f"**{left} against {right}: {verdict}.**{more}{basis(a, b, verdict)}"
+    more = [f"More than parameters differs: {', '.join(inputs)}."] if inputs else []
+    more += [] if verdict.word in ("not comparable", "equal") else confounds(b, a)
+    return f"{' '.join([f'**{left} against {right}: {verdict}.**', *more])}{basis(a, b, verdict)}"
 
 
 def names(one: Side, other: Side) -> tuple[str, str]:

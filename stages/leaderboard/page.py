@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.compare.confounds import confounds
 from stages.core import evaluation
 from stages.core.evaluation import Estimate
 from stages.core.markdown import code, image, signed, table
@@ -32,7 +34,7 @@ ABOUT = (
 FIELDS = (
     *("table", "rank", "run", "dataset", "seed", "state", "loss", "loss_base", "change", "change_low", "change_high"),
     *("setting_loss", "against_best", "against_best_low", "against_best_high", "verdict", "seed_sd", "overfit_gap"),
-    *("copied_share", "parameters", "megabytes", "train_seconds", "front", "reason"),
+    *("copied_share", "parameters", "megabytes", "train_seconds", "front", "differs_too", "reason"),
 )
 
 
@@ -80,13 +82,14 @@ def runs_of(tables: Sequence[Table]) -> list[Run]:
 
 
 def headline(each: Table) -> str:
-    """The best, and how many others cannot be told from it."""
+    """The best, how many others cannot be told from it, and what differs beside what was swept."""
     best, *others = each.standings
     if not others:
         return f"**{best.name}** alone: {percent(best.change, base_loss(best))} against the base."
     near = sum(other.verdict != "worse" for other in others)
     told = "all others are worse beyond noise" if not near else f"{near} of {len(others)} others within noise of it"
-    return f"Best: **{best.name}**, {percent(best.change, base_loss(best))} against the base; {told}."
+    verdict = f"Best: **{best.name}**, {percent(best.change, base_loss(best))} against the base; {told}."
+    return " ".join([verdict, *confounds(*(standing.results[0].done for standing in each.standings))])
 
 
 def standings_table(each: Table) -> str:
@@ -207,6 +210,7 @@ def of_result(each: Table, standing: Standing, index: int) -> dict[str, object]:
         "megabytes": result.number("export.megabytes"),
         "train_seconds": result.seconds,
         "front": " ".join(standing.fronts),
+        "differs_too": re.sub(r"\*\*|`", "", " ".join(confounds(result.done, each.standings[0].results[0].done))),
     }
 
 
