@@ -20,6 +20,7 @@ from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams
 from stages.core.sweep import Run
+from stages.core.yaml_edit import flow
 from stages.export.params import ExportParams, rank_refusals, refusals, step_refusals
 from stages.families.base import load_family
 from stages.prepare.geometry import buckets
@@ -62,6 +63,7 @@ def main() -> None:
     found += dataset_problems(config) + setting_problems(config) + disk_problems()
     found += feature_files.problems(config.section(ValidateParams).feature_model)
     notes = dict.fromkeys(text for each in runs for text in snapshot_notes(each.config))
+    notes |= dict.fromkeys(mapping_notes(config))
     for text in [*notes, *machine_notes(config.section(RuntimeParams).num_machines)]:
         log.info("note: %s", text)
     others = {each.places["prepare"]: each.config for each in runs if each.config.section(DatasetParams) != dataset}
@@ -187,6 +189,19 @@ def snapshot_notes(config: Config) -> list[str]:
     alone = "the progress sheet and the held-out curve have the start and the end alone"
     return [
         f"params.yaml train.snapshot_every_n_steps: {every} keeps none of {train.num_steps} steps: {alone}; lower it"
+    ]
+
+
+def mapping_notes(config: Config) -> list[str]:
+    """Mappings that are set: DVC's -S adds to them, and ``{}`` leaves them as they are."""
+    lora, train = config.section(LoraParams), config.section(TrainParams)
+    found = {f"lora.{name}": getattr(lora, name) for name in ("rank_pattern", "alpha_pattern")}
+    found["train.optimizer_args"] = train.optimizer_args
+    return [
+        f"params.yaml {key}: {flow(value)}; `-S` adds to it, `-S {key}=null` empties it, "
+        f"and `-S {key}=null -S '{key}={{...}}'` replaces it"
+        for key, value in found.items()
+        if value
     ]
 
 

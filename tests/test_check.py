@@ -433,3 +433,12 @@ def test_nothing_is_written(copied: Workspace) -> None:
     before = sorted(Path().rglob("*"))
     copied.run("check")
     assert sorted(Path().rglob("*")) == before
+
+
+def test_a_mapping_that_dvc_would_add_to_is_noted(workspace: Workspace) -> None:
+    lines = workspace.run("check", "--set", "lora.rank_pattern={to_k: 1}")
+    (note,) = [line for line in lines if "rank_pattern" in line]
+    assert note.startswith(
+        'note: params.yaml lora.rank_pattern: {"to_k": 1}; `-S` adds to it, `-S lora.rank_pattern=null`'
+    )
+    assert not any("adds to it" in line for line in workspace.run("check"))

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
 from stages.core import params
@@ -241,17 +243,22 @@ def test_a_mistake_inside_a_list_names_its_place(file: Path, subsets: str, messa
     assert any(problem.startswith(message) for problem in caught.value.problems)
 
 
+BOTH = {text: f'\\"{text}\\"' for text in ("a fox: it's night", "'70s fox")}  # quotes that an apostrophe ends not
 LOST = [
     ("dataset.background=#000000", "'#' begins a comment in YAML", "'#000000'"),
     ("export.prompt=a fox #1", "'#' begins a comment in YAML", "'a fox #1'"),
     ("export.prompt= #1 fox", "'#' begins a comment in YAML", "'#1 fox'"),
-    ("report.title=a fox: it's night", 'YAML reads {"a fox": "it\'s night"}, which is no text', "'a fox: it''s night'"),
+    (
+        "report.title=a fox: it's night",
+        'YAML reads {"a fox": "it\'s night"}, which is no text',
+        BOTH["a fox: it's night"],
+    ),
     ("report.title=[red] fox", "the value is no valid YAML (expected '<document start>', but found", "'[red] fox'"),
     ("report.title={a}", 'YAML reads {"a": null}, which is no text', "'{a}'"),
     ("report.title=2024", "YAML reads 2024, which is no text", "'2024'"),
     ("report.title=null", "YAML reads null, which is no text", "'null'"),
     ("export.license=true", "YAML reads true, which is no text", "'true'"),
-    ("report.title='70s fox", "the value is no valid YAML (found unexpected end of stream)", "'''70s fox'"),
+    ("report.title='70s fox", "the value is no valid YAML (found unexpected end of stream)", BOTH["'70s fox"]),
     ("dataset.instance_prompt=*star", "the value is no valid YAML (found undefined alias 'star')", "'*star'"),
     ("dataset.instance_prompt=@home", "the value is no valid YAML (found character '@'", "'@home'"),
 ]
@@ -265,7 +272,8 @@ def test_a_text_that_yaml_reads_otherwise_is_refused_with_the_form_that_works(
     key, _, value = override.partition("=")
     assert line.startswith(f"--set {override}: {why}") and line.endswith(f'; write "{key}={form}"')
     section, _, name = key.partition(".")
-    assert getattr(params.load(file, [f"{key}={form}"]).sections[section], name) == value.strip()
+    (word,) = shlex.split(f'"{key}={form}"')
+    assert getattr(params.load(file, [word]).sections[section], name) == value.strip()
 
 
 @pytest.mark.parametrize(
@@ -286,3 +294,57 @@ def test_a_comment_in_the_file_that_took_the_text_is_named(file: Path) -> None:
     assert "got {'a fox': 'night'}; " in line and line.endswith(
         "; ': ' makes a mapping in YAML, so put the text in quotes"
     )
+
+
+def settings_of_the_readme() -> list[str]:
+    """``section.key=value`` of its command lines and inline code; lists of values for --queue are DVC's alone."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    fenced = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    inline = [code for line in plain.splitlines() for code in re.findall("`([^`]+)`", line)]
+    words: list[str] = []
+    for line in [*fenced, *inline]:
+        if re.search(r"\b[a-z]+\.[a-z_]+=", line) and "--queue" not in line:
+            starts_with_a_setting = re.match(r"[a-z]+\.[a-z_]+=", line)
+            words += [line] if starts_with_a_setting else shlex.split(line, comments=True)
+    found = [word for word in words if re.fullmatch(r"[a-z]+\.[a-z_]+=.+", word) and "..." not in word]
+    return sorted({word for word in found if word.partition(".")[0] in set(params.SECTIONS) - {"sweep"}})
+
+
+MAPPINGS = [
+    "lora.rank_pattern={attn2.to_k: 16}",
+    "lora.alpha_pattern={attn2.to_k: 16, to_v: 0.5}",
+    "train.optimizer_args={betas: [0.9, 0.99], eps: 1e-7}",
+]
+TEXTS = ("a, b: #c", "雪の中の狐", "é 🦊", "[a] {b} (c)", "3", "null", " a ", 'a "b"')
+QUOTED = [f"export.prompt='{text}'" for text in TEXTS]
+QUOTED += ['export.prompt="it\'s"', "validate.prompts=['a, b', \"it's 雪\"]", "dataset.background='#000000'"]
+
+
+def test_each_setting_of_the_readme_is_the_same_by_dvc_and_by_set(file: Path) -> None:
+    """As `dvc exp run -S` writes it into the file, and as `--set` reads it."""
+    found = settings_of_the_readme()
+    assert len(found) > 25 and {"lora.rank_pattern={attn2.to_k: 16}", "dataset.caption_prefix='sks, '"} <= set(found)
+    before = file.read_bytes()
+    for setting in [*found, *MAPPINGS, *QUOTED]:
+        by_set = params.overridden(file, [setting])
+        apply_overrides(file, [setting])
+        assert params.read_yaml(file) == by_set, setting
+        file.write_bytes(before)
+
+
+@pytest.mark.parametrize("setting", MAPPINGS)
+def test_a_mapping_is_set_replaced_and_emptied_by_dvc(file: Path, setting: str) -> None:
+    """DVC adds to a mapping that is there, and ``{}`` changes nothing: null first."""
+    key = setting.partition("=")[0]
+    empty = params.load(file).sections
+    for null in (f"{key}=null", f"{key}={{}}"):
+        assert params.load(file, [null]).sections == empty
+    apply_overrides(file, [setting])
+    changed = params.load(file).sections
+    assert changed != empty
+    other = setting.replace("attn2.to_k", "attn1.to_k").replace("betas", "eps").replace("[0.9, 0.99], eps: ", "")
+    apply_overrides(file, [f"{key}=null", other])
+    assert params.load(file).sections == params.load(REPOSITORY / "params.yaml", [other]).sections
+    apply_overrides(file, [f"{key}=null"])
+    assert params.load(file).sections == empty

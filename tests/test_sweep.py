@@ -279,6 +279,15 @@ def test_a_value_from_the_command_line_has_the_type_of_its_setting(key: str, giv
     assert sweep.from_command_line(tree(), {"datasets": ["3"]})["sweep"]["datasets"] == ["3"]
 
 
+def test_a_mapping_without_an_entry_is_null_in_names_patterns_and_jobs() -> None:
+    grid = {"lora.rank_pattern": [None, {"to_k": 4}]}
+    first, second = sweep.plan(tree(grid=grid))
+    assert first.name == "raw/rank_pattern-null-s0" and first.value("lora.rank_pattern") == {}
+    assert sweep.words(first, ["lora"])[1] == "lora.rank_pattern=null"
+    for none in (None, {}):
+        assert [r.name for r in sweep.plan(tree(grid=grid, exclude=[{"lora.rank_pattern": none}]))] == [second.name]
+
+
 def test_any_text_comes_back_from_the_words_of_a_job() -> None:
     texts = [*TEXT_VALUES, "a\x85b\u2028c\x7fd\ufffe", "back\\slash", "\U000e0041"]
     for run, wanted in zip(sweep.plan(tree(grid={"export.prompt": texts})), texts, strict=True):

@@ -223,8 +223,7 @@ def read_value(key: str, value: str) -> Any:
     Raises:
         UserError: YAML reads less than all of it, or another type where the setting is text; the form that works.
     """
-    quoted = "'" + value.strip().replace("'", "''") + "'"
-    cure = f'write "{key}={quoted}"' if only_text(kind_of(key)) else "put each text in quotes of its own"
+    cure = f'write "{key}={quoted(value.strip())}"' if only_text(kind_of(key)) else "put each text in quotes of its own"
     try:
         node, read = YAML(typ="safe", pure=True).compose(value), YAML(typ="safe", pure=True).load(value)
     except (YAMLError, ValueError, RecursionError) as error:
@@ -236,6 +235,13 @@ def read_value(key: str, value: str) -> Any:
     if only_text(kind_of(key)) and not isinstance(read, str) and not (read is None and takes_null(kind_of(key))):
         raise UserError(f"--set {key}={value}: YAML reads {json.dumps(read, default=str)}, which is no text; {cure}")
     return read
+
+
+def quoted(text: str) -> str:
+    """As YAML and DVC's -S both read it, between double quotes of a shell."""
+    if "'" not in text:
+        return f"'{text}'"
+    return "'" + text.replace("'", "''") + "'" if '"' in text or "\\" in text else f'\\"{text}\\"'
 
 
 def explain(path: Path, section: str, cls: type[Params], error: ValidationError) -> list[str]:

@@ -265,12 +265,12 @@ def matches(run: Run, pattern: Overrides) -> bool:
 
 
 def asked(run: Run, key: str) -> Any:
-    """A value as params.yaml would have it: null stays null, and a mapping keeps what decides no result, as a path."""
+    """A value as params.yaml would have it: null for {} too, and a mapping with what decides no result, as a path."""
     if run.overrides.get(key, ...) is None:
         return None
     section, _, name = key.partition(".")
     value = getattr(run.config.sections[section], name)
-    return dict(value) if isinstance(value, Params) else run.value(key)
+    return (dict(value) if isinstance(value, Params) else run.value(key)) if value != {} else None
 
 
 def placed(runs: list[Run]) -> list[Run]:

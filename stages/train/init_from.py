@@ -164,7 +164,9 @@ def rank_problems(params: LoraParams, denoiser: Any, file: AdapterFile) -> list[
     rank, _ = Counter(theirs.values()).most_common(1)[0]
     pattern = rank_pattern(rank, theirs)
     use = f"lora.rank={rank} lora.alpha={alpha(params, file, rank)}"
-    if pattern or params.rank_pattern:
+    if params.rank_pattern:  # `dvc exp run -S` would add to it
+        use += " lora.rank_pattern=null"
+    if pattern:
         use += f" lora.rank_pattern={{{', '.join(f'{key}: {value}' for key, value in pattern.items())}}}"
     text = " and ".join(map(str, sorted(set(theirs.values()))))
     return [differs("rank", text, " and ".join(map(str, sorted(set(ours.values())))), use)]

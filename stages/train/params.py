@@ -45,6 +45,11 @@ def dotted(name: str) -> str:
 DottedName = Annotated[str, AfterValidator(dotted)]
 
 
+def or_empty(value: Any) -> Any:
+    """null is no entry: in params.yaml it, unlike ``{}``, can be replaced by ``dvc exp run -S``."""
+    return {} if value is None else value
+
+
 class InitFrom(Params):
     """An adapter to start from, pinned by its content."""
 
@@ -69,7 +74,7 @@ class LoraParams(Params):
     exclude_modules: list[str]
     """Endings of targets that are left out."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]]
-    """Ending (or regex) -> rank, where it differs."""
+    """Ending (or regex) -> rank, where it differs; null for none, which `dvc exp run -S` can replace."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]]
     """Ending (or regex) -> alpha, where it differs."""
     use_rslora: bool
@@ -92,6 +97,8 @@ class LoraParams(Params):
     """LoKr: the first factor is a product of the rank too, where that is smaller."""
     use_effective_conv2d: bool
     """Kernels above 1 x 1 in Tucker form (FedPara, Hyeon-Woo et al. 2022, arXiv:2108.06098, proposition 3)."""
+
+    _null = field_validator("rank_pattern", "alpha_pattern", mode="before")(or_empty)
 
     @model_validator(mode="before")
     @classmethod
@@ -130,7 +137,7 @@ def with_alphas(lora: dict[str, Any]) -> dict[str, Any]:
     """
     if lora.get("alpha", 1) is not None:
         return lora
-    rank, ranks, alphas = (lora.get(name) for name in ("rank", "rank_pattern", "alpha_pattern"))
+    rank, ranks, alphas = (or_empty(lora.get(name)) for name in ("rank", "rank_pattern", "alpha_pattern"))
     if isinstance(ranks, dict) and isinstance(alphas, dict):
         lora = lora | {"alpha_pattern": {key: value for key, value in ranks.items() if is_rank(value)} | alphas}
     return lora | {"alpha": rank if is_rank(rank) else 1}
@@ -209,6 +216,8 @@ class TrainParams(Params):
     early_stop_patience: int | None = Field(ge=1)
     """End after so many snapshots in a row without a lower held-out loss; null goes on to num_steps."""
     seed: int = Field(ge=0)
+
+    _null = field_validator("optimizer_args", mode="before")(or_empty)
 
     def recorded(self, without: set[str]) -> dict[str, Any]:
         """For digests and headers: all but ``without``, and an early stop only where it is on."""
