@@ -23,9 +23,10 @@ CODE = ("stages", "dvc.yaml", "Snakefile", "profiles", ".gitattributes", ".gitig
 class Checkout:
     """Runs DVC and Snakemake there, and says which stages ran."""
 
-    def __init__(self, path: Path, base: Path) -> None:
+    def __init__(self, path: Path, base: Path, top: Path | None = None) -> None:
+        """``top``: of the git repository, where the checkout is a folder in it."""
         self.path = path
-        path.mkdir()
+        path.mkdir(parents=True)
         for name in CODE:
             source = REPOSITORY / name
             if source.is_dir():
@@ -42,8 +43,8 @@ class Checkout:
         for index in range(2, 10):
             picture(index).save(path / f"data/other/new-{index}.png")
             (path / f"data/other/new-{index}.txt").write_text(f"thing {index}\n")
-        self.git("init", "--quiet", "--initial-branch=main")
-        self.dvc("init", "--quiet")
+        self.git("init", "--quiet", "--initial-branch=main", str(top or path))
+        self.dvc("init", "--quiet", *(["--subdir"] if top else []))
         self.dvc("config", "core.analytics", "false")
         self.dvc("add", "--quiet", "data/raw", "data/other", "data/base")
         self.commit("start")

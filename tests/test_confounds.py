@@ -9,12 +9,13 @@ import pytest
 
 from stages.compare.confounds import confounds
 from stages.compare.page import paragraph
+from stages.compare.settings import differing, setting
 from stages.compare.sides import Side, flatten
 from stages.compare.verdict import judge
 from tests.test_compare_verdict import side
 
 SETTINGS: dict[str, Any] = {
-    "lora": {"rank": 8, "alpha": None, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}},
+    "lora": {"rank": 8, "alpha": None, "use_rslora": False, "rank_pattern": None, "alpha_pattern": None},
     "train": {
         "num_steps": 400,
         "batch_size": 16,
@@ -192,3 +193,10 @@ def test_the_verdict_has_it_beside_it_where_there_is_one() -> None:
     assert "Strength" not in paragraph(a, a, judge(a, a))
     other = replace(b, scores=[replace(score, row=f"other {score.row}") for score in b.scores])
     assert "Strength" not in paragraph(a, other, judge(a, other))
+
+
+def test_an_empty_mapping_and_null_are_one_setting() -> None:
+    """Of revisions from before and after `null` in params.yaml."""
+    assert told({"lora_rank_pattern": {}}, {}) == []
+    assert differing(run(lora_rank_pattern={}), run()) == []
+    assert setting(run(lora_rank_pattern={})) == setting(run())

@@ -139,7 +139,9 @@ def test_every_kind_of_ref_keeps_its_entries(committed: Repository, kept_by: str
     assert freed(committed.collect()) == ("freed", 0 if kept_by else 17, 17)
 
 
-@pytest.mark.parametrize("folder", ["data/latents", "runs/latents", ".dvc/tmp/exps/standalone/tmp1/data/latents"])
+@pytest.mark.parametrize(
+    "folder", ["data/latents", "runs/raw/latents-num_variants-2", ".dvc/tmp/exps/standalone/tmp1/data/latents"]
+)
 def test_folders_at_work_keep_their_entries(repository: Repository, folder: str) -> None:
     repository.make("A")
     if folder != "data/latents":

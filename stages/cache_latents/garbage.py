@@ -15,6 +15,7 @@ pictures, it bounds itself.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import posixpath
 import re
@@ -28,13 +29,16 @@ from ruamel.yaml import YAML, YAMLError
 from stages.artifacts.store import Store
 from stages.core.console import UserError, log
 
-FOLDERS = ("runs/latents", ".dvc/tmp/exps/*/*/data/latents")
-"""Where caches lie that are in no commit: Snakemake's, and those of experiments at work outside of the workspace."""
+FOLDERS = ("runs/*/latents*", ".dvc/tmp/exps/*/*/{here}data/latents")
+"""Where caches lie that are in no commit: Snakemake's, and those of experiments at work outside of the workspace.
+
+``here`` is this folder's path in the git repository, which DVC copies whole.
+"""
 LATENTS = "data/latents"
 PICTURES = "reports/dataset/pictures.csv"
 SHAPE = (AttributeError, KeyError, TypeError, RecursionError)
 """What taking apart a file of another shape raises."""
-TABLES = (PICTURES, "runs/reports/dataset/pictures.csv", f".dvc/tmp/exps/*/*/{PICTURES}")
+TABLES = (PICTURES, f"runs/*/{PICTURES}", f".dvc/tmp/exps/*/*/{{here}}{PICTURES}")
 
 
 def collect(latents: Path, current: Callable[[], set[str]], *, dry_run: bool, force: bool) -> None:
@@ -47,7 +51,7 @@ def collect(latents: Path, current: Callable[[], set[str]], *, dry_run: bool, fo
         UserError: outside of git, a run is at work, or not all use can be known and ``force`` is False.
     """
     store = Store()
-    root = repository()
+    require_repository()
     if not store.root.is_dir():
         log.info("%s: no store, nothing to free", store.root)
         return
@@ -57,7 +61,7 @@ def collect(latents: Path, current: Callable[[], set[str]], *, dry_run: bool, fo
         used, problems = committed_keys(locks)
         at_work, damaged = folder_keys(latents)
         used |= at_work
-        problems += [*damaged, *dict.fromkeys(history.problems), *shared_problems(store, root)]
+        problems += [*damaged, *dict.fromkeys(history.problems), *shared_problems(store)]
         try:
             used |= current()
         except UserError as error:
@@ -178,7 +182,7 @@ def folder_keys(latents: Path) -> tuple[set[str], list[str]]:
     """Keys that folders in no commit use, and a line for each whose manifest cannot be read."""
     used: set[str] = set()
     problems = []
-    for folder in dict.fromkeys((latents, *(path for pattern in FOLDERS for path in Path().glob(pattern)))):
+    for folder in dict.fromkeys((latents, *found(FOLDERS))):
         path = folder / "manifest.json"
         try:
             used |= keys_of(path.read_bytes())
@@ -196,16 +200,21 @@ def used_pictures(tables: dict[str, bytes]) -> set[str]:
     Args:
         tables: committed versions of pictures.csv.
     """
-    paths = [path for pattern in TABLES for path in Path().glob(pattern)]
-    blobs = [*tables.values(), *(path.read_bytes() for path in paths)]
+    blobs = [*tables.values(), *(path.read_bytes() for path in found(TABLES))]
     return {digest.decode() for blob in blobs for digest in re.findall(rb"\b[0-9a-f]{64}\b", blob)}
 
 
-def shared_problems(store: Store, root: Path) -> list[str]:
-    if store.root.resolve().is_relative_to(root):
+def found(patterns: Iterable[str]) -> list[Path]:
+    here = glob.escape(prefix())
+    return [path for pattern in patterns for path in Path().glob(pattern.format(here=here))]
+
+
+def shared_problems(store: Store) -> list[str]:
+    here = Path().resolve()
+    if store.root.resolve().is_relative_to(here):
         return []
     return [
-        f"{store.root}: stands outside of {root.name} and may serve other repositories, whose use cannot be known; "
+        f"{store.root}: stands outside of {here.name} and may serve other repositories, whose use cannot be known; "
         "pass --force to free what this one does not use"
     ]
 
@@ -213,18 +222,19 @@ def shared_problems(store: Store, root: Path) -> list[str]:
 # git and DVC
 
 
-def repository() -> Path:
-    """The top folder of the git repository.
-
-    Raises:
-        UserError: there is none.
-    """
+def require_repository() -> None:
+    """Raises UserError where there is no git repository."""
     try:
-        return Path(git("rev-parse", "--show-toplevel").rstrip("\n")).resolve()
+        prefix()
     except (OSError, subprocess.CalledProcessError):
         raise UserError(
             "--gc: no git repository here, so what experiments use cannot be known; nothing is freed"
         ) from None
+
+
+def prefix() -> str:
+    """This folder's path in the repository, such as ``projects/icons/``; empty at the top."""
+    return git("rev-parse", "--show-prefix").rstrip("\n")
 
 
 class History:
@@ -242,7 +252,7 @@ class History:
 
     def versions(self, name: str) -> dict[str, bytes]:
         """Object id -> bytes of every distinct version of a file of this folder."""
-        path = f":(top,literal){git('rev-parse', '--show-prefix').rstrip(chr(10))}{name}"
+        path = f":(top,literal){prefix()}{name}"
         changes = self._lines("diff-tree", self.commits, "-r", "-m", "--root", "--raw", "--no-abbrev", "--", path)
         blobs = dict.fromkeys(line.split()[3] for line in changes if line.startswith(":"))
         found = {}

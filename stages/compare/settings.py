@@ -73,7 +73,7 @@ def lora_section(params: dict[str, Any]) -> dict[str, Any]:
     own = {key.removeprefix("lora."): value for key, value in params.items() if key.startswith("lora.")}
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = {key: own.pop(key) for key in list(own) if key.startswith(f"{name}.")}
-        own[name] = {key.removeprefix(f"{name}."): value for key, value in pattern.items()} or own.get(name, {})
+        own[name] = {key.removeprefix(f"{name}."): value for key, value in pattern.items()} or own.get(name) or {}
     return with_alphas(own)
 
 

@@ -178,9 +178,9 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"lora": {"rank": 8}}`` -> ``{"lora.rank": 8}``; an empty mapping is a value."""
+    """``{"lora": {"rank": 8}}`` -> ``{"lora.rank": 8}``; an empty mapping is null, as the settings read it."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         deeper = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{name}.") if deeper else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}.") if deeper else {f"{prefix}{name}": None if value == {} else value}
     return flat

@@ -111,7 +111,8 @@ def pinned(repository: str | None, commit: str | None, path: str) -> str | None:
     """GitHub shows it wherever Markdown is rendered, to whoever may read the repository."""
     if not (repository and commit and read(commit, path)):
         return None
-    return f"{repository}/blob/{commit}/{quote(path)}?raw=true"
+    below = (git("rev-parse", "--show-prefix") or b"").decode().rstrip("\n")  # the repository's top
+    return f"{repository}/blob/{commit}/{quote(below + path)}?raw=true"
 
 
 def read(commit: str | None, path: str) -> bytes | None:

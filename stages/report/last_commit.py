@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ GIT_SECONDS = 10
 def changed(inputs: Inputs, reports: Path, export: Path) -> str:
     """What differs from the report that is committed, in a line; empty without git, or where none is committed."""
     paths = (export / "lineage.json", reports / "validate" / "lineage.json", reports / "metrics.json")
-    found = [git("show", f"HEAD:./{path.as_posix()}", timeout=GIT_SECONDS) for path in paths]
+    found = [committed(path) for path in paths]
     commit = git("rev-parse", "--short", "HEAD", timeout=GIT_SECONDS)
     if commit is None or None in found:
         return ""
@@ -39,6 +40,10 @@ def changed(inputs: Inputs, reports: Path, export: Path) -> str:
     if measured.get("val.table") != inputs.measured.get("val.table"):
         loss = "held-out losses are of different tables"
     return f"Against commit {name}: {', '.join([*differences[:MAX_CHANGES], *more])}; {loss}."
+
+
+def committed(path: Path) -> bytes | None:
+    return git("show", f"HEAD:./{Path(os.path.relpath(path)).as_posix()}", timeout=GIT_SECONDS)
 
 
 def compare(made: Any, new_made: Any, of_samples: Any, new_of_samples: Any) -> Iterator[str]:
