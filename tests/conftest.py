@@ -198,6 +198,7 @@ def workspace(
     caplog.set_level(logging.INFO, logger="lora-dag")
 
     def call(stage: str, *argv: str) -> list[str]:
+        forget_precision()
         monkeypatch.setattr(sys, "argv", [stage, *argv])
         caplog.clear()
         module = importlib.import_module(f"stages.{stage}")
@@ -207,6 +208,12 @@ def workspace(
         return [record.getMessage() for record in caplog.records if record.name == "lora-dag"]
 
     return Workspace(tmp_path, call)
+
+
+def forget_precision() -> None:
+    """Accelerate keeps the precision of its first use for the whole process; a stage has a process of its own."""
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def outcome(workspace: Workspace, stage: str, capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +11,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from stages.artifacts.latent_cache import LatentCache
 from stages.artifacts.manifest import Manifest
@@ -249,15 +247,6 @@ def test_the_dag_end_to_end(trained: Workspace, name: str, family: Family, stock
     assert Path("sample.png").stat().st_size > 100
 
 
-@pytest.fixture
-def another_precision() -> Iterator[None]:
-    """Accelerate keeps one precision for a whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("another_precision")
 def test_training_and_drawing_in_bfloat16(trained: Workspace, name: str) -> None:
     """Frozen weights and autocast in half precision: every place where two dtypes could meet."""
     for stage in ("prepare", "cache_latents", "train", "validate"):

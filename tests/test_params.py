@@ -104,7 +104,7 @@ def test_unknown_section_names_the_near_one(file: Path) -> None:
 
 
 def test_missing_key_says_what_is_expected(file: Path) -> None:
-    file.write_text(file.read_text().replace("  num_steps: 400", "  #"))
+    file.write_text(file.read_text().replace("  num_steps: 200", "  #"))
     (problem,) = problems(file)
     assert problem.startswith("params.yaml train.num_steps: missing; expected int")
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from peft import PeftModel
 
 from stages.artifacts.adapter import FINAL, Adapter
@@ -51,12 +49,6 @@ STRONG = ("train.learning_rate=0.05", "lora.alpha=6", "lora.dropout=0.25", "trai
 @pytest.fixture(params=["sd", "sdxl"])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def other_precision_may_follow() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from stages.artifacts.adapter import FINAL, Adapter, snapshot_name
 from stages.artifacts.latent_cache import LatentCache
@@ -26,13 +24,6 @@ from stages.train.optimizers import make_optimizer
 from tests.conftest import Workspace, outcome
 from tests.settings import train_params
 from tests.trainings import LONG, batches, history, outputs, refusal, squared_errors, weights
-
-
-@pytest.fixture(autouse=True)
-def other_precision_may_follow() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
 
 # What is written
 
