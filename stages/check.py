@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.cache_latents.params import CacheParams, flip_problems
-from stages.core import base_files, bases, params, pin, sweep
+from stages.core import base_files, bases, params, pin, sharing, sweep
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams
@@ -64,7 +64,7 @@ def main() -> None:
     found += feature_files.problems(config.section(ValidateParams).feature_model)
     notes = dict.fromkeys(text for each in runs for text in snapshot_notes(each.config))
     notes |= dict.fromkeys(mapping_notes(config))
-    for text in [*notes, *machine_notes(config.section(RuntimeParams).num_machines)]:
+    for text in [*notes, *machine_notes(config.section(RuntimeParams).num_machines), *sharing.unshared()]:
         log.info("note: %s", text)
     others = {each.places["prepare"]: each.config for each in runs if each.config.section(DatasetParams) != dataset}
     found += [problem for other in others.values() for problem in dataset_problems(other)]

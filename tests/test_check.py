@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from stages import check
-from stages.core import hub
+from stages.core import hub, sharing
 from stages.core.console import UserError
 from stages.core.files import read_json
 from tests.conftest import Workspace, read_rows, write_rows
@@ -66,6 +66,11 @@ def test_notes_of_what_a_run_will_tell_little_with(workspace: Workspace) -> None
     assert [line[:60] for line in lines if "snapshot" in line] == [
         "note: params.yaml train.snapshot_every_n_steps: 9 keeps none"
     ]
+
+
+def test_data_that_nobody_else_can_get_is_noted(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "unshared", lambda: ["data/mine.dvc: nobody else can get this data"])
+    assert "note: data/mine.dvc: nobody else can get this data" in workspace.run("check")
 
 
 def test_several_machines_are_noted(workspace: Workspace) -> None:

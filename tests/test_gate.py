@@ -53,6 +53,7 @@ def test_an_honest_branch_passes(clone: Clone, monkeypatch: pytest.MonkeyPatch) 
     assert page.startswith(f"# Experiment: passed\n\nCommit `{head[:10]}` against `origin/main` (`{main[:10]}`).")
     assert "| max_heldout_change | 0 | held-out loss −19.90 %" in page
     assert "| lora.rank | 2 | 4 |" in page
+    assert "**Not shared:** `data/base.dvc, data/other.dvc, data/raw.dvc: nobody else can get this data: no DVC" in page
     assert f"| ![]({ADDRESS}/blob/{main}/reports/samples.png?raw=true) " in page
     assert f"| ![]({ADDRESS}/blob/{head}/reports/samples.png?raw=true) |" in page
 

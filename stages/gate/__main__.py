@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stages.artifacts import metrics
 from stages.compare.revisions import find_commit
-from stages.core import params
+from stages.core import params, sharing
 from stages.core.console import UserError, bare_parser, log, run
 from stages.core.files import write_text
 from stages.core.git import git
@@ -37,7 +37,10 @@ def main() -> None:
         answers = limits.answers(gates, measured(), comparison.change if comparison else None)
     except UserError as error:
         problems, answers = list(dict.fromkeys([*problems, *error.problems])), []
-    show(write_page(place, problems, answers, comparison), args.out)
+    unshared = sharing.unshared()
+    show(write_page(place, problems, answers, comparison, unshared), args.out)
+    for line in unshared:
+        log.warning("warning: %s", line)
     closed = [str(answer) for answer in answers if not answer.passed]
     if problems or closed:
         raise UserError(*problems, *closed)

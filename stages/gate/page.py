@@ -35,11 +35,13 @@ def write_page(
     problems: Sequence[str],
     answers: Sequence[Answer],
     comparison: Comparison | None,
+    unshared: Sequence[str] = (),
 ) -> str:
     """Markdown of at most MAX_BYTES.
 
     Args:
         problems: all that is wrong but for closed gates.
+        unshared: lines about data that nobody else can get.
     """
     passed = not problems and all(answer.passed for answer in answers)
     parts = [f"# Experiment: {'passed' if passed else 'not passed'}", subject(place)]
@@ -48,6 +50,7 @@ def write_page(
         parts += ["## Not of one run", "\n".join(f"- {in_line(line)}" for line in problems), doubt]
     else:
         parts.append("Parameters, code, dvc.lock and reports are of one run.")
+    parts += [f"**Not shared:** {in_line(line)}" for line in unshared]
     parts += ["## Gates", gates_table(answers), *moved(place, comparison)]
     parts += [re.sub("^#", "##", comparison.page, flags=re.MULTILINE)] if comparison else []
     return shortened("\n\n".join(part.strip() for part in parts if part), sheets(place))
