@@ -3,7 +3,8 @@
 Used is what data/latents/manifest.json names in any commit that a ref reaches (branches, tags, remotes, stashes, DVC's
 experiments), in the folders of this workspace and of experiments at work in .dvc/tmp, or under the present parameters,
 also in smaller batches where memory is short. What else a run left, finished or killed, is freed whatever its age; no
-run goes on meanwhile. Where any of these uses cannot be known, nothing is freed without ``--force``.
+run goes on meanwhile. A version that DVC's cache does not have, as in a fresh clone or after `dvc gc`, keeps nothing.
+Where any other use cannot be known, nothing is freed without ``--force``.
 
 Beside the entries, thumbnails of pictures that no version of reports/dataset/pictures.csv names are freed. Snapshots of
 the Hub in <state>/hub stay, since the pins that name them may stand in folders that DVC tracks, and so do checkpoints
@@ -27,7 +28,7 @@ from pathlib import Path
 from ruamel.yaml import YAML, YAMLError
 
 from stages.artifacts.store import Store
-from stages.core.console import UserError, log
+from stages.core.console import UserError, log, plural
 
 FOLDERS = ("runs/*/latents*", ".dvc/tmp/exps/*/*/{here}data/latents")
 """Where caches lie that are in no commit: Snakemake's, and those of experiments at work outside of the workspace.
@@ -120,7 +121,9 @@ def committed_keys(locks: dict[str, bytes]) -> tuple[set[str], list[str]]:
             absent.append(version)
         except (ValueError, StopIteration, *SHAPE):
             unreadable.append(version)
-    return used, unknown(garbled, absent, unreadable)
+    if absent:
+        log.info("note: %s", elsewhere(absent))
+    return used, unknown(garbled, unreadable)
 
 
 def latents_in(lock: bytes) -> set[str]:
@@ -137,19 +140,21 @@ def latents_in(lock: bytes) -> set[str]:
     return {digest.removesuffix(".dir") for digest in digests}
 
 
-def unknown(garbled: list[str], absent: list[str], unreadable: list[str]) -> list[str]:
-    """Lines about lock files that cannot be read, and versions of data/latents that are not here or damaged."""
+def elsewhere(absent: list[str]) -> str:
+    """About versions that were made on another machine, or that `dvc gc` has dropped here."""
+    what = f"{plural(len(absent), 'committed version')} of {LATENTS} {'is' if len(absent) == 1 else 'are'}"
+    return (
+        f"{what} not in DVC's cache ({shortened(absent)}): the entries that only such versions use are freed too, and "
+        "a run encodes them again when they are needed; `dvc fetch --all-commits cache_latents` keeps what a remote has"
+    )
+
+
+def unknown(garbled: list[str], unreadable: list[str]) -> list[str]:
+    """Lines about lock files that cannot be read, and damaged versions of data/latents."""
     problems = []
     if garbled:
         what = f"{len(garbled)} committed dvc.lock (blob {shortened(garbled)})"
         problems.append(f"{what} cannot be read: the entries it uses cannot be known; pass --force to free them")
-    if absent:
-        what = f"{len(absent)} committed version{'s are' if len(absent) > 1 else ' is'}"
-        problems.append(
-            f"{what} not in DVC's cache ({shortened(absent)}): their entries cannot be known; run "
-            "`dvc fetch --all-commits cache_latents` first. Where no remote holds them, pass --force: it frees the "
-            "entries that only those versions use, which a run encodes again when they are needed"
-        )
     if unreadable:
         what = f"{len(unreadable)} committed version{'s' * (len(unreadable) > 1)} of {LATENTS}"
         problems.append(
