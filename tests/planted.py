@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from ruamel.yaml import YAML
@@ -17,28 +19,39 @@ from stages.artifacts import metrics, picture_table
 from stages.artifacts.lineage import save as save_lineage
 from stages.core import evaluation
 from stages.core.evaluation import Score
-from stages.core.files import write_text
+from stages.core.files import sha256_json, write_text
+from stages.validate import curve, neighbours
 from tests.checkout import Checkout
 from tests.conftest import REPOSITORY
 
 PROMPTS = ["red apple", "blue boat"]
+NUM_PICTURES, THRESHOLD = 8, 0.3
 Clone = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bare repository with honest branches: main (rank 2), rank-4 (better), worse."""
+    """A bare repository with honest branches: main (rank 2), rank-4 (better), worse; and two better ones that hold out
+    other pictures: overlapping has half of main's, disjoint none.
+    """
     folder = tmp_path_factory.mktemp("published")
     (folder / "base").mkdir()
     (folder / "base/model_index.json").write_text("{}")
     checkout = Checkout(folder / "checkout", folder / "base")
     for name in ("requirements.lock", "pyproject.toml"):
         (checkout.path / name).write_bytes((REPOSITORY / name).read_bytes())
+    shutil.copytree(REPOSITORY / ".github", checkout.path / ".github")
+    checkout.set(validate__max_pictures=NUM_PICTURES, export__formats=["diffusers", "peft"])
     commit_run(checkout, 0.5)
-    for branch, loss, rank in (("rank-4", 0.4, 4), ("worse", 0.6, 2)):
+    for branch, loss, rank, first in (
+        ("rank-4", 0.4, 4, 0),
+        ("worse", 0.6, 2, 0),
+        ("overlapping", 0.4, 2, NUM_PICTURES // 2),
+        ("disjoint", 0.4, 2, NUM_PICTURES),
+    ):
         checkout.git("switch", "--quiet", "--create", branch, "main")
         checkout.set(lora__rank=rank)
-        commit_run(checkout, loss)
+        commit_run(checkout, loss, first)
     checkout.git("clone", "--quiet", "--bare", ".", str(folder / "remote.git"))
     return folder / "remote.git"
 
@@ -60,46 +73,110 @@ def git(*arguments: str) -> str:
     return subprocess.run(["git", *identity, *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def commit_run(checkout: Checkout, loss: float) -> None:
-    plant(checkout.path, loss)
+def commit_run(checkout: Checkout, loss: float, first: int = 0) -> None:
+    plant(checkout.path, loss, first)
     write_lock(checkout.path)
     checkout.commit(f"Held-out loss {loss}")
 
 
-def plant(root: Path, loss: float, table: str = "0123456789abcdef") -> None:
-    """Every report that dvc.yaml lists, of an adapter whose held-out loss is about ``loss`` (the base's is 1)."""
+def plant(root: Path, loss: float, first: int = 0) -> None:
+    """Every report that dvc.yaml lists, of an adapter whose held-out loss is about ``loss`` (the base's is 1).
+
+    Args:
+        first: number of the first held-out picture.
+    """
     for stage in read(root / "dvc.yaml")["stages"].values():
         for path in (path for path, cached in outputs(stage).items() if not cached):
             write_text(root / path, f"{path}\n")
-    reports = root / "reports"
-    scores = [
-        Score(f"{split}-{index}-{t}", f"{index}.png", split, t, 1.0, loss + 0.001 * (index * t % 7))
-        for split in ("heldout", "train")
-        for index in range(8)
-        for t in (100, 900)
-    ]
-    write_text(reports / "validate/heldout.csv", evaluation.write_scores(scores))
-    measured = evaluation.metrics(scores, 1000, seed=0)
-    metrics.save(reports / "metrics.json", measured | {"val.table": table, "val.best_step": 4})
-    metrics.save(reports / "train/metrics.json", {"train.num_steps": 4})
-    exported = {f"export.{name}.max_abs_error": 1e-7 for name in ("diffusers", "peft")}
+    reports, params = root / "reports", read(root / "params.yaml")
+    names = {"heldout": [f"h{first + i}.png" for i in range(NUM_PICTURES)]}
+    names["train"] = [f"t{i}.png" for i in range(NUM_PICTURES)]
+    plant_dataset(reports, names)
+    measured = plant_losses(reports, names, loss, params["train"]["num_steps"])
+    measured |= {"val.table": sha256_json(names)[:16], "drift.loss_change": 0.1, "drift.loss_change_low": 0.05}
+    metrics.save(reports / "metrics.json", measured | plant_nearest(reports, params["validate"]["num_seeds"]))
+    plant_training(reports, params["train"])
+    exported = {f"export.{name}.max_abs_error": 1e-7 for name in params["export"]["formats"]}
     metrics.save(reports / "export/metrics.json", exported | {"export.rank_1.max_abs_error": 0.5})
+    made = {"adapter": "ada97e5" + 57 * "0", "base": {"unet": "ba5e" + 60 * "0"}, "latents": "1a7e" + 60 * "0"}
+    save_lineage(reports / "export/lineage.json", made)
     lineage = {
-        "base": {"unet": "a"},
-        "dataset": {"content": "c"},
-        "latents": "d",
+        "adapter": made["adapter"][:12],
+        "base": {"unet": made["base"]["unet"][:12]},
+        "dataset": {"content": sha256_json(names)[:12]},
+        "latents": made["latents"][:12],
         "lora_config": {"exclude_modules": []},
         "model": {"dtype": "float32"},
+        "neighbours": {"threshold": THRESHOLD},
         "sheet": {"cell": 64, "picture": [64, 64]},
+        "table": {"num_train_timesteps": 1000},
         "validate": {"prompts": PROMPTS, "scales": [1.0], "seed": 0},
     }
     save_lineage(reports / "validate/lineage.json", lineage)
     few = ("val.loss", "val.loss_change", "val.best_step")
-    metrics.save(reports / "headline.json", {name: measured.get(name, 4) for name in few})
-    row = {"file_name": "0.png", "split": "train", "captions": "apple", "sha256": "0" * 64}
-    picture_table.save(reports / "dataset/pictures.csv", [row])
+    metrics.save(reports / "headline.json", {name: measured[name] for name in few})
     for name in ("samples", "progress"):
         Image.new("RGB", (64, 64), (round(255 * loss), 0, 0)).save(reports / f"{name}.png")
+
+
+def plant_dataset(reports: Path, names: dict[str, list[str]]) -> None:
+    rows = [
+        {"file_name": name, "split": split, "captions": "apple", "sha256": sha256_json(name)}
+        for split in names
+        for name in names[split]
+    ]
+    picture_table.save(reports / "dataset/pictures.csv", rows)
+    counts = {"num_pictures": len(rows), "num_train": NUM_PICTURES, "num_heldout": NUM_PICTURES, "num_left_out": 0}
+    metrics.save(reports / "dataset/metrics.json", dict(counts))
+
+
+def plant_losses(reports: Path, names: dict[str, list[str]], loss: float, num_steps: int) -> dict[str, Any]:
+    """heldout.csv and curve.csv; their metrics."""
+    scores = [
+        Score(f"{name}-{t}", name, split, t, 1.0, round(loss + 0.001 * (index * t % 7), 6))
+        for split in names
+        for index, name in enumerate(names[split])
+        for t in (100, 900)
+    ]
+    of = {
+        split: [
+            evaluation.by_picture((s.file_name, getattr(s, side)) for s in scores if s.split == split)
+            for side in ("base", "adapter")
+        ]
+        for split in names
+    }
+    heldout, probe = (dict(zip((0, num_steps), of[split], strict=True)) for split in ("heldout", "train"))
+    points = curve.make_curve(heldout, probe, seed=0)
+    write_text(reports / "validate/heldout.csv", evaluation.write_scores(scores))
+    write_text(reports / "validate/curve.csv", curve.write(points))
+    return {**evaluation.metrics(scores, 1000, seed=0), **curve.metrics(points)}
+
+
+def plant_nearest(reports: Path, num_seeds: int) -> dict[str, Any]:
+    """nearest.csv and its metrics: one sample of the adapter is a copy."""
+    asked = [(prompt, seed) for seed in range(num_seeds) for prompt in PROMPTS]
+    near = [round(0.2 + 0.25 * index, 6) for index in range(len(asked))]
+    lines = [
+        (*key, f"{distance:.6g}", "t0.png", int(distance < THRESHOLD), "0.9", "t1.png", 0)
+        for key, distance in zip(asked, near, strict=True)
+    ]
+    write_text(reports / "validate/nearest.csv", evaluation.write_csv(neighbours.FIELDS, lines))
+    found = {"samples.copied_share": 1 / len(near), "samples.nearest_distance": float(np.median(near))}
+    return found | {"samples.copied_share_base": 0.0, "samples.nearest_distance_base": 0.9}
+
+
+def plant_training(reports: Path, params: dict[str, Any]) -> None:
+    num = params["num_steps"]
+    rows = [f"{step},{1 / step:.6g},0.001,{0.1 * step:.6g}" for step in range(1, num + 1)]
+    write_text(reports / "train/loss.csv", "\n".join(["step,loss,learning_rate,grad_norm", *rows]) + "\n")
+    found = {
+        "train.num_steps": num,
+        "train.images_seen": num * params["batch_size"] * params["gradient_accumulation_steps"],
+        "train.loss_final": float(np.mean([1 / step for step in range(1, num + 1)])),
+        "train.grad_norm_max": 0.1 * num,
+        "train.adapter_digest": "ada97e5" + 9 * "0",
+    }
+    metrics.save(reports / "train/metrics.json", found)
 
 
 def write_lock(root: Path) -> None:

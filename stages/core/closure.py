@@ -14,21 +14,25 @@ ROOT = Path(__file__).resolve().parents[2]
 FAMILY = "stages/families/${model.family}.py"
 
 
-def closure(stage: str) -> list[str]:
+def closure(stage: str, root: Path = ROOT) -> list[str]:
     """Files that ``python -m stages.<stage>`` (a module or a package) can import, relative to the repository.
 
     The family's file is named by its template: families are loaded by name, by ``load_family`` in families/base.py.
     Imports under ``if TYPE_CHECKING`` never run.
+
+    Args:
+        root: of another checkout of the repository, which is read and not imported.
     """
-    module, package = ROOT / "stages" / f"{stage}.py", ROOT / "stages" / stage / "__main__.py"
-    found = reachable([module if module.exists() else package])
-    if ROOT / "stages/families/base.py" in found:
+    module, package = root / "stages" / f"{stage}.py", root / "stages" / stage / "__main__.py"
+    found = reachable([module if module.exists() else package], root)
+    dynamic = []
+    if root / "stages/families/base.py" in found:
         families = {
-            path for path in (ROOT / "stages/families").glob("*.py") if path.name not in ("__init__.py", "base.py")
+            path for path in (root / "stages/families").glob("*.py") if path.name not in ("__init__.py", "base.py")
         }
-        found |= reachable(sorted(families)) - families
-        return sorted([*(relative(path) for path in found), FAMILY])
-    return sorted(relative(path) for path in found)
+        found |= reachable(sorted(families), root) - families
+        dynamic = [FAMILY]
+    return sorted([*(path.relative_to(root).as_posix() for path in found), *dynamic])
 
 
 def code_digest(stage: str, family: str) -> str:
@@ -36,30 +40,26 @@ def code_digest(stage: str, family: str) -> str:
     return sha256_json({path: sha256_file(ROOT / path.replace("${model.family}", family)) for path in closure(stage)})
 
 
-def reachable(todo: list[Path]) -> set[Path]:
+def reachable(todo: list[Path], root: Path) -> set[Path]:
     """The files and all that they import; empty ``__init__.py`` are left out."""
     found: set[Path] = set()
     while todo:
         path = todo.pop()
         if path not in found:
             found.add(path)
-            todo += imports(path)
+            todo += imports(path, root)
     return {path for path in found if path.stat().st_size}
 
 
-def relative(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-def imports(path: Path) -> list[Path]:
+def imports(path: Path, root: Path) -> list[Path]:
     """Modules of this repository that a file imports, at any depth of its code."""
     found = []
     for node in runtime_nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [module_path(alias.name) for alias in node.names]
+            found += [module_path(alias.name, root) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.append(module_path(node.module))
-            found += [module_path(f"{node.module}.{alias.name}") for alias in node.names]
+            found.append(module_path(node.module, root))
+            found += [module_path(f"{node.module}.{alias.name}", root) for alias in node.names]
     return [p for p in found if p is not None]
 
 
@@ -72,10 +72,10 @@ def runtime_nodes(tree: ast.AST) -> list[ast.AST]:
     return nodes
 
 
-def module_path(name: str) -> Path | None:
+def module_path(name: str, root: Path) -> Path | None:
     if name.split(".")[0] != "stages":
         return None
-    path = ROOT.joinpath(*name.split("."))
+    path = root.joinpath(*name.split("."))
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()), None)
 
 

@@ -219,6 +219,7 @@ def origin_of(
         "table": {
             "num_pictures": dict(Counter(row.picture.split for row in exam.rows if row.stratum == 0)),
             "num_rows": len(exam.rows),
+            "num_train_timesteps": exam.num_train_timesteps,
             "prediction_type": exam.prediction_type,
         },
         "validate": settings.model_dump(),

@@ -5,6 +5,8 @@ Per-picture losses in, reports/validate/curve.csv out.
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,3 +91,19 @@ def write(curve: Sequence[Point]) -> str:
         values = (point.heldout, point.train_probe, above.mean, above.low, above.high)
         lines.append((point.step, *(f"{value:.6g}" for value in values)))
     return evaluation.write_csv(FIELDS, lines)
+
+
+def read(text: str) -> list[Point]:
+    """What ``write`` wrote, with its six digits.
+
+    Raises:
+        KeyError, ValueError: no such table, or one without rows.
+    """
+    rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
+    if not rows:
+        raise ValueError("no rows")
+    estimates = [Estimate(row["above_best"], row["above_best_low"], row["above_best_high"]) for row in rows]
+    return [
+        Point(int(row["step"]), row["heldout"], row["train_probe"], above)
+        for row, above in zip(rows, estimates, strict=True)
+    ]
