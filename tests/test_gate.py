@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -14,12 +15,13 @@ import pytest
 from stages.core.console import UserError
 from stages.core.evaluation import Estimate
 from stages.gate import __main__ as gate
-from stages.gate import limits, lock
+from stages.gate import figures, limits, lock
+from stages.gate.against import Comparison
 from stages.gate.page import MAX_BYTES, Place, link, shortened
 from stages.report.params import Gates
 from tests.planted import Clone, git
 
-OFF: dict[str, Any] = dict.fromkeys(Gates.model_fields)
+OFF: dict[str, Any] = {**dict.fromkeys(Gates.model_fields), "when_not_comparable": "fail"}
 ADDRESS = "https://github.com/o/r"
 
 
@@ -53,6 +55,9 @@ def test_an_honest_branch_passes(clone: Clone, monkeypatch: pytest.MonkeyPatch) 
     assert page.startswith(f"# Experiment: passed\n\nCommit `{head[:10]}` against `origin/main` (`{main[:10]}`).")
     assert "| max_heldout_change | 0 | held-out loss −19.90 %" in page
     assert "| lora.rank | 2 | 4 |" in page
+    assert (
+        "**Strength differs too**: alpha / rank is 0.5 against 1, so this compares strengths as well as ranks" in page
+    )
     assert "**Not shared:** `data/base.dvc, data/other.dvc, data/raw.dvc: nobody else can get this data: no DVC" in page
     assert f"| ![]({ADDRESS}/blob/{main}/reports/samples.png?raw=true) " in page
     assert f"| ![]({ADDRESS}/blob/{head}/reports/samples.png?raw=true) |" in page
@@ -66,7 +71,7 @@ def test_a_worse_branch_is_closed_by_its_gate(clone: Clone, monkeypatch: pytest.
     assert closed.endswith("+19.90]; the limit is 0")
     page = Path("page.md").read_text(encoding="utf-8")
     assert page.startswith("# Experiment: not passed") and "**not passed**" in page
-    assert "are of one run" in page
+    assert "dvc.lock and reports/ have the digests of one run" in page and "nothing was run again here" in page
     assert "passes unless the whole of it lies above the limit" in page
     assert "![](reports/samples.png)" in page or "![Samples](reports/samples.png)" in page  # no address: by path
 
@@ -179,7 +184,9 @@ def test_gates_are_no_part_of_the_run_and_a_change_of_theirs_is_shown(
     edit("params.yaml", "max_heldout_change: 0.0", "max_heldout_change: 0.5")
     assert run(monkeypatch, "--against", "origin/main", "--out", "page.md") == []
     page = Path("page.md").read_text(encoding="utf-8")
-    assert "**This branch changes gates:** `report.gates.max_heldout_change 0.0 → 0.5` (`origin/main` has" in page
+    assert page.startswith("# Experiment: passed; changes report.gates\n")
+    assert "- **report.gates**: `report.gates.max_heldout_change 0.0 → 0.5`" in page
+    assert "The gate that ran is the branch's own." in page
 
 
 def test_a_revision_without_reports_closes_the_gate_that_asks_for_it(
@@ -283,12 +290,375 @@ def test_figures_of_another_kind_are_one_line(clone: Clone, monkeypatch: pytest.
     assert Path("page.md").read_text(encoding="utf-8").startswith("# Experiment: not passed")
 
 
+# Figures whose digests are forged too
+
+
+def forge(path: str, old: str, new: str) -> None:
+    """Edit a report as one would who knows that dvc.lock has its digest."""
+    before = lock.md5(Path(path))
+    edit(path, old, new)
+    text = Path("dvc.lock").read_text(encoding="utf-8")
+    assert before in text
+    Path("dvc.lock").write_text(text.replace(before, lock.md5(Path(path))), encoding="utf-8")
+
+
+def set_metric(path: str, name: str, value: object) -> Callable[[], None]:
+    def change() -> None:
+        old = json.dumps(json.loads(Path(path).read_text(encoding="utf-8"))[name])
+        forge(path, f'"{name}": {old}', f'"{name}": {json.dumps(value)}')
+
+    return change
+
+
+MEASURED, TRAINED = "reports/metrics.json", "reports/train/metrics.json"
+HELDOUT, CURVE = "reports/validate/heldout.csv", "reports/validate/curve.csv"
+NEAREST, PICTURES = "reports/validate/nearest.csv", "reports/dataset/pictures.csv"
+LINEAGE, EXPORTED = "reports/validate/lineage.json", "reports/export/metrics.json"
+FORGED: dict[str, tuple[Callable[[], Any], str]] = {
+    "loss": (
+        set_metric(MEASURED, "val.loss", 0.1),
+        r"reports/metrics.json val.loss: 0.1, and .*heldout.csv gives 0.50",
+    ),
+    "interval": (
+        set_metric(MEASURED, "val.overfit_gap_low", -0.9),
+        r"reports/metrics.json val.overfit_gap_low: -0.9, and .*heldout.csv gives -0.00",
+    ),
+    "a third of the noise": (
+        set_metric(MEASURED, "val.loss_high_noise", 0.2),
+        r"reports/metrics.json val.loss_high_noise: 0.2, and .*heldout.csv gives 0.50",
+    ),
+    "null": (set_metric(MEASURED, "val.loss_change_high", None), r".*val.loss_change_high: None, and .* gives -0.49"),
+    "best step": (set_metric(MEASURED, "val.best_step", 2), r".* val.best_step: 2, and .*curve.csv gives 4"),
+    "curve": (
+        lambda: forge(CURVE, "4,0.50", "4,0.40"),
+        r"reports/validate/curve.csv: 0.40\d* where .*heldout.csv gives 0.50\d* \(val.loss\)",
+    ),
+    "copies": (
+        set_metric(MEASURED, "samples.copied_share", 0.0),
+        r"reports/metrics.json samples.copied_share: 0.0, and .*nearest.csv gives 0.25",
+    ),
+    "copied": (
+        lambda: (forge(NEAREST, "t0.png,1", "t0.png,0"), set_metric(MEASURED, "samples.copied_share", 0.0)()),
+        r"reports/validate/nearest.csv: copied 0 at a distance of 0.2; reports/validate/lineage.json has 0.3",
+    ),
+    "a sample": (
+        lambda: forge(NEAREST, "blue boat,1", "red apple,1"),
+        r"reports/validate/nearest.csv: its 4 rows are not the 4 of validate.prompts and num_seeds",
+    ),
+    "a bad picture left out": (
+        lambda: forge(PICTURES, "h3.png,heldout", "h3.png,left out"),
+        r"reports/validate/heldout.csv h3.png: heldout, and reports/dataset/pictures.csv does not have it there",
+    ),
+    "a trained picture held out": (
+        lambda: forge(PICTURES, "h3.png,heldout", "h3.png,train"),
+        r"reports/validate/heldout.csv h3.png: heldout, and reports/dataset/pictures.csv does not have it there",
+    ),
+    "a held-out picture more": (
+        set_metric("reports/dataset/metrics.json", "num_heldout", 9),
+        r"reports/dataset/metrics.json num_heldout: 9, and reports/dataset/pictures.csv gives 8",
+    ),
+    "another timestep": (
+        lambda: forge(HELDOUT, "h2.png,heldout,100", "h2.png,heldout,600"),
+        r"reports/validate/heldout.csv h2.png: timesteps \[600, 900\], and validate.num_timesteps 2 asks one in each",
+    ),
+    "a row twice": (
+        lambda: forge(HELDOUT, "h2.png-100,", "h2.png-900,"),
+        r"reports/validate/heldout.csv h2.png-900: a row that is there twice",
+    ),
+    "training": (
+        set_metric(TRAINED, "train.loss_final", 0.1),
+        r".* train.loss_final: 0.1, and .*loss.csv gives 0.52083",
+    ),
+    "images": (set_metric(TRAINED, "train.images_seen", 800), r".* train.images_seen: 800, and .*loss.csv gives 8"),
+    "headline": (
+        set_metric("reports/headline.json", "val.loss", 0.1),
+        r"reports/headline.json val.loss: 0.1, and the stages' metrics.json gives 0.50",
+    ),
+    "adapter": (
+        lambda: forge(LINEAGE, '"ada97e5', '"bda97e5'),
+        r"reports/validate/lineage.json: another digest of the adapter \(bda97e500000\) than reports/export/lineage",
+    ),
+    "a base": (
+        lambda: forge(LINEAGE, '"unet": "ba5e', '"unet": "ca5e'),
+        r"reports/validate/lineage.json: another digest of the base's unet",
+    ),
+    "a format": (
+        lambda: forge(EXPORTED, "export.diffusers.max_abs", "export.rank_8.max_abs"),
+        r"reports/export/metrics.json: has no export.diffusers.max_abs_error, and export.formats lists diffusers",
+    ),
+    "no table": (
+        lambda: forge(CURVE, "step,heldout", "step,held-out"),
+        r"reports/: what `steps` needs is not as its stage wrote it \(KeyError: 'heldout'\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_figure_forged_with_its_digest_is_refused(clone: Clone, name: str) -> None:
+    clone("main")
+    change, expected = FORGED[name]
+    assert figures.problems() == []
+    change()
+    assert differences() == []  # of digests: none
+    found = figures.problems()
+    assert any(re.match(expected, line) for line in found), found
+
+
+def test_figures_forged_with_their_digests_close_the_gate(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC itself finds dvc.lock and reports/ up to date."""
+    clone("worse")
+    set_metric(MEASURED, "val.loss", 0.1)()
+    closed, _, line = sorted(run(monkeypatch, "--against", "origin/main", "--out", "page.md"), reverse=True)
+    assert closed.startswith("reports/metrics.json val.loss: 0.1, and reports/validate/heldout.csv gives 0.60")
+    assert line.startswith("report.gates.max_heldout_change: held-out loss +19.90 %")  # judged by the rows themselves
+    page = Path("page.md").read_text(encoding="utf-8")
+    assert page.startswith("# Experiment: not passed") and "- `reports/metrics.json val.loss: 0.1, and" in page
+
+
+def test_a_table_invented_as_a_whole_passes_and_the_page_says_who_would_find_it(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone("rank-4")
+    git("checkout", "--quiet", "origin/main", "--", "params.yaml")  # main's settings with rank-4's reports
+    lock_text = Path("dvc.lock").read_text(encoding="utf-8").replace("rank: 4", "rank: 2")
+    Path("dvc.lock").write_text(lock_text, encoding="utf-8")
+    assert run(monkeypatch, "--against", "origin/main", "--out", "page.md") == []
+    page = Path("page.md").read_text(encoding="utf-8")
+    assert "invented, together with its digest" in page and "`dvc repro --force --no-run-cache`" in page
+
+
+def test_code_that_dvc_yaml_and_dvc_lock_both_leave_out_is_named(clone: Clone) -> None:
+    """So that an edited trainer would have no digest anywhere."""
+    clone("main")
+    for path in ("dvc.yaml", "dvc.lock"):
+        text = Path(path).read_text(encoding="utf-8")
+        text = re.sub(r"( +)- path: stages/train/trainer\.py\n(?:\1  .*\n)+", "", text.replace(TRAINER, ""))
+        assert "stages/train/trainer.py" not in text
+        Path(path).write_text(text, encoding="utf-8")
+    edit("stages/train/trainer.py", "from __future__", "#\nfrom __future__")
+    assert differences() == []
+    (line,) = lock.problems()
+    assert line.startswith("dvc.yaml: stages/train/trainer.py is code of train, which does not list it; add it to its")
+
+
+# Rules that a branch changes for itself
+
+
+RULES: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "gates": (
+        lambda: edit("params.yaml", "max_export_error: 1.0e-5", "max_export_error:"),
+        "report.gates",
+        "report.gates.max_export_error 1e-05 → null",
+    ),
+    "a gate without a comparison": (
+        lambda: (edit("params.yaml", "max_heldout_change: 0.0", "max_heldout_change:"), Path(HELDOUT).unlink()),
+        "report.gates",
+        "report.gates.max_heldout_change 0.0 → null",
+    ),
+    "packages": (lambda: edit("requirements.lock", "torch==", "torch>="), "the packages", "requirements.lock"),
+    "gate": (
+        lambda: edit("stages/gate/lock.py", "import re", "import re  #"),
+        "the gate's code",
+        "stages/gate/lock.py",
+    ),
+    "what the gate imports": (
+        lambda: edit("stages/core/evaluation.py", "import csv", "import csv  #"),
+        "the gate's code",
+        "stages/core/evaluation.py",
+    ),
+    "a module of the gate removed": (
+        lambda: Path("stages/compare/verdict.py").unlink(),
+        "the gate's code",
+        "stages/compare/verdict.py",
+    ),
+    "a package's first file": (
+        lambda: Path("stages/__init__.py").write_text("import os\n"),
+        "the gate's code",
+        "stages/__init__.py",
+    ),
+    "workflow": (
+        lambda: edit(".github/workflows/experiment.yml", "contents: read", "contents: write"),
+        "the workflows",
+        ".github/workflows/experiment.yml",
+    ),
+    "a new workflow": (
+        lambda: Path(".github/workflows/ours.yml").write_text("on: push\n"),
+        "the workflows",
+        ".github/workflows/ours.yml",
+    ),
+    "pipeline": (lambda: edit("dvc.yaml", "stages:", "stages: #"), "the pipeline", "dvc.yaml"),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_changed_rule_is_on_the_page_and_in_its_title(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    clone("rank-4")
+    monkeypatch.setattr(lock, "ask_dvc", lambda: [])
+    change, rule, detail = RULES[name]
+    change()
+    run(monkeypatch, "--against", "origin/main", "--out", "page.md")
+    page = Path("page.md").read_text(encoding="utf-8")
+    assert page.splitlines()[0].endswith(f"; changes {rule}")
+    assert f"- **{rule}**: `{detail}`" in page
+
+
+def test_what_the_other_branch_has_changed_since_is_no_change_of_this_one(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone("main")
+    edit("params.yaml", "max_heldout_change: 0.0", "max_heldout_change: 0.5")
+    edit("requirements.lock", "torch==", "torch>=")
+    git("commit", "--quiet", "--all", "--message", "Newer main")
+    newer = git("rev-parse", "HEAD")
+    git("checkout", "--quiet", "origin/rank-4")
+    assert run(monkeypatch, "--against", newer, "--out", "page.md") == []
+    assert Path("page.md").read_text(encoding="utf-8").startswith("# Experiment: passed\n")
+
+
+# Other held-out pictures
+
+
+SEED_OF_TRAIN = "seed: 0\n\nvalidate:"
+
+
+def test_adapters_are_judged_on_the_pictures_that_both_hold_out(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone("overlapping")
+    assert run(monkeypatch, "--against", "origin/main", "--out", "page.md") == []
+    page = Path("page.md").read_text(encoding="utf-8")
+    assert page.startswith("# Experiment: passed\n")
+    assert re.search(
+        r"held-out loss −(19|20)\.\d\d % \[.*\] over 4 pictures that both hold out, of 8 and 8 \| passed", page
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "title", "closed"), [("fail", "not passed", True), ("neutral", "neutral, not comparable", False)]
+)
+def test_where_nothing_is_common_a_setting_decides(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch, setting: str, title: str, closed: bool
+) -> None:
+    clone("disjoint")
+    monkeypatch.setattr(lock, "ask_dvc", lambda: [])
+    edit("params.yaml", "when_not_comparable: fail", f"when_not_comparable: {setting}")
+    lines = run(monkeypatch, "--against", "origin/main", "--out", "page.md")
+    assert bool(lines) == closed
+    for line in lines:
+        assert line.startswith("report.gates.max_heldout_change: not comparable: the held-out table differs (pictures)")
+        assert line.endswith("; report.gates.when_not_comparable=neutral lets it pass")
+    page = Path("page.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# Experiment: {title}")
+    assert ("| neutral |" in page) != closed
+
+
+@pytest.mark.parametrize("broken", ["loss", "table"])
+def test_neutral_is_for_other_pictures_and_not_for_broken_reports(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    clone("worse")
+    monkeypatch.setattr(lock, "ask_dvc", lambda: [])
+    edit("params.yaml", "when_not_comparable: fail", "when_not_comparable: neutral")
+    edit(HELDOUT, ",0.6\n", ",nan\n") if broken == "loss" else edit(HELDOUT, "timestep", "time")
+    lines = run(monkeypatch, "--against", "origin/main", "--out", "page.md")
+    assert any(line.startswith("report.gates.max_heldout_change: not comparable") for line in lines), lines
+    assert Path("page.md").read_text(encoding="utf-8").startswith("# Experiment: not passed")
+
+
+def test_a_first_run_has_nothing_to_be_compared_with(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone("main")
+    monkeypatch.setattr(lock, "ask_dvc", lambda: [])
+    edit("params.yaml", "when_not_comparable: fail", "when_not_comparable: neutral")
+    start = git("rev-list", "--max-parents=0", "HEAD")
+    assert run(monkeypatch, "--against", start, "--out", "page.md") == []
+    page = Path("page.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# Experiment: neutral, not comparable with {start}")
+
+
+def test_invented_repeats_of_the_branch_do_not_widen_the_interval(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit before the last of the same setting and another seed, with losses all over the place."""
+    clone("worse")
+    reports = git("rev-parse", "HEAD")
+    edit("params.yaml", SEED_OF_TRAIN, SEED_OF_TRAIN.replace("seed: 0", "seed: 1"))
+    text = Path(HELDOUT).read_text(encoding="utf-8")
+    Path(HELDOUT).write_text(re.sub(r",0\.6\d*\n", ",9.0\n", text), encoding="utf-8")
+    git("commit", "--quiet", "--all", "--message", "Another seed")
+    git("checkout", "--quiet", reports, "--", ".")
+    git("commit", "--quiet", "--all", "--message", "This one")
+    monkeypatch.setattr(lock, "ask_dvc", lambda: [])
+    (closed,) = run(monkeypatch, "--against", "origin/main", "--out", "page.md")
+    assert closed.startswith("report.gates.max_heldout_change: held-out loss +19.90 %")
+
+
+# A commit, merged
+
+
+def test_a_commit_is_judged_as_it_would_be_merged_and_none_of_its_code_runs(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Modules of the branch that Python or DVC would import if the folder were theirs, hooks, links out of it."""
+    folder = clone("rank-4")
+    mark = f"from pathlib import Path; Path({str(tmp_path / 'owned')!r}).touch()\n"
+    for path in ("dvc/__init__.py", "ruamel/__init__.py", "numpy.py", "stages/gate/lock.py", "sitecustomize.py"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(mark, encoding="utf-8")
+    Path("reports/dataset.md").unlink()
+    Path("reports/dataset.md").symlink_to("/etc/hostname")
+    Path(".gitattributes").write_text("* filter=own\n")
+    git("add", "--all", "--force")
+    git("commit", "--quiet", "--message", "Better")
+    head = git("rev-parse", "HEAD")
+    git("checkout", "--quiet", "main")
+    command = ["-m", "stages.gate", "--against", "origin/main", "--commit", head, "--out", "page.md"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: reports/dataset.md: not what stage report wrote")
+    assert not (tmp_path / "owned").exists()
+    page = Path("page.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# Experiment: not passed; changes the gate's code\n\nCommit `{head[:10]}` against")
+    assert "The gate that ran is not the branch's own." in page
+    assert git("worktree", "list").splitlines() == [f"{folder}  {git('rev-parse', '--short', 'HEAD')} [main]"]
+    assert git("status", "--porcelain") == "?? page.md"
+
+
+def test_a_commit_that_conflicts_has_a_page_that_says_so(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone("main")
+    lines = run(monkeypatch, "--against", "origin/worse", "--commit", "origin/rank-4", "--out", "page.md")
+    worse, better = (git("rev-parse", f"origin/{name}")[:10] for name in ("worse", "rank-4"))
+    (line,) = lines
+    assert line.startswith(f"{better} conflicts with {worse} in dvc.lock, ") and "reports/metrics.json" in line
+    assert line.endswith(f"; merge {worse} into it and run again")
+    page = Path("page.md").read_text(encoding="utf-8")
+    assert page.startswith("# Experiment: not passed") and "conflicts with" in page and "![" not in page
+
+
+def test_a_newer_base_is_merged_before_a_commit_is_judged(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own lock is whole, and the merge's is not: main has other code of train by now."""
+    clone("main")
+    edit("stages/train/trainer.py", "from __future__", "#\nfrom __future__")
+    git("commit", "--quiet", "--all", "--message", "Newer main")
+    assert run(monkeypatch, "--against", "origin/main", "--commit", "origin/rank-4", "--out", "page.md") == []
+    (line,) = run(monkeypatch, "--against", "main", "--commit", "origin/rank-4", "--out", "page.md")
+    assert line.startswith("stages/train/trainer.py: changed since train ran, without a new dvc.lock")
+
+
+@pytest.mark.parametrize("name", ["", "workspace"])
+def test_nothing_is_no_commit_to_judge(clone: Clone, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    clone("main")
+    (line,) = run(monkeypatch, "--commit", name)
+    assert line.startswith(f"--commit: got '{name}'; name a commit, branch or tag")
+
+
 # Gates
 
 
 def answer(metrics: dict[str, Any], change: Estimate | str | None = None, **gates: float) -> list[str]:
     """Reasons of the gates that are closed."""
-    found = limits.answers(Gates.model_validate(OFF | gates), metrics, change)
+    comparison = None if change is None else Comparison("", change)
+    found = limits.answers(Gates.model_validate(OFF | gates), metrics, comparison)
     return [str(each) for each in found if not each.passed]
 
 

@@ -76,7 +76,7 @@ def judge(a: Side, b: Side, others: Sequence[Side] = ()) -> Verdict:
     shared = [row for row in answers[id(a)] if row in answers[id(b)]]
     pictures = [answers[id(a)][row].file_name for row in shared]
     if len(set(pictures)) < MIN_PICTURES:
-        return Verdict("not comparable", why_not(a, b, len(set(pictures))))
+        return Verdict("not comparable", why_not(a, b, len(set(pictures))), num_pictures=len(set(pictures)))
     losses = {}
     for side in (a, b, *others):
         if answers[id(side)].keys() >= set(shared):
@@ -84,7 +84,8 @@ def judge(a: Side, b: Side, others: Sequence[Side] = ()) -> Verdict:
             losses[id(side)] = evaluation.by_picture(zip(pictures, values, strict=True))
     for side in (a, b):
         if not np.isfinite(losses[id(side)]).all():
-            return Verdict("not comparable", f"a held-out loss of {side.name} is not a number")
+            why = f"a held-out loss of {side.name} is not a number"
+            return Verdict("not comparable", why, num_pictures=len(set(pictures)))
     num_a, num_b = (len({score.file_name for score in answers[id(side)].values()}) for side in (a, b))
     runs = [side for side in (a, b, *others) if np.isfinite(losses.get(id(side), np.nan)).all()]
     return replace(weigh(a, b, runs, losses), num_each=(num_a, num_b))

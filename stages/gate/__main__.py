@@ -1,14 +1,18 @@
 """May this experiment be merged? Told without any data: from params.yaml, code, dvc.lock and reports/ alone.
 
-In: the current folder, and params.yaml and reports/ of the revision compared with.
+In: the current folder, or with --commit what a merge of that commit would give, which is read and never imported; and
+params.yaml and reports/ of the revision compared with.
 Out: a Markdown page with the verdict, the comparison and the sheets; on stderr a line per reason not to pass.
-Run: `python -m stages.gate --against main`; exit code 0 passed, 2 not passed
+Run: `python -m stages.gate --against main`; exit code 0 passed or neutral, 2 not passed
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from stages.artifacts import metrics
 from stages.compare.revisions import find_commit
@@ -16,10 +20,9 @@ from stages.core import params, sharing
 from stages.core.console import UserError, bare_parser, log, run
 from stages.core.files import write_text
 from stages.core.git import git
-from stages.gate import against, limits, lock
-from stages.gate.against import Comparison
-from stages.gate.page import Place, write_page
-from stages.report.params import ReportParams
+from stages.gate import against, figures, limits, lock, rules, tree
+from stages.gate.page import Place, write_page, write_unread
+from stages.report.params import Gates
 
 METRICS = ("reports/metrics.json", "reports/train/metrics.json", "reports/export/metrics.json")
 
@@ -28,23 +31,60 @@ def main() -> None:
     args = arguments().parse_args()
     if args.out is not None:
         require_free(args.out)
+        args.out = args.out.absolute()
     there = against.other(args.against) if args.against is not None else None
-    place = Place(args.repository, reviewed(args.commit), args.against, there)
-    problems = lock.problems()
-    comparison = compare(args.against) if args.against is not None else None
+    commit = reviewed(args.commit)
+    place = Place(args.repository, commit, args.against, there, own_gate=args.commit is None)
+    with contextlib.ExitStack() as stack:
+        if args.commit and commit:
+            try:
+                stack.enter_context(tree.merged(commit, there))
+            except UserError as error:
+                show(write_unread(place, error.problems), args.out)
+                raise
+        judge(place, args.out)
+
+
+def judge(place: Place, out: Path | None) -> None:
+    """The current folder.
+
+    Raises:
+        UserError: it does not pass; a line per reason.
+    """
+    problems = list(dict.fromkeys([*lock.problems(), *figures.problems()]))
+    comparison = (
+        against.compare(place.against, place.against_commit) if place.against and place.against_commit else None
+    )
+    changes = rules.changes(place.against_commit) if place.against_commit else []
     try:
-        gates = params.load(Path("params.yaml")).section(ReportParams).gates
-        answers = limits.answers(gates, measured(), comparison.change if comparison else None)
+        answers = limits.answers(gates(), measured(), comparison)
     except UserError as error:
         problems, answers = list(dict.fromkeys([*problems, *error.problems])), []
     unshared = sharing.unshared()
-    show(write_page(place, problems, answers, comparison, unshared), args.out)
+    show(write_page(place, problems, answers, comparison, changes, unshared), out)
     for line in unshared:
         log.warning("warning: %s", line)
     closed = [str(answer) for answer in answers if not answer.passed]
     if problems or closed:
         raise UserError(*problems, *closed)
-    log.info("passed      %d gates", len(answers))
+    for answer in answers:
+        if answer.neutral:
+            log.info("neutral     report.gates.%s: %s", answer.gate, answer.measured)
+    log.info("passed      %d gates", sum(not answer.neutral for answer in answers))
+
+
+def gates() -> Gates:
+    """``report.gates`` alone: the branch's other settings may be newer than this gate.
+
+    Raises:
+        UserError: no params.yaml, or other gates in it than there are.
+    """
+    path = Path("params.yaml")
+    report = params.read_yaml(path).get("report")
+    try:
+        return Gates.model_validate(report.get("gates") if isinstance(report, dict) else None)
+    except ValidationError as error:
+        raise UserError(*params.explain(path, "report.gates", Gates, error)) from None
 
 
 def require_free(out: Path) -> None:
@@ -56,15 +96,6 @@ def require_free(out: Path) -> None:
     taken = next((path for path in lock.paths() if out.resolve().is_relative_to(path.resolve())), None)
     if taken:
         raise UserError(f"--out: {out} is, or lies in, {taken} of the run; name another file, such as gate.md")
-
-
-def compare(revision: str) -> Comparison:
-    """Also where one side has no reports: then the page says so in its place."""
-    try:
-        return against.compare(revision)
-    except UserError as error:
-        reason = f"not comparable with {revision}: {'; '.join(error.problems)}"
-        return Comparison(f"No comparison: {reason}.", reason, {})
 
 
 def show(page: str, out: Path | None) -> None:
@@ -82,14 +113,23 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repository", metavar="URL", help="link pictures there by commit: https://github.com/OWNER/NAME"
     )
-    parser.add_argument("--commit", metavar="SHA", help="the reviewed commit (default: HEAD)")
+    parser.add_argument(
+        "--commit", metavar="REV", help="judge this commit, merged into that of --against (default: the current folder)"
+    )
     return parser
 
 
 def reviewed(name: str | None) -> str | None:
-    """The commit named, or HEAD's; None outside of a repository."""
-    if name:
-        return find_commit(name)
+    """The commit named, or HEAD's; None outside of a repository.
+
+    Raises:
+        UserError: nothing of that name, or the folder itself.
+    """
+    if name is not None:
+        commit = find_commit(name) if name else None
+        if commit is None:
+            raise UserError(f"--commit: got '{name}'; name a commit, branch or tag, or leave it out for this folder")
+        return commit
     head = git("rev-parse", "--verify", "--quiet", "HEAD")
     return head.decode().strip() if head else None
 

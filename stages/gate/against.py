@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from stages.compare.page import write_page
 from stages.compare.repeats import find_repeats
 from stages.compare.revisions import WORKSPACE, find_commit
-from stages.compare.sides import Side, read_side
-from stages.compare.verdict import Verdict, judge
+from stages.compare.sides import read_commit, read_side
+from stages.compare.verdict import MIN_PICTURES, Verdict, judge
 from stages.core.console import UserError
 from stages.core.evaluation import Estimate
 
@@ -25,8 +24,10 @@ class Comparison:
     """Markdown."""
     change: Estimate | str
     """Of the held-out loss, as a share of the revision's, with its 95 % interval; or why there is none."""
-    moved_gates: dict[str, tuple[Any, Any]]
-    """Gates that were set otherwise there: key -> value there, value here."""
+    nothing_common: bool = False
+    """No held-out pictures to compare, and neither side's reports are at fault."""
+    shared: str = ""
+    """Of the held-out pictures, where the two do not hold out the same."""
 
 
 def other(name: str) -> str:
@@ -41,16 +42,28 @@ def other(name: str) -> str:
     return commit
 
 
-def compare(revision: str) -> Comparison:
-    """This folder's params.yaml and reports/ against a revision's.
+def compare(name: str, commit: str) -> Comparison:
+    """This folder's params.yaml and reports/ against a revision's, also where one side has no reports.
 
-    Raises:
-        UserError: one of the two has no reports, or they are damaged.
+    Runs of the revision's own history alone tell what a seed does: those of the branch are judged by nobody, and an
+    invented one would widen the interval to any width.
     """
-    there, here = read_side(revision), dataclasses.replace(read_side(WORKSPACE), name=HERE)
-    verdict = judge(there, here, find_repeats([there, here]))
+    try:
+        here = dataclasses.replace(read_side(WORKSPACE), name=HERE)
+    except UserError as error:
+        return no_comparison(name, error)
+    try:
+        there = read_commit(name, commit)
+    except UserError as error:
+        return dataclasses.replace(no_comparison(name, error), nothing_common=True)
+    verdict = judge(there, here, find_repeats([there]))
     page = write_page([there, here], [verdict], pictures={}, folder=Path())
-    return Comparison(page, share(verdict), moved_gates(there, here))
+    return Comparison(page, share(verdict), is_empty(verdict), shared(verdict))
+
+
+def no_comparison(name: str, error: UserError) -> Comparison:
+    reason = f"not comparable with {name}: {'; '.join(error.problems)}"
+    return Comparison(f"No comparison: {reason}.", reason)
 
 
 def share(verdict: Verdict) -> Estimate | str:
@@ -61,8 +74,13 @@ def share(verdict: Verdict) -> Estimate | str:
     return Estimate(*(value / (verdict.loss or 1.0) for value in dataclasses.astuple(change)))
 
 
-def moved_gates(there: Side, here: Side) -> dict[str, tuple[Any, Any]]:
-    """None where the revision had no gates."""
-    keys = [key for key in there.params if key.startswith("report.gates.")]
-    values = {key: (there.params[key], here.params.get(key)) for key in keys}
-    return {key: (before, now) for key, (before, now) in values.items() if before != now}
+def is_empty(verdict: Verdict) -> bool:
+    return verdict.word == "not comparable" and verdict.num_pictures < MIN_PICTURES
+
+
+def shared(verdict: Verdict) -> str:
+    """``12 pictures that both hold out, of 25 and 13``; empty where they hold out the same, or nothing."""
+    n, (there, here) = verdict.num_pictures, verdict.num_each
+    if (there, here) in ((n, n), (0, 0)):
+        return ""
+    return f"{n} pictures that both hold out, of {there} and {here}"

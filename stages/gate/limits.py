@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stages.artifacts.metrics import Value
-from stages.core.evaluation import Estimate
 from stages.core.markdown import signed
+from stages.gate.against import Comparison
 from stages.report.params import Gates
 
 WITH_INTERVAL = {"max_overfit_gap": "val.overfit_gap", "max_drift_change": "drift.loss_change"}
@@ -25,22 +25,29 @@ class Answer:
     limit: float
     measured: str
     passed: bool
+    neutral: bool = False
+    """It passed without a measurement, as ``when_not_comparable`` allows."""
+    cure: str = ""
+    """A setting that would let it pass."""
 
     def __str__(self) -> str:
-        return f"report.gates.{self.gate}: {self.measured}; the limit is {self.limit:g}"
+        return f"report.gates.{self.gate}: {self.measured}; the limit is {self.limit:g}{self.cure}"
+
+    @property
+    def word(self) -> str:
+        return "**not passed**" if not self.passed else "neutral" if self.neutral else "passed"
 
 
-def answers(gates: Gates, metrics: Mapping[str, Value], change: Estimate | str | None) -> list[Answer]:
+def answers(gates: Gates, metrics: Mapping[str, Value], comparison: Comparison | None) -> list[Answer]:
     """One per gate that is set. A figure that is missing closes its gate.
 
     Args:
         metrics: of reports/**/metrics.json together.
-        change: of the held-out loss, as a share of the other revision's; or why there is none; None where no revision
-            was given, which leaves that gate out.
+        comparison: None where no revision was given, which leaves ``max_heldout_change`` out.
     """
     found = []
-    if gates.max_heldout_change is not None and change is not None:
-        found.append(ask_change(gates.max_heldout_change, change))
+    if gates.max_heldout_change is not None and comparison:
+        found.append(ask_change(gates, gates.max_heldout_change, comparison))
     for gate, name in WITH_INTERVAL.items():
         limit = getattr(gates, gate)
         if limit is not None:
@@ -71,12 +78,17 @@ def as_number(value: Value) -> float | None:
     return float(value)
 
 
-def ask_change(limit: float, change: Estimate | str) -> Answer:
-    """Closed where the whole interval lies above ``limit``, or there is none."""
-    gate = "max_heldout_change"
+def ask_change(gates: Gates, limit: float, comparison: Comparison) -> Answer:
+    """Closed where the whole interval lies above ``limit``, or there is none; undecided where a setting says so."""
+    gate, change = "max_heldout_change", comparison.change
     if isinstance(change, str):
-        return Answer(gate, limit, change, passed=False)
+        if not comparison.nothing_common:
+            return Answer(gate, limit, change, passed=False)
+        if gates.when_not_comparable == "neutral":
+            return Answer(gate, limit, change, passed=True, neutral=True)
+        return Answer(gate, limit, change, passed=False, cure="; report.gates.when_not_comparable=neutral lets it pass")
     if change.low != change.low:
         return Answer(gate, limit, "one held-out picture has no interval", passed=False)
     mean, low, high = (signed(100 * share, ".2f") for share in (change.mean, change.low, change.high))
-    return Answer(gate, limit, f"held-out loss {mean} % [{low}, {high}]", passed=change.low <= limit)
+    over = f" over {comparison.shared}" if comparison.shared else ""
+    return Answer(gate, limit, f"held-out loss {mean} % [{low}, {high}]{over}", passed=change.low <= limit)

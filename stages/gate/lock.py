@@ -1,8 +1,8 @@
 """Whether params.yaml, code, dvc.yaml, dvc.lock and reports/ are of one run; a clone without data can tell.
 
 DVC gives the verdict (`dvc repro --dry --allow-missing`). What it does not say, which file and why, is read from
-dvc.lock here; and so is what it forgives: reports and code that are missing, code that dvc.yaml does not list any more,
-and stages that are frozen.
+dvc.lock here; and so is what it forgives: reports and code that are missing, code that dvc.yaml does not list, and
+stages that are frozen.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.core.closure import closure
 from stages.core.console import UserError
 from stages.core.params import read_yaml
 
@@ -25,6 +26,7 @@ Tree = dict[str, Any]
 UP_TO_DATE = "Data and pipelines are up to date."
 SHOWN = "dvc repro --dry --allow-missing"
 RUN = "run `dvc repro`, then commit dvc.lock and reports/"
+ADD = "add it to its deps, run"
 ABSENT = object()
 LOCK = Path("dvc.lock")
 
@@ -37,8 +39,8 @@ def problems() -> list[str]:
     if not LOCK.is_file():
         return [f"dvc.lock: missing; {RUN}"]
     try:
-        stale = ask_dvc()
-        return compare(Pipeline.read()) or stale
+        stale, pipeline = ask_dvc(), Pipeline.read()
+        return [*(compare(pipeline) or stale), *unlisted_code(pipeline)]
     except UserError as error:
         return list(error.problems)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -267,6 +269,21 @@ def used(pipeline: Pipeline, path: str, uses: list[File]) -> list[str]:
     same = {file.locked for file in uses if file.locked == here or other_line_ends(Path(path), file.locked)}
     other = in_order(pipeline, (file.stage for file in uses if file.locked not in same))
     return [f"{path}: changed since {other} ran, without a new dvc.lock; {RUN}"] if other else []
+
+
+def unlisted_code(pipeline: Pipeline) -> Iterator[str]:
+    """Code that a stage imports and dvc.yaml does not list: neither DVC nor a digest would tell that it changed."""
+    for name, stage in pipeline.stages.items():
+        module = re.search(r"-m stages\.(\w+)", str(stage["cmd"]))
+        try:
+            imported = closure(module[1], Path.cwd()) if module else []
+        except FileNotFoundError:  # named elsewhere, as a missing dependency
+            continue
+        family = str(look_up(pipeline.params, "model.family"))
+        code = [path.replace("${model.family}", family) for path in imported]
+        if unlisted := [path for path in code if path not in pipeline.listed(name, is_output=False)]:
+            more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
+            yield f"dvc.yaml: {unlisted[0]}{more} is code of {name}, which does not list it; {RUN.replace('run', ADD)}"
 
 
 def changed_data(pipeline: Pipeline) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -11,8 +11,16 @@ from urllib.parse import quote
 from stages.core.git import git
 from stages.core.markdown import code, table
 from stages.gate.against import Comparison
+from stages.gate.figures import CHECKED
 from stages.gate.limits import Answer
+from stages.gate.rules import Change
 
+MAX_FILES = 8  # named of a change
+NOT_CHECKED = (
+    "Not checked: nothing was run again here. Pictures, weights and tables are those that the branch brings. One that "
+    "was invented, together with its digest in dvc.lock and all that follows from it, is found by a rerun alone "
+    "(`dvc repro --force --no-run-cache`; in CI the label `rerun`)."
+)
 SHEETS = {"Samples": "reports/samples.png", "Progress": "reports/progress.png"}
 MAX_BYTES = 60_000  # GitHub takes 65,536 characters in a comment, Linux 131,072 bytes in a variable
 
@@ -28,6 +36,8 @@ class Place:
     against: str | None
     """Revision compared with."""
     against_commit: str | None
+    own_gate: bool = True
+    """The gate that ran is of the files that it judged."""
 
 
 def write_page(
@@ -35,6 +45,7 @@ def write_page(
     problems: Sequence[str],
     answers: Sequence[Answer],
     comparison: Comparison | None,
+    changes: Sequence[Change],
     unshared: Sequence[str] = (),
 ) -> str:
     """Markdown of at most MAX_BYTES.
@@ -43,17 +54,51 @@ def write_page(
         problems: all that is wrong but for closed gates.
         unshared: lines about data that nobody else can get.
     """
-    passed = not problems and all(answer.passed for answer in answers)
-    parts = [f"# Experiment: {'passed' if passed else 'not passed'}", subject(place)]
+    parts = [title(place, problems, answers, changes), subject(place), *changed_rules(place, changes)]
     if problems:
         doubt = "The figures below are those of the files as they are; nobody can vouch for them."
-        parts += ["## Not of one run", "\n".join(f"- {in_line(line)}" for line in problems), doubt]
+        parts += ["## Not of one run", bullets(in_line(line) for line in problems), doubt]
     else:
-        parts.append("Parameters, code, dvc.lock and reports are of one run.")
-    parts += [f"**Not shared:** {in_line(line)}" for line in unshared]
-    parts += ["## Gates", gates_table(answers), *moved(place, comparison)]
+        parts += ["Checked: parameters, code, dvc.lock and reports/ have the digests of one run; and", bullets(CHECKED)]
+    parts += [NOT_CHECKED, *(f"**Not shared:** {in_line(line)}" for line in unshared)]
+    parts += ["## Gates", gates_table(answers)]
     parts += [re.sub("^#", "##", comparison.page, flags=re.MULTILINE)] if comparison else []
     return shortened("\n\n".join(part.strip() for part in parts if part), sheets(place))
+
+
+def title(place: Place, problems: Sequence[str], answers: Sequence[Answer], changes: Sequence[Change]) -> str:
+    """The outcome, and each rule that the branch changes for itself."""
+    neutral = any(answer.neutral for answer in answers)
+    if problems or not all(answer.passed for answer in answers):
+        word = "not passed"
+    else:
+        word = f"neutral, not comparable with {place.against}" if neutral else "passed"
+    rules = ", ".join(change.rule for change in changes)
+    return f"# Experiment: {word}{f'; changes {rules}' if rules else ''}"
+
+
+def write_unread(place: Place, problems: Sequence[str]) -> str:
+    """The page of a commit whose files nobody could look at."""
+    return "\n\n".join(["# Experiment: not passed", subject(place), bullets(in_line(line) for line in problems)]) + "\n"
+
+
+def bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def changed_rules(place: Place, changes: Sequence[Change]) -> list[str]:
+    """What is to be reviewed by eye: the gate's verdict says nothing of it."""
+    if not changes:
+        return []
+    lines = [f"**{change.rule}**: {in_line(named(change.details))}" for change in changes]
+    own = "is" if place.own_gate else "is not"
+    by_eye = f"Review these by eye. The gate that ran {own} the branch's own."
+    return ["## This branch changes the rules that it is judged by", bullets(lines), by_eye]
+
+
+def named(details: Sequence[str]) -> str:
+    more = len(details) - MAX_FILES
+    return ", ".join(details[:MAX_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
 def subject(place: Place) -> str:
@@ -72,19 +117,11 @@ def in_line(text: str) -> str:
 def gates_table(answers: Sequence[Answer]) -> str:
     if not answers:
         return "None is set: see `report.gates` in params.yaml."
-    rows = [(a.gate, f"{a.limit:g}", a.measured, "passed" if a.passed else "**not passed**") for a in answers]
+    rows = [(a.gate, f"{a.limit:g}", a.measured, a.word) for a in answers]
     answered = table(("Gate", "limit", "measured", ""), rows, align=":---")
     if any("[" in a.measured for a in answers):
         return f"{answered}\n\nAn interval passes unless the whole of it lies above the limit."
     return answered
-
-
-def moved(place: Place, comparison: Comparison | None) -> list[str]:
-    """Gates that the branch itself changes."""
-    if not comparison or not comparison.moved_gates:
-        return []
-    changes = [f"{key} {before} → {now}" for key, (before, now) in comparison.moved_gates.items()]
-    return [f"**This branch changes gates:** {in_line(', '.join(changes))} (`{place.against}` has the first)."]
 
 
 def sheets(place: Place) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from stages.core.params import Params
@@ -14,7 +16,12 @@ class Gates(Params):
     """
 
     max_heldout_change: float | None = Field(ge=0)
-    """Held-out loss against that of the revision compared with, as a share of it; 0: not worse beyond noise."""
+    """Held-out loss against that of the revision compared with, as a share of it; 0: not worse beyond noise.
+
+    Where the held-out pictures differ, it is of those that both hold out.
+    """
+    when_not_comparable: Literal["fail", "neutral"]
+    """Where the two hold out nothing in common: fail closes ``max_heldout_change``, neutral leaves it undecided."""
     max_overfit_gap: float | None
     """``val.overfit_gap``, MSE."""
     max_drift_change: float | None
