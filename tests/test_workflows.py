@@ -62,7 +62,6 @@ def test_actions_are_pinned_by_commit_with_their_release_named(name: str) -> Non
 def test_every_job_says_what_it_may_do_and_how_long(name: str) -> None:
     workflow = load(name)
     assert workflow["permissions"] == {}
-    assert "pull_request_target" not in workflow["on"]
     for job in workflow["jobs"].values():
         assert job["timeout-minutes"] and job["permissions"]
         assert "concurrency" in job or "concurrency" in workflow or "needs" in job
@@ -80,6 +79,23 @@ def test_what_each_job_may_write() -> None:
         if "checkout" in step.get("uses", "") and job != "full-run":
             assert step["with"]["persist-credentials"] is False, job
     assert not any("uses" in step for job, step in steps("experiment.yml") if job == "comment")  # none of its code
+
+
+def test_where_a_token_may_write_no_code_of_a_pull_request_runs(tmp_path: Path) -> None:
+    """On ``pull_request_target``: only the base branch is checked out, and there are no secrets and no uploads."""
+    assert "pull_request_target" not in load("checks.yml")["on"]
+    runner = Runner(tmp_path / "runner", {"github.event_name": "pull_request_target"})
+    runner.values["needs.gate.outputs.page"] = "# Experiment"
+    started = [job for job in load("experiment.yml")["jobs"] if runner.would_run(job)]
+    assert started == ["gate", "comment"]
+    mine = [step for job, step in steps("experiment.yml") if job in started]
+    checkouts = [step for step in mine if "checkout" in step.get("uses", "")]
+    assert [step["with"]["ref"] for step in checkouts] == ["${{ github.event.pull_request.base.ref }}"]
+    assert "${{ secrets" not in (FOLDER / "experiment.yml").read_text()
+    head = [step["name"] for step in mine if "HEAD_SHA" in step.get("env", {})]
+    assert head == ["Fetch the pull request, as data", "Gate"]
+    tokens = [step["name"] for step in mine if "${{ github.token }}" in step.get("env", {}).values()]
+    assert tokens == ["Fetch the pull request, as data", "One comment, updated"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -178,12 +194,14 @@ class Runner:
 
 
 def pull_request(folder: Path, fork: bool = False) -> Runner:
-    """For the merge of the current branch into main, checked out as actions/checkout does."""
-    head = git("rev-parse", "HEAD")
-    git("checkout", "--quiet", "--detach", "origin/main")
-    git("merge", "--quiet", "--no-ff", "--no-edit", head)
+    """Of the current branch into main: pushed, and main checked out afresh, as actions/checkout does."""
+    head, remote = git("rev-parse", "HEAD"), git("remote", "get-url", "origin")
+    git("push", "--quiet", "--force", "origin", "HEAD:refs/pull/7/head")
+    git("clone", "--quiet", "--branch", "main", remote, str(folder / "checkout"))
+    os.chdir(folder / "checkout")
     values = {
-        "github.event_name": "pull_request",
+        "github.event_name": "pull_request_target",
+        "github.event.action": "opened",
         "github.event.pull_request.head.sha": head,
         "github.event.pull_request.number": "7",
         "github.event.pull_request.head.repo.full_name": "someone/r" if fork else "o/r",
@@ -244,15 +262,37 @@ def test_a_tampered_pull_request_is_red_and_says_which_files_and_why(clone: Clon
     assert runner.read("body").startswith("# Experiment: not passed")
 
 
+def test_a_pull_request_that_brings_its_own_gate_is_judged_by_the_base_branch_s(clone: Clone, tmp_path: Path) -> None:
+    """Its gate passes whatever it sees, and so would its workflow."""
+    clone("worse")
+    Path("stages/gate/__main__.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n", encoding="utf-8")
+    Path(".github/workflows/experiment.yml").write_text("on: push\n", encoding="utf-8")
+    git("commit", "--quiet", "--all", "--message", "Better")
+    runner = pull_request(tmp_path / "runner", fork=True)
+    assert runner.run("gate") == 2
+    assert "report.gates.max_heldout_change: held-out loss +19.90 %" in runner.stderr
+    assert runner.page().startswith("# Experiment: not passed; changes the gate's code, the workflows\n")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_pull_request_that_conflicts_is_red_and_says_where(clone: Clone, tmp_path: Path) -> None:
+    clone("rank-4")
+    root = git("rev-parse", "origin/main~1")
+    git("reset", "--quiet", "--soft", root)  # as if it had left before main had reports
+    git("commit", "--quiet", "--message", "Rank 4 from the start")
+    runner = pull_request(tmp_path / "runner")
+    assert runner.run("gate") == 2
+    assert "conflicts with" in runner.page() and "reports/metrics.json" in runner.page()
+
+
 def test_who_gets_a_comment_and_who_a_run(clone: Clone, tmp_path: Path) -> None:
     clone("rank-4")
-    ours, fork = pull_request(tmp_path / "ours"), pull_request(tmp_path / "fork", fork=True)
+    ours, fork = (pull_request(tmp_path / name, fork=name == "fork") for name in ("ours", "fork"))
     for runner in (ours, fork):
         runner.values["needs.gate.outputs.page"] = "# Experiment"
-    assert ours.would_run("gate") and fork.would_run("gate")
-    assert ours.would_run("comment") and not fork.would_run("comment")
+        assert runner.would_run("gate") and runner.would_run("comment")
     for runner in (ours, fork):
-        runner.values["github.event.label.name"] = "full-run"
+        runner.values |= {"github.event_name": "pull_request", "github.event.label.name": "full-run"}
     assert ours.would_run("full-run") and not fork.would_run("full-run")
     ours.values["github.actor"] = "dependabot[bot]"
     assert not ours.would_run("comment")
@@ -262,7 +302,13 @@ def test_who_gets_a_comment_and_who_a_run(clone: Clone, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("label", "head", "started"),
-    [("bug", "o/r", []), ("full-run", "o/r", ["full-run"]), ("full-run", "someone/r", [])],
+    [
+        ("bug", "o/r", []),
+        ("full-run", "o/r", ["full-run"]),
+        ("rerun", "o/r", ["full-run"]),
+        ("full-run", "someone/r", []),
+        ("rerun", "someone/r", []),
+    ],
 )
 def test_a_label_starts_a_full_run_or_nothing(tmp_path: Path, label: str, head: str, started: list[str]) -> None:
     """Nor a second gate, whose comment would replace the first: where the gate is skipped, it has no page."""
@@ -275,8 +321,21 @@ def test_a_label_starts_a_full_run_or_nothing(tmp_path: Path, label: str, head: 
     }
     runner = Runner(tmp_path / "runner", values)
     assert [job for job in load("experiment.yml")["jobs"] if runner.would_run(job)] == started
-    runner.values |= {"github.event.action": "synchronize", "github.event.label.name": ""}
-    assert [job for job in load("experiment.yml")["jobs"] if runner.would_run(job)] == ["gate"]
+
+
+@pytest.mark.parametrize(
+    ("action", "base", "started"),
+    [("synchronize", "", ["gate"]), ("edited", "", []), ("edited", "release", ["gate"])],
+)
+def test_another_base_branch_is_another_gate_and_another_title_none(
+    tmp_path: Path, action: str, base: str, started: list[str]
+) -> None:
+    values = {"github.event_name": "pull_request_target", "github.event.action": action}
+    runner = Runner(tmp_path / "runner", values | {"github.event.changes.base": base})
+    assert [job for job in load("experiment.yml")["jobs"] if runner.would_run(job)] == started
+
+
+LABEL = "github.event.label.name"
 
 
 @pytest.mark.slow
@@ -294,7 +353,7 @@ def test_a_full_run_makes_a_branch_honest(
     git("clone", "--quiet", "--branch", "rank-4", str(tmp_path / "remote.git"), str(tmp_path / "clone"))
     monkeypatch.chdir(tmp_path / "clone")
     assert lock.problems()
-    runner = Runner(tmp_path / "runner", {"github.head_ref || github.ref_name": "rank-4"})
+    runner = Runner(tmp_path / "runner", {"github.head_ref || github.ref_name": "rank-4"} | {LABEL: "full-run"})
     runner.environment |= {"PYTHONPATH": "", "LORA_STATE_DIR": str(tmp_path / "state")}
     virtual = runner.folder / "bin/python3"
     virtual.write_text(f'#!/bin/bash\nmkdir -p .venv/bin && cp "{runner.folder}/bin/pip" .venv/bin/\n')
@@ -309,3 +368,21 @@ def test_a_full_run_makes_a_branch_honest(
     assert lock.problems() == []
     assert runner.run("full-run") == 0, runner.stderr  # nothing is left to do
     assert git("ls-remote", "origin", "rank-4").split()[0] == git("rev-parse", "HEAD")
+    invent()
+    git("push", "--quiet", "origin", "HEAD")
+    assert lock.problems() == []
+    assert runner.run("full-run") == 0 and "invented" in Path("reports/dataset.md").read_text(encoding="utf-8")
+    runner.values[LABEL] = "rerun"
+    assert runner.run("full-run") == 0, runner.stderr
+    assert "invented" not in Path("reports/dataset.md").read_text(encoding="utf-8")
+    assert git("diff", "--name-only", "HEAD~1").splitlines() == ["dvc.lock", "reports/dataset.md"]
+
+
+def invent() -> None:
+    """A report with its digest in dvc.lock: DVC takes it for up to date."""
+    path = Path("reports/dataset.md")
+    before = lock.md5(path)
+    path.write_text("invented\n", encoding="utf-8")
+    text = Path("dvc.lock").read_text(encoding="utf-8")
+    Path("dvc.lock").write_text(text.replace(before, lock.md5(path)), encoding="utf-8")
+    git("commit", "--quiet", "--all", "--message", "Invent a page")
