@@ -70,7 +70,11 @@ def shift(*changes: float) -> None:
 def test_a_difference_that_the_pictures_cannot_show(repository: Repository) -> None:
     shift(0.01, -0.0098)
     page = repository.run()
-    assert ": within noise, +0.0 % [−2.4, +2.4].** Held-out loss 0.3965 → 0.3966; 95 % interval over 8 held" in page
+    assert (
+        ": within noise, 0.0 % [−2.4, +2.4].** 8 held-out pictures cannot tell; hold out more pictures. Held-out"
+        in page
+    )
+    assert "0.3965 → 0.3966; 95 % interval over 8 held-out pictures (percentile bootstrap, stretched to Student" in page
     assert "**Seed noise is not in the interval**" in page and "`dvc exp run -S train.seed=1`" in page
     assert "✗" not in page and "✓" not in page
 

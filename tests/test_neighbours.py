@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from stages.core.console import UserError
 from stages.core.params import ModelParams
 from stages.core.pictures import load_view
 from stages.families import sd
+from stages.report.page import in_words
 from stages.validate import examine, neighbours
 from stages.validate.exam import make_exam
 from stages.validate.latents import Vae
@@ -122,6 +124,29 @@ def test_copied_is_nearer_than_nearly_all_pictures_that_were_held_out() -> None:
         neighbours.require_few_copied(unknown, 0.4, Path("reports"))
 
 
+def test_far_is_farther_than_nearly_all_pictures_that_were_held_out() -> None:
+    heldout = np.arange(1, 101) / 100
+    found = Neighbours(samples(0.5, 0.9), samples(0.95, 0.96, 3.0, 0.5), heldout, (1.0, 1.0), 9)
+    assert found.far_threshold == pytest.approx(0.9595)  # between the 95th and the 96th of a hundred
+    assert [found.far_share(found.base), found.far_share(found.adapter)] == [0, 0.5]
+    assert np.isnan(Neighbours(samples(0.5), samples(0.5), np.array([]), (1.0, 1.0), 9).far_share(samples(0.5)))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "is_blank"),
+    [
+        (np.zeros((32, 32, 3)), True),
+        (np.full((32, 32, 3), (200, 30, 90)), True),  # one colour, but for some noise
+        (np.full((32, 32, 3), 255) - np.eye(32)[..., None] * 200, False),  # a thin line on white
+        (np.random.default_rng(0).integers(0, 30, (32, 32, 3)), False),  # dark noise: it is far instead
+    ],
+)
+def test_blank_is_one_colour(pixels: np.ndarray, is_blank: bool) -> None:
+    (sample,) = samples(1.0)
+    pixels = np.clip(pixels + np.random.default_rng(1).normal(0, 1, pixels.shape), 0, 255)
+    assert replace(sample, picture=Image.fromarray(pixels.astype(np.uint8))).is_blank == is_blank
+
+
 @pytest.mark.parametrize(("num_heldout", "share"), [(5, 1 / 6), (19, 0.05), (25, 0.05), (100, 0.05)])
 def test_what_nobody_copied_is_that_near_once_in_twenty_times(num_heldout: int, share: float) -> None:
     """NumPy's own quantile: 0.19, 0.09, 0.08 and 0.06."""
@@ -169,3 +194,28 @@ def test_planted_copies_fail_the_stage_and_the_base_does_not(
     assert [row["seed"] for row in rows] == ["0", "0", "1", "1"]
     assert Path("reports/validate/nearest.png").stat().st_size <= 300_000
     assert load_lineage(Path("reports/validate/lineage.json"))["neighbours"]["num_heldout"] == 8 - len(planted)
+
+
+def test_a_broken_adapter_of_a_better_loss_is_no_unqualified_better(
+    cached: Workspace,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It draws black pictures, then noise, under a base that draws what it was trained on; drift is its own."""
+    known = list(training_pictures().values())
+
+    def draw(examiner: Any, sampling: Any) -> list[Image.Image]:
+        unet, count = examiner.pipeline.unet, len(sampling.prompts)
+        if any(getattr(module, "disable_adapters", None) is True for module in unet.modules()):
+            return [picture.point(lambda value: value // 2 + 60) for picture in known[:count]]
+        return [Image.new("RGB", (32, 32))] * count if sampling.index == 0 else noise(count)
+
+    monkeypatch.setattr(examine.Examiner, "draw", draw)
+    write_adapter(30)
+    cached.run("validate", "--set", "validate.num_seeds=4")
+    measured = metrics.load(Path("reports/metrics.json"))
+    assert (measured["samples.blank_share"], measured["samples.blank_share_base"]) == (0.25, 0)
+    better = {"val.loss_change": -0.04, "val.loss_change_low": -0.045, "val.loss_change_high": -0.035}
+    said = in_words({**measured, **better}, load_lineage(Path("reports/validate/lineage.json")))
+    assert "better than the base on these few pictures" in said.partition(", but ")[0]
+    assert "6 of 8 samples count as unlike any picture of the dataset (2.67 by chance, the base's 0;" in said
+    assert said.endswith("; 2 of 8 samples count as blank (the base's 0).")

@@ -157,6 +157,16 @@ def write_reports(folder: Path) -> None:
         Image.new("RGB", (8, 8)).save(folder / name)
 
 
+def of(num_heldout: int = 25, num_pictures: int = 300, **validate: Any) -> dict[str, Any]:
+    """lineage.json of a run with so many held-out pictures, and 24 samples."""
+    return LINEAGE | {
+        "dataset": {"heldout": num_heldout, "train": num_pictures - num_heldout},
+        "neighbours": {"num_heldout": num_heldout, "threshold": 0.3},
+        "table": LINEAGE["table"] | {"num_pictures": {"heldout": num_heldout, "train": num_heldout}},
+        "validate": LINEAGE["validate"] | {"prompts": [f"{index}" for index in range(8)], "num_seeds": 3} | validate,
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -164,10 +174,13 @@ def write_reports(folder: Path) -> None:
             {},
             "loss fell by 0.0400 (−31 %), 95 % interval [−0.0450, −0.0350]: the adapter learned the style; no sign",
         ),
-        ({"val.loss_change_high": 0.001}, "no difference that the held-out pictures can show"),
+        (
+            {"val.loss_change_high": 0.001},
+            "[−0.0450, +0.0010]: no difference that the 25 held-out pictures can show.",
+        ),
         (
             {"val.loss_change": 0.01, "val.loss_change_low": 0.005, "val.loss_change_high": 0.02},
-            "rose by 0.0100 (+8 %), 95 % interval [+0.0050, +0.0200]: on pictures that it never saw, the adapter",
+            "rose by 0.0100 (+7.7 %), 95 % interval [+0.0050, +0.0200]: on pictures that it never saw, the adapter",
         ),
         (
             {"val.overfit_gap": 0.02, "val.overfit_gap_low": 0.01, "val.overfit_gap_high": 0.03, "val.best_step": 2},
@@ -175,20 +188,107 @@ def write_reports(folder: Path) -> None:
         ),
         (
             {"val.overfit_gap": 0.02, "val.overfit_gap_low": 0.01, "val.overfit_gap_high": 0.03},
-            "pictures gained 0.0200 more [+0.0100, +0.0300], but held-out loss was still at its lowest in the end",
+            "pictures gained 0.0200 more [+0.0100, +0.0300], but held-out loss was still at its lowest in the end.",
         ),
-        ({"val.loss_change_low": None, "val.loss_change_high": None}, "one held-out picture cannot tell more"),
-        ({"val.overfit_gap_low": None, "val.overfit_gap_high": None}, "no sign of overfitting"),
+        ({"val.onset_step": 3, "val.best_step": 2}, ", but it overfits from step 3 on, and held-out loss was lowest"),
+        ({"val.overfit_gap_low": None, "val.overfit_gap_high": None}, "no sign of overfitting."),
+        (
+            {"val.loss_change": -3e-5, "val.loss_change_low": -4e-5, "val.loss_change_high": -2e-5},
+            "fell by 0.000030 (−0.023 %), 95 % interval [−0.000040, −0.000020]: the adapter learned",
+        ),
+        (
+            {"val.loss_change": -2e-7, "val.loss_change_low": -0.01, "val.loss_change_high": 0.01},
+            "moved by 0.0000 (−0.00015 %), 95 % interval [−0.0100, +0.0100]: no difference",
+        ),
+    ],
+)  # fmt: skip
+def test_verdict_says_what_the_intervals_bear(changes: dict[str, Any], words: str) -> None:
+    assert words in report.in_words(MEASURED | changes, of())
+
+
+@pytest.mark.parametrize(
+    ("lineage", "cure"),
+    [
+        (of(3, 33), "3 held-out pictures cannot tell; set dataset.heldout_fraction=0.35."),
+        (of(2, 13), "2 held-out pictures cannot tell; set dataset.heldout_fraction=0.5, or add pictures."),
+        (of(9, 90), "9 held-out pictures cannot tell; set dataset.heldout_fraction=0.15."),
+        (of(1, 40), "1 held-out picture cannot tell; set dataset.heldout_fraction=0.25."),
+        (of(4) | {"dataset": {"heldout": 40, "train": 360}}, "cannot tell; set validate.max_pictures=40."),
     ],
 )
-def test_verdict_says_what_the_intervals_bear(changes: dict[str, Any], words: str) -> None:
-    assert words in report.verdict(MEASURED | changes, num_steps=4, num_heldout=25)
+def test_few_held_out_pictures_cannot_tell_and_what_would(lineage: dict[str, Any], cure: str) -> None:
+    changes = {"val.loss_change_low": None, "val.loss_change_high": None}
+    if lineage["table"]["num_pictures"]["heldout"] > 1:
+        changes = {"val.loss_change_low": -0.09, "val.loss_change_high": 0.01}
+    said = report.in_words(MEASURED | changes, lineage)
+    assert said.endswith(cure) and "no difference" not in said and "nan" not in said
 
 
 def test_few_held_out_pictures_show_no_absence_of_overfitting() -> None:
-    said = report.verdict(MEASURED, num_steps=4, num_heldout=4)
+    said = report.in_words(MEASURED, of(4))
     assert "4 held-out pictures are too few to tell whether it overfits" in said and "no sign" not in said
     assert "the adapter learned" not in said
+
+
+DRIFT = {"drift.loss": 0.368118, "drift.loss_base": 0.0334711, "drift.loss_change_low": 0.258}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (DRIFT, "loss on the base's own pictures is 11 times as high as the base's (0.0335 → 0.3681)."),
+        ({"drift.loss": 0.2100, "drift.loss_base": 0.2, "drift.loss_change_low": 0.01}, "is 1.05 times as high as the"),
+        (
+            {"samples.copied_share": 0.125, "samples.copied_share_base": 0.0},
+            "3 of 24 samples count as copies of training pictures (1.2 by chance, the base's 0; 24 samples cannot rule "
+            "chance out).",
+        ),
+        (
+            {"samples.copied_share": 1 / 3, "samples.copied_share_base": 1 / 24},
+            "8 of 24 samples count as copies of training pictures (1.2 by chance, the base's 1).",
+        ),
+        (
+            {"samples.far_share": 0.75, "samples.far_share_base": 0.0},
+            "18 of 24 samples count as unlike any picture of the dataset (1.2 by chance, the base's 0).",
+        ),
+        ({"samples.blank_share": 1.0, "samples.blank_share_base": 0.0}, "24 of 24 samples count as blank ("),
+        ({"samples.diversity": 0.1, "samples.diversity_base": 0.5}, "of one prompt differ 0.2 times as much as"),
+        ({"val.onset_step": 2, "val.best_step": 1}, "it overfits from step 2 on, and held-out loss was lowest at step"),
+    ],
+)  # fmt: skip
+def test_what_crossed_its_control_stands_in_the_same_breath(changes: dict[str, Any], words: str) -> None:
+    said = report.in_words(MEASURED | {"val.onset_step": None} | changes, of())
+    good, _, bad = said.partition(", but ")
+    assert words in bad and "better than the base on pictures like these" in good and "learned the style" not in good
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        DRIFT | {"drift.loss_change_low": -0.01},
+        {"samples.copied_share": 0.04, "samples.copied_share_base": 0.0},
+        {"samples.copied_share": 0.25, "samples.copied_share_base": 0.25},
+        {"samples.far_share": 0.125, "samples.far_share_base": 0.0},  # 3 of 24, as chance may give
+        {"samples.far_share": 0.75, "samples.far_share_base": 0.75},  # the base draws another style
+        {"samples.diversity": 0.3, "samples.diversity_base": 0.5},
+        {"samples.blank_share": 0.0, "samples.blank_share_base": 0.0},
+        {"samples.copied_share": None, "samples.far_share": None, "samples.diversity": None},
+    ],
+)
+def test_what_is_within_its_control_is_not_brought_up(changes: dict[str, Any]) -> None:
+    said = report.in_words(MEASURED | changes, of())
+    assert said.endswith(": the adapter learned the style; no sign of overfitting.")
+
+
+def test_a_broken_adapter_is_never_simply_better() -> None:
+    """Black noise, a third of it near a training picture: the loss alone was fine."""
+    broken = (
+        MEASURED | DRIFT | {"samples.copied_share": 1 / 3, "samples.copied_share_base": 0.0, "samples.far_share": 0.5}
+    )
+    said = report.in_words(broken | {"samples.far_share_base": 0.0}, of())
+    assert re.search("better than .*, but 8 of 24 samples .*; 12 of 24 samples .*; loss on the base's own", said)
+    worse = {"val.loss_change": 0.01, "val.loss_change_low": 0.005, "val.loss_change_high": 0.02}
+    assert "is worse than the base; no sign of overfitting; 8 of 24" in report.in_words(broken | worse, of())
 
 
 def test_page_has_links_that_exist_and_no_path_of_this_machine(workspace: Workspace) -> None:

@@ -28,7 +28,7 @@ from tests.caches import write_mixed_cache
 from tests.conftest import Workspace, read_rows, write_rows
 
 CONFIG = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"], "init_lora_weights": True}
-SAMPLES = ("chroma", "dark_share", "copied_share", "nearest_distance", "diversity")
+SAMPLES = ("chroma", "dark_share", "copied_share", "far_share", "blank_share", "nearest_distance", "diversity")
 KEYS = {
     *(f"val.{name}" for name in ("best_step", "onset_step", "loss", "loss_base", "table")),
     *(f"val.{name}" for name in ("train_loss", "train_loss_base")),

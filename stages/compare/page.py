@@ -12,6 +12,7 @@ from stages.compare.confounds import confounds
 from stages.compare.settings import SEED, changed_inputs, differing, unexplained, went_in
 from stages.compare.sides import Side, shared_prompts
 from stages.compare.verdict import Verdict
+from stages.core import findings
 from stages.core.dataset_changes import Changes, compare_tables
 from stages.core.files import from_json, sha256_file
 from stages.core.markdown import MINUS, code, facts, image, signed, table
@@ -60,9 +61,18 @@ def paragraph(a: Side, b: Side, verdict: Verdict) -> str:
     """``rank-16 (lora.rank 16) against main (lora.rank 8): better, −3.1 % [−4.0, −2.2].`` and what bears it."""
     left, right = names(b, a)
     inputs = [] if verdict.word == "not comparable" else unexplained(a, b)
-    more = [f"More than parameters differs: {', '.join(inputs)}."] if inputs else []
+    crossed = {side.name: crossed_by(side) for side in (b, a)}
+    but = f", but {'; '.join(crossed.pop(b.name))}" if verdict.word == "better" and crossed[b.name] else ""
+    more = [f"{name}: {'; '.join(clauses)}." for name, clauses in crossed.items() if clauses]
+    more += [f"More than parameters differs: {', '.join(inputs)}."] if inputs else []
     more += [] if verdict.word in ("not comparable", "equal") else confounds(b, a)
-    return f"{' '.join([f'**{left} against {right}: {verdict}.**', *more])}{basis(a, b, verdict)}"
+    return f"{' '.join([f'**{left} against {right}: {verdict}{but}.**', *more])}{basis(a, b, verdict)}"
+
+
+def crossed_by(side: Side) -> list[str]:
+    """Clauses: what the adapter does beyond its controls, the base's and chance's."""
+    overfits = findings.overfits(side.metrics, side.lineage.get("num_steps", 0))
+    return [*filter(None, [overfits]), *findings.crossed(side.metrics, side.lineage)]
 
 
 def names(one: Side, other: Side) -> tuple[str, str]:
@@ -83,7 +93,11 @@ def basis(a: Side, b: Side, verdict: Verdict) -> str:
     losses = f" Held-out loss {verdict.loss:.4f} → {verdict.loss + verdict.change.mean:.4f}"
     if verdict.same_setting and not verdict.df:
         return f"{losses}. Both report the same setting and seed: another machine, or files edited by hand."
-    return f"{losses}; 95 % interval over {pictures}" + (with_seeds(verdict) if verdict.df else without_seeds(a, b))
+    cannot = ""
+    if n < findings.FEW_PICTURES and verdict.word == "within noise":
+        cannot = f" {findings.cannot_tell(n, b.lineage, is_named=b.params.get('dataset.heldout_split') is not None)}."
+    seeds = with_seeds(verdict) if verdict.df else without_seeds(a, b)
+    return f"{cannot}{losses}; 95 % interval over {pictures} ({findings.BOOTSTRAP}){seeds}"
 
 
 def with_seeds(verdict: Verdict) -> str:
@@ -184,7 +198,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def show_number(value: object) -> str:
     if value is None or is_number(value):
-        shown = "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
+        shown = "" if value is None else f"{value:z.4g}" if isinstance(value, float) else f"{value}"
         return shown.replace("-", MINUS)
     return code(f"{value}", MAX_VALUE)
 

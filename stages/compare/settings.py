@@ -21,7 +21,7 @@ def differing(a: Side, b: Side) -> list[str]:
     """Dotted keys of parameters; ``lora.alpha`` null and the rank as a number are one value where ranks are equal."""
     keys = sorted(a.params.keys() | b.params.keys())
     if lora_section(a.params) == lora_section(b.params):
-        keys = [key for key in keys if not key.startswith("lora.alpha")]
+        keys = [key for key in keys if not key.startswith("lora.")]
     absent = object()
     return [
         key

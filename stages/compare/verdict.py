@@ -19,7 +19,7 @@ from stages.compare.settings import setting
 from stages.compare.sides import Side
 from stages.core import evaluation
 from stages.core.evaluation import Estimate, Score
-from stages.core.markdown import signed
+from stages.core.markdown import decimals, interval, signed
 
 MIN_PICTURES = 2  # one has no interval
 Word = Literal["better", "worse", "within noise", "equal", "not comparable"]
@@ -58,8 +58,8 @@ class Verdict:
         if self.word == "equal":
             return "equal: the held-out losses are the same to the last digit"
         mean, low, high = (100 * value / self.loss for value in (self.change.mean, self.change.low, self.change.high))
-        spec = ".1f" if max(abs(low), abs(high)) >= 0.1 else ".3f"
-        bounds = f" [{signed(low, spec)}, {signed(high, spec)}]" if self.df or not self.same_setting else ""
+        spec = decimals(mean, low, high, least=1)
+        bounds = f" {interval(low, high, spec)}" if self.df or not self.same_setting else ""
         once = ", with one seed each" if self.word in ("better", "worse") and not self.df else ""
         return f"{self.word}, {signed(mean, spec)} %{bounds}{once}"
 

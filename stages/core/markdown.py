@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,13 +35,25 @@ def image(text: str, path: Path, folder: Path) -> str:
 
 
 def signed(value: float, spec: str = ".4f") -> str:
-    """``+0.0120`` or ``−0.0120``."""
-    return f"{value:+{spec}}".replace("-", MINUS)
+    """``+0.0120`` or ``−0.0120``; what is rounded to zero has no sign."""
+    text = f"{value:+z{spec}}"
+    return (text if float(text) else text[1:]).replace("-", MINUS)
 
 
-def interval(low: float, high: float) -> str:
+def plain(value: float, spec: str) -> str:
+    """``0.0120`` or ``−0.0120``; what is rounded to zero has no sign."""
+    return f"{value:z{spec}}".replace("-", MINUS)
+
+
+def interval(low: float, high: float, spec: str = ".4f") -> str:
     """``[−0.0140, −0.0090]``"""
-    return f"[{signed(low)}, {signed(high)}]"
+    return f"[{signed(low, spec)}, {signed(high, spec)}]"
+
+
+def decimals(*values: float, least: int) -> str:
+    """Format of numbers that stand together: two digits of the largest, and ``least`` decimals or more."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return f".{max(least, 1 - math.floor(math.log10(largest)) if largest else 0)}f"
 
 
 def code(text: str, max_length: int = 100) -> str:

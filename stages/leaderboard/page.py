@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.compare.confounds import confounds
+from stages.compare.page import crossed_by
 from stages.core import evaluation
 from stages.core.evaluation import Estimate
-from stages.core.markdown import code, image, signed, table
+from stages.core.findings import BOOTSTRAP, FEW_PICTURES, cannot_tell
+from stages.core.markdown import code, decimals, image, interval, signed, table
 from stages.core.sweep import Run, duration
 from stages.leaderboard.ranking import Standing, Table
 from stages.leaderboard.results import Result
@@ -24,12 +26,12 @@ SEED = "train.seed"
 ABOUT = (
     "Held-out loss: of the adapter at the end of its training, what it differs from the base's, in percent of that, so "
     "below 0 is better. Against the best: what it differs from the best setting's, in percent of that, paired picture "
-    "by picture. Intervals are of 95 %, over held-out pictures and, where some setting has several seeds, over those; "
-    "of a single run, over pictures alone. Each is for its own line: of twenty settings as good as the best, one is "
-    "expected to stand as worse. The best was picked by these same pictures, so one within noise of it may be as good. "
-    "`front`: no setting of the table is better in one of loss and size, or loss and time (to two digits), and as "
-    "good in the other. In the plots a dot is a run, a bar the seeds of a setting, and a line the mean of the settings "
-    "that were run with every value of the key."
+    f"by picture. Intervals are of 95 %, over held-out pictures ({BOOTSTRAP}) and, where some setting has several "
+    "seeds, over those; of a single run, over pictures alone. Each is for its own line: of twenty settings as good as "
+    "the best, one is expected to stand as worse. The best was picked by these same pictures, so one within noise of "
+    "it may be as good. `front`: no setting of the table is better in one of loss and size, or loss and time (to two "
+    "digits), and as good in the other. In the plots a dot is a run, a bar the seeds of a setting, and a line the mean "
+    "of the settings that were run with every value of the key."
 )
 FIELDS = (
     *("table", "rank", "run", "dataset", "seed", "state", "loss", "loss_base", "change", "change_low", "change_high"),
@@ -84,11 +86,16 @@ def runs_of(tables: Sequence[Table]) -> list[Run]:
 def headline(each: Table) -> str:
     """The best, how many others cannot be told from it, and what differs beside what was swept."""
     best, *others = each.standings
+    crossed = next(filter(None, (crossed_by(result.done) for result in best.results)), [])
+    but = f", but {'; '.join(crossed)}" if crossed else ""
+    against = f"{percent(best.change, base_loss(best))} against the base{but}"
+    few = each.num_pictures < FEW_PICTURES and any(other.verdict == "within noise" for other in others)
     if not others:
-        return f"**{best.name}** alone: {percent(best.change, base_loss(best))} against the base."
+        return f"**{best.name}** alone: {against}."
     near = sum(other.verdict != "worse" for other in others)
     told = "all others are worse beyond noise" if not near else f"{near} of {len(others)} others within noise of it"
-    verdict = f"Best: **{best.name}**, {percent(best.change, base_loss(best))} against the base; {told}."
+    verdict = f"Best: **{best.name}**, {against}; {told}."
+    verdict += f" {cannot_tell(each.num_pictures, best.results[0].done.lineage)}." if few else ""
     return " ".join([verdict, *confounds(*(standing.results[0].done for standing in each.standings))])
 
 
@@ -156,8 +163,8 @@ def base_loss(row: Standing) -> float:
 def percent(change: Estimate, of: float) -> str:
     """``−3.1 % [−4.0, −2.2]``; without bounds where one picture has none."""
     mean, low, high = (100 * value / of for value in (change.mean, change.low, change.high))
-    bounds = "" if math.isnan(low) else f" [{signed(low, '.1f')}, {signed(high, '.1f')}]"
-    return f"{signed(mean, '.1f')} %{bounds}"
+    spec = decimals(mean, low, high, least=1)
+    return f"{signed(mean, spec)} %" + ("" if math.isnan(low) else f" {interval(low, high, spec)}")
 
 
 def shown(value: float | None, spec: str) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.artifacts.adapter import algorithm
+from stages.core.findings import number
 from stages.core.markdown import code, facts, image, table
 from stages.report import dataset, page, tables
-from stages.report.inputs import Inputs, number
+from stages.report.inputs import Inputs
 
 TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
 # Source: https://huggingface.co/docs/hub/repositories-licenses; another id goes up as "other" with its name.

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stages.artifacts.picture_table import LEFT_OUT, Row
+from stages.core.findings import number
 from stages.core.markdown import code, facts, image, link, table
-from stages.report.inputs import Inputs, number
+from stages.report.inputs import Inputs
 
 MAX_ROWS = 40  # of a table
 MAX_NAMES = 10  # in a cell

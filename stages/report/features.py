@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from stages.core.markdown import MINUS, signed, table
-from stages.report.inputs import Inputs, Metrics, number
+from stages.core.findings import number
+from stages.core.markdown import plain, signed, table
+from stages.report.inputs import Inputs, Metrics
 
 LABELS = {
     "clip_score": "CLIP score of sample and prompt, 0 to 100, higher is better",
@@ -34,4 +35,4 @@ def row(label: str, m: Metrics, name: str) -> tuple[str, ...]:
         number(m, name + end) for end in ("_base", "", "_change", "_change_low", "_change_high")
     )
     known = f" [{signed(low, '.3g')}, {signed(high, '.3g')}]" if low == low else ""
-    return label, *(f"{value:.4g}".replace("-", MINUS) for value in (before, after)), signed(change, ".3g") + known
+    return label, *(plain(value, ".4g") for value in (before, after)), signed(change, ".3g") + known

@@ -105,9 +105,3 @@ def read_numbers(path: Path) -> list[dict[str, float]]:
 def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def number(values: Metrics, name: str) -> float:
-    """NaN where a metric is null or absent."""
-    value = values.get(name)
-    return float(value) if isinstance(value, int | float) else float("nan")

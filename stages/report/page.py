@@ -2,61 +2,62 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stages.artifacts import model_card
 from stages.artifacts.adapter import algorithm
-from stages.core.markdown import code, facts, image, interval, link, signed
+from stages.core import findings
+from stages.core.findings import number
+from stages.core.markdown import code, decimals, facts, image, interval, link, plain, signed
 from stages.report import dataset, features, rank_used
-from stages.report.inputs import Inputs, Metrics, number
+from stages.report.inputs import Inputs, Metrics
 from stages.report.tables import export_facts, lineage_facts, results, settings_facts, table_note
 
 # The verdict
 
-FEW_PICTURES = 10  # held out; below it "no sign" would say nothing, and a bootstrap interval is too narrow
-
 
 def headline(inputs: Inputs) -> str:
-    lineage = inputs.lineage
-    return verdict(inputs.measured, lineage["num_steps"], lineage["table"]["num_pictures"]["heldout"])
+    return in_words(inputs.measured, inputs.lineage)
 
 
-def verdict(measured: Metrics, num_steps: int, num_heldout: int) -> str:
-    """The outcome in plain words: no more than the intervals bear."""
-    change, low, high = (number(measured, f"val.loss_change{bound}") for bound in ("", "_low", "_high"))
-    base = number(measured, "val.loss_base")
-    percent = f" ({signed(100 * change / base, '.0f')} %)" if base else ""
-    if measured["val.loss_change_low"] is None:
-        return f"Held-out loss moved by {signed(change)}{percent}, but one held-out picture cannot tell more."
-    known = f"{percent}, 95 % interval {interval(low, high)}"
-    if high < 0:
-        enough = num_heldout >= FEW_PICTURES
-        learned = "the adapter learned the style" if enough else "better than the base on these few pictures"
-        return (
-            f"Held-out loss fell by {-change:.4f}{known}: {learned}; {overfitting(measured, num_steps, num_heldout)}."
-        )
-    if low > 0:
-        return (
-            f"Held-out loss rose by {change:.4f}{known}: on pictures that it never saw, "
-            f"the adapter is worse than the base; {overfitting(measured, num_steps, num_heldout)}."
-        )
-    return f"Held-out loss moved by {signed(change)}{known}: no difference that the held-out pictures can show."
-
-
-def overfitting(measured: Metrics, num_steps: int, num_heldout: int) -> str:
-    """Whether the training pictures gained more than the held-out ones, and whether that did harm.
-
-    A gap alone is weak evidence: pictures that the base finds harder have more to gain.
-    """
-    gap, low, high = (number(measured, f"val.overfit_gap{bound}") for bound in ("", "_low", "_high"))
-    if measured["val.overfit_gap_low"] is None or low <= 0:
+def in_words(measured: Metrics, lineage: Mapping[str, Any]) -> str:
+    """What is better, and in the same breath what crossed its control: no more than the intervals bear."""
+    num_heldout = lineage["table"]["num_pictures"]["heldout"]
+    overfits = findings.overfits(measured, lineage["num_steps"])
+    crossed = [*filter(None, [overfits]), *findings.crossed(measured, lineage)]
+    good, outcome = verdict(measured, lineage, bool(crossed))
+    if not overfits and good is not None:
         few = f"{num_heldout} held-out pictures are too few to tell whether it overfits"
-        return "no sign of overfitting" if num_heldout >= FEW_PICTURES else few
-    gained = f"training pictures gained {gap:.4f} more {interval(low, high)}"
-    best = measured["val.best_step"]
-    if best == num_steps:
-        return f"{gained}, but held-out loss was still at its lowest in the end"
-    return f"it overfits: {gained}, and held-out loss was lowest at step {best}, not at {num_steps}"
+        outcome += f"; {'no sign of overfitting' if num_heldout >= findings.FEW_PICTURES else few}"
+    return f"{outcome}{(', but ' if good else '; ') if crossed else ''}{'; '.join(crossed)}."
+
+
+def verdict(measured: Metrics, lineage: Mapping[str, Any], is_qualified: bool) -> tuple[bool | None, str]:
+    """Whether the held-out loss is better, None where it cannot be told; and the outcome in plain words.
+
+    Args:
+        is_qualified: some other figure crossed its control.
+    """
+    change, low, high = (number(measured, f"val.loss_change{bound}") for bound in ("", "_low", "_high"))
+    base, num_heldout = number(measured, "val.loss_base"), lineage["table"]["num_pictures"]["heldout"]
+    share = 100 * change / base if base else math.nan
+    percent = f" ({signed(share, decimals(share, least=0))} %)" if base else ""
+    spec = decimals(change, low, high, least=4)
+    is_few = num_heldout < findings.FEW_PICTURES or low != low
+    known = f"{percent}, 95 % interval {interval(low, high, spec)}"
+    if high < 0:
+        learned = "better than the base on pictures like these" if is_qualified else "the adapter learned the style"
+        learned = "better than the base on these few pictures" if is_few else learned
+        return True, f"Held-out loss fell by {plain(-change, spec)}{known}: {learned}"
+    if low > 0:
+        worse = "on pictures that it never saw, the adapter is worse than the base"
+        return False, f"Held-out loss rose by {plain(change, spec)}{known}: {worse}"
+    moved = f"Held-out loss moved by {signed(change, spec)}{known if low == low else percent}"
+    cannot = f"no difference that the {num_heldout} held-out pictures can show"
+    return None, f"{moved}: {findings.cannot_tell(num_heldout, lineage) if is_few else cannot}"
 
 
 # The page

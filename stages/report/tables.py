@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stages.artifacts.adapter import algorithm
-from stages.core.markdown import interval, signed, table
-from stages.report.inputs import Inputs, Metrics, number
+from stages.core.findings import BOOTSTRAP, number
+from stages.core.markdown import decimals, interval, plain, signed, table
+from stages.report.inputs import Inputs, Metrics
 
 
 def results(inputs: Inputs) -> str:
@@ -31,14 +32,18 @@ def results(inputs: Inputs) -> str:
 
 
 def compared(label: str, m: Metrics, name: str) -> tuple[str, ...]:
-    before, after = number(m, f"{name}_base"), number(m, name)
-    return label, f"{before:.4f}", f"{after:.4f}", signed(after - before) + bounds(m, f"{name}_change")
+    """The change is the metric of that name where there is one: it was taken before anything was rounded."""
+    before, after, change = number(m, f"{name}_base"), number(m, name), number(m, f"{name}_change")
+    change = change if change == change else after - before
+    spec = decimals(before, after, least=4)
+    return label, plain(before, spec), plain(after, spec), with_bounds(change, m, f"{name}_change")
 
 
-def bounds(m: Metrics, name: str) -> str:
-    """A metric's interval, where it has one."""
+def with_bounds(value: float, m: Metrics, name: str) -> str:
+    """A difference and, where that metric has one, its interval."""
     low, high = number(m, f"{name}_low"), number(m, f"{name}_high")
-    return f" {interval(low, high)}" if low == low else ""
+    spec = decimals(value, low, high, least=4)
+    return signed(value, spec) + (f" {interval(low, high, spec)}" if low == low else "")
 
 
 def samples_rows(inputs: Inputs) -> list[tuple[str, ...]]:
@@ -48,6 +53,8 @@ def samples_rows(inputs: Inputs) -> list[tuple[str, ...]]:
         "chroma": ("Chroma of the drawing, 0 to 255", number(dataset, "chroma")),
         "dark_share": ("Near-black share of the drawing, 0 to 1", number(dataset, "dark_share")),
         "copied_share": ("Copies of training pictures, share", number({}, "")),
+        "far_share": ("Unlike any picture of the dataset, share", number({}, "")),
+        "blank_share": ("Of one colour, share", number({}, "")),
         "nearest_distance": ("Distance to the nearest training picture", number(neighbours, "heldout_median")),
         "diversity": ("Distance between pictures of one prompt", number({}, "")),
     }
@@ -64,22 +71,23 @@ def copies_note(neighbours: Mapping[str, Any], limit: float) -> str:
     by_chance = "one in twenty held-out pictures is that near by chance, so a share about 0.05 is no sign of copying"
     if neighbours["num_heldout"] < 20:
         by_chance = f"{neighbours['num_heldout']} held-out pictures are too few to say how many are by chance"
+    far = neighbours.get("far_threshold")
     return (
         f"Distances are between {neighbours['space']}; the dataset's is that of its held-out pictures. A sample nearer "
         f"than {limit:.3g} to one of {neighbours['num_training_views']} training views counts as a copy: {by_chance}."
+        + (f" One farther than {far:.3g} from all of them counts as unlike them, likewise." if far else "")
     )
 
 
 def table_note(inputs: Inputs) -> str:
     asked = inputs.lineage["table"]
-    counts = asked["num_pictures"]
+    counts, gap = asked["num_pictures"], number(inputs.measured, "val.overfit_gap")
     return (
         f"Losses are mean squared errors of the prediction ({asked['prediction_type']}) over a frozen table of "
         f"{asked['num_rows']} rows: {counts['heldout']} held-out and {counts['train']} training pictures, "
         f"{asked['num_rows'] // sum(counts.values())} timesteps each. Base and adapter answer the same rows under the "
-        "same noise; latents are the VAE's means; the interval is a 95 % bootstrap over pictures. "
-        f"Training pictures gained {signed(number(inputs.measured, 'val.overfit_gap'))}"
-        f"{bounds(inputs.measured, 'val.overfit_gap')} more than held-out ones."
+        f"same noise; latents are the VAE's means; intervals are of 95 %, by a {BOOTSTRAP}, over pictures. "
+        f"Training pictures gained {with_bounds(gap, inputs.measured, 'val.overfit_gap')} more than held-out ones."
     )
 
 
@@ -127,7 +135,7 @@ def best_hint(inputs: Inputs) -> str:
 def above_best(m: Metrics) -> str:
     """By how much the end is worse than the best snapshot; nothing where the end is the best."""
     change = number(m, "val.final_minus_best")
-    return f"; the end is {signed(change)}{bounds(m, 'val.final_minus_best')} from it" if change > 0 else ""
+    return f"; the end is {with_bounds(change, m, 'val.final_minus_best')} from it" if change > 0 else ""
 
 
 def epochs(train: Metrics) -> str:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from stages.validate.latents import Vae
 
 COPIED_QUANTILE = 0.05
+BLANK = 3.0  # standard deviation of its pixels, 0 to 255: one colour, but for what the VAE leaves of it
 NUM_WORST = 6  # rows of nearest.png, a prompt each
 SHEET_BYTES = 300_000
 FIELDS = ("prompt", "seed", "distance", "nearest", "copied", "base_distance", "base_nearest", "base_copied")
@@ -63,6 +64,10 @@ class Sample:
     view: str
     """Key of its latents."""
 
+    @property
+    def is_blank(self) -> bool:
+        return float(np.asarray(self.picture.convert("RGB"), np.float64).std(axis=(0, 1)).max()) < BLANK
+
 
 @dataclass(frozen=True)
 class Neighbours:
@@ -91,6 +96,22 @@ class Neighbours:
         choice, 1 + p (n - 1), gives 0.08 of 25 and 0.19 of 5. Source: Hyndman & Fan 1996, definition 6.
         """
         return float(np.quantile(self.heldout, COPIED_QUANTILE, method="weibull")) if len(self.heldout) else math.nan
+
+    @property
+    def far_threshold(self) -> float:
+        """Above it a sample is unlike the dataset: the 95 % quantile of the same distances, with the same share of it.
+
+        Noise is far from everything; samples of a style that was learned are not, also of things that are new to it.
+        """
+        return (
+            float(np.quantile(self.heldout, 1 - COPIED_QUANTILE, method="weibull")) if len(self.heldout) else math.nan
+        )
+
+    def far_share(self, samples: Sequence[Sample]) -> float:
+        """NaN where nothing can be told."""
+        if math.isnan(self.threshold):
+            return math.nan
+        return evaluation.mean(sample.distance > self.far_threshold for sample in samples)
 
     def copied(self, sample: Sample) -> bool:
         return sample.distance < self.threshold
@@ -217,6 +238,8 @@ def metrics(found: Neighbours) -> dict[str, Value]:
     values: dict[str, Value] = {}
     for suffix, samples, spread in (("_base", found.base, found.diversity[0]), ("", found.adapter, found.diversity[1])):
         values[f"samples.copied_share{suffix}"] = found.copied_share(samples)
+        values[f"samples.far_share{suffix}"] = found.far_share(samples)
+        values[f"samples.blank_share{suffix}"] = evaluation.mean(sample.is_blank for sample in samples)
         values[f"samples.nearest_distance{suffix}"] = median([sample.distance for sample in samples])
         values[f"samples.diversity{suffix}"] = spread
     return values
@@ -230,6 +253,7 @@ def scale(found: Neighbours, space: Space) -> dict[str, Value]:
         "num_heldout": len(found.heldout),
         "heldout_median": tidy(median(found.heldout)),
         "threshold": tidy(found.threshold),
+        "far_threshold": tidy(found.far_threshold),
     }
 
 
