@@ -71,7 +71,11 @@ def write_run(run: Run, names: Sequence[str] = PICTURES, dataset: str = "c", shi
     )
     write_json(at["train_reports"] / "run.json", {"images_per_second": 60 / size})
     write_json(at["export_reports"] / "metrics.json", {"export.megabytes": MEGABYTES[size]})
-    exported = {"adapter": adapter, "lora": {"rank": size}, "train": {"seed": seed, "num_steps": 400}}
+    exported = {
+        "adapter": adapter,
+        "lora": {"rank": size},
+        "train": {"seed": seed, "num_steps": run.value("train.num_steps")},
+    }
     save_lineage(at["export_reports"] / "lineage.json", exported)
     rows = [[Image.new("RGB", (64, 64), colour) for colour in ("#cc2222", "#22cc22")] for _ in settings["prompts"]]
     save_png(at["reports"] / "samples.png", sheet(rows, settings["prompts"], ["base", "adapter"], 64))
