@@ -1,0 +1,6 @@
+import importlib.util
+import sys
+
+if sys.platform == "win32" or importlib.util.find_spec("fcntl") is None:  # locks of files, which every stage takes
+    print("error: lora-dag needs Linux or macOS; on Windows, run it in WSL2: `wsl --install`", file=sys.stderr)
+    sys.exit(2)

@@ -8,7 +8,7 @@ import pytest
 from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
-from stages.core import params
+from stages.core import params, pin
 from stages.core.console import UserError
 from stages.train.params import LoraParams, TrainParams
 from tests.conftest import REPOSITORY
@@ -348,3 +348,25 @@ def test_a_mapping_is_set_replaced_and_emptied_by_dvc(file: Path, setting: str) 
     assert params.load(file).sections == params.load(REPOSITORY / "params.yaml", [other]).sections
     apply_overrides(file, [f"{key}=null"])
     assert params.load(file).sections == empty
+
+
+def test_a_tilde_is_expanded_where_no_stage_depends_on_the_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    settings = ("lora.init_from={path: ~/a.safetensors}", "validate.feature_model={path: ~/clip}")
+    sections = params.load(file, settings).sections
+    assert sections["lora"].init_from.path == "/home/someone/a.safetensors"  # type: ignore[attr-defined]
+    assert sections["validate"].feature_model.path == "/home/someone/clip"  # type: ignore[attr-defined]
+    for key in ("dataset.source", "model.pretrained"):
+        cure = "which DVC takes for a folder named '~'; write /home/someone/x"
+        assert problems(file, f"{key}=~/x") == (f"params.yaml {key}: got '~/x', {cure}",)
+
+
+@pytest.mark.parametrize("path", ["data/x.safetensors", "data/é 雪.safetensors", "data/it's, mine.safetensors", "a/$b"])
+def test_the_line_that_pins_a_file_is_read_by_dvc_and_by_set(file: Path, path: str) -> None:
+    for setting in ("lora.init_from", "validate.feature_model"):
+        _, word = shlex.split(pin.override(setting, path, "ab" * 32))
+        by_set = params.overridden(file, [word])
+        apply_overrides(file, [word])
+        assert params.read_yaml(file) == by_set
+        section, _, name = setting.partition(".")
+        assert by_set[section][name] == {"path": path, "sha256": "ab" * 32}

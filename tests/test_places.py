@@ -13,6 +13,7 @@ from stages.artifacts import metrics
 from stages.cache_latents import garbage
 from stages.compare import __main__ as compare
 from stages.core.console import UserError
+from stages.core.files import write_json
 from stages.export.verify import made_by
 from stages.gate import __main__ as gate
 from stages.prepare.changes import committed_table
@@ -38,6 +39,7 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkout.set(lora__rank=rank)
         plant(checkout.path, loss)
         metrics.save(checkout.path / "reports/train/metrics.json", {"train.adapter_digest": DIGESTS[rank == 4][:16]})
+        write_json(checkout.path / "reports/export/lineage.json", {})
         write_lock(checkout.path)
         for other in ("reports/train/metrics.json", "dvc.lock", "params.yaml", "reports/dataset/pictures.csv"):
             (root / other).parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import threading
 import time
 from collections import namedtuple
@@ -154,8 +153,11 @@ def test_indexes_of_shards_that_came_with_the_configs_are_left(sd: Path) -> None
 
 
 def test_a_killed_conversion_is_done_again(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path) -> None:
+        raise KeyboardInterrupt  # as of Ctrl-C; the signal itself is ignored in a background job
+
     with monkeypatch.context() as patch:
-        patch.setattr(single_file, "files_in", lambda folder: signal.raise_signal(signal.SIGINT))
+        patch.setattr(single_file, "files_in", interrupted)
         with pytest.raises(KeyboardInterrupt):
             resolve()
     assert list(STATE.iterdir()) == []

@@ -123,9 +123,10 @@ class Stubbed:
 
 @pytest.fixture(scope="module")
 def stubbed(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Stubbed:
-    """After a first run of everything."""
+    """After a first run of everything, in a folder of a bigger repository; blanks and letters beyond ASCII."""
     folder = tmp_path_factory.mktemp("stubbed")
-    result = Stubbed(Checkout(folder / "checkout", tiny_base), folder / "bin")
+    top = folder / "dépôt 1"
+    result = Stubbed(Checkout(top / "lora dag", tiny_base, top), folder / "bin")
     result.run()
     assert len(result.ran()) == 6
     return result

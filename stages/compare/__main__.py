@@ -19,7 +19,7 @@ from stages.compare.revisions import WORKSPACE
 from stages.compare.sheets import draw_pictures, file_name, sliders
 from stages.compare.sides import Side, read_side
 from stages.compare.verdict import judge
-from stages.core.console import UserError, bare_parser, log, run
+from stages.core.console import UserError, as_path, bare_parser, log, run
 from stages.core.files import replaced, sha256_json, write_text
 
 MAX_FOLDER = 100  # characters
@@ -44,7 +44,7 @@ def arguments() -> argparse.ArgumentParser:
         help="the others are compared with the first (default: HEAD workspace)",
     )
     parser.add_argument("--explain", action="store_true", help="what changed, and which stages that ran anew")
-    parser.add_argument("--out", type=Path, default=Path("compare"), metavar="DIR", help="(default: compare)")
+    parser.add_argument("--out", type=as_path, default=Path("compare"), metavar="DIR", help="(default: compare)")
     return parser
 
 

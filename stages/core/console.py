@@ -10,9 +10,11 @@ import errno
 import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TextIO
 
 log = logging.getLogger("lora-dag")
 
@@ -79,10 +81,15 @@ def bare_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
+def as_path(text: str) -> Path:
+    """Of an argument, ``~`` expanded: a shell leaves it alone behind ``=`` and inside of quotes."""
+    return Path(os.path.expanduser(text))
+
+
 def parser(description: str | None, paths: Iterable[str] = ()) -> argparse.ArgumentParser:
     """The stage's parser: ``--params``, ``--set`` and one ``--NAME DIR`` per artifact that it reads or writes."""
     result = bare_parser(description)
-    result.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
+    result.add_argument("--params", type=as_path, default=Path("params.yaml"), metavar="FILE")
     result.add_argument(
         "--set",
         dest="overrides",
@@ -93,14 +100,31 @@ def parser(description: str | None, paths: Iterable[str] = ()) -> argparse.Argum
     )
     for name in paths:
         flag = "--" + name.replace("_", "-")
-        result.add_argument(flag, type=Path, default=Path(PATHS[name]), metavar="DIR", help=f"(default: {PATHS[name]})")
+        result.add_argument(
+            flag, type=as_path, default=Path(PATHS[name]), metavar="DIR", help=f"(default: {PATHS[name]})"
+        )
     return result
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage: exit code 0 done, 2 the user's input (one line each on stderr), 1 our fault (traceback)."""
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    """Run a stage: exit code 0 done, 2 the user's input (one line each on stderr), 1 our fault (traceback).
+
+    141, and not a word, where the reader of the output has gone, as ``head`` does after its ten lines.
+    """
+    logging.basicConfig(format="%(message)s", handlers=[Lines(sys.stdout)])
     log.setLevel("INFO")
+    try:
+        try:
+            ended(main)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not reader_has_gone():
+            raise
+        sys.exit(128 + 13)  # as where SIGPIPE ends a program
+
+
+def ended(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
@@ -115,6 +139,28 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+
+
+class Lines(logging.StreamHandler[TextIO]):
+    """The log on a stream; logging's own would print a traceback for each line where nobody reads any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, BrokenPipeError):
+            raise error
+        super().handleError(record)
+
+
+def reader_has_gone() -> bool:
+    """Of stdout or stderr, and not that of a socket; what is left for them goes nowhere, also at the end."""
+    gone = False
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            gone = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return gone
 
 
 def machine_fault(error: Exception) -> str:

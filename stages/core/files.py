@@ -34,7 +34,7 @@ def state_dir() -> Path:
     DVC sets ``$DVC_ROOT`` to the main workspace also inside ``--temp`` and queued runs.
     """
     explicit = os.environ.get("LORA_STATE_DIR")
-    return Path(explicit) if explicit else Path(os.environ.get("DVC_ROOT", ".")) / ".state"
+    return Path(os.path.expanduser(explicit)) if explicit else Path(os.environ.get("DVC_ROOT", ".")) / ".state"
 
 
 @contextlib.contextmanager

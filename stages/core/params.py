@@ -51,7 +51,16 @@ def one_spelling(path: str) -> str:
     return path if "://" in path or ".." in Path(path).parts else os.path.normpath(path)
 
 
-LocalPath = Annotated[str, Field(min_length=1), AfterValidator(one_spelling)]
+def no_tilde(path: str) -> str:
+    """DVC reads the text itself as a dependency, and knows no ``~``."""
+    if path.startswith("~"):
+        raise ValueError(f"got '{path}', which DVC takes for a folder named '~'; write {os.path.expanduser(path)}")
+    return path
+
+
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(no_tilde), AfterValidator(one_spelling)]
+HomePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""Of a file that no stage lists, so that ``~`` may stand in it."""
 
 
 class Params(BaseModel):

@@ -60,7 +60,8 @@ def config_beside(file: Path) -> Path | None:
 
 
 def override(setting: str, path: str, found: str) -> str:
-    """The argument of ``dvc exp run`` that pins a digest, in quotes where the path wants some."""
-    name = path if re.fullmatch(r"[\w./-]+", path) else "'" + path.replace("'", r"\'") + "'"
+    """The argument of ``dvc exp run`` and ``--set`` that pins a digest, in quotes where the path needs them."""
+    mark = '"' if "'" in path else "'"
+    name = path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else f"{mark}{path}{mark}"
     text = f"{setting}={{path: {name}, sha256: {found}}}"
     return f'-S "{text}"' if not set('"$`\\') & set(text) else f"-S {shlex.quote(text)}"

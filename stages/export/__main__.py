@@ -7,10 +7,9 @@ whether it is what this repository makes, and which revision makes it, or with `
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.core.console import UserError, log, parser, run
+from stages.core.console import UserError, as_path, log, parser, run
 from stages.core.params import ModelParams, RuntimeParams, load
 from stages.export.params import ExportParams, rank_refusals, refusals, step_refusals
 
@@ -21,7 +20,9 @@ if TYPE_CHECKING:
 
 def main() -> None:
     arguments = parser(__doc__, ("adapter", "export", "export_reports", "reports"))
-    arguments.add_argument("--verify", type=Path, metavar="FILE", help="write nothing; say where the file comes from")
+    arguments.add_argument(
+        "--verify", type=as_path, metavar="FILE", help="write nothing; say where the file comes from"
+    )
     arguments.add_argument("--push", action="store_true", help="write nothing here; upload to export.push_to_hub")
     args = arguments.parse_args()
     config = load(args.params, args.overrides)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from stages.artifacts import metrics
 from stages.compare.revisions import find_commit
 from stages.core import params, sharing
-from stages.core.console import UserError, bare_parser, log, run
+from stages.core.console import UserError, as_path, bare_parser, log, run
 from stages.core.files import write_text
 from stages.core.git import git
 from stages.gate import against, figures, limits, lock, rules, tree
@@ -109,7 +109,7 @@ def show(page: str, out: Path | None) -> None:
 def arguments() -> argparse.ArgumentParser:
     parser = bare_parser(__doc__)
     parser.add_argument("--against", metavar="REV", help="compare with this commit, branch, tag or DVC experiment")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: the terminal)")
+    parser.add_argument("--out", type=as_path, metavar="FILE", help="the page (default: the terminal)")
     parser.add_argument(
         "--repository", metavar="URL", help="link pictures there by commit: https://github.com/OWNER/NAME"
     )

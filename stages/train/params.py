@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from stages.core.base_files import FAMILIES
-from stages.core.params import Params
+from stages.core.params import HomePath, Params
 from stages.families.base import load_family
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def or_empty(value: Any) -> Any:
 class InitFrom(Params):
     """An adapter to start from, pinned by its content."""
 
-    path: str = Field(min_length=1, exclude=True)
+    path: HomePath = Field(exclude=True)
     """A .safetensors file, tracked by DVC or git. Where it lies is no part of what decides a run."""
     sha256: str | None = None
     """Its digest; without it the stage stops and prints it."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
-from stages.core.params import Params
+from stages.core.params import HomePath, Params
 
 if TYPE_CHECKING:
     from stages.families.base import Family
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class FeatureModelParams(Params):
     """An image-text model, pinned by its content."""
 
-    path: str = Field(min_length=1, exclude=True)
+    path: HomePath = Field(exclude=True)
     """A folder in the transformers layout, or a YAML file that pins a model of the Hub: ``validate/feature_files.py``.
     Where it lies is no part of what is measured.
     """

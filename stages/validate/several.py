@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core import base_files
 from stages.core.base_files import read_header
-from stages.core.console import UserError, log
+from stages.core.console import UserError, as_path, log
 from stages.core.files import from_json, load_metadata
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def read_entries(texts: list[str], base: dict[str, str]) -> list[Entry]:
         for scale in scales:
             if not abs(scale) <= MAX_SCALE:  # nan too
                 raise UserError(f"--adapters {text}: {scale:g} is no scale; expected -{MAX_SCALE:g} to {MAX_SCALE:g}")
-        file = Path(name if colon else text)
+        file = as_path(name if colon else text)
         if not file.is_file():
             raise UserError(f"--adapters {text}: no such file")
         require_base(file, base)
