@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
-from stages.core.pictures import check_picture
+from stages.core.pictures import check_picture, detail_pixels
 from stages.prepare.duplicates import _colours, _distances, components
 from tests.conftest import REPOSITORY
 from tests.images import DEFAULTS, encoded, photo
@@ -50,8 +50,6 @@ def test_copies_of_photographs_are_found_and_other_photographs_are_not(name: str
 
 
 def icon(colour: str, shape: str = "ellipse") -> str:
-    from PIL import ImageDraw
-
     image = Image.new("RGB", (128, 128), "white")
     getattr(ImageDraw.Draw(image), shape)((20, 30, 100, 110), fill=colour, outline="black")
     return thumbnail(encoded(image))
@@ -123,3 +121,71 @@ def test_distances_are_exact_whatever_is_compared_with_them_and_in_which_order()
     even /= np.maximum(pixels.std(axis=1, keepdims=True), 4)
     expected = np.sqrt(((even[:, None] - even[None]) ** 2).mean(axis=-1))
     np.testing.assert_allclose(found, expected, atol=1e-7)
+
+
+# Drawings of few thin strokes
+
+WORDS = ["drum", "plum", "tree", "stone", "river", "cloud", "house", "mouse", "horse", "table"]
+WORDS += ["chair", "paper", "light", "night", "green", "brown", "train", "plane", "ocean", "beach"]
+
+
+def word(text: str, side: int, size: int, colour: str = "black", mirrored: bool = False) -> Image.Image:
+    image = Image.new("RGB", (side, side), "white")
+    ImageDraw.Draw(image).text((side / 2, side / 2), text, colour, ImageFont.load_default(size), anchor="mm")
+    return ImageOps.mirror(image) if mirrored else image
+
+
+def labels_of(blobs: list[bytes], mirrored: bool = False) -> list[int]:
+    found = [check_picture(blob, "x.png", False) for blob in blobs]
+    return components([each.thumbnail for each in found], BITS, mirrored, [each.detail for each in found])
+
+
+@pytest.mark.parametrize(("side", "size"), [(512, 14), (512, 28), (512, 60), (1024, 28)])
+def test_different_words_are_no_copies_and_copies_of_words_are(side: int, size: int) -> None:
+    """By their thumbnails alone, all of them were near-duplicates of each other."""
+    originals = [word(text, side, size) for text in WORDS]
+    copies = {
+        "JPEG": [COPIES["JPEG"](image) for image in originals],
+        "half": [encoded(image.resize((side // 2, side // 2), Image.Resampling.LANCZOS)) for image in originals],
+        "more contrast": [COPIES["more contrast"](image) for image in originals],
+        "cropped 1 %": [COPIES["cropped 1 %"](image) for image in originals],
+    }
+    for name, blobs in copies.items():
+        labels = labels_of([*map(encoded, originals), *blobs])
+        assert len(set(labels[:20])) == 20
+        assert sum(a == b for a, b in zip(labels[:20], labels[20:], strict=True)) >= 18, name
+
+
+def test_small_marks_are_told_by_place_and_colour() -> None:
+    def mark(x: int, y: int, colour: str) -> bytes:
+        image = Image.new("RGB", (600, 600), "white")
+        ImageDraw.Draw(image).ellipse((x, y, x + 14, y + 14), fill=colour)
+        return encoded(image)
+
+    marks = [mark(x, y, colour) for x, y in ((100, 100), (108, 100), (400, 300)) for colour in ("red", "blue", "green")]
+    labels = labels_of([*marks, *marks])
+    assert len(set(labels[:9])) == 9 and labels[:9] == labels[9:]
+
+
+def test_mirrored_words() -> None:
+    originals = [encoded(word(text, 512, 28)) for text in WORDS[:8]]
+    mirrored = [encoded(word(text, 512, 28, mirrored=True)) for text in WORDS[:8]]
+    assert len(set(labels_of(originals + mirrored))) == 16
+    labels = labels_of(originals + mirrored, mirrored=True)
+    assert labels[:8] == labels[8:] and len(set(labels)) == 8
+
+
+def test_blank_pictures_are_copies_of_each_other_and_of_nothing_else() -> None:
+    blank = [encoded(Image.new("RGB", (512, 512), "white")), encoded(Image.new("RGB", (300, 300), "white"), "JPEG")]
+    labels = labels_of([*blank, encoded(word("drum", 512, 28))])
+    assert labels[0] == labels[1] != labels[2]
+
+
+def test_details_are_kept_of_sparse_pictures_alone() -> None:
+    assert check_picture(encoded(scene(1)), "x.png", False).detail == ""
+    detail = check_picture(encoded(word("drum", 1024, 60)), "x.png", False).detail
+    assert 0 < len(detail) < 2000
+    pixels = detail_pixels(detail)
+    assert (pixels.shape, pixels.min(), pixels.max()) == ((256, 256, 3), -8, 0)
+    faint = check_picture(encoded(word("drum", 1024, 60, "#d0d0d0")), "x.png", False).detail
+    assert np.abs(detail_pixels(faint).astype(int) - pixels).max() <= 1

@@ -144,7 +144,7 @@ def test_equal_files_are_together_and_warned_of() -> None:
         found = assign(rows + twins, dataset(heldout_fraction=0.5, near_duplicate_bits=bits))
         assert len({found.sides[name] for name in ("3.png", "twin.png", "third.png")}) == 1
         assert found.groups == [("3.png", "third.png", "twin.png")]
-        assert found.warnings == ["2 pictures have the same bytes as another one and weigh double"]
+        assert found.warnings == ["2 pictures have the same bytes as another one, so that it weighs double"]
 
 
 def with_regularization(**changes: Any) -> dict[str, Any]:
@@ -163,21 +163,121 @@ def test_regularization_pictures_are_trained_on() -> None:
     assert withheld == {"class/copy.png": f"near-duplicate of '{heldout.entry.file_name}', which is held out"}
 
 
-@pytest.mark.parametrize(("fraction", "split", "advice"), [(0.001, "heldout", "raise"), (0.999, "train", "lower")])
-def test_an_empty_side_is_refused(fraction: float, split: str, advice: str) -> None:
-    rows = [row(f"{index}.png", pixels(index)) for index in range(8)]
-    assert refusal(rows, dataset(heldout_fraction=fraction)) == (
-        f"params.yaml dataset.heldout_fraction: {fraction} of 8 pictures leaves the {split} split empty; "
-        f"{advice} it, add pictures, or try another dataset.seed",
+def few(number: int, params: DatasetParams, least: int = 0) -> list[CheckedPicture]:
+    """Pictures of which only ``least`` are drawn to be held out."""
+    rows = [row(f"{index}.png", pixels(index)) for index in range(200)]
+    drawn = [r for r in rows if own(r.sha256, params) == "heldout"]
+    others = [r for r in rows if own(r.sha256, params) == "train"]
+    return [*drawn[:least], *others[: number - least]]
+
+
+def drawn(r: CheckedPicture, params: DatasetParams) -> float:
+    return seeding.key(params.seed, "split", r.sha256) / 2**63
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 5, 10, 13, 20])
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.999])
+def test_small_sets_have_both_sides_under_any_fraction(number: int, fraction: float) -> None:
+    for seed in range(8):
+        params = dataset(heldout_fraction=fraction, seed=seed)
+        sides = list(assign([row(f"{index}.png", pixels(index)) for index in range(number)], params).sides.values())
+        least = min(2, number // 2)
+        assert sides.count("heldout") >= least and sides.count("train") >= least
+        assert len(sides) == number
+
+
+@pytest.mark.parametrize("least", [0, 1, 2])
+def test_the_nearest_draws_are_held_out_where_fewer_than_two_are_drawn(least: int) -> None:
+    params = dataset()
+    rows = few(13, params, least)
+    found = assign(rows, params)
+    expected = sorted(rows, key=lambda r: drawn(r, params))[:2]
+    assert {name for name, side in found.sides.items() if side == "heldout"} == {r.entry.file_name for r in expected}
+    names = ", ".join(r.entry.file_name for r in expected[least:])
+    verb = {0: "are", 1: "is"}.get(least)
+    said = f"dataset.heldout_fraction 0.1 drew {least} of 13 pictures to be held out; {names} came nearest and {verb}"
+    assert [note for note in found.notes if "came nearest" in note] == (
+        [f"{said} held out as well, until more pictures are added"] if names else []
     )
 
 
-def test_a_side_that_near_duplicates_empty_is_explained() -> None:
+def test_only_pictures_beyond_the_draw_can_go_back_to_training() -> None:
+    params = dataset()
+    rows = few(13, params, least=1)
+    before = assign(rows, params).sides
+    more = assign([*rows, *few(60, params, least=6)[1:]], params).sides
+    changed = {name for name, side in before.items() if more[name] != side}
+    assert len(changed) == 1
+    assert {before[name] for name in changed} == {"heldout"}
+    assert all(own(r.sha256, params) == "train" for r in rows if r.entry.file_name in changed)
+
+
+def test_near_duplicates_are_moved_together() -> None:
+    params = dataset()
+    rows = few(6, params)
+    close = pixels(int(min(rows, key=lambda r: drawn(r, params)).entry.file_name[:-4]))
+    close[0, 0, 0] += 3
+    twin = next(r for r in (row(f"twin-{i}.png", close) for i in range(99)) if own(r.sha256, params) == "train")
+    found = assign([*rows, twin], params)
+    (names,) = found.groups
+    assert len({found.sides[name] for name in names}) == 1
+    assert list(found.sides.values()).count("train") >= 2 and not found.withheld
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_one_picture_cannot_be_split(fraction: float) -> None:
+    said = "data/raw: 1 picture cannot be split; at least two are needed, since one is held out"
+    assert refusal([row("a.png", pixels(0))], dataset(heldout_fraction=fraction)) == (said,)
+    params = dataset(**with_regularization(heldout_fraction=fraction))
+    others = [row(f"class/{index}.png", pixels(100 + index), subset=1) for index in range(3)]
+    assert refusal([row("mine/a.png", pixels(0)), *others], params) == (said,)
+    assert "every picture is for regularization, and none of those is held out; add" in refusal(others, params)[0]
+    with pytest.raises(UserError, match=r"since one is held out \(3 bad and left out\)$"):
+        assign([row("a.png", pixels(0))], dataset(), num_left_out=3)
+
+
+def test_the_cure_of_a_set_of_near_duplicates_works() -> None:
+    rows = list(straddling(dataset(heldout_fraction=0.5)))
+    assert refusal(rows, dataset(heldout_fraction=0.5)) == (
+        "data/raw: all 2 pictures are near-duplicates of each other (dataset.near_duplicate_bits: 16) and stay on one "
+        "side of the split; add other pictures, or set dataset.near_duplicate_bits to null if these are different "
+        "(1 withheld as near-duplicates)",
+    )
+    found = assign(rows, dataset(heldout_fraction=0.5, near_duplicate_bits=None))
+    assert set(found.sides.values()) == {"heldout", "train"}
+    same = [row(f"{index}.png", pixels(0), "a") for index in range(3)]
+    assert refusal(same, dataset()) == (
+        "data/raw: all 3 pictures have the same bytes and cannot be split; add other pictures",
+    )
+
+
+def test_most_of_the_pictures_in_one_group_is_warned_of() -> None:
     params = dataset(heldout_fraction=0.5)
-    rows = list(straddling(params))
-    assert " of 1 pictures (1 withheld as near-duplicates) leaves the " in refusal(rows, params)[0]
-    with pytest.raises(UserError, match=r"\(1 withheld as near-duplicates, 3 bad and left out\) leaves the"):
-        assign(rows, params, num_left_out=3)
+    alike = [row(f"{index}.png", pixels(0)) for index in range(6)]
+    others = [row(f"other-{index}.png", pixels(1 + index)) for index in range(5)]
+    found = assign([*alike, *others], params)
+    lost = len(found.withheld)
+    assert lost > 1
+    assert found.warnings == [
+        f"6 of 11 pictures are near-duplicates of each other, {lost} of which are left out (0.png, 1.png, 2.png, ...); "
+        "if they are different, set dataset.near_duplicate_bits 16 to null"
+    ]
+    assert assign([*alike, *others, row("x.png", pixels(50))], params).warnings == []
+
+
+@pytest.mark.parametrize("number", [12, 20, 40])
+def test_the_fraction_that_is_named_holds_out_enough(number: int) -> None:
+    rows = few(number, dataset(), least=2)
+    (note,) = assign(rows, dataset()).notes
+    said = f"2 pictures are held out of {number}, and fewer than 5 seldom tell settings apart; "
+    assert note.startswith(f"{said}dataset.heldout_fraction=0.") and note.endswith(" holds out 5 of these")
+    fraction = float(note.rpartition("=")[2].split()[0])
+    sides = list(assign(rows, dataset(heldout_fraction=fraction)).sides.values())
+    assert sides.count("heldout") >= 5 <= sides.count("train")
+    fewer = list(assign(rows, dataset(heldout_fraction=fraction - 0.01)).sides.values())
+    assert fewer.count("heldout") < 5
+    (note,) = assign(rows[:8], dataset()).notes
+    assert note.endswith("add pictures")
 
 
 # By name
@@ -234,3 +334,17 @@ def test_an_empty_named_split_is_refused() -> None:
     assert refusal(rows, named()) == (
         "params.yaml dataset.heldout_split: 'test' of 4 pictures leaves the heldout split empty; add pictures to it",
     )
+    rows = [row(f"{index}.png", pixels(index), split="test") for index in range(4)]
+    assert refusal(rows, named()) == (
+        "params.yaml dataset.heldout_split: 'test' of 4 pictures leaves the train split empty; add pictures to another "
+        "split, such as train",
+    )
+    close = pixels(0)
+    close[0, 0, 0] += 3
+    withheld = row("close.png", close, split="train")
+    assert refusal([*rows, withheld], named()) == (
+        "params.yaml dataset.heldout_split: 'test' of 4 pictures (1 withheld as near-duplicates) leaves the train split"
+        " empty; add pictures to another split, such as train, or set dataset.near_duplicate_bits to null if these are"
+        " different",
+    )
+    assert assign([*rows, withheld], named(near_duplicate_bits=None)).sides["close.png"] == "train"

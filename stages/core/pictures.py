@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -52,6 +53,12 @@ FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
 }
 THUMBNAIL = (17, 16)  # width, height: 16 x 16 differences of neighbours
+DETAIL = 256  # pixels, both sides: what a thumbnail loses of a drawing of few thin strokes
+SPARSE_BITS = 24  # of a thumbnail's 256: with fewer, different small words on white are near-duplicates of each other
+MAX_SPARSE_BITS = 40  # up to which the detail is kept, so that a sparse picture's look-alikes have one too
+DETAIL_LEVELS = 8  # either side of the background: products of two details are exact in float32
+FLAT = 2.0  # of 255: the noise of a JPEG that shows nothing
+MAX_DETAIL_BYTES = 8192  # a drawing's are a few hundred, those of a smooth photograph 30,000
 NEAR_WHITE = 240
 DARK = 64
 
@@ -76,6 +83,8 @@ class Checked:
     """Largest luminance, 0 to 255, laid on black where transparent: 0 for a mask that hides everything."""
     thumbnail: str
     """RGB of 17 x 16 pixels, laid on white, uint8 in base64: what near-duplicates are told by."""
+    detail: str
+    """For ``detail_pixels`` where the thumbnail shows almost nothing of a drawing; else empty."""
     warnings: tuple[str, ...]
     """What is allowed but seldom meant, as a predicate of several pictures: "are CMYK and are converted to sRGB"."""
 
@@ -202,6 +211,7 @@ def _describe(image: Image.Image, found: list[str]) -> Checked:
         alpha=alpha,
         lightest=_range(_luminance(full))[1],
         thumbnail=base64.b64encode(small.tobytes()).decode("ascii"),
+        detail=_detail(full) if gradient_bits(np.asarray(small)).sum() <= MAX_SPARSE_BITS else "",
         warnings=tuple(found),
     )
 
@@ -243,6 +253,29 @@ def gradient_bits(pixels: np.ndarray) -> np.ndarray:
     grey = (pixels.astype(np.int64) @ np.array([19595, 38470, 7471]) + 0x8000) >> 16  # [..., 16, 17]
     bits = grey[..., 1:] > grey[..., :-1]
     return bits.reshape(*bits.shape[:-2], -1)
+
+
+def _detail(full: Image.Image) -> str:
+    """How a picture differs from its background, the median: int8 [256, 256, 3] of -8 to 8, compressed, in base64.
+
+    Scaled to its largest difference, so that a faint drawing is as clear as a black one; empty for photographs, which
+    do not compress.
+    """
+    plain = _flat(full, "#ffffff", by_profile=False)
+    plain = plain.reduce(max(1, min(plain.size) // (4 * DETAIL)))
+    size = (DETAIL, DETAIL)
+    small = [channel.convert("F").resize(size, Image.Resampling.BILINEAR) for channel in plain.split()]
+    difference = np.stack([np.asarray(channel, np.float64) for channel in small], axis=-1)  # [256, 256, 3]
+    difference -= np.median(difference, axis=(0, 1))
+    largest = np.abs(difference).max()
+    levels = np.round(difference / largest * DETAIL_LEVELS) if largest > FLAT else np.zeros_like(difference)
+    packed = zlib.compress(levels.astype(np.int8).tobytes(), 9)
+    return base64.b64encode(packed).decode("ascii") if len(packed) <= MAX_DETAIL_BYTES else ""
+
+
+def detail_pixels(detail: str) -> np.ndarray:
+    """int8 [256, 256, 3] of ``Checked.detail``."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(detail)), np.int8).reshape(DETAIL, DETAIL, 3)
 
 
 # From bytes to pixels
@@ -326,10 +359,10 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.convert("L" if is_grey else "RGB")
 
 
-def _flat(image: Image.Image, background: str) -> Image.Image:
+def _flat(image: Image.Image, background: str, by_profile: bool = True) -> Image.Image:
     """From the embedded profile to sRGB, then on ``background``."""
     colours = image.convert(image.mode.removesuffix("A"))
-    flat = to_srgb(colours, image.info.get("icc_profile"))
+    flat = to_srgb(colours, image.info.get("icc_profile")) if by_profile else None
     flat = _eight_bits(colours).convert("RGB") if flat is None else flat
     if image.mode in ("LA", "RGBA"):
         flat.putalpha(image.getchannel("A"))

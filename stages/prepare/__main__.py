@@ -42,6 +42,8 @@ def prepare(dataset: DatasetParams, prepared: Path, reports: Path) -> None:
     left_out |= sides.withheld
     items = [to_item(row, sides, dataset) for row in checked.rows if row.entry.file_name in sides.sides]
     warn([*listing.warnings, *checked.warnings, *sides.warnings], items, left_out)
+    for text in sides.notes:
+        log.info("note: %s", text)
 
     manifest = Manifest(
         items,

@@ -55,6 +55,8 @@ class CheckedPicture:
     """``Checked.thumbnail``"""
     mask_sha256: str | None = None
     """Of the bytes of its mask's file."""
+    detail: str = ""
+    """``Checked.detail``"""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,15 @@ def examine(entry: Entry, dataset: DatasetParams, files: Files, memory: Memory) 
     if problems or size is None:
         raise UserError(*problems)
     row = CheckedPicture(
-        entry, sha256, checked.width, checked.height, *size, checked.has_alpha, checked.thumbnail, mask_sha256
+        entry,
+        sha256,
+        checked.width,
+        checked.height,
+        *size,
+        checked.has_alpha,
+        checked.thumbnail,
+        mask_sha256,
+        checked.detail,
     )
     return row, remarks(row, checked, dataset)
 
