@@ -1,6 +1,7 @@
 """The demo's data -> ``.dvc/store``, the remote that comes with a clone: what dvc.lock and the demo's .dvc files name.
 
-In: dvc.lock, data/{raw,raw-noto,base}.dvc, DVC's cache after ``dvc repro``.  Out: ``data/demo.dvc``, ``.dvc/store``
+In: dvc.lock, the .dvc files with ``remote: bundled``, DVC's cache after ``dvc repro``.
+Out: ``data/demo.dvc``, ``.dvc/store``
 ``data/demo.dvc`` names the outputs of the committed run once more, in this remote, so that ``dvc pull`` finds them in a
 fresh clone; dvc.yaml names no remote, so that the outputs of other runs go to a remote of your own and never here.
 Run: ``python -m base.bundle``, then ``git add --all .dvc/store data/demo.dvc``
@@ -22,7 +23,6 @@ from stages.core.console import UserError, bare_parser, log, run
 from stages.core.params import read_yaml
 from stages.core.sharing import STORE
 
-POINTERS = ("data/raw.dvc", "data/raw-noto.dvc", "data/base.dvc")
 DEMO = Path("data/demo.dvc")
 PINNED = {"remote": "bundled", "push": False}
 """Of every output in the store: `dvc push` writes nothing there."""
@@ -31,7 +31,7 @@ PINNED = {"remote": "bundled", "push": False}
 def main() -> None:
     bare_parser(__doc__).parse_args()
     made = [demo_output(out) for stage in read_yaml(Path("dvc.lock"))["stages"].values() for out in cached(stage)]
-    inputs = [out for pointer in POINTERS for out in read_yaml(Path(pointer))["outs"]]
+    inputs = [out for path in sorted(Path("data").glob("*.dvc")) if path != DEMO for out in pinned(path)]
     fill(Path(STORE), cache_folder(), [out["md5"] for out in [*inputs, *made]])
     with DEMO.open("w", encoding="utf-8") as file:
         YAML().dump({"outs": made}, file)
@@ -44,6 +44,11 @@ def main() -> None:
 def cached(stage: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Outputs that DVC keeps: those below data/; git has the others."""
     return (out for out in stage["outs"] if out["path"].startswith("data/"))
+
+
+def pinned(pointer: Path) -> Iterator[dict[str, Any]]:
+    """Outputs of a .dvc file that belong to the demo."""
+    return (out for out in read_yaml(pointer)["outs"] if PINNED.items() <= out.items())
 
 
 def demo_output(out: dict[str, Any]) -> dict[str, Any]:

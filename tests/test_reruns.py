@@ -5,7 +5,9 @@ tests/test_pipeline.py asks the same of the real stages, and tests/test_snakefil
 
 from __future__ import annotations
 
+import copy
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.checkout import Checkout, ran
-from tests.conftest import picture
+from tests.conftest import REPOSITORY, picture
 from tests.planted import outputs, read
 
 AFTER_TRAIN = {"train", "validate", "export", "report"}
@@ -127,3 +129,30 @@ def test_an_edited_picture_reruns_everything_and_putting_it_back_nothing(stubbed
     assert planned(stubbed) == set()
     stubbed.git("checkout", "--quiet", "--", "data")
     assert stubbed.git("status", "--porcelain") == ""
+
+
+def test_after_a_new_lock_one_command_makes_a_fresh_clone_whole(stubbed: Stubbed) -> None:
+    """``python -m base.bundle``: plain `dvc pull`, `dvc status`, `dvc exp apply` succeed, and `dvc push` refuses."""
+    released, clone = copy.copy(stubbed), copy.copy(stubbed)
+    released.path, clone.path = stubbed.path.with_name("released"), stubbed.path.with_name("clone")
+    shutil.copytree(stubbed.path, released.path, symlinks=True)
+    shutil.copy(REPOSITORY / ".dvc/config", released.path / ".dvc/config")
+    for name in ("raw", "other", "base"):
+        with (released.path / f"data/{name}.dvc").open("a") as file:
+            file.write("  remote: bundled\n  push: false\n")
+    with (released.path / "data/.gitignore").open("a") as file:
+        file.write("/demo\n")
+    released.run("env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-m", "base.bundle")
+    released.commit("A new lock")
+
+    released.run("git", "clone", "--quiet", str(released.path), str(clone.path))
+    clone.dvc("pull")
+    assert "Data and pipelines are up to date." in clone.dvc("status")
+    for name in ("prepared", "latents", "adapter", "export"):
+        own, kept = (clone.path / folder / name / "stub.txt" for folder in ("data", "data/demo"))
+        assert own.read_text() == kept.read_text()
+    assert ran(clone.dvc("repro")) == set()
+    clone.dvc("exp", "run", "--temp", "--name", "rank-4", "-S", "lora.rank=4")
+    assert "have been applied" in clone.dvc("exp", "apply", "rank-4")
+    assert clone.run(sys.executable, "-m", "dvc", "push", check=False).returncode != 0
+    assert clone.git("status", "--porcelain", ".dvc") == ""
