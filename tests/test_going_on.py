@@ -55,7 +55,7 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
         encoded.run("train", *argv)
     assert left.value.code == 128 + number
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert line == "error: stopped after step 4, checkpoint written; the same command goes on"
+    assert line == "error: stopped after step 4, checkpoint written; the same command resumes"
     assert not ADAPTER.exists()
     assert "resumed from step 4" in encoded.run("train", *argv)
     assert ADAPTER.read_bytes() == (reference / ADAPTER).read_bytes()
@@ -72,7 +72,7 @@ def test_a_signal_from_outside_ends_a_process_with_its_code(encoded: Workspace, 
     assert process.returncode == 128 + number
     (line,) = [line for line in errors.splitlines() if line.startswith("error")]
     done = int(line.split()[4].rstrip(","))
-    assert line == f"error: stopped after step {done}, checkpoint written; the same command goes on" and 3 <= done < 60
+    assert line == f"error: stopped after step {done}, checkpoint written; the same command resumes" and 3 <= done < 60
     assert not ADAPTER.exists()
     lines, stopped = train(encoded, *argv)
     assert f"resumed from step {done}" in lines

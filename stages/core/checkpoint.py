@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ class Checkpoints:
                 return torch.load(path, weights_only=True, map_location="cpu")
             log.warning("warning: %s is damaged or unfinished; trying the checkpoint before it", path)
         return None
+
+    def newest(self) -> str:
+        """In words, for a person who breaks off."""
+        paths = self.paths(sys.maxsize)
+        return f"the checkpoint after step {int(paths[-1].stem[5:])} is kept" if paths else "no checkpoint was due yet"
 
     def paths(self, last: int) -> list[Path]:
         """In the order of their steps, up to ``last``."""

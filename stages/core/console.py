@@ -11,10 +11,12 @@ import logging
 import os
 import re
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TextIO
+from types import FrameType, TracebackType
+from typing import NoReturn, TextIO
 
 log = logging.getLogger("lora-dag")
 
@@ -106,16 +108,20 @@ def parser(description: str | None, paths: Iterable[str] = ()) -> argparse.Argum
     return result
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a stage: exit code 0 done, 2 the user's input (one line each on stderr), 1 our fault (traceback).
+def run(main: Callable[[], None], kept: str = "") -> None:
+    """Run a stage: exit code 0 done, 2 the user's input (one line each on stderr), 1 our fault (traceback), 130 Ctrl-C.
 
     141, and not a word, where the reader of the output has gone, as ``head`` does after its ten lines.
+
+    Args:
+        kept: what Ctrl-C leaves for the next run, where the KeyboardInterrupt itself has no text that says more.
     """
     logging.basicConfig(format="%(message)s", handlers=[Lines(sys.stdout)])
     log.setLevel("INFO")
+    listen()
     try:
         try:
-            ended(main)
+            ended(main, kept)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -124,21 +130,54 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(128 + 13)  # as where SIGPIPE ends a program
 
 
-def ended(main: Callable[[], None]) -> None:
+def ended(main: Callable[[], None], kept: str) -> None:
     try:
         main()
-    except UserError as error:
-        for problem in error.problems:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if interrupts or isinstance(error, KeyboardInterrupt):
+            said = str(error) if isinstance(error, KeyboardInterrupt) and str(error) else kept
+            leave(
+                f"{said}; the same command resumes" if said else "no file is half-written; run the same command again"
+            )
+        problems = error.problems if isinstance(error, UserError) else (machine_fault(error),)
+        if not any(problems):
+            raise
+        for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        problem = machine_fault(error)
-        if not problem:
-            raise
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+
+
+def leave(what: str) -> NoReturn:
+    """Exit as a process does that died of Ctrl-C, with one line: DVC and Snakemake see that nothing was finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would break the line
+    start = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C on its last line
+    print(f"{start}stopped by Ctrl-C: {what}", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
+
+
+interrupts: list[int] = []
+"""Filled by Ctrl-C: packages in C and Rust turn a KeyboardInterrupt into exceptions of their own."""
+
+
+def listen() -> None:
+    """From here on Ctrl-C ends this process by ``leave``; not where it is ignored, as in a background job."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, on_interrupt)
+        sys.excepthook = on_uncaught
+
+
+def on_interrupt(number: int, frame: FrameType | None) -> None:
+    interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def on_uncaught(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    """Ctrl-C while a stage still imports its packages, which takes seconds, leaves no traceback."""
+    if interrupts:
+        leave("nothing was written yet; run the same command again")
+    sys.__excepthook__(kind, error, at)
 
 
 class Lines(logging.StreamHandler[TextIO]):
@@ -163,7 +202,7 @@ def reader_has_gone() -> bool:
     return gone
 
 
-def machine_fault(error: Exception) -> str:
+def machine_fault(error: BaseException) -> str:
     """What a disk or the memory refused, and what to do; empty for what is our fault."""
     refused = refusal(error)
     if refused and refused.errno in REMEDIES:
@@ -180,7 +219,7 @@ def machine_fault(error: Exception) -> str:
     return ""
 
 
-def refusal(error: Exception) -> OSError | None:
+def refusal(error: BaseException) -> OSError | None:
     """The system's own error; safetensors says it as text."""
     if isinstance(error, OSError):
         return error

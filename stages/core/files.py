@@ -80,15 +80,19 @@ def naming(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``folder`` that takes its place on success; on an error the old one stays."""
-    aside = folder.with_name(f".{folder.name}.new")
+    aside, before = (folder.with_name(f".{folder.name}.{name}") for name in ("new", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.replace(before)
         aside.replace(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if before.exists() and not folder.exists():  # broken off between the two
+            before.replace(folder)
+        for path in (aside, before):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def drop_leftovers(folder: Path) -> None:

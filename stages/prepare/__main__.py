@@ -149,4 +149,4 @@ def more(count: int) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, kept="what the checks of images found is kept")

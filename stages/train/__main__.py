@@ -1,7 +1,7 @@
 """Latents and prompt embeddings -> a LoRA adapter.
 
 In: data/latents, the base's denoiser and scheduler.  Out: data/adapter, reports/train/{loss.csv,metrics.json}.
-Run: ``python -m stages.train [--set lora.rank=16]``; killed, the same command goes on and gives the same bytes.
+Run: ``python -m stages.train [--set lora.rank=16]``; killed, the same command resumes and gives the same bytes.
 Several processes: ``runtime.num_processes``, or ``torchrun -m stages.train``, on several machines too.
 """
 
@@ -56,10 +56,13 @@ def train(args: argparse.Namespace, config: Config) -> None:
     require_same_base(cache.base, base, args.latents)
     trainer = Trainer(config.replaced(model), family, cache, base)
     with lock(trainer.folder) if is_first else contextlib.nullcontext():
-        trainer.train()
-        if is_first:
-            outputs.save(trainer, args.adapter, args.train_reports)
+        try:
+            trainer.train()
+            if is_first:
+                outputs.save(trainer, args.adapter, args.train_reports)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(trainer.checkpoints.newest()) from None
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, kept="checkpoints of earlier runs are kept")

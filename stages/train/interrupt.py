@@ -37,5 +37,5 @@ class Interrupt:
     def leave(self, step: int) -> None:
         """Exit as a process does that died of the signal: DVC and Snakemake see that nothing was finished."""
         received = self.received or signal.SIGTERM
-        print(f"error: stopped after step {step}, checkpoint written; the same command goes on", file=sys.stderr)
+        print(f"error: stopped after step {step}, checkpoint written; the same command resumes", file=sys.stderr)
         sys.exit(128 + received)
