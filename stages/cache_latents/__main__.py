@@ -105,7 +105,6 @@ def make_context(args: argparse.Namespace) -> Context:
         base,
         environment(device),
         Store(),
-        runtime.log_every_n_steps,
         outdated,
     )
 
@@ -232,4 +231,4 @@ def log_end(folder: Path, views: Views, captions: Captions) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, kept="every finished batch is kept")

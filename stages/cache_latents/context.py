@@ -42,7 +42,6 @@ class Context:
     environment: dict[str, str | int]
     """What moves last bits: versions, processor, threads; see ``device.environment``."""
     store: Store
-    log_every_n_steps: int
     outdated: str
     """What data/prepared was made with and the parameters have otherwise by now, in one line; empty for nothing."""
 

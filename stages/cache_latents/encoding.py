@@ -8,10 +8,8 @@ pass through the encoder; where that has been seen before, it is not done again.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from tqdm import tqdm
-
 from stages.artifacts.store import Kind
-from stages.core.console import UserError, log
+from stages.core.console import UserError
 from stages.core.device import autocast
 from stages.core.files import from_json, sha256_json, write_json
+from stages.core.progress import Bar
 
 if TYPE_CHECKING:
     import torch
@@ -65,9 +62,7 @@ class Encoder(Generic[T]):
     batch_size: int
 
 
-def encode_all(
-    encoder: Encoder[T], keys: list[str], save: Callable[[str, Tensors], None], proofs: Proofs, log_every_n_steps: int
-) -> None:
+def encode_all(encoder: Encoder[T], keys: list[str], save: Callable[[str, Tensors], None], proofs: Proofs) -> None:
     """Encode and save one entry per key, read in their order as far as shapes allow.
 
     In memory are the batch at the encoder, once in parts and once stacked, the next batch, and what ``encoder.read``
@@ -77,9 +72,9 @@ def encode_all(
         OutOfMemory: a batch does not fit.
         UserError: entries depend on their neighbours on this device, or one is not finite.
     """
-    size, total = encoder.batch_size, len(keys)
+    size = encoder.batch_size
     batches = batched(keys, encoder.shape, size)
-    with ThreadPoolExecutor(NUM_READERS) as pool, progress(encoder.kind, total, log_every_n_steps) as advance:
+    with ThreadPoolExecutor(NUM_READERS) as pool, Bar(encoder.kind, len(keys)) as bar:
         for batch, values in read_ahead(pool, encoder.read, batches):
             padding = encoder.blank(values[0])
             entries = forward(encoder, values + [padding] * (size - len(values)))
@@ -91,7 +86,7 @@ def encode_all(
                 proofs.add(encoder.shape(batch[0]))
             for key, tensors in zip(batch, entries, strict=False):  # what is left over is padding
                 save(key, tensors)
-            advance(len(batch))
+            bar.add(len(batch))
 
 
 def batched(keys: list[str], shape: Callable[[str], Shape], size: int) -> list[list[str]]:
@@ -210,20 +205,3 @@ def require_finite(kind: Kind, tensors: Tensors, model: ModelParams) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         cure = "fetch model.pretrained again" if model.dtype == "float32" else "use float32"
         raise UserError(f"params.yaml model.dtype: {model.dtype} gives {kind} that are not finite; {cure}")
-
-
-@contextlib.contextmanager
-def progress(kind: Kind, total: int, log_every_n_steps: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; elsewhere a line every n batches. Yields what to call with the number done."""
-    done, num_calls, start = 0, 0, time.monotonic()
-    with tqdm(total=total, desc=kind, disable=None, leave=False) as bar:
-
-        def advance(count: int) -> None:
-            nonlocal done, num_calls
-            done, num_calls = done + count, num_calls + 1
-            bar.update(count)
-            if bar.disable and num_calls % log_every_n_steps == 0:
-                rate = done / (time.monotonic() - start)
-                log.info("%-8s %7d / %d  %8.1f /s  %6.0f s left", kind, done, total, rate, (total - done) / rate)
-
-        yield advance

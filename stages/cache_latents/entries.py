@@ -27,11 +27,11 @@ from stages.cache_latents.encoding import (
     Shape,
     Tensors,
     encode_all,
-    progress,
 )
 from stages.cache_latents.keys import Setting, caption_key, mask_key, picture_key
 from stages.core.console import UserError, log
 from stages.core.pictures import cut_mask, cut_view, decode, decode_mask
+from stages.core.progress import Bar
 
 if TYPE_CHECKING:
     import torch
@@ -227,8 +227,7 @@ class Masks:
 
     def _make(self, keys: list[str], black: set[str]) -> None:
         """Store these, but for those that are zero all over, which are added to ``black``."""
-        every = self.context.log_every_n_steps
-        with ThreadPoolExecutor(NUM_READERS) as pool, progress(self.kind, len(keys), every) as advance:
+        with ThreadPoolExecutor(NUM_READERS) as pool, Bar(self.kind, len(keys)) as bar:
             for start in range(0, len(keys), NUM_MASKS):
                 some = keys[start : start + NUM_MASKS]
                 for key, weights in zip(some, pool.map(self.read, some), strict=True):
@@ -236,7 +235,7 @@ class Masks:
                         self.context.save(self.kind, key, {"mask": weights})
                     else:
                         black.add(key)
-                advance(len(some))
+                bar.add(len(some))
 
     def read(self, key: str) -> torch.Tensor:
         """float32 [1, H/f, W/f]."""
@@ -352,7 +351,7 @@ def encode_into_store(work: Views | Captions, encoder: Encoder[Any], keys: list[
     context = work.context
     proofs = context.proofs(work.kind, work.setting)
     encoder = replace(encoder, read=work.clock.timed(encoder.read))
-    encode_all(encoder, keys, partial(context.save, work.kind), proofs, context.log_every_n_steps)
+    encode_all(encoder, keys, partial(context.save, work.kind), proofs)
     work.encoded |= set(keys)
 
 

@@ -82,6 +82,16 @@ def environment(device: torch.device) -> dict[str, str | int]:
     }
 
 
+def speed_conditions(device: torch.device, model: ModelParams, base: str) -> dict[str, str | int]:
+    """What the speed of a stage depends on beside the amount of its work.
+
+    Args:
+        base: digest of the component that works.
+    """
+    found = environment(device)
+    return {"base": base, "device": found["device"], "dtype": model.dtype, "num_threads": found["num_threads"]}
+
+
 def log_device(device: torch.device, model: ModelParams) -> None:
     import torch
 

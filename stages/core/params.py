@@ -105,7 +105,7 @@ class RuntimeParams(Params):
     num_machines: int = Field(ge=1, le=1024)
     """Machines that the processes are spread over evenly."""
     log_every_n_steps: int = Field(ge=1)
-    """Steps between log lines where there is no terminal."""
+    """Steps of train between log lines where there is no terminal."""
     tracker: Literal["none", "tensorboard", "wandb", "dvclive"]
     """Tracker that accelerate writes to, under logs/."""
 

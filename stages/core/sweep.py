@@ -37,6 +37,7 @@ from stages.core.params import (
     takes_null,
     unknown,
 )
+from stages.core.took import duration
 from stages.core.yaml_edit import flow
 
 Overrides = dict[str, Any]
@@ -391,13 +392,6 @@ def summary(runs: list[Run], measured: list[float], root: Path = Path()) -> list
     seconds = images / speed
     rate = f"{steps / seconds:.1f} steps/s, the median of {len(measured)} earlier training{'s' * (len(measured) > 1)}"
     return [*lines, f"train: {steps:,} optimizer steps, about {duration(seconds)} one after the other at {rate}{here}"]
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def measurements(root: Path) -> list[float]:

@@ -7,6 +7,7 @@ whether it is what this repository makes, and which revision makes it, or with `
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from stages.core.console import UserError, as_path, log, parser, run
@@ -43,6 +44,8 @@ def main() -> None:
     from stages.core import bases, device
     from stages.core.base_files import digests, require_same_base
     from stages.core.files import replaced, write_text
+    from stages.core.progress import Bar
+    from stages.core.took import Work
     from stages.export import resize
     from stages.export.header import provenance
     from stages.export.proof import Proof
@@ -67,26 +70,37 @@ def main() -> None:
         log.info("snapshot    of step %d of %d", params.step, adapter.num_steps)
     where = device.setup(config.section(RuntimeParams), model)
 
-    proof = Proof(base, family, params, where, adapter, weights)
-    svd = resize.factors(proof.parts[family.DENOISER]) if algo == "lora" else {}
-    measured: dict[str, Value] = {
-        "export.effect": proof.effect,
-        "export.megabytes": sum(t.nbytes for t in weights.values()) / 1e6,
-    }
-    with replaced(args.export) as folder:
+    num_steps = 1 + 2 * len(params.formats) + len(params.resized_ranks) * (1 + 2 * len(params.resizable))
+    speed = device.speed_conditions(where, model, adapter.base[family.DENOISER])
+    work = Work("export", speed | {"formats": params.formats, "resized_ranks": params.resized_ranks}, num_steps)
+    work.announce()
+    with replaced(args.export) as folder, Bar("export", num_steps) as bar:
+        proof = Proof(base, family, params, where, adapter, weights)
+        bar.add()
+        svd = resize.factors(proof.parts[family.DENOISER]) if algo == "lora" else {}
+        measured: dict[str, Value] = {
+            "export.effect": proof.effect,
+            "export.megabytes": sum(t.nbytes for t in weights.values()) / 1e6,
+        }
         for name in params.formats:
             proof.write(name, folder / name)
+            bar.add()
             measured |= proof.check(name, folder / name)
+            bar.add()
         for rank in params.resized_ranks:
             log.info("rank %-6d keeping the largest singular values", rank)
             copy = Proof(base, family, params, where, *resize.resized(adapter, weights, svd, rank))
+            bar.add()
             for name in params.resizable:
                 copy.write(name, folder / "resized" / f"rank-{rank}" / name)
+                bar.add()
                 copy.check(name, folder / "resized" / f"rank-{rank}" / name)
+                bar.add()
             measured |= compared(proof, copy, rank, [layer.energy(rank) for layer in svd.values()])
     write_text(args.export_reports / "energy.csv", resize.energy_csv(svd, params.resized_ranks))
     metrics.save(args.export_reports / "metrics.json", measured)
     lineage.save(args.export_reports / "lineage.json", provenance(base, family, params, adapter, args.export))
+    work.record(bar.done, time.monotonic() - bar.began)
     log.info("wrote       %s (%s)", args.export, ", ".join(params.formats))
 
 
@@ -101,4 +115,4 @@ def compared(proof: Proof, copy: Proof, rank: int, energies: list[float]) -> dic
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, kept="the folder of an earlier export is as it was")

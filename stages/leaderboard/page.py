@@ -15,7 +15,8 @@ from stages.core import evaluation
 from stages.core.evaluation import Estimate
 from stages.core.findings import BOOTSTRAP, FEW_PICTURES, cannot_tell
 from stages.core.markdown import code, decimals, image, interval, signed, table
-from stages.core.sweep import Run, duration
+from stages.core.sweep import Run
+from stages.core.took import duration
 from stages.leaderboard.ranking import Standing, Table
 from stages.leaderboard.results import Result
 

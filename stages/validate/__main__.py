@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,12 +21,14 @@ from stages.artifacts.adapter import FINAL, Adapter
 from stages.artifacts.latent_cache import LatentCache
 from stages.core import base_files, bases, closure, evaluation, params
 from stages.core.console import UserError, log, parser, run
-from stages.core.device import environment, setup
+from stages.core.device import environment, setup, speed_conditions
 from stages.core.evaluation import Score
 from stages.core.files import sha256_file, sha256_json, write_json, write_text
 from stages.core.params import ModelParams, RuntimeParams
+from stages.core.progress import Bar
+from stages.core.took import Work
 from stages.families.base import load_family
-from stages.validate import cost, curve, feature_files, features, neighbours, several
+from stages.validate import cost, curve, feature_files, features, neighbours, passes, several
 from stages.validate.exam import Exam, make_exam
 from stages.validate.examine import Evidence, examine, make_sampling, step_label
 from stages.validate.kept import Kept
@@ -86,7 +89,12 @@ def report(
     began = time.monotonic()
     feature_model = features.load(settings, exam.device)
     kept, vae = Kept(conditions(base, exam)), Vae(exam)
-    evidence = examine(exam, adapter, args.adapter, settings, kept, vae)
+    total, pixels = passes.planned(exam, adapter, settings), math.prod(exam.picture_size)
+    speed = speed_conditions(exam.device, exam.model, base[exam.family.DENOISER])
+    work = Work("validate", speed, total * pixels)
+    work.announce("at most ")
+    with Bar("validate", total) as bar:
+        evidence = examine(exam, adapter, args.adapter, settings, kept, vae, bar)
     gc.collect()  # frees the pipeline, whose parts refer to each other
     drawn = evidence.pictures[0], evidence.pictures[adapter.num_steps]
     space = neighbours.Space(exam, cache, vae, feature_model)
@@ -108,6 +116,8 @@ def report(
     metrics.save(args.reports / "metrics.json", measured)
     own = {"environment": environment(exam.device), "of": sha256_file(args.reports / "metrics.json")}
     write_json(args.reports / "validate" / "run.json", own | used(exam.device, began))
+    if bar.done > total / 2:  # of a run that finds nearly all in <state>/evidence, the rest is not the passes' time
+        work.record(bar.done * pixels, time.monotonic() - began)
     log_end(args.reports, measured, adapter.num_steps)
     neighbours.require_few_copied(near, settings.max_copied_share, args.reports / "validate")
 
@@ -264,4 +274,4 @@ def log_end(reports: Path, measured: dict[str, Any], num_steps: int) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, kept="finished losses and images are kept")

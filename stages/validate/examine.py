@@ -12,6 +12,7 @@ from stages.core import evaluation
 from stages.core.console import UserError, log
 from stages.validate import drift
 from stages.validate.exam import Exam, answer
+from stages.validate.passes import Passes, per_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from stages.artifacts.adapter import Adapter
     from stages.artifacts.metrics import Value
     from stages.core.params import ModelParams
+    from stages.core.progress import Bar
     from stages.core.sampling import Sampling
     from stages.validate.kept import Kept
     from stages.validate.latents import Vae
@@ -50,6 +52,7 @@ class Examiner:
     sampling: Sampling
     settings: ValidateParams
     kept: Kept
+    passes: Passes
 
     def of(self, adapter: Adapter, file: str, scale: float = 1.0) -> Examiner:
         """For the time that this file of the adapter is loaded, at this scale."""
@@ -61,19 +64,23 @@ class Examiner:
             denoiser = getattr(self.pipeline, exam.family.DENOISER)
             return finite(answer(exam, denoiser, self.text), state, exam.model)
 
-        return self.kept.losses({"exam": exam.digest(), "encoders": self.text is not None}, make)
+        with self.passes.part(len(exam.rows)):
+            return self.kept.losses({"exam": exam.digest(), "encoders": self.text is not None}, make)
 
     def draw(self, sampling: Sampling) -> list[Image.Image]:
         from stages.core.sampling import draw
 
-        return self.kept.pictures(asdict(sampling), lambda: draw(self.pipeline, sampling, self.exam.model))
+        with self.passes.part(len(sampling.prompts) * per_picture(self.exam, self.settings)):
+            return self.kept.pictures(asdict(sampling), lambda: draw(self.pipeline, sampling, self.exam.model))
 
     @property
     def by_seed(self) -> list[Sampling]:
         return [replace(self.sampling, index=index) for index in range(self.settings.num_seeds)]
 
 
-def examine(exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams, kept: Kept, vae: Vae) -> Evidence:
+def examine(
+    exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams, kept: Kept, vae: Vae, bar: Bar
+) -> Evidence:
     """Score and draw the base, every snapshot and the final adapter, in one pipeline, which is gone afterwards."""
     from stages.core import adapted
 
@@ -81,7 +88,8 @@ def examine(exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams
     layers = adapted.in_pipeline(pipeline, exam.family.DENOISER, adapter)
     text = exam.family.text_of(pipeline) if adapter.text_lora else None
     sampling = make_sampling(exam, settings, pipeline.vae_scale_factor)
-    examiner, evidence = Examiner(exam, pipeline, text, sampling, settings, kept), Evidence()
+    passes = Passes(bar, getattr(pipeline, exam.family.DENOISER))
+    examiner, evidence = Examiner(exam, pipeline, text, sampling, settings, kept, passes), Evidence()
 
     with layers.disabled():
         drifting = examine_base(examiner, evidence, vae)

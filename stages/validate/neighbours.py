@@ -21,6 +21,7 @@ from stages.artifacts.metrics import tidy
 from stages.core import evaluation
 from stages.core.console import UserError
 from stages.core.files import write_text
+from stages.core.progress import counted
 
 if TYPE_CHECKING:
     import torch
@@ -166,7 +167,8 @@ class Space:
     def of_pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """[N, D]"""
         if self.model is None:
-            return np.stack([flat(self.vae.encode(picture)) for picture in pictures])
+            shown = counted("samples", pictures, len(pictures))
+            return np.stack([flat(self.vae.encode(picture)) for picture in shown])
         return self.model.images(pictures)
 
     def trained_views(self) -> list[tuple[str, str]]:
@@ -195,7 +197,8 @@ def compare(
     pictures = [picture for drawn in (*base, *adapter) for picture in drawn]
     points = space.of_pictures(pictures)  # [2 * seeds * prompts, D]
     views, heldout = space.trained_views(), space.of_views(space.heldout_views())
-    distances, nearest = find_nearest(np.stack([*points, *heldout]), space.of_views([view for _, view in views]))
+    known = counted("nearest", space.of_views([view for _, view in views]), len(views))
+    distances, nearest = find_nearest(np.stack([*points, *heldout]), known)
     asked = [(prompt, index) for index in range(len(base)) for prompt in prompts]
     samples = [
         Sample(prompt, index, picture, float(distance), *(views[position] if position >= 0 else ("", "")))
