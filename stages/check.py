@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.cache_latents.params import CacheParams, flip_problems
-from stages.core import base_files, bases, params, pin, sharing, sweep
+from stages.core import base_files, bases, params, pin, slow_dtype, sharing, sweep
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams
@@ -80,7 +80,7 @@ def main() -> None:
     log.info("dataset     %s", dataset.source)
     log.info("packages    %s", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
     log.info("disk        %.1f GB free for the state directory", shutil.disk_usage(existing(state_dir())).free / 1e9)
-    device = check_device(config)  # from here on it imports torch, which takes seconds
+    device = check_device(config, base.configs)  # from here on it imports torch, which takes seconds
     if base.configs:
         check_objective(config, base.configs)
         check_captions(base.configs)
@@ -276,7 +276,7 @@ def existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-def check_device(config: Config) -> torch.device:
+def check_device(config: Config, configs: ModelParams | None) -> torch.device:
     from stages.core.device import setup
 
     model = config.section(ModelParams)
@@ -284,8 +284,8 @@ def check_device(config: Config) -> torch.device:
     import torch
 
     log.info("device      %s, %d threads, %s", device, torch.get_num_threads(), model.dtype)
-    if device.type == "cpu" and model.dtype == "bfloat16" and not torch.backends.mkldnn.is_available():
-        log.warning("warning: bfloat16 is slow on this processor; --set model.dtype=float32 is faster")
+    if configs:
+        slow_dtype.warn(device, configs)
     sys.stdout.flush()
     return device
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import logging
 import os
 import platform
 from typing import TYPE_CHECKING
 
+from stages.core import slow_dtype
 from stages.core.console import UserError, log
 
 if TYPE_CHECKING:
@@ -93,7 +95,10 @@ def speed_conditions(device: torch.device, model: ModelParams, base: str) -> dic
 
 
 def log_device(device: torch.device, model: ModelParams) -> None:
+    """What computes, and whether its dtype is slow there."""
     import torch
 
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     log.info("device      %s%s, frozen weights and autocast in %s, adapter in float32", device, threads, model.dtype)
+    if log.isEnabledFor(logging.INFO):  # else this is one of several processes, and not the one that speaks
+        slow_dtype.warn(device, model)
