@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.cache_latents.params import CacheParams, flip_problems
-from stages.core import base_files, bases, params, pin, slow_dtype, sharing, sweep
+from stages.core import base_files, bases, params, pin, sharing, slow_dtype, sweep
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams

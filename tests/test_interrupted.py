@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from stages.core import params
+from stages.core import console, params
+from stages.core.console import UserError
 from stages.core.files import replaced
 from tests.conftest import REPOSITORY, Workspace
 from tests.forked import exit_code
@@ -156,7 +157,7 @@ def start(folder: Path, *command: str) -> subprocess.Popen[str]:
 
 
 def test_ctrl_c_while_packages_are_imported(begun: Path) -> None:
-    code = "import stages.core.console, os, signal; os.kill(os.getpid(), signal.SIGINT); import stages.train.__main__"
+    code = "from stages.core import console; console.listen(); import os; os.kill(os.getpid(), 2); import torch"
     with start(begun, "-c", code) as process:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -179,6 +180,26 @@ def test_ctrl_c_from_outside_while_a_stage_imports(begun: Path, library: str) ->
 def test_ctrl_c_in_another_command(workspace: Workspace) -> None:
     said = "stopped by Ctrl-C: no file is half-written; run the same command again\n"
     assert stopped_at(params, "overridden", 1, "check") == said
+
+
+def test_ctrl_c_that_a_package_takes_for_another_fault(tmp_path: Path) -> None:
+    """Such as the import of a module in Rust, which panics."""
+    said = tmp_path / "said"
+
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise UserError("damaged; fetch it again") from None
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with said.open("w") as sys.stderr, pytest.raises(SystemExit, match="130"):
+            console.run(main, kept="all is kept")
+
+    assert exit_code(work) == 0
+    assert said.read_text() == "stopped by Ctrl-C: all is kept; the same command resumes\n"
 
 
 def test_a_replaced_folder_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

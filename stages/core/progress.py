@@ -35,8 +35,7 @@ class Bar:
     def __enter__(self) -> Bar:
         self.bar = tqdm(total=self.total, desc=self.name, disable=not sys.stderr.isatty(), leave=False)
         self.logging = contextlib.ExitStack()
-        if not self.bar.disable:
-            self.logging.enter_context(logging_redirect_tqdm())
+        self.logging.enter_context(lines_above(self.bar))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -62,6 +61,11 @@ class Bar:
         self.total -= count
         self.bar.total = self.total
         self.bar.refresh()
+
+
+def lines_above(bar: tqdm[Any]) -> contextlib.AbstractContextManager[None]:
+    """Inside, log lines are written above the bar, where both are on the terminal."""
+    return contextlib.nullcontext() if bar.disable or not sys.stdout.isatty() else logging_redirect_tqdm()
 
 
 def counted(name: str, items: Iterable[T], total: int) -> Iterator[T]:
@@ -91,8 +95,7 @@ class Progress:
             disable=not sys.stderr.isatty() or not accelerator.is_main_process,
         )
         self.logging = contextlib.ExitStack()
-        if not self.bar.disable:
-            self.logging.enter_context(logging_redirect_tqdm())
+        self.logging.enter_context(lines_above(self.bar))
 
     def init_trackers(self, settings: dict[str, Any]) -> None:
         """Below logs/, without a network: wandb offline unless WANDB_MODE says otherwise."""
