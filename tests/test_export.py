@@ -108,7 +108,7 @@ def test_diffusers_header_has_the_config(exported: Workspace) -> None:
     with safe_open(DIFFUSERS / "pytorch_lora_weights.safetensors", "pt") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])
         keys = set(file.keys())
-    assert config["unet.lora_alpha"] == 6 and config["unet.r"] == 2
+    assert config["unet.lora_alpha"] == config["unet.r"] == 2  # B has the strength
     assert config["unet.target_modules"] == CONFIG["target_modules"]
     assert keys == {f"unet.{name}" for name in load_tensors(ADAPTER / FINAL)}
 
@@ -147,10 +147,26 @@ def test_other_captions_are_seen_in_the_header(workspace: Workspace) -> None:
 
 def test_peft_folder_is_what_peft_writes(exported: Workspace) -> None:
     config = read_json(PEFT / "adapter_config.json")
-    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 6)
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 2)
     assert config["inference_mode"] is True
     tensors = load_tensors(PEFT / "adapter_model.safetensors")
     assert set(tensors) == {f"base_model.model.{name}" for name in load_tensors(ADAPTER / FINAL)}
+
+
+def test_the_strength_is_in_b_and_the_trained_alpha_in_the_record(exported: Workspace) -> None:
+    """Programs that read no config load these files too; kohya's keys have an alpha of their own."""
+    trained = load_tensors(ADAPTER / FINAL)
+    for path, prefix in (
+        (DIFFUSERS / "pytorch_lora_weights.safetensors", "unet."),
+        (PEFT / "adapter_model.safetensors", "base_model.model."),
+    ):
+        for name, tensor in load_tensors(path).items():
+            own = trained[name.removeprefix(prefix)]
+            assert torch.equal(tensor, 3 * own if ".lora_B." in name else own), name
+    for path, alpha in ((DIFFUSERS / "pytorch_lora_weights.safetensors", "2"), (COMFYUI, "6")):
+        header = load_metadata(path)
+        assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("2", alpha)
+        assert json.loads(header["lora_dag"])["lora_config"]["lora_alpha"] == 6
 
 
 def test_lineage_says_what_was_written_and_from_what(exported: Workspace) -> None:
@@ -293,14 +309,13 @@ def test_adapter_of_another_base_is_refused(adapted: Workspace) -> None:
 def test_an_export_that_answers_otherwise_is_not_left_behind(
     adapted: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the config in the header diffusers guesses alpha = rank."""
     original = StableDiffusionPipeline.save_lora_weights
 
-    def without_config(folder: Path, **kwargs: Any) -> None:
-        kwargs.pop("unet_lora_adapter_metadata")
+    def weaker(folder: Path, **kwargs: Any) -> None:
+        kwargs["unet_lora_adapter_metadata"]["lora_alpha"] = 1
         original(folder, **kwargs)
 
-    monkeypatch.setattr(StableDiffusionPipeline, "save_lora_weights", without_config)
+    monkeypatch.setattr(StableDiffusionPipeline, "save_lora_weights", weaker)
     with pytest.raises(RuntimeError, match="the diffusers export answers otherwise than the adapter"):
         adapted.run("export")
     assert not Path("data/export").exists()

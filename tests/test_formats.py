@@ -173,15 +173,15 @@ def test_unknown_keys_are_counted_and_stop_the_stage(workspace: Workspace, monke
     assert not Path("data/export").exists()
 
 
-def test_a_lost_alpha_stops_the_stage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_alpha_stops_the_stage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     adapt(workspace)
-    monkeypatch.setattr("stages.export.writers.peft_dict", lambda trained, **_: read_plain_config(trained))
+    monkeypatch.setattr("stages.export.writers.peft_dict", lambda trained, **_: config_of_another_alpha(trained))
     with pytest.raises(RuntimeError, match="the peft export answers otherwise than the adapter"):
         workspace.run("export", "--set", "export.formats=[peft]")
 
 
-def read_plain_config(trained: Any) -> dict[str, Any]:
-    config = lora.peft_config(trained.config | {"lora_alpha": 2.0}).to_dict()
+def config_of_another_alpha(trained: Any) -> dict[str, Any]:
+    config = lora.peft_config(trained.config | {"lora_alpha": 3.0}).to_dict()
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from stages.core import lora, seeding
-from stages.core.files import load_metadata
+from stages.core.files import load_metadata, load_tensors
 from stages.export import trained, writers
 from stages.families.base import load_family
 from tests.stock import STOCK
@@ -118,7 +118,7 @@ def test_load_scale_fuse_and_unfuse(
 def test_the_config_survives_being_saved_and_loaded_by_diffusers(
     name: str, kind: str, pipe: Any, answer: Answer, tmp_path: Path
 ) -> None:
-    """Alpha is twice the rank: lost, the adapter would be half as strong."""
+    """Alpha is twice the rank; the file has the strength in B, and says alpha = rank."""
     expected = export(pipe, name, tmp_path, answer, **KINDS[kind])
     pipe.load_lora_weights(tmp_path, adapter_name="ours")
     denoiser(pipe).save_lora_adapter(tmp_path / "again", adapter_name="ours")
@@ -126,12 +126,10 @@ def test_the_config_survives_being_saved_and_loaded_by_diffusers(
     denoiser(pipe).load_lora_adapter(tmp_path / "again", prefix=None, adapter_name="again", use_safetensors=True)
     assert close(answer(), expected)
     config = denoiser(pipe).peft_config["again"]
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 4.0, 0.0)
-    assert (config.use_dora, config.use_rslora, config.lora_bias) == tuple(
-        kind == option for option in ("dora", "rslora", "lora_only")
-    )
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (2, 2, 0.0, False)
+    assert (config.use_dora, config.lora_bias) == (kind == "dora", kind == "lora_only")
     header = load_metadata(tmp_path / "pytorch_lora_weights.safetensors")["lora_adapter_metadata"]
-    assert json.loads(header)[f"{load_family(name).DENOISER}.lora_alpha"] == 4.0
+    assert json.loads(header)[f"{load_family(name).DENOISER}.lora_alpha"] == 2
 
 
 @pytest.mark.parametrize("name", ["sd", "flux"])
@@ -162,7 +160,9 @@ def test_several_adapters_are_set_and_deleted(name: str, pipe: Any, answer: Answ
     pipe.unfuse_lora()
 
 
-# ComfyUI's keys, read by diffusers
+# ComfyUI's file, and both without their headers, read by diffusers
+
+PATTERNS = {"rank": 4, "alpha": 1.5, "rank_pattern": {"to_k": 3}, "alpha_pattern": {"to_v": 5.0}}
 
 
 @pytest.mark.parametrize(
@@ -171,22 +171,31 @@ def test_several_adapters_are_set_and_deleted(name: str, pipe: Any, answer: Answ
         ("sd", {"use_rslora": True}),
         ("sd", {"target_modules": "all-linear+conv"}),
         ("sdxl", {"target_modules": "attention+ff"}),
-        ("flux", {"target_modules": "attention+ff", "alpha": 2.0}),
+        *(
+            (name, changes)
+            for name in ("sd3", "flux", "z_image")
+            for changes in ({"target_modules": "all-linear", "alpha": 1.5}, PATTERNS, PATTERNS | {"use_rslora": True})
+        ),
     ],
     ids=str,
 )
 def test_diffusers_reads_our_comfyui_files(
     name: str, changes: dict[str, Any], pipe: Any, answer: Answer, tmp_path: Path
 ) -> None:
-    """FLUX.1 with an alpha of the rank alone: diffusers does not read the alphas of such a file."""
     base = answer()
     expected = export(pipe, name, tmp_path, answer, **changes)
     pipe.load_lora_weights(tmp_path / "comfyui", weight_name="ours.safetensors")
     assert close(answer(), expected) and not close(expected, base)
 
 
-@pytest.mark.parametrize("name", ["sd3"])
-def test_diffusers_does_not_read_these_keys_for_sd3(name: str, pipe: Any, answer: Answer, tmp_path: Path) -> None:
-    export(pipe, name, tmp_path, answer)
-    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
-        pipe.load_lora_weights(tmp_path / "comfyui", weight_name="ours.safetensors")
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "z_image"])
+@pytest.mark.parametrize("changes", [PATTERNS, PATTERNS | {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_a_program_that_reads_no_header_loads_the_trained_strength(
+    name: str, changes: dict[str, Any], pipe: Any, answer: Answer, tmp_path: Path
+) -> None:
+    """As most programs: alpha is taken for the rank where nothing says otherwise."""
+    expected = export(pipe, name, tmp_path, answer, **changes)
+    tensors = load_tensors(tmp_path / "pytorch_lora_weights.safetensors")
+    assert not any("alpha" in key for key in tensors)
+    pipe.load_lora_weights(tensors)
+    assert close(answer(), expected)

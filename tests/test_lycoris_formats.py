@@ -72,6 +72,8 @@ def require_lycoris_keys(name: str, own: dict[str, torch.Tensor]) -> None:
         leaves = {other.removeprefix(f"{module}.") for other in own if other.startswith(f"{module}.")}
         biases = {"diff_b"} if "bias_delta" in leaves else set()
         found = {other.removeprefix(f"{key}.") for other in tensors if other.startswith(f"{key}.")}
+        if "lokr_t2" in leaves:  # which ComfyUI leaves out
+            leaves = leaves - {"lokr_t2", "lokr_w2_a", "lokr_w2_b"} | {"lokr_w2"}
         assert found == leaves - {"bias_delta"} | biases | {"alpha"}
         rank = 4.0 if name == "lokr-whole" else 2.0
         assert tensors[f"{key}.alpha"] == (rank if {"lokr_w1", "lokr_w2"} <= leaves else 6.0)

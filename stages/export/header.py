@@ -32,7 +32,10 @@ PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 def metadata(base: Base, params: ExportParams, adapter: Adapter, prediction_type: str) -> dict[str, str]:
-    """For the header of every file. ``modelspec.date`` is left out: it would change the bytes for the same inputs."""
+    """For the header of every file; its writer adds rank and alpha, which are the file's own.
+
+    ``modelspec.date`` is left out: it would change the bytes for the same inputs.
+    """
     config, family = adapter.lora_config, base.model.family
     fields = {
         "format": "pt",
@@ -41,8 +44,6 @@ def metadata(base: Base, params: ExportParams, adapter: Adapter, prediction_type
         "modelspec.architecture": f"{ARCHITECTURES.get(family, family)}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": params.name,
-        "ss_network_alpha": f"{config['lora_alpha']:g}",
-        "ss_network_dim": str(config["r"]),
         "ss_network_module": "lycoris.kohya" if "algo" in config else "networks.lora",
         "ss_steps": str(params.step or adapter.num_steps),
     }

@@ -212,12 +212,31 @@ class Proof:
 
     @contextlib.contextmanager
     def comfyui(self, folder: Path) -> Iterator[Loaded]:
-        """Our own reader of ComfyUI's keys."""
+        """Our own reader of ComfyUI's keys, on the layers of the original checkpoint."""
         modules = self.fresh()
         denoiser, *encoders = modules.adapted.values()
-        with comfyui.patched(denoiser, self.comfyui_file(folder), text_encoders=encoders) as unread:
-            yield modules, unread
+        found = comfyui.read(denoiser, self.comfyui_file(folder), text_encoders=encoders)
+        if not found.unread:
+            self.require_weights(found.weights, modules)
+        with comfyui.in_place(comfyui.parameters(denoiser, encoders), found.weights):
+            yield modules, found.unread
         self.require_base(modules, "comfyui")
+
+    @torch.no_grad()
+    def require_weights(self, weights: dict[str, torch.Tensor], modules: Modules) -> None:
+        """Raises RuntimeError for a layer that the file does not make what training made: outputs show few layers."""
+        worst = 0.0
+        for number, (component, trained_part) in enumerate(self.parts.items()):
+            prefix = f"te{number}." if number else ""
+            for name in trained_part.scalings:
+                base = modules.adapted[component].get_submodule(name).weight
+                expected = trained.merged(trained_part, name, base)
+                own = weights.get(f"{prefix}{name}.weight", base)
+                error = float((own - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+                worst = max(worst, error)
+                if not error <= TOLERANCE:
+                    raise RuntimeError(f"the comfyui export makes {prefix}{name} other than training did: {error:.3g}")
+        log.info("comfyui     in the original checkpoint's layers, largest relative difference of a weight %.2g", worst)
 
     @contextlib.contextmanager
     def merged(self, folder: Path) -> Iterator[Loaded]:

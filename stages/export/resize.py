@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stages.export.trained import at_strength_1
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -71,12 +73,8 @@ def resized(adapter: Adapter, weights: Tensors, svd: dict[str, Factors], rank: i
 
 def resized_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
     """peft.LoraConfig's arguments of the copy."""
-    left_out = ("rank_pattern", "alpha_pattern", "use_rslora")
     pattern = {key: min(value, rank) for key, value in config.get("rank_pattern", {}).items()}
-    smaller = min(config["r"], rank)
-    plain = {name: value for name, value in config.items() if name not in left_out}
-    plain |= {"r": smaller, "lora_alpha": float(smaller)}
-    return plain | ({"rank_pattern": pattern, "alpha_pattern": pattern} if pattern else {})
+    return at_strength_1(config | {"r": min(config["r"], rank)} | ({"rank_pattern": pattern} if pattern else {}))
 
 
 def energy_csv(svd: dict[str, Factors], ranks: Iterable[int]) -> str:

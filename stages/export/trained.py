@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from stages.core import bias, lora, lycoris
+from stages.core import bias, lora, lycoris, original_layout
 
 DORA = ".lora_magnitude_vector"
 
@@ -30,6 +30,13 @@ class Trained:
     """DoRA alone. Target's name -> m / ||W + s B A||, float32 [out, 1, ...]; the layer is it times W + s B A."""
     row_norms: dict[str, torch.Tensor]
     """DoRA alone. Target's name -> ||W||, float32 [out, 1, ...]."""
+    swapped: set[str]
+    """Layers whose rows are in the other order in the original checkpoint."""
+
+    @property
+    def unfusable(self) -> list[str]:
+        """Targets without a bias, where others have a trained one: PEFT fuses ``lora_bias`` into none of them."""
+        return [name for name in self.scalings if name not in self.biases] if self.biases else []
 
 
 def read(config: dict[str, Any], module: Any) -> Trained:
@@ -51,7 +58,34 @@ def read(config: dict[str, Any], module: Any) -> Trained:
         biases={name: delta.detach().clone() for name, delta in bias.deltas(module).items()},
         row_factors=factors,
         row_norms=norms,
+        swapped=original_layout.swapped_layers(module),
     )
+
+
+def folded(trained: Trained) -> Trained:
+    """LoRA at strength 1, with alpha = rank: B has the trained strength in it, for readers that take no alpha.
+
+    LoKr and LoHa are returned as they are.
+    """
+    if "algo" in trained.config:
+        return trained
+    scaled = {f"{name}.lora_B.weight": scaling for name, scaling in trained.scalings.items()}
+    weights = {name: tensor * scaled.get(name, 1.0) for name, tensor in trained.weights.items()}
+    config = at_strength_1(trained.config)
+    return replace(trained, config=config, weights=weights, scalings=dict.fromkeys(trained.scalings, 1.0))
+
+
+def at_strength_1(config: dict[str, Any]) -> dict[str, Any]:
+    """peft.LoraConfig's arguments with the alphas that are the ranks."""
+    plain = {name: value for name, value in config.items() if name not in ("alpha_pattern", "use_rslora")}
+    ranks = config.get("rank_pattern", {})
+    return plain | {"lora_alpha": config["r"]} | ({"alpha_pattern": ranks} if ranks else {})
+
+
+def merged(trained: Trained, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A target's weight with the adapter in it: W + s B A, times DoRA's factors."""
+    whole = weight + trained.scalings[name] * product(trained.weights, name).reshape(weight.shape)
+    return whole * trained.row_factors[name] if name in trained.row_factors else whole
 
 
 def product(weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:

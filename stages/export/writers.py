@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.core import lora, quiet
+from stages.core import lora, original_layout, quiet
 from stages.core.adapted import long_name
 from stages.core.base_files import absent, component_files
 from stages.core.files import load_metadata, load_tensors, save_tensors, write_json
 from stages.export import header
-from stages.export.trained import product
+from stages.export.trained import folded, merged
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from stages.core.params import ModelParams
     from stages.export.trained import Trained
     from stages.families.base import Family
@@ -36,15 +38,20 @@ def pipeline_class(family: Family) -> Any:
 
 
 def write_diffusers(family: Family, parts: Parts, fields: dict[str, str], folder: Path) -> None:
-    """``pytorch_lora_weights.safetensors`` with each LoraConfig in its header: without it, alpha would be guessed."""
+    """``pytorch_lora_weights.safetensors``: the strength is in B, so that it is the same with and without the header.
+
+    Each LoraConfig is in the header, with alpha = rank.
+    """
     layers, configs = {}, {}
+    parts = {component: folded(trained) for component, trained in parts.items()}
     for component, trained in parts.items():
         tensors = with_biases(trained).items()
         layers[f"{component}_lora_layers"] = {file_name(component, name): tensor for name, tensor in tensors}
         configs[f"{component}_lora_adapter_metadata"] = peft_dict(trained)
     pipeline_class(family).save_lora_weights(folder, **layers, **configs)
     path = folder / DIFFUSERS_FILE
-    header.save(path, load_tensors(path), load_metadata(path) | fields)
+    saved = load_tensors(path)
+    header.save(path, saved, load_metadata(path) | fields | network(parts.values(), saved))
 
 
 def file_name(component: str, name: str) -> str:
@@ -53,12 +60,16 @@ def file_name(component: str, name: str) -> str:
 
 
 def write_peft(family: Family, parts: Parts, fields: dict[str, str], folder: Path) -> None:
-    """``adapter_config.json`` and ``adapter_model.safetensors``, as ``PeftModel.save_pretrained`` names them."""
+    """``adapter_config.json`` and ``adapter_model.safetensors``, as ``PeftModel.save_pretrained`` names them.
+
+    A LoRA's strength is in B, for programs that read the tensors without the config.
+    """
     for component, trained in parts.items():
+        trained = folded(trained)
         place = peft_folder(family, folder, component)
         write_json(place / "adapter_config.json", peft_dict(trained, inference_mode=True))
         tensors = {f"base_model.model.{name}": tensor for name, tensor in with_biases(trained).items()}
-        header.save(place / "adapter_model.safetensors", tensors, fields)
+        header.save(place / "adapter_model.safetensors", tensors, fields | network([trained], tensors))
 
 
 def peft_folder(family: Family, folder: Path, component: str) -> Path:
@@ -89,54 +100,80 @@ def peft_dict(trained: Trained, **changes: Any) -> dict[str, Any]:
 
 
 def write_comfyui(family: Family, parts: Parts, fields: dict[str, str], path: Path) -> None:
-    """Keys as ComfyUI reads them: kohya's lora_down, lora_up, dora_scale, diff_b; LyCORIS's lokr_*, hada_*; alpha.
+    """Keys as ComfyUI reads them.
 
+    Of a UNet kohya's: lora_down, lora_up, alpha. Of a transformer diffusers' own, lora_A and lora_B without an alpha,
+    the strength in B: diffusers reads that file too. Besides dora_scale, diff_b; of LyCORIS lokr_*, hada_*, alpha.
     ComfyUI divides a DoRA layer by the base's row norms where PEFT divides by those of W + s B A: dora_scale is the
-    magnitude times their ratio, exact at strength 1.
+    magnitude times their ratio, exact at strength 1. It brings the rows of B A into the order of the original
+    checkpoint, and takes those of dora_scale for being in it.
     """
     tensors: dict[str, torch.Tensor] = {}
+    is_kohyas = family.DENOISER == "unet"
+    parts = parts if is_kohyas else {component: folded(trained) for component, trained in parts.items()}
     for component, trained in parts.items():
         prefix = comfyui_prefix(component, family)
         for name in trained.scalings:
             key = comfyui_key(file_name(component, name), prefix)
-            tensors |= {f"{key}.{leaf}": tensor for leaf, tensor in comfyui_tensors(trained, name).items()}
+            for leaf, tensor in comfyui_tensors(trained, name, is_kohyas).items():
+                tensors[f"{key}.{leaf}"] = tensor
         for name, delta in trained.biases.items():
             tensors[f"{comfyui_key(name, prefix)}.diff_b"] = delta
-    header.save(path, tensors, fields)
+    header.save(path, tensors, fields | network(parts.values(), tensors))
 
 
-def comfyui_tensors(trained: Trained, name: str) -> dict[str, torch.Tensor]:
-    """A target's tensors and alpha by their last names."""
+def comfyui_tensors(trained: Trained, name: str, is_kohyas: bool) -> dict[str, torch.Tensor]:
+    """A target's tensors by their last names."""
     if "algo" in trained.config:
         return lycoris_tensors(trained, name)
-    tensors = {
-        "lora_down.weight": trained.weights[f"{name}.lora_A.weight"],
-        "lora_up.weight": trained.weights[f"{name}.lora_B.weight"],
-        "alpha": torch.tensor(float(trained.scalings[name] * trained.ranks[name])),
-    }
+    a, b = (trained.weights[f"{name}.lora_{which}.weight"] for which in "AB")
+    tensors = {"lora_A.weight": a, "lora_B.weight": b}
+    if is_kohyas:
+        alpha = torch.tensor(float(trained.scalings[name] * trained.ranks[name]))
+        tensors = {"lora_down.weight": a, "lora_up.weight": b, "alpha": alpha}
     if name in trained.row_factors:
-        tensors["dora_scale"] = trained.row_factors[name] * trained.row_norms[name]
+        rows = trained.row_factors[name] * trained.row_norms[name]
+        tensors["dora_scale"] = original_layout.swap_halves(rows) if name in trained.swapped else rows
     return tensors
 
 
 def lycoris_tensors(trained: Trained, name: str) -> dict[str, torch.Tensor]:
     """A target's tensors and alpha, as LyCORIS names them; so does PEFT.
 
-    Two whole factors of LoKr stand for themselves there: LyCORIS and ComfyUI do not scale them, PEFT does.
+    LoKr's second factor of a convolution in Tucker form is written whole: ComfyUI 0.19.3 leaves out a layer with
+    lokr_t2. Two whole factors have the strength in the first one: LyCORIS and ComfyUI do not scale them, PEFT does.
     """
     scaling, rank = trained.scalings[name], trained.ranks[name]
     start = f"{name}."
     tensors = {key.removeprefix(start): tensor for key, tensor in trained.weights.items() if key.startswith(start)}
+    if "lokr_t2" in tensors:
+        tucker = (tensors.pop(leaf) for leaf in ("lokr_t2", "lokr_w2_a", "lokr_w2_b"))
+        tensors["lokr_w2"] = torch.einsum("rskl,ro,si->oikl", *tucker).contiguous()
     if tensors.keys() == {"lokr_w1", "lokr_w2"}:
         tensors["lokr_w1"] = scaling * tensors["lokr_w1"]
         scaling = 1.0
     return tensors | {"alpha": torch.tensor(float(scaling * rank))}
 
 
+def network(parts: Iterable[Trained], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """kohya's header fields of rank and alpha, which is the file's own, else the config's.
+
+    "Dynamic" where layers differ.
+    """
+    layers = [(trained.ranks[name], scaling) for trained in parts for name, scaling in trained.scalings.items()]
+    alphas = [float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")]
+    values: dict[str, list[float]] = {
+        "dim": [rank for rank, _ in layers],
+        "alpha": alphas or [rank * scaling for rank, scaling in layers],
+    }
+    texts = {name: sorted({f"{value:g}" for value in found}) for name, found in values.items()}
+    return {f"ss_network_{name}": found[0] if len(found) == 1 else "Dynamic" for name, found in texts.items()}
+
+
 def comfyui_prefix(component: str, family: Family) -> str:
-    """Text encoders are numbered where a family has several. Source: kohya's sd-scripts, networks/lora*.py."""
-    if component == "transformer":
-        return "transformer."
+    """A UNet's text encoders are numbered where a family has several. Source: kohya's sd-scripts, networks/lora*.py."""
+    if family.DENOISER == "transformer":
+        return f"{component}."
     if component == "unet":
         return "lora_unet_"
     if component == "text_encoder":
@@ -170,11 +207,8 @@ def write_merged(model: ModelParams, family: Family, parts: Parts, modules: dict
 
 @torch.no_grad()
 def merge(trained: Trained, weights: dict[str, torch.Tensor]) -> None:
-    """In the base's float32 tensors, in place: W + s B A (times DoRA's factors), and bias + delta."""
-    for name, scaling in trained.scalings.items():
-        weight = weights[f"{name}.weight"]
-        weight += scaling * product(trained.weights, name).reshape(weight.shape)
-        if name in trained.row_factors:
-            weight *= trained.row_factors[name]
+    """In the base's float32 tensors, in place."""
+    for name in trained.scalings:
+        weights[f"{name}.weight"].copy_(merged(trained, name, weights[f"{name}.weight"]))
     for name, delta in trained.biases.items():
         weights[f"{name}.bias"] += delta

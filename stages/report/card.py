@@ -235,7 +235,7 @@ def limits(inputs: Inputs) -> list[str]:
         repeats(inputs),
     ]
     if "comfyui" in inputs.made["export"]["formats"]:
-        found.append("The file for ComfyUI was read by a reader of its keys; ComfyUI itself was not run.")
+        found.append("The file for ComfyUI was read by a reader of its keys and rows; ComfyUI itself was not run.")
     return found
 
 
