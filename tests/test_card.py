@@ -155,6 +155,12 @@ def test_trained_biases_are_named(workspace: Workspace) -> None:
     assert "alpha 4, biases all, on" in card(workspace, export={"formats": ["comfyui"]}, **biased).text
 
 
+def test_an_adapter_that_cannot_be_fused_says_so(workspace: Workspace) -> None:
+    text = card(workspace, unfusable=12).text
+    assert "raise an error for this adapter: 12 of its layers have no bias that a trained one" in text
+    assert "fuse_lora" not in card(workspace).text
+
+
 def test_the_mark_goes_by_reports_and_settings(workspace: Workspace) -> None:
     card(workspace)
     paths = Path("reports"), Path("reports/export")

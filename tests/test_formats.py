@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,23 @@ def test_diffusers_scales_and_disables_trained_biases(workspace: Workspace) -> N
     assert torch.equal(predict(pipeline.unet), base)
     pipeline.unload_lora_weights()
     assert torch.equal(predict(pipeline.unet), base)
+
+
+def test_layers_that_keep_diffusers_and_peft_from_fusing_are_counted(workspace: Workspace) -> None:
+    """to_q, to_k and to_v of Stable Diffusion have no bias, conv1 has one."""
+    for targets, count in (("attention", 12 * 2), (["conv1"], 0)):
+        adapt(workspace, bias="lora_only", target_modules=targets)
+        lines = workspace.run("export", "--set", "export.formats=[diffusers, peft]")
+        assert load_lineage(Path("reports/export/lineage.json")).get("unfusable", 0) == count
+        assert any(line.startswith(f"warning: {count} adapted layers have no bias") for line in lines) == bool(count)
+        pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
+        pipeline.load_lora_weights("data/export/diffusers")
+        model = PeftModel.from_pretrained(unet(), "data/export/peft")
+        for fuse in (pipeline.fuse_lora, model.merge_and_unload):
+            with pytest.raises(RuntimeError, match="has no bias") if count else contextlib.nullcontext():
+                fuse()
+    workspace.run("export", "--set", "export.formats=[comfyui]")
+    assert "unfusable" not in load_lineage(Path("reports/export/lineage.json"))
 
 
 @pytest.mark.parametrize("mode", ["none", "all"])

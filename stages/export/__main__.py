@@ -99,8 +99,17 @@ def main() -> None:
             measured |= compared(proof, copy, rank, [layer.energy(rank) for layer in svd.values()])
     write_text(args.export_reports / "energy.csv", resize.energy_csv(svd, params.resized_ranks))
     metrics.save(args.export_reports / "metrics.json", measured)
-    lineage.save(args.export_reports / "lineage.json", provenance(base, family, params, adapter, args.export))
+    unfusable = len(proof.parts[family.DENOISER].unfusable) if {"diffusers", "peft"} & set(params.formats) else 0
+    made = provenance(base, family, params, adapter, args.export, unfusable)
+    lineage.save(args.export_reports / "lineage.json", made)
     work.record(bar.done, time.monotonic() - bar.began)
+    if unfusable:
+        log.warning(
+            "warning: %d adapted %s no bias: `pipe.fuse_lora()` and PEFT's `merge_and_unload()` raise an error; use "
+            "the files unfused, or the format merged",
+            unfusable,
+            "layer has" if unfusable == 1 else "layers have",
+        )
     log.info("wrote       %s (%s)", args.export, ", ".join(params.formats))
 
 

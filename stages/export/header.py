@@ -78,12 +78,19 @@ def made_from(base: Base, params: ExportParams, adapter: Adapter) -> dict[str, A
     }
 
 
-def provenance(base: Base, family: Family, params: ExportParams, adapter: Adapter, folder: Path) -> dict[str, Any]:
-    """reports/export/lineage.json: what the files in ``folder`` were made from, how they are loaded, their digests."""
+def provenance(
+    base: Base, family: Family, params: ExportParams, adapter: Adapter, folder: Path, unfusable: int
+) -> dict[str, Any]:
+    """reports/export/lineage.json: what the files in ``folder`` were made from, how they are loaded, their digests.
+
+    Args:
+        unfusable: number of layers that keep diffusers and PEFT from fusing the adapter.
+    """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return made_from(base, params, adapter) | {
         "export": params.model_dump(exclude={"push_to_hub", "step"}),
         "files": {n: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for n, path in files.items()},
+        **({"unfusable": unfusable} if unfusable else {}),
         "pipeline": {
             "class": family.PIPELINE,
             "denoiser": family.DENOISER,

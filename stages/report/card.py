@@ -138,6 +138,12 @@ image.images[0].save("sample.png")
         ranks = ", ".join(f"`resized/rank-{rank}/`" for rank in export["resized_ranks"])
         ways["resized"] = f"The same files at smaller ranks, by their largest singular values: {ranks}."
     said = [text for name, text in ways.items() if name in (*export["formats"], "resized")]
+    if count := made.get("unfusable"):
+        said.append(
+            f"`pipe.fuse_lora()` and PEFT's `merge_and_unload()` raise an error for this adapter: {count} of its "
+            f"layers {'has' if count == 1 else 'have'} no bias that a trained one could be added to. Use it unfused, "
+            "or `merged`."
+        )
     return "\n\n".join([*said, base_note(inputs)])
 
 
