@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 
 from stages.artifacts.adapter import FINAL, Adapter
 from stages.core import lora, pin, seeding
@@ -25,6 +26,7 @@ from stages.families.base import load_family
 from stages.train import init_from
 from stages.validate import several
 from tests.conftest import Workspace
+from tests.stock import STOCK
 from tests.test_formats import KINDS, adapt, loaded, unet
 from tests.test_lora import params, predict
 from tests.trainings import broken_off
@@ -177,30 +179,153 @@ def test_kohyas_layout_of_sdxl_goes_through_diffusers(
             torch.testing.assert_close(change(denoiser, name), change(pipe.unet, name))
 
 
-def test_kohyas_layout_of_flux_goes_through_diffusers(workspace: Workspace, bases: dict[str, Path]) -> None:
-    """q, k and v are one layer there: its rows are theirs."""
-    sizes = {"img_attn_qkv": (32, 96), "img_attn_proj": (32, 32), "txt_mlp_0": (32, 128)}
-    changes = kohya("lora_unet_double_blocks_0", sizes, 4, [1.0, 2.0, 3.0])
+# The original checkpoints' layers
+
+
+def halves(rows: torch.Tensor) -> torch.Tensor:
+    """Scale and shift in the other order."""
+    half = len(rows) // 2
+    return torch.cat([rows[half:], rows[:half]])
+
+
+FLUX_BLOCK, FLUX_SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
+SD3_BLOCK, SD3_LAST = "transformer_blocks.0", "transformer_blocks.1"
+ORIGINAL: dict[str, dict[str, tuple[tuple[int, int], list[str], bool]]] = {
+    "flux": {
+        "double_blocks.0.img_attn.qkv": ((32, 96), [f"{FLUX_BLOCK}.attn.to_{x}" for x in "qkv"], False),
+        "double_blocks.0.txt_attn.qkv": ((32, 96), [f"{FLUX_BLOCK}.attn.add_{x}_proj" for x in "qkv"], False),
+        "double_blocks.0.img_attn.proj": ((32, 32), [f"{FLUX_BLOCK}.attn.to_out.0"], False),
+        "double_blocks.0.txt_mlp.0": ((32, 128), [f"{FLUX_BLOCK}.ff_context.net.0.proj"], False),
+        "single_blocks.0.linear1": (
+            (32, 224),
+            [*(f"{FLUX_SINGLE}.attn.to_{x}" for x in "qkv"), f"{FLUX_SINGLE}.proj_mlp"],
+            False,
+        ),
+        "single_blocks.0.linear2": ((160, 32), [f"{FLUX_SINGLE}.proj_out"], False),
+        "final_layer.linear": ((32, 64), ["proj_out"], False),
+        "final_layer.adaLN_modulation.1": ((32, 64), ["norm_out.linear"], True),
+    },
+    "sd3": {
+        "joint_blocks.0.x_block.attn.qkv": ((32, 96), [f"{SD3_BLOCK}.attn.to_{x}" for x in "qkv"], False),
+        "joint_blocks.0.x_block.attn2.qkv": ((32, 96), [f"{SD3_BLOCK}.attn2.to_{x}" for x in "qkv"], False),
+        "joint_blocks.0.context_block.attn.qkv": ((32, 96), [f"{SD3_BLOCK}.attn.add_{x}_proj" for x in "qkv"], False),
+        "joint_blocks.0.x_block.mlp.fc2": ((128, 32), [f"{SD3_BLOCK}.ff.net.2"], False),
+        "joint_blocks.0.context_block.adaLN_modulation.1": ((32, 192), [f"{SD3_BLOCK}.norm1_context.linear"], False),
+        "joint_blocks.1.context_block.adaLN_modulation.1": ((32, 64), [f"{SD3_LAST}.norm1_context.linear"], True),
+        "final_layer.adaLN_modulation.1": ((32, 64), ["norm_out.linear"], True),
+    },
+    "z_image": {
+        "layers.0.attention.qkv": ((32, 96), [f"layers.0.attention.to_{x}" for x in "qkv"], False),
+        "layers.1.attention.out": ((32, 32), ["layers.1.attention.to_out.0"], False),
+        "noise_refiner.0.attention.qkv": ((32, 96), [f"noise_refiner.0.attention.to_{x}" for x in "qkv"], False),
+        "layers.0.feed_forward.w1": ((32, 85), ["layers.0.feed_forward.w1"], False),
+        "final_layer.linear": ((32, 64), ["all_final_layer.2-1.linear"], False),
+    },
+}
+"""Layer of the original checkpoint -> its inputs and outputs, the denoiser's layers in it, and whether halves are
+swapped, as the checkpoints' own trainers stack them."""
+STYLES = {
+    "kohya": ("lora_unet_", "lora_down.weight", "lora_up.weight", torch.float32),
+    "int64 alpha": ("lora_unet_", "lora_down.weight", "lora_up.weight", torch.int64),
+    "comfyui": ("diffusion_model.", "lora_A.weight", "lora_B.weight", None),
+    "comfyui, alpha": ("diffusion_model.", "lora_A.weight", "lora_B.weight", torch.bfloat16),
+    "dots, down and up": ("diffusion_model.", "lora_down.weight", "lora_up.weight", torch.uint8),
+}
+"""Prefix, ending of A, of B, and dtype of alpha; no alpha means that of the rank."""
+
+
+def original_file(family: str, style: str, rank: int = 4, alpha: int = 3) -> dict[str, torch.Tensor]:
+    """data/original.safetensors; what it adds to each of the denoiser's layers, from the whole layers' products."""
+    prefix, down, up, dtype = STYLES[style]
+    tensors, changes = {}, {}
+    for name, ((inputs, outputs), layers, swapped) in ORIGINAL[family].items():
+        generator = seeding.generator(0, name)
+        key = prefix + (name if prefix.endswith(".") else name.replace(".", "_"))
+        tensors[f"{key}.{down}"] = a = torch.randn(rank, inputs, generator=generator)
+        tensors[f"{key}.{up}"] = b = 0.2 * torch.randn(outputs, rank, generator=generator)
+        if dtype:
+            tensors[f"{key}.alpha"] = torch.tensor(alpha).to(dtype)
+        whole = (alpha / rank if dtype else 1.0) * b @ a
+        heads = [32] * (len(layers) - 1)
+        for layer, rows in zip(layers, whole.split([*heads, outputs - sum(heads)]), strict=True):
+            changes[layer] = halves(rows) if swapped else rows
+    save_tensors(Path("data/original.safetensors"), tensors)
+    return changes
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("family", sorted(ORIGINAL))
+def test_layers_of_the_original_checkpoint_are_taken_apart(
+    workspace: Workspace, bases: dict[str, Path], family: str, style: str
+) -> None:
+    changes = original_file(family, style)
+    transformer = getattr(diffusers, STOCK[family].cls).from_pretrained(bases[family]).transformer
+    denoiser, _ = fill("data/original.safetensors", transformer, family, rank=4, target_modules=list(changes))
+    assert set(lora.targets(denoiser)) == set(changes)
+    for name, expected in changes.items():
+        torch.testing.assert_close(change(denoiser, name), expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_the_same_flux_file_as_diffusers_reads_it(workspace: Workspace, bases: dict[str, Path]) -> None:
+    """But for the last layer, whose alpha its converter drops, and the single blocks, whose width is fixed in it."""
+    changes = original_file("flux", "kohya")
+    tensors = load_tensors(Path("data/original.safetensors"))
     pipe = FluxPipeline.from_pretrained(bases["flux"])
-    targets = r"transformer_blocks\.0\.(attn\.to_(q|k|v|out\.0)|ff_context\.net\.0\.proj)"
-    denoiser, _ = fill("data/kohya.safetensors", pipe.transformer, "flux", rank=4, target_modules=targets)
-    split = torch.cat([change(denoiser, f"transformer_blocks.0.attn.to_{which}") for which in "qkv"])
-    found = (
-        split,
-        change(denoiser, "transformer_blocks.0.attn.to_out.0"),
-        change(denoiser, lora.targets(denoiser)[-1]),
-    )
-    torch.testing.assert_close(found, tuple(changes.values()), atol=1e-5, rtol=1e-5)
+    pipe.load_lora_weights({n: t for n, t in tensors.items() if "double_blocks" in n}, adapter_name=lora.NAME)
+    stock = {name: change(pipe.transformer, name) for name in lora.targets(pipe.transformer)}
+    assert set(stock) == {name for name in changes if name.startswith("transformer_blocks")}
+    for name, found in stock.items():
+        torch.testing.assert_close(found, changes[name], atol=1e-5, rtol=1e-5)
 
 
-def test_what_diffusers_would_leave_out_is_refused(workspace: Workspace, bases: dict[str, Path]) -> None:
-    """Its converter of FLUX.1 drops the alpha of the last layer."""
-    kohya("lora_unet", {"double_blocks_0_img_attn_proj": (32, 32), "final_layer_linear": (32, 64)}, 4, [1.0, 2.0])
-    transformer = FluxPipeline.from_pretrained(bases["flux"]).transformer
+def test_an_original_layer_of_another_width_and_one_that_is_nowhere(
+    workspace: Workspace, bases: dict[str, Path]
+) -> None:
+    original_file("sd3", "comfyui")
+    tensors = load_tensors(Path("data/original.safetensors"))
+    transformer = StableDiffusion3Pipeline.from_pretrained(bases["sd3"]).transformer
+    key = "diffusion_model.joint_blocks.0.x_block.attn.qkv"
+    wide = {f"{key}.lora_B.weight": torch.ones(192, 4), f"{key}.lora_A.weight": torch.ones(4, 32)}
+    save_tensors(Path("data/wide.safetensors"), tensors | wide)
+    with pytest.raises(UserError, match=f"'data/wide.safetensors': {key} has 192 outputs, in model.pretrained 96; it"):
+        fill("data/wide.safetensors", copy.deepcopy(transformer), "sd3", target_modules="attention")
+    more = {n.replace("blocks.0", "blocks.7"): t for n, t in wide.items()}
+    save_tensors(Path("data/deep.safetensors"), tensors | more)
     with pytest.raises(
-        UserError, match="alphas, biases or layers that diffusers' converter of FluxPipeline leaves out"
+        UserError, match=r"adapts diffusion_model.joint_blocks.7\S+, which SD3Transformer2DModel does not"
     ):
-        fill("data/kohya.safetensors", transformer, "flux", rank=4, target_modules=["proj_out"])
+        fill("data/deep.safetensors", transformer, "sd3", target_modules="attention")
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_every_file_of_ours_of_a_transformer(
+    workspace: Workspace, bases: dict[str, Path], family: str, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also ComfyUI's, where DoRA's rows are in the original checkpoint's order, and nothing says an alpha."""
+    changes = {"rank": 4, "alpha": 6.0, "target_modules": "all-linear"} | changes
+    pipe = getattr(diffusers, STOCK[family].cls).from_pretrained(bases[family])
+    config = lora.make_config(params(**changes), pipe.transformer)
+    model = copy.deepcopy(pipe.transformer)
+    for key, parameter in lora.inject(model, config).items():
+        parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=seeding.generator(0, key))
+    parts = {"transformer": trained.read(config, model)}
+    fields = {"lora_dag": '{"base": {}}'}
+    writers.write_diffusers(load_family(family), parts, fields, Path("data/files"))
+    writers.write_comfyui(load_family(family), parts, fields, Path("data/files/comfyui.safetensors"))
+    for name in ("pytorch_lora_weights", "comfyui"):
+        denoiser, plan = fill(f"data/files/{name}.safetensors", copy.deepcopy(pipe.transformer), family, **changes)
+        assert "B times" in plan
+        for layer in lora.targets(model):
+            expected, found = (weight_of(each.get_submodule(layer)) for each in (model, denoiser))
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, msg=f"{name} {layer}")
+    assert "says its alpha" not in caplog.text
+
+
+def weight_of(layer: Any) -> torch.Tensor:
+    """With the adapter in it, by PEFT."""
+    layer.merge()
+    return layer.get_base_layer().weight
 
 
 # What does not fit
@@ -213,7 +338,7 @@ def test_everything_that_does_not_fit_is_said_at_once_with_what_would(workspace:
         "params.yaml lora.target_modules: the file of lora.init_from has 12 layers, params.yaml says 16 (4 not in it, "
         "such as down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q); use lora.target_modules=[attn1.to_q, "
         "attn1.to_v, attn2.to_v]",
-        "params.yaml lora.rank: the file of lora.init_from has 4, params.yaml says 2; use lora.rank=4 lora.alpha=2",
+        "params.yaml lora.rank: the file of lora.init_from has 4, params.yaml says 2; use lora.rank=4 lora.alpha=null",
         "params.yaml lora.use_dora: the file of lora.init_from has magnitudes of DoRA, params.yaml says False; "
         "use lora.use_dora=true",
         "params.yaml lora.bias: the file of lora.init_from has no trained biases, params.yaml says all; "
@@ -280,6 +405,36 @@ def test_keys_that_have_no_place(workspace: Workspace, more: dict[str, int], rea
     assert problem.startswith("params.yaml lora.init_from: 'data/other.safetensors' ") and reason in problem
 
 
+KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_ff_net_0_proj"  # 32 inputs, 256 outputs
+NO_LORA = {
+    "loha": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"],
+    "lokr": ["lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"],
+    "oft": ["oft_blocks", "alpha"],
+    "boft": ["oft_blocks", "rescale", "alpha"],
+    "glora": ["a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"],
+    "full": ["diff", "diff_b"],
+    "norms": ["w_norm", "b_norm"],
+}
+
+
+@pytest.mark.parametrize("prefix", [KOHYA, "diffusion_model.layers.0.attention.qkv"])
+@pytest.mark.parametrize("kind", NO_LORA)
+def test_what_is_no_lora_is_not_called_damaged(workspace: Workspace, kind: str, prefix: str) -> None:
+    save_tensors(Path("data/other.safetensors"), {f"{prefix}.{leaf}": torch.ones(1) for leaf in NO_LORA[kind]})
+    (problem,) = refusal("data/other.safetensors")
+    assert "keys that are no LoRA's" in problem and "damaged" not in problem
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (256, 1)], ids=["over inputs", "over outputs"])
+def test_dora_over_inputs_is_read_in_two_ways_and_not_damaged(workspace: Workspace, shape: tuple[int, int]) -> None:
+    """OneTrainer's default, and LyCORIS's wd_on_output=False."""
+    tensors = {"lora_down.weight": torch.ones(2, 32), "lora_up.weight": torch.ones(256, 2), "alpha": torch.tensor(2.0)}
+    tensors["dora_scale"] = torch.ones(shape)
+    save_tensors(Path("data/dora.safetensors"), {f"{KOHYA}.{leaf}": tensor for leaf, tensor in tensors.items()})
+    (problem,) = refusal("data/dora.safetensors")
+    assert "holds DoRA as dora_scale, which programs read in two ways; start from a file of diffusers" in problem
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [({"peft_type": "LOHA"}, "is LOHA, no LoRA"), ({"init_lora_weights": "pissa_niter_4"}, "began as pissa_niter_4")],
@@ -327,7 +482,7 @@ def test_alphas_that_are_none(workspace: Workspace) -> None:
     for change, reason in cases:
         write_json(path, whole | change)
         assert reason in refusal(FILES["peft"])[0]
-    path.write_text(path.read_text().replace('"x"', "1").replace('"lora_alpha": 4.0', '"lora_alpha": NaN'))
+    path.write_text(path.read_text().replace('"x"', "1").replace('"lora_alpha": 2', '"lora_alpha": NaN'))
     assert "alpha of lora_alpha is nan, no finite number" in refusal(FILES["peft"])[0]
 
 
@@ -382,7 +537,7 @@ def test_the_pin_covers_the_config_that_says_alpha(workspace: Workspace) -> None
     (problem,) = pin.problems(name, "f" * 64)
     assert f"params.yaml pins {'f' * 64}; {accept}" in problem
     config = Path("data/my peft/adapter_config.json")
-    config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 5'))
+    config.write_text(config.read_text().replace('"lora_alpha": 2', '"lora_alpha": 5'))
     assert len(pin.problems(name, found)) == 1
 
 

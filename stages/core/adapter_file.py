@@ -1,7 +1,8 @@
 """A LoRA file of another program or an earlier run -> its layers by the denoiser's own names, with their strength.
 
-Read are our adapter.safetensors (with adapter.json), diffusers' and PEFT's files, and kohya's or ComfyUI's keys. Names
-that no layer here has go through diffusers' own converters; what those would lose is refused.
+Read are our adapter.safetensors (with adapter.json), diffusers' and PEFT's files, and kohya's or ComfyUI's keys. Layers
+of the original checkpoint are taken apart into the denoiser's, by stages/core/original_layout.py. Names that neither
+knows, SDXL's blocks, go through diffusers' own converter; what it would lose is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stages.core.base_files import read_header
 from stages.core.console import UserError
 from stages.core.files import from_json, load_metadata, load_tensors, read_json, sha256_file
+from stages.core.original_layout import Part, parts, swap_halves, swapped_layers
 from stages.core.pin import SETTING, config_beside
 from stages.core.targets import matches
 
@@ -42,6 +44,10 @@ UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 TEXT = ("text_encoder", "lora_te")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """safetensors' dtypes that hold weights."""
+INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
+"""And, with those, an alpha."""
+OF_ROWS = ("b", "magnitude", "dora_scale", "bias_of_b", "delta")
+"""Tensors with an entry for each row of the layer's weight."""
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 """PEFT's starts that move a part of the base's weights into the adapter: without that base the file means nothing."""
 
@@ -105,18 +111,21 @@ def read(file: Path, denoiser: Any, pipeline: str) -> AdapterFile:
     config, base = read_config(file, packed), mapping(record.get("base", {}), file, "base")
     if (beside := config_beside(file)) and beside.name == "adapter.json":
         base = mapping(mapping(read_json(beside), beside, "content").get("base", {}), beside, "base")
-    groups = grouped({name: tensor.float() for name, tensor in tensors.items()}, file)
-    named, strange = by_layer(groups, denoiser)
-    if strange:
-        named = converted(tensors, groups, denoiser, pipeline, file)
-    if not record and any("dora_scale" in group for group in named.values()):
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    groups = grouped(tensors, file)
+    if not record and any("dora_scale" in group for group in groups.values()):
         raise UserError(
             f"{SETTING}: '{file}' holds DoRA as dora_scale, which programs read in two ways; start from a file of "
             "diffusers or PEFT (lora_magnitude_vector)"
         )
-    return assembled(
-        named, config, says_alpha=bool(config) or any("alpha" in group for group in groups.values()), base=base
-    )
+    named, strange = by_layer(groups, denoiser, file)
+    if strange:
+        named = converted(tensors, groups, denoiser, pipeline, file)
+    for name in swapped_layers(denoiser) & named.keys():
+        if "dora_scale" in named[name]:  # of ours, in the original checkpoint's order of rows
+            named[name] = named[name] | {"dora_scale": swap_halves(named[name]["dora_scale"])}
+    says_alpha = bool(config or record) or any("alpha" in group for group in groups.values())
+    return assembled(named, config, says_alpha, base)
 
 
 def mapping(value: Any, file: Path, what: str) -> dict[str, Any]:
@@ -127,10 +136,10 @@ def mapping(value: Any, file: Path, what: str) -> dict[str, Any]:
 
 
 def require_numbers(tensors: Tensors, file: Path) -> None:
-    """Raises UserError for tensors of no float dtype, or with NaN or infinity."""
+    """Raises UserError for tensors of no float dtype (alpha may be an integer), or with NaN or infinity."""
     dtypes = {name: entry["dtype"] for name, entry in read_header(file).items()}
     for name, tensor in tensors.items():
-        if dtypes[name] not in FLOATS:
+        if dtypes[name] not in FLOATS + (INTEGERS if name.endswith(".alpha") else ()):
             raise UserError(f"{SETTING}: '{file}': {name} is {dtypes[name]}; start from a file in a float dtype")
         if not tensor.float().isfinite().all():
             raise UserError(f"{SETTING}: '{file}': {name} has NaN or infinity; its training failed, use another file")
@@ -208,7 +217,11 @@ def grouped(tensors: Tensors, file: Path) -> dict[str, Tensors]:
             f"{SETTING}: '{file}' also adapts a text encoder ({len(text)} layers), which is not trained here; "
             "start from a file without it"
         )
-    odd = [module for module, group in groups.items() if not is_whole(group)]
+    odd = [
+        module
+        for module, group in groups.items()
+        if not is_whole(group) and not any(key.startswith(f"{module}.") for key in unknown)
+    ]
     if odd:
         problems.append(f"{SETTING}: '{file}' is damaged: the tensors of {odd[0]} are no adapter; fetch it again")
     if problems:
@@ -217,35 +230,61 @@ def grouped(tensors: Tensors, file: Path) -> dict[str, Tensors]:
 
 
 def is_whole(group: Tensors) -> bool:
-    """Down and up of one rank with a single alpha and a magnitude per row, or a bias alone."""
+    """Down and up of one rank with a single alpha and a magnitude per row, or a bias alone.
+
+    ``dora_scale`` may be over inputs: OneTrainer's default, and LyCORIS's ``wd_on_output=False``.
+    """
     a, b = group.get("a"), group.get("b")
     if a is None or b is None:
         return set(group) == {"delta"}
     if min(a.dim(), b.dim()) < 2 or not 0 < len(a) == b.shape[1]:
         return False
-    sizes = {"alpha": 1, "magnitude": len(b), "dora_scale": len(b), "bias_of_b": len(b)}
-    return all(group[name].numel() == size for name, size in sizes.items() if name in group)
+    sizes = {"alpha": [1], "magnitude": [len(b)], "dora_scale": [len(b), a.shape[1]], "bias_of_b": [len(b)]}
+    return all(group[name].numel() in size for name, size in sizes.items() if name in group)
 
 
-def by_layer(groups: dict[str, Tensors], denoiser: Any) -> tuple[dict[str, Tensors], list[str]]:
-    """The groups under the denoiser's names, and the names of those that no module has."""
-    modules = {name for name, _ in denoiser.named_modules()}
-    names = {prefix + name.replace(".", "_"): name for name in modules for prefix in UNDERSCORED}
-    found, strange = {}, []
+def by_layer(groups: dict[str, Tensors], denoiser: Any, file: Path) -> tuple[dict[str, Tensors], list[str]]:
+    """The groups under the denoiser's names, and the names of those that no module has.
+
+    Raises:
+        UserError: a layer of the original checkpoint with another number of rows than this base's.
+    """
+    modules = {name: [Part(name, swapped=False)] for name, _ in denoiser.named_modules()}
+    known = parts(denoiser) | modules
+    names = {prefix + name.replace(".", "_"): name for name in known for prefix in UNDERSCORED}
+    found: dict[str, Tensors] = {}
+    strange = []
     for module, group in groups.items():
-        plain = next((module.removeprefix(p) for p in DOTTED if module.removeprefix(p) in modules), None)
+        plain = next((module.removeprefix(p) for p in DOTTED if module.removeprefix(p) in known), None)
         name = names.get(module, plain)
         if name is None:
             strange.append(module)
         else:
-            found[name] = group
+            found |= taken_apart(group, known[name], module, denoiser, file)
     return found, strange
+
+
+def taken_apart(group: Tensors, layers: list[Part], module: str, denoiser: Any, file: Path) -> dict[str, Tensors]:
+    """A file's layer as the denoiser's layers whose rows are stacked in it; they share A and alpha."""
+    if len(layers) == 1 and not layers[0].swapped:
+        return {layers[0].name: group}
+    sizes = [denoiser.get_submodule(part.name).out_features for part in layers]
+    found: dict[str, Tensors] = {part.name: dict(group) for part in layers}
+    for kind in set(group) & set(OF_ROWS):
+        if len(group[kind]) != sum(sizes):
+            raise UserError(
+                f"{SETTING}: '{file}': {module} has {len(group[kind])} outputs, in model.pretrained {sum(sizes)}; it "
+                "was made for another base: set model.pretrained to that one"
+            )
+        for part, rows in zip(layers, group[kind].split(sizes), strict=True):
+            found[part.name][kind] = swap_halves(rows) if part.swapped else rows
+    return found
 
 
 def converted(
     tensors: Tensors, groups: dict[str, Tensors], denoiser: Any, pipeline: str, file: Path
 ) -> dict[str, Tensors]:
-    """The groups through the pipeline's ``lora_state_dict``: kohya's names of SDXL's and FLUX's own layouts.
+    """The groups through the pipeline's ``lora_state_dict``: kohya's names of SDXL's own layout.
 
     Raises:
         UserError: diffusers does not know the names, or what it makes of them is not the whole of the file.
@@ -262,7 +301,9 @@ def converted(
     except (KeyError, ValueError, IndexError, AssertionError, NotImplementedError):
         answer = None
     state, alphas = answer if isinstance(answer, tuple) else (answer, None)
-    found, strange = by_layer(grouped(with_alphas(state, alphas), file), denoiser) if state else ({}, list(groups))
+    found, strange = (
+        by_layer(grouped(with_alphas(state, alphas), file), denoiser, file) if state else ({}, list(groups))
+    )
     if strange or not found:
         name = (strange or list(groups))[0]
         raise UserError(
