@@ -11,7 +11,7 @@ from stages.artifacts import metrics, model_card
 from stages.core import params
 from stages.core.console import log, parser, run
 from stages.core.files import write_text
-from stages.report import card, dataset, headline, html_page, page
+from stages.report import card, dataset, headline, html_page, page, same_numbers
 from stages.report.inputs import read_inputs
 from stages.report.params import ReportParams
 from stages.report.plots import plot_losses
@@ -39,6 +39,8 @@ def main() -> None:
     log.info("verdict     %s", page.headline(inputs))
     written = ("headline.json", "report.md", "report.html", "dataset.md", model_card.NAME, "loss.png")
     log.info("wrote       %s", ", ".join(str(args.reports / name) for name in written))
+    if said := same_numbers.line(inputs, args.reports):
+        log.info(said)
 
 
 if __name__ == "__main__":

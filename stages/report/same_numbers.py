@@ -1,0 +1,106 @@
+"""A line for the terminal where equal settings, data and code gave other bytes than those that are committed.
+
+On another kind of processor the last bits differ, and `git status` shows changed reports: the line says by how much.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML, YAMLError
+
+from stages.artifacts import lineage
+from stages.core.files import from_json
+from stages.core.git import git
+from stages.report.inputs import Inputs
+from stages.report.last_commit import GIT_SECONDS, committed, compare
+
+TOLERANCE = 1e-5
+"""Of the larger of two values. Metrics have six significant digits: the last one is 1e-6 to 1e-5 of the value."""
+ROUNDING = 1 + 1e-9  # 1.00001 is 1 + 1e-5 and a little more, as binary numbers
+NOISE = "max_abs_error"  # of exports: rounding errors themselves, with no digit that two processors share
+METRICS = ("metrics.json", "dataset/metrics.json", "latents/metrics.json", "train/metrics.json", "export/metrics.json")
+TABLE = "validate/heldout.csv"
+OTHERS = ("samples.png", "progress.png", "dataset", "latents", "train", "export", "validate")
+Numbers = dict[str, float]
+
+
+def line(inputs: Inputs, reports: Path) -> str:
+    """How near the numbers are to the committed ones; empty where no byte differs, or something else was made.
+
+    Args:
+        reports: the folder of all reports; of a run of a sweep nothing is committed.
+    """
+    shown = [(reports / name).as_posix() for name in (METRICS[0], *OTHERS)]
+    commit = git("rev-parse", "--short", "HEAD", timeout=GIT_SECONDS)
+    if commit is None or not git("diff", "--name-only", "HEAD", "--", *shown, timeout=GIT_SECONDS):
+        return ""
+    try:
+        if not (same_inputs(inputs, reports) and same_code()):
+            return ""
+        before = numbers({name: committed(reports / name) for name in (*METRICS, TABLE)})
+        after = numbers({name: (reports / name).read_bytes() for name in (*METRICS, TABLE)})
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, YAMLError, csv.Error):
+        return ""  # not committed, or by a version that wrote it otherwise
+    return compared(before, after, commit.decode().strip())
+
+
+def same_inputs(inputs: Inputs, reports: Path) -> bool:
+    """Whether the committed reports are of the same settings, pictures and base; packages may be others."""
+    made, of_samples = (
+        lineage.parse(committed(reports / name / "lineage.json") or b"") for name in ("export", "validate")
+    )
+    found = [what for what in compare(made, inputs.made, of_samples, inputs.lineage) if what != "other packages"]
+    return not found and of_samples["dataset"] == inputs.lineage["dataset"]
+
+
+def same_code() -> bool:
+    """Whether the files of code that the committed dvc.lock names have the digests that it names."""
+    locked = YAML(typ="safe").load((committed(Path("dvc.lock")) or b"").decode())["stages"]
+    stages = [stage for name, stage in locked.items() if name != "report"]
+    files = {dep["path"]: dep["md5"] for stage in stages for dep in stage["deps"] if dep["path"].endswith(".py")}
+    return all(hashlib.md5(Path(path).read_bytes()).hexdigest() == digest for path, digest in files.items())
+
+
+def numbers(texts: dict[str, bytes | None]) -> Numbers:
+    """Every number of the metrics, and every loss of the table, by name; digests and other words are left out."""
+    found: Numbers = {}
+    for name in METRICS:
+        found |= {key: float(value) for key, value in from_json(texts[name] or b"").items() if is_number(key, value)}
+    for row in csv.DictReader(io.StringIO((texts[TABLE] or b"").decode())):
+        found |= {f"{TABLE} {row['row']} {side}": float(row[side]) for side in ("base", "adapter")}
+    return found
+
+
+def is_number(name: str, value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not name.endswith(NOISE)
+
+
+def compared(before: Numbers, after: Numbers, commit: str) -> str:
+    differences = dict(relative(before, after))
+    name = max(differences, key=lambda name: differences[name])
+    most = differences[name]
+    if most <= TOLERANCE * ROUNDING:
+        largest = f" (at most {most:.1e}, {name})" if most else ""
+        return f"same        up to {TOLERANCE:.0e} of the metrics of commit {commit}{largest}; the last bits differ"
+    count = sum(difference > TOLERANCE * ROUNDING for difference in differences.values())
+    where = f"commit {commit} by more than {TOLERANCE:.0e} in {count} of {len(differences)} numbers"
+    why = "settings, data and code are the same: look at processor, threads and packages"
+    return f"differs     from {where}, most in {name} ({most:.1e} of it); {why}"
+
+
+def relative(before: Numbers, after: Numbers) -> Iterator[tuple[str, float]]:
+    """Difference of each number as a share of the larger one; infinite where only one side has it."""
+    for name in sorted({*before, *after}):
+        pair = before.get(name, math.nan), after.get(name, math.nan)
+        if pair[0] == pair[1]:
+            yield name, 0.0
+        else:
+            share = abs(pair[0] - pair[1]) / max(map(abs, pair))
+            yield name, math.inf if math.isnan(share) else share
