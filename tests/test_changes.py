@@ -101,12 +101,14 @@ def test_markdown_lists_names_and_captions_and_is_cut() -> None:
     text = compare_tables(OLD, new).markdown()
     assert f"**{MAX_LISTED + 5} added**" in text and "- and 5 more" in text
     assert text.count("\n- `0") == MAX_LISTED
-    assert "- `a`: `a thing` → `then <b>'now'</b> # head`" in text
+    assert "- `a`: `a thing` → `` then <b>`now`</b> # head ``" in text
     assert "- `c` → `d`" in text and "- `b`: training → held-out" in text
 
 
 def test_code_spans_hold_anything() -> None:
-    assert code("a\n`b`  c") == "`a 'b' c`"
+    assert code("a\n`b`  c") == "`` a `b` c ``"
+    assert code("``") == "``` `` ```"
+    assert code("turned \u202eround\x1b[2K") == "`turned U+202EroundU+001B[2K`"
     assert code("x" * 500) == f"`{'x' * 99}…`"
     assert code("") == "(empty)"
 

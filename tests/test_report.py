@@ -542,7 +542,7 @@ def test_long_lists_are_cut_and_text_of_the_dataset_is_no_markup(workspace: Work
     _, page = pages(workspace, rows, {}, num_left_out=60)
     assert page.count("| `bad-") == 40
     assert "And 20 more in [pictures.csv](dataset/pictures.csv)." in page
-    assert "`rows:3: '<img src=x> \\| 'y'' is damaged` |" in page
+    assert "`` rows:3: '<img src=x> \\| `y`' is damaged `` |" in page
 
 
 @pytest.mark.parametrize(

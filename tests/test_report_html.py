@@ -52,7 +52,7 @@ def test_sliders_show_the_base_and_the_adapter_of_each_prompt(workspace: Workspa
         pictures = [base64.b64decode(text) for text in re.findall(r"base64,([^\"]+)", slider)]
         found.append([Image.open(io.BytesIO(data)).getpixel((32, 32)) for data in pictures])
     assert found == [[(255, 0, 0), (0, 0, 0)], [(0, 0, 255), (128, 128, 128)]]  # scale 1, and not 0.5
-    assert page.count("<script>") == 1 and "<option>&lt;/option&gt;&lt;script&gt;" in page
+    assert page.count("<script>") == 1 and "<option>2. &lt;/option&gt;&lt;script&gt;" in page
 
 
 FIGURES = {"train": Path("reports/train/metrics.json"), "validate": Path("reports/metrics.json")}

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from ruamel.yaml import YAML
 
-from stages.core.sheets import cut, save_png, sheet
+from stages.core.sheets import MAX_BYTES, cell_sides, cut, save_png, save_sheet, sheet
 from tests.conftest import picture
 
 
@@ -67,3 +69,67 @@ def test_cut_gives_the_pictures_back() -> None:
         for expected, actual in zip(row, found, strict=True):
             inner = np.asarray(actual)[1:-1, 1:-1]  # within the outline
             np.testing.assert_array_equal(inner, np.asarray(expected)[1:-1, 1:-1])
+
+
+# Sizes
+
+
+def photograph(side: int, seed: int) -> Image.Image:
+    """As hard to compress as one: soft shapes of all colours, and grain."""
+    rng = np.random.default_rng(seed)
+    shapes = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    grain = rng.normal(0, 16, (side, side, 1))
+    return Image.fromarray((np.asarray(shapes) + grain).clip(0, 255).astype(np.uint8))
+
+
+def test_pictures_that_git_keeps_of_an_experiment_are_at_most_300_kb() -> None:
+    assert sum(MAX_BYTES.values()) <= 300_000
+    outs = {Path(next(iter(out))) for stage in read_dvc_yaml().values() for out in stage.get("plots", [])}
+    assert {path.stem for path in outs if path.suffix == ".png"} == set(MAX_BYTES)
+
+
+def read_dvc_yaml() -> dict[str, Any]:
+    found = YAML(typ="safe").load(Path(__file__).parents[1] / "dvc.yaml")["stages"]
+    return dict(found)
+
+
+def test_photographs_shrink_until_they_fit(tmp_path: Path) -> None:
+    """Eight rows of three pictures of 512 pixels: not refused, not in eight colours, the same bytes again."""
+    rows = [[photograph(512, 3 * row + column) for column in range(3)] for row in range(8)]
+    sides = cell_sides(512, 256)
+    assert sides == [32, 48, 64, 96, 128, 192, 256]
+
+    def draw(side: int) -> Image.Image:
+        return sheet(rows, [f"prompt {i}" for i in range(8)], ["base", "x 0.5", "x 1"], side)
+
+    cell = save_sheet(tmp_path / "a.png", draw, sides, MAX_BYTES["samples"])
+    assert save_sheet(tmp_path / "b.png", draw, sides, MAX_BYTES["samples"]) == cell
+    blob = (tmp_path / "a.png").read_bytes()
+    assert blob == (tmp_path / "b.png").read_bytes() and len(blob) <= MAX_BYTES["samples"]
+    assert cell in (64, 96, 128)
+    with Image.open(tmp_path / "a.png") as image:
+        assert len(image.convert("RGB").getcolors() or []) > 60
+        assert [len(row) for row in cut(image, 8, 3, cell)] == [3] * 8
+
+
+def test_noise_that_fits_nowhere_is_written_all_the_same(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    cell = save_sheet(tmp_path / "a.png", lambda side: sheet([[noise] * 9] * 40, None, None, side), [32, 64], 20_000)
+    assert cell == 32
+    with Image.open(tmp_path / "a.png") as image:
+        assert len(image.convert("RGB").getcolors() or []) <= 8
+
+
+def test_small_pictures_are_shown_pixel_by_pixel(tmp_path: Path) -> None:
+    """Multiples of their own side alone; nothing is lost where it fits."""
+    assert cell_sides(64, 128) == [32, 48, 64, 128]
+    assert cell_sides(40, 128) == [32, 40, 80, 120] and cell_sides(96, 80) == [32, 48, 64, 80]
+    icon = picture(1, 64).quantize(16).convert("RGB")
+    cell = save_sheet(
+        tmp_path / "a.png", lambda side: sheet([[icon]], ["one"], None, side), cell_sides(64, 128), 90_000
+    )
+    assert cell == 128
+    with Image.open(tmp_path / "a.png") as image:
+        ((found,),) = cut(image.convert("RGB"), 1, 1, 128)
+    inner = np.asarray(found)[2:-2:2, 2:-2:2]  # within the outline
+    np.testing.assert_array_equal(inner, np.asarray(icon)[1:-1, 1:-1])

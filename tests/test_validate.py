@@ -227,7 +227,7 @@ def test_mixed_pictures_are_validated(mixed: Workspace) -> None:
     assert reports(mixed) == first
     assert set(metrics.load(Path("reports/metrics.json"))) == KEYS
     lineage = parse_lineage(first["validate/lineage.json"])
-    assert lineage["sheet"] == {"cell": 128, "picture": [48, 16]}  # most of the table's pictures are wide
+    assert lineage["sheet"] == {"cell": 96, "picture": [48, 16]}  # most of the table's pictures are wide
     assert lineage["table"]["num_pictures"] == {"heldout": 5, "train": 5}
     assert all(len(first[f"{name}.png"]) <= 300_000 for name in ("samples", "progress"))
 

@@ -15,7 +15,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from stages.artifacts import lineage
-from stages.compare.page import show_value
+from stages.compare.page import show_params
 from stages.compare.revisions import find_commit, read_file
 from stages.compare.sides import DAMAGED, LOCK, PARAMS, flatten, mapping, parse_params
 from stages.core.console import UserError
@@ -173,7 +173,7 @@ def parameters(stage: str, a: Locked, b: Locked) -> Iterator[Reason]:
     before, after = a.stage(stage).params, b.stage(stage).params
     for key in dict.fromkeys([*before, *after]):
         if before.get(key, ABSENT) != after.get(key, ABSENT):
-            old, new = (show_value(side[key]) if key in side else "not set" for side in (before, after))
+            old, new = show_params((before, after), key)
             yield Reason("parameters", f"{key} {old} → {new}")
 
 

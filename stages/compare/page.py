@@ -15,7 +15,7 @@ from stages.compare.verdict import Verdict
 from stages.core import findings
 from stages.core.dataset_changes import Changes, compare_tables
 from stages.core.files import from_json, sha256_file
-from stages.core.markdown import MINUS, code, facts, image, signed, table
+from stages.core.markdown import MINUS, code, codes, facts, image, numbered, signed, table
 
 MEASURED = {
     "train": (Path("reports/train/run.json"), Path("reports/train/metrics.json")),
@@ -80,8 +80,8 @@ def names(one: Side, other: Side) -> tuple[str, str]:
     keys = differing(one, other)
     if len(keys) != 1 or unexplained(one, other):
         return one.name, other.name
-    left, right = (f"{side.name} ({show_name(keys[0])} {show_param(side, keys[0])})" for side in (one, other))
-    return left, right
+    left, right = show_params((one.params, other.params), keys[0])
+    return f"{one.name} ({show_name(keys[0])} {left})", f"{other.name} ({show_name(keys[0])} {right})"
 
 
 def basis(a: Side, b: Side, verdict: Verdict) -> str:
@@ -127,7 +127,8 @@ def differences(sides: Sequence[Side]) -> str:
     first, *others = sides
     keys = sorted({key for side in others for key in differing(first, side)})
     inputs = dict.fromkeys(name for side in others for name in changed_inputs(first, side))
-    rows = [[show_name(key), *(show_param(side, key) for side in sides)] for key in keys]
+    params = [side.params for side in sides]
+    rows = [[show_name(key), *show_params(params, key)] for key in keys]
     rows += [[show_name(name), *(code(str(went_in(side).get(name))) for side in sides)] for name in inputs]
     return table(("", *(side.name for side in sides)), rows) if rows else "None."
 
@@ -137,14 +138,19 @@ def show_name(name: str) -> str:
     return name if re.fullmatch(r"[\w.' -]+", name) else code(name, MAX_VALUE)
 
 
-def show_param(side: Side, key: str) -> str:
-    return show_value(side.params[key]) if key in side.params else "not set"
+def show_params(params: Sequence[Mapping[str, object]], key: str) -> list[str]:
+    """A parameter of each; texts and lists as code, where no page takes them for markup."""
+    values = [each.get(key) for each in params]
+    texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
+    shown = [
+        text if is_plain(value) else span
+        for value, text, span in zip(values, texts, codes(texts, MAX_VALUE), strict=True)
+    ]
+    return [text if key in each else "not set" for text, each in zip(shown, params, strict=True)]
 
 
-def show_value(value: object) -> str:
-    """Of a parameter; texts and lists as code, where no page takes them for markup."""
-    plain = value is None or isinstance(value, int | float)
-    return json.dumps(value) if plain else code(value if isinstance(value, str) else json.dumps(value), MAX_VALUE)
+def is_plain(value: object) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 # Metrics
@@ -240,5 +246,5 @@ def changed_pictures(a: Side, b: Side) -> Changes:
 
 def samples_section(sides: Sequence[Side], pictures: Mapping[str, Path], folder: Path) -> list[str]:
     if "samples" in pictures:
-        return ["## Samples", image("Samples", pictures["samples"], folder)]
+        return ["## Samples", image("Samples", pictures["samples"], folder), numbered(shared_prompts(sides))]
     return [] if shared_prompts(sides) else ["## Samples", "The sheets share no prompt."]

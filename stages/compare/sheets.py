@@ -11,6 +11,7 @@ from stages.compare.page import changed_pictures
 from stages.compare.sides import SAMPLES, Side, how_to_report, shared_prompts
 from stages.core.console import UserError
 from stages.core.files import sha256_json
+from stages.core.labels import numbers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,7 +66,8 @@ def draw_sheet(sides: Sequence[Side], path: Path) -> Path | None:
     else:
         labels = [label for side in sides for label in (f"base of {side.name}", adapter_label(side))]
         rows = [[picture for each in cells for picture in each[prompt]] for prompt in prompts]
-    save_png(path, sheet(rows, prompts, labels, cell=rows[0][0].width), max_bytes=SHEET_BYTES)
+    image = sheet(rows, prompts, labels, cell=rows[0][0].width, row_heads=numbers(len(prompts)))
+    save_png(path, image, max_bytes=SHEET_BYTES)
     return path
 
 
@@ -114,8 +116,9 @@ def sliders(sides: Sequence[Side]) -> str:
 
     a, b = sides[0], sides[-1]
     labels = adapter_label(a), adapter_label(b)
-    cells_a, cells_b = cut_cells(a), cut_cells(b)
+    cells_a, cells_b, prompts = cut_cells(a), cut_cells(b), shared_prompts(sides)
     panels = {
-        prompt: slider(png(cells_a[prompt][1]), png(cells_b[prompt][1]), labels) for prompt in shared_prompts((a, b))
+        number + prompt: slider(png(cells_a[prompt][1]), png(cells_b[prompt][1]), labels)
+        for number, prompt in zip(numbers(len(prompts)), prompts, strict=True)
     }
     return choice("Prompt", panels) if panels else ""

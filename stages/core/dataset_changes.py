@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
-from stages.core.markdown import code
+from stages.core.markdown import code, codes
 
 Row = Mapping[str, str]
 Pair = tuple[Row, Row]
@@ -53,7 +53,7 @@ class Changes:
             bullets(
                 "recaptioned", (f"{code(new['file_name'])}: {captions(old, new)}" for old, new in self.recaptioned)
             ),
-            bullets("renamed", (f"{code(old['file_name'])} → {code(new['file_name'])}" for old, new in self.renamed)),
+            bullets("renamed", (became(old["file_name"], new["file_name"]) for old, new in self.renamed)),
             bullets(
                 "moved across the split",
                 (
@@ -124,9 +124,13 @@ def name_and_caption(row: Row) -> str:
     return f"{code(row['file_name'])}: {code(row.get('captions', ''))}"
 
 
+def became(old: str, new: str) -> str:
+    return " → ".join(codes((old, new)))
+
+
 def captions(old: Row, new: Row) -> str:
     """What a caption became; where only other ones of a list changed, that."""
     if old.get("captions") != new.get("captions"):
-        return f"{code(old.get('captions', ''))} → {code(new.get('captions', ''))}"
+        return became(old.get("captions", ""), new.get("captions", ""))
     before, after = old.get("num_captions"), new.get("num_captions")
     return f"{before} → {after} captions" if before != after else f"another of its {after} captions"

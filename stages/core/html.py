@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from stages.core.labels import exact
 from stages.core.page_assets import SCRIPT, STYLE
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def shown_scale(scales: Sequence[float]) -> tuple[float, int]:
 
 
 def at_scale(name: str, scale: float) -> str:
-    return name if scale == 1 else f"{name} x {scale:g}"
+    return name if scale == 1 else f"{name} x {exact(scale)}"
 
 
 def png(picture: Image.Image) -> bytes:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from stages.core.labels import EMPTY, distinct, escape, shorten, visible
+
+BLANKS = re.compile(r"\s{2,}|^\s|\s$|[^\S ]")  # what a page shows like one blank, or not at all
 MINUS = "\N{MINUS SIGN}"  # unlike a hyphen, it never ends a line
 
 
@@ -56,7 +60,22 @@ def decimals(*values: float, least: int) -> str:
     return f".{max(least, 1 - math.floor(math.log10(largest)) if largest else 0)}f"
 
 
-def code(text: str, max_length: int = 100) -> str:
+def code(text: str, max_length: int | None = 100) -> str:
     """Text of a dataset as a code span, where no page takes it for markup: one line, cut at ``max_length``."""
-    line = " ".join(text.split()).replace("`", "'")
-    return f"`{line if len(line) <= max_length else line[: max_length - 1] + '…'}`" if line else "(empty)"
+    line = visible(text) if max_length is None else shorten(text, max_length)
+    if not line:
+        return EMPTY
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
+def codes(texts: Sequence[str], max_length: int = 100) -> list[str]:
+    """Code spans of texts that stand together; those that differ show it, however long they are, if only in blanks."""
+    if len({visible(text) for text in texts}) < len({*texts}):
+        texts = [BLANKS.sub(lambda found: "".join(f" {escape(c)} " for c in found[0]), text) for text in texts]
+    return distinct(texts, lambda text: code(text, max_length), str)
+
+
+def numbered(texts: Iterable[str]) -> str:
+    """A list of whole texts, by the numbers that a sheet's rows have."""
+    return "\n".join(f"{number}. {code(text, None)}" for number, text in enumerate(texts, 1))

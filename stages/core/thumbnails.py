@@ -19,7 +19,6 @@ SIDE = 64  # pixels, of the longer side
 QUALITY = 85  # about 2 KB each
 COLUMNS, MAX_ROWS = 8, 2  # of the sheet, for each kind of change
 CELL = 80
-CAPTION = 200  # characters, far more than fit below a cell
 MISSING = "#eaeef2"
 SHEET_MAX_BYTES = 200_000
 
@@ -61,7 +60,7 @@ def find(sha256: str) -> Image.Image | None:
 
 def changes_sheet(changes: Changes) -> Image.Image | None:
     """Rows of what was edited (before and now), added, removed and recaptioned; None where no thumbnail is kept."""
-    rows, labels, captions = [], [], []
+    rows, labels, captions = [], [], list[list[str | None]]()
     num_found = 0
     for label, cells in shown(changes):
         for start in range(0, len(cells), COLUMNS):
@@ -70,7 +69,7 @@ def changes_sheet(changes: Changes) -> Image.Image | None:
             num_found += sum(image is not None for image in found)
             padding = COLUMNS - len(part)
             rows.append([*(image or Image.new("RGB", (CELL, CELL), MISSING) for image in found), *[None] * padding])
-            captions.append([*(caption for _, caption in part), *[""] * padding])
+            captions.append([*(caption for _, caption in part), *[None] * padding])
             labels.append(label)
     if not num_found:
         return None
@@ -84,7 +83,7 @@ def shown(changes: Changes) -> Iterator[tuple[str, list[Cell]]]:
         ("edited", edited),
         ("added", [named(row) for row in changes.added]),
         ("removed", [named(row) for row in changes.removed]),
-        ("recaptioned", [(new["sha256"], new["captions"][:CAPTION]) for _, new in changes.recaptioned]),
+        ("recaptioned", [(new["sha256"], new["captions"]) for _, new in changes.recaptioned]),
         ("taken back", [named(row) for row in changes.taken_back]),
     ):
         if cells:

@@ -154,7 +154,7 @@ def change_of(losses: np.ndarray, standing: Standing) -> Estimate:
 
 
 def show(value: object) -> str:
-    return f"{value}" if isinstance(value, str | int | float) else json.dumps(value)
+    return f"{value}" if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
 
 
 def base_loss(row: Standing) -> float:

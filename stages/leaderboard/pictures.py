@@ -160,12 +160,13 @@ def draw_contact(tables: Sequence[Table], path: Path) -> str:
         prompt = shared[0] if shared else each.results[0].done.prompts[0]
         base = next(iter(cells.values()))[prompt][0]
         rows.append([base, *(cells[seed][prompt][1] if seed in cells else None for seed in seeds)])
-    labels = [f"({number}) {', '.join(shown_short(each, key) for key in keys)}" for number, each in standings]
+    labels = [", ".join(shown_short(each, key) for key in keys) for _, each in standings]
+    heads = [f"({number}) " for number, _ in standings]
     columns = ["base", *(f"seed {seed}" for seed in seeds)]
     title = f"{shared[0] if shared else 'The first prompt of each'} ({', '.join(keys) or 'one setting'})"
     side = math.isqrt(SHEET_PIXELS // (len(rows) * len(columns)))
     cell = max(MIN_CELL, min(side, *(row[0].width for row in rows if row[0])))
-    save_png(path, sheet(rows, labels, columns, cell, title), max_bytes=SHEET_BYTES)
+    save_png(path, sheet(rows, labels, columns, cell, title, row_heads=heads), max_bytes=SHEET_BYTES)
     left = sum(len(board.standings[most:]) for board in tables)
     return f"Without {left} settings: the best {most} of each table are drawn." if left else ""
 

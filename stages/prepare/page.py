@@ -19,7 +19,7 @@ from PIL import Image
 from stages.artifacts import metrics, picture_table
 from stages.artifacts.manifest import Item, Manifest, natural_key
 from stages.core.pictures import chroma, dark_share, load_mask, load_view
-from stages.core.sheets import save_png, sheet
+from stages.core.sheets import MAX_BYTES, cell_sides, save_sheet, sheet
 from stages.prepare.geometry import Size
 from stages.prepare.memory import Memory
 
@@ -29,9 +29,7 @@ Read = Callable[[str], bytes]
 NUM_MEASURED = 512  # training pictures that chroma and dark_share are means over
 NUM_SIZES = 40  # sizes that are counted one by one
 COLUMNS, MIN_COLUMNS = 8, 5  # of the contact sheet; with fewer, its title would be cut
-TRAIN_ROWS, CELL = 5, 80
-CAPTION = 200  # characters, far more than fit below a cell
-SHEET_MAX_BYTES = 500_000
+TRAIN_ROWS, CELL = 4, 80
 LETTERBOX = "#eaeef2"
 MASKED = 128  # grey that the loss looks past
 MASKED_SHARE = 0.75
@@ -57,7 +55,8 @@ def write(
     found = count(manifest.items, left_out, groups, num_unlisted) | measure(manifest, read)
     metrics.save(folder / "metrics.json", found)
     picture_table.save(folder / "pictures.csv", table(manifest.items, left_out, groups))
-    save_png(folder / "contact.png", contact_sheet(manifest, read), SHEET_MAX_BYTES)
+    sides = cell_sides(max(max(size_of(item)) for item in manifest.items), CELL)
+    save_sheet(folder / "contact.png", contact_sheet(manifest, read), sides, MAX_BYTES["contact"])
 
 
 # Numbers
@@ -156,24 +155,24 @@ def digest(captions: tuple[str, ...]) -> str:
 # The contact sheet
 
 
-def contact_sheet(manifest: Manifest, read: Read) -> Image.Image:
-    """What the model sees of a sample drawn by content: rows to train on by size, then at most one held-out row."""
+def contact_sheet(manifest: Manifest, read: Read) -> Callable[[int], Image.Image]:
+    """What the model sees of a sample drawn by content: rows to train on by size, then at most one held-out row.
+
+    Returns:
+        Side of a cell -> the sheet.
+    """
     shown = rows_shown(manifest.items)
     columns = max(MIN_COLUMNS, *(len(items) for _, items in shown))
     ordered = in_reading_order([item for _, items in shown for item in items])
     cells = {item.file_name: cell(manifest, item, read) for item in ordered}
-    return sheet(
-        [padded([cells[item.file_name] for item in items], columns, None) for _, items in shown],
-        [label for label, _ in shown],
-        None,
-        CELL,
-        title(manifest),
-        [padded([item.caption[:CAPTION] for item in items], columns, "") for _, items in shown],
-    )
+    rows = [padded([cells[item.file_name] for item in items], columns) for _, items in shown]
+    captions = [padded([item.caption for item in items], columns) for _, items in shown]
+    labels = [label for label, _ in shown]
+    return lambda side: sheet(rows, labels, None, side, title(manifest), captions)
 
 
-def padded(row: list[Any], columns: int, filler: Any) -> list[Any]:
-    return [*row, *[filler] * (columns - len(row))]
+def padded(row: list[Any], columns: int) -> list[Any]:
+    return [*row, *[None] * (columns - len(row))]
 
 
 def title(manifest: Manifest) -> str:

@@ -59,6 +59,7 @@ def write_card(title: str, place: Place, inputs: Inputs, folder: Path) -> str:
         f"**{page.headline(inputs)}**",
         image("Samples", inputs.pictures["samples"], folder),
         page.samples_note(inputs),
+        page.prompts(inputs),
         *page.exported_snapshot(inputs),
         *(f"## {head}\n\n{body}" for head, body in sections.items()),
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stages.artifacts.picture_table import LEFT_OUT, Row
 from stages.core.findings import number
-from stages.core.markdown import code, facts, image, link, table
+from stages.core.markdown import code, codes, facts, image, link, table
 from stages.report.inputs import Inputs
 
 MAX_ROWS = 40  # of a table
@@ -175,7 +175,8 @@ def left_out_table(inputs: Inputs, folder: Path) -> str:
     rows = left_out(inputs)
     if not rows:
         return ""
-    lines = [(code(row["file_name"]), code(row["reason"], MAX_REASON)) for row in rows[:MAX_ROWS]]
+    names = codes([row["file_name"] for row in rows[:MAX_ROWS]])
+    lines = [(name, code(row["reason"], MAX_REASON)) for name, row in zip(names, rows, strict=False)]
     rest = and_more(len(rows) - MAX_ROWS, f"in {link('pictures.csv', inputs.pictures['table'], folder)}")
     return table(("Picture", "Why"), lines, align=":---") + rest
 
@@ -201,7 +202,8 @@ def same_bytes(rows: Iterable[Row]) -> list[list[Row]]:
 def shown_names(rows: Sequence[Row]) -> list[str]:
     """``a.png` (train)``, with those beyond MAX_NAMES counted."""
     splits = {"heldout": "held out"}
-    names = [f"{code(row['file_name'])} ({splits.get(row['split'], row['split'])})" for row in rows[:MAX_NAMES]]
+    spans = codes([row["file_name"] for row in rows[:MAX_NAMES]])
+    names = [f"{span} ({splits.get(row['split'], row['split'])})" for span, row in zip(spans, rows, strict=False)]
     return names + ([f"and {len(rows) - MAX_NAMES} more"] if len(rows) > MAX_NAMES else [])
 
 

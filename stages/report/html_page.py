@@ -15,6 +15,7 @@ from PIL import Image
 from stages.core import html
 from stages.core.console import plural
 from stages.core.files import read_json, sha256_file, understood
+from stages.core.labels import numbers
 from stages.core.markdown import image, table
 from stages.core.sheets import cut
 from stages.report import last_commit, page
@@ -45,15 +46,15 @@ def write_page(title: str, inputs: Inputs, reports: Path, train: Path, export: P
 
 
 def sliders(inputs: Inputs) -> Iterator[tuple[str, str]]:
-    """Prompt and slider between the base's picture and the adapter's, at the scale nearest to 1."""
+    """Number with prompt, and slider between the base's picture and the adapter's, at the scale nearest to 1."""
     asked, cell = inputs.lineage["validate"], inputs.lineage["sheet"]["cell"]
     prompts, scales = asked["prompts"], asked["scales"]
     scale, column = html.shown_scale(scales)
     labels = ("base", html.at_scale("adapter", scale))
     with Image.open(inputs.pictures["samples"]) as sheet:
         rows = cut(sheet.convert("RGB"), len(prompts), 1 + len(scales), cell)
-    for prompt, row in zip(prompts, rows, strict=True):
-        yield prompt, html.slider(html.png(row[0]), html.png(row[column]), labels)
+    for number, prompt, row in zip(numbers(len(prompts)), prompts, rows, strict=True):
+        yield number + prompt, html.slider(html.png(row[0]), html.png(row[column]), labels)
 
 
 # Measured on this machine

@@ -11,10 +11,11 @@ from typing import Any
 from stages.artifacts import lineage
 from stages.core.files import from_json
 from stages.core.git import git
-from stages.core.markdown import code
+from stages.core.markdown import codes
 from stages.report.inputs import Inputs
 
 MAX_CHANGES = 8  # that the line names
+MAX_VALUE = 60  # characters
 GIT_SECONDS = 10
 
 
@@ -54,11 +55,8 @@ def compare(made: Any, new_made: Any, of_samples: Any, new_of_samples: Any) -> I
         old, new = before[section], after[section]
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
-                yield f"`{section}.{key}` {value(old.get(key))} → {value(new.get(key))}"
+                before_after = (json.dumps(each.get(key), ensure_ascii=False) for each in (old, new))
+                yield f"`{section}.{key}` {' → '.join(codes(list(before_after), MAX_VALUE))}"
     for name in ("pictures", "captions", "base", "packages"):
         if made.get(name) != new_made.get(name):
             yield f"other {name}"
-
-
-def value(setting: Any) -> str:
-    return code(json.dumps(setting, ensure_ascii=False), 60)

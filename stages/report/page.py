@@ -11,7 +11,7 @@ from stages.artifacts import model_card
 from stages.artifacts.adapter import algorithm
 from stages.core import findings
 from stages.core.findings import number
-from stages.core.markdown import code, decimals, facts, image, interval, link, plain, signed
+from stages.core.markdown import code, decimals, facts, image, interval, link, numbered, plain, signed
 from stages.report import dataset, features, rank_used
 from stages.report.inputs import Inputs, Metrics
 from stages.report.tables import export_facts, lineage_facts, results, settings_facts, table_note
@@ -77,6 +77,7 @@ def write_page(title: str, inputs: Inputs, folder: Path, changed: str = "", meas
         changed,
         image("Samples", inputs.pictures["samples"], folder),
         samples_note(inputs),
+        prompts(inputs),
         "## Metrics",
         results(inputs),
         table_note(inputs),
@@ -116,6 +117,11 @@ def samples_note(inputs: Inputs) -> str:
     settings = inputs.lineage["validate"]
     how = f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}"
     return f"{len(settings['prompts'])} prompts from the same noise, drawn by the base and by the adapter ({how})."
+
+
+def prompts(inputs: Inputs) -> str:
+    """Those of the sheet's rows, whole."""
+    return numbered(inputs.lineage["validate"]["prompts"])
 
 
 def nearest(inputs: Inputs, folder: Path) -> list[str]:

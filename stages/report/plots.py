@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.core.files import atomic
 from stages.report.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -19,10 +18,15 @@ SMOOTHED_SHARE = 0.05  # of the run's steps that a smoothed training loss averag
 
 def plot_losses(inputs: Inputs, path: Path) -> None:
     """Losses on the frozen table, the noisy training loss below them, and the learning rate small."""
+    import io
+
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from PIL import Image
+
+    from stages.core.sheets import MAX_BYTES, save_png
 
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID}):
         figure, (above, below, rate) = plt.subplots(
@@ -40,10 +44,11 @@ def plot_losses(inputs: Inputs, path: Path) -> None:
         rate.set_xlabel("step", color=INK)
         last = max(steps[-1], inputs.loss[-1]["step"])
         rate.set_xlim(-0.01 * last, 1.01 * last)
-        with atomic(path) as temporary:
-            # Without metadata Matplotlib writes its version; format is named because the temporary file has no suffix.
-            figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
         plt.close(figure)
+    with Image.open(buffer) as image:
+        save_png(path, image.convert("RGB"), MAX_BYTES["loss"])
 
 
 def plot_training(axes: Axes, loss: list[dict[str, float]]) -> None:

@@ -24,6 +24,7 @@ from stages.core.console import UserError, log, parser, run
 from stages.core.device import environment, setup, speed_conditions
 from stages.core.evaluation import Score
 from stages.core.files import sha256_file, sha256_json, write_json, write_text
+from stages.core.labels import exact, numbers
 from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Bar
 from stages.core.took import Work
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     from stages.core.bases import Base
 
-SHEET_BYTES = 300_000  # each stays in git's history
+MAX_COLUMNS, MAX_ROWS = 9, 12  # of the progress sheet
 DIGEST_DIGITS = 12  # enough to tell files apart by eye
 
 
@@ -104,10 +105,12 @@ def report(
     names = evaluation.row_names(exam.rows, settings.seed, targets)
     measured = write_losses(args.reports, exam, names, evidence, settings)
     measured["val.table"] = evaluation.digest(exam.rows, settings.seed, targets)
-    measured |= draw_sheets(args.reports, evidence, settings, trained_captions(cache)) | neighbours.metrics(near)
-    neighbours.write(args.reports / "validate", near, vae, cache, sheet_cell(evidence))
+    cell = draw_sheets(args.reports, evidence, settings, trained_captions(cache))
+    neighbours.write(args.reports / "validate", near, vae, cache, sheet_cells(evidence))
+    measured |= ink_measures(evidence, settings) | neighbours.metrics(near)
     measured |= evidence.drift | {"cost.tflop_per_image": cost.tflop_per_image(exam, adapter, cache)}
-    made_from = origin_of(settings, origin, base, cache, adapter, exam) | {"sheet": sheet_sizes(evidence)}
+    sizes = {"cell": cell, "picture": list(evidence.pictures[0][0][0].size)}  # in pixels; as the pictures were drawn
+    made_from = origin_of(settings, origin, base, cache, adapter, exam) | {"sheet": sizes}
     made_from["neighbours"] = neighbours.scale(near, space)
     if feature_model:
         measured |= features.measure(feature_model, exam, settings.prompts, drawn[0][0], drawn[1][0], vae)
@@ -156,23 +159,36 @@ def write_losses(
     return {**evaluation.metrics(scores, exam.num_train_timesteps, settings.seed), **curve.metrics(points)}
 
 
-def draw_sheets(
-    reports: Path, evidence: Evidence, settings: ValidateParams, trained: set[str]
-) -> dict[str, metrics.Value]:
-    """samples.png and progress.png; returns the ``samples.*`` metrics."""
-    from stages.core.sheets import save_png, sheet
-
-    cell = sheet_cell(evidence)
+def draw_sheets(reports: Path, evidence: Evidence, settings: ValidateParams, trained: set[str]) -> int:
+    """samples.png and progress.png; returns the side of a cell of samples.png in pixels."""
     first = {step: drawn[0] for step, drawn in sorted(evidence.pictures.items())}
     samples = {"base": first[0]} | {scale_label(scale): drawn for scale, drawn in evidence.scaled.items()}
-    progress = {step_label(step): drawn for step, drawn in first.items()}
-    labels = [f"trained on: {prompt}" if same_words(prompt) in trained else prompt for prompt in settings.prompts]
-    for name, columns in (("samples.png", samples), ("progress.png", progress)):
-        rows = [list(row) for row in zip(*columns.values(), strict=True)]
-        save_png(reports / name, sheet(rows, labels, list(columns), cell), max_bytes=SHEET_BYTES)
-    if not settings.ink_measures:
-        return {}
-    return ink_measures("_base", first[0]) | ink_measures("", first[max(first)])
+    progress = {step_label(step): first[step] for step in spread(list(first), MAX_COLUMNS)}
+    marks = ["trained on: " if same_words(prompt) in trained else "" for prompt in settings.prompts]
+    heads = [number + mark for number, mark in zip(numbers(len(marks)), marks, strict=True)]
+
+    def draw(name: str, columns: dict[str, list[Image.Image]], num_rows: int) -> int:
+        from stages.core.sheets import MAX_BYTES, save_sheet, sheet
+
+        rows = [list(row) for row in zip(*columns.values(), strict=True)][:num_rows]
+        labels, begins = settings.prompts[:num_rows], heads[:num_rows]
+        title = f"The first {len(rows)} of {len(heads)} prompts" if len(rows) < len(heads) else None
+        return save_sheet(
+            reports / f"{name}.png",
+            lambda cell: sheet(rows, labels, list(columns), cell, title, row_heads=begins),
+            sheet_cells(evidence),
+            MAX_BYTES[name],
+        )
+
+    draw("progress", progress, MAX_ROWS)
+    return draw("samples", samples, len(heads))
+
+
+def spread(steps: list[int], most: int) -> list[int]:
+    """The first, the last, and those evenly between that make at most ``most``."""
+    if len(steps) <= most:
+        return steps
+    return [steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)]
 
 
 def trained_captions(cache: LatentCache) -> set[str]:
@@ -185,31 +201,30 @@ def same_words(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def sheet_sizes(evidence: Evidence) -> dict[str, Any]:
-    """In pixels: of a cell, and of the pictures as they were drawn."""
-    return {"cell": sheet_cell(evidence), "picture": list(evidence.pictures[0][0][0].size)}
+def sheet_cells(evidence: Evidence) -> list[int]:
+    """Sides in pixels that a sheet's cells may have."""
+    from stages.core.sheets import cell_sides
 
-
-def sheet_cell(evidence: Evidence) -> int:
-    """Side of a sheet's picture in pixels: small ones are scaled up, large ones down."""
-    return min(256, max(128, *evidence.pictures[0][0][0].size))
+    side = max(evidence.pictures[0][0][0].size)
+    return cell_sides(side, min(256, max(128, side)))
 
 
 def scale_label(scale: float) -> str:
-    return "adapter" if scale == 1 else f"adapter x {scale:g}"
+    return "adapter" if scale == 1 else f"adapter x {exact(scale)}"
 
 
-def ink_measures(suffix: str, drawn: list[Image.Image]) -> dict[str, metrics.Value]:
-    """Chroma (0 to 255) and dark share (0 to 1), mean over pictures."""
+def ink_measures(evidence: Evidence, settings: ValidateParams) -> dict[str, metrics.Value]:
+    """Chroma (0 to 255) and dark share (0 to 1) of base and adapter, mean over pictures; empty where nobody asks."""
     import numpy as np
 
     from stages.core.pictures import chroma, dark_share
 
-    arrays = [np.asarray(picture) for picture in drawn]
-    return {
-        f"samples.chroma{suffix}": evaluation.mean(map(chroma, arrays)),
-        f"samples.dark_share{suffix}": evaluation.mean(map(dark_share, arrays)),
-    }
+    found: dict[str, metrics.Value] = {}
+    for suffix, step in (("_base", 0), ("", max(evidence.pictures))) if settings.ink_measures else ():
+        arrays = [np.asarray(picture) for picture in evidence.pictures[step][0]]
+        found[f"samples.chroma{suffix}"] = evaluation.mean(map(chroma, arrays))
+        found[f"samples.dark_share{suffix}"] = evaluation.mean(map(dark_share, arrays))
+    return found
 
 
 def origin_of(

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 COPIED_QUANTILE = 0.05
 BLANK = 3.0  # standard deviation of its pixels, 0 to 255: one colour, but for what the VAE leaves of it
 NUM_WORST = 6  # rows of nearest.png, a prompt each
-SHEET_BYTES = 300_000
 FIELDS = ("prompt", "seed", "distance", "nearest", "copied", "base_distance", "base_nearest", "base_copied")
 
 
@@ -264,9 +263,9 @@ def median(values: Sequence[float] | np.ndarray) -> float:
     return float(np.median(values)) if len(values) else math.nan
 
 
-def write(folder: Path, found: Neighbours, vae: Vae, cache: LatentCache, cell: int) -> None:
+def write(folder: Path, found: Neighbours, vae: Vae, cache: LatentCache, cells: Sequence[int]) -> None:
     """nearest.csv, a row per prompt and seed, and nearest.png with the worst of them."""
-    from stages.core.sheets import save_png, sheet
+    from stages.core.sheets import MAX_BYTES, save_sheet, sheet
 
     lines = [
         (after.prompt, after.index, *columns(found, after), *columns(found, before))
@@ -275,11 +274,17 @@ def write(folder: Path, found: Neighbours, vae: Vae, cache: LatentCache, cell: i
     write_text(folder / "nearest.csv", evaluation.write_csv(FIELDS, lines))
     rows = [[shown for one in pair for shown in (one.picture, known_picture(one, vae, cache))] for pair in found.worst]
     captions = [[text for one in pair for text in (f"at {one.distance:.3g}", one.nearest)] for pair in found.worst]
-    labels = [f"{after.prompt}, seed {after.index}" for after, _ in found.worst]
+    labels = [after.prompt for after, _ in found.worst]
+    order = {prompt: number for number, prompt in enumerate(dict.fromkeys(one.prompt for one in found.base), 1)}
+    begins = [f"{order[after.prompt]}. seed {after.index}: " for after, _ in found.worst]
     heads = ["adapter", "nearest training picture", "base", "nearest training picture"]
     title = f"Nearest to the training pictures; copied is below {found.threshold:.3g}"
-    image = sheet(rows, labels, heads, cell, title, captions)
-    save_png(folder / "nearest.png", image, max_bytes=SHEET_BYTES)
+    save_sheet(
+        folder / "nearest.png",
+        lambda side: sheet(rows, labels, heads, side, title, captions, begins),
+        cells,
+        MAX_BYTES["nearest"],
+    )
 
 
 def columns(found: Neighbours, sample: Sample) -> tuple[str, str, int]:

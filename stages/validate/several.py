@@ -17,6 +17,7 @@ from stages.core import base_files
 from stages.core.base_files import read_header
 from stages.core.console import UserError, as_path, log
 from stages.core.files import from_json, load_metadata
+from stages.core.labels import exact, numbers
 
 if TYPE_CHECKING:
     from stages.core.sampling import Sampling
@@ -129,14 +130,16 @@ def draw_grid(exam: Exam, sampling_for: Callable[[int], Sampling], prompts: list
     pipeline = exam.family.load_pipeline(exam.model, exam.device)
     sampling = sampling_for(pipeline.vae_scale_factor)
     require_readable(pipeline, entries)
-    columns = {"base": draw(pipeline, sampling, exam.model)}
+    labels, columns = ["base"], [draw(pipeline, sampling, exam.model)]
     names = load(pipeline, entries)
+    stems = [entry.file.stem for entry in entries]
+    shown = stems if len({*stems}) == len(stems) else [str(entry.file) for entry in entries]
     for scales in itertools.product(*(entry.scales for entry in entries)):
         pipeline.set_adapters(names, list(scales))
-        label = ", ".join(f"{entry.file.stem} {scale:g}" for entry, scale in zip(entries, scales, strict=True))
-        columns[label] = draw(pipeline, sampling, exam.model)
-        log.info("drawn       %s", label)
-    cell = min(256, max(128, *columns["base"][0].size))
-    rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    save_png(OUTPUT, sheet(rows, prompts, list(columns), cell), max_bytes=SHEET_BYTES)
+        labels.append(", ".join(f"{name} {exact(scale)}" for name, scale in zip(shown, scales, strict=True)))
+        columns.append(draw(pipeline, sampling, exam.model))
+        log.info("drawn       %s", labels[-1])
+    cell = min(256, max(128, *columns[0][0].size))
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    save_png(OUTPUT, sheet(rows, prompts, labels, cell, row_heads=numbers(len(prompts))), max_bytes=SHEET_BYTES)
     log.info("wrote       %s", OUTPUT)
