@@ -179,11 +179,30 @@ def test_other_data_say_how_many_pictures_and_how_often_they_were_seen() -> None
     assert confounds(few, on("e", 31, 206.5)) == []
 
 
+def test_a_pattern_of_null_is_none() -> None:
+    assert told({"lora_rank_pattern": None, "lora_alpha": 8}, {"lora_rank": 4, "lora_alpha": 8}) != []
+    assert told({"lora_alpha_pattern": None}, {"lora_rank_pattern": {"to_k": 4}, "lora_alpha_pattern": None}) == []
+
+
 def test_of_several_runs_each_value_stands_once() -> None:
     sides = [run(lora_rank=rank, lora_alpha=8) for rank in (4, 8, 16, 4)]
     (sentence,) = confounds(*sides)
     assert sentence.startswith("**Strength differs too**: alpha / rank is 2, 1, 0.5, so ")
     assert confounds(*(run(lora_rank=rank) for rank in (4, 8, 16))) == []
+
+
+CROSSED = {"drift.loss": 0.368, "drift.loss_base": 0.0335, "drift.loss_change_low": 0.26}
+DRIFT = "loss on the base's own pictures is 11 times as high as the base's (0.0335 → 0.3680)"
+
+
+def test_better_is_qualified_by_what_crossed_its_control() -> None:
+    clean, drifted = run(name="main"), run((0.1, 0.2, 0.4), "new", CROSSED, lora_rank=16)
+    said = paragraph(clean, drifted, judge(clean, drifted))
+    assert f"with one seed each, but {DRIFT}.** Held-out loss" in said  # in bold, with the verdict
+    said = paragraph(drifted, clean, judge(drifted, clean))
+    assert f"with one seed each.** new: {DRIFT}. Held-out loss" in said
+    again = replace(drifted, name="again")
+    assert f"to the last digit.** Both: {DRIFT}." in paragraph(drifted, again, judge(drifted, again))
 
 
 def test_the_verdict_has_it_beside_it_where_there_is_one() -> None:

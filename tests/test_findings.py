@@ -60,3 +60,11 @@ def test_small_differences_keep_two_digits() -> None:
     assert interval(-4e-5, 2e-6, decimals(-4e-5, 2e-6, least=4)) == "[−0.000040, +0.000002]"
     assert decimals(0.0, float("nan"), least=4) == ".4f" and decimals(12.3, 0.1, least=1) == ".1f"
     assert percent(Estimate(-1e-4, -3e-4, 1e-4), 1.0) == "−0.010 % [−0.030, +0.010]"
+
+
+def test_the_cure_for_few_pictures_is_of_what_limits_them() -> None:
+    limited = {"dataset": {"heldout": 40, "train": 360}, "table": {"num_pictures": {"heldout": 4}}}
+    assert findings.cannot_tell(4, limited) == "4 held-out pictures cannot tell; set validate.max_pictures=40"
+    shared = limited | {"table": {"num_pictures": {"heldout": 40}}}  # by another revision, which holds out others
+    assert findings.cannot_tell(4, shared) == "4 held-out pictures cannot tell; set dataset.heldout_fraction=0.15"
+    assert findings.cannot_tell(4, shared, is_named=True) == "4 held-out pictures cannot tell; hold out more pictures"

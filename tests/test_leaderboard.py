@@ -146,6 +146,21 @@ def test_a_rank_sweep_under_one_alpha_says_that_it_sweeps_strengths(caplog: pyte
         assert notes == expected | {"16": ""}  # the best
 
 
+def test_the_best_is_qualified_by_what_crossed_its_control_and_few_pictures_cannot_tell() -> None:
+    runs = planted(grid={"lora.rank": [8, 16]}, seeds=[0, 1])
+    for run in runs:
+        write_run(run, names=PICTURES[:4])
+        measured = {"drift.loss": 0.368, "drift.loss_base": 0.0335, "drift.loss_change_low": 0.26}
+        write_json(Path(run.folders["reports"]) / "metrics.json", measured)
+    page, _ = board(runs)
+    headline = next(line for line in page.splitlines() if line.startswith("Best: "))
+    assert (
+        " against the base, but loss on the base's own pictures is 11 times as high as the base's (0.0335" in headline
+    )
+    assert headline.endswith("within noise of it. 4 held-out pictures cannot tell; hold out more pictures.")
+    assert "(percentile bootstrap, stretched to Student's width)" in page
+
+
 def test_without_a_second_seed_the_page_says_what_the_intervals_leave_out() -> None:
     runs = planted(grid={"lora.rank": [4, 8]})
     for run in runs:

@@ -61,9 +61,10 @@ def paragraph(a: Side, b: Side, verdict: Verdict) -> str:
     """``rank-16 (lora.rank 16) against main (lora.rank 8): better, −3.1 % [−4.0, −2.2].`` and what bears it."""
     left, right = names(b, a)
     inputs = [] if verdict.word == "not comparable" else unexplained(a, b)
-    crossed = {side.name: crossed_by(side) for side in (b, a)}
-    but = f", but {'; '.join(crossed.pop(b.name))}" if verdict.word == "better" and crossed[b.name] else ""
-    more = [f"{name}: {'; '.join(clauses)}." for name, clauses in crossed.items() if clauses]
+    of_b, of_a = crossed_by(b), crossed_by(a)
+    but = f", but {'; '.join(of_b)}" if verdict.word == "better" and of_b else ""
+    told = {"Both": of_b} if of_b == of_a else {b.name: [] if but else of_b, a.name: of_a}
+    more = [f"{name}: {'; '.join(clauses)}." for name, clauses in told.items() if clauses]
     more += [f"More than parameters differs: {', '.join(inputs)}."] if inputs else []
     more += [] if verdict.word in ("not comparable", "equal") else confounds(b, a)
     return f"{' '.join([f'**{left} against {right}: {verdict}{but}.**', *more])}{basis(a, b, verdict)}"

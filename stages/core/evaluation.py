@@ -156,7 +156,7 @@ def write_csv(fields: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its bootstrap interval; NaN bounds where one picture cannot tell."""
+    """A mean and its interval, a percentile bootstrap of Student's width; NaN bounds where one picture cannot tell."""
 
     mean: float
     low: float

@@ -140,9 +140,9 @@ def cannot_tell(num_heldout: int, lineage: Mapping[str, Any], is_named: bool = F
         num_heldout: that were asked about.
         is_named: of a split of one's own.
     """
-    counts = lineage.get("dataset", {})
+    counts, asked = lineage.get("dataset", {}), lineage.get("table", {}).get("num_pictures", {})
     heldout, every = counts.get("heldout", 0), counts.get("heldout", 0) + counts.get("train", 0)
-    if heldout > num_heldout:
+    if heldout > asked.get("heldout", heldout):
         cure = f"set validate.max_pictures={heldout}"
     elif is_named or not heldout:
         cure = "hold out more pictures"

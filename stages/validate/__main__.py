@@ -268,15 +268,10 @@ def used(device: torch.device, began: float) -> dict[str, float]:
 
 def log_end(reports: Path, measured: dict[str, Any], num_steps: int) -> None:
     log.info("held-out    %.6f, base %.6f", measured["val.loss"], measured["val.loss_base"])
-    log.info(
-        "change      %+.6f, 95%% interval %+.6f to %+.6f",
-        *(measured[f"val.loss_change{bound}"] for bound in ("", "_low", "_high")),
-    )
-    if "drift.loss_change" in measured:
-        log.info(
-            "drift       %+.6f, 95%% interval %+.6f to %+.6f",
-            *(measured[f"drift.loss_change{bound}"] for bound in ("", "_low", "_high")),
-        )
+    for label, name in (("change", "val.loss_change"), ("drift", "drift.loss_change")):
+        if name in measured:
+            values = (f"{measured[f'{name}{bound}']:+z.6f}" for bound in ("", "_low", "_high"))
+            log.info("%-11s %s, 95%% interval %s to %s", label, *values)
     log.info(
         "copied      share of the samples %.3f, of the base's %.3f",
         *(measured[f"samples.copied_share{suffix}"] for suffix in ("", "_base")),

@@ -27,7 +27,7 @@ class Point:
     heldout: float
     train_probe: float
     above_best: Estimate
-    """Held-out loss minus that of the best snapshot, over the same rows, with the bootstrap interval over pictures."""
+    """Held-out loss minus that of the best snapshot, over the same rows, with the interval over pictures."""
 
 
 def make_curve(heldout: Mapping[int, np.ndarray], probe: Mapping[int, np.ndarray], seed: int) -> list[Point]:

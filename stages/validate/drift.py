@@ -72,7 +72,7 @@ def make_exam(exam: Exam, pictures: dict[str, Image.Image], vae: Vae, text: Any)
 
 
 def metrics(drift: Drift, losses: list[float]) -> dict[str, Value]:
-    """``drift.*``: both losses, and the paired change with its bootstrap interval over pictures."""
+    """``drift.*``: both losses, and the paired change with its interval over pictures."""
     changes = [
         (row.picture.caption, after - before)
         for row, before, after in zip(drift.exam.rows, drift.losses, losses, strict=True)
