@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING
 
 from stages.cache_latents.params import CacheParams, flip_problems
 from stages.core import base_files, bases, params, pin, sharing, slow_dtype, sweep
-from stages.core.console import UserError, log, parser, run
+from stages.core.console import UserError, log, parser, plural, run
+from stages.core.containers import PictureFiles
 from stages.core.files import state_dir
 from stages.core.params import Config, ModelParams, RuntimeParams
 from stages.core.sweep import Run
 from stages.core.yaml_edit import flow
 from stages.export.params import ExportParams, rank_refusals, refusals, step_refusals
 from stages.families.base import load_family
+from stages.prepare import split
 from stages.prepare.geometry import buckets
-from stages.prepare.listing import Listing, lines
+from stages.prepare.inspection import Inspected, inspect
+from stages.prepare.listing import Listing, settle
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
 from stages.train.params import LoraParams, TrainParams, cross_problems
@@ -45,8 +48,8 @@ PACKAGES = {
     "dvc": "3",
     "snakemake": "9",
 }
-FEW_HELDOUT = 5
-"""Held-out pictures: by Student's t, an interval over four is 1.6 times as wide as one of known scatter."""
+OPEN_SECONDS = 30.0
+"""For which pictures are opened: some thousand photographs; the next run, or prepare, goes on with what is left."""
 LEAST_DISK = 500 * 2**20
 """Bytes: what the demo's store, latents, adapter and exports take twice over."""
 
@@ -60,14 +63,15 @@ def main() -> None:
     family = load_family(model.family)
     base = bases.preview(model, family)
     found = package_problems() + base.problems + size_problems(config, base.configs)
-    found += dataset_problems(config) + setting_problems(config) + disk_problems()
+    opened: list[str] = []
+    found += dataset_problems(config, opened) + setting_problems(config) + disk_problems()
     found += feature_files.problems(config.section(ValidateParams).feature_model)
     notes = dict.fromkeys(text for each in runs for text in snapshot_notes(each.config))
     notes |= dict.fromkeys(mapping_notes(config))
     for text in [*notes, *machine_notes(config.section(RuntimeParams).num_machines), *sharing.unshared()]:
         log.info("note: %s", text)
     others = {each.places["prepare"]: each.config for each in runs if each.config.section(DatasetParams) != dataset}
-    found += [problem for other in others.values() for problem in dataset_problems(other)]
+    found += [problem for other in others.values() for problem in dataset_problems(other, [])]
     found += [problem for problem in sweep_problems(runs) if problem not in found]
     if found:
         raise UserError(*found)
@@ -78,6 +82,7 @@ def main() -> None:
     if base.to_do:
         log.info("            %s", base.to_do)
     log.info("dataset     %s", dataset.source)
+    log.info("pictures    %s", *opened)
     log.info("packages    %s", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
     log.info("disk        %.1f GB free for the state directory", shutil.disk_usage(existing(state_dir())).free / 1e9)
     device = check_device(config, base.configs)  # from here on it imports torch, which takes seconds
@@ -134,43 +139,64 @@ def size_problems(config: Config, configs: ModelParams | None) -> list[str]:
     return base_files.size_problems(configs, load_family(model.family), sizes, model.pretrained)
 
 
-def dataset_problems(config: Config) -> list[str]:
-    """What is wrong with the rows; prepare opens the pictures too."""
+def dataset_problems(config: Config, opened: list[str]) -> list[str]:
+    """What is wrong with rows, pictures and split, as prepare would find it.
+
+    Args:
+        opened: how many pictures were opened is added to it, in words.
+    """
     dataset = config.section(DatasetParams)
     try:
         listing = list_entries(dataset, fetch=False)
+        looked_at = open_pictures(listing, dataset)
+        opened.append(said_of(looked_at, listing))
+        num_problems = len(listing.problems) + len(looked_at.problems)
+        is_all = listing.is_whole and looked_at.num_seen == len(listing.entries)
+        sides = split.assign(looked_at.rows, dataset, num_problems) if is_all and looked_at.rows else None
+        for text in [*listing.warnings, *looked_at.warnings, *(sides.warnings if sides else ())]:
+            log.warning("warning: %s", text)
+        for text in sides.notes if sides else split_notes(listing, dataset):
+            log.info("note: %s: %s", dataset.source, text)
+        found = batch_problems(listing, config)
+        for reason in settle([*listing.problems, *looked_at.problems], listing.entries, dataset).values():
+            log.warning("warning: will be left out: %s", reason)
     except UserError as error:
         return list(error.problems)
-    for text in listing.warnings:
-        log.warning("warning: %s", text)
-    for text in split_notes(listing, config):
-        log.info("note: %s", text)
-    found = batch_problems(listing, config)
-    if dataset.on_bad == "error":
-        return found + lines(listing.problems)
-    for text in lines(listing.problems):
-        log.warning("warning: will be left out: %s", text)
     return found
 
 
-def split_notes(listing: Listing, config: Config) -> list[str]:
-    """Fewer held-out pictures than can tell much; of a fraction, what is to be expected of the draw by content."""
-    dataset = config.section(DatasetParams)
+def open_pictures(listing: Listing, dataset: DatasetParams) -> Inspected:
+    """Look at the pictures for OPEN_SECONDS; what is found is remembered, so that prepare need not look again."""
+    if not listing.is_whole or disk_problems():
+        return Inspected([], [], [], 0)
+    return inspect(listing.entries, dataset, PictureFiles(dataset.source), OPEN_SECONDS)
+
+
+def said_of(looked_at: Inspected, listing: Listing) -> str:
+    count, total = looked_at.num_seen, len(listing.entries)
+    if not listing.is_whole:
+        return "not opened, since they are not downloaded yet"
+    if count == total:
+        return f"{count:,} opened"
+    return f"{count:,} of {total:,} opened in {OPEN_SECONDS:.0f} s; prepare opens the others"
+
+
+def split_notes(listing: Listing, dataset: DatasetParams) -> list[str]:
+    """Fewer held-out pictures than can tell much, as far as can be told without opening all of them."""
     subsets = dataset.as_subsets()
     drawn = [entry for entry in listing.entries if not subsets[entry.subset].regularization]
     if not listing.is_whole or not drawn:
         return []
     if dataset.heldout_split is not None:
         count = sum(entry.split == dataset.heldout_split for entry in drawn)
-        what, cure = f"{count} of {len(drawn)} pictures are held out", "add pictures to it"
-        key = f"dataset.heldout_split: {dataset.heldout_split}"
+        what, cure = f"{plural(count, 'picture is', 'pictures are')} held out of {len(drawn)}", "add pictures to it"
     else:
         count = round((dataset.heldout_fraction or 0) * len(drawn))
-        what, cure = f"about {count} of {len(drawn)} pictures will be held out", "raise it, or add pictures"
-        key = f"dataset.heldout_fraction: {dataset.heldout_fraction}"
-    if count >= FEW_HELDOUT:
+        what = f"about {plural(count, 'picture', 'pictures')} of {len(drawn)} will be held out"
+        cure = "raise dataset.heldout_fraction, or add pictures"
+    if count >= split.FEW_HELDOUT:
         return []
-    return [f"{dataset.source}: {what} ({key}), and fewer than {FEW_HELDOUT} seldom tell settings apart; {cure}"]
+    return [f"{what}, and fewer than {split.FEW_HELDOUT} seldom tell settings apart; {cure}"]
 
 
 def machine_notes(num_machines: int) -> list[str]:

@@ -47,8 +47,9 @@ def test_all_is_well(workspace: Workspace) -> None:
     done = workspace.process("check")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    noted = "note: data/raw: about 2 of 8 pictures will be held out (dataset.heldout_fraction: 0.25), and fewer than 5"
-    assert lines.pop(0).startswith(noted)
+    noted = "note: data/raw: 2 pictures are held out of 8, and fewer than 5 seldom tell settings apart; add pictures"
+    assert lines.pop(0) == noted
+    assert lines.pop(3) == "pictures    8 opened"
     names = ["parameters", "base", "dataset", "packages", "disk", "device", "objective", "captions", "adapter"]
     assert [line.split()[0] for line in lines] == names
     assert lines[6] == "objective   v_prediction"
@@ -56,9 +57,9 @@ def test_all_is_well(workspace: Workspace) -> None:
 
 
 def test_notes_of_what_a_run_will_tell_little_with(workspace: Workspace) -> None:
-    """Counted without opening a picture; of no snapshot, for a run of the sweep too."""
-    lines = workspace.run("check", "--set", "train.snapshot_every_n_steps=5", "--set", "dataset.heldout_fraction=0.6")
-    assert [line for line in lines if line.startswith("note: ")] == [
+    """Of no snapshot, for a run of the sweep too."""
+    lines = workspace.run("check", "--set", "train.snapshot_every_n_steps=5")
+    assert [line for line in lines if line.startswith("note: params.yaml")] == [
         "note: params.yaml train.snapshot_every_n_steps: 5 keeps none of 4 steps: the progress sheet and the held-out "
         "curve have the start and the end alone; lower it"
     ]
@@ -266,7 +267,7 @@ def test_wrong_variant(copied: Workspace) -> None:
 
 @pytest.mark.parametrize(("resolution", "near"), [(36, "32 or 40"), (100, "96 or 104")])
 def test_resolution_must_fit_the_base(copied: Workspace, resolution: int, near: str) -> None:
-    assert problem(copied, f"dataset.resolution={resolution}") == (
+    assert problem(copied, f"dataset.resolution={resolution}", "dataset.max_upscale=9") == (
         f"params.yaml dataset.resolution: {resolution} is no multiple of 8, which data/base needs; use {near}"
     )
 
@@ -279,7 +280,7 @@ def test_resolution_below_the_least(copied: Workspace) -> None:
 
 
 def test_bucket_sides(copied: Workspace) -> None:
-    change = ("dataset.aspect_buckets=true", "dataset.resolution=64", "dataset.bucket_step=8")
+    change = ("dataset.aspect_buckets=true", "dataset.resolution=64", "dataset.bucket_step=8", "dataset.max_upscale=9")
     path = Path("data/base/unet/config.json")
     path.write_text(json.dumps(read_json(path) | {"block_out_channels": [32] * 3}))
     assert problem(copied, *change) == (
@@ -288,7 +289,12 @@ def test_bucket_sides(copied: Workspace) -> None:
 
 
 def test_hundreds_of_bucket_sides_are_shown_in_part(copied: Workspace) -> None:
-    change = ("dataset.aspect_buckets=true", "dataset.resolution=2048", "dataset.bucket_step=8")
+    change = (
+        "dataset.aspect_buckets=true",
+        "dataset.resolution=2048",
+        "dataset.bucket_step=8",
+        "dataset.max_upscale=99",
+    )
     path = Path("data/base/unet/config.json")
     path.write_text(json.dumps(read_json(path) | {"block_out_channels": [32] * 5}))
     assert problem(copied, *change) == (
@@ -309,7 +315,8 @@ def test_bad_rows_that_are_left_out_are_said(copied: Workspace) -> None:
     rows = read_rows(Path("data/raw"))
     rows[2]["text"] = None
     write_rows(Path("data/raw"), rows)
-    lines = copied.run("check", "--set", "dataset.on_bad=skip")
+    assert any("1 of 8 pictures are bad, more than" in line for line in problems(copied, "dataset.on_bad=skip"))
+    lines = copied.run("check", "--set", "dataset.on_bad=skip", "--set", "dataset.max_bad_fraction=0.2")
     said = "warning: will be left out: data/raw/metadata.jsonl:3: text: got null"
     assert any(line.startswith(said) for line in lines)
 
@@ -434,10 +441,33 @@ def test_a_device_that_is_not_here(copied: Workspace, monkeypatch: pytest.Monkey
     )
 
 
-def test_nothing_is_written(copied: Workspace) -> None:
-    before = sorted(Path().rglob("*"))
+def test_nothing_is_written_but_what_was_seen_of_pictures(copied: Workspace) -> None:
+    before = set(Path().rglob("*"))
     copied.run("check")
-    assert sorted(Path().rglob("*")) == before
+    (written,) = (path for path in set(Path().rglob("*")) - before if path.is_file())
+    assert written.match(".state/store/checked-*.jsonl")
+
+
+def test_every_picture_is_opened(copied: Workspace) -> None:
+    (Path("data/raw") / "03.png").write_bytes(b"\x89PNG nothing")
+    (Path("data/raw") / "05.png").write_bytes(b"")
+    assert [line.partition("; ")[0] for line in problems(copied)] == [
+        "data/raw/metadata.jsonl:4: '03.png' is a damaged PNG: its header cannot be read",
+        "data/raw/metadata.jsonl:6: '05.png' is an empty file",
+    ]
+
+
+def test_pictures_that_were_not_opened_are_counted(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "OPEN_SECONDS", 0.0)
+    (Path("data/raw") / "07.png").write_bytes(b"")
+    lines = copied.run("check")
+    assert "pictures    0 of 8 opened in 0 s; prepare opens the others" in lines
+    assert any(line.startswith("note: data/raw: about 2 pictures of 8 will be held out, and fewer") for line in lines)
+
+
+def test_a_set_that_cannot_be_split(copied: Workspace) -> None:
+    write_rows(Path("data/raw"), read_rows(Path("data/raw"))[:1])
+    assert "data/raw: 1 picture cannot be split; at least two are needed, since one is held out" in problems(copied)
 
 
 def test_a_mapping_that_dvc_would_add_to_is_noted(workspace: Workspace) -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from stages.artifacts.manifest import Augmentation, Item, Manifest, natural_key
+from stages.artifacts.manifest import Augmentation, Item, Manifest
 from stages.core import params
 from stages.core.console import PATHS, UserError, log, parser, run
 from stages.core.containers import PictureFiles
@@ -19,7 +19,7 @@ from stages.core.files import writing
 from stages.core.pictures import preprocessing
 from stages.prepare import changes, page, split, variants
 from stages.prepare.inspection import CheckedPicture, inspect
-from stages.prepare.listing import Listing, Problem, lines, reasons
+from stages.prepare.listing import settle
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
 
@@ -37,7 +37,7 @@ def prepare(dataset: DatasetParams, prepared: Path, reports: Path) -> None:
     files = PictureFiles(dataset.source)
     listing = list_entries(dataset)
     checked = inspect(listing.entries, dataset, files)
-    left_out = settle([*listing.problems, *checked.problems], listing, dataset)
+    left_out = settle([*listing.problems, *checked.problems], listing.entries, dataset)
     sides = split.assign(checked.rows, dataset, len(left_out))
     left_out |= sides.withheld
     items = [to_item(row, sides, dataset) for row in checked.rows if row.entry.file_name in sides.sides]
@@ -70,26 +70,6 @@ def require_apart(source: Path, outputs: Iterable[Path]) -> None:
         else:
             continue
         raise UserError(f"params.yaml dataset.source: '{source}' {what}; name a folder of pictures alone")
-
-
-def settle(problems: list[Problem], listing: Listing, dataset: DatasetParams) -> dict[str, str]:
-    """What is left out, file name -> reason, if ``dataset.on_bad`` allows it.
-
-    Raises:
-        UserError: every problem, one line each; or too many to go on without.
-    """
-    problems = sorted(problems, key=lambda problem: natural_key(problem.place))
-    if not problems:
-        return {}
-    if dataset.on_bad == "error":
-        raise UserError(*lines(problems))
-    named = reasons(problems)
-    total = len({entry.file_name for entry in listing.entries} | named.keys())
-    if len(named) > dataset.max_bad_fraction * total:
-        limit = f"more than dataset.max_bad_fraction {dataset.max_bad_fraction}"
-        found = f"{len(named)} of {total} pictures are bad, {limit}; mend them or raise it"
-        raise UserError(*lines(problems), f"params.yaml dataset.on_bad: {found}")
-    return named
 
 
 def to_item(row: CheckedPicture, sides: split.Assignment, dataset: DatasetParams) -> Item:

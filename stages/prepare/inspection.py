@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,16 +68,27 @@ class Inspected:
     problems: list[Problem]
     warnings: list[str]
     """What is allowed but seldom meant, one line for all pictures that it is true of."""
+    num_seen: int
+    """Pictures that were looked at: fewer than there are where the time was up."""
 
 
-def inspect(entries: list[Entry], dataset: DatasetParams, files: Files) -> Inspected:
-    """Look at every picture, and at its mask if it has one; what was seen is remembered by content."""
+def inspect(entries: list[Entry], dataset: DatasetParams, files: Files, seconds: float = math.inf) -> Inspected:
+    """Look at every picture, and at its mask if it has one; what was seen is remembered by content.
+
+    Args:
+        seconds: stop after so many, which leaves the last pictures out.
+    """
     rows, problems = [], []
+    end = time.monotonic() + seconds
+    num_seen = 0
     found: dict[str, list[str]] = {}
     with Memory("checked") as memory:
         for entry, outcome in tqdm(
             in_order(entries, dataset, files, memory), desc="pictures", total=len(entries), disable=None, leave=False
         ):
+            if time.monotonic() > end:
+                break
+            num_seen += 1
             if isinstance(outcome, UserError):
                 problems += [Problem(entry.place, text, entry.file_name) for text in outcome.problems]
                 continue
@@ -83,9 +96,8 @@ def inspect(entries: list[Entry], dataset: DatasetParams, files: Files) -> Inspe
             rows.append(row)
             for text in texts:
                 found.setdefault(text, []).append(entry.file_name)
-    return Inspected(
-        rows, problems, [f"{len(names)} pictures {text} ({shown(names)})" for text, names in found.items()]
-    )
+    said = [f"{len(names)} pictures {text} ({shown(names)})" for text, names in found.items()]
+    return Inspected(rows, problems, said, num_seen)
 
 
 def in_order(

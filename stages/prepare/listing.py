@@ -1,10 +1,17 @@
-"""What a source says before any picture is opened: entries, and problems with the place that they stand at."""
+"""What a source says of its pictures: entries, and problems with the place that they stand at."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from stages.artifacts.manifest import natural_key
+from stages.core.console import UserError
+
+if TYPE_CHECKING:
+    from stages.prepare.params import DatasetParams
 
 MAX_LINES = 100  # about one file or folder
 
@@ -61,6 +68,26 @@ class Listing:
     """What is allowed but seldom meant, one line each."""
     is_whole: bool = True
     """False where a pinned dataset was not downloaded: then no splits are assigned."""
+
+
+def settle(problems: list[Problem], entries: Sequence[Entry], dataset: DatasetParams) -> dict[str, str]:
+    """What is left out, file name -> reason, if ``dataset.on_bad`` allows it.
+
+    Raises:
+        UserError: every problem, one line each; or too many to go on without.
+    """
+    problems = sorted(problems, key=lambda problem: natural_key(problem.place))
+    if not problems:
+        return {}
+    if dataset.on_bad == "error":
+        raise UserError(*lines(problems))
+    named = reasons(problems)
+    total = len({entry.file_name for entry in entries} | named.keys())
+    if len(named) > dataset.max_bad_fraction * total:
+        limit = f"more than dataset.max_bad_fraction {dataset.max_bad_fraction}"
+        found = f"{len(named)} of {total} pictures are bad, {limit}; mend them or raise it"
+        raise UserError(*lines(problems), f"params.yaml dataset.on_bad: {found}")
+    return named
 
 
 def lines(problems: Iterable[Problem]) -> list[str]:
