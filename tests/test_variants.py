@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from stages.prepare.variants import captions_of, variant
+from stages.prepare.listing import Entry
+from stages.prepare.variants import captions_of, variant, warnings
 from tests.images import dataset
 
 TAGS = "a cat, sofa, window, red, night"
@@ -117,3 +118,132 @@ def test_control_characters_in_params(key: str) -> None:
 def test_one_variant_would_be_one_drawn_caption_for_good(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError, match=f"{key} with num_caption_variants 1 would .*; set num_caption_variants to 8"):
         dataset(**changes)
+
+
+# Prefix
+
+
+@pytest.mark.parametrize(
+    ("prefix", "caption", "expected"),
+    [
+        ("sks", "thing 0", "sks thing 0"),
+        ("sks,", "thing 0", "sks, thing 0"),
+        ("sks, ", "thing 0", "sks, thing 0"),
+        ("a photo of ", "thing 0", "a photo of thing 0"),
+        ("a photo of", "thing 0", "a photo of thing 0"),
+        ("sks:", "größer", "sks: größer"),
+        ("лиса", "в снегу", "лиса в снегу"),
+        ("画风，", "雪中的狐狸", "画风，雪中的狐狸"),
+        ("画风", "雪中的狐狸", "画风雪中的狐狸"),
+        ("pre-", "war car", "pre-war car"),
+        ("style/", "fox", "style/fox"),
+        ("sks", ", thing", "sks, thing"),
+        ("sks", " thing", "sks thing"),
+        ("sks, ", "", "sks, "),
+        ("", "thing", "thing"),
+    ],
+)
+def test_a_prefix_is_not_glued_to_the_first_word(prefix: str, caption: str, expected: str) -> None:
+    assert captions_of((caption,), prefix, dataset()) == (expected, (expected,))
+    varied = dataset(shuffle_tags=True, num_caption_variants=2)
+    assert captions_of((caption,), prefix, varied)[0] == expected
+
+
+def test_variants_are_joined_to_the_prefix_too() -> None:
+    trained = captions_of(("a, b",), "sks", dataset(shuffle_tags=True, num_caption_variants=8))[1]
+    assert set(trained) == {"sks a, b", "sks b, a"}
+
+
+# Separators
+
+
+@pytest.mark.parametrize(
+    ("separator", "caption", "orders"),
+    [
+        (",", "a b,c", {"a b, c", "c, a b"}),
+        ("，", "猫，雪", {"猫，雪", "雪，猫"}),
+        (" ", "long_hair  smile", {"long_hair smile", "smile long_hair"}),
+        (";", "a, b; c", {"a, b; c", "c; a, b"}),
+        ("; ", "a, b;c", {"a, b; c", "c; a, b"}),
+        ("|", "a|b", {"a| b", "b| a"}),
+    ],
+)
+def test_tags_of_another_separator(separator: str, caption: str, orders: set[str]) -> None:
+    params = dataset(shuffle_tags=True, num_caption_variants=16, tag_separator=separator)
+    canonical, trained = captions_of((caption,), "", params)
+    assert (canonical, set(trained)) == (caption, orders)
+
+
+def warned(captions: list[str], **changes: Any) -> list[str]:
+    params = dataset(**changes)
+    return warnings([Entry(f"{i}.png", (text,), "x") for i, text in enumerate(captions)], params)
+
+
+SHUFFLED = {"shuffle_tags": True, "num_caption_variants": 8}
+
+
+@pytest.mark.parametrize(
+    ("captions", "separator"),
+    [
+        (["猫，雪，夜", "狐，雪"], "，"),
+        (["1girl long_hair smile", "1boy short_hair"], " "),
+        (["a; b; c", "d; e"], ";"),
+        (["a|b", "c|d"], "|"),
+        (["猫、雪", "狐、夜"], "、"),
+    ],
+)
+def test_shuffling_that_shuffles_nothing_names_the_cure_that_works(captions: list[str], separator: str) -> None:
+    (warning,) = warned(captions, **SHUFFLED)
+    assert warning.startswith(
+        "dataset.shuffle_tags moves nothing in 2 of 2 captions, which have fewer than 2 tags; tags"
+    )
+    assert warning.endswith(f"if these part the tags, set dataset.tag_separator to '{separator}'")
+    assert warned(captions, **SHUFFLED, tag_separator=separator) == []
+    varied = captions_of((captions[0],), "", dataset(**SHUFFLED, tag_separator=separator))[1]
+    assert len(set(varied)) > 1
+    (warning,) = warned(captions, tag_dropout=0.2, num_caption_variants=8, keep_tags=1)
+    assert warning.startswith("dataset.tag_dropout drops nothing in 2 of 2 captions, which have fewer than 2 tags (")
+
+
+def test_captions_of_one_word_have_nothing_to_shuffle() -> None:
+    (warning,) = warned(["fox", "owl", "a, b"], **SHUFFLED)
+    assert warning.startswith(
+        "dataset.shuffle_tags moves nothing in 2 of 3 captions, which have fewer than 2 tags; tags"
+    )
+    assert warning.endswith("tags are told apart by ','")
+    assert warned(["a, b", "c, d", "fox"], **SHUFFLED) == []
+    assert len(warned(["a, b", "c, d"], **SHUFFLED, keep_tags=1)) == 1
+
+
+# Marks of other programs
+
+
+@pytest.mark.parametrize(
+    ("caption", "mark"),
+    [
+        ("a {red|blue} fox", "{a|b}"),
+        ("sks dog ||| snow, night", "|||"),
+        ("a fox <lora:ink:0.8>", "<lora:...>"),
+        ("a (fox:1.2) in snow", "(word:1.2)"),
+        ("a [fox:owl:0.5]", "[a:b:0.5]"),
+        ("a ((fox)) in snow", "((word))"),
+        ("[trigger], a fox", "[trigger]"),
+        ("a __colour__ fox", "__wildcard__"),
+        ("a fox BREAK snow", "BREAK"),
+        ("miku \\(vocaloid\\)", "\\("),
+        ("a fox --n blurry", "--n"),
+    ],
+)
+def test_marks_that_other_programs_act_on_are_counted(caption: str, mark: str) -> None:
+    assert warned([caption, "a fox"]) == [
+        f"1 caption holds marks that other programs act on and that are learned as words here: {mark} in 1; remove them"
+    ]
+    (warning,) = warned([caption, caption, "a {b|c}"], caption_prefix="x, ")
+    assert warning.startswith("3 captions hold marks")
+
+
+def test_plain_captions_hold_no_marks() -> None:
+    plain = ["a fox (red) at 10:30", "ratio 16:9 (16:9)", "what a break", "a [red] fox", "a dash -- and more"]
+    plain += ["snake_case __init", "f(x) = {1, 2}", "a | b", "a <3 b", "half-timbered house, 1990s, 50mm f/1.8"]
+    plain += ["sign: 'open (9:00-17:00)'", "open (from 9:00)", "a (fox: red) thing"]
+    assert [text for text in plain if warned([text])] == []

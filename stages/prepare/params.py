@@ -51,9 +51,11 @@ class DatasetParams(Params):
     instance_prompt: str | None = Field(min_length=1)
     """The caption of every picture, for a folder that has no captions; null where it has."""
     caption_prefix: str
-    """Put before every caption, such as a trigger word with its separator: "sks, "."""
+    """Put before every caption, such as a trigger word: "sks, ". A blank is put between two words."""
+    tag_separator: str = Field(min_length=1)
+    """What separates the tags of a caption: a comma, or such as ";", "，" or a blank (booru)."""
     shuffle_tags: bool
-    """Order the comma-separated tags of a caption anew in each variant."""
+    """Order the tags of a caption anew in each variant."""
     keep_tags: int = Field(ge=0)
     """Leading tags that are neither moved nor dropped."""
     tag_dropout: float = Field(ge=0, lt=1)
@@ -98,7 +100,7 @@ class DatasetParams(Params):
     seed: int = Field(ge=0)
     """Decides split, crops and caption variants."""
 
-    _plain = field_validator("instance_prompt", "caption_prefix")(plain_text)
+    _plain = field_validator("instance_prompt", "caption_prefix", "tag_separator")(plain_text)
 
     @field_validator("heldout_split")
     @classmethod
