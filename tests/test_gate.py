@@ -363,7 +363,23 @@ FORGED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a row twice": (
         lambda: forge(HELDOUT, "h2.png-100,", "h2.png-900,"),
-        r"reports/validate/heldout.csv h2.png-900: a row that is there twice",
+        r"reports/validate/heldout.csv: 2 rows are called 'h2.png-900', and each has a name of its own",
+    ),
+    "no names of rows": (
+        lambda: forge(HELDOUT, "row,file_name", "line,file_name"),
+        r"reports/validate/heldout.csv: 32 rows are called '', and each has a name of its own",
+    ),
+    "a number without end": (
+        lambda: set_metric(MEASURED, "val.best_step", 10**400)(),
+        r"reports/: what `steps` needs is not as its stage wrote it \(OverflowError",
+    ),
+    "no steps": (
+        lambda: forge("reports/train/loss.csv", Path("reports/train/loss.csv").read_text().partition("\n")[2], ""),
+        r"reports/: what `training` needs is not as its stage wrote it \(IndexError",
+    ),
+    "no timesteps": (
+        lambda: forge(LINEAGE, '"num_train_timesteps": 1000', '"num_train_timesteps": 0'),
+        r"reports/: what `heldout` needs is not as its stage wrote it \(ZeroDivisionError",
     ),
     "training": (
         set_metric(TRAINED, "train.loss_final", 0.1),
@@ -439,6 +455,32 @@ def test_code_that_dvc_yaml_and_dvc_lock_both_leave_out_is_named(clone: Clone) -
     assert differences() == []
     (line,) = lock.problems()
     assert line.startswith("dvc.yaml: stages/train/trainer.py is code of train, which does not list it; add it to its")
+
+
+def test_a_report_that_no_stage_has_among_its_outputs_is_named(clone: Clone) -> None:
+    """Neither dvc.yaml nor dvc.lock lists it, so that it may be edited."""
+    clone("main")
+    edit("dvc.yaml", "      - reports/train/metrics.json", "      - reports/train/figures.json")
+    text = Path("dvc.lock").read_text(encoding="utf-8")
+    Path("dvc.lock").write_text(text.replace("reports/train/metrics.json", "reports/train/figures.json"))
+    (line,) = figures.problems()
+    assert line.startswith("dvc.yaml: no stage has reports/train/metrics.json among its outputs")
+
+
+def test_code_that_is_no_python_is_one_line(clone: Clone) -> None:
+    clone("main")
+    Path("stages/train/batches.py").write_text("def\n", encoding="utf-8")
+    assert any(line.startswith("dvc.yaml train: its code cannot be read (SyntaxError") for line in lock.problems())
+
+
+def test_text_of_a_report_is_no_markup_of_the_page(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone("worse")
+    monkeypatch.setattr(lock, "ask_dvc", lambda: [])
+    mark = "![passed](https://example.org/passed.png)"
+    edit(HELDOUT, ",100,1,", f",100,{mark},")
+    run(monkeypatch, "--against", "origin/main", "--out", "page.md")
+    page = Path("page.md").read_text(encoding="utf-8")
+    assert mark in page and mark not in re.sub(r"`+[^`]*`+", "", page)
 
 
 # Rules that a branch changes for itself

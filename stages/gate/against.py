@@ -12,6 +12,7 @@ from stages.compare.sides import read_commit, read_side
 from stages.compare.verdict import MIN_PICTURES, Verdict, judge
 from stages.core.console import UserError
 from stages.core.evaluation import Estimate
+from stages.core.markdown import code
 
 HERE = "this branch"
 
@@ -62,7 +63,7 @@ def compare(name: str, commit: str) -> Comparison:
 
 
 def no_comparison(name: str, error: UserError) -> Comparison:
-    reason = f"not comparable with {name}: {'; '.join(error.problems)}"
+    reason = f"not comparable with {name}: {code('; '.join(error.problems), max_length=400)}"  # quotes files
     return Comparison(f"No comparison: {reason}.", reason)
 
 

@@ -26,6 +26,7 @@ from stages.core.console import UserError
 from stages.core.evaluation import Score
 from stages.core.params import read_yaml
 from stages.core.progress import smoothed_loss
+from stages.gate import lock
 from stages.validate import curve
 
 CURVE, NEAREST = "reports/validate/curve.csv", "reports/validate/nearest.csv"
@@ -47,14 +48,14 @@ def problems() -> list[str]:
     Reads the current folder. A file that is missing determines nothing: dvc.lock names it.
     """
     reports, found = Reports(), []
-    for check in (heldout, asked, steps, copies, training, dataset, headline, origin, formats):
+    for check in (owned, heldout, asked, steps, copies, training, dataset, headline, origin, formats):
         try:
             found += list(check(reports))
         except FileNotFoundError:
             continue
         except UserError as error:
             found += error.problems
-        except (OSError, *DAMAGED) as error:
+        except (OSError, ArithmeticError, LookupError, *DAMAGED) as error:
             what = " ".join(f"{type(error).__name__}: {error}".split())
             found.append(f"reports/: what `{check.__name__}` needs is not as its stage wrote it ({what})")
     return list(dict.fromkeys(found))
@@ -98,6 +99,15 @@ def same(claimed: object, value: object) -> bool:
     return math.isclose(claimed, value, rel_tol=SIX_DIGITS, abs_tol=1e-9)  # type: ignore[arg-type]
 
 
+def owned(reports: Reports) -> Iterator[str]:
+    """Each file that the gate reads is an output of a stage: without one, dvc.lock has no digest of it."""
+    pipeline = lock.Pipeline.read()
+    outputs = {path for stage in pipeline.stages for path in pipeline.listed(stage, is_output=True)}
+    for path in (METRICS, TRAIN, EXPORT, DATASET, HEADLINE, SCORES, CURVE, NEAREST, LOSSES, PICTURES, LINEAGE, MADE):
+        if Path(path).exists() and path not in outputs:
+            yield f"dvc.yaml: no stage has {path} among its outputs, so that dvc.lock has no digest of it; restore it"
+
+
 def heldout(reports: Reports) -> Iterator[str]:
     """heldout.csv has the very losses that the stage's figures are of."""
     seed, timesteps = reports.params["validate"]["seed"], reports.lineage["table"]["num_train_timesteps"]
@@ -126,9 +136,9 @@ def asked(reports: Reports) -> Iterator[str]:
     for (_, name), found in rows.items():
         if len(found) != num or not all(low <= t < high for t, (low, high) in zip(found, pairwise(edges), strict=True)):
             yield f"{SCORES} {name}: timesteps {found}, and validate.num_timesteps {num} asks one in each part"
-    twice = [row for row, count in Counter(score.row for score in reports.scores).items() if row and count > 1]
-    if twice:
-        yield f"{SCORES} {twice[0]}: a row that is there twice"
+    for name, count in Counter(score.row for score in reports.scores).items():
+        if count > 1:
+            yield f"{SCORES}: {count} rows are called '{name}', and each has a name of its own"
 
 
 SPLITS = ("heldout", "train")

@@ -279,6 +279,9 @@ def unlisted_code(pipeline: Pipeline) -> Iterator[str]:
             imported = closure(module[1], Path.cwd()) if module else []
         except FileNotFoundError:  # named elsewhere, as a missing dependency
             continue
+        except (OSError, SyntaxError) as error:
+            yield f"dvc.yaml {name}: its code cannot be read ({type(error).__name__}: {error}); restore it"
+            continue
         family = str(look_up(pipeline.params, "model.family"))
         code = [path.replace("${model.family}", family) for path in imported]
         if unlisted := [path for path in code if path not in pipeline.listed(name, is_output=False)]:
