@@ -25,7 +25,7 @@ from tests.checkout import Checkout
 from tests.conftest import REPOSITORY
 
 PROMPTS = ["red apple", "blue boat"]
-NUM_PICTURES, THRESHOLD = 8, 0.3
+NUM_PICTURES, THRESHOLD, FAR = 8, 0.3, 0.8
 Clone = Callable[[str], Path]
 
 
@@ -107,7 +107,7 @@ def plant(root: Path, loss: float, first: int = 0) -> None:
         "latents": made["latents"][:12],
         "lora_config": {"exclude_modules": []},
         "model": {"dtype": "float32"},
-        "neighbours": {"threshold": THRESHOLD},
+        "neighbours": {"threshold": THRESHOLD, "far_threshold": FAR},
         "sheet": {"cell": 64, "picture": [64, 64]},
         "table": {"num_train_timesteps": 1000},
         "validate": {"prompts": PROMPTS, "scales": [1.0], "seed": 0},
@@ -162,6 +162,7 @@ def plant_nearest(reports: Path, num_seeds: int) -> dict[str, Any]:
     ]
     write_text(reports / "validate/nearest.csv", evaluation.write_csv(neighbours.FIELDS, lines))
     found = {"samples.copied_share": 1 / len(near), "samples.nearest_distance": float(np.median(near))}
+    found["samples.far_share"] = float(np.mean([distance > FAR for distance in near]))
     return found | {"samples.copied_share_base": 0.0, "samples.nearest_distance_base": 0.9}
 
 

@@ -337,6 +337,10 @@ FORGED: dict[str, tuple[Callable[[], Any], str]] = {
         set_metric(MEASURED, "samples.copied_share", 0.0),
         r"reports/metrics.json samples.copied_share: 0.0, and .*nearest.csv gives 0.25",
     ),
+    "noise": (
+        set_metric(MEASURED, "samples.far_share", 0.0),
+        r"reports/metrics.json samples.far_share: 0.0, and .*nearest.csv gives 0.25",
+    ),
     "copied": (
         lambda: (forge(NEAREST, "t0.png,1", "t0.png,0"), set_metric(MEASURED, "samples.copied_share", 0.0)()),
         r"reports/validate/nearest.csv: copied 0 at a distance of 0.2; reports/validate/lineage.json has 0.3",

@@ -157,7 +157,7 @@ def steps(reports: Reports) -> Iterator[str]:
 
 
 def copies(reports: Reports) -> Iterator[str]:
-    """nearest.csv has every sample's distance; the threshold is the held-out pictures', in lineage.json."""
+    """nearest.csv has every sample's distance; both thresholds are the held-out pictures', in lineage.json."""
     rows = list(csv.DictReader(io.StringIO(read(NEAREST))))
     settings, scale = reports.params["validate"], reports.lineage["neighbours"]
     drawn = Counter((row["prompt"], int(row["seed"])) for row in rows)
@@ -165,6 +165,7 @@ def copies(reports: Reports) -> Iterator[str]:
     if drawn != wanted:
         yield f"{NEAREST}: its {len(rows)} rows are not the {wanted.total()} of validate.prompts and num_seeds"
     threshold = math.nan if scale["threshold"] is None else float(scale["threshold"])
+    far = scale["far_threshold"]
     for side, suffix in (("", ""), ("base_", "_base")):
         distances, flags = ([float(row[f"{side}{name}"]) for row in rows] for name in ("distance", "copied"))
         for distance, flag in zip(distances, flags, strict=True):
@@ -173,6 +174,8 @@ def copies(reports: Reports) -> Iterator[str]:
         share = math.nan if math.isnan(threshold) else evaluation.mean(flags)
         middle = float(np.median(distances)) if distances else math.nan
         found = {f"samples.copied_share{suffix}": share, f"samples.nearest_distance{suffix}": middle}
+        if far is not None and not any(math.isclose(distance, far, rel_tol=SIX_DIGITS) for distance in distances):
+            found[f"samples.far_share{suffix}"] = evaluation.mean(distance > far for distance in distances)
         yield from differing(METRICS, NEAREST, found)
 
 
