@@ -46,6 +46,7 @@ def main() -> None:
         return
     if context.outdated:
         log.warning("warning: %s; run `python -m stages.prepare` first to use that", context.outdated)
+    status.announce(context)
     log_device(context.device, context.model)
     facts = caption_facts(context)
     with writing(args.latents), context.store.in_use():

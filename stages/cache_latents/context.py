@@ -17,6 +17,7 @@ from stages.cache_latents.keys import Setting
 from stages.cache_latents.params import CacheParams
 from stages.core.console import UserError
 from stages.core.containers import PictureFiles
+from stages.core.files import sha256_json
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,11 @@ class Context:
             batch_size=self.cache.batch_size,
             tiling=pictures and self.cache.tiling,
         )
+
+    def speed(self, kind: Kind) -> str:
+        """Names what the time of an entry depends on: base, dtype, processor, threads."""
+        setting, here = self.setting(kind), self.environment
+        return sha256_json([setting.components, setting.dtype, here["device"], here["num_threads"]])[:16]
 
     def proofs(self, kind: Kind, setting: Setting) -> Proofs:
         return Proofs(self.store.root / "proven.json", [kind, asdict(setting), self.environment])

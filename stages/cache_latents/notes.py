@@ -43,7 +43,7 @@ class Notes:
     items: dict[str, MadeOf] = field(default_factory=dict)
     """By file name."""
     efforts: dict[str, dict[Kind, Effort]] = field(default_factory=dict)
-    """Device -> kind -> the last measured effort."""
+    """``Context.speed`` -> kind -> the last measured effort."""
 
     @classmethod
     def load(cls, store: Store) -> Notes:
@@ -59,8 +59,9 @@ class Notes:
         """
         return self.used.get(kind, asked) if self.asked.get(kind) == asked else asked
 
-    def effort(self, device: str, kind: Kind) -> Effort | None:
-        return self.efforts.get(device, {}).get(kind)
+    def effort(self, context: Context, kind: Kind) -> Effort | None:
+        found = self.efforts.get(context.speed(kind), {}).get(kind)
+        return found if found and found.units else None
 
 
 def remember(views: Views, captions: Captions) -> None:
@@ -75,8 +76,8 @@ def remember(views: Views, captions: Captions) -> None:
         items={item.file_name: made_of(context, item) for item in context.manifest.items},
         efforts=before.efforts,
     )
-    known = notes.efforts.setdefault(context.device.type, {})
     for work in (views, captions):
+        known = notes.efforts.setdefault(context.speed(work.kind), {})
         if work.effort and (work.effort.num_batches > 1 or work.kind not in known):  # a single batch is mostly padding
             known[work.kind] = work.effort
     path = context.store.root / "last.json"

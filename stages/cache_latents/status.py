@@ -17,12 +17,14 @@ from stages.cache_latents.entries import Captions, Effort, Masks, Views
 from stages.cache_latents.environments import Origins
 from stages.cache_latents.keys import Setting
 from stages.cache_latents.notes import MadeOf, Notes, made_of
+from stages.core import took
 from stages.core.console import log, plural
 from stages.core.params import Config
 from stages.core.pictures import preprocessing
 
 EMPTY = "(empty caption)"
 AUGMENTATION = ("crop", "flip", "seed")
+BUILD: dict[Kind, type[Views] | type[Captions]] = {"latents": Views, "text": Captions}
 
 
 def show(context: Context, prepared: Path, latents: Path) -> None:
@@ -247,14 +249,25 @@ def log_cost(
     what = f"{plural(len(counts['latents']), 'view')} and {plural(len(counts['text']), 'caption')}"
     seconds = size_bytes = 0.0
     for work in (views, captions):
-        keys, effort = counts[work.kind], notes.effort(device, work.kind)
-        if keys and not (effort and effort.units):
+        keys, effort = counts[work.kind], notes.effort(views.context, work.kind)
+        if keys and not effort:
             log.info("a run would encode %s; their time on %s has not been measured yet", what, device)
             return
         if keys and effort:
             seconds += duration(work, keys, effort)
             size_bytes += sum(map(work.units, keys)) / effort.units * effort.bytes
     log.info("a run would encode %s: about %.0f s on %s, %.1f MB", what, seconds, device, size_bytes / 1e6)
+
+
+def announce(context: Context) -> None:
+    """What a run is about to take, by the last one with this base, dtype, processor and thread count."""
+    notes, seconds = Notes.load(context.store), 0.0
+    for kind, build in BUILD.items():
+        if effort := notes.effort(context, kind):
+            work = build(context, notes.expected(kind, context.setting(kind)))
+            missing = {key for key in work.jobs if not context.store.has(kind, key)}
+            seconds += duration(work, missing, effort)
+    took.announce(seconds)
 
 
 def duration(work: Views | Captions, keys: set[str], effort: Effort) -> float:

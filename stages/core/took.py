@@ -26,17 +26,16 @@ class Work:
     amount: float
     """In any unit that time is proportional to."""
 
-    def announce(self, most: str = "") -> None:
+    def announce(self, most: str = "", what: str = "") -> None:
         """Say what it will take by the last run, where that is more than a minute.
 
         Args:
             most: "at most " where a part of the work may be done already.
+            what: which work that is, such as " for 400 steps".
         """
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError):  # none, or damaged
             last = from_json(self._path.read_bytes())
-            seconds = float(last["seconds"]) / float(last["amount"]) * self.amount
-            if seconds > SHORT:
-                log.info("time        %sabout %s, by the last run here", most, duration(seconds))
+            announce(float(last["seconds"]) / float(last["amount"]) * self.amount, most, what)
 
     def record(self, amount: float, seconds: float) -> None:
         """What some of it took."""
@@ -47,6 +46,11 @@ class Work:
     @property
     def _path(self) -> Path:
         return state_dir() / "took" / f"{self.stage}-{sha256_json(self.conditions)[:16]}.json"
+
+
+def announce(seconds: float, most: str = "", what: str = "") -> None:
+    if seconds > SHORT:
+        log.info("time        %sabout %s%s, by the last run here", most, duration(seconds), what)
 
 
 def duration(seconds: float) -> str:

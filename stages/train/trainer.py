@@ -13,10 +13,11 @@ from stages.core import bias, device, lora, objectives, seeding, selfcheck
 from stages.core.adapted import Adapted, frozen_digest, text_configs
 from stages.core.base_files import is_whole
 from stages.core.checkpoint import Checkpoints
-from stages.core.console import log
+from stages.core.console import log, plural
 from stages.core.files import drop_leftovers, require_held, save_tensors, sha256_json, state_dir, write_json
 from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Progress
+from stages.core.took import Work
 from stages.train import eva, init_from, noising, optimizers, outputs, processes, weighting
 from stages.train.ancestors import ancestors
 from stages.train.averaging import Kept
@@ -55,6 +56,9 @@ class Trainer:
         self.accelerator = make_accelerator(self.runtime, model, self.params)
         self.device = self.accelerator.device
         optimizers.try_out(self.params, self.device)
+        self.images_per_step = self.params.batch_size * self.params.gradient_accumulation_steps
+        self.work = self.work_of(cache, self.params.num_steps)
+        self.work.announce(what=f" for {plural(self.params.num_steps, 'step')}")
         device.log_device(self.device, model)
 
         denoiser = family.load_denoiser(model, self.device)
@@ -96,7 +100,13 @@ class Trainer:
         self.history: list[tuple[float, float, float]] = []  # loss, learning rate, gradient norm of every step
         self.interrupt = Interrupt()
         self.watch = selfcheck.Watch(self.trainable, self.params.max_grad_norm)
-        self.images_per_step = self.params.batch_size * self.params.gradient_accumulation_steps
+
+    def work_of(self, cache: LatentCache, num_steps: int) -> Work:
+        """In latent pixels, of which pictures have as many as their mean."""
+        areas = [math.prod(cache.latents(item.views[0])[0].shape[-2:]) for item in self.items]
+        speed = device.speed_conditions(self.device, self.model, self.base[self.family.DENOISER])
+        speed["num_processes"] = self.accelerator.num_processes
+        return Work("train", speed, num_steps * self.images_per_step * sum(areas) / len(areas))
 
     def num_epochs(self, num_steps: int) -> float:
         """In one epoch each picture comes up as often as it repeats."""
@@ -148,6 +158,8 @@ class Trainer:
                     self.accelerator.wait_for_everyone()  # the end of one process ends the others
                     self.interrupt.leave(step + 1)
         self.measured = progress.end(len(self.history))
+        done = len(self.history) - start
+        self.work.record(self.work.amount * done / self.params.num_steps, self.measured["seconds"])
         self.watch.end()
         if self.may_be_asked_again:
             self.checkpoint(len(self.history))
