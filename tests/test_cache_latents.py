@@ -12,7 +12,7 @@ import pytest
 from stages.artifacts.latent_cache import LatentCache
 from stages.artifacts.manifest import Manifest
 from stages.cache_latents import encoding, entries
-from stages.core import pictures
+from stages.core import pictures, progress
 from stages.core.containers import PictureFiles
 from stages.core.files import load_tensors, save_tensors
 from tests.conftest import Workspace, picture, read_rows, write_rows
@@ -196,10 +196,11 @@ def test_every_caption_of_a_list_is_encoded(workspace: Workspace, calls: Calls) 
     assert set(cache.manifest["captions"]) == {"", *(caption for item in cache.items for caption in item.captions)}
 
 
-def test_progress_is_logged_where_there_is_no_terminal(workspace: Workspace) -> None:
+def test_progress_is_logged_where_there_is_no_terminal(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace.run("prepare")
+    monkeypatch.setattr(progress, "SECONDS", 0)
     lines = [line for line in workspace.run("cache_latents") if line.startswith("latents ")]
-    assert [line.split()[1:4] for line in lines] == [["4", "/", "8"], ["8", "/", "8"]]
+    assert [line.split()[1:4] for line in lines] == [["4", "of", "8"], ["8", "of", "8"]]
 
 
 def test_pictures_are_read_in_the_order_of_rows(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
