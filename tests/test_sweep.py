@@ -333,8 +333,9 @@ def test_a_pinned_file_keeps_its_path(key: str) -> None:
 
 
 def test_summary_counts_and_estimates_from_earlier_trainings(tmp_path: Path) -> None:
-    grid = {"lora.rank": [4, 8], "validate.seed": [0, 1], "train.num_steps": [400], "train.batch_size": [16]}
-    runs = sweep.plan(tree(grid=grid, rows=[{"train.num_steps": 100, "train.batch_size": 16}]))
+    asked = tree(grid={"lora.rank": [4, 8], "validate.seed": [0, 1]}, rows=[{"train.num_steps": 100}])
+    asked["train"] |= {"num_steps": 400, "batch_size": 16}
+    runs = sweep.plan(asked)
     counts, unknown = sweep.summary(runs, [])
     assert counts.startswith("sweep: 5 runs") and "train 3" in counts and "validate 5" in counts
     assert "900 optimizer steps" in unknown and "not measured" in unknown
