@@ -22,6 +22,7 @@ from stages.artifacts.adapter import FINAL, Adapter, snapshot_name
 from stages.core import base_files, bases
 from stages.core.console import UserError, log, parser, run
 from stages.core.files import last_holder, load_tensors, read_json, sha256_file, state_dir, understood, write_json
+from stages.core.long_texts import warn_of_long_prompts
 from stages.core.params import Config, ModelParams, RuntimeParams, load
 from stages.families.base import load_family
 from stages.prepare.params import DatasetParams
@@ -181,6 +182,7 @@ class Painter:
         self.sampling = make_sampling(config.section(ValidateParams), config.section(DatasetParams).resolution)
         self.training = training
         self.family = load_family(self.model.family)
+        warn_of_long_prompts(self.sampling.prompts, self.family, self.model)
         self.folder = state_dir() / "previews" / training.folder.name
         asked = asdict(self.sampling)
         if not (self.folder / SETTINGS).exists() or read_json(self.folder / SETTINGS) != asked:

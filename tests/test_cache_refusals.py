@@ -106,8 +106,8 @@ def test_captions_are_counted(workspace: Workspace) -> None:
     workspace.run("prepare")
     lines = workspace.run("cache_latents")
     assert "captions    7 distinct; training draws from 1 per picture" in lines
-    assert "warning: 1 captions have more than 20 tokens; the rest is not read:" in lines
-    assert any(line.endswith("tokens: " + ("many words " * 20)[:77] + "...") for line in lines)
+    assert "warning: 1 caption has more than 20 tokens; the rest is not read:" in lines
+    assert any(line.endswith("tokens: " + ("many words " * 20)[:79] + "…") for line in lines)
     facts = read_json(Path("reports/latents/metrics.json"))
     assert facts.pop("captions.max_tokens") > 60 and 3 <= facts.pop("captions.tokens_median") <= 20
     assert facts == {

@@ -384,3 +384,26 @@ def test_nothing_held_out(cached: Workspace) -> None:
     Path("data/latents/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="dataset.heldout_fraction: of 8 pictures 0 are held out"):
         cached.run("validate")
+
+
+def test_long_captions_and_prompts_are_named_once_and_in_our_own_words(workspace: Workspace) -> None:
+    """B21, and B01 on the way: transformers spoke of indexing errors, diffusers of each snapshot's cut prompts."""
+    long, prompts = "many words " * 20, ["снег, café 雪", "many words " * 30]
+    rows = read_rows(Path("data/raw"))
+    rows[1]["text"] = long
+    write_rows(Path("data/raw"), rows)
+    asked = ("--set", f"validate.prompts={json.dumps(prompts)}")
+    assert workspace.process("prepare").returncode == 0
+    encoded = workspace.process("cache_latents")
+    assert (encoded.returncode, encoded.stderr) == (0, "")
+    assert encoded.stdout.count("warning: 1 caption has more than 20 tokens; the rest is not read:") == 1
+    write_adapter(0.3)
+    done = workspace.process("validate", *asked)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    (found,) = [index for index, line in enumerate(lines) if "tokens; the rest is not read" in line]
+    assert lines[found] == "warning: 1 prompt has more than 20 tokens; the rest is not read:"
+    assert lines[found + 1].endswith("tokens: " + prompts[1][:79] + "…")
+    assert found < next(index for index, line in enumerate(lines) if line.startswith("base "))  # before the work
+    assert "truncated" not in done.stdout and "indexing errors" not in done.stdout
+    assert sum("DejaVu Sans, has no 雪; they show U+96EA" in line for line in lines) == 1

@@ -31,6 +31,7 @@ from stages.core.console import UserError, log, parser, run
 from stages.core.containers import PictureFiles
 from stages.core.device import environment, log_device, setup
 from stages.core.files import read_json, writing
+from stages.core.long_texts import warn_of_long
 from stages.core.params import ModelParams, RuntimeParams
 from stages.families.base import load_family
 
@@ -125,12 +126,7 @@ def caption_facts(context: Context) -> dict[str, metrics.Value]:
     )
     limit = context.family.max_tokens(context.model)
     counts = context.family.count_tokens(context.model, captions)
-    longest = sorted(zip(counts, captions, strict=True), reverse=True)
-    num_cut = sum(count > limit for count in counts)
-    if num_cut:
-        log.warning("warning: %d captions have more than %d tokens; the rest is not read:", num_cut, limit)
-        for count, caption in longest[: min(3, num_cut)]:
-            log.warning("  %d tokens: %s", count, caption if len(caption) < 80 else caption[:77] + "...")
+    num_cut = warn_of_long("caption", captions, counts, limit)
     variants = [len(set(item.captions)) for item in context.manifest.items if item.split == "train"] or [1]
     spread = str(max(variants)) if min(variants) == max(variants) else f"{min(variants)} to {max(variants)}"
     log.info("captions    %d distinct; training draws from %s per picture", len(captions), spread)

@@ -137,7 +137,8 @@ def input_ids(tokenizer: Any, captions: list[str], max_length: int, device: torc
 
 def count_tokens(tokenizer: Any, captions: list[str]) -> list[int]:
     """Special tokens included, without truncation."""
-    return [len(ids) for ids in tokenizer(captions, truncation=False).input_ids]
+    with quiet.no_warnings():  # of "indexing errors": what is encoded is cut, and whoever counts says so
+        return [len(ids) for ids in tokenizer(captions, truncation=False).input_ids]
 
 
 def clip_states(tokenizer: Any, encoder: Any, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.core import seeding
+from stages.core import quiet, seeding
 from stages.core.device import autocast
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def draw(pipeline: Any, sampling: Sampling, model: ModelParams) -> list[Image.Im
     later = (sampling.index,) if sampling.index else ()  # the first one's noise goes by the prompt alone
     for start in range(0, len(sampling.prompts), sampling.batch_size):
         prompts = sampling.prompts[start : start + sampling.batch_size]
-        with torch.inference_mode(), autocast(pipeline.device, model):
+        with torch.inference_mode(), autocast(pipeline.device, model), quiet.no_warnings():  # of prompts that are cut
             pictures += pipeline(
                 prompts,
                 negative_prompt=[sampling.negative_prompt] * len(prompts) if sampling.negative_prompt else None,

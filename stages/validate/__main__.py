@@ -25,6 +25,7 @@ from stages.core.device import environment, setup, speed_conditions
 from stages.core.evaluation import Score
 from stages.core.files import sha256_file, sha256_json, write_json, write_text
 from stages.core.labels import exact, numbers
+from stages.core.long_texts import warn_of_long_prompts
 from stages.core.params import ModelParams, RuntimeParams
 from stages.core.progress import Bar
 from stages.core.took import Work
@@ -67,6 +68,7 @@ def main() -> None:
 
     device = setup(config.section(RuntimeParams), model)
     exam = make_exam(settings, model, family, cache, device)
+    warn_of_long_prompts([*settings.prompts, *settings.drift_prompts, settings.negative_prompt], family, model)
     if args.adapters:
         several.draw_grid(exam, lambda factor: make_sampling(exam, settings, factor), settings.prompts, entries)
         return

@@ -14,6 +14,7 @@ import numpy as np
 from stages.core import components, evaluation, quiet
 from stages.core.console import UserError, log
 from stages.core.files import read_json
+from stages.core.long_texts import warn_of_long
 from stages.validate import distances, feature_files
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class FeatureModel:
         """
         read = [caption.lower() if self.kind != "clip" else caption for caption in captions]
         length = self.model.config.text_config.max_position_embeddings
-        self._warn_of_long(read, length)
+        counts = components.count_tokens(self.processor.tokenizer, read)
+        warn_of_long("caption", read, counts, length, by=f" by {self.name}")
 
         def encode(batch: list[str]) -> Any:
             ids = components.input_ids(self.processor.tokenizer, batch, length, self.model.device)
@@ -81,17 +83,6 @@ class FeatureModel:
                 features = encode(batch).pooler_output.float()  # [B, D]
             found.append((features / features.norm(dim=-1, keepdim=True)).cpu().numpy())
         return np.concatenate(found)[: len(items)]
-
-    def _warn_of_long(self, captions: list[str], length: int) -> None:
-        with quiet.no_warnings():  # of the same, without a caption's name
-            counts = components.count_tokens(self.processor.tokenizer, captions)
-        long = [(caption, count) for caption, count in zip(captions, counts, strict=True) if count > length]
-        if long:
-            caption, count = long[0]
-            log.warning(
-                "warning: %d of %d captions are longer than the %d tokens that %s reads, and are cut: %d tokens in %r",
-                *(len(long), len(captions), length, self.name, count, caption[:60]),
-            )
 
 
 def load(settings: ValidateParams, device: torch.device) -> FeatureModel | None:
