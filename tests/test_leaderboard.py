@@ -24,6 +24,7 @@ from stages.core.sheets import save_png, sheet
 from stages.core.sweep import Run
 from stages.leaderboard import pictures
 from stages.leaderboard.__main__ import main, write_board
+from stages.leaderboard.pictures import lettered
 from stages.leaderboard.ranking import Table, front, rank
 from stages.leaderboard.results import read_results
 from tests.conftest import REPOSITORY
@@ -378,3 +379,12 @@ def test_before_the_first_run_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.argv", ["leaderboard", "--params", str(REPOSITORY / "params.yaml")])
     with pytest.raises(UserError, match=r"none of the sweep's 1 runs .* has begun; run `snakemake` first"):
         main()
+
+
+def test_labels_of_plots_are_legible_and_never_alike() -> None:
+    """Values of a swept key that share their first 24 letters were one label, and $...$ was read as mathematics."""
+    long = "a photo of a very old red house in the forest at night, "
+    assert lettered([long + "winter", long + "summer", "café 漢", "$x$"], 200) == [
+        *("… winter", "… summer", "café U+6F22", "$x$")
+    ]
+    assert lettered(["a b", "a  b"], 200) == ["1. a b", "2. a b"]

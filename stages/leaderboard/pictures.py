@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 INK, GRID = "#24292f", "#d8dee4"
 COLOURS = ("#0969da", "#9a6700", "#1a7f37", "#cf222e", "#8250df", "#57606a")
 """Of tables; they begin again after the last."""
+DPI = 110
 MAX_KEYS = 8
 MAX_ROWS = 40
 SHEET_BYTES = 1_000_000
@@ -44,7 +45,8 @@ def draw_effects(tables: Sequence[Table], path: Path) -> str:
     keys = swept[:MAX_KEYS]
     columns = min(3, 1 + len(keys))
     rows = -(-(1 + len(keys)) // columns)
-    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID}):
+    look: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID}
+    with mpl.rc_context(look | {"text.parse_math": False}):  # a dollar sign is one
         figure, grid = plt.subplots(
             rows, columns, figsize=(4.4 * columns, 3.8 * rows + 0.5), layout="constrained", squeeze=False, sharey=True
         )
@@ -56,9 +58,9 @@ def draw_effects(tables: Sequence[Table], path: Path) -> str:
             panel.set_visible(index <= len(keys))
             style(panel, "held-out loss against the base's, %" if index % columns == 0 else "")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
+        figure.legend(handles, lettered(labels, 900), loc="outside upper left", ncols=columns, frameon=False)
         with atomic(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+            figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
         plt.close(figure)
     return f"Without {', '.join(swept[MAX_KEYS:])}: {MAX_KEYS} keys at most are drawn." if swept[MAX_KEYS:] else ""
 
@@ -102,9 +104,19 @@ def draw_key(panel: Axes, tables: Sequence[Table], key: str) -> None:
         whole = [changes for changes in found.values() if len(changes) == len(xs)]
         means = [sum(changes[x] for changes in whole) / len(whole) if whole else math.nan for x in xs]
         panel.plot(xs, means, "-", color=colour, linewidth=1)
-    panel.set_xticks(range(len(order)), [text.strip('"')[:24] for text in order])
+    shown = [show(values[text]) for text in order]
+    panel.set_xticks(range(len(order)), lettered(shown if len({*shown}) == len(order) else order, 200))  # "4" and 4
     panel.set_xlim(-0.5, len(order) - 0.5)
     panel.set_xlabel(key, color=INK)
+
+
+def lettered(texts: Sequence[str], width: int) -> list[str]:
+    """Labels of a plot: two lines of ``width`` pixels at most, and never two alike."""
+    from stages.core.labels import distinct
+    from stages.core.lettering import Lettering
+
+    letters = Lettering(round(10 * DPI / 72))
+    return ["\n".join(lines) for lines in distinct(texts, lambda text: letters.wrap(text, width, 2), tuple)]
 
 
 def all_else(standing: Standing, key: str) -> str:
