@@ -21,6 +21,8 @@ from unittest import mock
 
 import torch
 
+from stages.core.files import save_tensors
+
 Tensors = dict[str, torch.Tensor]
 
 REPLACED = ("torchvision", "torchaudio", "torchsde", "av", "comfy_aimdo", "comfy_kitchen")
@@ -131,3 +133,51 @@ def patched(denoiser: Any, text: torch.nn.Module, file: Tensors) -> Iterator[tup
 
 
 CPU = torch.device("cpu")
+
+
+# One layer of each kind, with ComfyUI's own answer: what a test without ComfyUI holds our reader to
+
+ANSWERS = Path(__file__).with_name("comfyui_answers.safetensors")
+LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
+    "lora": {"lora_up.weight": (8, 2), "lora_down.weight": (2, 6), "alpha": ()},
+    "lora, no alpha": {"lora_B.weight": (8, 2), "lora_A.weight": (2, 6)},
+    "lora, conv": {"lora_up.weight": (8, 2, 1, 1), "lora_down.weight": (2, 6, 3, 3), "alpha": ()},
+    "dora": {"lora_B.weight": (8, 2), "lora_A.weight": (2, 6), "dora_scale": (8, 1)},
+    "dora, conv": {"lora_up.weight": (8, 2, 1, 1), "lora_down.weight": (2, 6, 3, 3), "dora_scale": (8, 1, 1, 1)},
+    "dora, swapped": {"lora_B.weight": (8, 2), "lora_A.weight": (2, 6), "dora_scale": (8, 1)},
+    "lora, swapped": {"lora_B.weight": (8, 2), "lora_A.weight": (2, 6)},
+    "lokr, whole": {"lokr_w1": (2, 2), "lokr_w2": (4, 3), "alpha": ()},
+    "lokr, second of the rank": {"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3), "alpha": ()},
+    "lokr, both of the rank": {
+        **{"lokr_w1_a": (2, 2), "lokr_w1_b": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3), "alpha": ()}
+    },
+    "lokr, whole conv": {"lokr_w1": (2, 2), "lokr_w2": (4, 3, 3, 3), "alpha": ()},
+    "lokr, conv of the rank": {"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 27), "alpha": ()},
+    "lokr, tucker": {"lokr_w1": (2, 2), "lokr_w2_a": (2, 4), "lokr_w2_b": (2, 3), "lokr_t2": (2, 2, 3, 3), "alpha": ()},
+    "loha": {"hada_w1_a": (8, 2), "hada_w1_b": (2, 6), "hada_w2_a": (8, 2), "hada_w2_b": (2, 6), "alpha": ()},
+    "loha, tucker": {
+        **{"hada_w1_a": (2, 8), "hada_w1_b": (2, 6), "hada_t1": (2, 2, 3, 3)},
+        **{"hada_w2_a": (2, 8), "hada_w2_b": (2, 6), "hada_t2": (2, 2, 3, 3), "alpha": ()},
+    },
+}
+"""Kind -> shapes of its tensors; the layer has 8 outputs and 6 inputs."""
+
+
+def answers() -> Tensors:
+    """``kind/weight``, ``kind/`` and its tensors, and ``kind/answer``, by ComfyUI."""
+    comfy, found = load(), {}
+    for kind, shapes in LAYERS.items():
+        generator = torch.Generator().manual_seed(len(found))
+        is_conv = "conv" in kind or "tucker" in kind
+        weight = torch.randn(8, 6, *([3, 3] if is_conv else []), generator=generator)
+        tensors = {leaf: torch.randn(shape, generator=generator) for leaf, shape in shapes.items()}
+        loaded = comfy.lora.load_lora({f"x.{leaf}": tensor for leaf, tensor in tensors.items()}, {"x": "x.weight"})
+        function = comfy.utils.swap_scale_shift if "swapped" in kind else None
+        patches = [(1.0, loaded["x.weight"], 1.0, None, function)]
+        answer = comfy.lora.calculate_weight(patches, weight.clone(), "x.weight")
+        found |= {f"{kind}/{name}": t for name, t in (tensors | {"weight": weight, "answer": answer}).items()}
+    return found
+
+
+if __name__ == "__main__":  # COMFYUI=/path/to/ComfyUI python -m tests.comfyui records them
+    save_tensors(ANSWERS, answers(), {"reader": f"ComfyUI {version()}"})

@@ -24,6 +24,7 @@ from stages.export.params import refusals
 from stages.families import sd
 from tests.conftest import Workspace
 from tests.test_lora import params, predict
+from tests.test_lycoris import algo
 
 ADAPTER = Path("data/adapter")
 COMFYUI = Path("data/export/comfyui/ink-icons.safetensors")
@@ -179,6 +180,35 @@ def test_comfyui_file_has_kohyas_keys_and_the_real_alpha(workspace: Workspace) -
         assert tensors[f"{key}.dora_scale"].shape == (32, *[1] * (len(up) - 1))
     assert tensors["lora_unet_conv_norm_out.diff_b"].shape == (32,) and f"{conv}.diff_b" in tensors
     assert load_metadata(COMFYUI)["ss_network_dim"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"rank": 4, "alpha": 3.0}, {"comfyui": ("4", "3"), "diffusers": ("4", "4"), "peft": ("4", "4")}),
+        ({"rank": 4, "alpha": 3.0, "use_rslora": True}, {"comfyui": ("4", "6"), "diffusers": ("4", "4")}),
+        ({"rank": 4, "alpha": 1.5, "alpha_pattern": {"to_v": 5.0}}, {"comfyui": ("4", "Dynamic"), "peft": ("4", "4")}),
+        (
+            {"rank": 4, "alpha": 3.0, "rank_pattern": {"to_k": 3}},
+            {"comfyui": ("Dynamic", "3"), "diffusers": 2 * ("Dynamic",)},
+        ),
+        (algo("lokr", rank=2, alpha=6.0), {"comfyui": ("2", "6"), "peft": ("2", "6")}),
+        (algo("lokr-tucker", alpha=6.0), {"comfyui": ("2", "Dynamic"), "peft": ("2", "6")}),
+    ],
+    ids=str,
+)
+def test_the_header_has_the_ranks_and_alphas_of_the_tensors(
+    workspace: Workspace, changes: dict[str, Any], shown: dict[str, tuple[str, str]]
+) -> None:
+    """kohya's tools show and trust ss_network_dim and ss_network_alpha."""
+    adapt(workspace, **changes)
+    workspace.run("export", "--set", f"export.formats=[{', '.join(shown)}]")
+    for name, expected in shown.items():
+        (path,) = Path("data/export", name).glob("*.safetensors")
+        header = load_metadata(path)
+        assert (header["ss_network_dim"], header["ss_network_alpha"]) == expected, name
+    alphas = {f"{float(tensor):g}" for key, tensor in load_tensors(COMFYUI).items() if key.endswith(".alpha")}
+    assert shown["comfyui"][1] == (alphas.pop() if len(alphas) == 1 else "Dynamic")
 
 
 def test_unknown_keys_are_counted_and_stop_the_stage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

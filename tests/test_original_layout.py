@@ -11,10 +11,12 @@ from diffusers import FluxTransformer2DModel
 from diffusers.loaders import single_file_utils
 
 from stages.core import original_layout
-from stages.core.original_layout import parts, swap_halves
+from stages.core.files import load_tensors
+from stages.core.original_layout import Part, parts, swap_halves
 from stages.core.targets import adaptable
-from stages.export import writers
+from stages.export import comfyui, writers
 from stages.families.base import load_family
+from tests import comfyui as comfyui_itself
 from tests.conftest import Workspace
 from tests.test_format_matrix import adapt
 from tests.test_formats import adapt as adapt_sd
@@ -121,3 +123,17 @@ def test_a_tucker_core_stops_the_stage(workspace: Workspace, monkeypatch: pytest
     monkeypatch.setattr(writers, "lycoris_tensors", as_trained)
     with pytest.raises(RuntimeError, match=r"keys that its reader does not take: .*_conv1.lokr_t2'"):
         workspace.run("export", "--set", "export.formats=[comfyui]")
+
+
+# Our reader, against what ComfyUI made of one layer of each kind
+
+
+@pytest.mark.parametrize("kind", comfyui_itself.LAYERS)
+def test_the_reader_answers_as_comfyui_did(kind: str) -> None:
+    recorded = load_tensors(comfyui_itself.ANSWERS)
+    layer = {key.partition("/")[2]: tensor for key, tensor in recorded.items() if key.startswith(f"{kind}/")}
+    weight, answer = layer.pop("weight"), layer.pop("answer")
+    file = {f"transformer.x.{leaf}": tensor for leaf, tensor in layer.items()}
+    change = comfyui.full_change(Part("x", "swapped" in kind), weight, comfyui.take(file, "x"))
+    torch.testing.assert_close(weight + change, answer, atol=2e-6, rtol=1e-6)
+    assert bool(file) == torch.equal(answer, weight) == (kind == "lokr, tucker")  # which ComfyUI leaves as the base

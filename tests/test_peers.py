@@ -99,6 +99,13 @@ def test_comfyui_reads_what_was_trained(
     assert far(base, wanted) > 0.01
 
 
+def test_the_recorded_answers_are_of_this_comfyui() -> None:
+    recorded, found = load_tensors(comfyui.ANSWERS), comfyui.answers()
+    assert recorded.keys() == found.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, recorded[name], atol=1e-6, rtol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layout_is_comfyuis_own_key_map(bases: dict[str, Path], family: str) -> None:
     """Every layer that has a key here has that key there, with these rows and the swap."""
