@@ -352,7 +352,7 @@ def check_training(config: Config, configs: ModelParams, device: torch.device) -
         lora.inject(denoiser, lora.make_config(lora_params, denoiser))
     log.info("adapter     %d layers", len(lora.targets(denoiser)))
     if lora_params.init_from is not None:
-        init_from.read(lora_params, denoiser, family)
+        init_from.read(lora_params, denoiser)
         log.info("start       %s", lora_params.init_from.path)
 
 

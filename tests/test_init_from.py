@@ -14,7 +14,7 @@ import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 
 from stages.artifacts.adapter import FINAL, Adapter
-from stages.core import lora, pin, seeding
+from stages.core import lora, pin, seeding, targets
 from stages.core import params as core_params
 from stages.core.bases import resolve
 from stages.core.console import UserError
@@ -25,6 +25,7 @@ from stages.export.params import ExportParams
 from stages.families.base import load_family
 from stages.train import init_from
 from stages.validate import several
+from tests import single_files
 from tests.conftest import Workspace
 from tests.stock import STOCK
 from tests.test_formats import KINDS, adapt, loaded, unet
@@ -60,16 +61,14 @@ def write(workspace: Workspace, **changes: Any) -> torch.Tensor:
     return predict(denoiser)
 
 
-def fill(
-    path: str, denoiser: Any = None, family: str = "sd", base: dict[str, str] | None = None, **changes: Any
-) -> Any:
+def fill(path: str, denoiser: Any = None, base: dict[str, str] | None = None, **changes: Any) -> Any:
     """A fresh denoiser whose adapter starts from the file; and the line of the plan."""
     denoiser = denoiser or unet()
     settings = params(**changes, init_from={"path": path, "sha256": pin.digest(Path(path))})
     config = lora.make_config(settings, denoiser)
     lora.inject(denoiser, config)
     lora.keyed_init(denoiser, config, 0)
-    return denoiser, init_from.fill(settings, denoiser, load_family(family), base or {})
+    return denoiser, init_from.fill(settings, denoiser, base or {})
 
 
 def refusal(path: str, **changes: Any) -> tuple[str, ...]:
@@ -160,15 +159,13 @@ def change(denoiser: Any, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("alphas", [[3.0] * 4, [1.0, 2.0, 3.0, 4.0]], ids=["one alpha", "several"])
-def test_kohyas_layout_of_sdxl_goes_through_diffusers(
-    workspace: Workspace, bases: dict[str, Path], alphas: list[float]
-) -> None:
+def test_kohyas_layout_of_sdxl(workspace: Workspace, bases: dict[str, Path], alphas: list[float]) -> None:
     """Blocks named as in the original checkpoint. Stock diffusers loads the same file; several alphas it mistakes."""
     pipe = StableDiffusionXLPipeline.from_pretrained(bases["sdxl"])
     leaves = ("to_q", "to_k", "to_v", "to_out_0")
     changes = kohya("lora_unet_middle_block_1_transformer_blocks_0_attn1", dict.fromkeys(leaves, (32, 32)), 2, alphas)
     targets = r"mid_block\..*attn1\.to_(q|k|v|out\.0)"
-    denoiser, _ = fill("data/kohya.safetensors", copy.deepcopy(pipe.unet), "sdxl", target_modules=targets)
+    denoiser, _ = fill("data/kohya.safetensors", copy.deepcopy(pipe.unet), target_modules=targets)
     for leaf in leaves:
         name = f"mid_block.attentions.0.transformer_blocks.0.attn1.{leaf.replace('_0', '.0')}"
         torch.testing.assert_close(change(denoiser, name), changes[leaf], atol=1e-5, rtol=1e-5)
@@ -253,6 +250,30 @@ def original_file(family: str, style: str, rank: int = 4, alpha: int = 3) -> dic
     return changes
 
 
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_unets_blocks_as_the_original_checkpoint_counts_them(
+    workspace: Workspace, bases: dict[str, Path], family: str, prefix: str
+) -> None:
+    unet = getattr(diffusers, STOCK[family].cls).from_pretrained(bases[family]).unet
+    layers = {f"{name}.weight": layer.weight.detach() for name, layer in targets.adaptable(unet).items()}
+    tensors, changes = {}, {}
+    for name, (there, weight) in zip(layers, single_files.unet(layers).items(), strict=True):
+        generator, stem = seeding.generator(0, name), there.removesuffix(".weight")
+        key = prefix + (stem if prefix.endswith(".") else stem.replace(".", "_"))
+        tensors[f"{key}.lora_down.weight"] = a = torch.randn(2, *weight.shape[1:], generator=generator)
+        tensors[f"{key}.lora_up.weight"] = b = torch.randn(
+            len(weight), 2, *[1] * (weight.dim() - 2), generator=generator
+        )
+        tensors[f"{key}.alpha"] = torch.tensor(3)
+        changes[name.removesuffix(".weight")] = 1.5 * (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
+    save_tensors(Path("data/original.safetensors"), tensors)
+    denoiser, _ = fill("data/original.safetensors", unet, target_modules=r".*")
+    assert set(lora.targets(denoiser)) == set(changes)
+    for name, expected in changes.items():
+        torch.testing.assert_close(change(denoiser, name), expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("family", sorted(ORIGINAL))
 def test_layers_of_the_original_checkpoint_are_taken_apart(
@@ -260,7 +281,7 @@ def test_layers_of_the_original_checkpoint_are_taken_apart(
 ) -> None:
     changes = original_file(family, style)
     transformer = getattr(diffusers, STOCK[family].cls).from_pretrained(bases[family]).transformer
-    denoiser, _ = fill("data/original.safetensors", transformer, family, rank=4, target_modules=list(changes))
+    denoiser, _ = fill("data/original.safetensors", transformer, rank=4, target_modules=list(changes))
     assert set(lora.targets(denoiser)) == set(changes)
     for name, expected in changes.items():
         torch.testing.assert_close(change(denoiser, name), expected, atol=1e-5, rtol=1e-5, msg=name)
@@ -288,13 +309,13 @@ def test_an_original_layer_of_another_width_and_one_that_is_nowhere(
     wide = {f"{key}.lora_B.weight": torch.ones(192, 4), f"{key}.lora_A.weight": torch.ones(4, 32)}
     save_tensors(Path("data/wide.safetensors"), tensors | wide)
     with pytest.raises(UserError, match=f"'data/wide.safetensors': {key} has 192 outputs, in model.pretrained 96; it"):
-        fill("data/wide.safetensors", copy.deepcopy(transformer), "sd3", target_modules="attention")
+        fill("data/wide.safetensors", copy.deepcopy(transformer), target_modules="attention")
     more = {n.replace("blocks.0", "blocks.7"): t for n, t in wide.items()}
     save_tensors(Path("data/deep.safetensors"), tensors | more)
     with pytest.raises(
         UserError, match=r"adapts diffusion_model.joint_blocks.7\S+, which SD3Transformer2DModel does not"
     ):
-        fill("data/deep.safetensors", transformer, "sd3", target_modules="attention")
+        fill("data/deep.safetensors", transformer, target_modules="attention")
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
@@ -314,7 +335,7 @@ def test_every_file_of_ours_of_a_transformer(
     writers.write_diffusers(load_family(family), parts, fields, Path("data/files"))
     writers.write_comfyui(load_family(family), parts, fields, Path("data/files/comfyui.safetensors"))
     for name in ("pytorch_lora_weights", "comfyui"):
-        denoiser, plan = fill(f"data/files/{name}.safetensors", copy.deepcopy(pipe.transformer), family, **changes)
+        denoiser, plan = fill(f"data/files/{name}.safetensors", copy.deepcopy(pipe.transformer), **changes)
         assert "B times" in plan
         for layer in lora.targets(model):
             expected, found = (weight_of(each.get_submodule(layer)) for each in (model, denoiser))
@@ -373,7 +394,7 @@ def test_another_family_and_another_base(workspace: Workspace, bases: dict[str, 
     write(workspace)
     flux = FluxPipeline.from_pretrained(bases["flux"]).transformer
     with pytest.raises(UserError, match=r"adapts unet.down_blocks.* which FluxTransformer2DModel does not have; is it"):
-        fill(FILES["diffusers"], flux, "flux")
+        fill(FILES["diffusers"], flux)
     tensors = load_tensors(Path(FILES["comfyui"]))
     wide = {n: torch.cat([t, t], dim=1) if n.endswith("down.weight") else t for n, t in tensors.items()}
     save_tensors(Path("data/wide.safetensors"), wide)

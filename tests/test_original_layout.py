@@ -17,6 +17,7 @@ from stages.core.targets import adaptable
 from stages.export import comfyui, writers
 from stages.families.base import load_family
 from tests import comfyui as comfyui_itself
+from tests import single_files
 from tests.conftest import Workspace
 from tests.test_format_matrix import adapt
 from tests.test_formats import adapt as adapt_sd
@@ -69,12 +70,12 @@ def test_diffusers_takes_the_original_layers_apart_into_the_same(bases: dict[str
     assert {n for n in own if n not in converted or not torch.equal(converted[n], own[n])} == set()
 
 
-def test_every_layer_of_a_unet_has_a_key(bases: dict[str, Path]) -> None:
-    for family in ("sd", "sdxl"):
-        model = denoiser(family, bases[family])
-        found = parts(model)
-        assert all(len(layer) == 1 and not layer[0].swapped for layer in found.values())
-        assert set(adaptable(model)) <= {layer[0].name for layer in found.values()}
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_unets_blocks_are_counted_as_in_its_checkpoint(bases: dict[str, Path], family: str) -> None:
+    model = denoiser(family, bases[family])
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".weight")}
+    found = {f"{layer}.weight": [f"{part.name}.weight" for part in stack] for layer, stack in parts(model).items()}
+    assert found == {there: [here] for there, here in zip(single_files.unet(weights), weights, strict=True)}
 
 
 def test_only_the_last_block_is_swapped(bases: dict[str, Path]) -> None:

@@ -1,8 +1,7 @@
 """A LoRA file of another program or an earlier run -> its layers by the denoiser's own names, with their strength.
 
 Read are our adapter.safetensors (with adapter.json), diffusers' and PEFT's files, and kohya's or ComfyUI's keys. Layers
-of the original checkpoint are taken apart into the denoiser's, by stages/core/original_layout.py. Names that neither
-knows, SDXL's blocks, go through diffusers' own converter; what it would lose is refused.
+of the original checkpoint are taken apart into the denoiser's, by stages/core/original_layout.py.
 """
 
 from __future__ import annotations
@@ -89,12 +88,11 @@ class AdapterFile:
     """False where nothing names an alpha: the strength is taken as 1."""
 
 
-def read(file: Path, denoiser: Any, pipeline: str) -> AdapterFile:
+def read(file: Path, denoiser: Any) -> AdapterFile:
     """The layers of a file by the denoiser's names.
 
     Args:
         denoiser: may carry an adapter, and be on the meta device.
-        pipeline: the diffusers class whose converters know the other names of these layers.
 
     Raises:
         UserError: every kind of key that has no place here.
@@ -111,8 +109,7 @@ def read(file: Path, denoiser: Any, pipeline: str) -> AdapterFile:
     config, base = read_config(file, packed), mapping(record.get("base", {}), file, "base")
     if (beside := config_beside(file)) and beside.name == "adapter.json":
         base = mapping(mapping(read_json(beside), beside, "content").get("base", {}), beside, "base")
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    groups = grouped(tensors, file)
+    groups = grouped({name: tensor.float() for name, tensor in tensors.items()}, file)
     if not record and any("dora_scale" in group for group in groups.values()):
         raise UserError(
             f"{SETTING}: '{file}' holds DoRA as dora_scale, which programs read in two ways; start from a file of "
@@ -120,7 +117,10 @@ def read(file: Path, denoiser: Any, pipeline: str) -> AdapterFile:
         )
     named, strange = by_layer(groups, denoiser, file)
     if strange:
-        named = converted(tensors, groups, denoiser, pipeline, file)
+        raise UserError(
+            f"{SETTING}: '{file}' adapts {strange[0]}, which {type(denoiser).__name__} does not have; is it for "
+            "another model.family or base?"
+        )
     for name in swapped_layers(denoiser) & named.keys():
         if "dora_scale" in named[name]:  # of ours, in the original checkpoint's order of rows
             named[name] = named[name] | {"dora_scale": swap_halves(named[name]["dora_scale"])}
@@ -279,65 +279,6 @@ def taken_apart(group: Tensors, layers: list[Part], module: str, denoiser: Any, 
         for part, rows in zip(layers, group[kind].split(sizes), strict=True):
             found[part.name][kind] = swap_halves(rows) if part.swapped else rows
     return found
-
-
-def converted(
-    tensors: Tensors, groups: dict[str, Tensors], denoiser: Any, pipeline: str, file: Path
-) -> dict[str, Tensors]:
-    """The groups through the pipeline's ``lora_state_dict``: kohya's names of SDXL's own layout.
-
-    Raises:
-        UserError: diffusers does not know the names, or what it makes of them is not the whole of the file.
-    """
-    import diffusers
-
-    from stages.core import quiet
-
-    # SDXL's wants the block layout; other classes take the argument and leave it.
-    options = {"unet_config": denoiser.config} if "layers_per_block" in denoiser.config else {"return_alphas": True}
-    try:
-        with quiet.no_warnings():
-            answer = getattr(diffusers, pipeline).lora_state_dict(dict(tensors), **options)
-    except (KeyError, ValueError, IndexError, AssertionError, NotImplementedError):
-        answer = None
-    state, alphas = answer if isinstance(answer, tuple) else (answer, None)
-    found, strange = (
-        by_layer(grouped(with_alphas(state, alphas), file), denoiser, file) if state else ({}, list(groups))
-    )
-    if strange or not found:
-        name = (strange or list(groups))[0]
-        raise UserError(
-            f"{SETTING}: '{file}' adapts {name}, which {type(denoiser).__name__} does not have; is it for another "
-            "model.family or base?"
-        )
-    beyond = any({"delta", "dora_scale"} & set(group) for group in groups.values())
-    if beyond or not math.isclose(energy(found), energy(groups), rel_tol=1e-3):
-        raise UserError(
-            f"{SETTING}: '{file}' has alphas, biases or layers that diffusers' converter of {pipeline} leaves out; "
-            "start from a file in the format of diffusers"
-        )
-    return found
-
-
-def with_alphas(state: Tensors, alphas: dict[str, float] | None) -> Tensors:
-    """The converter's alphas as tensors beside the others."""
-    import torch
-    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-
-    renamed = convert_unet_state_dict_to_peft(dict(alphas or {}))
-    values = {f"{key.removesuffix('.alpha').partition('.lora_A')[0]}.alpha": value for key, value in renamed.items()}
-    floats = {key: tensor.float() for key, tensor in state.items()}
-    return floats | {key: torch.tensor(float(value)) for key, value in values.items()}
-
-
-def energy(groups: dict[str, Tensors]) -> float:
-    """Sum of all squared entries of s B A, which no renaming, splitting or swapping of rows changes."""
-    total = 0.0
-    for group in groups.values():
-        if "a" in group:
-            a, b = group["a"].flatten(1).double(), group["b"].flatten(1).double()
-            total += float(((a @ a.T) * (b.T @ b)).sum()) * strength({}, "", group) ** 2
-    return total
 
 
 def assembled(named: dict[str, Tensors], config: dict[str, Any], says_alpha: bool, base: dict[str, str]) -> AdapterFile:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 SWAPPED = "halves swapped: "
 """Scale and shift, the two halves of a modulation's rows, are in the other order there than in diffusers."""
 
-# Layer there: layers here. Several are stacked there, row on row, in the order given. {i} numbers blocks, and {last} is
-# the last block; `*` numbers the blocks of a UNet through, whatever diffusers' {i} and {j} are: those are one for one.
+# Layer there: layers here. Several are stacked there, row on row, in the order given. {i}, {j} and {k} are numbers of
+# blocks, {last} is that of the last one; ``counted`` has those of a UNet's blocks there.
 LAYOUTS: dict[str, dict[str, str]] = {
     "FluxTransformer2DModel": {
         "img_in": "x_embedder",
@@ -94,34 +94,36 @@ LAYOUTS: dict[str, dict[str, str]] = {
         "label_emb.0.0": "add_embedding.linear_1",
         "label_emb.0.2": "add_embedding.linear_2",
         "input_blocks.0.0": "conv_in",
-        "input_blocks.*.0.op": "down_blocks.{i}.downsamplers.0.conv",
-        "output_blocks.*.conv": "up_blocks.{i}.upsamplers.0.conv",
+        "input_blocks.{down}.0.op": "down_blocks.{i}.downsamplers.0.conv",
+        "output_blocks.{up}.{place}.conv": "up_blocks.{i}.upsamplers.0.conv",
         **{
-            f"{there}.{layer}": f"{here}.{ours}"
-            for there, here in (
-                ("input_blocks.*", "down_blocks.{i}"),
-                ("middle_block", "mid_block"),
-                ("output_blocks.*", "up_blocks.{i}"),
+            f"{layer}.{there}": f"{block}.resnets.{{j}}.{ours}"
+            for layer, block in (
+                ("input_blocks.{input}.0", "down_blocks.{i}"),
+                ("middle_block.{middle}", "mid_block"),
+                ("output_blocks.{output}.0", "up_blocks.{i}"),
             )
-            for layer, ours in {
-                "*.in_layers.0": "resnets.{j}.norm1",
-                "*.in_layers.2": "resnets.{j}.conv1",
-                "*.emb_layers.1": "resnets.{j}.time_emb_proj",
-                "*.out_layers.0": "resnets.{j}.norm2",
-                "*.out_layers.3": "resnets.{j}.conv2",
-                "*.skip_connection": "resnets.{j}.conv_shortcut",
-                "*.norm": "attentions.{j}.norm",
-                "*.proj_in": "attentions.{j}.proj_in",
-                "*.proj_out": "attentions.{j}.proj_out",
-                **{
-                    f"*.transformer_blocks.{{k}}.{name}": f"attentions.{{j}}.transformer_blocks.{{k}}.{name}"
-                    for name in (
-                        *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
-                        *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
-                        *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
-                    )
-                },
+            for there, ours in {
+                "in_layers.0": "norm1",
+                "in_layers.2": "conv1",
+                "emb_layers.1": "time_emb_proj",
+                "out_layers.0": "norm2",
+                "out_layers.3": "conv2",
+                "skip_connection": "conv_shortcut",
             }.items()
+        },
+        **{
+            f"{layer}.{name}": f"{block}.attentions.{{j}}.{name}"
+            for layer, block in (
+                ("input_blocks.{input}.1", "down_blocks.{i}"),
+                ("middle_block.1", "mid_block"),
+                ("output_blocks.{output}.1", "up_blocks.{i}"),
+            )
+            for name in (
+                *("norm", "proj_in", "proj_out"),
+                *(f"transformer_blocks.{{k}}.attn{number}.to_{x}" for number in "12" for x in ("q", "k", "v", "out.0")),
+                *(f"transformer_blocks.{{k}}.{x}" for x in ("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3")),
+            )
         },
         "out.0": "conv_norm_out",
         "out.2": "conv_out",
@@ -139,37 +141,44 @@ class Part:
 
 
 def parts(denoiser: Any) -> dict[str, list[Part]]:
-    """Layer of the original checkpoint -> the denoiser's layers whose rows are stacked there, in order.
-
-    A layer whose number there is not known has its own name instead.
-    """
+    """Layer of the original checkpoint -> the denoiser's layers whose rows are stacked there, in order."""
     names = dict.fromkeys(name for name, _ in denoiser.named_modules())
+    last = max((int(name.split(".")[1]) for name in names if re.match(r"transformer_blocks\.\d+$", name)), default=0)
+    each = sum(re.fullmatch(r"up_blocks\.0\.resnets\.\d+", name) is not None for name in names)
     found: dict[str, list[Part]] = {}
     taken: set[str] = set()
     for there, here in LAYOUTS.get(type(denoiser).__name__, {}).items():
         swapped = here.startswith(SWAPPED)
-        for numbers, stacked in matching(here.removeprefix(SWAPPED), names):
+        for numbers, stacked in matching(here.removeprefix(SWAPPED).replace("{last}", str(last)), names):
             if not taken.intersection(stacked):
                 taken.update(stacked)
-                layer = stacked[0] if "*" in there else there.format(**numbers)
+                place = 2 if f"up_blocks.{numbers.get('i')}.attentions.0" in names else 1
+                layer = there.format(last=last, place=place, **counted(each, **numbers))
                 found[layer] = [Part(name, swapped) for name in stacked]
     return found
 
 
-def matching(pattern: str, names: dict[str, None]) -> Iterator[tuple[dict[str, str], list[str]]]:
+def matching(pattern: str, names: dict[str, None]) -> Iterator[tuple[dict[str, int], list[str]]]:
     """Each choice of the pattern's numbers for which the denoiser has all of its layers; and those layers."""
     start, *endings = pattern.split()
-    last = max(
-        (int(match[1]) for name in names if (match := re.match(r"transformer_blocks\.(\d+)\.", name))), default=0
-    )
-    first = re.escape(start + (endings[0] if endings else "")).replace(r"\{last\}", f"(?P<last>{last})")
+    first = re.escape(start + (endings[0] if endings else ""))
     regex = re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", first))
     for name in names:
         if match := regex.fullmatch(name):
-            numbers = match.groupdict()
+            numbers = {letter: int(number) for letter, number in match.groupdict().items()}
             stacked = [(start + ending).format(**numbers) for ending in endings or [""]]
             if names.keys() >= set(stacked):
                 yield numbers, stacked
+
+
+def counted(each: int, i: int = 0, j: int = 0, k: int = 0) -> dict[str, int]:
+    """These numbers, and those that a UNet's blocks have there, where inputs and outputs are counted through.
+
+    Args:
+        each: number of resnets of an output block; an input block has a downsampler in place of the last.
+    """
+    numbers = {"i": i, "j": j, "k": k, "input": 1 + each * i + j, "output": each * i + j, "middle": 2 * j}
+    return numbers | {"down": each * (i + 1), "up": each * (i + 1) - 1}
 
 
 def swapped_layers(denoiser: Any) -> set[str]:

@@ -70,7 +70,7 @@ def folded(trained: Trained) -> Trained:
     if "algo" in trained.config:
         return trained
     scaled = {f"{name}.lora_B.weight": scaling for name, scaling in trained.scalings.items()}
-    weights = {name: tensor * scaled.get(name, 1.0) for name, tensor in trained.weights.items()}
+    weights = {name: scaled[name] * t if name in scaled else t for name, t in trained.weights.items()}
     config = at_strength_1(trained.config)
     return replace(trained, config=config, weights=weights, scalings=dict.fromkeys(trained.scalings, 1.0))
 

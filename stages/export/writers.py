@@ -140,7 +140,7 @@ def comfyui_tensors(trained: Trained, name: str, is_kohyas: bool) -> dict[str, t
 def lycoris_tensors(trained: Trained, name: str) -> dict[str, torch.Tensor]:
     """A target's tensors and alpha, as LyCORIS names them; so does PEFT.
 
-    LoKr's second factor of a convolution in Tucker form is written whole: ComfyUI 0.19.3 leaves out a layer with
+    LoKr's second factor of a convolution in Tucker form is written whole: ComfyUI 0.29.0 leaves out a layer with
     lokr_t2. Two whole factors have the strength in the first one: LyCORIS and ComfyUI do not scale them, PEFT does.
     """
     scaling, rank = trained.scalings[name], trained.ranks[name]

@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     import torch
 
     from stages.core.adapter_file import AdapterFile, Layer
-    from stages.families.base import Family
     from stages.train.params import LoraParams
 
 MANY = 12  # names that a line still lists
 
 
-def fill(params: LoraParams, denoiser: Any, family: Family, base: dict[str, str]) -> str:
+def fill(params: LoraParams, denoiser: Any, base: dict[str, str]) -> str:
     """Fill an injected adapter from ``lora.init_from``; a line of what it starts from, empty where it starts fresh.
 
     Args:
@@ -36,7 +35,7 @@ def fill(params: LoraParams, denoiser: Any, family: Family, base: dict[str, str]
     """
     if params.init_from is None:
         return ""
-    file = read(params, denoiser, family)
+    file = read(params, denoiser)
     factors = {name: layer.scaling / scaling(denoiser, name) for name, layer in file.layers.items()}
     tensors = {name + bias.KEY: delta for name, delta in file.biases.items()}
     for name, layer in file.layers.items():
@@ -49,14 +48,14 @@ def fill(params: LoraParams, denoiser: Any, family: Family, base: dict[str, str]
     return summary(params, file, base, factors)
 
 
-def read(params: LoraParams, denoiser: Any, family: Family) -> AdapterFile:
+def read(params: LoraParams, denoiser: Any) -> AdapterFile:
     """The pinned file, which fits the injected adapter; the denoiser may be on the meta device.
 
     Raises:
         UserError: everything that does not fit.
     """
     assert params.init_from is not None
-    file = adapter_file.read(Path(params.init_from.path), denoiser, family.PIPELINE)
+    file = adapter_file.read(Path(params.init_from.path), denoiser)
     if found := problems(params, denoiser, file):
         raise UserError(*found)
     return file

@@ -72,7 +72,7 @@ class Trainer:
         self.adapted.keyed_init(self.params.seed)
         self.trainable = self.adapted.trainable
         self.biases = list(bias.deltas(denoiser))
-        self.started_from = init_from.fill(settings, denoiser, family, base)
+        self.started_from = init_from.fill(settings, denoiser, base)
         if self.params.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         optimizer = optimizers.make_optimizer(
