@@ -134,14 +134,14 @@ if missing := [p for key in ("dataset.source", "model.pretrained") for run in RU
 
 
 def exported(run):
-    """One file of each format, below the folder of the exports."""
+    """One file of each format whose name is known before, below the folder of the exports."""
     names = {
         "diffusers": "pytorch_lora_weights.safetensors",
         "peft": "adapter_model.safetensors",
-        "comfyui": f"{run.value('export.name')}.safetensors",
         "merged": "model_index.json",
     }
-    formats, ranks = run.value("export.formats"), run.value("export.resized_ranks")
+    formats = [name for name in run.value("export.formats") if name in names]
+    ranks = run.value("export.resized_ranks")
     resized = [f"resized/rank-{rank}/{name}/{names[name]}" for rank in ranks for name in formats if name != "merged"]
     return [f"{name}/{names[name]}" for name in formats] + resized
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.cache_latents.params import CacheParams, flip_problems
-from stages.core import base_files, bases, params, pin, sharing, slow_dtype, sweep
+from stages.core import base_files, bases, params, pin, sharing, slow_dtype, sweep, words
 from stages.core.console import UserError, log, parser, plural, run
 from stages.core.containers import PictureFiles
 from stages.core.files import state_dir
@@ -157,6 +157,9 @@ def dataset_problems(config: Config, opened: list[str]) -> list[str]:
             log.warning("warning: %s", text)
         for text in sides.notes if sides else split_notes(listing, dataset):
             log.info("note: %s: %s", dataset.source, text)
+        captions = [dataset.instance_prompt or caption for entry in listing.entries for caption in entry.captions[:1]]
+        if listing.is_whole and (text := words.strangers(config.section(ValidateParams).prompts, captions)):
+            log.warning("warning: %s", text)
         found = batch_problems(listing, config)
         for reason in settle([*listing.problems, *looked_at.problems], listing.entries, dataset).values():
             log.warning("warning: will be left out: %s", reason)

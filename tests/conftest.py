@@ -47,6 +47,8 @@ TINY: dict[str, dict[str, Any]] = {
         "scales": [1.0],
         "drift_prompts": ["red apple", "green circle"],
     },
+    "export": {"name": "ink-icons", "prompt": "red apple, ink icon", "datasets": None},
+    "report": {"title": "Ink icons"},
     "runtime": {"device": "cpu", "num_threads": 1, "num_processes": 1, "num_machines": 1, "log_every_n_steps": 1},
 }
 

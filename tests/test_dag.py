@@ -25,8 +25,12 @@ READS = {
     "cache_latents": {"model", "cache"},
     "train": {"model", "lora", "train"},
     "validate": {"model", "validate"},
-    "export": {"model", *(f"export.{name}" for name in ExportParams.model_fields if name != "push_to_hub")},
-    "report": {"report.title", "export.push_to_hub"},
+    "export": {
+        "model",
+        "dataset.source",
+        *(f"export.{name}" for name in ExportParams.model_fields if name != "push_to_hub"),
+    },
+    "report": {"report.title", "export.push_to_hub", "export.datasets", "dataset.source"},
 }
 """Sections, or keys one by one where a section has one that changes nothing."""
 

@@ -13,17 +13,16 @@ from stages.artifacts import metrics
 from stages.cache_latents import garbage
 from stages.compare import __main__ as compare
 from stages.core.console import UserError
-from stages.core.files import write_json
 from stages.export.verify import made_by
 from stages.gate import __main__ as gate
 from stages.prepare.changes import committed_table
 from stages.report import last_commit
 from tests.checkout import Checkout
-from tests.planted import git, plant, write_lock
+from tests.planted import NUM_PICTURES, git, plant, write_lock
 
 PROJECT = "проекты 1/lora [dag]"
 QUOTED = "%D0%BF%D1%80%D0%BE%D0%B5%D0%BA%D1%82%D1%8B%201/lora%20%5Bdag%5D"
-DIGESTS = ("1" * 64, "2" * 64)
+DIGESTS = ("1" * 64, "ada97e5" + "0" * 57)  # the second is the planted one
 ADDRESS = "https://github.com/o/r"
 
 
@@ -35,11 +34,12 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "base/model_index.json").write_text("{}")
     root = folder / "dépôt"
     checkout = Checkout(root / PROJECT, folder / "base", root)
+    checkout.set(validate__max_pictures=NUM_PICTURES, export__formats=["diffusers", "peft"])
     for name, rank, loss in (("2", 2, 0.5), ("4", 4, 0.4)):
         checkout.set(lora__rank=rank)
         plant(checkout.path, loss)
-        metrics.save(checkout.path / "reports/train/metrics.json", {"train.adapter_digest": DIGESTS[rank == 4][:16]})
-        write_json(checkout.path / "reports/export/lineage.json", {})
+        path = checkout.path / "reports/train/metrics.json"
+        metrics.save(path, metrics.load(path) | {"train.adapter_digest": DIGESTS[rank == 4][:16]})
         write_lock(checkout.path)
         for other in ("reports/train/metrics.json", "dvc.lock", "params.yaml", "reports/dataset/pictures.csv"):
             (root / other).parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,10 @@ from tests.test_export import ADAPTER, write_adapter
 from tests.test_report import LINEAGE, write_reports
 
 NAME = "someone/icons"
-PARAMS = TINY | {"export": {"license": "mit", "push_to_hub": {"repo_id": NAME, "private": True}}}
+PARAMS = TINY | {
+    "export": {"license": "mit", "push_to_hub": {"repo_id": NAME, "private": True}},
+    "validate": TINY["validate"] | {"prompts": ["red picture", "blue boat"]},
+}
 FILES = {
     ".gitattributes",
     "README.md",
@@ -98,6 +101,12 @@ def test_everything_goes_up_in_one_commit(workspace: Workspace, hub: Hub) -> Non
     assert lines[0] == f"repository  {hub.endpoint}/{NAME} (new, private)"
     said = [line.split()[1].rstrip(",") for line in lines if line.startswith("upload")]
     assert set(said) == FILES - {".gitattributes"} and lines[-1].startswith(f"pushed      {hub.endpoint}/{NAME}/commit")
+
+
+def test_samples_of_prompts_that_are_another_dataset_s_are_warned_of(workspace: Workspace, hub: Hub) -> None:
+    table = Path("reports/dataset/pictures.csv")
+    table.write_text(table.read_text(encoding="utf-8").replace("picture", "fox"), encoding="utf-8")
+    assert push(workspace)[0].startswith("warning: params.yaml validate.prompts: no prompt has a word of any caption")
 
 
 def test_what_stands_there_is_not_pushed_again(workspace: Workspace, hub: Hub) -> None:

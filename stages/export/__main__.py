@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from stages.core.console import UserError, as_path, log, parser, run
-from stages.core.params import ModelParams, RuntimeParams, load
+from stages.core.params import Config, ModelParams, RuntimeParams, load
 from stages.export.params import ExportParams, rank_refusals, refusals, step_refusals
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def main() -> None:
     adapter = Adapter.load(args.adapter)
     require_same_base(adapter.base, digests(base.model, family.COMPONENTS), args.adapter)
     bias = adapter.lora_config.get("bias", "none") if adapter.biases else "none"
+    params = params.with_words(source_of(config), str(adapter.made_from.get("caption", "")))
     lora = adapter.lora_config
     algo, text = lora.get("algo", "lora"), bool(adapter.text_lora)
     refused = refusals(params.formats, algo, bias, lora.get("use_dora", False), family.DENOISER, text)
@@ -111,6 +112,11 @@ def main() -> None:
             "layer has" if unfusable == 1 else "layers have",
         )
     log.info("wrote       %s (%s)", args.export, ", ".join(params.formats))
+
+
+def source_of(config: Config) -> str:
+    """Of section dataset, whose class is no code of this stage."""
+    return str(config.sections["dataset"].model_dump()["source"])
 
 
 def compared(proof: Proof, copy: Proof, rank: int, energies: list[float]) -> dict[str, Value]:

@@ -43,7 +43,7 @@ def metadata(base: Base, params: ExportParams, adapter: Adapter, prediction_type
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{ARCHITECTURES.get(family, family)}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": params.name,
+        "modelspec.title": str(params.name),
         "ss_network_module": "lycoris.kohya" if "algo" in config else "networks.lora",
         "ss_steps": str(params.step or adapter.num_steps),
     }
@@ -88,7 +88,7 @@ def provenance(
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return made_from(base, params, adapter) | {
-        "export": params.model_dump(exclude={"push_to_hub", "step"}),
+        "export": params.model_dump(exclude={"push_to_hub", "step", "datasets"}),
         "files": {n: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for n, path in files.items()},
         **({"unfusable": unfusable} if unfusable else {}),
         "pipeline": {

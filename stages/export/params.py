@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from stages.core import words
 from stages.core.params import Params
 
 Format = Literal["diffusers", "peft", "comfyui", "merged"]
@@ -23,19 +24,32 @@ class PushParams(Params):
     """Who may see it, when it is made; one that stands the other way is refused."""
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class Words(Params):
+    """What a dataset's card says where ``export.name``, ``export.prompt`` and ``report.title`` are null."""
+
+    name: Name | None = None
+    prompt: str | None = None
+    title: str | None = None
+
+
 class ExportParams(Params):
     """Section ``export``."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    """Title in the headers, and the file name below comfyui/."""
+    name: Name | None
+    """Title in the headers, and the file name below comfyui/; null for that of the dataset."""
     formats: Annotated[list[Format], Field(min_length=1)]
     """What is written; merged is the whole pipeline in float32."""
     resized_ranks: list[Annotated[int, Field(ge=1)]]
     """Smaller ranks at which copies are written as well, in each of the formats but merged."""
     step: int | None = Field(ge=1)
     """Of the snapshot that is exported, such as ``val.best_step``; null for the adapter at the end."""
-    prompt: str
-    """Prompt of the model card's example and of the comparison."""
+    prompt: str | None
+    """Prompt of the model card's example and of the comparison; null for one of the dataset."""
+    datasets: dict[str, Words] | None
+    """``dataset.source`` -> its words for what is null; a dataset that is not here has those of its own captions."""
     base_model: str | None = Field(pattern=REPO_ID, max_length=96)
     """Where the base stands on the Hub, for headers and card; null if it is not there."""
     license: str | None = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$", max_length=100)
@@ -57,6 +71,12 @@ class ExportParams(Params):
         if self.resized_ranks and not self.resizable:
             raise ValueError("resized_ranks: no copy of merged is made; add diffusers, peft or comfyui to formats")
         return self
+
+    def with_words(self, source: str, caption: str) -> ExportParams:
+        """With a name and a prompt; ``caption`` is one of the dataset's."""
+        own = self.model_dump()
+        found = {"name": words.name_of(own, source, caption), "prompt": words.prompt_of(own, source, caption)}
+        return self.model_copy(update=found)
 
     @property
     def resizable(self) -> list[Format]:

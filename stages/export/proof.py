@@ -74,7 +74,7 @@ class Questions:
 def ask(model: ModelParams, family: Family, params: ExportParams, device: torch.device) -> Questions:
     """Encode the prompt in the frozen dtype, and draw the rest; nothing but tensors is kept."""
     with torch.no_grad():
-        prompt = family.encode_prompts(family.load_text(model, device), [params.prompt])
+        prompt = family.encode_prompts(family.load_text(model, device), [str(params.prompt)])
     factor = family.vae_scale_factor(model)
     multiple = family.pixel_multiple(model) // factor
     side = min(multiple * math.ceil(LATENT_SIDE / multiple), (family.max_side(model) or sys.maxsize) // factor)
@@ -137,7 +137,7 @@ class Proof:
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             prompt = asked.prompt
             if modules.text is not None:
-                prompt = prompt | self.family.encode_prompts(modules.text, [self.params.prompt] * 2, prompt)
+                prompt = prompt | self.family.encode_prompts(modules.text, [str(self.params.prompt)] * 2, prompt)
             return self.family.predict(modules.denoiser, asked.noisy_latents, asked.timesteps, prompt)
 
     def write(self, name: Format, folder: Path) -> None:

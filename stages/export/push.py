@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts import lineage, model_card
+from stages.artifacts import lineage, model_card, picture_table
 from stages.artifacts.adapter import FINAL, Adapter
-from stages.core.console import UserError
+from stages.core import words
+from stages.core.console import UserError, log
 from stages.core.files import sha256_file
 from stages.export.hub import upload
 from stages.export.params import ExportParams
@@ -45,6 +46,8 @@ def require_current(config: Config, adapter: Path, export: Path, export_reports:
     if missing:
         raise UserError(*(f"{path}: no such file; run `python -m stages.{needed[path]}` first" for path in missing))
     made, drawn = lineage.load(export_reports / "lineage.json"), lineage.load(reports / "validate/lineage.json")
+    source = str(config.sections["dataset"].model_dump()["source"])
+    config = config.replaced(config.section(ExportParams).with_words(source, made.get("caption", "")))
     found = [f"{export}: {line}" for line in differences(made, config, adapter)]
     found += [f"{export}: {line}" for line in settings("export", made, config)]
     found += changed_files(export, made["files"])
@@ -53,6 +56,10 @@ def require_current(config: Config, adapter: Path, export: Path, export_reports:
     found += [f"{reports / SHEET}: {line}" for line in settings("validate", drawn, config)]
     if mark(config, reports, export_reports) not in (reports / model_card.NAME).read_text(encoding="utf-8"):
         found.append(f"{reports / model_card.NAME}: written for other reports or settings than stand here")
+    table = reports / "dataset/pictures.csv"
+    captions = [row["captions"] for row in picture_table.load(table)] if table.exists() else []
+    if strange := words.strangers(drawn["validate"]["prompts"], captions):
+        log.warning("warning: %s", strange)
     if found:
         raise UserError(*found, "nothing was uploaded: run `dvc repro`, then push again")
 
@@ -63,8 +70,10 @@ def settings(section: str, made: dict[str, Any], config: Config) -> list[str]:
 
 def mark(config: Config, reports: Path, export_reports: Path) -> str:
     """Of the card that belongs to what stands there."""
-    title, pushed = (config.sections[name].model_dump() for name in ("report", "export"))
-    return model_card.mark(reports, export_reports, title["title"], pushed["push_to_hub"]["repo_id"])
+    report, export, dataset = (config.sections[name].model_dump() for name in ("report", "export", "dataset"))
+    caption = lineage.load(export_reports / "lineage.json").get("caption", "")
+    title = words.title_of(report["title"], export, dataset["source"], caption)
+    return model_card.mark(reports, export_reports, title, export["push_to_hub"]["repo_id"])
 
 
 def files_below(folder: Path) -> dict[str, Path]:

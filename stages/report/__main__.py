@@ -8,7 +8,7 @@ Run: `python -m stages.report`
 from __future__ import annotations
 
 from stages.artifacts import metrics, model_card
-from stages.core import params
+from stages.core import params, words
 from stages.core.console import log, parser, run
 from stages.core.files import write_text
 from stages.report import card, dataset, headline, html_page, page, same_numbers
@@ -21,12 +21,15 @@ def main() -> None:
     paths = ["reports", "dataset_reports", "latents_reports", "train_reports", "export_reports", "export"]
     args = parser(__doc__, paths).parse_args()
     config = params.load(args.params, args.overrides)
-    title = config.section(ReportParams).title
-    pushed = config.sections["export"].model_dump()["push_to_hub"]  # that stage's class is no code of this one
-    repo_id = pushed["repo_id"] if pushed else None
+    export, dataset_section = (config.sections[name].model_dump() for name in ("export", "dataset"))
+    repo_id = export["push_to_hub"]["repo_id"] if export["push_to_hub"] else None
     inputs = read_inputs(
         args.reports, args.dataset_reports, args.latents_reports, args.train_reports, args.export_reports
     )
+    caption = str(inputs.made.get("caption", ""))
+    title = words.title_of(config.section(ReportParams).title, export, dataset_section["source"], caption)
+    if said := words.strangers(inputs.lineage["validate"]["prompts"], [row["captions"] for row in inputs.rows]):
+        log.warning("warning: %s", said)
     metrics.save(args.reports / "headline.json", headline.numbers(inputs))
     plot_losses(inputs, inputs.pictures["loss"])
     write_text(args.reports / "dataset.md", dataset.write_page(title, inputs, args.reports))

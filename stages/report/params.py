@@ -35,7 +35,7 @@ class Gates(Params):
 class ReportParams(Params):
     """Section ``report``."""
 
-    title: str = Field(min_length=1)
-    """First heading of the page."""
+    title: str | None = Field(min_length=1)
+    """First heading of the pages; null for that of the dataset (``export.datasets``), or its folder's name."""
     gates: Gates
     """No part of the report: they decide whether a pull request passes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from stages.train.params import LoraParams, TrainParams
 from stages.train.processes import require_share
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from stages.artifacts.latent_cache import CachedItem, LatentCache
@@ -124,11 +126,21 @@ def log_start_over(folder: Path, inputs: dict[str, Any]) -> None:
                 log.info(line, schedule, steps)
 
 
+def example_caption(items: Sequence[CachedItem]) -> str:
+    """What a card draws where no prompt is set: the caption that several pictures share, else a held-out one."""
+    own = sorted((item for item in items if not item.regularization), key=lambda item: item.content)
+    counts = Counter(item.caption for item in own)
+    caption, count = min(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    held_out = [item.caption for item in own if item.split == "heldout"]
+    return caption if count > 1 or not held_out else held_out[0]
+
+
 def made_from(config: Config, cache: LatentCache, items: list[CachedItem]) -> dict[str, Any]:
     """Where an adapter comes from, for whoever meets its file: no path, host, time or git revision."""
     model, params = config.section(ModelParams), config.section(TrainParams)
     packages = {name: importlib.metadata.version(name) for name in device.RECORDED}
     return {
+        "caption": example_caption(cache.items),
         "captions": sha256_json(sorted(item.captions for item in items)),
         "latents": cache.digest,
         "lora": config.section(LoraParams).model_dump(),
