@@ -147,14 +147,14 @@ def test_warnings_are_one_line_for_all_pictures() -> None:
     found = look(Blobs(**blobs, x__jpg=encoded(picture(1, 64))))
     assert found.warnings == [
         "5 pictures are CMYK and are converted to sRGB (0.jpg, 1.jpg, 2.jpg, ...)",
-        "1 pictures are PNG files under another format's suffix (x.jpg)",
+        "1 picture is PNG files under another format's suffix (x.jpg)",
     ]
 
 
 def test_settings_that_do_nothing_are_warned_about() -> None:
     files = Blobs(a__png=encoded(picture(1, 64)), b__png=encoded(picture(2, 90, 64)))
     assert look(files, crop="random").warnings == [
-        "1 pictures have the shape that the model sees, so that dataset.crop random changes nothing (a.png)"
+        "1 picture has the shape that the model sees, so that dataset.crop random changes nothing (a.png)"
     ]
     assert look(files, mask="alpha").warnings == [
         "2 pictures have no transparent pixel, so that with dataset.mask alpha the loss looks at all of them "
@@ -271,7 +271,7 @@ def test_first_frame_is_another_check(checks: list[str]) -> None:
     red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
     files = Blobs(a__gif=encoded(red, "GIF", save_all=True, append_images=[blue]))
     assert look(files, first_frame=True).warnings == [
-        "1 pictures have several frames or pages, of which the first is taken (a.gif)"
+        "1 picture has several frames or pages, of which the first is taken (a.gif)"
     ]
     (problem,) = look(files).problems
     assert "is animated or has several pages" in problem.text
@@ -350,3 +350,67 @@ def test_few_pictures_are_read_ahead() -> None:
         next(outcomes)
     assert sum(files.reads.values()) <= 10 + inspection.AHEAD
     outcomes.close()  # type: ignore[attr-defined]
+
+
+# Crops
+
+
+def pano(number: int, width: int = 640, height: int = 64) -> Blobs:
+    return Blobs(**{f"{index}__png": encoded(picture(index, width, height)) for index in range(number)})
+
+
+def test_pictures_that_lose_much_to_the_crop_are_named_with_what_keeps_them() -> None:
+    (warning,) = look(pano(3)).warnings
+    assert warning == (
+        "3 pictures lose more than a third of the area to the crop, up to 90% (0.png, 1.png, 2.png); "
+        "dataset.aspect_buckets=true with dataset.max_aspect_ratio=10 keeps them"
+    )
+    assert look(pano(3), aspect_buckets=True, max_aspect_ratio=10.0).warnings == []
+    (warning,) = look(pano(1, 120, 64)).warnings
+    assert warning.startswith("1 picture loses more than a third of the area to the crop, up to 47% (0.png); ")
+    assert warning.endswith("dataset.aspect_buckets=true keeps them")
+    assert look(pano(1, 120, 64), aspect_buckets=True).warnings == []
+    assert look(pano(2, 96, 64)).warnings == []  # 3:2 loses a third
+    (warning,) = look(pano(1, 120, 64), bucket_step=24).warnings
+    assert warning.endswith("cut them to shape yourself, so that the caption fits what is left")
+
+
+def test_settings_that_change_nothing_on_these_pictures() -> None:
+    square = Blobs(a__png=encoded(picture(1, 64)), b__png=encoded(picture(2, 64)))
+    assert look(square, background="#000000").warnings == [
+        "dataset.background #000000 changes nothing: no picture has a transparent pixel"
+    ]
+    assert look(square, aspect_buckets=True).warnings == [
+        "dataset.aspect_buckets changes nothing: every picture is seen as 64 x 64"
+    ]
+    assert look(square, subsets=[{"path": ".", "repeats": 4}]).warnings == [
+        "repeats 4 in dataset.subsets changes nothing: it is the same for all pictures"
+    ]
+    clear = Image.new("RGBA", (64, 64), (9, 9, 9, 99))
+    assert look(Blobs(a__png=encoded(clear)), background="#000000").warnings == []
+
+
+# Grey pictures beside colour ones
+
+
+def test_grey_pictures_that_are_named_like_colour_ones_are_told() -> None:
+    grey = encoded(picture(1, 64).convert("L").convert("RGB"))
+    files = Blobs(x__png=encoded(picture(1, 64)), y__png=encoded(picture(2, 64)), z__png=grey)
+    assert look(files).warnings == []
+    said = "and named like a colour picture of the same size and caption"
+    files.blobs["x_foo.png"] = grey
+    assert look(files).warnings[0].startswith(f"1 picture is grey {said} (x_foo.png); if they are masks or control")
+    files.blobs["other/y.png"] = encoded(picture(5, 64).convert("L"))
+    assert look(files).warnings[0].startswith(f"2 pictures are grey {said} (x_foo.png, other/y.png); ")
+    files.blobs["x_foo.png"] = encoded(picture(1, 65, 64).convert("L"))  # of another size
+    assert look(files).warnings[0].startswith(f"1 picture is grey {said} (other/y.png)")
+
+
+def test_a_set_of_grey_pictures_is_no_set_of_masks() -> None:
+    blobs = {f"a{ending}__png": encoded(picture(i, 64).convert("L")) for i, ending in enumerate(["", "_1", "_2", "-b"])}
+    assert look(Blobs(**blobs)).warnings == []
+
+
+def test_looking_stops_when_the_time_is_up() -> None:
+    found = inspect([entry(name) for name in many(9).blobs], dataset(), many(9), seconds=-1)
+    assert (found.rows, found.num_seen) == ([], 0)

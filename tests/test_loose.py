@@ -301,7 +301,7 @@ def test_masks_in_a_folder_beside_that_of_the_pictures(here: Path) -> None:
     """No value of dataset.mask reads them from there, so none is named."""
     write_files(here, "images/a.jpg", "masks/a.png")
     found = refusal(here, instance_prompt="x")
-    assert "1 pictures look like masks of others (masks/a.png); move them out of it" in found
+    assert "1 picture looks like masks of others (masks/a.png); move them out of it" in found
 
 
 def test_side_pictures_in_a_tar(here: Path) -> None:

@@ -114,7 +114,7 @@ def test_empty_captions_are_counted(workspace: Workspace) -> None:
     rows = read_rows(RAW)
     rows[0]["text"] = ""
     write_rows(RAW, rows)
-    assert "warning: 1 captions are empty; those pictures are learned without a prompt" in workspace.run("prepare")
+    assert "warning: 1 caption is empty and will be learned without a prompt" in workspace.run("prepare")
 
 
 # Every kind of source gives the same pictures and captions

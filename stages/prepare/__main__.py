@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stages.artifacts.manifest import Augmentation, Item, Manifest
 from stages.core import params
-from stages.core.console import PATHS, UserError, log, parser, run
+from stages.core.console import PATHS, UserError, log, parser, plural, run
 from stages.core.containers import PictureFiles
 from stages.core.files import writing
 from stages.core.pictures import preprocessing
@@ -108,9 +108,10 @@ def warn(found: Iterable[str], items: list[Item], left_out: dict[str, str]) -> N
         log.warning("warning: %s", line)
     num_blank = sum(not item.caption.strip() for item in items)
     if num_blank:
-        log.warning("warning: %d captions are empty; those pictures are learned without a prompt", num_blank)
+        empty = plural(num_blank, "caption is", "captions are")
+        log.warning("warning: %s empty and will be learned without a prompt", empty)
     if left_out:
-        log.warning("warning: %d pictures are left out:", len(left_out))
+        log.warning("warning: %s left out:", plural(len(left_out), "picture is", "pictures are"))
         for name, reason in list(left_out.items())[:5]:
             log.warning("  %s", reason if name in reason else f"{name}: {reason}")
 

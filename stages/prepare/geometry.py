@@ -42,6 +42,12 @@ def enlargement(width: int, height: int, size: Size) -> float:
     return max(size[0] / width, size[1] / height)
 
 
+def cut_off(width: int, height: int, size: Size) -> float:
+    """Share of a picture's area that no view of ``size`` shows at once, 0 to 1."""
+    scale = enlargement(width, height, size)
+    return 1 - size[0] * size[1] / (scale**2 * width * height)
+
+
 def buckets(dataset: DatasetParams) -> tuple[Size, ...]:
     """Every size that a picture can get: a square of ``resolution``; with ``aspect_buckets`` all that are no larger.
 

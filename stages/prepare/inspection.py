@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from stages.artifacts.manifest import Augmentation, Item
 from stages.core import pictures
-from stages.core.console import UserError
+from stages.core.console import UserError, plural
 from stages.core.pictures import Checked
-from stages.prepare import geometry
+from stages.prepare import geometry, side_files
 from stages.prepare.geometry import Size
 from stages.prepare.listing import Entry, Problem
 from stages.prepare.memory import Memory
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 NUM_READERS = 4  # threads; Pillow decodes and hashlib hashes outside of Python's lock
 AHEAD = 16  # pictures handed to them at a time
 MAX_ASPECT_ERROR = 0.01  # between a mask's shape and its picture's
+MAX_CUT = 0.34  # of a picture's area: a square shows two thirds of a camera's 3:2
 NUM_EXAMPLES = 3
+ONE = {"are": "is", "have": "has", "state": "states"}
 NOTHING = "so that the loss would look at nothing; mend it, or set dataset.unmasked_weight above 0"
 
 
@@ -96,7 +98,8 @@ def inspect(entries: list[Entry], dataset: DatasetParams, files: Files, seconds:
             rows.append(row)
             for text in texts:
                 found.setdefault(text, []).append(entry.file_name)
-    said = [f"{len(names)} pictures {text} ({shown(names)})" for text, names in found.items()]
+    said = [f"{predicated(len(names), text)} ({shown(names)})" for text, names in found.items()]
+    said += heavy_crops(rows, dataset) + without_effect(rows, dataset) + side_files.grey_twins(rows)
     return Inspected(rows, problems, said, num_seen)
 
 
@@ -252,6 +255,61 @@ def remarks(row: CheckedPicture, checked: Checked, dataset: DatasetParams) -> li
         ),
     }
     return [*checked.warnings, *(text for text, applies in found.items() if applies)]
+
+
+def heavy_crops(rows: list[CheckedPicture], dataset: DatasetParams) -> list[str]:
+    """Pictures whose captions tell of much that the model does not see."""
+    shares = [geometry.cut_off(row.width, row.height, (row.target_width, row.target_height)) for row in rows]
+    heavy = [row for row, share in zip(rows, shares, strict=True) if share > MAX_CUT]
+    if not heavy:
+        return []
+    lose = plural(len(heavy), "picture loses", "pictures lose")
+    names = shown([row.entry.file_name for row in heavy])
+    return [
+        f"{lose} more than a third of the area to the crop, up to {max(shares):.0%} ({names}); {cure(heavy, dataset)}"
+    ]
+
+
+def cure(heavy: list[CheckedPicture], dataset: DatasetParams) -> str:
+    """Buckets, with the ratio that these pictures need, where they help; computed, not guessed."""
+    by_hand = "cut them to shape yourself, so that the caption fits what is left"
+    if dataset.aspect_buckets or dataset.resolution % dataset.bucket_step:
+        return by_hand
+    longest = max(max(row.width, row.height) / min(row.width, row.height) for row in heavy)
+    ratio = max(dataset.max_aspect_ratio, geometry.ceil2(longest))
+    changed = dataset.model_copy(update={"aspect_buckets": True, "max_aspect_ratio": ratio})
+    try:
+        sizes = [geometry.fit(row.width, row.height, changed) for row in heavy]
+    except UserError:
+        return by_hand
+    if any(geometry.cut_off(row.width, row.height, size) > MAX_CUT for row, size in zip(heavy, sizes, strict=True)):
+        return by_hand
+    wider = f" with dataset.max_aspect_ratio={ratio:g}" if ratio > dataset.max_aspect_ratio else ""
+    return f"dataset.aspect_buckets=true{wider} keeps them"
+
+
+def without_effect(rows: list[CheckedPicture], dataset: DatasetParams) -> list[str]:
+    """Settings that change nothing on these pictures."""
+    square = (dataset.resolution, dataset.resolution)
+    repeats = {subset.repeats for subset in dataset.as_subsets()}
+    found = {
+        f"dataset.background {dataset.background} changes nothing: no picture has a transparent pixel": (
+            dataset.background.lower() != "#ffffff" and not any(row.has_alpha for row in rows)
+        ),
+        f"dataset.aspect_buckets changes nothing: every picture is seen as {square[0]} x {square[1]}": (
+            dataset.aspect_buckets and all((row.target_width, row.target_height) == square for row in rows)
+        ),
+        f"repeats {max(repeats)} in dataset.subsets changes nothing: it is the same for all pictures": (
+            len(repeats) == 1 and max(repeats) > 1
+        ),
+    }
+    return [text for text, applies in found.items() if applies and rows]
+
+
+def predicated(count: int, text: str) -> str:
+    """``2 pictures are CMYK``, ``1 picture is CMYK``: a predicate of pictures, said of so many."""
+    verb, _, rest = text.partition(" ")
+    return f"1 picture {ONE.get(verb, verb)} {rest}" if count == 1 else f"{count:,} pictures {text}"
 
 
 def shown(names: list[str]) -> str:

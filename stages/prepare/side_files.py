@@ -11,12 +11,16 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from stages.core.console import UserError
+import numpy as np
+
+from stages.core.console import UserError, plural
 from stages.core.containers import SEPARATOR
+from stages.core.pictures import thumbnail_pixels
 from stages.prepare.mask_files import ending_of
 from stages.prepare.names import NUM_EXAMPLES, short, stem
 
 if TYPE_CHECKING:
+    from stages.prepare.inspection import CheckedPicture
     from stages.prepare.scope import Scope
 
 MASKS = {"mask", "masks", "masklabel", "matte", "mattes", "alphamask", "alphamasks"}
@@ -70,8 +74,9 @@ def refuse(scope: Scope, bare: Iterable[str], names: Iterable[str]) -> None:
         shown = ", ".join(map(short, sides[:NUM_EXAMPLES])) + (", ..." if len(sides) > NUM_EXAMPLES else "")
         what = "masks" if word in MASKS else "side pictures, such as control pictures or thumbnails,"
         cure = f"set dataset.mask to '{kind}', or " if is_readable(kind, word, sides, below) else ""
+        look = plural(len(sides), "picture looks", "pictures look")
         problems.append(
-            f"{scope.place}: {len(sides)} pictures look like {what} of others ({shown}); {cure}move them out of it;"
+            f"{scope.place}: {look} like {what} of others ({shown}); {cure}move them out of it;"
             " to train on them, write a caption for each"
         )
     if problems:
@@ -114,3 +119,36 @@ def is_readable(kind: str, word: str, sides: list[str], names: list[str]) -> boo
         return True
     stems = {stem(name) for name in names}
     return all(stem(name).partition("/")[0] == kind and stem(name).partition("/")[2] in stems for name in sides)
+
+
+def grey_twins(rows: Iterable[CheckedPicture]) -> list[str]:
+    """Warn of grey pictures that are named like a colour picture of their size and caption, such as masks and depth."""
+    grey: list[CheckedPicture] = []
+    colourful: list[CheckedPicture] = []
+    for row in rows:
+        (grey if is_grey(row) else colourful).append(row)
+    by_stem = {stem(row.entry.file_name): row for row in colourful}
+    by_base = {PurePosixPath(stem(row.entry.file_name)).name: row for row in colourful}
+    found = []
+    for row in grey:
+        own = stem(row.entry.file_name)
+        starts = [own[: match.start()] for match in re.finditer(r"[-_. ]+", own)]
+        twin = next((by_stem[start] for start in starts if start in by_stem), by_base.get(PurePosixPath(own).name))
+        if twin and alike(row, twin):
+            found.append(row.entry.file_name)
+    if not found:
+        return []
+    shown = ", ".join(map(short, found[:NUM_EXAMPLES])) + (", ..." if len(found) > NUM_EXAMPLES else "")
+    are = plural(len(found), "picture is", "pictures are")
+    return [
+        f"{are} grey and named like a colour picture of the same size and caption ({shown}); if they are masks or"
+        " control pictures, move them out of the source, or set dataset.mask"
+    ]
+
+
+def alike(one: CheckedPicture, other: CheckedPicture) -> bool:
+    return (one.width, one.height, one.entry.captions) == (other.width, other.height, other.entry.captions)
+
+
+def is_grey(row: CheckedPicture) -> bool:
+    return bool(np.ptp(thumbnail_pixels(row.thumbnail).astype(int), axis=-1).max() <= 2)

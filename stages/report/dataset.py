@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stages.artifacts.picture_table import LEFT_OUT, Row
+from stages.core import marks
 from stages.core.findings import number
 from stages.core.markdown import code, codes, facts, image, link, table
 from stages.report.inputs import Inputs
 
 MAX_ROWS = 40  # of a table
+MAX_CUT = 0.34  # of a picture's area, as prepare warns of
 MAX_NAMES = 10  # in a cell
 MAX_REASON = 300  # characters
 
@@ -59,10 +62,15 @@ def remarks(inputs: Inputs) -> list[str]:
     twins = sum(len(group) - 1 for group in same_bytes(rows))
     blank = sum(not row["captions"].strip() for row in rows)
     unlisted = number(inputs.dataset, "num_unlisted")
+    cropped = [row for row in rows if cut_off(row) > MAX_CUT]
+    most = f"{max(map(cut_off, cropped), default=0):.0%}"
+    marked = sum(marks.has_any(row["captions"]) for row in rows)
     cut, total, limit = (number(inputs.latents, f"captions.{name}") for name in ("num_cut", "num", "tokens_limit"))
     found = (
         (cut, f"Captions cut at {limit:.0f} tokens: {cut:.0f} of {total:.0f}. The model never sees the rest of them."),
         (blank, f"Empty captions: {blank}. Those pictures are learned without a prompt."),
+        (len(cropped), f"Pictures of which more than a third is cut off: {len(cropped)}, up to {most} of the area."),
+        (marked, f"Captions with marks that other programs act on: {marked}. They are learned as words."),
         (len(lost) - withheld, f"Pictures left out because something is wrong with them: {len(lost) - withheld}."),
         (withheld, f"Near-duplicates withheld: {withheld}. They look like pictures on the other side of the split."),
         (twins, f"Pictures with the same bytes as another one: {twins}. They weigh double."),
@@ -79,6 +87,7 @@ def write_page(title: str, inputs: Inputs, folder: Path) -> str:
     found = remarks(inputs)
     sections = {
         "Sizes": size_table(inputs),
+        "Cut off": cut_table(inputs, folder),
         "Repeats": repeats_table(inputs),
         "Captions": facts("What the text encoder reads", caption_facts(inputs)),
         "Duplicates": duplicates(inputs),
@@ -129,6 +138,19 @@ def size_table(inputs: Inputs) -> str:
     return body + (f"\n\nThe most enlarged picture grows by a factor of {most:.2f}." if most > 1 else "")
 
 
+def cut_table(inputs: Inputs, folder: Path) -> str:
+    """Pictures of which the model sees less than two thirds, those that lose most first."""
+    rows = sorted((row for row in kept(inputs) if cut_off(row) > MAX_CUT), key=lambda row: -cut_off(row))
+    if not rows:
+        return ""
+    lines = [
+        (code(row["file_name"]), f"{row['width']} x {row['height']}", shown_size(row["bucket"]), f"{cut_off(row):.0%}")
+        for row in rows[:MAX_ROWS]
+    ]
+    rest = and_more(len(rows) - MAX_ROWS, f"in {link('pictures.csv', inputs.pictures['table'], folder)}")
+    return table(("Picture", "its size", "as the model sees it", "cut off"), lines) + rest
+
+
 def repeats_table(inputs: Inputs) -> str:
     """Only where pictures repeat."""
     counts = Counter(int(row["repeats"] or 1) for row in kept(inputs) if row["split"] == "train")
@@ -144,6 +166,7 @@ def caption_facts(inputs: Inputs) -> dict[str, object]:
     limit = whole(latents.get("captions.tokens_limit"))
     labels = {
         "Captions that training draws from": dataset.get("num_captions"),
+        "Captions per picture, median and most": per_picture(inputs),
         "Words per caption, median and longest": pair(
             dataset.get("caption_words_median"), dataset.get("caption_words_max")
         ),
@@ -152,9 +175,16 @@ def caption_facts(inputs: Inputs) -> dict[str, object]:
         ),
         "Tokens that the text encoder reads": limit,
         "Captions that are cut there": latents.get("captions.num_cut"),
+        **{f"Captions with {mark}": n for mark, n in marks.count(row["captions"] for row in kept(inputs)).items()},
         "Empty captions": sum(not row["captions"].strip() for row in kept(inputs)),
     }
     return {label: value for label, value in labels.items() if value is not None}
+
+
+def per_picture(inputs: Inputs) -> str | None:
+    """None where each has one; lines of a .txt and variants count."""
+    counts = [int(row["num_captions"] or 1) for row in kept(inputs)]
+    return pair(statistics.median(counts), max(counts)) if max(counts, default=1) > 1 else None
 
 
 def duplicates(inputs: Inputs) -> str:
@@ -211,6 +241,12 @@ def scale(row: Row) -> float:
     """Factor between a picture and what the model sees of it."""
     width, height = (int(side) for side in row["bucket"].split("x"))
     return max(width / int(row["width"]), height / int(row["height"]))
+
+
+def cut_off(row: Row) -> float:
+    """Share of a picture's area that the model does not see."""
+    width, height = (int(side) for side in row["bucket"].split("x"))
+    return 1 - width * height / (scale(row) ** 2 * int(row["width"]) * int(row["height"]))
 
 
 def aspect(bucket: str) -> float:
