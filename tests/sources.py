@@ -54,6 +54,8 @@ def splits(listing: Listing) -> dict[str, str | None]:
 
 def others(count: int, shown: str, place: str = "data/raw") -> str:
     """The warning about files that may be pictures."""
+    if count == 1:
+        return f"1 file in {place} is no picture by its suffix and is left out ({shown}); convert it if it is one"
     return (
         f"{count} files in {place} are no pictures by their suffix and are left out ({shown}); convert those that are"
     )

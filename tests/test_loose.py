@@ -23,8 +23,8 @@ def test_text_files_beside_pictures(here: Path) -> None:
     assert listing.entries[0].place == "data/raw/a.png"
     assert listing.problems == []
     assert listing.warnings == [
-        "1 caption files in data/raw belong to no picture and are left out",
-        "1 caption files in data/raw hold several lines and the others one (a.png); each line is a caption of its own,"
+        "1 caption file in data/raw belongs to no picture and is left out",
+        "1 picture has another number of captions than others in data/raw (a.png): each line of a caption file is one,"
         " so put a caption that goes over several lines on one",
     ]
 
@@ -47,7 +47,7 @@ def test_files_that_may_be_pictures_are_told(here: Path) -> None:
     listing = listed(here)
     assert sorted(captions(listing)) == ["a.png", "c.mpo"]
     assert listing.warnings == [
-        "1 caption files in data/raw belong to no picture and are left out",
+        "1 caption file in data/raw belongs to no picture and is left out",
         others(3, "IMG_1.cr2, sub/IMG_2.CR2, without"),
     ]
 

@@ -26,7 +26,7 @@ def test_masks_below_each_subset(here: Path) -> None:
             "two/a.png",
         )
     ]
-    assert listing.warnings == ["1 masks in data/raw/one belong to no picture and are left out"]
+    assert listing.warnings == ["1 mask in data/raw/one belongs to no picture and is left out"]
 
 
 def test_masks_beside_metadata_are_no_pictures(here: Path) -> None:
@@ -87,4 +87,4 @@ def test_masks_beside_pictures(here: Path) -> None:
         "data/raw/metadata.jsonl:2: 'sub/b.png' has no mask 'b-masklabel' beside it; add one, white all over for all"
         " of it"
     ]
-    assert (listing.unlisted, listing.warnings) == ([], ["1 masks in data/raw belong to no picture and are left out"])
+    assert (listing.unlisted, listing.warnings) == ([], ["1 mask in data/raw belongs to no picture and is left out"])

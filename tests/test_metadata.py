@@ -121,7 +121,7 @@ def test_unlisted_pictures_are_counted(raw: Path) -> None:
     assert listing.unlisted == ["c.png", "d.png", "sub/e.webp"]
     assert listing.warnings == [
         "3 pictures in data/raw are not in metadata.jsonl and are left out",
-        "1 .txt files in data/raw are not read, since metadata.jsonl gives the captions",
+        "1 .txt file in data/raw is not read, since metadata.jsonl gives the captions",
     ]
 
 

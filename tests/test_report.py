@@ -488,6 +488,18 @@ def test_a_clean_dataset_has_nothing_to_look_at(workspace: Workspace) -> None:
             "Near-duplicates withheld: 1. They look like pictures on the other side of the split.",
         ),
         ([row("x.png", sha256="1.png")], {}, {}, "Pictures with the same bytes as another one: 1. They weigh double."),
+        (
+            [row("x.png", width="640", height="64")],
+            {},
+            {},
+            "Pictures of which more than a third is cut off: 1, up to 90% of the area.",
+        ),
+        (
+            [row("x.png", captions="a (fox:1.2)")],
+            {},
+            {},
+            "Captions with marks that other programs act on: 1. They are learned as words.",
+        ),
         ([], {}, {"num_unlisted": 4}, "Pictures in the source that no row names: 4. They are left out."),
     ],
 )
@@ -500,7 +512,11 @@ def test_what_is_worth_a_look_stands_on_both_pages(
 
 
 def test_sizes_are_counted_wide_to_tall(workspace: Workspace) -> None:
-    rows = [*ROWS, row("wide.png", bucket="48x24", width="32", height="16"), row("tall.png", bucket="24x48")]
+    rows = [
+        *ROWS,
+        row("wide.png", bucket="48x24", width="32", height="16"),
+        row("tall.png", bucket="24x48", width="32"),
+    ]
     section, page = pages(workspace, rows, {})
     lines = [line for line in page.splitlines() if " x " in line]
     assert lines == [
@@ -518,6 +534,23 @@ def test_repeats_and_regularization(workspace: Workspace) -> None:
     assert "| 4 | 1 | 4 |\n| 1 | 6 | 6 |\n| all | 7 | 10 |" in page
     assert "6 to train on, 2 of them for regularization, 2 held out" in page
     assert "| of them for regularization | 2 |" in section
+
+
+def test_what_the_crop_takes_and_what_captions_hold(workspace: Workspace) -> None:
+    rows = [
+        *ROWS,
+        row("pano.png", width="640", height="64", num_captions="3", captions="a {red|blue} fox <lora:ink:1>"),
+        row("wide.png", width="128", height="64", num_captions="3", captions="a {a|b}"),
+        row("camera.png", width="96", height="64"),
+    ]
+    _, page = pages(workspace, rows, {})
+    cut = page.split("## Cut off")[1].split("## ")[0]
+    assert [line for line in cut.splitlines() if line.startswith("| `")] == [
+        "| `pano.png` | 640 x 64 | 32 x 32 | 90% |",
+        "| `wide.png` | 128 x 64 | 32 x 32 | 50% |",
+    ]
+    assert "| Captions per picture, median and most | 1 and 3 |" in page
+    assert "| Captions with `{a\\|b}` | 2 |" in page and "| Captions with `<lora:...>` | 1 |" in page
 
 
 def test_duplicates_name_their_sides(workspace: Workspace) -> None:

@@ -63,7 +63,7 @@ def test_containers_beside_pictures(here: Path) -> None:
     write_tar(here / "00.tar", {"0.png": png(), "0.txt": "x"})
     assert refusal(here).startswith("data/raw: holds containers (00.tar) and loose files (preview.png); put them in")
     write_rows(here, [{"file_name": "preview.png", "text": "x"}])
-    assert listed(here).warnings == ["1 .parquet or .tar files in data/raw are not read beside metadata.jsonl"]
+    assert listed(here).warnings == ["1 .parquet or .tar file in data/raw is not read beside metadata.jsonl"]
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "tar"])
@@ -209,7 +209,7 @@ def test_members_of_a_tar(here: Path) -> None:
         " out",
         "data/raw/00.tar::a.seg.png: 'a' has 2 pictures (a.seg.png, a.png); keep one",
     ]
-    assert listing.warnings == ["1 captions in data/raw/00.tar belong to no picture"]
+    assert listing.warnings == ["1 caption in data/raw/00.tar belongs to no picture"]
 
 
 def test_tar_without_captions(here: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from stages.core.console import UserError
+from stages.core.console import UserError, plural
 from stages.core.containers import read_regular
 from stages.prepare import captions, side_files, split_names
 from stages.prepare.listing import Problem
@@ -38,8 +38,8 @@ REPEATS = re.compile(r"\d+_")  # kohya's trainers read 10_name as: ten times per
 TABLES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"}
 """Suffixes of files that may hold the captions of all pictures under a name that nobody reads."""
 MIXED_LINES = (
-    "{count} caption files in {place} hold several lines and the others one ({shown}); each line is a caption of its"
-    " own, so put a caption that goes over several lines on one"
+    "{hold} another number of captions than others in {place} ({shown}): each line of a caption file is one, so put a"
+    " caption that goes over several lines on one"
 )
 
 
@@ -71,7 +71,11 @@ def read_loose(scope: Scope, tree: Tree) -> None:
         add_loose(scope, name, prompt, beside, seen)
     scope.problems += linked_folders(scope, tree)
     orphans = [name for name in tree.texts if name not in used and not is_about(name)]
-    scope.warn_about(len(orphans), f"caption files in {scope.place} belong to no picture and are left out")
+    scope.warn_about(
+        len(orphans),
+        f"caption file in {scope.place} belongs to no picture and is left out",
+        f"caption files in {scope.place} belong to no picture and are left out",
+    )
     warn_of_lines(scope)
     warn_of_kohya_repeats(scope)
 
@@ -193,7 +197,8 @@ def warn_of_lines(scope: Scope) -> None:
     several = [entry.file_name for entry in scope.entries if len(entry.captions) > 1]
     if several and len({len(entry.captions) for entry in scope.entries}) > 1:
         shown = ", ".join(map(short, several[:NUM_EXAMPLES])) + (", ..." if len(several) > NUM_EXAMPLES else "")
-        scope.warnings.append(MIXED_LINES.format(count=len(several), place=scope.place, shown=shown))
+        hold = plural(len(several), "picture has", "pictures have")
+        scope.warnings.append(MIXED_LINES.format(hold=hold, place=scope.place, shown=shown))
 
 
 def linked_folders(scope: Scope, tree: Tree) -> list[Problem]:

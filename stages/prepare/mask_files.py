@@ -53,7 +53,11 @@ def attach(scope: Scope, beside: list[str]) -> None:
     of_pictures = {stem(name) for name in scope.names}
     of_pictures |= {stem(name.removeprefix(scope.root.prefix)) for name in scope.unlisted}
     of_pictures |= {stem(p.file_name.removeprefix(scope.root.prefix)) for p in scope.problems if p.file_name}
-    scope.warn_about(len(masks.keys() - of_pictures), f"masks in {scope.place} belong to no picture and are left out")
+    scope.warn_about(
+        len(masks.keys() - of_pictures),
+        f"mask in {scope.place} belongs to no picture and is left out",
+        f"masks in {scope.place} belong to no picture and are left out",
+    )
     listed = list(zip(scope.entries, scope.names, strict=True))
     scope.entries, scope.names = [], []
     for entry, name in listed:

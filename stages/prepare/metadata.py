@@ -33,11 +33,24 @@ def read_metadata(scope: Scope, tree: Tree) -> None:
                 named.add(add_row(scope, table, row, prompt, seen))
     scope.unlisted = [scope.root.prefix + name for name in tree.pictures if name not in named]
     files = " and ".join(sorted({PurePosixPath(name).name for name in tree.metadata}))
-    scope.warn_about(len(scope.unlisted), f"pictures in {scope.place} are not in {files} and are left out")
+    place = scope.place
+    scope.warn_about(
+        len(scope.unlisted),
+        f"picture in {place} is not in {files} and is left out",
+        f"pictures in {place} are not in {files} and are left out",
+    )
     stems = {stem(name) for name in tree.pictures}
     num_texts = sum(stem(name) in stems for name in tree.texts)
-    scope.warn_about(num_texts, f".txt files in {scope.place} are not read, since {files} gives the captions")
-    scope.warn_about(len(tree.containers), f".parquet or .tar files in {scope.place} are not read beside {files}")
+    scope.warn_about(
+        num_texts,
+        f".txt file in {place} is not read, since {files} gives the captions",
+        f".txt files in {place} are not read, since {files} gives the captions",
+    )
+    scope.warn_about(
+        len(tree.containers),
+        f".parquet or .tar file in {place} is not read beside {files}",
+        f".parquet or .tar files in {place} are not read beside {files}",
+    )
 
 
 def refuse_two_kinds(scope: Scope, tree: Tree) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from stages.core.console import UserError
+from stages.core.console import UserError, plural
 from stages.prepare.listing import Entry, Problem
 from stages.prepare.names import Root
 from stages.prepare.params import DatasetParams, Subset
@@ -58,9 +58,10 @@ class Scope:
         self.entries.append(Entry(self.root.prefix + name, found, place, self.index, split))
         self.names.append(name)
 
-    def warn_about(self, count: int, what: str) -> None:
+    def warn_about(self, count: int, one: str, many: str) -> None:
+        """Where there are any; both texts with their verb, ``file is`` and ``files are``."""
         if count:
-            self.warnings.append(f"{count} {what}")
+            self.warnings.append(plural(count, one, many))
 
 
 def attempt(problems: list[str], function: Callable[[], T]) -> T | None:

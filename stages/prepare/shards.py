@@ -66,7 +66,10 @@ def read_shards(scope: Scope, names: list[str]) -> None:
     prompt = instance_prompt(scope, has_texts or scope.column in columns, place, missing)
     for shard in shards:
         add_shard(scope, shard, prompt)
-    scope.warn_about(sum(shard.num_orphans for shard in shards), f"captions in {place} belong to no picture")
+    num_orphans = sum(shard.num_orphans for shard in shards)
+    scope.warn_about(
+        num_orphans, f"caption in {place} belongs to no picture", f"captions in {place} belong to no picture"
+    )
 
 
 def no_texts(scope: Scope, place: str) -> str:

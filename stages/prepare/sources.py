@@ -230,13 +230,18 @@ def warn_of_others(scope: Scope, tree: Tree) -> None:
     beside = {name for names in files_beside(tree.pictures, tree.others).values() for name in names}
     used = told.union(scope.names)
     others = [name for name in tree.others if name not in used and not is_companion(name)]
-    for text, names in (
-        ("files beside pictures of {place} are not read ({shown}); captions are read from .txt", beside),
+    for names, one, many in (
         (
-            "files in {place} are no pictures by their suffix and are left out ({shown}); convert those that are",
+            beside,
+            "file beside pictures of {place} is not read ({shown}); captions are read from .txt",
+            "files beside pictures of {place} are not read ({shown}); captions are read from .txt",
+        ),
+        (
             set(others) - beside,
+            "file in {place} is no picture by its suffix and is left out ({shown}); convert it if it is one",
+            "files in {place} are no pictures by their suffix and are left out ({shown}); convert those that are",
         ),
     ):
         found = [scope.below_it(name) for name in others if name in names and not name.endswith(".json")]
         shown = ", ".join(map(printable, found[:NUM_EXAMPLES])) + (", ..." if len(found) > NUM_EXAMPLES else "")
-        scope.warn_about(len(found), text.format(place=scope.place, shown=shown))
+        scope.warn_about(len(found), *(text.format(place=scope.place, shown=shown) for text in (one, many)))

@@ -175,7 +175,9 @@ def caption_facts(inputs: Inputs) -> dict[str, object]:
         ),
         "Tokens that the text encoder reads": limit,
         "Captions that are cut there": latents.get("captions.num_cut"),
-        **{f"Captions with {mark}": n for mark, n in marks.count(row["captions"] for row in kept(inputs)).items()},
+        **{
+            f"Captions with {code(mark)}": n for mark, n in marks.count(row["captions"] for row in kept(inputs)).items()
+        },
         "Empty captions": sum(not row["captions"].strip() for row in kept(inputs)),
     }
     return {label: value for label, value in labels.items() if value is not None}
