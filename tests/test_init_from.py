@@ -229,6 +229,10 @@ STYLES = {
     "dots, down and up": ("diffusion_model.", "lora_down.weight", "lora_up.weight", torch.uint8),
 }
 """Prefix, ending of A, of B, and dtype of alpha; no alpha means that of the rank."""
+DEFAULT_STYLES = [
+    *(("flux", "int64 alpha"), ("flux", "comfyui"), ("sd3", "kohya"), ("sd3", "comfyui, alpha")),
+    *(("z_image", "comfyui"), ("z_image", "dots, down and up")),
+]
 
 
 def original_file(family: str, style: str, rank: int = 4, alpha: int = 3) -> dict[str, torch.Tensor]:
@@ -274,8 +278,14 @@ def test_a_unets_blocks_as_the_original_checkpoint_counts_them(
         torch.testing.assert_close(change(denoiser, name), expected, atol=1e-5, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("family", sorted(ORIGINAL))
+@pytest.mark.parametrize(
+    ("family", "style"),
+    [
+        pytest.param(family, style, marks=[] if (family, style) in DEFAULT_STYLES else [pytest.mark.slow])
+        for family in sorted(ORIGINAL)
+        for style in STYLES
+    ],
+)
 def test_layers_of_the_original_checkpoint_are_taken_apart(
     workspace: Workspace, bases: dict[str, Path], family: str, style: str
 ) -> None:

@@ -22,6 +22,8 @@ CASES = [
     for file in ("comfyui", "diffusers")
     if verdict(family, kind, file, "diffusers")
 ]
+DEFAULT = [("LoRA, patterns", "comfyui"), ("DoRA, all layers", "comfyui"), ("LoKr", "comfyui"), ("rsLoRA", "diffusers")]
+"""Kind and format, of each family."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,10 @@ def test_the_table_is_of_the_diffusers_that_is_here_and_answers_once() -> None:
     assert all(set(row["readers"]) <= set(TABLE["columns"]) for row in TABLE["rows"])
 
 
-@pytest.mark.parametrize(("family", "kind", "file"), CASES)
+@pytest.mark.parametrize(
+    ("family", "kind", "file"),
+    [pytest.param(*case, marks=[] if case[1:] in DEFAULT else [pytest.mark.slow]) for case in CASES],
+)
 def test_diffusers_reads_it_as_the_table_says(
     pipelines: dict[str, Any], tmp_path: Path, family: str, kind: str, file: str
 ) -> None:
