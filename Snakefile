@@ -203,6 +203,7 @@ rule all:
         ["reports/sweep/leaderboard.md"] if len(RUNS) > 1 else [],
 
 
+# A message takes the place of the list of inputs, which here are all pictures by name.
 rule prepare:
     input:
         raw=tracked("prepare", "dataset.source"),
@@ -220,6 +221,8 @@ rule prepare:
         code=code("prepare"),
         sections=sections("prepare"),
         options=options("prepare", "prepared", "dataset_reports"),
+    message:
+        "prepare: {wildcards.dataset}"
     shell:
         "python -m stages.prepare --params $LORA_PARAMS {params.options} > {log} 2>&1"
 
@@ -243,6 +246,8 @@ rule cache_latents:
         code=code("cache_latents"),
         sections=sections("cache_latents"),
         options=options("cache_latents", "prepared", "latents", "latents_reports"),
+    message:
+        "cache_latents: {wildcards.dataset}/{wildcards.latents}"
     shell:
         "python -m stages.cache_latents --params $LORA_PARAMS {params.options} > {log} 2>&1"
 

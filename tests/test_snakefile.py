@@ -316,6 +316,13 @@ def test_a_sweep_is_refused_before_any_job(stubbed: Stubbed, words: list[str], m
     assert "Traceback" not in done.stderr and stubbed.ran() == []
 
 
+def test_the_log_does_not_list_every_picture(stubbed: Stubbed) -> None:
+    done = stubbed.snakemake("--dry-run", "--forceall")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "prepare: raw" in said and "cache_latents: raw/latents" in said
+    assert "data/raw/03.png" not in said
+
+
 @pytest.mark.parametrize(
     ("device", "threads", "gpus"), [("auto", 6, 2), pytest.param("cpu", 6, 0, marks=pytest.mark.slow)]
 )

@@ -110,6 +110,21 @@ def test_alpha_null_is_the_run_of_its_number_and_stays_null_for_the_stages() -> 
     assert len(sweep.plan(tree(rows=rows, exclude=[{"lora.alpha": None}]))) == 1
 
 
+def test_names_carry_what_differs() -> None:
+    """What all runs have in common is a digest, or nothing where params.yaml has it too; alone it is spelled out."""
+    common = {"train.num_steps": [40], "train.batch_size": [4], "validate.prompts": [["a fox in snow"]]}
+    (first, second) = names(grid={"lora.rank": [4, 16]} | common)
+    mark = re.fullmatch(r"raw/rank-4,with-([0-9a-f]{6})-s0", first)
+    assert mark and second == f"raw/rank-16,with-{mark[1]}-s0"
+    assert places("train", grid={"lora.rank": [4, 16]} | common)[0] != first  # of fewer sections
+    (other, _) = names(grid={"lora.rank": [4, 16]} | common | {"train.num_steps": [50]})
+    assert other != first and other.startswith("raw/rank-4,with-")
+    own = read_yaml(REPOSITORY / "params.yaml")["train"]["batch_size"]
+    assert names(grid={"lora.rank": [4, 16], "train.batch_size": [own]}) == ["raw/rank-4-s0", "raw/rank-16-s0"]
+    assert names(grid={"lora.rank": [4, 16], "train.num_steps": [40]})[0] == "raw/rank-4,num_steps-40-s0"
+    assert "num_steps-40" in names(grid=common)[0] and "a_fox_in_snow" in names(grid=common)[0]
+
+
 def test_names_do_not_change_when_the_sweep_grows() -> None:
     few = names(rows=[{"lora.rank": 4}])
     assert few[0] in names(rows=[{"train.num_steps": 90}, {"lora.rank": 4}], seeds=[3, 0])

@@ -138,7 +138,7 @@ def plan(tree: dict[str, Any], source: Path = Path("params.yaml")) -> list[Run]:
         problems.append(f"{source} sweep.exclude: leaves no run; take an entry out")
     if problems:
         raise UserError(*problems)
-    return placed(kept)
+    return placed(kept, shared(runs, tree))
 
 
 def from_command_line(tree: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -274,8 +274,19 @@ def asked(run: Run, key: str) -> Any:
     return (dict(value) if isinstance(value, Params) else run.value(key)) if value != {} else None
 
 
-def placed(runs: list[Run]) -> list[Run]:
+def shared(runs: list[Run], tree: dict[str, Any]) -> dict[str, bool]:
+    """Keys that every run overrides with one value -> whether params.yaml has it too; none where there is one run."""
+    keys = set.intersection(*(set(run.overrides) for run in runs)) if len(runs) > 1 else set()
+    values = {key: {text(run.overrides[key]) for run in runs} for key in keys}
+    own = {key: text(tree[key.partition(".")[0]].get(key.partition(".")[2])) for key in keys}
+    return {key: own[key] in values[key] for key in keys if len(values[key]) == 1}
+
+
+def placed(runs: list[Run], constant: dict[str, bool]) -> list[Run]:
     """With each stage in the folder of the first run that has the same sections behind it.
+
+    Args:
+        constant: as ``shared`` gives it.
 
     Raises:
         UserError: two settings would write into one folder.
@@ -287,33 +298,41 @@ def placed(runs: list[Run]) -> list[Run]:
         places = {}
         for stage, sections in SECTIONS_BEHIND.items():
             key = (stage, *(texts[id(run.values[name])] for name in sections))
-            places[stage] = known.setdefault(key, place(run, stage))
+            places[stage] = known.setdefault(key, place(run, stage, constant))
         found.setdefault(places["report"], Run(run.overrides, run.config, run.values, places))
-    shared = Counter((key[0], where) for key, where in known.items())
-    if twice := [f"runs/{where} ({stage})" for (stage, where), count in shared.items() if count > 1]:
+    users = Counter((key[0], where) for key, where in known.items())
+    if twice := [f"runs/{where} ({stage})" for (stage, where), count in users.items() if count > 1]:
         cure = "two settings have this folder's name; sweep one of them, or take out what tells them apart"
         raise UserError(*(f"params.yaml sweep: {folder}: {cure}" for folder in twice))
     return list(found.values())
 
 
-def place(run: Run, stage: str) -> str:
+def place(run: Run, stage: str, constant: dict[str, bool]) -> str:
     """``raw``, ``raw/latents-dtype-float32`` or ``raw/rank-16-s0``, by the overrides behind the stage."""
     source, seed = run.value("dataset.source"), run.value("train.seed")
     inside = source.removeprefix("data/")
     elsewhere = inside == source  # raw is not data/raw
-    dataset = named([readable([source] if elsewhere else inside), *labels(run, ("dataset",))])
+    dataset = named([readable([source] if elsewhere else inside), *labels(run, ("dataset",), constant)])
     if stage == "prepare":
         return dataset
-    own = labels(run, tuple(name for name in SECTIONS_BEHIND[stage] if name != "dataset"))
+    own = labels(run, tuple(name for name in SECTIONS_BEHIND[stage] if name != "dataset"), constant)
     if stage == "cache_latents":
         return f"{dataset}/{named(['latents', *own], '-')}"
     return f"{dataset}/{named(own or ['default'])}-s{seed}"
 
 
-def labels(run: Run, sections: tuple[str, ...]) -> list[str]:
-    """``rank-16``, in the order of the sections' fields; the axes of their own stand elsewhere in the name."""
+def labels(run: Run, sections: tuple[str, ...], constant: dict[str, bool]) -> list[str]:
+    """``rank-16``, in the order of the sections' fields; the axes of their own stand elsewhere in the name.
+
+    What all runs have in common is left out where params.yaml has it too; else several are a digest, ``with-3fa2b1``.
+    """
     keys = [key for key in all_keys() if key in run.overrides and key.partition(".")[0] in sections]
-    return [f"{all_keys()[key]}-{readable(run.overrides[key])}" for key in keys if key not in OWN_AXIS]
+    keys = [key for key in keys if key not in OWN_AXIS and not constant.get(key)]
+    common = {key: run.overrides[key] for key in keys if key in constant}
+    if not 1 < len(common) < len(keys):
+        common = {}
+    found = [f"{all_keys()[key]}-{readable(run.overrides[key])}" for key in keys if key not in common]
+    return found + ([f"with-{digest(text(common))}"] if common else [])
 
 
 @functools.cache
