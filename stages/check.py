@@ -75,9 +75,9 @@ def main() -> None:
     found += [problem for problem in sweep_problems(runs) if problem not in found]
     if found:
         raise UserError(*found)
-    log.info("parameters  %s, %d sections", args.params, len(config.sections))
+    log.info("parameters  %s, %s", args.params, plural(len(config.sections), "section"))
     if len(runs) > 1:
-        log.info("sweep       %d runs", len(runs))
+        log.info("sweep       %s", plural(len(runs), "run"))
     log.info("base        %s, family %s", model.pretrained, model.family)
     if base.to_do:
         log.info("            %s", base.to_do)
@@ -312,7 +312,7 @@ def check_device(config: Config, configs: ModelParams | None) -> torch.device:
     device = setup(config.section(RuntimeParams), model)
     import torch
 
-    log.info("device      %s, %d threads, %s", device, torch.get_num_threads(), model.dtype)
+    log.info("device      %s, %s, %s", device, plural(torch.get_num_threads(), "thread"), model.dtype)
     if configs:
         slow_dtype.warn(device, configs)
     sys.stdout.flush()
@@ -353,7 +353,7 @@ def check_training(config: Config, configs: ModelParams, device: torch.device) -
     with torch.device("meta"), quiet.no_warnings():  # of weights that are cast, and there are none
         denoiser = cls.from_config(components.config(configs, family.DENOISER)).to(getattr(torch, configs.dtype))
         lora.inject(denoiser, lora.make_config(lora_params, denoiser))
-    log.info("adapter     %d layers", len(lora.targets(denoiser)))
+    log.info("adapter     %s", plural(len(lora.targets(denoiser)), "layer"))
     if lora_params.init_from is not None:
         init_from.read(lora_params, denoiser)
         log.info("start       %s", lora_params.init_from.path)

@@ -222,7 +222,7 @@ def test_a_bias_that_the_base_never_uses_is_a_warning(workspace: Workspace, capl
     for _ in range(4):
         watch.gradients()
     watch.end()
-    assert "no gradient ever reached 1 trained biases, such as unused" in caplog.text
+    assert "no gradient ever reached 1 trained bias, such as unused" in caplog.text
 
 
 def test_without_biases_nothing_is_said_of_them(workspace: Workspace) -> None:

@@ -53,7 +53,7 @@ def test_all_is_well(workspace: Workspace) -> None:
     names = ["parameters", "base", "dataset", "packages", "disk", "device", "objective", "captions", "adapter"]
     assert [line.split()[0] for line in lines] == names
     assert lines[6] == "objective   v_prediction"
-    assert "torch 2.13" in lines[3] and lines[5] == "device      cpu, 1 threads, float32"
+    assert "torch 2.13" in lines[3] and lines[5] == "device      cpu, 1 thread, float32"
 
 
 def test_notes_of_what_a_run_will_tell_little_with(workspace: Workspace) -> None:

@@ -219,7 +219,7 @@ def test_a_damaged_entry_that_does_not_fit_any_more_is_one_line(workspace: Works
     entry = sorted(Path(".state/store/latents").rglob("*.safetensors"))[0]
     entry.write_bytes(entry.read_bytes()[:-1] + b"\x07")
     short.fits = 2
-    with pytest.raises(UserError, match="store/latents: 1 damaged entries are deleted, .*; run again: smaller batches"):
+    with pytest.raises(UserError, match="store/latents: 1 damaged entry is deleted, .*; run again: smaller batches"):
         workspace.run("cache_latents")
     assert not entry.exists()
     assert workspace.run("cache_latents")[-1] == "encoded 8, reused 0"

@@ -113,8 +113,8 @@ def test_lost_and_edited_files_are_fetched_again(
     spoil(folder / "train/a.png")
     assert (hub.fetch(Path("data/pin.yaml")) / "train/a.png").read_bytes() == png(0)
     assert (
-        "warning: 1 files of the snapshot of data/pin.yaml were changed or lost since they were downloaded, such as"
-        " train/a.png; they are fetched again"
+        "warning: the snapshot of data/pin.yaml has 1 file that was changed or lost since the download, such as"
+        " train/a.png; fetching again"
     ) in caplog.text
 
 
@@ -149,8 +149,8 @@ def test_files_put_into_a_snapshot_are_no_part_of_the_commit(repository: Reposit
     assert hub.fetch(Path("data/pin.yaml")) == folder
     (folder / "train/b.png").write_bytes(png(1))
     (problem,) = problems(lambda: hub.fetch(Path("data/pin.yaml")))
-    assert problem.startswith("data/pin.yaml: 1 files in ") and problem.endswith(
-        " are none of acme/icons, such as train/b.png; move them to a folder of your own"
+    assert problem.startswith("data/pin.yaml: 1 file in ") and problem.endswith(
+        " is none of acme/icons, such as train/b.png; move them to a folder of your own"
     )
 
 

@@ -147,7 +147,7 @@ def test_warnings_are_one_line_for_all_pictures() -> None:
     found = look(Blobs(**blobs, x__jpg=encoded(picture(1, 64))))
     assert found.warnings == [
         "5 pictures are CMYK and are converted to sRGB (0.jpg, 1.jpg, 2.jpg, ...)",
-        "1 picture is PNG files under another format's suffix (x.jpg)",
+        "1 picture holds PNG data under another format's suffix (x.jpg)",
     ]
 
 

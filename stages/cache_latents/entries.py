@@ -29,7 +29,7 @@ from stages.cache_latents.encoding import (
     encode_all,
 )
 from stages.cache_latents.keys import Setting, caption_key, mask_key, picture_key
-from stages.core.console import UserError, log
+from stages.core.console import UserError, log, plural
 from stages.core.pictures import cut_mask, cut_view, decode, decode_mask
 from stages.core.progress import Bar
 
@@ -391,7 +391,8 @@ def repair(work: Views | Captions | Masks) -> None:
     except OutOfMemory:
         for key in damaged:
             store.path(work.kind, key).unlink(missing_ok=True)
+        gone = plural(len(damaged), "damaged entry is", "damaged entries are")
         raise UserError(
-            f"{store.root / work.kind}: {len(damaged)} damaged entries are deleted, since a batch to make them again "
+            f"{store.root / work.kind}: {gone} deleted, since a batch to make them again "
             "does not fit into memory any more; run again: smaller batches are tried then"
         ) from None

@@ -48,7 +48,10 @@ def show(context: Context, prepared: Path, latents: Path) -> None:
         log.info("%s: %s", name, ", ".join(found))
     num_bad = len(reasons.keys() - {EMPTY})
     log.info(
-        "%d pictures: %d valid, %d not", len(context.manifest.items), len(context.manifest.items) - num_bad, num_bad
+        "%s: %d valid, %d not",
+        plural(len(context.manifest.items), "picture"),
+        len(context.manifest.items) - num_bad,
+        num_bad,
     )
     if edited:
         log.info("prepare must run first: python -m stages.prepare, or dvc repro")

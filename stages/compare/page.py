@@ -13,6 +13,7 @@ from stages.compare.settings import SEED, changed_inputs, differing, unexplained
 from stages.compare.sides import Side, shared_prompts
 from stages.compare.verdict import Verdict
 from stages.core import findings
+from stages.core.console import plural
 from stages.core.dataset_changes import Changes, compare_tables
 from stages.core.files import from_json, sha256_file
 from stages.core.markdown import MINUS, code, codes, facts, image, numbered, signed, table
@@ -90,7 +91,9 @@ def basis(a: Side, b: Side, verdict: Verdict) -> str:
     if verdict.word in ("not comparable", "equal"):
         return ""
     n, (of_a, of_b) = verdict.num_pictures, verdict.num_each
-    pictures = f"{n} held-out pictures" + (f" that both have (of {of_a} and {of_b})" if (n, n) != (of_a, of_b) else "")
+    pictures = plural(n, "held-out picture") + (
+        f" that both have (of {of_a} and {of_b})" if (n, n) != (of_a, of_b) else ""
+    )
     losses = f" Held-out loss {verdict.loss:.4f} → {verdict.loss + verdict.change.mean:.4f}"
     if verdict.same_setting and not verdict.df:
         return f"{losses}. Both report the same setting and seed: another machine, or files edited by hand."
@@ -169,7 +172,7 @@ def metrics_table(sides: Sequence[Side], verdicts: Sequence[Verdict]) -> str:
     moved = [key for key in numbers if len({json.dumps(side.metrics.get(key)) for side in sides}) > 1]
     moved.sort(key=lambda key: not key.startswith("val."))
     if not moved:
-        return f"All {len(numbers)} are equal."
+        return f"All {len(numbers)} are equal." if len(numbers) != 1 else "It is equal."
     marks = [mark_of(first, side, verdict) for side, verdict in zip(others, verdicts, strict=True)]
     marked = list(zip(others, marks, strict=True))
     rows = [
@@ -178,7 +181,7 @@ def metrics_table(sides: Sequence[Side], verdicts: Sequence[Verdict]) -> str:
     ]
     legend = f" ✓ better, ✗ worse than {first.name}." if any(marks) else ""
     head = ("Metric", *(side.name for side in sides))
-    return f"{table(head, rows)}\n\n{len(numbers) - len(moved)} others are equal.{legend}"
+    return f"{table(head, rows)}\n\n{plural(len(numbers) - len(moved), 'other is', 'others are')} equal.{legend}"
 
 
 def mark_of(a: Side, b: Side, verdict: Verdict) -> str | None:

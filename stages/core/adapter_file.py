@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.base_files import read_header
-from stages.core.console import UserError
+from stages.core.console import UserError, plural
 from stages.core.files import from_json, load_metadata, load_tensors, read_json, sha256_file
 from stages.core.original_layout import Part, parts, swap_halves, swapped_layers
 from stages.core.pin import SETTING, config_beside
@@ -208,14 +208,15 @@ def grouped(tensors: Tensors, file: Path) -> dict[str, Tensors]:
             groups.setdefault(module, {})[LEAVES[leaf]] = tensor
     problems = []
     if unknown:
+        keys = plural(len(unknown), "key that is", "keys that are")
         problems.append(
-            f"{SETTING}: '{file}' has {len(unknown)} keys that are no LoRA's ({unknown[0]}); LoHa, LoKr and whole "
-            "weights have no place here"
+            f"{SETTING}: '{file}' has {keys} no LoRA's ({unknown[0]}); LoHa, LoKr and whole weights have no place here"
         )
     if text:
+        layers = plural(len(text), "layer")
         problems.append(
-            f"{SETTING}: '{file}' also adapts a text encoder ({len(text)} layers), which is not trained here; "
-            "start from a file without it"
+            f"{SETTING}: '{file}' also adapts a text encoder ({layers}), which is not trained here; start from"
+            " a file without it"
         )
     odd = [
         module

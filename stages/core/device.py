@@ -11,7 +11,7 @@ import platform
 from typing import TYPE_CHECKING
 
 from stages.core import slow_dtype
-from stages.core.console import UserError, log
+from stages.core.console import UserError, log, plural
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ def log_device(device: torch.device, model: ModelParams) -> None:
     """What computes, and whether its dtype is slow there."""
     import torch
 
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    threads = f", {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     log.info("device      %s%s, frozen weights and autocast in %s, adapter in float32", device, threads, model.dtype)
     if log.isEnabledFor(logging.INFO):  # else this is one of several processes, and not the one that speaks
         slow_dtype.warn(device, model)

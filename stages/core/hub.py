@@ -20,7 +20,7 @@ from typing import Any, Literal, TypedDict
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.events import AliasEvent
 
-from stages.core.console import REMEDIES, UserError, log
+from stages.core.console import REMEDIES, UserError, log, plural
 from stages.core.files import from_json, sha256_file, sha256_json, state_dir, write_json
 from stages.core.params import read_yaml, unknown
 
@@ -88,9 +88,8 @@ def fetch(path: Path, verify: bool = True, pin: Pin | None = None) -> Path:
         return pin.folder
     if spoiled:
         log.warning(
-            "warning: %d files of the snapshot of %s were changed or lost since they were downloaded, such as %s; they"
-            " are fetched again",
-            *(len(spoiled), path, spoiled[0]),
+            "warning: the snapshot of %s has %s changed or lost since the download, such as %s; fetching again",
+            *(path, plural(len(spoiled), "file that was", "files that were"), spoiled[0]),
         )
     for name in spoiled:  # the client could take it for what the Hub holds
         (pin.folder / name).unlink(missing_ok=True)
@@ -127,7 +126,8 @@ def refuse_strangers(path: Path, pin: Pin, stated: dict[str, FileState]) -> None
     there = {file.relative_to(pin.folder) for file in pin.folder.rglob("*") if not file.is_dir()}
     strangers = sorted(str(name) for name in there if str(name) not in stated and not hidden(name))
     if strangers:
-        found = f"{len(strangers)} files in {pin.folder} are none of {pin.hub}, such as {strangers[0]}"
+        files = plural(len(strangers), f"file in {pin.folder} is", f"files in {pin.folder} are")
+        found = f"{files} none of {pin.hub}, such as {strangers[0]}"
         raise UserError(f"{path}: {found}; move them to a folder of your own")
 
 
@@ -237,7 +237,9 @@ def download(path: Path, pin: Pin) -> list[str]:
         )
     missing = [name for name in wanted if not (pin.folder / name).is_file()]
     if missing:
-        raise UserError(f"{path}: {len(missing)} files of {pin.hub} did not arrive, such as {missing[0]}; run again")
+        raise UserError(
+            f"{path}: {plural(len(missing), 'file')} of {pin.hub} did not arrive, such as {missing[0]}; run again"
+        )
     return wanted
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.core.console import UserError, log
+from stages.core.console import UserError, log, plural
 
 if TYPE_CHECKING:
     from stages.core.adapted import Adapted
@@ -126,7 +126,8 @@ class Watch:
             return
         biases = sorted(name for name in self.silent if name.endswith(".delta"))
         if biases:  # lora.bias all takes every one
-            log.warning("warning: no gradient ever reached %d trained biases, such as %s", len(biases), biases[0])
+            what = plural(len(biases), "trained bias", "trained biases")
+            log.warning("warning: no gradient ever reached %s, such as %s", what, biases[0])
         layers = {name: layer(name) for name in self.trainable if not name.endswith(".delta")}
         reached = {layers[name] for name in layers.keys() - self.silent}
         unused = sorted(set(layers.values()) - reached)

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from ruamel.yaml import YAML, YAMLError
 
-from stages.core.console import UserError
+from stages.core.console import UserError, plural
 from stages.core.files import from_json
 from stages.core.params import (
     SECTIONS,
@@ -401,7 +401,7 @@ def summary(runs: list[Run], measured: list[float], root: Path = Path()) -> list
     done = sum(train["num_steps"] for at, train in adapters.items() if (root / at / "adapter.json").is_file())
     here = f"; {done:,} of the steps are of adapters that are there" if done else ""
     images = sum(train["num_steps"] * train["batch_size"] * train["gradient_accumulation_steps"] for train in trainings)
-    lines = [f"sweep: {len(runs)} runs; all in all {stages}"]
+    lines = [f"sweep: {plural(len(runs), 'run')}; all in all {stages}"]
     if not measured:
         return [
             *lines,

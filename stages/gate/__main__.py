@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from stages.artifacts import metrics
 from stages.compare.revisions import find_commit
 from stages.core import params, sharing
-from stages.core.console import UserError, as_path, bare_parser, log, run
+from stages.core.console import UserError, as_path, bare_parser, log, plural, run
 from stages.core.files import write_text
 from stages.core.git import git
 from stages.gate import against, figures, limits, lock, rules, tree
@@ -70,7 +70,7 @@ def judge(place: Place, out: Path | None) -> None:
     for answer in answers:
         if answer.neutral:
             log.info("neutral     report.gates.%s: %s", answer.gate, answer.measured)
-    log.info("passed      %d gates", sum(not answer.neutral for answer in answers))
+    log.info("passed      %s", plural(sum(not answer.neutral for answer in answers), "gate"))
 
 
 def gates() -> Gates:

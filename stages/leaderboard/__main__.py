@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.core import params, sweep
-from stages.core.console import UserError, log, parser, run
+from stages.core.console import UserError, log, parser, plural, run
 from stages.core.files import replaced, write_text
 from stages.leaderboard.page import heading, headline, write_csv, write_page
 from stages.leaderboard.pictures import draw_contact, draw_effects
@@ -25,7 +25,9 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     runs = sweep.plan(params.overridden(args.params, args.overrides), args.params)
     if not any(Path(f"runs/{each.places['prepare']}").is_dir() for each in runs):
-        raise UserError(f"runs/: none of the sweep's {len(runs)} runs ({args.params}) has begun; run `snakemake` first")
+        raise UserError(
+            f"runs/: none of the sweep's {plural(len(runs), 'run')} ({args.params}) has begun; run `snakemake` first"
+        )
     write_board(runs, OUT)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from stages.compare.confounds import confounds
 from stages.compare.page import crossed_by
 from stages.core import evaluation
+from stages.core.console import plural
 from stages.core.evaluation import Estimate
 from stages.core.findings import BOOTSTRAP, FEW_PICTURES, cannot_tell
 from stages.core.markdown import code, decimals, image, interval, signed, table
@@ -94,7 +95,11 @@ def headline(each: Table) -> str:
     if not others:
         return f"**{best.name}** alone: {against}."
     near = sum(other.verdict != "worse" for other in others)
-    told = "all others are worse beyond noise" if not near else f"{near} of {len(others)} others within noise of it"
+    told = (
+        "all others are worse beyond noise"
+        if not near
+        else f"{near} of {plural(len(others), 'other')} within noise of it"
+    )
     verdict = f"Best: **{best.name}**, {against}; {told}."
     verdict += f" {cannot_tell(each.num_pictures, best.results[0].done.lineage)}." if few else ""
     return " ".join([verdict, *confounds(*(standing.results[0].done for standing in each.standings))])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.compare.sheets import cut_cells
 from stages.compare.sides import shared_prompts
+from stages.core.console import plural
 from stages.core.files import atomic
 from stages.leaderboard.page import SEED, base_loss, heading, runs_of, show, swept_keys
 from stages.leaderboard.ranking import Standing, Table
@@ -62,7 +63,11 @@ def draw_effects(tables: Sequence[Table], path: Path) -> str:
         with atomic(path) as temporary:
             figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
         plt.close(figure)
-    return f"Without {', '.join(swept[MAX_KEYS:])}: {MAX_KEYS} keys at most are drawn." if swept[MAX_KEYS:] else ""
+    return (
+        f"Without {', '.join(swept[MAX_KEYS:])}: at most {plural(MAX_KEYS, 'key is', 'keys are')} drawn."
+        if swept[MAX_KEYS:]
+        else ""
+    )
 
 
 def draw_sizes(panel: Axes, tables: Sequence[Table]) -> None:

@@ -30,7 +30,7 @@ AHEAD = 16  # pictures handed to them at a time
 MAX_ASPECT_ERROR = 0.01  # between a mask's shape and its picture's
 MAX_CUT = 0.34  # of a picture's area: a square shows two thirds of a camera's 3:2
 NUM_EXAMPLES = 3
-ONE = {"are": "is", "have": "has", "state": "states"}
+ONE = {"are": "is", "have": "has", "state": "states", "hold": "holds"}
 NOTHING = "so that the loss would look at nothing; mend it, or set dataset.unmasked_weight above 0"
 
 
@@ -245,7 +245,7 @@ def remarks(row: CheckedPicture, checked: Checked, dataset: DatasetParams) -> li
     size = (row.target_width, row.target_height)
     unmoved = row.width * size[1] == row.height * size[0]
     found = {
-        f"are {checked.format} files under another format's suffix": pictures.misnamed(row.entry.file_name, checked),
+        f"hold {checked.format} data under another format's suffix": pictures.misnamed(row.entry.file_name, checked),
         "are enlarged, as dataset.max_upscale allows": geometry.enlargement(row.width, row.height, size) > 1,
         "have the shape that the model sees, so that dataset.crop random changes nothing": (
             dataset.crop == "random" and unmoved

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from stages.artifacts.manifest import natural_key
-from stages.core.console import UserError
+from stages.core.console import UserError, plural
 
 if TYPE_CHECKING:
     from stages.prepare.params import DatasetParams
@@ -99,7 +99,7 @@ def lines(problems: Iterable[Problem]) -> list[str]:
     for file, found in by_file.items():
         said += map(str, found[:MAX_LINES])
         if len(found) > MAX_LINES:
-            said.append(f"{file}: and {len(found) - MAX_LINES:,} more problems")
+            said.append(f"{file}: and {plural(len(found) - MAX_LINES, 'more problem')}")
     return said
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from stages.artifacts import metrics, picture_table
 from stages.artifacts.manifest import Item, Manifest, natural_key
+from stages.core.console import plural
 from stages.core.pictures import chroma, dark_share, load_mask, load_view
 from stages.core.sheets import MAX_BYTES, cell_sides, save_sheet, sheet
 from stages.prepare.geometry import Size
@@ -181,7 +182,9 @@ def title(manifest: Manifest) -> str:
     pixels = f"{sizes[0][0]} x {sizes[0][1]} pixels" if len(sizes) == 1 else f"{len(sizes)} sizes"
     masked = ", grey where masked" if any(item.mask for item in manifest.items) else ""
     crop = manifest.augmentation.crop
-    return f"{splits['train']} pictures to train on, {splits['heldout']} held out, {pixels}, {crop} crop{masked}"
+    return (
+        f"{plural(splits['train'], 'picture')} to train on, {splits['heldout']} held out, {pixels}, {crop} crop{masked}"
+    )
 
 
 def rows_shown(items: list[Item]) -> list[tuple[str, list[Item]]]:

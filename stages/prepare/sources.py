@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from stages.core import hub
-from stages.core.console import UserError
+from stages.core.console import UserError, plural
 from stages.core.containers import SEPARATOR, kind_of
 from stages.prepare import mask_files, split_names, variants
 from stages.prepare.listing import Listing, lines
@@ -85,8 +85,8 @@ def overlaps(scopes: list[Scope]) -> list[str]:
             if other is not scope:
                 shared.setdefault((other.subset.path, scope.subset.path), []).append(entry.file_name)
     return [
-        f"params.yaml dataset.subsets: '{one}' and '{two}' both list {len(names)} pictures, such as '{names[0]}';"
-        " choose paths that do not overlap, and use repeats to show pictures more often"
+        f"params.yaml dataset.subsets: '{one}' and '{two}' both list {plural(len(names), 'picture')}, such as"
+        f" '{names[0]}'; choose paths that do not overlap, and use repeats to show pictures more often"
         for (one, two), names in shared.items()
     ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.artifacts.adapter import algorithm
+from stages.core.console import plural
 from stages.core.findings import number
 from stages.core.markdown import code, facts, image, table
 from stages.report import dataset, page, tables
@@ -232,8 +233,8 @@ def limits(inputs: Inputs) -> list[str]:
     counts, scales = inputs.lineage["table"]["num_pictures"], inputs.lineage["validate"]["scales"]
     found = [
         "It fits the base of these digests alone; on a relative of it, nothing was measured.",
-        f"Held-out loss was measured on {counts['heldout']} pictures of the same dataset and one training seed: it "
-        "tells of pictures like these, and not how far another seed would have come.",
+        f"Held-out loss was measured on {plural(counts['heldout'], 'picture')} of the same dataset and one training "
+        "seed: it tells of pictures like these, and not how far another seed would have come.",
         f"It saw {dataset.sizes(inputs)} pixels; other sizes were not measured."
         if "x" in dataset.sizes(inputs)
         else f"It saw {dataset.sizes(inputs)} sizes; others were not measured.",

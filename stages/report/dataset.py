@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stages.artifacts.picture_table import LEFT_OUT, Row
 from stages.core import marks
+from stages.core.console import plural
 from stages.core.findings import number
 from stages.core.markdown import code, codes, facts, image, link, table
 from stages.report.inputs import Inputs
@@ -110,7 +111,7 @@ def summary(inputs: Inputs) -> str:
     regularization = dataset.get("num_regularization")
     among = f", {regularization} of them for regularization" if regularization else ""
     return (
-        f"**{dataset.get('num_pictures')} pictures: {dataset.get('num_train')} to train on{among}, "
+        f"**{plural(int(number(dataset, 'num_pictures')), 'picture')}: {dataset.get('num_train')} to train on{among}, "
         f"{dataset.get('num_heldout')} held out.**"
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from stages.artifacts import model_card
 from stages.artifacts.adapter import algorithm
 from stages.core import findings
+from stages.core.console import plural
 from stages.core.findings import number
 from stages.core.markdown import code, decimals, facts, image, interval, link, numbered, plain, signed
 from stages.report import dataset, features, rank_used
@@ -116,7 +117,8 @@ def run_line(inputs: Inputs) -> str:
 def samples_note(inputs: Inputs) -> str:
     settings = inputs.lineage["validate"]
     how = f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}"
-    return f"{len(settings['prompts'])} prompts from the same noise, drawn by the base and by the adapter ({how})."
+    count = plural(len(settings["prompts"]), "prompt")
+    return f"{count} from the same noise, drawn by the base and by the adapter ({how})."
 
 
 def prompts(inputs: Inputs) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
+from stages.core.console import plural
 from stages.core.markdown import table
 from stages.report.inputs import Inputs
 from stages.report.tables import last_words
@@ -27,8 +28,9 @@ def paragraphs(inputs: Inputs) -> list[str]:
     head = ("Layers", *(f"rank {rank}" for rank in ranks), "more", "all")
     rows = [cells(f"`{kind}`", kinds[kind], ranks) for kind in sorted(kinds)]
     note = (
-        f"Of {total.total()} adapted layers, {few} keep {100 * KEPT:.0f} % of their update at rank {most} or less. "
-        "Layers are counted by the smallest rank that does; an update is measured by its squared singular values."
+        f"Of {plural(total.total(), 'adapted layer')}, "
+        f"{few} keep {100 * KEPT:.0f} % of their update at rank {most} or less."
+        " Layers are counted by the smallest rank that does; an update is measured by its squared singular values."
     )
     return ["### How much of the rank is used", note, table(head, [*rows, cells("all", total, ranks)])]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core import adapter_file, bias, lora, targets
-from stages.core.console import UserError, log
+from stages.core.console import UserError, log, plural
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def target_problems(params: LoraParams, denoiser: Any, file: AdapterFile) -> lis
     layers = {n.removesuffix(".base_layer"): m for n, m in targets.adaptable(denoiser).items() if ".lora_" not in n}
     use = fitting_targets(theirs, layers)
     use += " lora.exclude_modules=[]" if params.exclude_modules else ""
-    return [differs("target_modules", f"{len(theirs)} layers", f"{len(ours)} ({where})", use)]
+    return [differs("target_modules", plural(len(theirs), "layer"), f"{len(ours)} ({where})", use)]
 
 
 def fitting_targets(names: set[str], layers: targets.Layers) -> str:

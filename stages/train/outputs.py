@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.artifacts import adapter, metrics
 from stages.core import device, lora, lycoris, targets
-from stages.core.console import UserError, log
+from stages.core.console import UserError, log, plural
 from stages.core.files import require_held, sha256_file, write_json, write_text
 from stages.core.progress import smoothed_loss
 from stages.train import optimizers
@@ -33,7 +33,7 @@ def log_plan(trainer: Trainer, start: int) -> None:
         log.info("buckets     latents of %s", sizes)
     for bucket in order.buckets:
         if len(bucket.items) < params.batch_size:
-            few = f"bucket {bucket.name}: {len(bucket.items)} pictures for batches of {params.batch_size}"
+            few = f"bucket {bucket.name}: {plural(len(bucket.items), 'picture')} for batches of {params.batch_size}"
             log.warning("warning: %s; some come up twice in a batch", few)
     log_adapter(trainer)
     num_processes = trainer.accelerator.num_processes
@@ -101,7 +101,7 @@ def save(trainer: Trainer, adapter_folder: Path, reports: Path) -> None:
     if not trainer.may_be_asked_again:
         for name in ("checkpoints", "snapshots"):  # the lock stays: another process may wait for it
             shutil.rmtree(trainer.folder / name, ignore_errors=True)
-    log.info("wrote       %s, %d snapshots, %s", adapter_folder, len(files) - 1, reports / "metrics.json")
+    log.info("wrote       %s, %s, %s", adapter_folder, plural(len(files) - 1, "snapshot"), reports / "metrics.json")
     log.info("next        python -m stages.validate")
 
 

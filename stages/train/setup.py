@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
 from stages.core import closure, device
-from stages.core.console import UserError, log
+from stages.core.console import UserError, log, plural
 from stages.core.files import read_json, sha256_json
 from stages.core.params import ModelParams
 from stages.train import optimizers
@@ -41,7 +41,7 @@ def training_items(cache: LatentCache, batch_size: int) -> list[CachedItem]:
     num_entries = sum(item.repeats for item in items)
     if batch_size > num_entries:
         repeated = f" and their repeats ({num_entries})" if num_entries > len(items) else ""
-        found = f"{batch_size} is more than the {len(items)} training pictures{repeated}"
+        found = f"{batch_size} is more than the {plural(len(items), 'training picture')}{repeated}"
         raise UserError(f"params.yaml train.batch_size: {found}")
     return items
 

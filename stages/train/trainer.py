@@ -221,7 +221,7 @@ class Trainer:
         first = [divmod(i, self.params.gradient_accumulation_steps) for i in range(eva.NUM_BATCHES)]
         batches = [self.batches.batch(step, micro) for step, micro in first]
         passes = eva.initialize(self.accelerator.unwrap_model(self.denoiser), batches, self.predict)
-        log.info("eva         settled after %d passes", passes)
+        log.info("eva         settled after %s", plural(passes, "pass", "passes"))
 
     def prompt(self, batch: Batch) -> dict[str, torch.Tensor]:
         """What the cache says, but for the part of text encoders that are trained: they are asked now."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from stages.artifacts import store
 from stages.core import evaluation, seeding
-from stages.core.console import UserError, log
+from stages.core.console import UserError, log, plural
 from stages.core.device import autocast, log_device
 from stages.core.evaluation import Picture, Row
 from stages.core.files import sha256_json
@@ -128,7 +128,7 @@ def make_exam(
     rows = evaluation.table(pictures, settings.num_timesteps, num_train_timesteps, settings.seed)
     log_device(device, model)
     log.info("pictures    %d held out, %d of the training set beside them", counts["heldout"], counts["train"])
-    log.info("table       %d rows: %d timesteps per picture", len(rows), settings.num_timesteps)
+    log.info("table       %s: %s per picture", plural(len(rows), "row"), plural(settings.num_timesteps, "timestep"))
     return Exam(rows, cache, scheduler, family, model, device, settings.seed, settings.batch_size)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from stages.core import components, evaluation, quiet
-from stages.core.console import UserError, log
+from stages.core.console import UserError, log, plural
 from stages.core.files import read_json
 from stages.core.long_texts import warn_of_long
 from stages.validate import distances, feature_files
@@ -181,7 +181,7 @@ def measure(
         found[f"samples.{name}"] = distances.mmd(kernel, after, real)
         found[f"samples.{name}_base"] = distances.mmd(kernel, before, real)
         found |= named(name, distances.mmd_change(kernel, before, after, real))
-    log.info("features    %s: %d samples, %d held-out pictures", model.name, len(after), len(real))
+    log.info("features    %s: %s, %s", model.name, plural(len(after), "sample"), plural(len(real), "held-out picture"))
     for name in [name for name in found if f"{name}_base" in found]:
         log.info("%-11s %.4g, base %.4g", name.removeprefix("samples."), found[name], found[f"{name}_base"])
     return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stages.artifacts import store
-from stages.core.console import log
+from stages.core.console import log, plural
 from stages.core.files import save_tensors, sha256_json, state_dir
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class Kept:
         """Say what was found, and make room."""
         if self.reused:
             num_losses, num_pictures = self.reused["losses"], self.reused["pictures"]
-            log.info("reused      %d tables of losses, %d rows of pictures, from %s", num_losses, num_pictures, root())
+            kept = plural(num_losses, "table"), plural(num_pictures, "row")
+            log.info("reused      %s of losses, %s of pictures, from %s", *kept, root())
         for folder in root().glob("*"):
             drop_oldest(folder)
 
