@@ -286,7 +286,7 @@ def test_a_run_without_held_out_rows_a_sheet_or_plain_numbers_stops_no_other() -
     page, rows = board(runs)
     assert "| raw/rank-4-s0 | `validate: reports/validate/heldout.csv has no held-out row` |" in page
     assert "| raw/rank-8-s0 | `` its reports are damaged (raw/rank-8-s0: reports/samples.png is damaged" in page
-    assert "| raw/rank-16-s0 | `` its reports are damaged (val.overfit_gap is beyond 64 bits)" in page
+    assert "| raw/rank-16-s0 | `its reports are damaged (val.overfit_gap is beyond 64 bits)" in page
     assert [row["run"] for row in rows if row["state"] == "finished"] == ["raw/rank-32-s0"]
 
 
