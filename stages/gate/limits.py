@@ -68,7 +68,7 @@ def ask(gate: str, limit: float, values: Mapping[str, Value], what: str) -> Answ
         return Answer(gate, limit, f"{', '.join(lacking)} was not measured", passed=False)
     worst = max(numbers, key=lambda name: numbers[name])
     name = what if worst in what else worst
-    return Answer(gate, limit, f"{name} is {numbers[worst]:.4g}", passed=numbers[worst] <= limit)
+    return Answer(gate, limit, f"{name} is {numbers[worst]:z.4g}", passed=numbers[worst] <= limit)
 
 
 def as_number(value: Value) -> float | None:
