@@ -222,3 +222,14 @@ def test_a_replaced_folder_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch
     with replaced(folder) as aside:
         (aside / "new").touch()
     assert os.listdir(tmp_path) == ["export"] and os.listdir(folder) == ["new"]
+
+
+def test_what_a_killed_run_left_beside_a_folder_stops_no_run(tmp_path: Path) -> None:
+    """Killed after both renames, before the old folder was deleted."""
+    folder, before = tmp_path / "export", tmp_path / ".export.old"
+    for path in (folder, before):
+        path.mkdir()
+        (path / "old").touch()
+    with replaced(folder) as aside:
+        (aside / "new").touch()
+    assert os.listdir(tmp_path) == ["export"] and os.listdir(folder) == ["new"]

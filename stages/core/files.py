@@ -86,6 +86,7 @@ def replaced(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         if folder.exists():
+            shutil.rmtree(before, ignore_errors=True)  # of a run that was killed
             folder.replace(before)
         aside.replace(folder)
     finally:
