@@ -52,6 +52,14 @@ def test_short_work_shows_no_line(clock: list[float], caplog: pytest.LogCaptureF
     assert list(counted("nearest", "abc", 3)) == ["a", "b", "c"] and caplog.messages == []
 
 
+def test_nothing_done_yet_shows_no_line(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="lora-dag")
+    with Bar("validate", 10) as bar:
+        clock[0] = 20.0
+        bar.add(0)
+    assert caplog.messages == []
+
+
 ON_A_TERMINAL = """
 import logging, sys
 from stages.core.console import log

@@ -85,11 +85,12 @@ def test_the_last_of_six_digits_is_within_the_tolerance() -> None:
 
     assert compared({"a": 1.0}, {"a": 1.00001}, "c").startswith("same")
     assert compared({"a": 1.0}, {"a": 1.00002}, "c").startswith("differs")
-    assert dict(relative({"a": 0.0, "b": -2.0, "c": 1.0}, {"a": 0.0, "b": 2.0, "d": 1.0})) == {
+    assert dict(relative({"a": 0.0, "b": -2.0, "c": 1.0, "e": 0.0}, {"a": 0.0, "b": 2.0, "d": 1.0})) == {
         "a": 0.0,
         "b": 2.0,
         "c": float("inf"),
         "d": float("inf"),
+        "e": float("inf"),
     }
 
 

@@ -51,7 +51,7 @@ class Bar:
         self.done += count
         self.bar.update(count)
         now = time.monotonic()
-        if self.bar.disable and now >= self.said + SECONDS:
+        if self.bar.disable and self.done and now >= self.said + SECONDS:
             self.said, rate = now, self.done / (now - self.began)
             left = duration((self.total - self.done) / rate)
             log.info("%-11s %7d of %d  %8.1f /s  ETA %s", self.name, self.done, self.total, rate, left)

@@ -102,5 +102,5 @@ def relative(before: Numbers, after: Numbers) -> Iterator[tuple[str, float]]:
         if pair[0] == pair[1]:
             yield name, 0.0
         else:
-            share = abs(pair[0] - pair[1]) / max(map(abs, pair))
-            yield name, math.inf if math.isnan(share) else share
+            difference = abs(pair[0] - pair[1])
+            yield name, math.inf if math.isnan(difference) else difference / max(map(abs, pair))
