@@ -24,7 +24,7 @@ from stages.core.sweep import Run
 from stages.core.yaml_edit import flow
 from stages.export.params import ExportParams, rank_refusals, refusals, step_refusals
 from stages.families.base import load_family
-from stages.prepare import split
+from stages.prepare import split, variants
 from stages.prepare.geometry import buckets
 from stages.prepare.inspection import Inspected, inspect
 from stages.prepare.listing import Listing, settle
@@ -157,7 +157,8 @@ def dataset_problems(config: Config, opened: list[str]) -> list[str]:
             log.warning("warning: %s", text)
         for text in sides.notes if sides else split_notes(listing, dataset):
             log.info("note: %s: %s", dataset.source, text)
-        captions = [dataset.instance_prompt or caption for entry in listing.entries for caption in entry.captions[:1]]
+        prefixes = [subset.caption_prefix or "" for subset in dataset.as_subsets()]
+        captions = [variants.joined(prefixes[entry.subset], entry.captions[0]) for entry in listing.entries]
         if listing.is_whole and (text := words.strangers(config.section(ValidateParams).prompts, captions)):
             log.warning("warning: %s", text)
         found = batch_problems(listing, config)
@@ -224,7 +225,8 @@ def snapshot_notes(config: Config) -> list[str]:
 def mapping_notes(config: Config) -> list[str]:
     """Mappings that are set: DVC's -S adds to them, and ``{}`` leaves them as they are."""
     lora, train = config.section(LoraParams), config.section(TrainParams)
-    found = {f"lora.{name}": getattr(lora, name) for name in ("rank_pattern", "alpha_pattern")}
+    alphas = {key: value for key, value in lora.alpha_pattern.items() if value != lora.rank_pattern.get(key)}
+    found = {"lora.rank_pattern": lora.rank_pattern, "lora.alpha_pattern": alphas}  # alpha null adds the ranks to these
     found["train.optimizer_args"] = train.optimizer_args
     return [
         f"params.yaml {key}: {flow(value)}; `-S` adds to it, `-S {key}=null` empties it, "

@@ -472,9 +472,18 @@ def test_a_set_that_cannot_be_split(copied: Workspace) -> None:
 
 
 def test_a_mapping_that_dvc_would_add_to_is_noted(workspace: Workspace) -> None:
-    lines = workspace.run("check", "--set", "lora.rank_pattern={to_k: 1}")
-    (note,) = [line for line in lines if "rank_pattern" in line]
+    lines = workspace.run("check", "--set", "lora.rank_pattern={to_k: 1}", "--set", "lora.alpha=null")
+    (note,) = [line for line in lines if "adds to it" in line]
     assert note.startswith(
         'note: params.yaml lora.rank_pattern: {"to_k": 1}; `-S` adds to it, `-S lora.rank_pattern=null`'
     )
     assert not any("adds to it" in line for line in workspace.run("check"))
+
+
+def test_a_prompt_with_the_trigger_word_is_of_these_captions(workspace: Workspace) -> None:
+    """The prefix is a part of what is learned."""
+    asked = ("--set", "validate.prompts=[ohwx on a beach]")
+    stranger = "no prompt has a word of any caption"
+    assert any(stranger in line for line in workspace.run("check", *asked))
+    lines = workspace.run("check", *asked, "--set", "dataset.caption_prefix='ohwx, '")
+    assert not any(stranger in line for line in lines)
