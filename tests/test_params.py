@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,9 @@ LOST = [
         BOTH["a fox: it's night"],
     ),
     ("report.title=[red] fox", "the value is no valid YAML (expected '<document start>', but found", "'[red] fox'"),
+    ("export.prompt=|", "YAML reads an empty text", "'|'"),
+    ("export.prompt=`a` $HOME", "the value is no valid YAML (found character", r"'\`a\` \$HOME'"),
+    ('export.prompt=[a "b" c]', "YAML reads [", r"'[a \"b\" c]'"),
     ("report.title={a}", 'YAML reads {"a": null}, which is no text', "'{a}'"),
     ("report.title=2024", "YAML reads 2024, which is no text", "'2024'"),
     ("dataset.caption_prefix=null", "YAML reads null, which is no text", "'null'"),
@@ -272,7 +276,7 @@ def test_a_text_that_yaml_reads_otherwise_is_refused_with_the_form_that_works(
     key, _, value = override.partition("=")
     assert line.startswith(f"--set {override}: {why}") and line.endswith(f'; write "{key}={form}"')
     section, _, name = key.partition(".")
-    (word,) = shlex.split(f'"{key}={form}"')
+    word = subprocess.run(["bash", "-c", f'printf %s "{key}={form}"'], capture_output=True, text=True).stdout
     assert getattr(params.load(file, [word]).sections[section], name) == value.strip()
 
 

@@ -243,14 +243,17 @@ def read_value(key: str, value: str) -> Any:
         raise UserError(f"--set {key}={value}: '#' begins a comment in YAML; {cure}")
     if only_text(kind_of(key)) and not isinstance(read, str) and not (read is None and takes_null(kind_of(key))):
         raise UserError(f"--set {key}={value}: YAML reads {json.dumps(read, default=str)}, which is no text; {cure}")
+    if read == "" and value.strip(" '\""):
+        raise UserError(f"--set {key}={value}: YAML reads an empty text; {cure}")
     return read
 
 
 def quoted(text: str) -> str:
     """As YAML and DVC's -S both read it, between double quotes of a shell."""
-    if "'" not in text:
-        return f"'{text}'"
-    return "'" + text.replace("'", "''") + "'" if '"' in text or "\\" in text else f'\\"{text}\\"'
+    as_yaml = "'" + text.replace("'", "''") + "'"
+    if "'" in text and '"' not in text and "\\" not in text:
+        as_yaml = f'"{text}"'
+    return re.sub(r'([\\"$`])', r"\\\1", as_yaml)
 
 
 def explain(path: Path, section: str, cls: type[Params], error: ValidationError) -> list[str]:
