@@ -73,7 +73,8 @@ def test_a_picture_without_its_text_file(here: Path) -> None:
     ("blob", "message"),
     [
         (b"caf\xe9", "'b.txt' is not UTF-8 text; save it as UTF-8"),
-        (b"a\0b", "'b.txt' holds a control character; write the caption as plain text"),
+        ("a fox".encode("utf-16-le"), "'b.txt' seems to be UTF-16 text without its mark; save it as UTF-8"),
+        (b"a\0b c", "'b.txt' holds a control character; write the caption as plain text"),
         (b"x" * (2**20 + 1), "'b.txt' has 1,048,577 bytes; at most 1,048,576 are read, so shorten"),
     ],
 )
@@ -287,6 +288,8 @@ def test_a_folder_of_masks_that_no_setting_names(here: Path, folder: str) -> Non
         ("thumbnails/a.png", "thumbnails/b.png"),
         ("a.thumb.jpg", "b.thumb.jpg"),
         ("a-condlabel.png", "b-condlabel.png"),
+        ("depth_a.png", "depth_b.png"),
+        ("Canny-a.png", "Canny-b.png"),
     ],
 )
 def test_side_pictures_of_other_tools_are_refused(here: Path, names: tuple[str, str]) -> None:
@@ -302,6 +305,19 @@ def test_masks_in_a_folder_beside_that_of_the_pictures(here: Path) -> None:
     write_files(here, "images/a.jpg", "masks/a.png")
     found = refusal(here, instance_prompt="x")
     assert "1 picture looks like masks of others (masks/a.png); move them out of it" in found
+
+
+def test_masks_whose_names_begin_with_the_word(here: Path) -> None:
+    """No value of dataset.mask reads them, so none is named."""
+    write_files(here, "sub/a.jpg", "sub/mask_a.png", "b.jpg")
+    assert refusal(here, instance_prompt="x").startswith(
+        "data/raw: 1 picture looks like masks of others (sub/mask_a.png); move them out of it; to train"
+    )
+    for name in ("sub/a.jpg", "sub/mask_a.png", "b.jpg"):
+        (here / name).unlink()
+    write_tar(here / "00.tar", {"a.png": b"", "mask_a.png": b""})
+    found = refusal(here, instance_prompt="x")
+    assert "1 picture looks like masks of others" in found
 
 
 def test_side_pictures_in_a_tar(here: Path) -> None:

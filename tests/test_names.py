@@ -95,3 +95,12 @@ def test_source_file_whose_name_holds_the_separator(here: Path, suffix: str) -> 
         f"params.yaml dataset.source: 'a::b.{suffix}' holds '::', which stands between a file and what it holds; rename"
         " the file"
     )
+
+
+@pytest.mark.parametrize("folder", ["@eaDir/a.png", "__MACOSX", "$RECYCLE.BIN", "#recycle", "sub/@eaDir"])
+def test_folders_of_operating_systems_are_not_entered(here: Path, folder: str) -> None:
+    write_files(here, "a.png", f"{folder}/b.png", f"{folder}/c.jpg")
+    (here / "@eaDir").mkdir(exist_ok=True)
+    listing = listed(here, instance_prompt="x")
+    assert [entry.file_name for entry in listing.entries] == ["a.png"]
+    assert (listing.problems, listing.warnings) == ([], [])

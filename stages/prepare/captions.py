@@ -11,6 +11,10 @@ from stages.core.console import UserError
 
 MAX_TEXT_BYTES = 2**20
 """Of a caption file or .json file beside a picture."""
+QUOTES = ('""', "''", "“”", "‘’", "„“", "«»", "「」", "``")
+"""Pairs of marks around a quotation."""
+JOINERS = "\u200c\u200d"
+"""Invisible, and part of emoji and of Persian and Indic words."""
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -44,6 +48,21 @@ def odd_characters(caption: str) -> str | None:
     return "holds a control character; write the caption as plain text" if "Cc" in kinds else None
 
 
+def is_quoted(caption: str) -> bool:
+    """All of it stands between one pair of quote marks."""
+    text = caption.strip()
+    return len(text) > 2 and any(
+        text[0] == pair[0] and text[-1] == pair[1] and not set(pair) & set(text[1:-1]) for pair in QUOTES
+    )
+
+
+def invisible(text: str) -> set[str]:
+    """Characters that nobody sees, such as zero-width blanks; the text encoder reads them as words."""
+    if text.isprintable():
+        return set()
+    return {each for each in text if unicodedata.category(each) == "Cf" and each not in JOINERS and each < "\U000e0000"}
+
+
 def decoded(blob: bytes) -> str:
     """Text in UTF-8, or in UTF-16 that says so by its byte order mark, as some of Windows' programs write it.
 
@@ -63,6 +82,8 @@ def from_text(blob: bytes, shown: str) -> tuple[str, ...]:
         text = decoded(blob)
     except UnicodeDecodeError:
         raise UserError(f"'{shown}' is not UTF-8 text; save it as UTF-8") from None
+    if 3 * blob.count(0) > len(blob):
+        raise UserError(f"'{shown}' seems to be UTF-16 text without its mark; save it as UTF-8")
     odd = odd_characters(text)
     if odd:
         raise UserError(f"'{shown}' {odd}")

@@ -25,6 +25,8 @@ TEXTS = {".txt", ".caption"}
 """Suffixes of caption files beside pictures: most trainers' habit, and the default of kohya's."""
 COMPANIONS = {".md", ".rst", ".dvc", ".npz", ".npy", ".pt", ".safetensors", ".xmp", ".ini", ".db"}
 """Suffixes of files that lie beside pictures and are nobody's loss, such as the caches of other trainers."""
+SYSTEMS = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information", "lost+found"}
+"""Folders that network disks, macOS, Windows and Linux make, in lower case: thumbnails, deleted files and the like."""
 ABOUT = {"authors", "changelog", "copying", "credits", "licence", "license", "notice", "readme"}
 """Such files without their suffix, in lower case."""
 MAX_NAME = 4096
@@ -173,7 +175,7 @@ def checked_file(name: str, root: Root) -> str:
 
 @dataclass(frozen=True)
 class Tree:
-    """What stands below a folder, hidden files left out; sorted names, relative to the root."""
+    """What stands below a folder, hidden files and ``SYSTEMS`` left out; sorted names, relative to the root."""
 
     pictures: list[str] = field(default_factory=list)
     """By suffix, whatever they are."""
@@ -198,7 +200,7 @@ def scan(root: Root, below: str, mask: str | None = None) -> Tree:
         with os.scandir(root.folder / folder) as entries:
             for entry in entries:
                 name = str(PurePosixPath(folder) / entry.name)
-                if entry.name.startswith(".") or nfc(name) == masks:
+                if entry.name.startswith(".") or entry.name.lower() in SYSTEMS or nfc(name) == masks:
                     continue
                 if not sort_in(tree, name, entry):
                     todo.append(name)

@@ -53,7 +53,9 @@ OTHERS = {
     ),
     "thumbs",
 }
-ENDING = re.compile(rf"(.+?)([-_. ]+({'|'.join(sorted(MASKS | OTHERS, key=len, reverse=True))}))", re.IGNORECASE)
+WORD = "|".join(sorted(MASKS | OTHERS, key=len, reverse=True))
+ENDING = re.compile(rf"(.+?)([-_. ]+({WORD}))", re.IGNORECASE)
+BEGINNING = re.compile(rf"(.*(?:/|{SEPARATOR})|)(({WORD})[-_. ]+)([^/]+)", re.IGNORECASE)
 LEAST_SHARE = 0.5
 """Of the pictures that have a side picture: fewer ``fox-pose.png`` may be pictures of their own. A mask never is."""
 
@@ -84,17 +86,19 @@ def refuse(scope: Scope, bare: Iterable[str], names: Iterable[str]) -> None:
 
 
 def grouped(bare: list[str], names: list[str]) -> dict[tuple[str, str], list[str]]:
-    """(``*-masklabel`` or a folder's name, the word in it) -> side pictures."""
+    """(``*-masklabel``, ``mask_*`` or a folder's name, the word in it) -> side pictures."""
     stems = {stem(name) for name in names}
     bases = {PurePosixPath(base).name for base in stems if side_folder(base) is None}
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in bare:
         own = stem(name)
-        ending = ENDING.fullmatch(own)
+        ending, beginning = ENDING.fullmatch(own), BEGINNING.fullmatch(own)
         base = PurePosixPath(ending[1] if ending else own).name
         folder = side_folder(own)
         if ending and ending[1] in stems:
             found[f"*{ending[2]}", ending[3].lower()].append(name)
+        elif beginning and beginning[1] + beginning[4] in stems:
+            found[f"{beginning[2]}*", beginning[3].lower()].append(name)
         elif folder is not None and (base in bases or PurePosixPath(own).name in bases):
             found[folder, words_of(folder)[0]].append(name)
     return {key: sides for key, sides in found.items() if key[1] in MASKS or len(sides) >= LEAST_SHARE * len(bases)}
