@@ -146,7 +146,7 @@ def test_warnings_are_one_line_for_all_pictures() -> None:
     blobs = {f"{index}__jpg": encoded(Image.new("CMYK", (64, 64), (index, 0, 0, 0)), "JPEG") for index in range(5)}
     found = look(Blobs(**blobs, x__jpg=encoded(picture(1, 64))))
     assert found.warnings == [
-        "5 pictures are CMYK and are converted to sRGB (0.jpg, 1.jpg, 2.jpg, ...)",
+        "5 pictures are CMYK and converted to sRGB (0.jpg, 1.jpg, 2.jpg, ...)",
         "1 picture holds PNG data under another format's suffix (x.jpg)",
     ]
 
@@ -185,7 +185,7 @@ def test_masks_are_checked_with_their_pictures() -> None:
     [
         (
             Image.new("L", (60, 90), 9),
-            "mask 'm.png' has 60 x 90 pixels, another shape than the 90 x 60 of 'a.png'; make",
+            "mask 'm.png' has 60 x 90 pixels, another shape than the 90 x 60 of 'a.png'; turn it as the picture's EXIF",
         ),
         (
             Image.new("L", (92, 60), 9),
@@ -385,6 +385,12 @@ def test_settings_that_change_nothing_on_these_pictures() -> None:
     ]
     assert look(square, subsets=[{"path": ".", "repeats": 4}]).warnings == [
         "repeats 4 in dataset.subsets changes nothing: it is the same for all pictures"
+    ]
+    assert look(square, first_frame=True).warnings == [
+        "dataset.first_frame changes nothing: no picture has several frames or pages"
+    ]
+    assert look(square, max_aspect_ratio=3.0).warnings == [
+        "dataset.max_aspect_ratio 3 changes nothing without dataset.aspect_buckets"
     ]
     clear = Image.new("RGBA", (64, 64), (9, 9, 9, 99))
     assert look(Blobs(a__png=encoded(clear)), background="#000000").warnings == []

@@ -351,6 +351,7 @@ def test_a_wrong_delimiter_is_not_blamed_on_rows(raw: Path) -> None:
         ('[\n{"file_name": "a.png", "text": "x"},\n{"file_name": "b.png", "text": "y"}\n]\n', "one JSON value over"),
         ('{\n"a.png": {"text": "x"}\n}\n', "one JSON value over several lines"),
         ('{"file_name": "a.png", "text": "x"},\n{"file_name": "b.png", "text": "y"},\n', "a ',' after lines"),
+        ('{"file_name": "a.png", "text": "x; y"};\n{"file_name": "b.png", "text": "y"};\n', "a ';' after lines"),
     ],
 )
 def test_json_of_another_form_is_not_blamed_on_rows(raw: Path, text: str, what: str) -> None:

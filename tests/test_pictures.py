@@ -243,7 +243,7 @@ def test_12_bit_grey_would_be_dark() -> None:
 @pytest.mark.parametrize(
     ("image", "form", "warning"),
     [
-        (Image.new("CMYK", (8, 8)), "JPEG", "are CMYK and are converted to sRGB"),
+        (Image.new("CMYK", (8, 8)), "JPEG", "are CMYK and converted to sRGB"),
         (Image.new("1", (8, 8), 1), "PNG", "have 1 bit per pixel, black or white"),
         (
             Image.new("RGBA", (8, 8)),

@@ -247,3 +247,31 @@ def test_plain_captions_hold_no_marks() -> None:
     plain += ["snake_case __init", "f(x) = {1, 2}", "a | b", "a <3 b", "half-timbered house, 1990s, 50mm f/1.8"]
     plain += ["sign: 'open (9:00-17:00)'", "open (from 9:00)", "a (fox: red) thing"]
     assert [text for text in plain if warned([text])] == []
+
+
+# Characters that nobody means
+
+
+@pytest.mark.parametrize("character", ["\u200b", "\ufeff", "\u202e", "\u2060", "\u00ad"])
+def test_invisible_characters_are_told_by_their_number(character: str) -> None:
+    told = f"1 caption holds invisible characters (U+{ord(character):04X}), which the text encoder reads; remove them"
+    assert warned([f"a{character} fox", "an owl"]) == [told]
+    assert warned(["a fox"], caption_prefix=f"sks{character}, ") == [told]
+    assert warned([character]) == [told]
+
+
+def test_joiners_of_emoji_and_of_words_are_meant() -> None:
+    assert warned(["👩\u200d🎨 paints", "می\u200cخواهم", "flag 🏴\U000e0067\U000e007f"]) == []
+
+
+@pytest.mark.parametrize("pair", ['""', "“”", "''", "‘’", "«»", "「」"])
+def test_captions_between_quote_marks_are_told(pair: str) -> None:
+    (warning,) = warned([f"{pair[0]}a fox{pair[1]}", f"{pair[0]}an owl{pair[1]} ", "a hen"])
+    assert warning == "2 captions stand between quote marks, which are learned as words; remove them"
+    assert warned([f"{pair[0]}stop{pair[1]} and {pair[0]}go{pair[1]}", f"a sign, {pair[0]}stop{pair[1]}"]) == []
+
+
+def test_a_separator_that_separates_nothing_is_told() -> None:
+    assert warned(["a; b"], tag_separator=";") == [
+        "dataset.tag_separator ';' changes nothing without dataset.shuffle_tags or dataset.tag_dropout"
+    ]

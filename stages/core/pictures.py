@@ -60,6 +60,7 @@ DETAIL_LEVELS = 8  # either side of the background: products of two details are 
 FLAT = 2.0  # of 255: the noise of a JPEG that shows nothing
 MAX_DETAIL_BYTES = 8192  # a drawing's are a few hundred, those of a smooth photograph 30,000
 NEAR_WHITE = 240
+SEVERAL = "have several frames or pages, of which the first is taken"
 DARK = 64
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it, check_picture refuses in its own words
@@ -86,7 +87,7 @@ class Checked:
     detail: str
     """For ``detail_pixels`` where the thumbnail shows almost nothing of a drawing; else empty."""
     warnings: tuple[str, ...]
-    """What is allowed but seldom meant, as a predicate of several pictures: "are CMYK and are converted to sRGB"."""
+    """What is allowed but seldom meant, as a predicate of several pictures: "are CMYK and converted to sRGB"."""
 
     @property
     def has_alpha(self) -> bool:
@@ -160,9 +161,9 @@ def _refuse(image: Image.Image, first_frame: bool) -> list[str]:
     if misread:
         raise UserError(f"is {misread}; save it with 8 bits")
     found = {
-        "are CMYK and are converted to sRGB": image.mode == "CMYK",
+        "are CMYK and converted to sRGB": image.mode == "CMYK",
         "have 1 bit per pixel, black or white": image.mode == "1",
-        "have several frames or pages, of which the first is taken": several,
+        SEVERAL: several,
         "state another gamma than sRGB's, which is ignored; save them with a colour profile": _odd_gamma(image),
     }
     return [text for text, applies in found.items() if applies]

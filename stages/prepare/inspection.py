@@ -99,7 +99,7 @@ def inspect(entries: list[Entry], dataset: DatasetParams, files: Files, seconds:
             for text in texts:
                 found.setdefault(text, []).append(entry.file_name)
     said = [f"{predicated(len(names), text)} ({shown(names)})" for text, names in found.items()]
-    said += heavy_crops(rows, dataset) + without_effect(rows, dataset) + side_files.grey_twins(rows)
+    said += heavy_crops(rows, dataset) + without_effect(rows, dataset, found) + side_files.grey_twins(rows)
     return Inspected(rows, problems, said, num_seen)
 
 
@@ -203,9 +203,13 @@ def check_mask(entry: Entry, picture: Checked, dataset: DatasetParams, files: Fi
         return None
     sha256, mask = check(entry.mask, dataset, files, memory)
     if abs(mask.width * picture.height / (mask.height * picture.width) - 1) > MAX_ASPECT_ERROR:
+        is_across = abs(mask.height * picture.height / (mask.width * picture.width) - 1) <= MAX_ASPECT_ERROR
+        cure = (
+            "turn it as the picture's EXIF orientation does" if is_across else "make it of the picture's aspect ratio"
+        )
         raise UserError(
             f"mask '{entry.mask}' has {mask.width} x {mask.height} pixels, another shape than the "
-            f"{picture.width} x {picture.height} of '{entry.file_name}'; make it of the picture's aspect ratio"
+            f"{picture.width} x {picture.height} of '{entry.file_name}'; {cure}"
         )
     if mask.lightest == 0 and not dataset.unmasked_weight:
         raise UserError(f"mask '{entry.mask}' is black all over, {NOTHING}")
@@ -288,13 +292,23 @@ def cure(heavy: list[CheckedPicture], dataset: DatasetParams) -> str:
     return f"dataset.aspect_buckets=true{wider} keeps them"
 
 
-def without_effect(rows: list[CheckedPicture], dataset: DatasetParams) -> list[str]:
-    """Settings that change nothing on these pictures."""
+def without_effect(rows: list[CheckedPicture], dataset: DatasetParams, said: Iterable[str]) -> list[str]:
+    """Settings that change nothing on these pictures.
+
+    Args:
+        said: what was warned of.
+    """
     square = (dataset.resolution, dataset.resolution)
     repeats = {subset.repeats for subset in dataset.as_subsets()}
     found = {
         f"dataset.background {dataset.background} changes nothing: no picture has a transparent pixel": (
             dataset.background.lower() != "#ffffff" and not any(row.has_alpha for row in rows)
+        ),
+        "dataset.first_frame changes nothing: no picture has several frames or pages": (
+            dataset.first_frame and pictures.SEVERAL not in said
+        ),
+        f"dataset.max_aspect_ratio {dataset.max_aspect_ratio:g} changes nothing without dataset.aspect_buckets": (
+            dataset.max_aspect_ratio != 2 and not dataset.aspect_buckets
         ),
         f"dataset.aspect_buckets changes nothing: every picture is seen as {square[0]} x {square[1]}": (
             dataset.aspect_buckets and all((row.target_width, row.target_height) == square for row in rows)

@@ -139,6 +139,7 @@ def refuse_other_json(text: str, place: str) -> None:
     for candidate, what in (
         (text, "one JSON value over several lines"),
         (f"[{text.rstrip(',')}]", "a ',' after lines"),
+        (re.sub(r"\}\s*;\s*(?=\n|$)", "},", f"[{text}").rstrip(",") + "]", "a ';' after lines"),
     ):
         with contextlib.suppress(ValueError, RecursionError):
             if "\n" in text and json.loads(candidate):

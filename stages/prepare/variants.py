@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from stages.core import marks, seeding
 from stages.core.console import plural
+from stages.prepare.captions import invisible, is_quoted
 
 if TYPE_CHECKING:
     from stages.prepare.listing import Entry
@@ -93,10 +94,16 @@ def warnings(entries: Iterable[Entry], dataset: DatasetParams) -> list[str]:
     written = [(caption, subsets[entry.subset].caption_prefix or "") for entry in entries for caption in entry.captions]
     texts = [caption for caption, _ in written if caption.strip()]
     found = mark_warnings([joined(prefix, caption) for caption, prefix in written])
+    found += odd_texts([joined(prefix, caption) for caption, prefix in written], texts)
     num_tags = [len(tags_of(text, dataset.tag_separator)) for text in texts]
     if num_blank := num_tags.count(0):
         what = "commas" if dataset.tag_separator == "," else f"'{dataset.tag_separator}'"
         found.append(f"{plural(num_blank, 'caption holds', 'captions hold')} nothing but {what}")
+    if not is_varied(dataset) and dataset.tag_separator != ",":
+        found.append(
+            f"dataset.tag_separator '{dataset.tag_separator}' changes nothing without dataset.shuffle_tags or"
+            " dataset.tag_dropout"
+        )
     if not is_varied(dataset) or not texts:
         return found
     found += without_effect(texts, num_tags, dataset)
@@ -111,6 +118,25 @@ def warnings(entries: Iterable[Entry], dataset: DatasetParams) -> list[str]:
             f"{have} no tag left (of {plural(sum(map(bool, blank)), 'caption')}) and will be learned without a prompt;"
             f" lower dataset.tag_dropout {dataset.tag_dropout}, or raise dataset.keep_tags {dataset.keep_tags}"
         )
+    return found
+
+
+def odd_texts(captions: list[str], written: list[str]) -> list[str]:
+    """Characters that are learned and that nobody means.
+
+    Args:
+        captions: with their prefixes.
+        written: without, those that are not blank.
+    """
+    found = []
+    hidden = [characters for caption in captions if (characters := invisible(caption))]
+    if hidden:
+        hold = plural(len(hidden), "caption holds", "captions hold")
+        names = ", ".join(f"U+{ord(character):04X}" for character in sorted(set.union(*hidden))[:5])
+        found.append(f"{hold} invisible characters ({names}), which the text encoder reads; remove them")
+    if num_quoted := sum(map(is_quoted, written)):
+        stand = plural(num_quoted, "caption stands", "captions stand")
+        found.append(f"{stand} between quote marks, which are learned as words; remove them")
     return found
 
 
