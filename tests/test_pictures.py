@@ -377,6 +377,15 @@ def test_16_bit_grey_is_scaled(form: str) -> None:
     assert checked(encoded(Image.fromarray(ramp), form)).format == form
 
 
+def test_16_bit_grey_of_the_other_byte_order_is_scaled() -> None:
+    """As programs on Motorola's and IBM's processors wrote TIFF; Pillow's mode is I;16B."""
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    blob = encoded(Image.frombytes("I;16B", (8, 8), ramp.astype(">u2").tobytes()), "TIFF")
+    assert blob.startswith(b"MM")
+    np.testing.assert_array_equal(seen(blob, 8, (0, 0, 8, 8))[..., 0], np.round(ramp / 257))
+    assert checked(blob).lightest == 251
+
+
 def test_16_bit_colours_keep_their_brightness() -> None:
     blob = deep_png()
     assert seen(blob, 1, (0, 0, 1, 1))[0, 0].tolist() == [255, 128, 1]

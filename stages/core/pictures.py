@@ -351,7 +351,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        return image if image.mode == "I;16" else image.convert("I;16")
+        return image if image.mode == "I;16" else image.convert("I").convert("I;16")  # without "I", Pillow clips to 255
     is_grey = image.mode in ("1", "L", "LA", "La")
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         return image.convert("LA" if is_grey else "RGBA")
