@@ -145,6 +145,7 @@ def test_a_rank_sweep_under_one_alpha_says_that_it_sweeps_strengths(caplog: pyte
         strengths = {"4": "2 against 0.5", "8": "1 against 0.5"} if said else {"4": "", "8": ""}
         expected = {rank: text and f"Strength differs too: alpha / rank is {text}" for rank, text in strengths.items()}
         assert notes == expected | {"16": ""}  # the best
+        assert "lora.alpha" not in rows[0]  # one value for all runs, null too, is nothing that was swept
 
 
 def test_the_best_is_qualified_by_what_crossed_its_control_and_few_pictures_cannot_tell() -> None:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.compare.confounds import confounds
 from stages.compare.page import crossed_by
@@ -70,15 +70,20 @@ def write_page(
 def swept_keys(runs: Sequence[Run]) -> list[str]:
     """Dotted keys that the sweep gives more than one value."""
     keys = dict.fromkeys(key for run in runs for key in run.overrides)
-    return [key for key in keys if len({json.dumps(run.value(key), sort_keys=True) for run in runs}) > 1]
+    return [key for key in keys if len({json.dumps(asked(run, key), sort_keys=True) for run in runs}) > 1]
+
+
+def asked(run: Run, key: str) -> Any:
+    """The run's value; null where it overrides with that, such as ``lora.alpha``, which then is each run's own rank."""
+    return None if run.overrides.get(key, ...) is None else run.value(key)
 
 
 def heading(each: Table, tables: Sequence[Table]) -> str:
     """``data/raw, dataset.resolution 64: 12 held-out pictures``, with the swept values that tell it from the others."""
     keys = [key for key in swept_keys(runs_of(tables)) if key not in (SEED, "dataset.source")]
     own = runs_of([each])
-    values = [f"{key} {show(own[0].value(key))}" for key in keys if key not in swept_keys(own)]
-    return f"{', '.join([*each.datasets, *values])}: {each.num_pictures} held-out pictures"
+    values = [f"{key} {show(asked(own[0], key))}" for key in keys if key not in swept_keys(own)]
+    return f"{', '.join([*each.datasets, *values])}: {plural(each.num_pictures, 'held-out picture')}"
 
 
 def runs_of(tables: Sequence[Table]) -> list[Run]:
@@ -144,7 +149,7 @@ def runs_table(tables: Sequence[Table], keys: Sequence[str]) -> str:
     for each in tables:
         for standing in each.standings:
             for result, losses in zip(standing.results, standing.losses, strict=True):
-                values = [show(result.run.value(key)) for key in keys]
+                values = [show(asked(result.run, key)) for key in keys]
                 change = percent(change_of(losses, standing), base_loss(standing))
                 rows.append([result.run.name, *values, str(result.seed), change, f"{losses.mean():.4f}"])
                 rows[-1] += [signed_or_empty(result.number("val.overfit_gap"))]
@@ -196,7 +201,7 @@ def write_csv(tables: Sequence[Table], unfinished: Sequence[Result]) -> str:
 
 
 def of_run(result: Result, keys: Sequence[str]) -> dict[str, object]:
-    overrides = {key: show(result.run.value(key)) for key in keys}
+    overrides = {key: show(asked(result.run, key)) for key in keys}
     return {"run": result.run.name, "dataset": result.run.value("dataset.source"), "seed": result.seed} | overrides
 
 

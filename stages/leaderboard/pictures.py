@@ -12,7 +12,7 @@ from stages.compare.sheets import cut_cells
 from stages.compare.sides import shared_prompts
 from stages.core.console import plural
 from stages.core.files import atomic
-from stages.leaderboard.page import SEED, base_loss, heading, runs_of, show, swept_keys
+from stages.leaderboard.page import SEED, asked, base_loss, heading, runs_of, show, swept_keys
 from stages.leaderboard.ranking import Standing, Table
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def draw_key(panel: Axes, tables: Sequence[Table], key: str) -> None:
     values: dict[str, Any] = {}
     for each in tables:
         for standing in each.standings:
-            value = standing.results[0].run.value(key)
+            value = asked(standing.results[0].run, key)
             values.setdefault(json.dumps(value, sort_keys=True), value)
     order = sorted(
         values, key=lambda text: (not is_number(values[text]), values[text] if is_number(values[text]) else 0)
@@ -102,7 +102,7 @@ def draw_key(panel: Axes, tables: Sequence[Table], key: str) -> None:
         colour, aside = COLOURS[index % len(COLOURS)], 0.12 * (index - (len(tables) - 1) / 2)
         found: dict[str, dict[float, float]] = {}
         for standing in each.standings:
-            x = order.index(json.dumps(standing.results[0].run.value(key), sort_keys=True)) + aside
+            x = order.index(json.dumps(asked(standing.results[0].run, key), sort_keys=True)) + aside
             draw_seeds(panel, x, standing, colour)
             found.setdefault(all_else(standing, key), {})[x] = mean_change(standing)
         xs = sorted({x for changes in found.values() for x in changes})
@@ -190,5 +190,5 @@ def draw_contact(tables: Sequence[Table], path: Path) -> str:
 
 def shown_short(standing: Standing, key: str) -> str:
     """``rank 16``; of a long key the value alone, where a row has room for little."""
-    name, value = key.partition(".")[2], show(standing.results[0].run.value(key)).removeprefix("data/")
+    name, value = key.partition(".")[2], show(asked(standing.results[0].run, key)).removeprefix("data/")
     return f"{name} {value}" if len(name) <= SHORT_NAME else value.replace('"', "")
