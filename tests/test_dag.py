@@ -30,7 +30,7 @@ READS = {
         "dataset.source",
         *(f"export.{name}" for name in ExportParams.model_fields if name != "push_to_hub"),
     },
-    "report": {"report.title", "export.push_to_hub", "export.datasets", "dataset.source"},
+    "report": {"report.title", "export.push_to_hub", "export.datasets", "dataset.source", "dataset.heldout_split"},
 }
 """Sections, or keys one by one where a section has one that changes nothing."""
 

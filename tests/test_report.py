@@ -224,6 +224,19 @@ def test_few_held_out_pictures_cannot_tell_and_what_would(lineage: dict[str, Any
     assert said.endswith(cure) and "no difference" not in said and "nan" not in said
 
 
+def test_no_fraction_is_named_where_a_split_is(workspace: Workspace) -> None:
+    """Both at once are refused."""
+    write_reports(workspace.path / "reports")
+    few = {"val.loss_change_low": -0.09, "val.loss_change_high": 0.01}
+    metrics.save(workspace.path / "reports/metrics.json", MEASURED | few)
+    made_from = LINEAGE | {name: of(3, 33)[name] for name in ("dataset", "table")}
+    save_lineage(workspace.path / "reports/validate/lineage.json", made_from)
+    named = ("--set", "dataset.heldout_split=test", "--set", "dataset.heldout_fraction=null")
+    for arguments, cure in (((), "set dataset.heldout_fraction=0.35."), (named, "hold out more pictures.")):
+        (verdict,) = [line for line in workspace.run("report", *arguments) if line.startswith("verdict ")]
+        assert verdict.endswith(f"3 held-out pictures cannot tell; {cure}")
+
+
 def test_few_held_out_pictures_show_no_absence_of_overfitting() -> None:
     said = report.in_words(MEASURED, of(4))
     assert "4 held-out pictures are too few to tell whether it overfits" in said and "no sign" not in said

@@ -106,7 +106,9 @@ def headline(each: Table) -> str:
         else f"{near} of {plural(len(others), 'other')} within noise of it"
     )
     verdict = f"Best: **{best.name}**, {against}; {told}."
-    verdict += f" {cannot_tell(each.num_pictures, best.results[0].done.lineage)}." if few else ""
+    done = best.results[0].done
+    has_named_split = done.params["dataset.heldout_split"] is not None
+    verdict += f" {cannot_tell(each.num_pictures, done.lineage, has_named_split)}." if few else ""
     return " ".join([verdict, *confounds(*(standing.results[0].done for standing in each.standings))])
 
 

@@ -7,6 +7,8 @@ Run: `python -m stages.report`
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from stages.artifacts import metrics, model_card
 from stages.core import params, words
 from stages.core.console import log, parser, run
@@ -26,6 +28,7 @@ def main() -> None:
     inputs = read_inputs(
         args.reports, args.dataset_reports, args.latents_reports, args.train_reports, args.export_reports
     )
+    inputs = replace(inputs, has_named_split=dataset_section["heldout_split"] is not None)
     caption = str(inputs.made.get("caption", ""))
     title = words.title_of(config.section(ReportParams).title, export, dataset_section["source"], caption)
     if said := words.strangers(inputs.lineage["validate"]["prompts"], [row["captions"] for row in inputs.rows]):

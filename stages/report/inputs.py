@@ -41,6 +41,8 @@ class Inputs:
     """reports/export/energy.csv: layer, rank, energy; empty where the adapter is no LoRA, or of rank 1"""
     pictures: dict[str, Path]
     """samples, progress, contact, loss, table (pictures.csv); nearest and nearest_table where copies were looked for"""
+    has_named_split: bool = False
+    """``dataset.heldout_split`` is set, so that no fraction can be."""
 
 
 def read_inputs(reports: Path, dataset: Path, latents: Path, train: Path, export: Path) -> Inputs:

@@ -21,22 +21,24 @@ from stages.report.tables import export_facts, lineage_facts, results, settings_
 
 
 def headline(inputs: Inputs) -> str:
-    return in_words(inputs.measured, inputs.lineage)
+    return in_words(inputs.measured, inputs.lineage, inputs.has_named_split)
 
 
-def in_words(measured: Metrics, lineage: Mapping[str, Any]) -> str:
+def in_words(measured: Metrics, lineage: Mapping[str, Any], has_named_split: bool = False) -> str:
     """What is better, and in the same breath what crossed its control: no more than the intervals bear."""
     num_heldout = lineage["table"]["num_pictures"]["heldout"]
     overfits = findings.overfits(measured, lineage["num_steps"])
     crossed = [*filter(None, [overfits]), *findings.crossed(measured, lineage)]
-    good, outcome = verdict(measured, lineage, bool(crossed))
+    good, outcome = verdict(measured, lineage, bool(crossed), has_named_split)
     if not overfits and good is not None:
         few = f"{num_heldout} held-out pictures are too few to tell whether it overfits"
         outcome += f"; {'no sign of overfitting' if num_heldout >= findings.FEW_PICTURES else few}"
     return f"{outcome}{(', but ' if good else '; ') if crossed else ''}{'; '.join(crossed)}."
 
 
-def verdict(measured: Metrics, lineage: Mapping[str, Any], is_qualified: bool) -> tuple[bool | None, str]:
+def verdict(
+    measured: Metrics, lineage: Mapping[str, Any], is_qualified: bool, has_named_split: bool
+) -> tuple[bool | None, str]:
     """Whether the held-out loss is better, None where it cannot be told; and the outcome in plain words.
 
     Args:
@@ -58,7 +60,7 @@ def verdict(measured: Metrics, lineage: Mapping[str, Any], is_qualified: bool) -
         return False, f"Held-out loss rose by {plain(change, spec)}{known}: {worse}"
     moved = f"Held-out loss moved by {signed(change, spec)}{known if low == low else percent}"
     cannot = f"no difference that the {num_heldout} held-out pictures can show"
-    return None, f"{moved}: {findings.cannot_tell(num_heldout, lineage) if is_few else cannot}"
+    return None, f"{moved}: {findings.cannot_tell(num_heldout, lineage, has_named_split) if is_few else cannot}"
 
 
 # The page
