@@ -192,6 +192,7 @@ def test_masks_are_checked_with_their_pictures() -> None:
             "mask 'm.png' has 92 x 60 pixels, another shape than the 90 x 60 of 'a.png'; make",
         ),
         (Image.new("L", (90, 60)), "mask 'm.png' is black all over, so that the loss would look at nothing; mend it"),
+        (Image.new("L", (90, 60), 1), "mask 'm.png' holds 0 and 1, and white is 255; multiply it by 255"),
         (b"text", "'m.png' is no JPEG, PNG, WebP, GIF, TIFF or BMP picture"),
     ],
 )

@@ -195,7 +195,7 @@ def check_mask(entry: Entry, picture: Checked, dataset: DatasetParams, files: Fi
     """SHA-256 of the mask's file, where it is one.
 
     Raises:
-        UserError: the mask cannot be read, has another shape than the picture, or hides all of it.
+        UserError: the mask cannot be read, has another shape than the picture, hides all of it, or holds 0 and 1.
     """
     if dataset.mask == "alpha" and picture.alpha == (0, 0) and not dataset.unmasked_weight:
         raise UserError(f"'{entry.file_name}' is transparent all over, {NOTHING}")
@@ -213,6 +213,8 @@ def check_mask(entry: Entry, picture: Checked, dataset: DatasetParams, files: Fi
         )
     if mask.lightest == 0 and not dataset.unmasked_weight:
         raise UserError(f"mask '{entry.mask}' is black all over, {NOTHING}")
+    if mask.lightest == 1:
+        raise UserError(f"mask '{entry.mask}' holds 0 and 1, and white is 255; multiply it by 255")
     return sha256
 
 
