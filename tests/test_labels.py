@@ -6,6 +6,8 @@ import logging
 import random
 import unicodedata
 import warnings
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 from stages.core import sheets
 from stages.core.labels import distinct, exact, shorten, visible
 from stages.core.lettering import Lettering, legible, missing
+from stages.core.long_texts import warn_of_long_prompts
 from stages.core.markdown import code, codes, numbered
 from stages.core.sheets import sheet
 
@@ -248,3 +251,14 @@ def test_numbers_on_labels_are_told_apart() -> None:
     assert [exact(value) for value in (1.0, 0.5, 0.3, 1e-7, 0.30000001, 1.0000001)] == [
         *("1", "0.5", "0.3", "1e-07", "0.30000001", "1.0000001")
     ]
+
+
+def test_prompts_with_characters_that_nobody_sees_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    family = SimpleNamespace(count_tokens=lambda _, texts: [1] * len(texts), max_tokens=lambda _: 9)
+    prompts = ["a \u200bfox", "fox", "\u202eowl", "👩\u200d🎨"]
+    warn_of_long_prompts(prompts, cast(Any, family), cast(Any, None))
+    expected = "2 prompts hold invisible characters (U+200B, U+202E), which the text encoder reads; remove them"
+    assert [record.getMessage() for record in caplog.records] == [f"warning: {expected}"]
+    caplog.clear()
+    warn_of_long_prompts(["fox"], cast(Any, family), cast(Any, None))
+    assert not caplog.records

@@ -347,6 +347,7 @@ def test_another_base_is_refused(cached: Workspace) -> None:
     [
         ("prompts=[]", "validate.prompts: got []"),
         ("prompts=[a, a]", "validate: prompts lists 'a' twice; name it once"),
+        ("prompts=['a  fox', ' a fox ']", "validate: prompts lists 'a fox' twice; name it once"),
         ("prompts=[a, ' ']", "validate: prompts has an empty prompt"),
         ("drift_prompts=[a, a]", "validate: drift_prompts lists 'a' twice; name it once"),
         ("drift_prompts=['']", "validate: drift_prompts has an empty prompt"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
+
+from stages.core.console import plural
 
 T = TypeVar("T")
 
@@ -14,6 +16,8 @@ ELLIPSIS = "…"
 EMPTY = "(empty)"
 JOINERS = "\u200c\u200d"
 """Invisible, and part of how Persian, Indic scripts and emoji are spelled."""
+TAGS = "\U000e0000"
+"""From here on, invisible characters spell flags."""
 HIDDEN = ("Cc", "Cf", "Co", "Cs")
 """Categories of control and format characters, and of those without a meaning of their own."""
 LONG_WORD = 12  # characters; a longer one is shown from a few before the first that differs
@@ -24,6 +28,23 @@ def visible(text: str) -> str:
     """On one line, with single blanks; characters that hide, or turn others round, as ``U+202E``."""
     line = " ".join(text.split())
     return "".join(escape(c) if unicodedata.category(c) in HIDDEN and c not in JOINERS else c for c in line)
+
+
+def invisible(text: str) -> set[str]:
+    """Characters that nobody sees, such as zero-width blanks; without those that spell words and emoji."""
+    if text.isprintable():
+        return set()
+    return {each for each in text if unicodedata.category(each) == "Cf" and each not in JOINERS and each < TAGS}
+
+
+def warning_of_invisible(noun: str, texts: Iterable[str]) -> list[str]:
+    """One line on the texts that hold such characters, if any does."""
+    found = [characters for text in texts if (characters := invisible(text))]
+    if not found:
+        return []
+    hold = plural(len(found), f"{noun} holds", f"{noun}s hold")
+    names = ", ".join(map(escape, sorted(set.union(*found))[:5]))
+    return [f"{hold} invisible characters ({names}), which the text encoder reads; remove them"]
 
 
 def escape(character: str) -> str:

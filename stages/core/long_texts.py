@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stages.core.console import log, plural
-from stages.core.labels import distinct, shorten
+from stages.core.labels import distinct, shorten, warning_of_invisible
 
 if TYPE_CHECKING:
     from stages.core.params import ModelParams
@@ -16,7 +16,10 @@ MAX_LISTED, MAX_LENGTH = 3, 80  # texts, characters
 
 
 def warn_of_long_prompts(prompts: Sequence[str], family: Family, model: ModelParams) -> None:
+    """Also of invisible characters in them."""
     texts = [prompt for prompt in dict.fromkeys(prompts) if prompt]
+    for text in warning_of_invisible("prompt", texts):
+        log.warning("warning: %s", text)
     warn_of_long("prompt", texts, family.count_tokens(model, texts), family.max_tokens(model))
 
 

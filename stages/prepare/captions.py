@@ -13,8 +13,6 @@ MAX_TEXT_BYTES = 2**20
 """Of a caption file or .json file beside a picture."""
 QUOTES = ('""', "''", "“”", "‘’", "„“", "«»", "「」", "``")
 """Pairs of marks around a quotation."""
-JOINERS = "\u200c\u200d"
-"""Invisible, and part of emoji and of Persian and Indic words."""
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -54,13 +52,6 @@ def is_quoted(caption: str) -> bool:
     return len(text) > 2 and any(
         text[0] == pair[0] and text[-1] == pair[1] and not set(pair) & set(text[1:-1]) for pair in QUOTES
     )
-
-
-def invisible(text: str) -> set[str]:
-    """Characters that nobody sees, such as zero-width blanks; the text encoder reads them as words."""
-    if text.isprintable():
-        return set()
-    return {each for each in text if unicodedata.category(each) == "Cf" and each not in JOINERS and each < "\U000e0000"}
 
 
 def decoded(blob: bytes) -> str:

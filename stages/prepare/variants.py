@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from stages.core import marks, seeding
 from stages.core.console import plural
-from stages.prepare.captions import invisible, is_quoted
+from stages.core.labels import warning_of_invisible
+from stages.prepare.captions import is_quoted
 
 if TYPE_CHECKING:
     from stages.prepare.listing import Entry
@@ -128,12 +129,7 @@ def odd_texts(captions: list[str], written: list[str]) -> list[str]:
         captions: with their prefixes.
         written: without, those that are not blank.
     """
-    found = []
-    hidden = [characters for caption in captions if (characters := invisible(caption))]
-    if hidden:
-        hold = plural(len(hidden), "caption holds", "captions hold")
-        names = ", ".join(f"U+{ord(character):04X}" for character in sorted(set.union(*hidden))[:5])
-        found.append(f"{hold} invisible characters ({names}), which the text encoder reads; remove them")
+    found = warning_of_invisible("caption", captions)
     if num_quoted := sum(map(is_quoted, written)):
         stand = plural(num_quoted, "caption stands", "captions stand")
         found.append(f"{stand} between quote marks, which are learned as words; remove them")

@@ -62,7 +62,8 @@ class ValidateParams(Params):
             "scales": self.scales,
         }
         for name, values in listed.items():
-            twice = [value for value, count in Counter(values).items() if count > 1]
+            same = Counter(" ".join(value.split()) if isinstance(value, str) else value for value in values)
+            twice = [value for value, count in same.items() if count > 1]
             if twice:
                 raise ValueError(f"{name} lists {twice[0]!r} twice; name it once")
         for name, prompts in (("prompts", self.prompts), ("drift_prompts", self.drift_prompts)):
