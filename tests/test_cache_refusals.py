@@ -52,6 +52,13 @@ def test_a_random_crop_that_happens_once_is_warned_of(workspace: Workspace) -> N
     assert not any("dataset.crop" in line for line in lines)
 
 
+def test_views_that_are_all_the_same_are_warned_of(workspace: Workspace) -> None:
+    workspace.run("prepare")
+    said = "warning: params.yaml cache.num_variants: 2 changes nothing without dataset.crop random or dataset.flip"
+    assert said in workspace.run("cache_latents", "--set", "cache.num_variants=2")
+    assert said not in workspace.run("cache_latents")
+
+
 def test_changed_and_missing_pictures_are_all_named(workspace: Workspace) -> None:
     workspace.run("prepare")
     picture(50).save("data/raw/05.png")

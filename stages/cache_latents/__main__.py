@@ -117,6 +117,11 @@ def warn_of_one_crop(manifest: Manifest, cache: CacheParams) -> None:
             "warning: params.yaml dataset.crop: random with cache.num_variants 1 is one crop per picture for the whole "
             "training; set cache.num_variants to 2 or more"
         )
+    if manifest.augmentation.crop == "center" and not manifest.augmentation.flip and cache.num_variants > 1:
+        log.warning(
+            "warning: params.yaml cache.num_variants: %d changes nothing without dataset.crop random or dataset.flip",
+            cache.num_variants,
+        )
 
 
 def caption_facts(context: Context) -> dict[str, metrics.Value]:
