@@ -137,9 +137,9 @@ def test_patience_counts_snapshots_since_the_lowest(monkeypatch: pytest.MonkeyPa
 
 def test_off_it_is_in_no_record_and_on_it_is(encoded: Workspace) -> None:
     assert "early_stop_patience" not in train_params().recorded(set())
-    assert train_params("early_stop_patience=3").recorded({"seed"})["early_stop_patience"] == 3
-    with pytest.raises(UserError, match=r"early_stop_patience \(7\) must be below the number of snapshots \(7\)"):
-        train_params("early_stop_patience=7")
+    assert train_params("early_stop_patience=2").recorded({"seed"})["early_stop_patience"] == 2
+    with pytest.raises(UserError, match=r"early_stop_patience \(3\) must be below the number of snapshots \(3\)"):
+        train_params("early_stop_patience=3")
 
 
 def test_nothing_held_out_is_refused(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

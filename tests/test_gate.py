@@ -173,7 +173,7 @@ def test_all_that_is_wrong_is_said_at_once(clone: Clone) -> None:
         assert any(line.startswith(f"error: {start}") for line in lines), lines
     assert "error: report.gates.max_copied_share: samples.copied_share was not measured; the limit is 0.1" in lines
     page = Path("page.md").read_text(encoding="utf-8")
-    assert page.startswith("# Experiment: not passed") and "- `params.yaml lora.rank: 8, and dvc.lock has 2" in page
+    assert page.startswith("# Experiment: not passed") and "- `` params.yaml lora.rank: 8, and dvc.lock has 2" in page
     assert len(lines) == 4
 
 

@@ -135,7 +135,7 @@ def test_what_was_answered_and_drawn_is_not_asked_again(cached: Workspace, monke
 )
 def test_an_adapter_s_part_goes_by_its_weights_and_its_settings(change: dict[str, Any]) -> None:
     known = Adapter({"r": 2, "lora_alpha": 2}, {}, 4, [], {"adapter.safetensors": "1"})
-    examiner = Examiner(None, None, None, None, None, Kept({"base": "a"}))  # type: ignore[arg-type]
+    examiner = Examiner(None, None, None, None, None, Kept({"base": "a"}), None)  # type: ignore[arg-type]
     keys = [
         examiner.of(adapter, "adapter.safetensors", scale).kept.conditions
         for adapter, scale in ((known, 1.0), (known, 0.5), (replace(known, **change), 1.0))

@@ -5,6 +5,7 @@ What reruns is asked of each change in tests/test_reruns.py, where a stage takes
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shlex
@@ -148,9 +149,9 @@ def test_a_temporary_experiment_runs_what_is_affected_and_compares(reproduced: C
     assert "**parameters** (lora.rank 2 → 3) changed; data, base, code, environment are the same." in why
     assert "| validate | ran anew: data/adapter from train |" in why
     (line,) = re.findall(r"^dvc (exp show .*)$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
-    head, *rows = reproduced.dvc(*shlex.split(line), "--csv").splitlines()
-    assert re.fullmatch(r"Experiment,val\.loss,.*lora\.rank,.*train\.seed", head)
-    assert any(re.fullmatch(r"rank-3,.*,3,0", row) for row in rows)
+    rows = list(csv.DictReader(reproduced.dvc(*shlex.split(line, comments=True), "--csv").splitlines()))
+    assert {row["lora.rank"] for row in rows if row["Experiment"] == "rank-3"} == {"3"}
+    assert "val.loss" in rows[0] and not any("/" in column for column in rows[0])
 
 
 def test_data_less_gate_notices_a_report_edited_by_hand(reproduced: Checkout) -> None:

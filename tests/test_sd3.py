@@ -148,7 +148,9 @@ def test_a_side_without_positions_is_refused_before_anything_is_cut(
 ) -> None:
     Path("data/base").unlink()
     Path("data/base").symlink_to(bases["sd3"])
-    overrides = [word for change in ("model.family=sd3", *changes) for word in ("--set", change)]
+    overrides = [
+        word for change in ("model.family=sd3", "dataset.max_upscale=2", *changes) for word in ("--set", change)
+    ]
     with pytest.raises(UserError) as error:
         workspace.run("check", *overrides)
     assert error.value.problems == (f"params.yaml dataset.resolution: {message}",)

@@ -127,7 +127,7 @@ def test_check_says_how_long_a_caption_may_be(on_z_image: Workspace) -> None:
 
 def test_sides_are_multiples_of_a_patch_and_have_an_end(on_z_image: Workspace) -> None:
     with pytest.raises(UserError) as error:
-        on_z_image.run("check", *overrides("dataset.resolution=260"))
+        on_z_image.run("check", *overrides("dataset.resolution=260", "dataset.max_upscale=6"))
     assert error.value.problems == (
         "params.yaml dataset.resolution: 260 is above 256, the longest side that data/base has positions for; "
         "use a multiple of 8 up to 256",

@@ -268,7 +268,7 @@ def announce(context: Context) -> None:
     for kind, build in BUILD.items():
         if effort := notes.effort(context, kind):
             work = build(context, notes.expected(kind, context.setting(kind)))
-            missing = {key for key in work.jobs if not context.store.has(kind, key)}
+            missing = {key for key in work.jobs if not context.store.path(kind, key).exists()}
             seconds += duration(work, missing, effort)
     took.announce(seconds)
 
