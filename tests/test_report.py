@@ -505,7 +505,7 @@ def test_a_clean_dataset_has_nothing_to_look_at(workspace: Workspace) -> None:
             [row("x.png", width="640", height="64")],
             {},
             {},
-            "Pictures of which more than a third is cut off: 1, up to 90% of the area.",
+            "Pictures that lose over a third of their area to the crop: 1; the largest loss is 90%.",
         ),
         (
             [row("x.png", captions="a (fox:1.2)")],

@@ -154,7 +154,7 @@ def test_captions_that_are_no_captions_are_told(here: Path) -> None:
     write_files(here, "a.png", "b.png", "c.png", a=", ,", b="one, two", c="")
     assert listed(here).warnings == ["1 caption holds nothing but commas"]
     varied = {"shuffle_tags": True, "num_caption_variants": 4}
-    few = "which have fewer than {} tags (dataset.keep_tags keeps {}); tags are told apart by ','"
+    few = "which have fewer than {} tags (dataset.keep_tags keeps {}); tags are separated by ','"
     for kept in (1, 2):
         assert listed(here, **varied, keep_tags=kept).warnings == [
             "1 caption holds nothing but commas",

@@ -210,7 +210,7 @@ def test_captions_of_one_word_have_nothing_to_shuffle() -> None:
     assert warning.startswith(
         "dataset.shuffle_tags moves nothing in 2 of 3 captions, which have fewer than 2 tags; tags"
     )
-    assert warning.endswith("tags are told apart by ','")
+    assert warning.endswith("tags are separated by ','")
     assert warned(["a, b", "c, d", "fox"], **SHUFFLED) == []
     assert len(warned(["a, b", "c, d"], **SHUFFLED, keep_tags=1)) == 1
 

@@ -81,7 +81,7 @@ def blank(measured: Figures, lineage: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Share:
-    """Of the samples, beside what it is held against."""
+    """A measure of the samples beside its control."""
 
     value: float
     base: float

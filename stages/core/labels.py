@@ -84,7 +84,7 @@ def distinct(
     Args:
         show: a text as it is cut to its room.
         seen: what two that look alike have in common.
-        heads: put before each text, such as numbers, and never left out; the texts alone are told apart.
+        heads: put before each text, such as numbers, and never left out; only the texts are made distinct.
     """
     starts = dict.fromkeys(texts, 0)
     room = max(heads or [""], key=len)

@@ -60,7 +60,7 @@ def no_tilde(path: str) -> str:
 
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(no_tilde), AfterValidator(one_spelling)]
 HomePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-"""Of a file that no stage lists, so that ``~`` may stand in it."""
+"""A file that no stage lists as a dependency, so that its path may hold ``~``."""
 
 
 class Params(BaseModel):

@@ -69,7 +69,7 @@ def lines_above(bar: tqdm[Any]) -> contextlib.AbstractContextManager[None]:
 
 
 def counted(name: str, items: Iterable[T], total: int) -> Iterator[T]:
-    """The items; each counts as done where the next one is asked for."""
+    """Yield the items; each counts as done when the next one is fetched."""
     with Bar(name, total) as bar:
         for item in items:
             yield item

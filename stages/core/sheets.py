@@ -139,7 +139,7 @@ def _row_labels(
 
 
 def _captions(captions: Sequence[Sequence[str | None]], letters: Lettering, cell: int) -> list[list[list[str]]]:
-    """Lines below each picture; those of the whole sheet are told apart."""
+    """Lines below each picture; those of the whole sheet are made distinct."""
     texts = list(dict.fromkeys(_texts(captions)))
     lines = dict(zip(texts, _fit(texts, letters, cell, 2 if cell >= 128 else 3, empty=EMPTY), strict=True))
     return [[[] if text is None else lines[text] for text in row] for row in captions]

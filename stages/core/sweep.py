@@ -170,7 +170,7 @@ def reread_key(key: str, value: Any) -> Any:
 
 
 def reread(value: Any, kind: Any) -> Any:
-    """Texts that stand for another type, read; ``kind`` is the annotation of their setting."""
+    """Read texts that hold a value of another type; ``kind`` is the annotation of their setting."""
     if isinstance(value, dict):
         return {key: reread(item, inside(kind, str(key))) for key, item in value.items()}
     if isinstance(value, list):

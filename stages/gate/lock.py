@@ -191,7 +191,7 @@ def show(value: Any) -> str:
 
 
 def line_ends(pipeline: Pipeline) -> list[str]:
-    """One line for all files whose line ends alone are not those of dvc.lock: git converts them where it is told to."""
+    """One line for all files that differ from dvc.lock in their line ends alone: git can be set to convert them."""
     found = sorted({file.path for file in pipeline.files() if other_line_ends(Path(file.path), file.locked)})
     if not found:
         return []

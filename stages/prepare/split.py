@@ -34,7 +34,7 @@ class Assignment:
     """File names of near-duplicates and of equal files, also of those withheld; each sorted, as is the list."""
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What is as it was asked for and worth knowing."""
+    """Facts about the split that are no fault and worth knowing."""
 
 
 def assign(rows: Sequence[CheckedPicture], dataset: DatasetParams, num_left_out: int = 0) -> Assignment:

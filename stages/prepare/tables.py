@@ -78,7 +78,7 @@ def read_table(root: Root, name: str, columns: Iterable[str]) -> Table:
 
 
 def as_utf8(blob: bytes, place: str) -> bytes:
-    """UTF-8 without a byte order mark; lines that are damaged stay as they are, so that each is told by its number.
+    """UTF-8 without a byte order mark; damaged lines stay as they are, so that a message can name each by its number.
 
     Raises:
         UserError: all of it is in another encoding.

@@ -148,7 +148,7 @@ def without_effect(texts: list[str], num_tags: list[int], dataset: DatasetParams
             kept = f" (dataset.keep_tags keeps {dataset.keep_tags})" if dataset.keep_tags else ""
             return [
                 f"dataset.{name} {verb} nothing in {num_without} of {plural(len(texts), 'caption')}, which have fewer"
-                f" than {least} tags{kept}; tags are told apart by '{dataset.tag_separator}'"
+                f" than {least} tags{kept}; tags are separated by '{dataset.tag_separator}'"
                 f"{other_separator(texts, dataset)}"
             ]
     return []

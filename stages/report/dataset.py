@@ -70,7 +70,10 @@ def remarks(inputs: Inputs) -> list[str]:
     found = (
         (cut, f"Captions cut at {limit:.0f} tokens: {cut:.0f} of {total:.0f}. The model never sees the rest of them."),
         (blank, f"Empty captions: {blank}. Those pictures are learned without a prompt."),
-        (len(cropped), f"Pictures of which more than a third is cut off: {len(cropped)}, up to {most} of the area."),
+        (
+            len(cropped),
+            f"Pictures that lose over a third of their area to the crop: {len(cropped)}; the largest loss is {most}.",
+        ),
         (marked, f"Captions with marks that other programs act on: {marked}. They are learned as words."),
         (len(lost) - withheld, f"Pictures left out because something is wrong with them: {len(lost) - withheld}."),
         (withheld, f"Near-duplicates withheld: {withheld}. They look like pictures on the other side of the split."),

@@ -1,4 +1,4 @@
-"""How much of an examination is done, in the denoiser's passes: what it is shown, times the times that it is shown."""
+"""How much of an examination is done, counted in the denoiser's passes: table rows and sampling steps."""
 
 from __future__ import annotations
 
