@@ -174,7 +174,9 @@ def test_ctrl_c_from_outside_while_a_stage_imports(begun: Path, library: str) ->
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.startswith("stopped by Ctrl-C: ") and errors.count("\n") == 1
+    *before, last = errors.splitlines()
+    assert last.startswith("stopped by Ctrl-C: ") and "Traceback" not in errors
+    assert not before or "panicked" in errors  # pyo3 itself prints where its import was interrupted
 
 
 def test_ctrl_c_in_another_command(workspace: Workspace) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -93,6 +94,7 @@ def read_dvc_yaml() -> dict[str, Any]:
     return dict(found)
 
 
+@pytest.mark.slow
 def test_photographs_shrink_until_they_fit(tmp_path: Path) -> None:
     """Eight rows of three pictures of 512 pixels: not refused, not in eight colours, the same bytes again."""
     rows = [[photograph(512, 3 * row + column) for column in range(3)] for row in range(8)]
