@@ -200,7 +200,7 @@ def test_a_broken_adapter_of_a_better_loss_is_no_unqualified_better(
     cached: Workspace,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It draws black pictures, then noise, under a base that draws what it was trained on; drift is its own."""
+    """A broken adapter draws black pictures, then noise; drift is checked apart from that."""
     known = list(training_pictures().values())
 
     def draw(examiner: Any, sampling: Any) -> list[Image.Image]:

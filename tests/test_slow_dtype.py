@@ -28,7 +28,7 @@ def model(dtype: str = "bfloat16", pretrained: Path | str = "data/base") -> Mode
 
 
 def told(convolution: float, product: float, caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What is said of a probe that is told times of bfloat16."""
+    """The log lines of a probe that receives fixed times for bfloat16."""
     caplog.clear()
     slow = {"convolution": convolution, "matrix product": product}
     warn(CPU, model(), lambda _: {"float32": FAST, "bfloat16": slow})
