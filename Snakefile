@@ -14,13 +14,14 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
-from stages import check
-from stages.core import closure, job_records, sweep
-from stages.core.console import UserError
-from stages.core.files import write_text
-from stages.core.params import RuntimeParams, read_yaml
-from stages.core.params import check as check_params
-from stages.core.yaml_edit import flow
+from lora_dag.commands import check
+from lora_dag.pipeline import code as closure, snakemake_records
+from lora_dag.sweeps import grid as sweep
+from lora_dag.core.console import UserError
+from lora_dag.core.files import write_text
+from lora_dag.core.params import RuntimeParams, read_yaml
+from lora_dag.core.params import check as check_params
+from lora_dag.pipeline.yaml_edit import flow
 
 STAGES = read_yaml(Path("dvc.yaml"))["stages"]
 
@@ -79,7 +80,7 @@ def of(stage, wanted):
     return lambda wildcards: wanted(AT[stage]["/".join(wildcards)])
 
 
-code_of = functools.cache(lambda stage, family: job_records.code_of(STAGES[stage]["deps"], family))
+code_of = functools.cache(lambda stage, family: snakemake_records.code_of(STAGES[stage]["deps"], family))
 
 
 def code(stage):
@@ -173,7 +174,7 @@ def machines():
 # What failed belongs on the leaderboard, whose rule waits for every run.
 onerror:
     if len(RUNS) > 1:
-        shell("python -m stages.leaderboard --params $LORA_PARAMS || true")
+        shell("python -m lora_dag.commands.leaderboard --params $LORA_PARAMS || true")
 
 
 localrules:
@@ -378,4 +379,4 @@ rule leaderboard:
     params:
         code=lambda wildcards: closure.code_digest("leaderboard", RUNS[0].value("model.family")),
     shell:
-        "python -m stages.leaderboard --params $LORA_PARAMS > {log} 2>&1"
+        "python -m lora_dag.commands.leaderboard --params $LORA_PARAMS > {log} 2>&1"

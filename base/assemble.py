@@ -16,8 +16,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from base.icons import concepts, load_icon
 from base.render import BUILD
-from stages.core.files import read_json, write_json
-from stages.core.sheets import save_png, sheet
+from lora_dag.core.files import read_json, write_json
+from lora_dag.pages.sheets import save_png, sheet
 
 HERE = Path(__file__).parent
 # fmt: off

@@ -19,9 +19,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages.core.console import UserError, bare_parser, log, run
-from stages.core.params import read_yaml
-from stages.core.sharing import STORE
+from lora_dag.core.console import UserError, bare_parser, log, run
+from lora_dag.core.params import read_yaml
+from lora_dag.pipeline.sharing import STORE
 
 DEMO = Path("data/demo.dvc")
 PINNED = {"remote": "bundled", "push": False}

@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core import quiet
+from lora_dag.core import quiet
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,7 @@ from benchmarks import readme
 from benchmarks.stand_in import make_base, make_picture, make_pictures
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COPIED = ("stages", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore")
+COPIED = ("lora_dag", "stages", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore")
 NUM_REPEATS = 5  # of what takes seconds; the median is shown
 
 

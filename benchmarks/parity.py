@@ -67,7 +67,7 @@ def record_losses(recorder: Recorder) -> None:
 
 
 def record_draws(recorder: Recorder) -> None:
-    from stages.artifacts.latent_cache import LatentCache
+    from lora_dag.artifacts.latent_cache import LatentCache
     from stages.train.batches import Batches, Order
 
     latents, items, batch = LatentCache.latents, Order.items, Batches.batch

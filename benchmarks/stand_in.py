@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stages.core import quiet
+from lora_dag.core import quiet
 
 SIDE = 96
 """Pixels of the pictures, before prepare brings them to 64."""

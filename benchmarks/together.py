@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 from benchmarks import readme
 from benchmarks.bases import CLIP_TOKENS, TINY
 from benchmarks.players import spread
-from stages.core.device import keep_freed_memory
+from lora_dag.core.device import keep_freed_memory
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -120,7 +120,7 @@ class Pack:
         self.dtype, self.num_adapters, self.batch_size = dtype, num_adapters, batch_size
         self.unet: Any = TINY.modules()["unet"].to(dtype).eval().requires_grad_(False)
         if dtype != torch.float32:
-            self.unet.set_attn_processor(AttnProcessor())  # as stages/families/sd.py does on a CPU
+            self.unet.set_attn_processor(AttnProcessor())  # as lora_dag/families/sd.py does on a CPU
         rank = TINY.rank
         self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), NAME)
         self.layers = [module for module in self.unet.modules() if isinstance(module, Linear)]

@@ -1,11 +1,1 @@
-import importlib.util
-import sys
-
-if sys.platform == "win32" or importlib.util.find_spec("fcntl") is None:  # locks of files, which every stage takes
-    print("error: lora-dag needs Linux or macOS; on Windows, run it in WSL2: `wsl --install`", file=sys.stderr)
-    sys.exit(2)
-
-from stages.core import console  # after the line for Windows
-
-if sys.argv[:1] == ["-m"]:  # so Python names a module while it looks for it
-    console.listen()  # Ctrl-C while a stage imports its packages is one line, too
+import lora_dag  # noqa: F401  (its checks of the machine come first)

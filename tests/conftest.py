@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
-from stages.core import console
+from lora_dag.core import console
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -119,7 +119,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family -> a tiny random base of its pipeline class."""
-    from tests.pipelines import BUILDERS, build
+    from tests.helpers.pipelines import BUILDERS, build
 
     folder = tmp_path_factory.mktemp("bases")
     return {"sd": tiny_base} | {name: build(name, folder / name) for name in BUILDERS}
@@ -172,8 +172,8 @@ class Workspace:
         return self.call(stage, *argv)
 
     def process(self, stage: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """``python -m stages.NAME`` as a person would start it."""
-        command = [sys.executable, "-m", f"stages.{stage}", *argv]
+        """``python -m stages.NAME`` as a person would start it, or a command's module."""
+        command = [sys.executable, "-m", main_module(stage).removesuffix(".__main__"), *argv]
         return subprocess.run(command, cwd=self.path, capture_output=True, text=True, **options)
 
     def tree(self, folder: str) -> dict[str, bytes]:
@@ -203,13 +203,18 @@ def workspace(
         forget_precision()
         monkeypatch.setattr(sys, "argv", [stage, *argv])
         caplog.clear()
-        module = importlib.import_module(f"stages.{stage}")
-        if hasattr(module, "__path__"):  # a package
-            module = importlib.import_module(f"stages.{stage}.__main__")
-        module.main()
+        importlib.import_module(main_module(stage)).main()
         return [record.getMessage() for record in caplog.records if record.name == "lora-dag"]
 
     return Workspace(tmp_path, call)
+
+
+def main_module(name: str) -> str:
+    """The module that starts a stage or a command."""
+    if (REPOSITORY / "stages" / name).is_dir():
+        return f"stages.{name}.__main__"
+    package = (REPOSITORY / "lora_dag/commands" / name).is_dir()
+    return f"lora_dag.commands.{name}" + (".__main__" if package else "")
 
 
 def forget_precision() -> None:
@@ -240,9 +245,9 @@ def write_params(path: Path, changes: dict[str, dict[str, Any]]) -> None:
         yaml.dump(tree, file)
 
 
-from tests.checkout import reproduced, tiny_checkout  # noqa: E402, F401  (needs what stands above)
-from tests.compared import repository  # noqa: E402, F401
-from tests.encodings import cached, calls, masked  # noqa: E402, F401
-from tests.planted import clone, published  # noqa: E402, F401
-from tests.sources import here  # noqa: E402, F401
-from tests.trainings import encoded, interrupt, mixed, reference  # noqa: E402, F401
+from tests.helpers.checkout import reproduced, tiny_checkout  # noqa: E402, F401  (needs what stands above)
+from tests.helpers.compared import repository  # noqa: E402, F401
+from tests.helpers.encodings import cached, calls, masked  # noqa: E402, F401
+from tests.helpers.planted import clone, published  # noqa: E402, F401
+from tests.helpers.sources import here  # noqa: E402, F401
+from tests.helpers.trainings import encoded, interrupt, mixed, reference  # noqa: E402, F401

@@ -15,10 +15,19 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from stages.artifacts import latent_cache, metrics
-from stages.artifacts.latent_cache import CachedItem
-from stages.artifacts.manifest import Manifest
-from stages.artifacts.store import Store
+from lora_dag.artifacts import latent_cache, metrics
+from lora_dag.artifacts.latent_cache import CachedItem
+from lora_dag.artifacts.manifest import Manifest
+from lora_dag.artifacts.store import Store
+from lora_dag.bases import layout, resolve
+from lora_dag.core import params
+from lora_dag.core.console import UserError, log, parser, run
+from lora_dag.core.device import environment, log_device, setup
+from lora_dag.core.files import read_json, writing
+from lora_dag.core.params import ModelParams, RuntimeParams
+from lora_dag.families.long_texts import warn_of_long
+from lora_dag.families.protocol import load_family
+from lora_dag.pictures.containers import PictureFiles
 from stages.cache_latents import garbage, notes, status
 from stages.cache_latents.context import Context
 from stages.cache_latents.encoding import Tensors
@@ -26,14 +35,6 @@ from stages.cache_latents.entries import Captions, Masks, Views, attempts, compl
 from stages.cache_latents.environments import Origins
 from stages.cache_latents.keys import content
 from stages.cache_latents.params import CacheParams, flip_problems
-from stages.core import base_files, bases, params
-from stages.core.console import UserError, log, parser, run
-from stages.core.containers import PictureFiles
-from stages.core.device import environment, log_device, setup
-from stages.core.files import read_json, writing
-from stages.core.long_texts import warn_of_long
-from stages.core.params import ModelParams, RuntimeParams
-from stages.families.base import load_family
 
 
 def main() -> None:
@@ -86,16 +87,16 @@ def make_context(args: argparse.Namespace) -> Context:
     manifest = Manifest.load(args.prepared)
     outdated = status.made_otherwise(manifest, args.prepared, config)
     family = load_family(asked.family)
-    model = bases.resolve(asked, family, make=not (args.status or args.gc)).model
+    model = resolve.resolve(asked, family, make=not (args.status or args.gc)).model
     found = flip_problems(manifest.augmentation.flip, cache.num_variants)
     sizes = {(item.width, item.height) for item in manifest.items}
-    found += base_files.size_problems(model, family, sizes, asked.pretrained)
+    found += layout.size_problems(model, family, sizes, asked.pretrained)
     if found and outdated and not args.status:
         raise UserError(f"{outdated}; run `python -m stages.prepare` first")
     if found and not outdated:
         raise UserError(*found)
     warn_of_one_crop(manifest, cache)
-    base = base_files.digests(model, (*family.VAE, *family.TEXT))
+    base = layout.digests(model, (*family.VAE, *family.TEXT))
     device = setup(runtime, model)
     return Context(
         manifest,

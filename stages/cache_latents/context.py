@@ -9,21 +9,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.artifacts.manifest import Item, Manifest, View, natural_key
-from stages.artifacts.store import Kind, Store
+from lora_dag.artifacts.manifest import Item, Manifest, View, natural_key
+from lora_dag.artifacts.store import Kind, Store
+from lora_dag.core.console import UserError
+from lora_dag.core.files import sha256_json
+from lora_dag.pictures.containers import PictureFiles
 from stages.cache_latents import environments
 from stages.cache_latents.encoding import NUM_READERS, Proofs, Tensors
 from stages.cache_latents.keys import Setting
 from stages.cache_latents.params import CacheParams
-from stages.core.console import UserError
-from stages.core.containers import PictureFiles
-from stages.core.files import sha256_json
 
 if TYPE_CHECKING:
     import torch
 
-    from stages.core.params import ModelParams
-    from stages.families.base import Family
+    from lora_dag.core.params import ModelParams
+    from lora_dag.families.protocol import Family
 
 AGAIN = "run `python -m stages.prepare` again"
 

@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from stages.artifacts.store import Kind
-from stages.core.console import UserError
-from stages.core.device import autocast
-from stages.core.files import from_json, sha256_json, write_json
-from stages.core.progress import Bar
+from lora_dag.artifacts.store import Kind
+from lora_dag.core.console import UserError
+from lora_dag.core.device import autocast
+from lora_dag.core.files import from_json, sha256_json, write_json
+from lora_dag.core.progress import Bar
 
 if TYPE_CHECKING:
     import torch
 
-    from stages.core.params import ModelParams
+    from lora_dag.core.params import ModelParams
 
 NUM_READERS = 4  # threads that decode pictures
 

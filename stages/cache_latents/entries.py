@@ -16,22 +16,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from stages.artifacts.manifest import Item, View, natural_key
-from stages.artifacts.store import Kind
+from lora_dag.artifacts.manifest import Item, View, natural_key
+from lora_dag.artifacts.store import Kind
+from lora_dag.core.console import UserError, log, plural
+from lora_dag.core.progress import Bar
+from lora_dag.pictures.pictures import cut_mask, cut_view, decode, decode_mask
 from stages.cache_latents.context import Context, mask_file, naming_changes, read_checked
-from stages.cache_latents.encoding import (
-    NUM_READERS,
-    Encoder,
-    OutOfMemory,
-    Recent,
-    Shape,
-    Tensors,
-    encode_all,
-)
+from stages.cache_latents.encoding import NUM_READERS, Encoder, OutOfMemory, Recent, Shape, Tensors, encode_all
 from stages.cache_latents.keys import Setting, caption_key, mask_key, picture_key
-from stages.core.console import UserError, log, plural
-from stages.core.pictures import cut_mask, cut_view, decode, decode_mask
-from stages.core.progress import Bar
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
-from stages.artifacts.store import Kind, Store
+from lora_dag.artifacts.store import Kind, Store
 
 DECIDING: dict[Kind, tuple[str, ...]] = {
     "latents": ("torch", "diffusers", "numpy", "pillow", "machine", "device", "num_threads"),

@@ -27,8 +27,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML, YAMLError
 
-from stages.artifacts.store import Store
-from stages.core.console import UserError, log, plural
+from lora_dag.artifacts.store import Store
+from lora_dag.core.console import UserError, log, plural
 
 FOLDERS = ("runs/*/latents*", ".dvc/tmp/exps/*/*/{here}data/latents")
 """Where caches lie that are in no commit: Snakemake's, and those of experiments at work outside of the workspace.

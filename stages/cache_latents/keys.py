@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from stages.artifacts.manifest import Item, Manifest, View
-from stages.core.files import sha256_json
+from lora_dag.artifacts.manifest import Item, Manifest, View
+from lora_dag.core.files import sha256_json
 
 FORMAT = 1  # of latents and text entries; raise it when the meaning of their tensors changes
 MASK_FORMAT = 2  # of masks; none of format 2 is zero all over

@@ -10,13 +10,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from stages.artifacts.manifest import Item
-from stages.artifacts.store import Kind, Store
+from lora_dag.artifacts.manifest import Item
+from lora_dag.artifacts.store import Kind, Store
+from lora_dag.core.console import log
+from lora_dag.core.files import write_json
 from stages.cache_latents.context import Context
 from stages.cache_latents.entries import Captions, Effort, Views
 from stages.cache_latents.keys import Setting
-from stages.core.console import log
-from stages.core.files import write_json
 
 
 @dataclass(frozen=True)

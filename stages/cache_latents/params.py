@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from stages.core.params import Params
+from lora_dag.core.params import Params
 
 
 class CacheParams(Params):

@@ -10,17 +10,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.manifest import Item, Manifest
-from stages.artifacts.store import Kind, Store
+from lora_dag.artifacts.manifest import Item, Manifest
+from lora_dag.artifacts.store import Kind, Store
+from lora_dag.core import took
+from lora_dag.core.console import log, plural
+from lora_dag.core.params import Config
+from lora_dag.pictures.pictures import preprocessing
 from stages.cache_latents.context import Context, changes
 from stages.cache_latents.entries import Captions, Effort, Masks, Views
 from stages.cache_latents.environments import Origins
 from stages.cache_latents.keys import Setting
 from stages.cache_latents.notes import MadeOf, Notes, made_of
-from stages.core import took
-from stages.core.console import log, plural
-from stages.core.params import Config
-from stages.core.pictures import preprocessing
 
 EMPTY = "(empty caption)"
 AUGMENTATION = ("crop", "flip", "seed")

@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from stages.core.console import UserError, as_path, log, parser, run
-from stages.core.params import Config, ModelParams, RuntimeParams, load
+from lora_dag.core.console import UserError, as_path, log, parser, run
+from lora_dag.core.params import Config, ModelParams, RuntimeParams, load
 from stages.export.params import ExportParams, rank_refusals, refusals, step_refusals
 
 if TYPE_CHECKING:
-    from stages.artifacts.metrics import Value
+    from lora_dag.artifacts.metrics import Value
     from stages.export.proof import Proof
 
 
@@ -39,20 +39,21 @@ def main() -> None:
         return
     model, params = config.section(ModelParams), config.section(ExportParams)
 
-    from stages.artifacts import lineage, metrics
-    from stages.artifacts.adapter import Adapter
-    from stages.core import bases, device
-    from stages.core.base_files import digests, require_same_base
-    from stages.core.files import replaced, write_text
-    from stages.core.progress import Bar
-    from stages.core.took import Work
+    from lora_dag.artifacts import lineage, metrics
+    from lora_dag.artifacts.adapter import Adapter
+    from lora_dag.bases import resolve
+    from lora_dag.bases.layout import digests, require_same_base
+    from lora_dag.core import device
+    from lora_dag.core.files import replaced, write_text
+    from lora_dag.core.progress import Bar
+    from lora_dag.core.took import Work
+    from lora_dag.families.protocol import load_family
     from stages.export import resize
     from stages.export.header import provenance
     from stages.export.proof import Proof
-    from stages.families.base import load_family
 
     family = load_family(model.family)
-    base = bases.resolve(model, family)
+    base = resolve.resolve(model, family)
     adapter = Adapter.load(args.adapter)
     require_same_base(adapter.base, digests(base.model, family.COMPONENTS), args.adapter)
     bias = adapter.lora_config.get("bias", "none") if adapter.biases else "none"

@@ -1,6 +1,6 @@
 """A small reader of adapter files as ComfyUI reads them, written from its key rules and apart from our writer.
 
-It works on the layers of the original checkpoint, which ComfyUI loads: stages/core/original_layout.py says how they are
+It works on the layers of the original checkpoint, which ComfyUI loads: adapters/original_layout.py says how they are
 named there, which of the denoiser's are stacked into one, and where rows are in another order. A module ``m`` of a UNet
 is named ``lora_unet_`` + m with underscores, one of a transformer ``transformer.`` + m, one of the CLIP text encoders
 ``text_encoder.`` or ``text_encoder_2.`` + m, or ``lora_te1_`` (``lora_te_``), ``lora_te2_`` + m with underscores, from
@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.core import original_layout
-from stages.core.original_layout import Part, swap_halves
+from lora_dag.adapters import original_layout
+from lora_dag.adapters.original_layout import Part, swap_halves
 
 if TYPE_CHECKING:
     from pathlib import Path

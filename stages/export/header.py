@@ -6,8 +6,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts.adapter import FINAL, snapshot_name
-from stages.core.files import save_tensors, sha256_file
+from lora_dag.artifacts.adapter import FINAL, snapshot_name
+from lora_dag.core.files import save_tensors, sha256_file
 from stages.export.loading import load_base, shown
 
 if TYPE_CHECKING:
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from stages.artifacts.adapter import Adapter
-    from stages.core.bases import Base
+    from lora_dag.artifacts.adapter import Adapter
+    from lora_dag.bases.resolve import Base
+    from lora_dag.families.protocol import Family
     from stages.export.params import ExportParams
-    from stages.families.base import Family
 
 # What community tools show; names of https://github.com/Stability-AI/ModelSpec, architectures of its registry.
 ARCHITECTURES = {

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from stages.core.console import REMEDIES, UserError, log
-from stages.core.files import sha256_file
+from lora_dag.core.console import REMEDIES, UserError, log
+from lora_dag.core.files import sha256_file
 from stages.export.params import Format
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stages.core.bases import Base
-    from stages.families.base import Family
+    from lora_dag.bases.resolve import Base
+    from lora_dag.families.protocol import Family
 
 
 def load_base(base: Base, family: Family, base_model: str | None) -> str:

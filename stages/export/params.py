@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.core import words
-from stages.core.params import Params
+from lora_dag.core.params import Params
+from lora_dag.pages import words
 
 Format = Literal["diffusers", "peft", "comfyui", "merged"]
 MAX_SHOWN = 12

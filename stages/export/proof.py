@@ -21,18 +21,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.utils.warning import PeftWarning
 
-from stages.core import base_files, components, lora, objectives, quiet, seeding
-from stages.core.adapted import Adapted
-from stages.core.console import log
-from stages.core.files import load_tensors, read_json
+from lora_dag.adapters import lora
+from lora_dag.adapters.adapted import Adapted
+from lora_dag.bases import layout
+from lora_dag.core import quiet, seeding
+from lora_dag.core.console import log
+from lora_dag.core.files import load_tensors, read_json
+from lora_dag.diffusion import objectives
+from lora_dag.families import common
 from stages.export import comfyui, header, trained, writers
 
 if TYPE_CHECKING:
-    from stages.artifacts.adapter import Adapter
-    from stages.core.bases import Base
-    from stages.core.params import ModelParams
+    from lora_dag.artifacts.adapter import Adapter
+    from lora_dag.bases.resolve import Base
+    from lora_dag.core.params import ModelParams
+    from lora_dag.families.protocol import Family
     from stages.export.params import ExportParams, Format
-    from stages.families.base import Family
 
 TOLERANCE = 1e-5  # of the largest output, float32; a file loaded by diffusers or PEFT usually differs by nothing at all
 LATENT_SIDE = 16  # at least; more latent pixels would ask the same weights again
@@ -80,7 +84,7 @@ def ask(model: ModelParams, family: Family, params: ExportParams, device: torch.
     side = min(multiple * math.ceil(LATENT_SIDE / multiple), (family.max_side(model) or sys.maxsize) // factor)
     pixels = (side * factor, side * factor)
     views = family.view_conditioning(pixels, (0, 0), pixels)
-    shape = (2, components.config(model, "vae")["latent_channels"], side, side)
+    shape = (2, common.config(model, "vae")["latent_channels"], side, side)
     scheduler = family.load_scheduler(model)
     count = scheduler.config.num_train_timesteps
     return Questions(
@@ -243,7 +247,7 @@ class Proof:
         """The family's own loader; no adapter to take off. What was not adapted is the base's, to the byte."""
         model = self.model.model_copy(update={"pretrained": str(folder)})
         others = set(self.family.COMPONENTS) - set(self.parts)
-        if base_files.digests(model, others) != base_files.digests(self.model, others):
+        if layout.digests(model, others) != layout.digests(self.model, others):
             raise RuntimeError("the merged export holds another component than the base")
         yield self.fresh(folder), []
 
@@ -252,7 +256,7 @@ class Proof:
         listed = read_json(Path(self.model.pretrained) / "model_index.json")
         parts = {name: None for name, entry in listed.items() if isinstance(entry, list) and name != "scheduler"}
         cls = writers.pipeline_class(self.family)
-        return components.load_pipeline(cls, self.model, self.where, **parts | modules.adapted)
+        return common.load_pipeline(cls, self.model, self.where, **parts | modules.adapted)
 
     def require_base(self, modules: Modules, name: str) -> None:
         if not torch.equal(self.answer(modules), self.plain):

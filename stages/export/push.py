@@ -9,17 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts import lineage, model_card, picture_table
-from stages.artifacts.adapter import FINAL, Adapter
-from stages.core import words
-from stages.core.console import UserError, log
-from stages.core.files import sha256_file
+from lora_dag.artifacts import lineage, model_card, picture_table
+from lora_dag.artifacts.adapter import FINAL, Adapter
+from lora_dag.core.console import UserError, log
+from lora_dag.core.files import sha256_file
+from lora_dag.pages import words
 from stages.export.hub import upload
 from stages.export.params import ExportParams
 from stages.export.verify import differences, setting_differences
 
 if TYPE_CHECKING:
-    from stages.core.params import Config
+    from lora_dag.core.params import Config
 
 SHEET = "samples.png"
 

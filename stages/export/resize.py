@@ -16,7 +16,7 @@ from stages.export.trained import at_strength_1
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from stages.artifacts.adapter import Adapter
+    from lora_dag.artifacts.adapter import Adapter
     from stages.export.trained import Trained
 
 Tensors = dict[str, torch.Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stages.core import bias, lora, lycoris, original_layout
+from lora_dag.adapters import bias, lora, lycoris, original_layout
 
 DORA = ".lora_magnitude_vector"
 

@@ -10,19 +10,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts.adapter import FINAL, Adapter
-from stages.core import bases
-from stages.core.base_files import digests
-from stages.core.console import UserError, log
-from stages.core.files import from_json, load_metadata, load_tensors, sha256_file, understood
-from stages.core.git import git
-from stages.core.params import Config, ModelParams
+from lora_dag.artifacts.adapter import FINAL, Adapter
+from lora_dag.bases import resolve
+from lora_dag.bases.layout import digests
+from lora_dag.core.console import UserError, log
+from lora_dag.core.files import from_json, load_metadata, load_tensors, sha256_file, understood
+from lora_dag.core.params import Config, ModelParams
+from lora_dag.families.protocol import load_family
+from lora_dag.pipeline.git import git
 from stages.export.header import tensors_digest
 from stages.export.params import ExportParams
-from stages.families.base import load_family
 
 if TYPE_CHECKING:
-    from stages.core.params import Params
+    from lora_dag.core.params import Params
 
 METRICS = "reports/train/metrics.json"
 """Names the adapter of a revision by the first 16 digits of its sha256."""
@@ -92,7 +92,7 @@ def differences(record: dict[str, Any], config: Config, adapter_folder: Path) ->
     model = config.section(ModelParams)
     if "base" in record:
         family = load_family(model.family)
-        base = digests(bases.resolve(model, family, make=False).model, family.COMPONENTS)
+        base = digests(resolve.resolve(model, family, make=False).model, family.COMPONENTS)
         changed = sorted(name for name, digest in base.items() if record["base"].get(name) != digest)
         if changed:
             found.append(f"made with another {', '.join(changed)} than model.pretrained holds now")

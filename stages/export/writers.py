@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.core import lora, original_layout, quiet
-from stages.core.adapted import long_name
-from stages.core.base_files import absent, component_files
-from stages.core.files import load_metadata, load_tensors, save_tensors, write_json
+from lora_dag.adapters import lora, original_layout
+from lora_dag.adapters.adapted import long_name
+from lora_dag.bases.layout import absent, component_files
+from lora_dag.core import quiet
+from lora_dag.core.files import load_metadata, load_tensors, save_tensors, write_json
 from stages.export import header
 from stages.export.trained import folded, merged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from stages.core.params import ModelParams
+    from lora_dag.core.params import ModelParams
+    from lora_dag.families.protocol import Family
     from stages.export.trained import Trained
-    from stages.families.base import Family
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 

@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from stages.artifacts.manifest import Augmentation, Item, Manifest
-from stages.core import params
-from stages.core.console import PATHS, UserError, log, parser, plural, run
-from stages.core.containers import PictureFiles
-from stages.core.files import writing
-from stages.core.pictures import preprocessing
+from lora_dag.artifacts.manifest import Augmentation, Item, Manifest
+from lora_dag.core import params
+from lora_dag.core.console import PATHS, UserError, log, parser, plural, run
+from lora_dag.core.files import writing
+from lora_dag.pictures.containers import PictureFiles
+from lora_dag.pictures.pictures import preprocessing
 from stages.prepare import changes, page, split, variants
 from stages.prepare.inspection import CheckedPicture, inspect
 from stages.prepare.listing import settle

@@ -7,7 +7,7 @@ import json
 import unicodedata
 from typing import Any
 
-from stages.core.console import UserError
+from lora_dag.core.console import UserError
 
 MAX_TEXT_BYTES = 2**20
 """Of a caption file or .json file beside a picture."""

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from stages.artifacts import picture_table
-from stages.artifacts.manifest import Item, Manifest, View, natural_key
-from stages.core import thumbnails
-from stages.core.console import log
-from stages.core.dataset_changes import Changes, compare_tables
-from stages.core.files import sha256_file, write_text
-from stages.core.git import git
-from stages.core.pictures import load_view
-from stages.core.sheets import save_png
+from lora_dag.artifacts import picture_table
+from lora_dag.artifacts.manifest import Item, Manifest, View, natural_key
+from lora_dag.core.console import log
+from lora_dag.core.files import sha256_file, write_text
+from lora_dag.pages import thumbnails
+from lora_dag.pages.dataset_changes import Changes, compare_tables
+from lora_dag.pages.sheets import save_png
+from lora_dag.pictures.pictures import load_view
+from lora_dag.pipeline.git import git
 
 MAX_THUMBNAILS = 2000  # pictures of one version that are kept small: the first ones by content, some 4 MB
 GIT_SECONDS = 20

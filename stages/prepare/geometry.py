@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from stages.core.console import UserError
+from lora_dag.core.console import UserError
 
 if TYPE_CHECKING:
     from stages.prepare.params import DatasetParams

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tqdm import tqdm
 
-from stages.artifacts.manifest import Augmentation, Item
-from stages.core import pictures
-from stages.core.console import UserError, plural
-from stages.core.pictures import Checked
+from lora_dag.artifacts.manifest import Augmentation, Item
+from lora_dag.core.console import UserError, plural
+from lora_dag.pictures import pictures
+from lora_dag.pictures.pictures import Checked
 from stages.prepare import geometry, side_files
 from stages.prepare.geometry import Size
 from stages.prepare.listing import Entry, Problem

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from stages.artifacts.manifest import natural_key
-from stages.core.console import UserError, plural
+from lora_dag.artifacts.manifest import natural_key
+from lora_dag.core.console import UserError, plural
 
 if TYPE_CHECKING:
     from stages.prepare.params import DatasetParams

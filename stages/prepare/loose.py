@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from stages.core.console import UserError, plural
-from stages.core.containers import read_regular
+from lora_dag.core.console import UserError, plural
+from lora_dag.pictures.containers import read_regular
 from stages.prepare import captions, side_files, split_names
 from stages.prepare.listing import Problem
 from stages.prepare.names import (

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from stages.core.console import UserError
+from lora_dag.core.console import UserError
 from stages.prepare.listing import Problem
 from stages.prepare.names import Root, Tree, checked_file, checked_name, nfc, printable, scan, stem
 from stages.prepare.scope import Scope

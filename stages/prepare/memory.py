@@ -18,8 +18,8 @@ from zlib import crc32
 
 import PIL
 
-from stages.core import pictures
-from stages.core.files import from_json, sha256_file, sha256_json, state_dir, write_text
+from lora_dag.core.files import from_json, sha256_file, sha256_json, state_dir, write_text
+from lora_dag.pictures import pictures
 
 MAX_REMEMBERED = 20_000  # lines of other runs that are kept; 1.3 KB each
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any
 
-from stages.core.console import UserError
+from lora_dag.core.console import UserError
 from stages.prepare import captions, split_names
 from stages.prepare.listing import Problem
 from stages.prepare.names import Tree, checked_file, checked_name, clash, folded, stem

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stages.core import pictures
-from stages.core.console import UserError
-from stages.core.containers import SEPARATOR, kind_of
+from lora_dag.core.console import UserError
+from lora_dag.pictures import pictures
+from lora_dag.pictures.containers import SEPARATOR, kind_of
 
 # What people mean as a picture; whether it is one, and of a kind that can be read, its content says.
 SUFFIXES = {suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes}

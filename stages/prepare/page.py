@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stages.artifacts import metrics, picture_table
-from stages.artifacts.manifest import Item, Manifest, natural_key
-from stages.core.console import plural
-from stages.core.pictures import chroma, dark_share, load_mask, load_view
-from stages.core.sheets import MAX_BYTES, cell_sides, save_sheet, sheet
+from lora_dag.artifacts import metrics, picture_table
+from lora_dag.artifacts.manifest import Item, Manifest, natural_key
+from lora_dag.core.console import plural
+from lora_dag.pages.sheets import MAX_BYTES, cell_sides, save_sheet, sheet
+from lora_dag.pictures.pictures import chroma, dark_share, load_mask, load_view
 from stages.prepare.geometry import Size
 from stages.prepare.memory import Memory
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.core.params import LocalPath, Params
+from lora_dag.core.params import LocalPath, Params
 from stages.prepare.captions import odd_characters
 from stages.prepare.names import nfc
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from stages.core.console import UserError, plural
+from lora_dag.core.console import UserError, plural
 from stages.prepare.listing import Entry, Problem
 from stages.prepare.names import Root
 from stages.prepare.params import DatasetParams, Subset

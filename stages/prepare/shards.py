@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from stages.core.console import UserError
-from stages.core.containers import SEPARATOR, TarIndex, image_column, image_leaves, index_tar, kind_of, open_parquet
+from lora_dag.core.console import UserError
+from lora_dag.pictures.containers import (
+    SEPARATOR,
+    TarIndex,
+    image_column,
+    image_leaves,
+    index_tar,
+    kind_of,
+    open_parquet,
+)
 from stages.prepare import captions, side_files, split_names
 from stages.prepare.listing import Problem
 from stages.prepare.names import MAX_NAME, NUM_EXAMPLES, SUFFIXES, TEXTS, Root, checked_file, checked_name, nfc, short

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.core.console import UserError, plural
-from stages.core.containers import SEPARATOR
-from stages.core.pictures import thumbnail_pixels
+from lora_dag.core.console import UserError, plural
+from lora_dag.pictures.containers import SEPARATOR
+from lora_dag.pictures.pictures import thumbnail_pixels
 from stages.prepare.mask_files import ending_of
 from stages.prepare.names import NUM_EXAMPLES, short, stem
 

@@ -17,9 +17,9 @@ import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from stages.core import hub
-from stages.core.console import UserError, plural
-from stages.core.containers import SEPARATOR, kind_of
+from lora_dag.bases import hub
+from lora_dag.core.console import UserError, plural
+from lora_dag.pictures.containers import SEPARATOR, kind_of
 from stages.prepare import mask_files, split_names, variants
 from stages.prepare.listing import Listing, lines
 from stages.prepare.loose import files_beside, read_loose

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from stages.artifacts.manifest import Split
-from stages.core import seeding
-from stages.core.console import UserError, plural
+from lora_dag.artifacts.manifest import Split
+from lora_dag.core import seeding
+from lora_dag.core.console import UserError, plural
 from stages.prepare import duplicates
 from stages.prepare.names import NUM_EXAMPLES
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from stages.core.console import UserError
-from stages.core.containers import SEPARATOR, kind_of
+from lora_dag.core.console import UserError
+from lora_dag.pictures.containers import SEPARATOR, kind_of
 from stages.prepare.listing import Entry, Problem
 from stages.prepare.names import nfc
 from stages.prepare.params import DatasetParams

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from stages.core.console import UserError, plural
-from stages.core.containers import open_parquet, read_regular
+from lora_dag.core.console import UserError, plural
+from lora_dag.pictures.containers import open_parquet, read_regular
 from stages.prepare.captions import MAX_TEXT_BYTES, UTF16, decoded
 from stages.prepare.listing import Problem
 from stages.prepare.names import MAX_SHOWN, SUFFIXES, Root, checked_file, has_controls

@@ -8,9 +8,10 @@ import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from stages.core import marks, seeding
-from stages.core.console import plural
-from stages.core.labels import warning_of_invisible
+from lora_dag.core import seeding
+from lora_dag.core.console import plural
+from lora_dag.core.labels import warning_of_invisible
+from lora_dag.pages import marks
 from stages.prepare.captions import is_quoted
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from stages.artifacts import metrics, model_card
-from stages.core import params, words
-from stages.core.console import log, parser, run
-from stages.core.files import write_text
+from lora_dag.artifacts import metrics, model_card
+from lora_dag.core import params
+from lora_dag.core.console import log, parser, run
+from lora_dag.core.files import write_text
+from lora_dag.pages import words
 from stages.report import card, dataset, headline, html_page, page, same_numbers
 from stages.report.inputs import read_inputs
 from stages.report.params import ReportParams

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.adapter import algorithm
-from stages.core.console import plural
-from stages.core.findings import number
-from stages.core.markdown import code, facts, image, table
+from lora_dag.artifacts.adapter import algorithm
+from lora_dag.core.console import plural
+from lora_dag.pages.findings import number
+from lora_dag.pages.markdown import code, facts, image, table
 from stages.report import dataset, page, tables
 from stages.report.inputs import Inputs
 

@@ -7,11 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from stages.artifacts.picture_table import LEFT_OUT, Row
-from stages.core import marks
-from stages.core.console import plural
-from stages.core.findings import number
-from stages.core.markdown import code, codes, facts, image, link, table
+from lora_dag.artifacts.picture_table import LEFT_OUT, Row
+from lora_dag.core.console import plural
+from lora_dag.pages import marks
+from lora_dag.pages.findings import number
+from lora_dag.pages.markdown import code, codes, facts, image, link, table
 from stages.report.inputs import Inputs
 
 MAX_ROWS = 40  # of a table

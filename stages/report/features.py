@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stages.core.findings import number
-from stages.core.markdown import plain, signed, table
+from lora_dag.pages.findings import number
+from lora_dag.pages.markdown import plain, signed, table
 from stages.report.inputs import Inputs, Metrics
 
 LABELS = {

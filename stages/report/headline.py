@@ -5,7 +5,7 @@ Every number that a stage measured is in its own metrics.json, which DVC lists a
 
 from __future__ import annotations
 
-from stages.artifacts.metrics import Value
+from lora_dag.artifacts.metrics import Value
 from stages.report.inputs import Inputs
 
 NAMES = (

@@ -12,12 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from stages.core import html
-from stages.core.console import plural
-from stages.core.files import read_json, sha256_file, understood
-from stages.core.labels import numbers
-from stages.core.markdown import image, table
-from stages.core.sheets import cut
+from lora_dag.core.console import plural
+from lora_dag.core.files import read_json, sha256_file, understood
+from lora_dag.core.labels import numbers
+from lora_dag.pages import html
+from lora_dag.pages.markdown import image, table
+from lora_dag.pages.sheets import cut
 from stages.report import last_commit, page
 from stages.report.inputs import Inputs
 

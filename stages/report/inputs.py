@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stages.artifacts import lineage, metrics, picture_table
-from stages.artifacts.metrics import Value
-from stages.core.console import UserError
-from stages.core.files import understood
+from lora_dag.artifacts import lineage, metrics, picture_table
+from lora_dag.artifacts.metrics import Value
+from lora_dag.core.console import UserError
+from lora_dag.core.files import understood
 
 T = TypeVar("T")
 Metrics = Mapping[str, Value]

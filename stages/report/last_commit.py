@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts import lineage
-from stages.core.files import from_json
-from stages.core.git import git
-from stages.core.markdown import codes
+from lora_dag.artifacts import lineage
+from lora_dag.core.files import from_json
+from lora_dag.pages.markdown import codes
+from lora_dag.pipeline.git import git
 from stages.report.inputs import Inputs
 
 MAX_CHANGES = 8  # that the line names

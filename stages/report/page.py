@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts import model_card
-from stages.artifacts.adapter import algorithm
-from stages.core import findings
-from stages.core.console import plural
-from stages.core.findings import number
-from stages.core.markdown import code, decimals, facts, image, interval, link, numbered, plain, signed
+from lora_dag.artifacts import model_card
+from lora_dag.artifacts.adapter import algorithm
+from lora_dag.core.console import plural
+from lora_dag.pages import findings
+from lora_dag.pages.findings import number
+from lora_dag.pages.markdown import code, decimals, facts, image, interval, link, numbered, plain, signed
 from stages.report import dataset, features, rank_used
 from stages.report.inputs import Inputs, Metrics
 from stages.report.tables import export_facts, lineage_facts, results, settings_facts, table_note

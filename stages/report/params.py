@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.core.params import Params
+from lora_dag.core.params import Params
 
 
 class Gates(Params):
-    """Section ``report.gates``: what ``python -m stages.gate`` lets pass. null asks nothing.
+    """Section ``report.gates``: what ``python -m lora_dag.commands.gate`` lets pass. null asks nothing.
 
     Of a figure with an interval the lower bound is asked, so that noise alone closes no gate.
     """

@@ -26,7 +26,7 @@ def plot_losses(inputs: Inputs, path: Path) -> None:
     from matplotlib import pyplot as plt
     from PIL import Image
 
-    from stages.core.sheets import MAX_BYTES, save_png
+    from lora_dag.pages.sheets import MAX_BYTES, save_png
 
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID}):
         figure, (above, below, rate) = plt.subplots(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
-from stages.core.console import plural
-from stages.core.markdown import table
+from lora_dag.core.console import plural
+from lora_dag.pages.markdown import table
 from stages.report.inputs import Inputs
 from stages.report.tables import last_words
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
 
-from stages.artifacts import lineage
-from stages.core.files import from_json
-from stages.core.git import git
+from lora_dag.artifacts import lineage
+from lora_dag.core.files import from_json
+from lora_dag.pipeline.git import git
 from stages.report.inputs import Inputs
 from stages.report.last_commit import GIT_SECONDS, committed, compare
 

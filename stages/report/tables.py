@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stages.artifacts.adapter import algorithm
-from stages.core.findings import BOOTSTRAP, number
-from stages.core.markdown import decimals, interval, plain, signed, table
+from lora_dag.artifacts.adapter import algorithm
+from lora_dag.pages.findings import BOOTSTRAP, number
+from lora_dag.pages.markdown import decimals, interval, plain, signed, table
 from stages.report.inputs import Inputs, Metrics
 
 

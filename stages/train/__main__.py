@@ -11,13 +11,14 @@ import argparse
 import contextlib
 import sys
 
-from stages.core import pin
-from stages.core.console import UserError, log, parser, run
-from stages.core.files import writing
-from stages.core.params import Config, ModelParams, RuntimeParams, load
-from stages.families.base import load_family
+from lora_dag.adapters import init_from_pin
+from lora_dag.adapters.params import LoraParams
+from lora_dag.core.console import UserError, log, parser, run
+from lora_dag.core.files import writing
+from lora_dag.core.params import Config, ModelParams, RuntimeParams, load
+from lora_dag.families.protocol import load_family
 from stages.train import processes
-from stages.train.params import LoraParams, TrainParams, cross_problems
+from stages.train.params import TrainParams, cross_problems
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     lora = config.section(LoraParams)
     found = cross_problems(lora, config.section(TrainParams), load_family(config.section(ModelParams).family))
     if lora.init_from:
-        found += pin.problems(lora.init_from.path, lora.init_from.sha256)
+        found += init_from_pin.problems(lora.init_from.path, lora.init_from.sha256)
     if found:
         raise UserError(*found)
     processes.require_share(config.section(TrainParams), config.section(RuntimeParams).num_processes)
@@ -39,10 +40,10 @@ def main() -> None:
 
 def train(args: argparse.Namespace, config: Config) -> None:
     """As one of the processes; the first writes and speaks for all."""
-    from stages.artifacts.latent_cache import LatentCache
-    from stages.core import bases
-    from stages.core.base_files import digests, require_same_base
-    from stages.core.files import lock
+    from lora_dag.artifacts.latent_cache import LatentCache
+    from lora_dag.bases import resolve
+    from lora_dag.bases.layout import digests, require_same_base
+    from lora_dag.core.files import lock
     from stages.train import outputs
     from stages.train.trainer import Trainer
 
@@ -50,7 +51,7 @@ def train(args: argparse.Namespace, config: Config) -> None:
     if not is_first:
         log.setLevel("WARNING")
     family = load_family(config.section(ModelParams).family)
-    model = bases.resolve(config.section(ModelParams), family).model
+    model = resolve.resolve(config.section(ModelParams), family).model
     base = digests(model, family.COMPONENTS)
     cache = LatentCache(args.latents)
     require_same_base(cache.base, base, args.latents)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.core import seeding
+from lora_dag.core import seeding
 from stages.train import noising
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from stages.artifacts.latent_cache import CachedItem, LatentCache
+    from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
     from stages.train.params import TrainParams
 
 

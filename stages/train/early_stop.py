@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import broadcast_object_list
 
-from stages.core.console import UserError, log
+from lora_dag.core.console import UserError, log
 from stages.train.batches import Batch, Batches, by_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from stages.artifacts.latent_cache import CachedItem, LatentCache
+    from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
     from stages.train.noising import Timesteps
     from stages.train.params import TrainParams
     from stages.train.trainer import Trainer

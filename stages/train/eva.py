@@ -12,9 +12,9 @@ from peft import LoraConfig
 from peft.tuners.lora.config import EvaConfig
 from peft.tuners.lora.eva import SVDHook, get_eva_state_dict
 
-from stages.core import lora
-from stages.core.console import UserError
-from stages.core.targets import ending
+from lora_dag.adapters import lora
+from lora_dag.adapters.targets import ending
+from lora_dag.core.console import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,14 +12,14 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core import adapter_file, bias, lora, targets
-from stages.core.console import UserError, log, plural
+from lora_dag.adapters import bias, foreign_file, lora, targets
+from lora_dag.core.console import UserError, log, plural
 
 if TYPE_CHECKING:
     import torch
 
-    from stages.core.adapter_file import AdapterFile, Layer
-    from stages.train.params import LoraParams
+    from lora_dag.adapters.foreign_file import AdapterFile, Layer
+    from lora_dag.adapters.params import LoraParams
 
 MANY = 12  # names that a line still lists
 
@@ -55,7 +55,7 @@ def read(params: LoraParams, denoiser: Any) -> AdapterFile:
         UserError: everything that does not fit.
     """
     assert params.init_from is not None
-    file = adapter_file.read(Path(params.init_from.path), denoiser)
+    file = foreign_file.read(Path(params.init_from.path), denoiser)
     if found := problems(params, denoiser, file):
         raise UserError(*found)
     return file

@@ -6,7 +6,7 @@ import signal
 import sys
 from types import FrameType, TracebackType
 
-from stages.core.console import log
+from lora_dag.core.console import log
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

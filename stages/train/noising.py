@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.core.console import UserError
+from lora_dag.core.console import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.optimization import get_scheduler
 
-from stages.core.console import UserError, log
+from lora_dag.core.console import UserError, log
 
 if TYPE_CHECKING:
     from stages.train.params import TrainParams

@@ -6,11 +6,12 @@ import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts import adapter, metrics
-from stages.core import device, lora, lycoris, targets
-from stages.core.console import UserError, log, plural
-from stages.core.files import require_held, sha256_file, write_json, write_text
-from stages.core.progress import smoothed_loss
+from lora_dag.adapters import lora, lycoris, targets
+from lora_dag.artifacts import adapter, metrics
+from lora_dag.core import device
+from lora_dag.core.console import UserError, log, plural
+from lora_dag.core.files import require_held, sha256_file, write_json, write_text
+from lora_dag.core.progress import smoothed_loss
 from stages.train import optimizers
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed
 
-from stages.core.console import UserError
+from lora_dag.core.console import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from stages.core.params import RuntimeParams
+    from lora_dag.core.params import RuntimeParams
     from stages.train.params import TrainParams
 
 FRACTION_BITS = 44  # a gradient's smallest part is 6e-14; the largest sum is 2^18

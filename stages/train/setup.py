@@ -12,20 +12,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
-from stages.core import closure, device
-from stages.core.console import UserError, log, plural
-from stages.core.files import read_json, sha256_json
-from stages.core.params import ModelParams
+from lora_dag.adapters.params import LoraParams
+from lora_dag.core import device
+from lora_dag.core.console import UserError, log, plural
+from lora_dag.core.files import read_json, sha256_json
+from lora_dag.core.params import ModelParams
+from lora_dag.pipeline import code as closure
 from stages.train import optimizers
-from stages.train.params import LoraParams, TrainParams
+from stages.train.params import TrainParams
 from stages.train.processes import require_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from stages.artifacts.latent_cache import CachedItem, LatentCache
-    from stages.core.params import Config, RuntimeParams
+    from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
+    from lora_dag.core.params import Config, RuntimeParams
 
 INPUTS = "inputs.json"  # in a run's folder of the state directory
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}

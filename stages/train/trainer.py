@@ -8,23 +8,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.artifacts.adapter import bias_metadata, snapshot_name
-from stages.core import bias, device, lora, objectives, seeding, selfcheck
-from stages.core.adapted import Adapted, frozen_digest, text_configs
-from stages.core.base_files import is_whole
-from stages.core.checkpoint import Checkpoints
-from stages.core.console import log, plural
-from stages.core.files import drop_leftovers, require_held, save_tensors, sha256_json, state_dir, write_json
-from stages.core.params import ModelParams, RuntimeParams
-from stages.core.progress import Progress
-from stages.core.took import Work
-from stages.train import eva, init_from, noising, optimizers, outputs, processes, weighting
+from lora_dag.adapters import bias, lora
+from lora_dag.adapters.adapted import Adapted, frozen_digest, text_configs
+from lora_dag.adapters.params import LoraParams
+from lora_dag.artifacts.adapter import bias_metadata, snapshot_name
+from lora_dag.bases.layout import is_whole
+from lora_dag.core import device, seeding
+from lora_dag.core.console import log, plural
+from lora_dag.core.files import drop_leftovers, require_held, save_tensors, sha256_json, state_dir, write_json
+from lora_dag.core.params import ModelParams, RuntimeParams
+from lora_dag.core.progress import Progress
+from lora_dag.core.took import Work
+from lora_dag.diffusion import objectives
+from stages.train import eva, init_from, noising, optimizers, outputs, processes, selfcheck, weighting
 from stages.train.ancestors import ancestors
 from stages.train.averaging import Kept
 from stages.train.batches import Batch, Batches
+from stages.train.checkpoint import Checkpoints
 from stages.train.early_stop import EarlyStop
 from stages.train.interrupt import Interrupt
-from stages.train.params import LoraParams, TrainParams
+from stages.train.params import TrainParams
 from stages.train.processes import GradientSum
 from stages.train.setup import (
     INPUTS,
@@ -37,9 +40,9 @@ from stages.train.setup import (
 )
 
 if TYPE_CHECKING:
-    from stages.artifacts.latent_cache import LatentCache
-    from stages.core.params import Config
-    from stages.families.base import Family
+    from lora_dag.artifacts.latent_cache import LatentCache
+    from lora_dag.core.params import Config
+    from lora_dag.families.protocol import Family
 
 
 class Trainer:

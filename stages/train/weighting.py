@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.core.console import UserError
-from stages.core.objectives import prediction_type
+from lora_dag.core.console import UserError
+from lora_dag.diffusion.objectives import prediction_type
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin

@@ -16,20 +16,23 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts import lineage, metrics
-from stages.artifacts.adapter import FINAL, Adapter
-from stages.artifacts.latent_cache import LatentCache
-from stages.core import base_files, bases, closure, evaluation, params
-from stages.core.console import UserError, log, parser, run
-from stages.core.device import environment, setup, speed_conditions
-from stages.core.evaluation import Score
-from stages.core.files import sha256_file, sha256_json, write_json, write_text
-from stages.core.labels import exact, numbers
-from stages.core.long_texts import warn_of_long_prompts
-from stages.core.params import ModelParams, RuntimeParams
-from stages.core.progress import Bar
-from stages.core.took import Work
-from stages.families.base import load_family
+from lora_dag.artifacts import lineage, metrics
+from lora_dag.artifacts.adapter import FINAL, Adapter
+from lora_dag.artifacts.latent_cache import LatentCache
+from lora_dag.bases import layout, resolve
+from lora_dag.core import params
+from lora_dag.core.console import UserError, log, parser, run
+from lora_dag.core.device import environment, setup, speed_conditions
+from lora_dag.core.files import sha256_file, sha256_json, write_json, write_text
+from lora_dag.core.labels import exact, numbers
+from lora_dag.core.params import ModelParams, RuntimeParams
+from lora_dag.core.progress import Bar
+from lora_dag.core.took import Work
+from lora_dag.evaluation import heldout_table
+from lora_dag.evaluation.heldout_table import Score
+from lora_dag.families.long_texts import warn_of_long_prompts
+from lora_dag.families.protocol import load_family
+from lora_dag.pipeline import code as closure
 from stages.validate import cost, curve, feature_files, features, neighbours, passes, several
 from stages.validate.exam import Exam, make_exam
 from stages.validate.examine import Evidence, examine, make_sampling, step_label
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from stages.core.bases import Base
+    from lora_dag.bases.resolve import Base
 
 MAX_COLUMNS, MAX_ROWS = 9, 12  # of the progress sheet
 DIGEST_DIGITS = 12  # enough to tell files apart by eye
@@ -56,15 +59,15 @@ def main() -> None:
     family = load_family(asked.family)
     if found := prompt_problems(settings, family) + feature_files.problems(settings.feature_model):
         raise UserError(*found)
-    origin = bases.resolve(asked, family)
-    model, base = origin.model, base_files.digests(origin.model, family.COMPONENTS)
+    origin = resolve.resolve(asked, family)
+    model, base = origin.model, layout.digests(origin.model, family.COMPONENTS)
     cache = LatentCache(args.latents)
-    base_files.require_same_base(cache.base, base, args.latents)
+    layout.require_same_base(cache.base, base, args.latents)
     if args.adapters:
         entries = several.read_entries(args.adapters, base)
     else:
         adapter = Adapter.load(args.adapter)
-        base_files.require_same_base(adapter.base, base, args.adapter)
+        layout.require_same_base(adapter.base, base, args.adapter)
 
     device = setup(config.section(RuntimeParams), model)
     exam = make_exam(settings, model, family, cache, device)
@@ -104,9 +107,9 @@ def report(
     near = neighbours.compare(space, settings.prompts, *drawn)
 
     targets = {component: base[component] for component in (*exam.family.VAE, "scheduler")}
-    names = evaluation.row_names(exam.rows, settings.seed, targets)
+    names = heldout_table.row_names(exam.rows, settings.seed, targets)
     measured = write_losses(args.reports, exam, names, evidence, settings)
-    measured["val.table"] = evaluation.digest(exam.rows, settings.seed, targets)
+    measured["val.table"] = heldout_table.digest(exam.rows, settings.seed, targets)
     cell = draw_sheets(args.reports, evidence, settings, trained_captions(cache))
     neighbours.write(args.reports / "validate", near, vae, cache, sheet_cells(evidence))
     measured |= ink_measures(evidence, settings) | neighbours.metrics(near)
@@ -156,9 +159,9 @@ def write_losses(
         for split in ("heldout", "train")
     }
     points = curve.make_curve(by_step["heldout"], by_step["train"], settings.seed)
-    write_text(reports / "validate" / "heldout.csv", evaluation.write_scores(scores))
+    write_text(reports / "validate" / "heldout.csv", heldout_table.write_scores(scores))
     write_text(reports / "validate" / "curve.csv", curve.write(points))
-    return {**evaluation.metrics(scores, exam.num_train_timesteps, settings.seed), **curve.metrics(points)}
+    return {**heldout_table.metrics(scores, exam.num_train_timesteps, settings.seed), **curve.metrics(points)}
 
 
 def draw_sheets(reports: Path, evidence: Evidence, settings: ValidateParams, trained: set[str]) -> int:
@@ -170,7 +173,7 @@ def draw_sheets(reports: Path, evidence: Evidence, settings: ValidateParams, tra
     heads = [number + mark for number, mark in zip(numbers(len(marks)), marks, strict=True)]
 
     def draw(name: str, columns: dict[str, list[Image.Image]], num_rows: int) -> int:
-        from stages.core.sheets import MAX_BYTES, save_sheet, sheet
+        from lora_dag.pages.sheets import MAX_BYTES, save_sheet, sheet
 
         rows = [list(row) for row in zip(*columns.values(), strict=True)][:num_rows]
         labels, begins = settings.prompts[:num_rows], heads[:num_rows]
@@ -205,7 +208,7 @@ def same_words(text: str) -> str:
 
 def sheet_cells(evidence: Evidence) -> list[int]:
     """Sides in pixels that a sheet's cells may have."""
-    from stages.core.sheets import cell_sides
+    from lora_dag.pages.sheets import cell_sides
 
     side = max(evidence.pictures[0][0][0].size)
     return cell_sides(side, min(256, max(128, side)))
@@ -219,13 +222,13 @@ def ink_measures(evidence: Evidence, settings: ValidateParams) -> dict[str, metr
     """Chroma (0 to 255) and dark share (0 to 1) of base and adapter, mean over pictures; empty where nobody asks."""
     import numpy as np
 
-    from stages.core.pictures import chroma, dark_share
+    from lora_dag.pictures.pictures import chroma, dark_share
 
     found: dict[str, metrics.Value] = {}
     for suffix, step in (("_base", 0), ("", max(evidence.pictures))) if settings.ink_measures else ():
         arrays = [np.asarray(picture) for picture in evidence.pictures[step][0]]
-        found[f"samples.chroma{suffix}"] = evaluation.mean(map(chroma, arrays))
-        found[f"samples.dark_share{suffix}"] = evaluation.mean(map(dark_share, arrays))
+        found[f"samples.chroma{suffix}"] = heldout_table.mean(map(chroma, arrays))
+        found[f"samples.dark_share{suffix}"] = heldout_table.mean(map(dark_share, arrays))
     return found
 
 

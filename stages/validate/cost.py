@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from stages.artifacts.adapter import Adapter
-    from stages.artifacts.latent_cache import LatentCache
+    from lora_dag.artifacts.adapter import Adapter
+    from lora_dag.artifacts.latent_cache import LatentCache
     from stages.validate.exam import Exam
 
 
@@ -25,14 +25,16 @@ def tflop_per_image(exam: Exam, adapter: Adapter, cache: LatentCache) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from stages.core import components, lora, quiet
+    from lora_dag.adapters import lora
+    from lora_dag.core import quiet
+    from lora_dag.families import common
 
     cls = getattr(diffusers, exam.family.COMPONENTS[exam.family.DENOISER])
     picture = exam.rows[0].picture
     prompt = {name: tensor[None] for name, tensor in cache.prompt(picture.caption, picture.view).items()}
     channels = cache.latents(picture.view)[0].shape[0]
     with torch.device("meta"), quiet.no_warnings():
-        denoiser = cls.from_config(components.config(exam.model, exam.family.DENOISER)).requires_grad_(False)
+        denoiser = cls.from_config(common.config(exam.model, exam.family.DENOISER)).requires_grad_(False)
         lora.inject(denoiser, adapter.lora_config)
         denoiser.eval()  # in train mode LoKr draws a number and reads it, which meta tensors cannot give
         latents = torch.zeros(1, channels, *exam.picture_size)

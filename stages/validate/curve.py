@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.artifacts.metrics import Value
-from stages.core import evaluation
-from stages.core.evaluation import Estimate
+from lora_dag.artifacts.metrics import Value
+from lora_dag.evaluation import heldout_table
+from lora_dag.evaluation.heldout_table import Estimate
 
 FIELDS = ("step", "heldout", "train_probe", "above_best", "above_best_low", "above_best_high")
 
@@ -37,13 +37,13 @@ def make_curve(heldout: Mapping[int, np.ndarray], probe: Mapping[int, np.ndarray
         heldout: step -> loss of each held-out picture, float64 [pictures], the same order at every step.
         probe: the same of the train probe.
     """
-    best = min(heldout, key=lambda step: (evaluation.mean(heldout[step]), step))
+    best = min(heldout, key=lambda step: (heldout_table.mean(heldout[step]), step))
     return [
         Point(
             step,
-            evaluation.mean(heldout[step]),
-            evaluation.mean(probe[step]),
-            evaluation.estimate(heldout[step] - heldout[best], seed),
+            heldout_table.mean(heldout[step]),
+            heldout_table.mean(probe[step]),
+            heldout_table.estimate(heldout[step] - heldout[best], seed),
         )
         for step in sorted(heldout)
     ]
@@ -90,7 +90,7 @@ def write(curve: Sequence[Point]) -> str:
         above = point.above_best
         values = (point.heldout, point.train_probe, above.mean, above.low, above.high)
         lines.append((point.step, *(f"{value:.6g}" for value in values)))
-    return evaluation.write_csv(FIELDS, lines)
+    return heldout_table.write_csv(FIELDS, lines)
 
 
 def read(text: str) -> list[Point]:

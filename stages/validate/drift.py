@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from stages.core import evaluation
-from stages.core.evaluation import Picture
+from lora_dag.evaluation import heldout_table
+from lora_dag.evaluation.heldout_table import Picture
 from stages.validate.exam import encode_captions
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from stages.artifacts.metrics import Value
+    from lora_dag.artifacts.metrics import Value
     from stages.validate.exam import Exam
     from stages.validate.latents import Vae
 
@@ -67,7 +67,7 @@ def make_exam(exam: Exam, pictures: dict[str, Image.Image], vae: Vae, text: Any)
         captions[prompt] |= exam.family.view_conditioning(size, (0, 0), size)
     known = [Picture(f"drift {prompt}", prompt, "drift", prompt, prompt) for prompt in pictures]
     num_strata = 1 + max(row.stratum for row in exam.rows)
-    rows = evaluation.table(known, num_strata, exam.num_train_timesteps, exam.seed)
+    rows = heldout_table.table(known, num_strata, exam.num_train_timesteps, exam.seed)
     return replace(exam, rows=rows, cache=Drawn(means, captions))
 
 
@@ -77,10 +77,10 @@ def metrics(drift: Drift, losses: list[float]) -> dict[str, Value]:
         (row.picture.caption, after - before)
         for row, before, after in zip(drift.exam.rows, drift.losses, losses, strict=True)
     ]
-    change = evaluation.estimate(evaluation.by_picture(changes), drift.exam.seed)
+    change = heldout_table.estimate(heldout_table.by_picture(changes), drift.exam.seed)
     return {
-        "drift.loss": evaluation.mean(losses),
-        "drift.loss_base": evaluation.mean(drift.losses),
+        "drift.loss": heldout_table.mean(losses),
+        "drift.loss_base": heldout_table.mean(drift.losses),
         "drift.loss_change": change.mean,
         "drift.loss_change_low": change.low,
         "drift.loss_change_high": change.high,

@@ -7,20 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.artifacts import store
-from stages.core import evaluation, seeding
-from stages.core.console import UserError, log, plural
-from stages.core.device import autocast, log_device
-from stages.core.evaluation import Picture, Row
-from stages.core.files import sha256_json
+from lora_dag.artifacts import store
+from lora_dag.core import seeding
+from lora_dag.core.console import UserError, log, plural
+from lora_dag.core.device import autocast, log_device
+from lora_dag.core.files import sha256_json
+from lora_dag.evaluation import heldout_table
+from lora_dag.evaluation.heldout_table import Picture, Row
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from stages.artifacts.latent_cache import CachedItem, LatentCache
-    from stages.core.params import ModelParams
-    from stages.families.base import Family
+    from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
+    from lora_dag.core.params import ModelParams
+    from lora_dag.families.protocol import Family
     from stages.validate.params import ValidateParams
 
 
@@ -51,7 +52,7 @@ class Exam:
 
     @property
     def prediction_type(self) -> str:
-        from stages.core import objectives
+        from lora_dag.diffusion import objectives
 
         return objectives.prediction_type(self.scheduler)
 
@@ -73,7 +74,7 @@ class Exam:
     def by_picture(self, losses: list[float], split: str) -> np.ndarray:
         """Mean loss of each picture of a split, float64 [pictures]."""
         answered = zip(self.rows, losses, strict=True)
-        return evaluation.by_picture(
+        return heldout_table.by_picture(
             (row.picture.file_name, loss) for row, loss in answered if row.picture.split == split
         )
 
@@ -111,7 +112,7 @@ def make_exam(
         UserError: nothing is held out, or there are more strata than timesteps.
     """
     known = [as_picture(item) for item in cache.items if not item.regularization]
-    pictures = evaluation.choose(known, settings.max_pictures)
+    pictures = heldout_table.choose(known, settings.max_pictures)
     counts = Counter(picture.split for picture in pictures)
     if len(counts) < 2:
         raise UserError(
@@ -125,7 +126,7 @@ def make_exam(
             f"params.yaml validate.num_timesteps: got {settings.num_timesteps}, "
             f"but the base was trained with {num_train_timesteps} timesteps; use fewer"
         )
-    rows = evaluation.table(pictures, settings.num_timesteps, num_train_timesteps, settings.seed)
+    rows = heldout_table.table(pictures, settings.num_timesteps, num_train_timesteps, settings.seed)
     log_device(device, model)
     log.info("pictures    %d held out, %d of the training set beside them", counts["heldout"], counts["train"])
     log.info("table       %s: %s per picture", plural(len(rows), "row"), plural(settings.num_timesteps, "timestep"))
@@ -149,7 +150,7 @@ def answer(exam: Exam, denoiser: Any, text: Any = None) -> list[float]:
     """
     import torch
 
-    from stages.core import objectives
+    from lora_dag.diffusion import objectives
 
     prompts = {} if text is None else encode(exam, text)
     losses = [0.0] * len(exam.rows)
@@ -217,7 +218,7 @@ def ask(exam: Exam, rows: list[Row], prompts: Prompts) -> Questions:
     """Latents are the posterior's mean: the VAE's sampling noise would only widen the intervals."""
     import torch
 
-    from stages.core import objectives
+    from lora_dag.diffusion import objectives
 
     latents = torch.stack([exam.cache.latents(row.picture.view)[0] for row in rows])
     noise = torch.stack([row_noise(exam.seed, row, latents[0].shape) for row in rows])

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts.adapter import FINAL, snapshot_name
-from stages.core import evaluation
-from stages.core.console import UserError, log
+from lora_dag.artifacts.adapter import FINAL, snapshot_name
+from lora_dag.core.console import UserError, log
+from lora_dag.evaluation import heldout_table
 from stages.validate import drift
 from stages.validate.exam import Exam, answer
 from stages.validate.passes import Passes, per_picture
@@ -17,11 +17,11 @@ from stages.validate.passes import Passes, per_picture
 if TYPE_CHECKING:
     from PIL import Image
 
-    from stages.artifacts.adapter import Adapter
-    from stages.artifacts.metrics import Value
-    from stages.core.params import ModelParams
-    from stages.core.progress import Bar
-    from stages.core.sampling import Sampling
+    from lora_dag.artifacts.adapter import Adapter
+    from lora_dag.artifacts.metrics import Value
+    from lora_dag.core.params import ModelParams
+    from lora_dag.core.progress import Bar
+    from lora_dag.diffusion.sampling import Sampling
     from stages.validate.kept import Kept
     from stages.validate.latents import Vae
     from stages.validate.params import ValidateParams
@@ -68,7 +68,7 @@ class Examiner:
             return self.kept.losses({"exam": exam.digest(), "encoders": self.text is not None}, make)
 
     def draw(self, sampling: Sampling) -> list[Image.Image]:
-        from stages.core.sampling import draw
+        from lora_dag.diffusion.sampling import draw
 
         with self.passes.part(len(sampling.prompts) * per_picture(self.exam, self.settings)):
             return self.kept.pictures(asdict(sampling), lambda: draw(self.pipeline, sampling, self.exam.model))
@@ -82,7 +82,7 @@ def examine(
     exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams, kept: Kept, vae: Vae, bar: Bar
 ) -> Evidence:
     """Score and draw the base, every snapshot and the final adapter, in one pipeline, which is gone afterwards."""
-    from stages.core import adapted
+    from lora_dag.adapters import adapted
 
     pipeline = exam.family.load_pipeline(exam.model, exam.device)
     layers = adapted.in_pipeline(pipeline, exam.family.DENOISER, adapter)
@@ -148,7 +148,7 @@ def finite(losses: list[float], state: str, model: ModelParams) -> list[float]:
 
 def make_sampling(exam: Exam, settings: ValidateParams, scale_factor: int) -> Sampling:
     """Pictures of the size that the adapter was trained on."""
-    from stages.core.sampling import Sampling
+    from lora_dag.diffusion.sampling import Sampling
 
     height, width = (side * scale_factor for side in exam.picture_size)
     return Sampling(
@@ -170,7 +170,7 @@ def log_step(exam: Exam, evidence: Evidence, step: int) -> None:
 
 def split_losses(exam: Exam, losses: list[float]) -> tuple[float, float]:
     """Mean loss of the held-out pictures and of the train probe's."""
-    heldout, probe = (evaluation.mean(exam.by_picture(losses, split)) for split in ("heldout", "train"))
+    heldout, probe = (heldout_table.mean(exam.by_picture(losses, split)) for split in ("heldout", "train"))
     return heldout, probe
 
 

@@ -11,13 +11,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.core import base_files, hub, pin
-from stages.core.bases import NUM_DIGITS, PINS
-from stages.core.console import UserError
-from stages.core.files import read_json, sha256_file
+from lora_dag.adapters import init_from_pin
+from lora_dag.bases import hub
+from lora_dag.bases import layout as base_files
+from lora_dag.bases.resolve import NUM_DIGITS, PINS
+from lora_dag.core.console import UserError
+from lora_dag.core.files import read_json, sha256_file
 
 if TYPE_CHECKING:
-    from stages.core.hub import Pin
+    from lora_dag.bases.hub import Pin
     from stages.validate.params import FeatureModelParams
 
 SETTING = "validate.feature_model"
@@ -95,7 +97,7 @@ def digest_problems(where: str, asked: FeatureModelParams) -> list[str]:
     if asked.sha256 == found:
         return []
     says = f"params.yaml pins {asked.sha256}" if asked.sha256 else "params.yaml pins no sha256"
-    use = pin.override(SETTING, asked.path, found)
+    use = init_from_pin.override(SETTING, asked.path, found)
     return [f"{where} has the digest {found}, {says}; to measure with it: {use}"]
 
 

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from stages.core import components, evaluation, quiet
-from stages.core.console import UserError, log, plural
-from stages.core.files import read_json
-from stages.core.long_texts import warn_of_long
+from lora_dag.core import quiet
+from lora_dag.core.console import UserError, log, plural
+from lora_dag.core.files import read_json
+from lora_dag.evaluation import heldout_table
+from lora_dag.families import common
+from lora_dag.families.long_texts import warn_of_long
 from stages.validate import distances, feature_files
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from stages.artifacts.metrics import Value
-    from stages.core.evaluation import Estimate
+    from lora_dag.artifacts.metrics import Value
+    from lora_dag.evaluation.heldout_table import Estimate
     from stages.validate.exam import Exam
     from stages.validate.feature_files import Source
     from stages.validate.latents import Vae
@@ -65,11 +67,11 @@ class FeatureModel:
         """
         read = [caption.lower() if self.kind != "clip" else caption for caption in captions]
         length = self.model.config.text_config.max_position_embeddings
-        counts = components.count_tokens(self.processor.tokenizer, read)
+        counts = common.count_tokens(self.processor.tokenizer, read)
         warn_of_long("caption", read, counts, length, by=f" by {self.name}")
 
         def encode(batch: list[str]) -> Any:
-            ids = components.input_ids(self.processor.tokenizer, batch, length, self.model.device)
+            ids = common.input_ids(self.processor.tokenizer, batch, length, self.model.device)
             return self.model.get_text_features(input_ids=ids)
 
         return self._features(read, encode)
@@ -176,7 +178,7 @@ def measure(
     name, score = ("clip_score", distances.clip_scores) if model.kind == "clip" else ("cosine", distances.cosines)
     scores = {"": score(after, texts), "_base": score(before, texts)}
     found: dict[str, Value] = {f"samples.{name}{suffix}": float(values.mean()) for suffix, values in scores.items()}
-    found |= named(name, evaluation.estimate(scores[""] - scores["_base"], exam.seed))
+    found |= named(name, heldout_table.estimate(scores[""] - scores["_base"], exam.seed))
     for name, kernel in (("cmmd", distances.gaussian), ("feature_kid", distances.cubic)):
         found[f"samples.{name}"] = distances.mmd(kernel, after, real)
         found[f"samples.{name}_base"] = distances.mmd(kernel, before, real)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stages.artifacts import store
-from stages.core.console import log, plural
-from stages.core.files import save_tensors, sha256_json, state_dir
+from lora_dag.artifacts import store
+from lora_dag.core.console import log, plural
+from lora_dag.core.files import save_tensors, sha256_json, state_dir
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.core.device import autocast
+from lora_dag.core.device import autocast
 
 if TYPE_CHECKING:
     import torch

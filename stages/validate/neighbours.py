@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from stages.artifacts.metrics import tidy
-from stages.core import evaluation
-from stages.core.console import UserError
-from stages.core.files import write_text
-from stages.core.progress import counted
+from lora_dag.artifacts.metrics import tidy
+from lora_dag.core.console import UserError
+from lora_dag.core.files import write_text
+from lora_dag.core.progress import counted
+from lora_dag.evaluation import heldout_table
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from stages.artifacts.latent_cache import LatentCache
-    from stages.artifacts.metrics import Value
+    from lora_dag.artifacts.latent_cache import LatentCache
+    from lora_dag.artifacts.metrics import Value
     from stages.validate.exam import Exam
     from stages.validate.latents import Vae
 
@@ -111,7 +111,7 @@ class Neighbours:
         """NaN where nothing can be told."""
         if math.isnan(self.threshold):
             return math.nan
-        return evaluation.mean(sample.distance > self.far_threshold for sample in samples)
+        return heldout_table.mean(sample.distance > self.far_threshold for sample in samples)
 
     def copied(self, sample: Sample) -> bool:
         return sample.distance < self.threshold
@@ -120,7 +120,7 @@ class Neighbours:
         """NaN where nothing can be told."""
         if math.isnan(self.threshold):
             return math.nan
-        return evaluation.mean(self.copied(sample) for sample in samples)
+        return heldout_table.mean(self.copied(sample) for sample in samples)
 
     @property
     def worst(self) -> list[tuple[Sample, Sample]]:
@@ -229,7 +229,7 @@ def diversity(points: np.ndarray) -> float:
         points: [seeds, prompts, D].
     """
     pairs = combinations(points, 2)
-    return evaluation.mean(float(value) for one, other in pairs for value in np.linalg.norm(one - other, axis=1))
+    return heldout_table.mean(float(value) for one, other in pairs for value in np.linalg.norm(one - other, axis=1))
 
 
 # Reports
@@ -241,7 +241,7 @@ def metrics(found: Neighbours) -> dict[str, Value]:
     for suffix, samples, spread in (("_base", found.base, found.diversity[0]), ("", found.adapter, found.diversity[1])):
         values[f"samples.copied_share{suffix}"] = found.copied_share(samples)
         values[f"samples.far_share{suffix}"] = found.far_share(samples)
-        values[f"samples.blank_share{suffix}"] = evaluation.mean(sample.is_blank for sample in samples)
+        values[f"samples.blank_share{suffix}"] = heldout_table.mean(sample.is_blank for sample in samples)
         values[f"samples.nearest_distance{suffix}"] = median([sample.distance for sample in samples])
         values[f"samples.diversity{suffix}"] = spread
     return values
@@ -265,13 +265,13 @@ def median(values: Sequence[float] | np.ndarray) -> float:
 
 def write(folder: Path, found: Neighbours, vae: Vae, cache: LatentCache, cells: Sequence[int]) -> None:
     """nearest.csv, a row per prompt and seed, and nearest.png with the worst of them."""
-    from stages.core.sheets import MAX_BYTES, save_sheet, sheet
+    from lora_dag.pages.sheets import MAX_BYTES, save_sheet, sheet
 
     lines = [
         (after.prompt, after.index, *columns(found, after), *columns(found, before))
         for before, after in zip(found.base, found.adapter, strict=True)
     ]
-    write_text(folder / "nearest.csv", evaluation.write_csv(FIELDS, lines))
+    write_text(folder / "nearest.csv", heldout_table.write_csv(FIELDS, lines))
     rows = [[shown for one in pair for shown in (one.picture, known_picture(one, vae, cache))] for pair in found.worst]
     captions = [[text for one in pair for text in (f"at {one.distance:.3g}", one.nearest)] for pair in found.worst]
     labels = [after.prompt for after, _ in found.worst]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
-from stages.core.params import HomePath, Params
+from lora_dag.core.params import HomePath, Params
 
 if TYPE_CHECKING:
-    from stages.families.base import Family
+    from lora_dag.families.protocol import Family
 
 
 class FeatureModelParams(Params):

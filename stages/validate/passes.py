@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from stages.core.progress import Bar
+from lora_dag.core.progress import Bar
 
 if TYPE_CHECKING:
-    from stages.artifacts.adapter import Adapter
+    from lora_dag.artifacts.adapter import Adapter
     from stages.validate.exam import Exam
     from stages.validate.params import ValidateParams
 

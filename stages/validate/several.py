@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core import base_files
-from stages.core.base_files import read_header
-from stages.core.console import UserError, as_path, log
-from stages.core.files import from_json, load_metadata
-from stages.core.labels import exact, numbers
+from lora_dag.bases import layout
+from lora_dag.bases.layout import read_header
+from lora_dag.core.console import UserError, as_path, log
+from lora_dag.core.files import from_json, load_metadata
+from lora_dag.core.labels import exact, numbers
 
 if TYPE_CHECKING:
-    from stages.core.sampling import Sampling
+    from lora_dag.diffusion.sampling import Sampling
     from stages.validate.exam import Exam
 
 OUTPUT = Path("compare/adapters.png")
@@ -75,7 +75,7 @@ def require_base(file: Path, base: dict[str, str]) -> None:
         recorded, config = dict(record.get("base", {})), dict(record.get("lora_config", {}))
     except (SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged, or no safetensors file ({error})") from None
-    base_files.require_same_base(recorded, base, file)
+    layout.require_same_base(recorded, base, file)
     if algo := config.get("algo"):
         raise UserError(f"{file}: made with lora.algo {algo}, which diffusers does not load; use validate.scales")
 
@@ -97,7 +97,7 @@ def load(pipeline: Any, entries: list[Entry]) -> list[str]:
     Raises:
         UserError: a file that diffusers does not read, or of which it leaves a part.
     """
-    from stages.core import quiet
+    from lora_dag.core import quiet
 
     names = [f"adapter_{index}" for index in range(len(entries))]
     for name, entry in zip(names, entries, strict=True):
@@ -124,8 +124,8 @@ def taken(pipeline: Any, name: str) -> int:
 
 def draw_grid(exam: Exam, sampling_for: Callable[[int], Sampling], prompts: list[str], entries: list[Entry]) -> None:
     """Draw the base and every combination of scales, and write the sheet."""
-    from stages.core.sampling import draw
-    from stages.core.sheets import save_png, sheet
+    from lora_dag.diffusion.sampling import draw
+    from lora_dag.pages.sheets import save_png, sheet
 
     pipeline = exam.family.load_pipeline(exam.model, exam.device)
     sampling = sampling_for(pipeline.vae_scale_factor)

@@ -1,0 +1,218 @@
+"""data/latents/: what cache_latents hands to train and validate.
+
+manifest.json       items (file name, split, captions, content id, keys), captions -> keys, digests (shards, base)
+images/<p>.safetensors   per view key: ``<key>.mean`` and ``<key>.std``, float32 [C, H/f, W/f]; conditioning by the
+                         view where the model has some, such as ``<key>.add_time_ids`` [6]
+masks/<p>.safetensors    per mask key: ``<key>.mask``, float32 [1, H/f, W/f]
+text/<p>.safetensors     per text key: one tensor per conditioning input, such as ``<key>.prompt_embeds`` [L, D]
+
+Latents are in the denoiser's own space: shifted and scaled by the VAE's config. An entry stands in the shard of the
+picture that owns it, the first by file name that uses it, and shards are named by the digest of their owners' names: an
+edited picture rewrites one shard of images, an edited caption one of text (a second one where the owner changes).
+More than 2048 pictures take 256 shards of each kind in place of 16: the picture that crosses it rewrites all, once.
+
+On the disk every entry stands twice, in the store and here. A caption of SD 1.5 takes 237 KB, a view of 512 x 512
+pixels 131 KB: 10,000 pictures with one caption and one view take 3.7 GB here, with eight caption variants each 20 GB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from lora_dag.artifacts.manifest import Split
+from lora_dag.core.console import UserError
+from lora_dag.core.files import from_json, load_tensors, save_tensors, sha256_file, sha256_json, understood, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+MANY = 2048  # above this many pictures, shards go by two hex digits of their owners' digests instead of one
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+ShardName = Annotated[str, Field(pattern=r"^(images|masks|text)/[0-9a-f]{1,2}\.safetensors$")]
+
+
+@dataclass(frozen=True)
+class CachedItem:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    file_name: str
+    split: Split
+    caption: str
+    """What evidence is measured with."""
+    captions: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Training draws one per step."""
+    content: str
+    """Names the first view, and its mask, by what they show: the same under every VAE, dtype, device and batch size."""
+    views: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Key of each view; training draws one per step."""
+    masks: tuple[str, ...] = ()
+    """Key of each view's mask; empty where the loss looks at everything."""
+    repeats: Annotated[int, Field(ge=1)] = 1
+    """How often it comes up per epoch."""
+    loss_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    regularization: bool = False
+    """Trained on, and no part of any evidence."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """manifest.json."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    base: dict[str, str]
+    captions: dict[str, str]
+    conditioning: Annotated[list[str], Field(min_length=1)]
+    items: Annotated[list[CachedItem], Field(min_length=1)]
+    shards: dict[ShardName, Digest]
+    view_conditioning: tuple[str, ...] = ()
+
+
+CONTENTS = TypeAdapter(Contents)
+
+
+class LatentCache:
+    """The whole cache, mapped into memory: pages are read as they are asked for, and the system may drop them again.
+
+    So what is looked at should fit: for SD 1.5, in float32, 10,000 views take 1.3 GB and as many captions 2.4 GB.
+
+    Raises:
+        UserError: a shard is missing or does not match its recorded digest.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "manifest.json"
+        if not path.exists():
+            raise UserError(f"{path}: no such file; run `python -m stages.cache_latents` first")
+        with understood(path, "stages.cache_latents"):
+            text = path.read_text(encoding="utf-8")
+            contents = CONTENTS.validate_json(text, strict=True)
+            self.manifest: dict[str, Any] = from_json(text)
+        self.items = contents.items
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, digest in contents.shards.items():
+            self.tensors |= load_shard(folder / name, digest)
+        with understood(path, "stages.cache_latents"):
+            for item in self.items:  # every entry that a stage can ask for is there
+                self._require(item)
+            self.prompt("")
+
+    @property
+    def base(self) -> dict[str, str]:
+        """Digest per component of the base that encoded this cache."""
+        return self.manifest["base"]
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything in the cache."""
+        return sha256_json(self.manifest)
+
+    def split(self, split: Split) -> list[CachedItem]:
+        return [item for item in self.items if item.split == split]
+
+    def latents(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and std of one view's posterior, float32 [C, H/f, W/f] each."""
+        return self.tensors[f"{key}.mean"].float(), self.tensors[f"{key}.std"].float()
+
+    def mask(self, key: str) -> torch.Tensor:
+        """Weight of each latent pixel's loss, float32 [1, H/f, W/f], from dataset.unmasked_weight to 1."""
+        return self.tensors[f"{key}.mask"].float()
+
+    def prompt(self, caption: str, view: str | None = None) -> dict[str, torch.Tensor]:
+        """Conditioning without a batch dimension, such as ``{"prompt_embeds": [L, D]}``.
+
+        Args:
+            view: key of the view that is asked about, for conditioning by the view.
+        """
+        key = self.manifest["captions"][caption]
+        found = {name: self.tensors[f"{key}.{name}"] for name in self.manifest["conditioning"]}
+        return found | ({} if view is None else {name: self.tensors[f"{view}.{name}"] for name in self.by_view})
+
+    @property
+    def by_view(self) -> list[str]:
+        """Names of the conditioning that goes by the view."""
+        return self.manifest.get("view_conditioning", [])
+
+    def _require(self, item: CachedItem) -> None:
+        names = [f"{key}.{part}" for key in item.views for part in ("mean", "std", *self.by_view)]
+        names += [f"{key}.mask" for key in item.masks]
+        for caption in (item.caption, *item.captions):
+            key = self.manifest["captions"][caption]
+            names += [f"{key}.{name}" for name in self.manifest["conditioning"]]
+        missing = [name for name in names if name not in self.tensors]
+        if missing or len(item.masks) not in (0, len(item.views)):
+            raise KeyError(missing[0] if missing else f"views of {item.file_name}")
+
+
+def load_shard(path: Path, digest: str) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+
+    with contextlib.suppress(SafetensorError):  # of a digest that was edited too
+        if path.is_file() and sha256_file(path) == digest:
+            return load_tensors(path)
+    raise UserError(f"{path}: missing or damaged; run `python -m stages.cache_latents` again")
+
+
+def write(
+    folder: Path,
+    items: Iterable[CachedItem],
+    captions: dict[str, str],
+    base: dict[str, str],
+    conditioning: list[str],
+    load: Callable[[str, str], dict[str, torch.Tensor]],
+    view_conditioning: Sequence[str] = (),
+) -> None:
+    """Assemble the cache from entries that ``load(kind, key)`` returns, kind being ``images``, ``masks`` or ``text``.
+
+    Args:
+        captions: caption -> key; holds the empty caption too.
+        base: digest per component of the base.
+        conditioning: sorted names of a text entry's tensors.
+        view_conditioning: sorted names of a view's tensors beside mean and std.
+    """
+    rows = sorted(items, key=lambda item: item.file_name)
+    digits = 1 if len(rows) <= MANY else 2
+    shards: dict[str, str] = {}
+    for kind, owner in owners(rows, captions).items():
+        by_shard = defaultdict(list)
+        for key in sorted(owner):
+            by_shard[hashlib.sha256(owner[key].encode()).hexdigest()[:digits]].append(key)
+        for prefix, keys in sorted(by_shard.items()):
+            name = f"{kind}/{prefix}.safetensors"
+            tensors = {f"{key}.{part}": value for key in keys for part, value in load(kind, key).items()}
+            save_tensors(folder / name, tensors, sync=False)  # its digest stands in the manifest
+            shards[name] = sha256_file(folder / name)
+    manifest = contents(rows, captions, base, conditioning, view_conditioning)
+    write_json(folder / "manifest.json", manifest | {"shards": shards})
+
+
+def contents(
+    rows: list[CachedItem],
+    captions: dict[str, str],
+    base: dict[str, str],
+    conditioning: list[str],
+    view_conditioning: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The manifest without the shards' digests; rows sorted by file name."""
+    found = {"base": base, "captions": captions, "conditioning": conditioning, "items": [asdict(row) for row in rows]}
+    return found | ({"view_conditioning": list(view_conditioning)} if view_conditioning else {})
+
+
+def owners(rows: list[CachedItem], captions: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Kind -> key -> file name of the first row that uses it; the empty caption is owned by the empty name."""
+    found: dict[str, dict[str, str]] = {"images": {}, "masks": {}, "text": {captions[""]: ""}}
+    for row in rows:
+        for kind, keys in (
+            ("images", row.views),
+            ("masks", row.masks),
+            ("text", (captions[caption] for caption in (row.caption, *row.captions))),
+        ):
+            for key in keys:
+                found[kind].setdefault(key, row.file_name)
+    return found

@@ -1,0 +1,194 @@
+"""leaderboard.png: what each swept key does to the held-out loss; contact.png: one prompt, drawn by every run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_dag.commands.compare.sheets import cut_cells
+from lora_dag.commands.compare.sides import shared_prompts
+from lora_dag.commands.leaderboard.page import SEED, asked, base_loss, heading, runs_of, show, swept_keys
+from lora_dag.commands.leaderboard.ranking import Standing, Table
+from lora_dag.core.console import plural
+from lora_dag.core.files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL import Image
+
+INK, GRID = "#24292f", "#d8dee4"
+COLOURS = ("#0969da", "#9a6700", "#1a7f37", "#cf222e", "#8250df", "#57606a")
+"""Of tables; they begin again after the last."""
+DPI = 110
+MAX_KEYS = 8
+MAX_ROWS = 40
+SHEET_BYTES = 1_000_000
+SHEET_PIXELS = 2_000_000  # of its cells together: more would take fewer colours
+MIN_CELL = 32
+SHORT_NAME = 7  # letters
+
+
+def draw_effects(tables: Sequence[Table], path: Path) -> str:
+    """Loss against size, then a panel for each swept key: a dot for a run, a line through the seeds of a setting.
+
+    Returns:
+        What was left out, in words.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    swept = [key for key in swept_keys(runs_of(tables)) if key not in (SEED, "dataset.source")]
+    keys = swept[:MAX_KEYS]
+    columns = min(3, 1 + len(keys))
+    rows = -(-(1 + len(keys)) // columns)
+    look: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID}
+    with mpl.rc_context(look | {"text.parse_math": False}):  # a dollar sign is one
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(4.4 * columns, 3.8 * rows + 0.5), layout="constrained", squeeze=False, sharey=True
+        )
+        panels = list(grid.flat)
+        draw_sizes(panels[0], tables)
+        for panel, key in zip(panels[1:], keys, strict=False):
+            draw_key(panel, tables, key)
+        for index, panel in enumerate(panels):
+            panel.set_visible(index <= len(keys))
+            style(panel, "held-out loss against the base's, %" if index % columns == 0 else "")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, lettered(labels, 900), loc="outside upper left", ncols=columns, frameon=False)
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+        plt.close(figure)
+    return (
+        f"Without {', '.join(swept[MAX_KEYS:])}: at most {plural(MAX_KEYS, 'key is', 'keys are')} drawn."
+        if swept[MAX_KEYS:]
+        else ""
+    )
+
+
+def draw_sizes(panel: Axes, tables: Sequence[Table]) -> None:
+    """Settings by the size of their file; those that none beats in one and equals in the other are joined."""
+    for index, each in enumerate(tables):
+        colour = COLOURS[index % len(COLOURS)]
+        sized = [standing for standing in each.standings if standing.megabytes is not None]
+        for standing in sized:
+            draw_seeds(panel, standing.megabytes or 0.0, standing, colour)
+        front = [standing for standing in sized if "size" in standing.fronts]
+        points = sorted((standing.megabytes or 0.0, mean_change(standing)) for standing in front)
+        label = heading(each, tables)
+        (line,) = panel.plot(
+            [x for x, _ in points], [y for _, y in points], "o-", color=colour, linewidth=1, label=label
+        )
+        line.set(markersize=9, markerfacecolor="none")
+    panel.locator_params(axis="x", nbins=5)
+    panel.set_xlabel("MB; ringed and joined: the Pareto front", color=INK)
+
+
+def draw_key(panel: Axes, tables: Sequence[Table], key: str) -> None:
+    """Values of one key in their order; its effect joins the means over what else was swept with all of them."""
+    values: dict[str, Any] = {}
+    for each in tables:
+        for standing in each.standings:
+            value = asked(standing.results[0].run, key)
+            values.setdefault(json.dumps(value, sort_keys=True), value)
+    order = sorted(
+        values, key=lambda text: (not is_number(values[text]), values[text] if is_number(values[text]) else 0)
+    )
+    for index, each in enumerate(tables):
+        colour, aside = COLOURS[index % len(COLOURS)], 0.12 * (index - (len(tables) - 1) / 2)
+        found: dict[str, dict[float, float]] = {}
+        for standing in each.standings:
+            x = order.index(json.dumps(asked(standing.results[0].run, key), sort_keys=True)) + aside
+            draw_seeds(panel, x, standing, colour)
+            found.setdefault(all_else(standing, key), {})[x] = mean_change(standing)
+        xs = sorted({x for changes in found.values() for x in changes})
+        whole = [changes for changes in found.values() if len(changes) == len(xs)]
+        means = [sum(changes[x] for changes in whole) / len(whole) if whole else math.nan for x in xs]
+        panel.plot(xs, means, "-", color=colour, linewidth=1)
+    shown = [show(values[text]) for text in order]
+    panel.set_xticks(range(len(order)), lettered(shown if len({*shown}) == len(order) else order, 200))  # "4" and 4
+    panel.set_xlim(-0.5, len(order) - 0.5)
+    panel.set_xlabel(key, color=INK)
+
+
+def lettered(texts: Sequence[str], width: int) -> list[str]:
+    """Labels of a plot: two lines of ``width`` pixels at most, and never two alike."""
+    from lora_dag.core.labels import distinct
+    from lora_dag.pages.lettering import Lettering
+
+    letters = Lettering(round(10 * DPI / 72))
+    return ["\n".join(lines) for lines in distinct(texts, lambda text: letters.wrap(text, width, 2), tuple)]
+
+
+def all_else(standing: Standing, key: str) -> str:
+    """The setting but for one key."""
+    overrides = standing.results[0].run.overrides
+    return json.dumps({name: value for name, value in overrides.items() if name not in (key, SEED)}, sort_keys=True)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def draw_seeds(panel: Axes, x: float, standing: Standing, colour: str) -> None:
+    """A dot for each run, and a line from the lowest to the highest."""
+    changes = seed_changes(standing)
+    panel.plot([x] * len(changes), changes, "o", color=colour, markersize=4, alpha=0.7, markeredgewidth=0)
+    panel.plot([x, x], [min(changes), max(changes)], "-", color=colour, linewidth=3, alpha=0.25)
+
+
+def seed_changes(standing: Standing) -> list[float]:
+    """In percent of the base's loss."""
+    return [float(100 * (losses - standing.base).mean() / base_loss(standing)) for losses in standing.losses]
+
+
+def mean_change(standing: Standing) -> float:
+    changes = seed_changes(standing)
+    return sum(changes) / len(changes)
+
+
+def style(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label, color=INK)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=GRID, labelcolor=INK)
+
+
+def draw_contact(tables: Sequence[Table], path: Path) -> str:
+    """The first prompt that all drew, else each one's first: a row for each setting, its base and each of its seeds.
+
+    Returns:
+        What was left out, in words.
+    """
+    from lora_dag.pages.sheets import save_png, sheet
+
+    most = max(1, MAX_ROWS // len(tables))
+    standings = [(number, each) for board in tables for number, each in enumerate(board.standings[:most], 1)]
+    keys = [key for key in swept_keys(runs_of(tables)) if key != SEED]
+    shared = shared_prompts([result.done for _, each in standings for result in each.results])
+    seeds = sorted({result.seed for _, each in standings for result in each.results})
+    rows: list[list[Image.Image | None]] = []
+    for _, each in standings:
+        cells = {result.seed: cut_cells(result.done) for result in each.results}
+        prompt = shared[0] if shared else each.results[0].done.prompts[0]
+        base = next(iter(cells.values()))[prompt][0]
+        rows.append([base, *(cells[seed][prompt][1] if seed in cells else None for seed in seeds)])
+    labels = [", ".join(shown_short(each, key) for key in keys) for _, each in standings]
+    heads = [f"({number}) " for number, _ in standings]
+    columns = ["base", *(f"seed {seed}" for seed in seeds)]
+    title = f"{shared[0] if shared else 'The first prompt of each'} ({', '.join(keys) or 'one setting'})"
+    side = math.isqrt(SHEET_PIXELS // (len(rows) * len(columns)))
+    cell = max(MIN_CELL, min(side, *(row[0].width for row in rows if row[0])))
+    save_png(path, sheet(rows, labels, columns, cell, title, row_heads=heads), max_bytes=SHEET_BYTES)
+    left = sum(len(board.standings[most:]) for board in tables)
+    return f"Without {left} settings: the best {most} of each table are drawn." if left else ""
+
+
+def shown_short(standing: Standing, key: str) -> str:
+    """``rank 16``; of a long key the value alone, where a row has room for little."""
+    name, value = key.partition(".")[2], show(asked(standing.results[0].run, key)).removeprefix("data/")
+    return f"{name} {value}" if len(name) <= SHORT_NAME else value.replace('"', "")

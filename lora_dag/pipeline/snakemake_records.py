@@ -1,0 +1,90 @@
+"""What Snakemake keeps of a finished job: settings, code and inputs that a file below runs/ was made with.
+
+Reads .snakemake/metadata of Snakemake 9 (requirements.lock pins it): what its own reruns are decided by.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+from base64 import urlsafe_b64encode
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_dag.core.console import UserError
+from lora_dag.core.files import from_json, sha256_file, sha256_json
+
+METADATA = Path(".snakemake/metadata")
+
+
+@dataclass(frozen=True)
+class Record:
+    """The job that wrote a file."""
+
+    path: str
+    code: str
+    """Digest of the stage's code, as ``code_of`` gives it."""
+    sections: dict[str, Any]
+    """Section, or dotted key -> values that it ran with."""
+    options: list[str]
+    """Words of its command line: ``--set`` and folders."""
+    inputs: dict[str, str | None]
+    """Path -> sha256; None for a file that Snakemake takes for too large, 1 MB."""
+    started: float
+    """Seconds since 1970."""
+
+    def folder(self, name: str) -> str:
+        """Of an option such as ``--train-reports``."""
+        return self.options[self.options.index(f"--{name.replace('_', '-')}") + 1]
+
+    @property
+    def overrides(self) -> list[str]:
+        """``lora.rank=16``"""
+        return [value for word, value in zip(self.options, self.options[1:], strict=False) if word == "--set"]
+
+
+def code_of(deps: list[str], family: str) -> str:
+    """Digest of the code among a stage's dependencies in dvc.yaml."""
+    paths = [dep for dep in deps if dep.startswith(("lora_dag/", "stages/"))]
+    return sha256_json([sha256_file(Path(path.replace("${model.family}", family))) for path in paths])
+
+
+def read_record(path: str) -> Record | None:
+    """Of the job that wrote ``path``; None where no job finished it.
+
+    Raises:
+        UserError: what stands there is of another version of Snakemake.
+    """
+    if not METADATA.is_dir() or not (place := place_of(path)).is_file() or not Path(path).is_file():
+        return None
+    try:
+        found = from_json(place.read_bytes())
+        if found["incomplete"]:
+            return None
+        values = [ast.literal_eval(text) for text in found["params"]]
+        digests = [value for value in values if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)]
+        checksums = {name: digest.removeprefix("sha256:") for name, digest in found["input_checksums"].items()}
+        return Record(
+            path=path,
+            code=digests[0],
+            sections=next(value for value in values if isinstance(value, dict)),
+            options=shlex.split(next(value for value in values if isinstance(value, str) and value not in digests)),
+            inputs={name: checksums.get(name) for name in found["input"]},
+            started=found["starttime"],
+        )
+    except (ValueError, KeyError, TypeError, IndexError, SyntaxError, StopIteration, AttributeError) as error:
+        raise UserError(
+            f"{place}: not as Snakemake 9 writes it ({type(error).__name__}: {error}); "
+            f"delete {path} and run snakemake again"
+        ) from None
+
+
+def place_of(path: str) -> Path:
+    """Of its record: the path in base64, cut where a file's name must end on this disk."""
+    length = os.pathconf(METADATA, "PC_NAME_MAX") - 1  # beside an @
+    encoded = urlsafe_b64encode(path.encode()).decode()
+    *parents, name = (encoded[i : i + length] for i in range(0, len(encoded), length))
+    return METADATA.joinpath(*(f"@{part}" for part in parents), name)

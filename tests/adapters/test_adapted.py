@@ -1,0 +1,203 @@
+"""An adapter in denoiser and text encoders, held to stock pipelines with plain PEFT layers in their encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from peft import LoraConfig
+
+from lora_dag.adapters import adapted, lora
+from lora_dag.adapters.adapted import Adapted
+from lora_dag.core import seeding
+from lora_dag.core.console import UserError
+from lora_dag.core.params import ModelParams
+from lora_dag.families.protocol import Family, load_family
+from tests.adapters.test_lora import params
+from tests.helpers.stock import STOCK
+
+CPU = torch.device("cpu")
+CAPTIONS = ["red apple", "blue boat", ""]
+
+
+@pytest.fixture(params=sorted(name for name in STOCK if load_family(name).TEXT_ENCODERS))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def family(name: str) -> Family:
+    return load_family(name)
+
+
+@pytest.fixture
+def model(name: str, bases: dict[str, Path]) -> ModelParams:
+    return ModelParams(family=name, pretrained=str(bases[name]), variant=None, dtype="float32")
+
+
+def load(family: Family, model: ModelParams, **changes: Any) -> tuple[Adapted, Any]:
+    """A fresh adapter on the family's denoiser and text encoders; the family's text object."""
+    denoiser, text = family.load_denoiser(model, CPU), family.load_trainable_text(model, CPU)
+    encoders, settings = family.text_encoders(text), params(target_modules=["to_q"], **changes)
+    text_lora = adapted.text_configs(settings, family, encoders)
+    layers = Adapted(denoiser, lora.make_config(settings, denoiser), text_lora, encoders)
+    layers.keyed_init(0)
+    return layers, text
+
+
+def fill(layers: Adapted) -> None:
+    """As if it had been trained: B is no longer zero."""
+    for name, parameter in layers.trainable.items():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=seeding.generator(0, "test", name))
+
+
+def stock_pipeline(name: str, model: ModelParams) -> Any:
+    return getattr(diffusers, STOCK[name].cls).from_pretrained(model.pretrained)
+
+
+@pytest.fixture
+@torch.no_grad()
+def cached(family: Family, model: ModelParams) -> dict[str, torch.Tensor]:
+    return family.encode_prompts(family.load_text(model, CPU), CAPTIONS)
+
+
+def objective(prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Something that every feature of every token has a say in."""
+    drawn = {part: torch.randn(t.shape, generator=seeding.generator(0, "test", part)) for part, t in prompt.items()}
+    return sum((tensor * drawn[part]).sum() for part, tensor in prompt.items())  # type: ignore[return-value]
+
+
+KINDS: dict[str, dict[str, Any]] = {"sd": {"use_dora": True}, "sdxl": {"use_rslora": True}}
+
+
+def test_gradients_are_those_of_plain_peft_in_the_stock_pipeline(
+    name: str, family: Family, model: ModelParams, cached: dict[str, torch.Tensor]
+) -> None:
+    kind = KINDS.get(name, {})
+    layers, text = load(family, model, **kind)
+    fill(layers)
+    found = cached | family.encode_prompts(text, CAPTIONS, cached)
+    objective(found).backward()
+
+    pipe, expected, tensors = stock_pipeline(name, model), {}, layers.state_dict()
+    config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]} | kind
+    for component in layers.configs.keys() - {""}:
+        encoder = getattr(pipe, component).requires_grad_(False)
+        encoder.add_adapter(LoraConfig(**config))
+        for own, parameter in encoder.named_parameters():
+            in_file = f"{component}.text_model.{own.removeprefix('text_model.')}".replace(".default", "")
+            value = tensors.get(in_file, tensors.get(in_file.removesuffix(".weight")))  # PEFT's name of a magnitude
+            if parameter.requires_grad and value is not None:
+                parameter.data = value.clone()
+                expected[in_file] = parameter
+    reference = STOCK[name].encode(pipe, CAPTIONS)
+    objective(reference).backward()
+    for part, tensor in reference.items():
+        torch.testing.assert_close(found[part], tensor)
+
+    assert len(expected) == len(layers.text_trainable) > 0
+    for own, parameter in layers.text_trainable.items():
+        assert parameter.grad is not None and bool(parameter.grad.any()), own
+        torch.testing.assert_close(parameter.grad, expected[own.replace(".default", "")].grad)
+    trained = {id(parameter) for parameter in layers.trainable.values()}
+    assert all(id(p) in trained or p.grad is None for module in layers.modules.values() for p in module.parameters())
+
+
+def test_a_layer_that_nothing_reads_carries_none(bases: dict[str, Path]) -> None:
+    """SDXL takes the first encoder's last but one layer."""
+    model = ModelParams(family="sdxl", pretrained=str(bases["sdxl"]), variant=None, dtype="float32")
+    layers, text = load(load_family("sdxl"), model)
+    targets = {component: lora.targets(module) for component, module in layers.modules.items() if component}
+    assert {len(found) for found in targets.values()} == {4, 8}
+    assert not any("layers.1." in found for found in targets["text_encoder"])
+    before = load_family("sdxl").encode_prompts(text, CAPTIONS)
+    for parameter in text[0][1].encoder.layers[1].parameters():
+        parameter.data.add_(1)
+    after = load_family("sdxl").encode_prompts(text, CAPTIONS)
+    assert all(torch.equal(tensor, after[part]) for part, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"], indirect=True)
+@torch.no_grad()
+def test_a_fresh_disabled_or_scaled_out_adapter_is_the_base(
+    family: Family, model: ModelParams, cached: dict[str, torch.Tensor]
+) -> None:
+    layers, text = load(family, model)
+    base, digest = family.load_trainable_text(model, CPU), layers.frozen_digest()
+    denoiser = family.load_denoiser(model, CPU)
+    assert digest == adapted.frozen_digest({"": denoiser, **family.text_encoders(base)})
+    plain = family.encode_prompts(base, CAPTIONS, cached)
+
+    def is_base() -> bool:
+        found = family.encode_prompts(text, CAPTIONS, cached)
+        return all(torch.equal(tensor, plain[part]) for part, tensor in found.items())
+
+    assert is_base()
+    fill(layers)
+    assert not is_base() and layers.frozen_digest() == digest
+    with layers.disabled():
+        assert is_base()
+    layers.set_scale(0)
+    assert is_base()
+    layers.set_scale(1)
+    assert not is_base()
+    last = list(layers.modules.values())[-1]
+    next(p for p in last.parameters() if not p.requires_grad).data.view(-1)[0] += 1
+    assert layers.frozen_digest() != digest
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"], indirect=True)
+@torch.no_grad()
+def test_what_is_saved_is_loaded_by_component(
+    family: Family, model: ModelParams, cached: dict[str, torch.Tensor]
+) -> None:
+    one, text = load(family, model)
+    fill(one)
+    one.require_sound()
+    tensors = one.state_dict()
+    longer = f"text_encoder.text_model.encoder.layers.0.self_attn.{adapted.TARGETS[0]}.lora_A.weight"
+    assert longer in tensors and len(tensors) == len(one.trainable)
+    assert {key.partition(".")[0] for key in tensors if ".self_attn." in key} == set(family.TEXT_ENCODERS)
+    other, other_text = load(family, model)
+    other.load(tensors)
+    found, expected = (family.encode_prompts(t, CAPTIONS, cached) for t in (other_text, text))
+    assert all(torch.equal(tensor, expected[part]) for part, tensor in found.items())
+    with pytest.raises(ValueError, match="adapter keys do not match"):
+        other.load({key: tensor for key, tensor in tensors.items() if key != longer})
+    with pytest.raises(ValueError, match="adapter keys do not match"):
+        Adapted(family.load_denoiser(model, CPU), one.configs[""], {}, {}).load(tensors)
+
+
+def test_two_encoders_start_apart_and_the_denoiser_as_without_them(bases: dict[str, Path]) -> None:
+    model = ModelParams(family="sd3", pretrained=str(bases["sd3"]), variant=None, dtype="float32")
+    layers, _ = load(load_family("sd3"), model)
+    tensors, leaf = layers.state_dict(), "text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    one, other = (tensors[f"{component}.{leaf}"].flatten()[:16] for component in ("text_encoder", "text_encoder_2"))
+    assert not torch.equal(one, other)
+    denoiser = load_family("sd3").load_denoiser(model, CPU)
+    config = lora.make_config(params(target_modules=["to_q"]), denoiser)
+    lora.inject(denoiser, config)
+    lora.keyed_init(denoiser, config, 0)
+    alone = lora.state_dict(denoiser)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in alone.items())
+
+
+def test_a_rank_above_an_encoders_layers_is_refused(bases: dict[str, Path]) -> None:
+    model = ModelParams(family="sdxl", pretrained=str(bases["sdxl"]), variant=None, dtype="float32")
+    with pytest.raises(UserError) as caught:
+        load(load_family("sdxl"), model, rank=33)
+    assert caught.value.problems == (
+        "params.yaml lora.rank: 33 is above 16, the size of a 'k_proj' layer of text_encoder",
+        "params.yaml lora.rank: 33 is above 32, the size of a 'k_proj' layer of text_encoder_2",
+    )
+
+
+def test_what_is_said_of_the_denoisers_layers_is_not_said_of_the_encoders(bases: dict[str, Path]) -> None:
+    model = ModelParams(family="sd", pretrained=str(bases["sd"]), variant=None, dtype="float32")
+    layers, _ = load(load_family("sd"), model, rank_pattern={"to_q": 4}, alpha_pattern={"to_q": 3.0}, bias="all")
+    config = layers.configs["text_encoder"]
+    assert (config["r"], config["lora_alpha"], config["bias"]) == (2, 4.0, "none")
+    assert "rank_pattern" not in config and not any("bias" in name for name in layers.text_trainable)

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_dag.adapters import lora
+from lora_dag.adapters.params import LoraParams
+from lora_dag.core.console import UserError
+from lora_dag.core.params import ModelParams
+from lora_dag.families import sd
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+PLAIN: dict[str, Any] = {
+    "algo": "lora",
+    "rank": 2,
+    "alpha": 4.0,
+    "dropout": 0.0,
+    "target_modules": TARGETS,
+    "exclude_modules": [],
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": False,
+    "use_dora": False,
+    "init_lora_weights": "gaussian",
+    "bias": "none",
+    "init_from": None,
+    "decompose_factor": None,
+    "decompose_both": False,
+    "use_effective_conv2d": False,
+    "train_text_encoder": False,
+}
+
+
+@pytest.fixture
+def denoiser(tiny_base: Path) -> torch.nn.Module:
+    return load(tiny_base)
+
+
+def load(base: Path, dtype: Any = "float32") -> torch.nn.Module:
+    model = ModelParams(family="sd", pretrained=str(base), variant=None, dtype=dtype)
+    return sd.load_denoiser(model, torch.device("cpu"))
+
+
+def params(**changes: Any) -> LoraParams:
+    return LoraParams(**PLAIN | changes)
+
+
+def inject(denoiser: torch.nn.Module, seed: int = 0, **changes: Any) -> dict[str, torch.nn.Parameter]:
+    config = lora.make_config(params(**changes), denoiser)
+    trainable = lora.inject(denoiser, config)
+    lora.keyed_init(denoiser, config, seed)
+    return trainable
+
+
+def fill(trainable: dict[str, torch.nn.Parameter]) -> None:
+    """As if it had been trained: B is no longer zero."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainable.values():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+
+
+@torch.no_grad()
+def predict(denoiser: torch.nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    dtype = next(p for name, p in denoiser.named_parameters() if "lora_" not in name).dtype
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    prompt = {"prompt_embeds": torch.randn(2, 20, 32, generator=generator)}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return sd.predict(denoiser, latents, torch.tensor([0, 999]), prompt)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_float32_in_a_base_of_its_own_dtype(tiny_base: Path, dtype: str) -> None:
+    denoiser = load(tiny_base, dtype)
+    trainable = inject(denoiser)
+    lora.require_sound(denoiser, trainable)
+    assert {parameter.dtype for parameter in trainable.values()} == {torch.float32}
+    frozen = {p.dtype for p in denoiser.parameters() if not p.requires_grad}
+    assert frozen == {getattr(torch, dtype)}
+    fill(trainable)
+    assert {tensor.dtype for tensor in lora.state_dict(denoiser).values()} == {torch.float32}
+    assert predict(denoiser).isfinite().all()
+
+
+@pytest.mark.parametrize("target_modules", [TARGETS, ["to_q"], ["attn2.to_k", "linear_1"]], ids=str)
+def test_trained_are_a_and_b_of_the_targets_and_nothing_else(
+    denoiser: torch.nn.Module, target_modules: list[str]
+) -> None:
+    layers = [name for name, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)]
+    expected = [name for name in layers if any(name.endswith(f".{target}") for target in target_modules)]
+    trainable = inject(denoiser, target_modules=target_modules)
+    assert lora.targets(denoiser) == expected
+    assert set(trainable) == {f"{name}.lora_{which}.default.weight" for name in expected for which in "AB"}
+    assert {id(p) for p in denoiser.parameters() if p.requires_grad} == {id(p) for p in trainable.values()}
+    assert set(lora.state_dict(denoiser)) == {f"{name}.lora_{which}.weight" for name in expected for which in "AB"}
+
+
+def test_b_starts_at_zero_and_a_does_not(denoiser: torch.nn.Module) -> None:
+    for name, parameter in inject(denoiser).items():
+        assert bool(parameter.any()) == (".lora_A." in name)
+
+
+@pytest.mark.parametrize("init_lora_weights", ["gaussian", "kaiming"])
+def test_other_targets_do_not_change_a_layers_start(tiny_base: Path, init_lora_weights: str) -> None:
+    whole, few = load(tiny_base), load(tiny_base)
+    inject(whole, init_lora_weights=init_lora_weights)
+    torch.manual_seed(99)
+    inject(few, target_modules=["to_v"], init_lora_weights=init_lora_weights)
+    expected, found = lora.state_dict(whole), lora.state_dict(few)
+    assert 0 < len(found) < len(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_start_depends_on_the_seed_the_layer_and_the_kind(tiny_base: Path) -> None:
+    starts = []
+    for seed, kind in ((0, "gaussian"), (1, "gaussian"), (0, "kaiming")):
+        denoiser = load(tiny_base)
+        inject(denoiser, seed, init_lora_weights=kind)
+        starts += [t for name, t in lora.state_dict(denoiser).items() if "attn1.to_q.lora_A" in name]
+    digests = {hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in starts}
+    assert len(digests) == len(starts)
+
+
+def test_output_is_the_base_plus_alpha_over_rank_times_b_a(denoiser: torch.nn.Module) -> None:
+    """Hu et al. 2021 (arXiv:2106.09685), section 4.1, on one layer in float64."""
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = denoiser.get_submodule(name).weight.double()
+    fill(inject(denoiser, rank=2, alpha=6.0))
+    layer = denoiser.get_submodule(name)
+    a, b = (layer.get_parameter(f"lora_{which}.default.weight").double() for which in "AB")
+    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(3))
+    expected = x.double() @ (weight + 3 * b @ a).T
+    torch.testing.assert_close(layer(x).double(), expected, atol=1e-4, rtol=1e-4)
+    lora.set_scale(denoiser, 0.5)
+    torch.testing.assert_close(layer(x).double(), x.double() @ (weight + 1.5 * b @ a).T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_rslora_scales_by_the_root_of_the_rank(denoiser: torch.nn.Module, conv: bool) -> None:
+    """Kalajdzievski 2023 (arXiv:2312.03732), with a rank and an alpha of the layer's own."""
+    targets = ["conv1"] if conv else ["to_q"]
+    inject(
+        denoiser, target_modules=targets, use_rslora=True, rank_pattern={targets[0]: 4}, alpha_pattern={targets[0]: 6.0}
+    )
+    assert {denoiser.get_submodule(name).scaling["default"] for name in lora.targets(denoiser)} == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "dtype"), [("all-linear+conv", "float32"), ("attention", "float32"), ("all-linear", "bfloat16")]
+)
+def test_dora_starts_at_the_base_bit_for_bit(tiny_base: Path, target_modules: str, dtype: str) -> None:
+    denoiser = load(tiny_base, dtype)
+    base = predict(denoiser)
+    trainable = inject(denoiser, target_modules=target_modules, use_dora=True)
+    lora.require_sound(denoiser, trainable)
+    assert torch.equal(predict(denoiser), base)
+    assert sum("lora_magnitude_vector" in name for name in trainable) == len(lora.targets(denoiser))
+    fill(trainable)
+    assert not torch.equal(predict(denoiser), base)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scale_zero_and_disabled_are_the_base_bit_for_bit(tiny_base: Path, dtype: str) -> None:
+    denoiser = load(tiny_base, dtype)
+    base = predict(denoiser)
+    fill(inject(denoiser))
+    adapted = predict(denoiser)
+    assert not torch.equal(adapted, base)
+    lora.set_scale(denoiser, 0)
+    assert torch.equal(predict(denoiser), base)
+    lora.set_scale(denoiser, 1)
+    assert torch.equal(predict(denoiser), adapted)
+    with lora.disabled(denoiser):
+        assert torch.equal(predict(denoiser), base)
+    assert torch.equal(predict(denoiser), adapted)
+
+
+def test_disabled_ends_with_an_error_and_leaves_the_adapter_trainable(denoiser: torch.nn.Module) -> None:
+    trainable = inject(denoiser)
+    fill(trainable)
+    adapted = predict(denoiser)
+    with pytest.raises(KeyError), lora.disabled(denoiser):
+        raise KeyError
+    assert torch.equal(predict(denoiser), adapted)
+    assert all(parameter.requires_grad for parameter in trainable.values())
+
+
+def test_frozen_digest_sees_the_base_alone(denoiser: torch.nn.Module) -> None:
+    before = lora.frozen_digest(denoiser)
+    trainable = inject(denoiser)
+    assert lora.frozen_digest(denoiser) == before
+    fill(trainable)
+    assert lora.frozen_digest(denoiser) == before
+    weight = denoiser.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").base_layer.weight
+    weight.data[0, 0] += 1e-3
+    assert lora.frozen_digest(denoiser) != before
+
+
+def test_load_fills_every_layer(tiny_base: Path) -> None:
+    one, other = load(tiny_base), load(tiny_base)
+    fill(inject(one))
+    inject(other, seed=5)
+    lora.load(other, lora.state_dict(one))
+    assert torch.equal(predict(other), predict(one))
+
+
+def test_load_refuses_missing_and_left_over_keys(denoiser: torch.nn.Module) -> None:
+    inject(denoiser)
+    tensors = lora.state_dict(denoiser)
+    name = sorted(tensors)[0]
+    with pytest.raises(ValueError, match=rf"adapter keys do not match the injected layers: \['{name}'\]"):
+        lora.load(denoiser, {key: tensor for key, tensor in tensors.items() if key != name})
+    with pytest.raises(ValueError, match=r"adapter keys do not match the injected layers: \['extra.lora_A.weight'\]"):
+        lora.load(denoiser, tensors | {"extra.lora_A.weight": tensors[name]})
+
+
+def test_unsound_adapters_are_named(denoiser: torch.nn.Module) -> None:
+    trainable = inject(denoiser)
+    name = sorted(trainable)[0]
+    with pytest.raises(RuntimeError, match="conv_in.weight is trained but would not be saved"):
+        lora.require_sound(denoiser, trainable | {"conv_in.weight": denoiser.conv_in.weight})
+    trainable[name].data = trainable[name].data.bfloat16()
+    with pytest.raises(RuntimeError, match=f"{name} is torch.bfloat16, not float32"):
+        lora.require_sound(denoiser, trainable)
+
+
+# Refused
+
+
+def refusal(denoiser: torch.nn.Module, **changes: Any) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        lora.make_config(params(**changes), denoiser)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("target", "near"),
+    [("to_qq", "to_q, "), ("to_out", "to_out.0, "), ("attn1", ""), ("o_q", "to_q, ")],
+)
+def test_a_target_that_matches_no_layer_names_the_near_ones(denoiser: torch.nn.Module, target: str, near: str) -> None:
+    (problem,) = refusal(denoiser, target_modules=["to_v", target])
+    start = f"params.yaml lora.target_modules: '{target}' matches no layer of UNet2DConditionModel (near: {near}"
+    assert problem.startswith(start)
+
+
+def test_a_rank_above_the_layer_is_refused(denoiser: torch.nn.Module) -> None:
+    assert lora.make_config(params(rank=32, target_modules=["to_q"]), denoiser)["r"] == 32
+    assert refusal(denoiser, rank=33, target_modules=["to_q"]) == (
+        "params.yaml lora.rank: 33 is above 32, the size of a 'to_q' layer",
+    )
+
+
+def test_dora_on_convolutions_is_refused_where_it_would_not_start_at_the_base(tiny_base: Path) -> None:
+    assert refusal(load(tiny_base, "bfloat16"), target_modules=["to_q", "conv1"], use_dora=True) == (
+        "params.yaml lora.use_dora: needs model.dtype float32 on convolutions (conv1); or leave them out",
+    )
+
+
+def test_all_problems_at_once(denoiser: torch.nn.Module) -> None:
+    problems = refusal(denoiser, rank=33, target_modules=["to_q", "nope", "to_v"])
+    assert [problem.split(":")[0] for problem in problems] == [
+        "params.yaml lora.rank",
+        "params.yaml lora.target_modules",
+        "params.yaml lora.rank",
+    ]

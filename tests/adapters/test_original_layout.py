@@ -1,0 +1,140 @@
+"""The original checkpoints' layers, against diffusers' own converters; and an export gate that judges in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.loaders import single_file_utils
+
+from lora_dag.adapters import original_layout
+from lora_dag.adapters.original_layout import Part, parts, swap_halves
+from lora_dag.adapters.targets import adaptable
+from lora_dag.core.files import load_tensors
+from lora_dag.families.protocol import load_family
+from stages.export import comfyui, writers
+from tests.adapters.test_lycoris import algo
+from tests.conftest import Workspace
+from tests.export.test_format_matrix import adapt
+from tests.export.test_formats import adapt as adapt_sd
+from tests.helpers import comfyui as comfyui_itself
+from tests.helpers import single_files
+
+CONVERTERS = {
+    "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
+    "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+    "z_image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+}
+ATTENTIONS = ("0.x_block.attn", "0.x_block.attn2", "0.context_block.attn", "1.x_block.attn", "1.context_block.attn")
+FLUX_NORMS = ("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm")
+NORMS = {
+    "sd3": ["pos_embed", *(f"joint_blocks.{at}.{norm}.weight" for at in ATTENTIONS for norm in ("ln_q", "ln_k"))],
+    "flux": [f"{at}.{norm}.scale" for at in FLUX_NORMS for norm in ("query_norm", "key_norm")],
+}
+EVERY_ROW_SHOWS = {"target_modules": "all-linear", "use_dora": True}
+
+
+def denoiser(family: str, base: Path) -> Any:
+    import diffusers
+
+    module = load_family(family)
+    cls = getattr(diffusers, module.COMPONENTS[module.DENOISER])
+    return cls.from_pretrained(base, subfolder=module.DENOISER)
+
+
+def stacked(model: Any, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights and biases of the layers of the original checkpoint."""
+    found = {}
+    for layer, stack in parts(model).items():
+        for leaf in ("weight", "bias"):
+            rows = [(part.swapped, own.get(f"{part.name}.{leaf}")) for part in stack]
+            if all(tensor is not None for _, tensor in rows):
+                found[f"{layer}.{leaf}"] = torch.cat([swap_halves(t) if swapped else t for swapped, t in rows])
+    return found
+
+
+@pytest.mark.parametrize("family", sorted(CONVERTERS))
+def test_diffusers_takes_the_original_layers_apart_into_the_same(bases: dict[str, Path], family: str) -> None:
+    """Of one input each. Its converters need norms too, which carry no adapter here, and FLUX.1's its full width."""
+    with torch.device("meta"):
+        wide = {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True}
+        model = FluxTransformer2DModel(**wide) if family == "flux" else denoiser(family, bases[family])
+    names = {part.name for layer in parts(model).values() for part in layer}
+    assert set(adaptable(model)) <= names
+    shapes = {n: tuple(t.shape)[:1] if n.endswith("bias") else (len(t), 1) for n, t in model.state_dict().items()}
+    own = {n: torch.randn(shape) for n, shape in shapes.items() if n.rpartition(".")[0] in names}
+    converted = CONVERTERS[family](stacked(model, own) | {name: torch.ones(16) for name in NORMS.get(family, [])})
+    assert {n for n in own if n not in converted or not torch.equal(converted[n], own[n])} == set()
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_unets_blocks_are_counted_as_in_its_checkpoint(bases: dict[str, Path], family: str) -> None:
+    model = denoiser(family, bases[family])
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".weight")}
+    found = {f"{layer}.weight": [f"{part.name}.weight" for part in stack] for layer, stack in parts(model).items()}
+    assert found == {there: [here] for there, here in zip(single_files.unet(weights), weights, strict=True)}
+
+
+def test_only_the_last_block_is_swapped(bases: dict[str, Path]) -> None:
+    swapped = {family: original_layout.swapped_layers(denoiser(family, bases[family])) for family in bases}
+    assert swapped == {
+        "flux": {"norm_out.linear"},
+        "sd": set(),
+        "sd3": {"norm_out.linear", "transformer_blocks.1.norm1_context.linear"},
+        "sdxl": set(),
+        "z_image": set(),
+    }
+
+
+# The gate
+
+
+def on_base(family: str, bases: dict[str, Path]) -> tuple[str, ...]:
+    Path("data/base").unlink()
+    Path("data/base").symlink_to(bases[family])
+    return "--set", f"model.family={family}", "--set", "export.prompt=red apple", "--set", "export.formats=[comfyui]"
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_rows_that_are_not_swapped_stop_the_stage(
+    workspace: Workspace, bases: dict[str, Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI brings B A into the checkpoint's order of rows, and takes dora_scale for being in it."""
+    argv = on_base(family, bases)
+    adapt(family, **EVERY_ROW_SHOWS, alpha=8.0, rank=4)
+    workspace.run("export", *argv)
+    monkeypatch.setattr(original_layout, "swapped_layers", lambda module: set())
+    with pytest.raises(RuntimeError, match=r"the comfyui export makes \S+ other than training did: [01]\.\d+"):
+        workspace.run("export", *argv)
+
+
+def test_a_tucker_core_stops_the_stage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI logs an error for it, and leaves the layer as the base."""
+    adapt_sd(workspace, **algo("lokr-tucker", alpha=6.0))
+    original = writers.lycoris_tensors
+
+    def as_trained(trained: Any, name: str) -> dict[str, torch.Tensor]:
+        start = f"{name}."
+        own = {k.removeprefix(start): t for k, t in trained.weights.items() if k.startswith(start)}
+        return own | {"alpha": torch.tensor(6.0)} if "lokr_t2" in own else original(trained, name)
+
+    monkeypatch.setattr(writers, "lycoris_tensors", as_trained)
+    with pytest.raises(RuntimeError, match=r"keys that its reader does not take: .*_conv1.lokr_t2'"):
+        workspace.run("export", "--set", "export.formats=[comfyui]")
+
+
+# Our reader, against what ComfyUI made of one layer of each kind
+
+
+@pytest.mark.parametrize("kind", comfyui_itself.LAYERS)
+def test_the_reader_answers_as_comfyui_did(kind: str) -> None:
+    recorded = load_tensors(comfyui_itself.ANSWERS)
+    layer = {key.partition("/")[2]: tensor for key, tensor in recorded.items() if key.startswith(f"{kind}/")}
+    weight, answer = layer.pop("weight"), layer.pop("answer")
+    file = {f"transformer.x.{leaf}": tensor for leaf, tensor in layer.items()}
+    change = comfyui.full_change(Part("x", "swapped" in kind), weight, comfyui.take(file, "x"))
+    torch.testing.assert_close(weight + change, answer, atol=2e-6, rtol=1e-6)
+    assert bool(file) == torch.equal(answer, weight) == (kind == "lokr, tucker")  # which ComfyUI leaves as the base

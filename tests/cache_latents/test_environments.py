@@ -1,0 +1,69 @@
+"""Entries that other versions made."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lora_dag.artifacts.store import Store
+from stages.cache_latents import __main__ as cache_latents
+from tests.conftest import Workspace, picture
+from tests.helpers.encodings import encode
+
+
+class Machine:
+    """Where this runs, as far as entries record it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.changes: dict[str, str | int] = {}
+        environment = cache_latents.environment
+        monkeypatch.setattr(cache_latents, "environment", lambda device: environment(device) | self.changes)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def mixtures(lines: list[str]) -> list[str]:
+    return [line for line in lines if "the last bits may differ" in line]
+
+
+def test_entries_of_several_environments_are_warned_of(workspace: Workspace, machine: Machine) -> None:
+    machine.changes = {"torch": "1.0"}
+    encode(workspace)
+    machine.changes = {"torch": "1.1"}
+    assert mixtures(workspace.run("cache_latents")) == []  # all of one
+    picture(50).save("data/raw/05.png")
+    workspace.run("prepare")
+    expected = [
+        "warning: 7 latents were made with torch 1.0, 1 with torch 1.1: the last bits may differ from those of a fresh "
+        f"run; delete {Path('.state/store/latents').resolve()} to make them all anew"
+    ]
+    assert mixtures(workspace.run("cache_latents")) == expected
+    assert mixtures(workspace.run("cache_latents", "--status")) == expected
+    shutil.rmtree(".state/store/latents")
+    assert mixtures(workspace.run("cache_latents")) == []
+
+
+def test_what_cannot_move_a_bit_is_no_mixture(workspace: Workspace, machine: Machine) -> None:
+    encode(workspace)
+    machine.changes = {"peft": "0.0.1", "python": "3.0"}
+    picture(50).save("data/raw/05.png")
+    workspace.run("prepare")
+    assert mixtures(workspace.run("cache_latents")) == []
+
+
+def test_entries_that_do_not_record_what_made_them_are_no_mixture(workspace: Workspace, machine: Machine) -> None:
+    encode(workspace)
+    store = Store()
+    for kind, path in store.entries():
+        entry = store.load(kind, path.stem)
+        assert entry is not None and entry.made_by
+        store.save(kind, path.stem, entry.tensors)
+    machine.changes = {"torch": "1.1"}
+    picture(50).save("data/raw/05.png")
+    workspace.run("prepare")
+    assert mixtures(workspace.run("cache_latents")) == []

@@ -1,0 +1,288 @@
+"""``cache_latents --status``: one line per picture that is not valid, and what a run would cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_dag.artifacts.manifest import Manifest
+from lora_dag.core.files import read_json
+from lora_dag.families import sd
+from stages.cache_latents import entries
+from tests.conftest import Workspace, picture, read_rows, write_rows
+from tests.helpers.images import see_through
+
+
+def words(changes: tuple[str, ...]) -> list[str]:
+    return [word for change in changes for word in ("--set", change)]
+
+
+def status(workspace: Workspace, *changes: str) -> list[str]:
+    return workspace.run("cache_latents", "--status", *words(changes))
+
+
+def prepared_status(workspace: Workspace, *changes: str) -> list[str]:
+    workspace.run("prepare", *words(changes))
+    return status(workspace, *changes)
+
+
+@pytest.fixture
+def cached(workspace: Workspace) -> Workspace:
+    workspace.run("prepare")
+    workspace.run("cache_latents")
+    return workspace
+
+
+def caption(index: int, text: str) -> None:
+    rows = read_rows(Path("data/raw"))
+    rows[index]["text"] = text
+    write_rows(Path("data/raw"), rows)
+
+
+EDITS = "data/raw: edits there since prepare ran, of captions too, show after prepare"
+NOTHING = ["8 pictures: 8 valid, 0 not", "a run would encode nothing"]
+
+
+def test_all_is_valid(cached: Workspace) -> None:
+    assert status(cached) == NOTHING
+
+
+def written() -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Path().rglob("*")}
+
+
+def test_it_writes_and_encodes_nothing(cached: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sd, "load_vae", None)
+    monkeypatch.setattr(sd, "load_text", None)
+    picture(50).save("data/raw/05.png")
+    before = written()
+    status(cached, "cache.batch_size=3")
+    assert written() == before
+
+
+def test_it_writes_nothing_where_nothing_was_cached(workspace: Workspace) -> None:
+    workspace.run("prepare")
+    before = written()
+    lines = status(workspace)
+    assert written() == before
+    assert lines[0] == "00.png: new" and "8 pictures: 0 valid, 8 not" in lines
+    assert lines[-1] == "a run would encode 8 views and 9 captions; their time on cpu has not been measured yet"
+
+
+def test_an_edited_picture_before_prepare_runs_again(cached: Workspace) -> None:
+    picture(50).save("data/raw/05.png")
+    os.remove("data/raw/06.png")
+    lines = status(cached)
+    assert lines[0] == "05.png: pixels changed"
+    assert lines[1].startswith("06.png: gone ('06.png' is no file any more;")
+    assert lines[2:4] == [
+        "8 pictures: 6 valid, 2 not",
+        "prepare must run first: python -m stages.prepare, or dvc repro",
+    ]
+    assert re.fullmatch(r"a run would encode 1 view and 0 captions: about 0 s on cpu, 0\.\d MB", lines[4])
+    assert lines[5:] == [EDITS]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (("dataset.resolution=40",), "size changed (32x32 -> 40x40)"),
+        (("dataset.image_interpolation_mode=bicubic",), "preprocessing changed (filter)"),
+        (("model.dtype=bfloat16",), "dtype float32 -> bfloat16"),
+        (("cache.batch_size=3",), "batch_size 4 -> 3"),
+        (("cache.tiling=true",), "tiling false -> true"),
+    ],
+)
+def test_settings_are_named(cached: Workspace, changes: tuple[str, ...], expected: str) -> None:
+    lines = prepared_status(cached, *changes)
+    assert [line for line in lines if ".png: " in line] == [f"{index:02}.png: {expected}" for index in range(8)]
+    assert "8 pictures: 0 valid, 8 not" in lines
+
+
+def test_another_background_is_named_where_it_is_seen(cached: Workspace) -> None:
+    see_through(picture(3)).save("data/raw/03.png")
+    cached.run("prepare")
+    cached.run("cache_latents")
+    lines = prepared_status(cached, 'dataset.background="#000000"')
+    assert lines[:2] == ["03.png: preprocessing changed (background)", "8 pictures: 7 valid, 1 not"]
+    lines = prepared_status(cached, 'dataset.background="#000000"', "dataset.image_interpolation_mode=bicubic")
+    assert lines[2] == "02.png: preprocessing changed (filter)"
+    assert lines[3] == "03.png: preprocessing changed (background, filter)"
+
+
+def test_pictures_and_captions(cached: Workspace) -> None:
+    picture(50).save("data/raw/05.png")
+    picture(51, 64, 40).save("data/raw/new.png")
+    write_rows(Path("data/raw"), [*read_rows(Path("data/raw")), {"file_name": "new.png", "text": "new"}])
+    caption(2, "green circle")
+    lines = prepared_status(cached)
+    assert lines[:4] == [
+        "02.png: caption changed",
+        "05.png: pixels changed",
+        "new.png: new",
+        "9 pictures: 6 valid, 3 not",
+    ]
+    assert lines[4].startswith("a run would encode 2 views and 2 captions: about ")
+
+
+def test_an_edited_caption_shows_after_prepare(cached: Workspace) -> None:
+    caption(2, "green circle")
+    assert status(cached) == [*NOTHING, EDITS]
+    cached.run("prepare")
+    assert status(cached)[-1].startswith("a run would encode 0 views and 1 caption: about ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "before", "now"),
+    [
+        (("dataset.source=data/other",), "dataset.source data/raw", "data/other"),
+        (("dataset.resolution=40",), "dataset.resolution 32", "40"),
+        (("dataset.aspect_buckets=true", "dataset.resolution=48"), "dataset.resolution 32", "48"),
+        (("dataset.seed=7", "dataset.crop=random"), "dataset.crop center, dataset.seed 0", "random, 7"),
+        (('dataset.background="#000000"',), "preprocessing background #ffffff", "#000000"),
+        (("dataset.image_interpolation_mode=bicubic",), "preprocessing filter lanczos", "bicubic"),
+        (("dataset.mask=alpha", "dataset.unmasked_weight=0.5"), "dataset.unmasked_weight 0.0", "0.5"),
+    ],
+)
+def test_what_prepare_would_make_otherwise_comes_first(
+    cached: Workspace, changes: tuple[str, ...], before: str, now: str
+) -> None:
+    shutil.copytree("data/raw", "data/other")
+    lines = [line for line in status(cached, *changes) if not line.startswith("warning: ")]
+    assert lines == [
+        f"data/prepared was made with {before}; params.yaml says {now}: prepare runs first; what follows is for "
+        "data/prepared as it is",
+        *NOTHING,
+    ]
+    lines = prepared_status(cached, *changes)
+    assert not any("prepare runs first" in line for line in lines)
+
+
+def test_buckets_of_another_resolution_are_seen(workspace: Workspace) -> None:
+    for index in range(8):
+        picture(index, 96, 64).save(f"data/raw/{index:02}.png")
+    changes = ("dataset.aspect_buckets=true", "dataset.bucket_step=8")
+    assert "made with" not in prepared_status(workspace, *changes)[0]
+    assert (
+        "made with dataset.resolution 40x24; params.yaml says 48:"
+        in status(workspace, *changes, "dataset.resolution=48")[0]
+    )
+    assert "made with dataset.resolution 40x24; params.yaml says 32:" in status(workspace)[0]
+
+
+def test_a_flip_that_is_gone_is_no_refusal(cached: Workspace) -> None:
+    cached.run("prepare", "--set", "dataset.flip=true")
+    lines = status(cached)
+    assert lines[0].startswith("data/prepared was made with dataset.flip true; params.yaml says false: prepare runs ")
+    assert lines[1:] == NOTHING
+
+
+def test_reading_large_pictures_is_part_of_the_estimate(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = entries.decode
+    monkeypatch.setattr(entries, "decode", lambda *args: time.sleep(0.2) or decode(*args))
+    workspace.run("prepare")
+    workspace.run("cache_latents")
+    for index in range(8):
+        picture(index, 48 * 5).save(f"data/raw/{index:02}.png")
+    (line,) = [line for line in prepared_status(workspace) if line.startswith("a run would")]
+    found = re.fullmatch(r"a run would encode 8 views and 0 captions: about (\d+) s on cpu, 0\.\d MB", line)
+    assert found and 10 <= int(found[1]) <= 20  # 8 pictures in 0.2 s each and 4 threads, and 25 times the pixels
+
+
+def test_a_caption_that_is_known_already_costs_nothing(cached: Workspace) -> None:
+    caption(2, "thing 3")
+    assert prepared_status(cached) == NOTHING
+
+
+def test_crop_and_variants(cached: Workspace) -> None:
+    picture(9, width=80, height=48).save("data/raw/00.png")
+    cached.run("prepare")
+    cached.run("cache_latents")
+    assert "00.png: crop changed" in prepared_status(cached, "dataset.crop=random")
+    split = {item.file_name: item.split for item in Manifest.load(Path("data/prepared")).items}
+    lines = prepared_status(cached, "dataset.flip=true", "cache.num_variants=2")
+    expected = [f"{name}: variants 1 -> 2" for name in sorted(split) if split[name] == "train"]
+    assert [line for line in lines if ".png" in line] == expected
+
+
+@pytest.mark.parametrize(
+    ("component", "file", "expected"),
+    [("vae", "diffusion_pytorch_model", "another VAE"), ("text_encoder", "model", "another text encoder")],
+)
+def test_another_base(cached: Workspace, component: str, file: str, expected: str) -> None:
+    shutil.copytree("data/base", "data/other")
+    config = Path("data/other") / component / "config.json"
+    config.write_text(config.read_text() + "\n")
+    lines = status(cached, "model.pretrained=data/other")
+    assert lines[0] == f"00.png: {expected}"
+    assert ("(empty caption): another text encoder" in lines) == (component == "text_encoder")
+
+
+def test_missing_and_damaged_entries(cached: Workspace) -> None:
+    entries = {item["views"][0]: item["file_name"] for item in read_json(Path("data/latents/manifest.json"))["items"]}
+    first, second = sorted(Path(".state/store/latents").rglob("*.safetensors"))[:2]
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1] + b"\x07")
+    lines = status(cached)
+    assert set(lines[:2]) == {
+        f"{entries[first.stem]}: entry missing from the store",
+        f"{entries[second.stem]}: entry damaged",
+    }
+    assert lines[2] == "8 pictures: 6 valid, 2 not"
+
+
+def test_masks(workspace: Workspace) -> None:
+    changes = ("dataset.mask=masks",)
+    Path("data/raw/masks").mkdir()
+    for index in range(8):
+        Image.new("L", (48, 48), 200).save(f"data/raw/masks/{index:02}.png")
+    workspace.run("prepare", *words(changes))
+    workspace.run("cache_latents", *words(changes))
+    Image.new("L", (48, 48), 100).save("data/raw/masks/03.png")
+    assert status(workspace, *changes)[0] == "03.png: mask changed"
+    assert prepared_status(workspace, *changes)[:2] == ["03.png: mask changed", "8 pictures: 7 valid, 1 not"]
+    lines = prepared_status(workspace, *changes, "dataset.unmasked_weight=0.5")
+    assert lines[0] == "00.png: unmasked_weight 0.0 -> 0.5"
+    assert lines[-1] == "a run would encode nothing"
+
+
+def test_a_deleted_output_is_no_cost(cached: Workspace) -> None:
+    shutil.rmtree("data/latents")
+    assert status(cached) == [
+        NOTHING[0],
+        "data/latents is not there; a run puts it together again from the store",
+        NOTHING[1],
+    ]
+
+
+def test_notes_of_another_version_are_not_needed(cached: Workspace) -> None:
+    path = Path(".state/store/last.json")
+    notes = read_json(path)
+    notes["used"]["latents"] |= {"compiled": True}  # one field more
+    path.write_text(json.dumps(notes | {"other": 1}))
+    assert status(cached) == NOTHING
+    assert status(cached, "cache.batch_size=3")[0] == "00.png: batch_size 4 -> 3"
+    for change in ("used", "items", "efforts"):
+        path.write_text(json.dumps(notes | {change: {"latents": {"another": "shape"}}}))
+        assert status(cached) == NOTHING
+        assert status(cached, "cache.batch_size=3")[0] == "00.png: new"
+    path.write_text('{"other": 1}')
+    assert status(cached, "cache.batch_size=3")[0] == "00.png: new"
+
+
+def test_the_exit_code_is_zero_whatever_it_finds(cached: Workspace) -> None:
+    picture(50).save("data/raw/05.png")
+    done = cached.process("cache_latents", "--status")
+    assert done.returncode == 0 and "05.png: pixels changed" in done.stdout
+
+
+def test_the_exit_code_is_two_where_there_is_nothing_to_look_at(workspace: Workspace) -> None:
+    assert workspace.process("cache_latents", "--status").returncode == 2
+    assert "2 where there is nothing to look at" in workspace.process("cache_latents", "--help").stdout

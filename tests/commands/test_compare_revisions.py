@@ -1,0 +1,65 @@
+"""Names of revisions: experiments, branches, what is near, and where there is no repository."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_dag.commands.compare import __main__ as compare
+from lora_dag.commands.compare import revisions
+from lora_dag.core.console import UserError
+from tests.helpers.compared import Repository, git
+
+
+def test_a_shallow_clone_is_named(
+    repository: Repository, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("shallow")
+    git("clone", "-q", "--depth", "1", Path.cwd().as_uri(), str(folder / "clone"))
+    monkeypatch.chdir(folder / "clone")
+    with pytest.raises(UserError, match=r"^HEAD~1: no commit, .*; this clone is shallow: `git fetch --unshallow`"):
+        revisions.find_commit("HEAD~1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["clear-nwt"], "clear-nwt: no commit, branch, tag or DVC experiment of that name (near: clear-newt)"),
+        (["mian"], "mian: no commit, branch, tag or DVC experiment of that name (near: main"),
+        (
+            ["start"],
+            "start: has no reports/metrics.json, reports/validate/heldout.csv, ",
+        ),
+    ],
+)
+def test_errors_name_what_is_near(repository: Repository, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        repository.run(*arguments)
+    assert str(error.value).startswith(message)
+    assert not Path("compare").exists()
+
+
+def test_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(sys, "argv", ["compare"])
+    with pytest.raises(UserError, match="in no git repository"):
+        compare.main()
+
+
+def test_one_name_for_experiments_of_two_commits(repository: Repository) -> None:
+    other, experiment = git("rev-parse", "start"), git("rev-parse", "main")
+    git("update-ref", f"refs/exps/{other[:2]}/{other[2:]}/clear-newt", experiment)
+    assert revisions.find_commit("clear-newt") != experiment  # HEAD's own
+    git("checkout", "-q", "--detach", revisions.find_commit("clear-newt"))
+    with pytest.raises(UserError, match="experiments of 2 commits have this name"):
+        revisions.find_commit("clear-newt")
+
+
+def test_names_alike_have_folders_of_their_own() -> None:
+    found = [compare.folder_name(["main", name]) for name in ("try-a", "try/a", "try~a")]
+    assert found[0] == "main..try-a" and len(set(found)) == 3
+    assert all(re.fullmatch(r"main\.\.try-a-[0-9a-f]{6}", name) for name in found[1:])

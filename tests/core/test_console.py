@@ -1,0 +1,152 @@
+"""What a machine or a person did is one line and exit code 2; what we did wrong is a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from lora_dag.core.console import UserError, parser, plural, run
+from lora_dag.core.files import state_dir
+from tests.conftest import REPOSITORY, Workspace, main_module
+
+
+def stderr_of(error: BaseException, capsys: pytest.CaptureFixture[str]) -> str:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("one; mend it", "two; mend it"), "error: one; mend it\nerror: two; mend it\n"),
+        (UserError("got 'a\nb\x1b[2K\ud800'"), "error: got 'a\\nb\\x1b[2K\\ud800'\n"),
+        (UserError(f"got {'9' * 5000}; mend it"), f"error: got {'9' * 496} ... {'9' * 325}; mend it\n"),
+        (OSError(errno.ENOSPC, "No space left", "/x"), "error: /x: No space left; free some space\n"),
+        (
+            OSError(errno.EIO, "Input/output error", "/mnt/a.png"),
+            "error: /mnt/a.png: Input/output error; check the disk or network drive, and run again\n",
+        ),
+        (
+            OSError(errno.ESTALE, "Stale file handle"),
+            "error: Stale file handle; check the disk or network drive, and run again\n",
+        ),
+        (MemoryError(), "error: out of memory; end other programs, or use a machine with more of it\n"),
+        (
+            MemoryError("out of memory while 'a.tif' was decoded"),
+            "error: out of memory while 'a.tif' was decoded; end other programs, or use a machine with more of it\n",
+        ),
+    ],
+)
+def test_the_machines_faults(error: BaseException, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stderr_of(error, capsys) == said
+
+
+@pytest.mark.parametrize("make", [lambda: OSError("no number"), lambda: ValueError("ours")])
+def test_our_faults_have_a_traceback(make: Callable[[], Exception]) -> None:
+    def main() -> None:
+        raise make()
+
+    with pytest.raises((OSError, ValueError)):
+        run(main)
+
+
+@pytest.mark.parametrize("stage", ["gate", "compare", "promote", "leaderboard"])
+def test_help_names_the_command_as_it_is_started(workspace: Workspace, stage: str) -> None:
+    """Of a package, Python's own guess is ``__main__.py``."""
+    assert workspace.process(stage, "--help").stdout.startswith(
+        f"usage: python -m {main_module(stage).removesuffix('.__main__')} [-h]"
+    )
+
+
+def test_numbers_of_one_are_singular() -> None:
+    assert plural(1, "caption") == "1 caption"
+    assert plural(0, "caption") == "0 captions"
+    assert plural(2500, "caption") == "2,500 captions"
+    assert [plural(n, "caption has", "captions have") for n in (1, 2)] == ["1 caption has", "2 captions have"]
+
+
+COMMANDS = sorted(
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__main__")
+    for folder in ("lora_dag", "stages")
+    for path in (REPOSITORY / folder).rglob("*.py")
+    if "    run(main" in path.read_text(encoding="utf-8") and path.name != "console.py"
+)
+
+
+def test_all_commands_are_known() -> None:
+    assert len(COMMANDS) >= 12 and {"stages.train", "lora_dag.commands.gate", "lora_dag.commands.promote"} <= set(
+        COMMANDS
+    )
+
+
+def to_a_reader_that_has_gone(*command: str) -> subprocess.CompletedProcess[str]:
+    """As in ``command | head -0``, where head is the faster one."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        return subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_output_that_nobody_reads_ends_a_command_without_a_word(workspace: Workspace, command: str) -> None:
+    done = to_a_reader_that_has_gone(sys.executable, "-m", command, "--help")
+    assert done.returncode in (0, 141) and done.stderr == ""  # argparse takes no notice of a longer text's end
+
+
+def test_so_do_log_lines_in_the_middle_of_the_work(workspace: Workspace) -> None:
+    done = to_a_reader_that_has_gone(sys.executable, "-m", "stages.prepare")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_that_is_not_the_outputs_is_our_fault(capfd: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise BrokenPipeError(errno.EPIPE, "of a socket")
+
+    with pytest.raises(BrokenPipeError, match="of a socket"):
+        run(main)
+
+
+WINDOWS = {
+    "platform": "import sys; sys.platform = 'win32'",
+    "no fcntl": "import sys; sys.modules['fcntl'] = None",
+}
+
+
+@pytest.mark.parametrize("way", WINDOWS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "stages.prepare",
+        "stages.train",
+        "lora_dag.commands.check",
+        "lora_dag.commands.gate",
+        "lora_dag.commands.compare",
+    ],
+)
+def test_on_windows_every_command_is_one_line(workspace: Workspace, command: str, way: str) -> None:
+    """Nothing is imported before it: the package itself says so."""
+    code = f"{WINDOWS[way]}; import runpy; runpy.run_module({command!r}, run_name='__main__', alter_sys=True)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    line = "error: lora-dag needs Linux or macOS; on Windows, run it in WSL2: `wsl --install`\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+def test_a_tilde_in_an_argument_is_the_home_folder(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves ``--params=~/x`` alone."""
+    monkeypatch.setenv("HOME", str(workspace.path))
+    parsed = parser("", ("adapter",)).parse_args(["--params=~/params.yaml", "--adapter=~/data/adapter"])
+    assert (parsed.params, parsed.adapter) == (workspace.path / "params.yaml", workspace.path / "data/adapter")
+    monkeypatch.setenv("LORA_STATE_DIR", "~/state")
+    assert state_dir() == workspace.path / "state"

@@ -1,0 +1,237 @@
+"""Ctrl-C in every stage: one line that says what is kept, exit code 130, nothing half-written, and the same end."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_dag.core import console, params
+from lora_dag.core.console import UserError
+from lora_dag.core.files import replaced
+from tests.conftest import REPOSITORY, Workspace, main_module
+from tests.helpers.forked import exit_code
+
+STOPPED = "stopped by Ctrl-C: {}; the same command resumes"
+MOMENTS = [
+    (
+        "prepare",
+        "stages.prepare.inspection",
+        "",
+        "examine",
+        4,
+        STOPPED.format("what the checks of images found is kept"),
+    ),
+    ("cache_latents", "lora_dag.artifacts.store", "Store", "save", 5, STOPPED.format("every finished batch is kept")),
+    ("train", "stages.train.trainer", "Trainer", "check_step_zero", 1, STOPPED.format("no checkpoint was due yet")),
+    (
+        "train",
+        "stages.train.trainer",
+        "Trainer",
+        "step",
+        3,
+        "error: stopped after step 3, checkpoint written; the same command resumes",
+    ),
+    (
+        "train",
+        "stages.train.outputs",
+        "",
+        "save_adapter",
+        1,
+        STOPPED.format("the checkpoint after step 2 is kept"),
+    ),
+    ("validate", "stages.validate.examine", "", "answer", 2, STOPPED.format("finished losses and images are kept")),
+    (
+        "export",
+        "stages.export.proof",
+        "Proof",
+        "check",
+        2,
+        STOPPED.format("the folder of an earlier export is as it was"),
+    ),
+    ("report", "stages.report.page", "", "write_page", 1, STOPPED.format("no page is half-written")),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, reference: Path) -> Path:
+    """A folder where all six stages ran, undisturbed."""
+    folder = tmp_path_factory.mktemp("finished") / "here"
+    shutil.copytree(reference, folder, symlinks=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LORA_STATE_DIR", str(folder / ".state"))
+        for stage in ("prepare", "cache_latents", "train", "validate", "export", "report"):
+            patch.setattr(sys, "argv", [stage])
+            importlib.import_module(main_module(stage)).main()
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Outputs and reports, but for what differs between equal runs."""
+    paths = [path for name in ("data", "reports") for path in (folder / name).rglob("*") if path.is_file()]
+    own = ("run.json", "report.html")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.name not in own}
+
+
+@pytest.fixture
+def begun(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the folder, with a state directory that remembers nothing."""
+    folder = tmp_path / "begun"
+    shutil.copytree(finished, folder, symlinks=True, ignore=shutil.ignore_patterns(".state"))
+    monkeypatch.setenv("LORA_STATE_DIR", str(folder / ".state"))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def stopped_at(holder: Any, name: str, number: int, stage: str) -> str:
+    """What a process of the stage says on stderr that gets SIGINT at a call of a function; it must end with 130."""
+    original, calls, errors = getattr(holder, name), [], Path("stderr.txt")
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments, **options)
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
+        setattr(holder, name, broken)
+        sys.argv = [stage]
+        with errors.open("w") as sys.stderr:
+            try:
+                runpy.run_module(main_module(stage).removesuffix(".__main__"), run_name="__main__")
+            except SystemExit as ended:
+                assert ended.code == 130
+
+    assert exit_code(work) == 0
+    said = errors.read_text()
+    errors.unlink()
+    return said
+
+
+@pytest.mark.parametrize(("stage", "module", "owner", "name", "number", "said"), MOMENTS)
+def test_ctrl_c_ends_a_stage_in_one_line_and_the_same_command_resumes(
+    begun: Path,
+    finished: Path,
+    stage: str,
+    module: str,
+    owner: str,
+    name: str,
+    number: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    holder = importlib.import_module(module)
+    assert stopped_at(getattr(holder, owner) if owner else holder, name, number, stage) == f"{said}\n"
+    assert [path for path in begun.rglob(".*") if path.name != ".state"] == []  # no temporary file or folder
+    if stage == "export":
+        assert files(begun) == files(finished)
+    monkeypatch.setattr(sys, "argv", [stage])
+    importlib.import_module(main_module(stage)).main()
+    assert files(begun) == files(finished)
+
+
+def start(folder: Path, *command: str) -> subprocess.Popen[str]:
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore it
+
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=listen,
+    )
+
+
+def test_ctrl_c_while_packages_are_imported(begun: Path) -> None:
+    code = "from lora_dag.core import console; console.listen(); import os; os.kill(os.getpid(), 2); import torch"
+    with start(begun, "-c", code) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "stopped by Ctrl-C: nothing was written yet; run the same command again\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("library", ["pydantic_core", "libtorch_cpu"])
+def test_ctrl_c_from_outside_while_a_stage_imports(begun: Path, library: str) -> None:
+    """In the middle of Python's own packages, and of torch, which takes seconds."""
+    with start(begun, "-m", "stages.validate") as process:
+        while library not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    *before, last = errors.splitlines()
+    assert last.startswith("stopped by Ctrl-C: ") and "Traceback" not in errors
+    assert not before or "panicked" in errors  # pyo3 itself prints where its import was interrupted
+
+
+def test_ctrl_c_in_another_command(workspace: Workspace) -> None:
+    said = "stopped by Ctrl-C: no file is half-written; run the same command again\n"
+    assert stopped_at(params, "overridden", 1, "check") == said
+
+
+def test_ctrl_c_that_a_package_takes_for_another_fault(tmp_path: Path) -> None:
+    """Such as the import of a module in Rust, which panics."""
+    said = tmp_path / "said"
+
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise UserError("damaged; fetch it again") from None
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with said.open("w") as sys.stderr, pytest.raises(SystemExit, match="130"):
+            console.run(main, kept="all is kept")
+
+    assert exit_code(work) == 0
+    assert said.read_text() == "stopped by Ctrl-C: all is kept; the same command resumes\n"
+
+
+def test_a_replaced_folder_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Ctrl-C comes between the two renames."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "old").touch()
+    original = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if self.name == ".export.new":
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt), replaced(folder) as aside:
+        (aside / "new").touch()
+    assert os.listdir(tmp_path) == ["export"] and os.listdir(folder) == ["old"]
+    monkeypatch.undo()
+    with replaced(folder) as aside:
+        (aside / "new").touch()
+    assert os.listdir(tmp_path) == ["export"] and os.listdir(folder) == ["new"]
+
+
+def test_what_a_killed_run_left_beside_a_folder_stops_no_run(tmp_path: Path) -> None:
+    """Killed after both renames, before the old folder was deleted."""
+    folder, before = tmp_path / "export", tmp_path / ".export.old"
+    for path in (folder, before):
+        path.mkdir()
+        (path / "old").touch()
+    with replaced(folder) as aside:
+        (aside / "new").touch()
+    assert os.listdir(tmp_path) == ["export"] and os.listdir(folder) == ["new"]

@@ -1,0 +1,378 @@
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from dvc.utils.hydra import apply_overrides
+from ruamel.yaml import YAML
+
+from lora_dag.adapters import init_from_pin
+from lora_dag.adapters.params import LoraParams
+from lora_dag.core import params
+from lora_dag.core.console import UserError
+from stages.train.params import TrainParams
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the repository's params.yaml in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text((REPOSITORY / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    return Path("params.yaml")
+
+
+def problems(file: Path, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        params.load(file, overrides)
+    return caught.value.problems
+
+
+def test_the_repository_file_has_the_sections_that_stages_read(file: Path) -> None:
+    tree = YAML(typ="safe", pure=True).load(file.read_text())
+    assert set(params.SECTIONS) <= set(tree)
+    assert set(tree) == set(params.SECTIONS)
+    for name, values in tree.items():
+        assert set(values) == set(params.params_class(name).model_fields), name
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1e-04", "1.0e-4", "0.0001"])
+def test_scientific_notation_is_a_number(file: Path, text: str) -> None:
+    assert params.load(file, [f"train.learning_rate={text}"]).section(TrainParams).learning_rate == 1e-4
+    written = re.sub(r"learning_rate: \S+", f"learning_rate: {text}", file.read_text())
+    assert text in written
+    file.write_text(written)
+    assert params.load(file).section(TrainParams).learning_rate == 1e-4
+
+
+def test_no_is_a_string(file: Path) -> None:
+    assert problems(file, "dataset.flip=no") == ("params.yaml dataset.flip: got 'no'; input should be a valid boolean",)
+
+
+def test_overrides_leave_the_rest(file: Path) -> None:
+    plain = params.load(file).section(LoraParams)
+    changed = params.load(file, ["lora.rank=16", "lora.target_modules=[to_q]"]).section(LoraParams)
+    assert (changed.rank, changed.target_modules) == (16, ["to_q"])
+    assert changed.dropout == plain.dropout
+    assert plain.rank == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "alpha", "alphas"),
+    [
+        ([], 8, {}),
+        (["lora.rank=16"], 16, {}),
+        (["lora.alpha=8", "lora.rank=16"], 8, {}),
+        (["lora.alpha=8", "lora.rank_pattern={to_k: 4}"], 8, {}),  # as in PEFT
+        (["lora.rank_pattern={to_k: 4, rank: 5}"], 8, {"to_k": 4, "rank": 5}),
+        (["lora.rank_pattern={to_k: 4}", "lora.alpha_pattern={to_k: 2, to_v: 3}"], 8, {"to_k": 2, "to_v": 3}),
+    ],
+)
+def test_alpha_null_is_the_rank_of_each_layer(
+    file: Path, overrides: list[str], alpha: float, alphas: dict[str, float]
+) -> None:
+    """And is the default."""
+    section = params.load(file, overrides).section(LoraParams)
+    assert (section.alpha, section.alpha_pattern) == (alpha, alphas)
+    assert isinstance(section.alpha, float)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("lora.rank=x", "params.yaml lora.rank: got 'x'; input should be a valid integer"),
+        ("lora.rank=-3", "params.yaml lora.rank: got -3; input should be greater than or equal to 1"),
+        ("lora.rank=true", "params.yaml lora.rank: got True; input should be a valid integer"),
+        ("lora.rank_pattern=3", "params.yaml lora.rank_pattern: got 3; input should be a valid dictionary"),
+        ("lora.rank_pattern={to_k: 0}", "params.yaml lora.rank_pattern.to_k: got 0; input should be greater than or"),
+        ("lora.rank_pattern={to_(k: 2}", "params.yaml lora.rank_pattern: got 'to_(k', no regular expression"),
+    ],
+)
+def test_a_wrong_rank_is_no_wrong_alpha_too(file: Path, override: str, line: str) -> None:
+    (problem,) = problems(file, override)
+    assert problem.startswith(line)
+
+
+def test_unknown_key_names_the_near_one(file: Path) -> None:
+    assert problems(file, "lora.rnak=4") == ("params.yaml lora.rnak: unknown key (near: rank)",)
+
+
+def test_unknown_section_names_the_near_one(file: Path) -> None:
+    assert problems(file, "lroa.rank=4") == ("--set lroa.rank=4 lroa: unknown key (near: lora)",)
+    file.write_text(file.read_text().replace("\nlora:", "\nlroa:"))
+    assert problems(file) == ("params.yaml lroa: unknown key (near: lora)", "params.yaml: section 'lora' is missing")
+
+
+def test_missing_key_says_what_is_expected(file: Path) -> None:
+    file.write_text(file.read_text().replace("  num_steps: 200", "  #"))
+    (problem,) = problems(file)
+    assert problem.startswith("params.yaml train.num_steps: missing; expected int")
+
+
+def test_all_problems_at_once(file: Path) -> None:
+    found = problems(file, "lora.rank=0", "train.num_steps=-1", "model.family=sdxxl", "dataset.resolution=sixty")
+    assert [problem.split(":")[0] for problem in found] == [
+        "params.yaml model.family",
+        "params.yaml dataset.resolution",
+        "params.yaml lora.rank",
+        "params.yaml train.num_steps",
+    ]
+    assert "got 'sixty'" in found[1]
+    assert "got 0" in found[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("train.optimizer=adam", "train.optimizer: got 'adam'; use adamw, or a class such as torch.optim.RAdam"),
+        (
+            "train.optimizer=3",
+            "train.optimizer: got 3; input should be 'adamw', 'adamw_8bit', 'adafactor', 'lion', 'prodigy' or "
+            "'schedule_free' or a valid string",
+        ),
+        ("lora.target_modules=3", "lora.target_modules: got 3; input should be a valid string or a valid list"),
+        ("lora.target_modules=[to_q, 3]", "lora.target_modules.1: got 3; input should be a valid string"),
+        (
+            "lora.target_modules=[]",
+            "lora.target_modules: got []; list should have at least 1 item after validation, not 0",
+        ),
+        (
+            "train.timestep_shift=atuo",
+            "train.timestep_shift: got 'atuo'; input should be a valid number or 'auto' (near: auto)",
+        ),
+        ("train.timestep_shift=-1", "train.timestep_shift: got -1; input should be greater than 0"),
+        ("lora.rank_pattern={str: x}", "lora.rank_pattern.str: got 'x'; input should be a valid integer"),
+        (
+            "validate.prompts=3",
+            "validate.prompts: got 3; input should be a valid list",
+        ),
+        (
+            "dataset.crop=centre",
+            "dataset.crop: got 'centre'; input should be 'center' or 'random' (near: center)",
+        ),
+    ],
+)
+def test_a_value_of_no_accepted_kind_is_one_line(file: Path, change: str, said: str) -> None:
+    assert problems(file, change) == (f"params.yaml {said}",)
+
+
+@pytest.mark.parametrize(
+    "key", ["export.prompt", "report.title", "validate.prompts", "dataset.subsets", "train.optimizer_args"]
+)
+def test_half_a_character_is_refused(file: Path, key: str) -> None:
+    value = {"validate.prompts": '["\\ud800"]', "dataset.subsets": '[{path: "\\ud800"}]'}.get(key, '"a\\ud800"')
+    (problem,) = problems(file, f"{key}={value}")
+    assert problem == f"params.yaml {key}: holds '\\ud800', half a surrogate pair; write the character itself"
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_numbers_are_finite(file: Path, value: str) -> None:
+    (problem,) = problems(file, f"train.learning_rate={value}")
+    assert problem.startswith("params.yaml train.learning_rate: got ")
+    assert problem.endswith("; input should be a finite number")
+
+
+@pytest.mark.parametrize("override", ["lora.rank", "rank=4", ".rank=4", "lora.=4"])
+def test_malformed_override(file: Path, override: str) -> None:
+    assert problems(file, override) == (f"--set {override}: expected SECTION.KEY=VALUE, such as lora.rank=16",)
+
+
+def test_override_that_is_no_yaml(file: Path) -> None:
+    assert problems(file, "lora.target_modules=[to_q") == (
+        "--set lora.target_modules=[to_q: the value is no valid YAML (expected ',' or ']', but got '<stream end>'); "
+        "put each text in quotes of its own",
+    )
+
+
+def test_a_section_that_is_no_mapping(file: Path) -> None:
+    file.write_text("lora: 3\n")
+    assert "params.yaml lora: got 3; " in "\n".join(problems(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "params.yaml: no such file; run this from the repository's root or pass --params"),
+        (b"\xff", "params.yaml: not UTF-8 text"),
+        (b"- 1\n", "params.yaml: expected a mapping of sections, got list"),
+        (b"", "params.yaml: expected a mapping of sections, got NoneType"),
+        (b"lora:\n  rank: 4\n  rank: 8\n", "params.yaml:3: "),
+        (b"lora:\n  rank: [4\n", "params.yaml:"),
+        (b"report:\n  title: 2026-99-99\n", "params.yaml: no valid YAML (month must be in 1..12)"),
+        (b"[" * 2000, "params.yaml: no valid YAML ("),
+    ],
+)
+def test_a_file_that_cannot_be_read(file: Path, text: bytes | None, message: str) -> None:
+    if text is None:
+        file.unlink()
+    else:
+        file.write_bytes(text)
+    (problem,) = problems(file)
+    assert problem.startswith(message)
+
+
+def test_section_names_that_are_no_strings(file: Path) -> None:
+    file.write_text("3: {a: 1}\n~: 1\n")
+    assert "params.yaml 3: unknown key" in problems(file)[0]
+    assert "params.yaml None: unknown key" in problems(file)[1]
+
+
+def test_an_override_that_is_no_date(file: Path) -> None:
+    with pytest.raises(UserError, match="--set report.title=2026-99-99: the value is no valid YAML"):
+        params.load(file, ["report.title=2026-99-99"])
+
+
+def test_params_are_frozen(file: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        params.load(file).section(LoraParams).rank = 3
+
+
+@pytest.mark.parametrize(
+    ("subsets", "message"),
+    [
+        ("[{pth: a}]", "params.yaml dataset.subsets.0.pth: unknown key (near: path)"),
+        ("[{path: a}, {path: b, repeets: 2}]", "params.yaml dataset.subsets.1.repeets: unknown key (near: repeats)"),
+        ("[{path: a, repeats: 0}]", "params.yaml dataset.subsets.0.repeats: got 0; input should be greater than"),
+        ("[ink]", "params.yaml dataset.subsets.0: got 'ink'; expected {path: ...}"),
+        ("[{path: a}, {path: a}]", "params.yaml dataset: subsets names a path twice; use repeats"),
+    ],
+)
+def test_a_mistake_inside_a_list_names_its_place(file: Path, subsets: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        params.load(file, [f"dataset.subsets={subsets}"])
+    assert any(problem.startswith(message) for problem in caught.value.problems)
+
+
+BOTH = {text: f'\\"{text}\\"' for text in ("a fox: it's night", "'70s fox")}  # quotes that an apostrophe ends not
+LOST = [
+    ("dataset.background=#000000", "'#' begins a comment in YAML", "'#000000'"),
+    ("export.prompt=a fox #1", "'#' begins a comment in YAML", "'a fox #1'"),
+    ("export.prompt= #1 fox", "'#' begins a comment in YAML", "'#1 fox'"),
+    (
+        "report.title=a fox: it's night",
+        'YAML reads {"a fox": "it\'s night"}, which is no text',
+        BOTH["a fox: it's night"],
+    ),
+    ("report.title=[red] fox", "the value is no valid YAML (expected '<document start>', but found", "'[red] fox'"),
+    ("export.prompt=|", "YAML reads an empty text", "'|'"),
+    ("export.prompt=`a` $HOME", "the value is no valid YAML (found character", r"'\`a\` \$HOME'"),
+    ('export.prompt=[a "b" c]', "YAML reads [", r"'[a \"b\" c]'"),
+    ("report.title={a}", 'YAML reads {"a": null}, which is no text', "'{a}'"),
+    ("report.title=2024", "YAML reads 2024, which is no text", "'2024'"),
+    ("dataset.caption_prefix=null", "YAML reads null, which is no text", "'null'"),
+    ("export.license=true", "YAML reads true, which is no text", "'true'"),
+    ("report.title='70s fox", "the value is no valid YAML (found unexpected end of stream)", BOTH["'70s fox"]),
+    ("dataset.instance_prompt=*star", "the value is no valid YAML (found undefined alias 'star')", "'*star'"),
+    ("dataset.instance_prompt=@home", "the value is no valid YAML (found character '@'", "'@home'"),
+]
+
+
+@pytest.mark.parametrize(("override", "why", "form"), LOST)
+def test_a_text_that_yaml_reads_otherwise_is_refused_with_the_form_that_works(
+    file: Path, override: str, why: str, form: str
+) -> None:
+    (line,) = problems(file, override)
+    key, _, value = override.partition("=")
+    assert line.startswith(f"--set {override}: {why}") and line.endswith(f'; write "{key}={form}"')
+    section, _, name = key.partition(".")
+    word = subprocess.run(["bash", "-c", f'printf %s "{key}={form}"'], capture_output=True, text=True).stdout
+    assert getattr(params.load(file, [word]).sections[section], name) == value.strip()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["é ü ñ", "雪の中の狐", "ثعلب", "fox 🦊 café", "it's", 'the "fox"', "a, b", "[a]", "a/b (c)", "50%", "a'b\"c: #d"],
+)
+def test_a_text_in_quotes_arrives_as_written(file: Path, text: str) -> None:
+    quoted = "'" + text.replace("'", "''") + "'"
+    loaded = params.load(file, [f"export.prompt={quoted}", f"validate.prompts=[{quoted}]"])
+    assert loaded.sections["export"].prompt == text and loaded.sections["validate"].prompts == [text]  # type: ignore[attr-defined]
+
+
+def test_a_comment_in_the_file_that_took_the_text_is_named(file: Path) -> None:
+    file.write_text(file.read_text().replace('background: "#ffffff"', "background: #ffffff"))
+    hint = "input should be a valid string; '#' begins a comment in YAML, so put the text in quotes"
+    assert problems(file) == (f"params.yaml dataset.background: got None; {hint}",)
+    (line,) = problems(file, "dataset.background='#000000'", "validate.prompts=[a fox: night]")
+    assert "got {'a fox': 'night'}; " in line and line.endswith(
+        "; ': ' makes a mapping in YAML, so put the text in quotes"
+    )
+
+
+def settings_of_the_readme() -> list[str]:
+    """``section.key=value`` of its command lines and inline code; lists of values for --queue are DVC's alone."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    fenced = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    inline = [code for line in plain.splitlines() for code in re.findall("`([^`]+)`", line)]
+    words: list[str] = []
+    for line in [*fenced, *inline]:
+        if re.search(r"\b[a-z]+\.[a-z_]+=", line) and "--queue" not in line:
+            starts_with_a_setting = re.match(r"[a-z]+\.[a-z_]+=", line)
+            words += [line] if starts_with_a_setting else shlex.split(line, comments=True)
+    found = [word for word in words if re.fullmatch(r"[a-z]+\.[a-z_]+=.+", word) and "..." not in word]
+    return sorted({word for word in found if word.partition(".")[0] in set(params.SECTIONS) - {"sweep"}})
+
+
+MAPPINGS = [
+    "lora.rank_pattern={attn2.to_k: 16}",
+    "lora.alpha_pattern={attn2.to_k: 16, to_v: 0.5}",
+    "train.optimizer_args={betas: [0.9, 0.99], eps: 1e-7}",
+]
+TEXTS = ("a, b: #c", "雪の中の狐", "é 🦊", "[a] {b} (c)", "3", "null", " a ", 'a "b"')
+QUOTED = [f"export.prompt='{text}'" for text in TEXTS]
+QUOTED += ['export.prompt="it\'s"', "validate.prompts=['a, b', \"it's 雪\"]", "dataset.background='#000000'"]
+
+
+def test_each_setting_of_the_readme_is_the_same_by_dvc_and_by_set(file: Path) -> None:
+    """As `dvc exp run -S` writes it into the file, and as `--set` reads it."""
+    found = settings_of_the_readme()
+    assert len(found) > 25 and {"lora.rank_pattern={attn2.to_k: 16}", "dataset.caption_prefix='sks, '"} <= set(found)
+    before = file.read_bytes()
+    for setting in [*found, *MAPPINGS, *QUOTED]:
+        by_set = params.overridden(file, [setting])
+        apply_overrides(file, [setting])
+        assert params.read_yaml(file) == by_set, setting
+        file.write_bytes(before)
+
+
+@pytest.mark.parametrize("setting", MAPPINGS)
+def test_a_mapping_is_set_replaced_and_emptied_by_dvc(file: Path, setting: str) -> None:
+    """DVC adds to a mapping that is there, and ``{}`` changes nothing: null first."""
+    key = setting.partition("=")[0]
+    empty = params.load(file).sections
+    for null in (f"{key}=null", f"{key}={{}}"):
+        assert params.load(file, [null]).sections == empty
+    apply_overrides(file, [setting])
+    changed = params.load(file).sections
+    assert changed != empty
+    other = setting.replace("attn2.to_k", "attn1.to_k").replace("betas", "eps").replace("[0.9, 0.99], eps: ", "")
+    apply_overrides(file, [f"{key}=null", other])
+    assert params.load(file).sections == params.load(REPOSITORY / "params.yaml", [other]).sections
+    apply_overrides(file, [f"{key}=null"])
+    assert params.load(file).sections == empty
+
+
+def test_a_tilde_is_expanded_where_no_stage_depends_on_the_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    settings = ("lora.init_from={path: ~/a.safetensors}", "validate.feature_model={path: ~/clip}")
+    sections = params.load(file, settings).sections
+    assert sections["lora"].init_from.path == "/home/someone/a.safetensors"  # type: ignore[attr-defined]
+    assert sections["validate"].feature_model.path == "/home/someone/clip"  # type: ignore[attr-defined]
+    for key in ("dataset.source", "model.pretrained"):
+        cure = "which DVC takes for a folder named '~'; write /home/someone/x"
+        assert problems(file, f"{key}=~/x") == (f"params.yaml {key}: got '~/x', {cure}",)
+
+
+@pytest.mark.parametrize("path", ["data/x.safetensors", "data/é 雪.safetensors", "data/it's, mine.safetensors", "a/$b"])
+def test_the_line_that_pins_a_file_is_read_by_dvc_and_by_set(file: Path, path: str) -> None:
+    for setting in ("lora.init_from", "validate.feature_model"):
+        _, word = shlex.split(init_from_pin.override(setting, path, "ab" * 32))
+        by_set = params.overridden(file, [word])
+        apply_overrides(file, [word])
+        assert params.read_yaml(file) == by_set
+        section, _, name = setting.partition(".")
+        assert by_set[section][name] == {"path": path, "sha256": "ab" * 32}

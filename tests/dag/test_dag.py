@@ -1,0 +1,202 @@
+"""What dvc.yaml and the Snakefile promise, read from the files: code dependencies, params sections, equal DAGs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from lora_dag.core.console import PATHS
+from lora_dag.core.params import SECTIONS, load, read_yaml
+from lora_dag.pipeline import code as closure_module
+from lora_dag.pipeline.code import ROOT, closure, code_digest
+from lora_dag.sweeps.grid import Run, plan
+from stages.export.params import ExportParams
+from tests.helpers.checkout import Checkout
+
+STAGES = ("prepare", "cache_latents", "train", "validate", "export", "report")
+READS = {
+    "prepare": {"dataset"},
+    "cache_latents": {"model", "cache"},
+    "train": {"model", "lora", "train"},
+    "validate": {"model", "validate"},
+    "export": {
+        "model",
+        "dataset.source",
+        *(f"export.{name}" for name in ExportParams.model_fields if name != "push_to_hub"),
+    },
+    "report": {"report.title", "export.push_to_hub", "export.datasets", "dataset.source", "dataset.heldout_split"},
+}
+"""Sections, or keys one by one where a section has one that changes nothing."""
+
+
+def sections(names: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, Any]:
+    return YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+
+
+def outputs(stage: dict[str, Any]) -> list[str]:
+    entries = [e for kind in ("outs", "metrics", "plots") for e in stage.get(kind, [])]
+    return [next(iter(e)) if isinstance(e, dict) else e for e in entries]
+
+
+def test_stages_are_the_six_of_the_readme(stages: dict[str, Any]) -> None:
+    assert tuple(stages) == STAGES
+    assert all(stage["cmd"] == f"python -m stages.{name}" for name, stage in stages.items())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_code_dependencies_are_the_import_closure(stages: dict[str, Any], name: str) -> None:
+    listed = [dep for dep in stages[name]["deps"] if dep.startswith(("lora_dag/", "stages/"))]
+    expected = closure(name)
+    block = "\n".join(f"      - {path}" for path in expected)
+    assert listed == expected, f"paste into dvc.yaml, stage {name}, deps:\n{block}"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_params_sections(stages: dict[str, Any], name: str) -> None:
+    assert set(stages[name]["params"]) == READS[name]
+
+
+def test_every_section_is_read_by_a_stage_but_runtime_and_sweep(stages: dict[str, Any]) -> None:
+    listed = sections(name for stage in stages.values() for name in stage["params"])
+    assert set(read_yaml(ROOT / "params.yaml")) == set(SECTIONS) == listed | {"runtime", "sweep"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_takes_only_the_sections_that_dvc_knows_of(name: str) -> None:
+    """A section that the code reads and dvc.yaml does not list would leave stale results standing."""
+    files = [ROOT / path for path in closure(name) if re.match(rf"stages/{name}\b", path)]
+    source = "".join(path.read_text() for path in files)
+    classes = {path.split(":")[1]: section for section, path in SECTIONS.items()}
+    taken = {classes[cls] for cls in re.findall(r"\.section\((\w+)\)", source)}
+    assert taken - {"runtime"} <= sections(READS[name])
+
+
+def test_heavy_stages_keep_the_run_cache(stages: dict[str, Any]) -> None:
+    """``outs`` with cache: false or persist: true would turn it off."""
+    for name in ("prepare", "cache_latents", "train", "validate", "export"):
+        assert all(isinstance(out, str) for out in stages[name].get("outs", [])), name
+
+
+def test_both_dags_have_the_same_edges(stages: dict[str, Any], tiny_checkout: Checkout) -> None:
+    dvc = {
+        (producer, consumer)
+        for consumer, stage in stages.items()
+        for producer, other in stages.items()
+        if set(stage["deps"]) & set(outputs(other))
+    }
+    graph = tiny_checkout.snakemake("--rulegraph", "dot", "--forceall")
+    names = dict(re.findall(r'(\d+)\[label = "(\w+)"', graph))
+    edges = {(names[a], names[b]) for a, b in re.findall(r"(\d+) -> (\d+)", graph)}
+    assert {edge for edge in edges if "all" not in edge} == dvc
+
+
+def test_both_dags_have_the_same_inputs_outputs_and_parameters(stages: dict[str, Any], tiny_checkout: Checkout) -> None:
+    """Each path of dvc.yaml, moved to where the run keeps it, stands in its rule's job; code and sections as params."""
+    (run,) = plan(read_yaml(tiny_checkout.path / "params.yaml"))
+    without_messages = re.sub(r"^    message:\n.*\n", "", (ROOT / "Snakefile").read_text(), flags=re.MULTILINE)
+    (tiny_checkout.path / "Snakefile.listed").write_text(without_messages)  # Snakemake prints a message or the files
+    jobs = jobs_of(tiny_checkout.snakemake("--snakefile", "Snakefile.listed", "--dry-run", "--printshellcmds"))
+    assert set(jobs) == {*STAGES, "all"}
+    wanted = jobs.pop("all")["input"].split(", ")
+    for name, job in jobs.items():
+        inputs, made = job["input"].split(", "), job["output"].split(", ")
+        for dep in (dep for dep in stages[name]["deps"] if not dep.startswith(("lora_dag/", "stages/"))):
+            assert any(lies_in(file, moved(dep, run)) for file in inputs), f"rule {name} does not read {dep}"
+        for out in outputs(stages[name]):
+            assert any(lies_in(file, moved(out, run)) for file in made), f"rule {name} does not name {out}"
+        assert set(made) & set(wanted), f"rule all names no output of {name}"
+        assert job["shell"].startswith(f"python -m stages.{name} --params ")
+    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
+    rules = dict(re.findall(r"^rule (\w+):\n(.*?)(?=^rule |\Z)", text, re.MULTILINE | re.DOTALL))
+    for name in STAGES:
+        assert f'sections=sections("{name}"),' in rules[name] and f'code=code("{name}"),' in rules[name]
+        assert re.search(rf'options\(\s*"{name}",', rules[name])
+
+
+def moved(path: str, run: Run) -> str:
+    """A path of dvc.yaml where a run of Snakemake's has it."""
+    path = re.sub(r"\$\{(.+)\}", lambda found: run.value(found[1]), path)
+    within = [name for name, folder in PATHS.items() if lies_in(path, folder)]
+    if not within:  # dataset and base
+        return path
+    nearest = max(within, key=lambda name: len(PATHS[name]))
+    return run.folders[nearest] + path.removeprefix(PATHS[nearest])
+
+
+def lies_in(file: str, path: str) -> bool:
+    return file == path or file.startswith(f"{path}/")
+
+
+def jobs_of(text: str) -> dict[str, dict[str, str]]:
+    """Rule -> what a dry run prints of its one job."""
+    found = {}
+    for block in re.split(r"^(?:local)?rule ", text, flags=re.MULTILINE)[1:]:
+        fields = dict(re.findall(r"^    (input|output): (.*)$", block, re.MULTILINE))
+        shell = re.search(r"^Shell command: (.*)$", block, re.MULTILINE)
+        found[block.partition(":")[0]] = fields | {"shell": shell[1] if shell else ""}
+    return found
+
+
+def test_snakemake_lints_clean(tiny_checkout: Checkout) -> None:
+    assert "Congratulations" in tiny_checkout.snakemake("--lint")
+
+
+def test_snakefile_is_formatted() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "snakefmt", "--check", "Snakefile"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["runs", "logs", "compare", "base/build", ".venv"])
+def test_dvc_sees_all_of_a_dataset(tiny_checkout: Checkout, name: str) -> None:
+    """A folder of pictures that DVC ignores could change without a stage running."""
+    own, theirs = f"{name}/a.jpg", f"data/mine/{name}/a.jpg"
+    ignored = tiny_checkout.run(sys.executable, "-m", "dvc", "check-ignore", own, theirs).stdout.split()
+    assert ignored == [own]
+
+
+def test_snakemake_refuses_braces_in_a_picture_s_name(tiny_checkout: Checkout) -> None:
+    path = tiny_checkout.path / "data/raw/{GUID}.png"
+    path.write_bytes(b"")
+    done = tiny_checkout.run(sys.executable, "-m", "snakemake", "--cores", "1", "--dry-run", check=False)
+    path.unlink()
+    assert "data/raw/{GUID}.png: Snakemake takes braces for wildcards; rename the file" in done.stdout + done.stderr
+
+
+def test_committed_params_are_valid() -> None:
+    assert set(load(ROOT / "params.yaml").sections) == set(SECTIONS)
+
+
+def test_committed_reports_belong_to_the_committed_parameters() -> None:
+    """The gate of a pull request: dvc.lock, params.yaml, code and reports agree; no data is needed."""
+    git = ["git", "status", "--porcelain", "--untracked-files=no"]
+    if subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout:
+        pytest.skip("the working tree has uncommitted changes")
+    gate = [sys.executable, "-m", "dvc", "repro", "--dry", "--allow-missing"]
+    done = subprocess.run(gate, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Data and pipelines are up to date." in done.stdout, done.stdout + done.stderr
+
+
+def test_the_code_of_a_run_is_what_dvc_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint key sees the loss maths, which is imported late, and not what only other stages use."""
+    train = closure("train")
+    assert "lora_dag/diffusion/objectives.py" in train and "lora_dag/pages/markdown.py" not in train
+    before = code_digest("train", "sd")
+    real = closure_module.sha256_file
+    for name, changes in (("objectives.py", True), ("sd.py", True), ("markdown.py", False)):
+        monkeypatch.setattr(
+            closure_module, "sha256_file", lambda path, n=name: "edited" if path.name == n else real(path)
+        )
+        assert (code_digest("train", "sd") != before) == changes, name

@@ -1,0 +1,158 @@
+"""What reruns after a change, and what going back restores: DVC itself, on stages that take a moment.
+
+tests/dag/test_pipeline.py asks the same of the real stages, and tests/dag/test_snakefile.py the same of Snakemake.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPOSITORY, picture
+from tests.helpers.checkout import Checkout, ran
+from tests.helpers.planted import outputs, read
+
+AFTER_TRAIN = {"train", "validate", "export", "report"}
+ALL = {"prepare", "cache_latents", *AFTER_TRAIN}
+CHANGES: list[tuple[dict[str, Any], set[str]]] = [
+    ({"train__seed": 1}, AFTER_TRAIN),
+    ({"validate__seed": 1}, {"validate", "report"}),
+    ({"export__seed": 1}, {"export", "report"}),
+    ({"export__license": "mit"}, {"export", "report"}),
+    ({"export__push_to_hub": {"repo_id": "someone/icons", "private": True}}, {"report"}),
+    ({"report__title": "Another"}, {"report"}),
+    ({"dataset__heldout_fraction": 0.4}, ALL),
+    ({"model__dtype": "bfloat16"}, ALL - {"prepare"}),
+    ({"runtime__log_every_n_steps": 2}, set()),
+]
+
+# Writes the digest of all that a stage reads to each of its outputs; stages: name -> what it reads, what it writes.
+STUB = """#!{python}
+import hashlib, sys
+from pathlib import Path
+deps, outs = {stages!r}[sys.argv[2].partition(".")[2]]
+digest = hashlib.sha256(Path("params.yaml").read_bytes())
+for path in map(Path, deps):
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        digest.update(file.read_bytes() if file.is_file() else b"")
+for path in map(Path, outs):
+    path = path if path.suffix else path / "stub.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(digest.hexdigest())
+"""
+
+
+class Stubbed(Checkout):
+    """Where ``python`` is the stub."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        own = super().environment
+        return own | {"PATH": f"{self.path.parent / 'bin'}{os.pathsep}{own['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def stubbed(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Stubbed:
+    """After a first run of everything, committed. Tests that change it put it back."""
+    made = Stubbed(tmp_path_factory.mktemp("reruns") / "checkout", tiny_base)
+    stages = {
+        name: ([path for path in stage["deps"] if path.startswith(("data/", "reports/"))], list(outputs(stage)))
+        for name, stage in read(made.path / "dvc.yaml")["stages"].items()
+    }
+    stages["prepare"][0].append("data/raw")  # ${dataset.source}
+    program = made.path.parent / "bin/python"
+    program.parent.mkdir()
+    program.write_text(STUB.format(python=sys.executable, stages=stages))
+    program.chmod(0o755)
+    assert made.repro() == ALL
+    made.commit("reproduced")
+    return made
+
+
+@pytest.fixture(autouse=True)
+def put_back(stubbed: Stubbed) -> Iterator[None]:
+    yield
+    stubbed.git("checkout", "--quiet", "params.yaml")
+
+
+def planned(checkout: Checkout) -> set[str]:
+    """The stages that DVC finds changed, and those that read what these write."""
+    found = ran(checkout.dvc("repro", "--dry"))
+    written: set[str] = set()
+    for name, stage in read(checkout.path / "dvc.yaml")["stages"].items():  # in the order of running
+        if name in found or written & set(stage["deps"]):
+            found.add(name)
+            written |= set(outputs(stage))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        *CHANGES,
+        ({"cache__batch_size": 3}, ALL - {"prepare"}),
+        ({"dataset__source": "data/other"}, ALL),
+        ({"sweep__grid": {"lora.rank": [2, 4]}}, set()),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_change_would_rerun_what_it_can_affect(stubbed: Stubbed, change: dict[str, Any], expected: set[str]) -> None:
+    stubbed.set(**change)
+    assert planned(stubbed) == expected
+
+
+def test_training_reruns_for_another_rank_and_going_back_restores(stubbed: Stubbed) -> None:
+    adapter = stubbed.path / "data/adapter/stub.txt"
+    before = adapter.read_text()
+    assert stubbed.repro(lora__rank=4) == AFTER_TRAIN
+    assert adapter.read_text() != before
+    stubbed.git("checkout", "--quiet", "params.yaml")
+    assert ran(stubbed.dvc("repro")) <= {"report"}  # it writes to git alone
+    assert adapter.read_text() == before and stubbed.git("status", "--porcelain") == ""
+
+
+def test_an_edited_picture_reruns_everything_and_putting_it_back_nothing(stubbed: Stubbed) -> None:
+    path = stubbed.path / "data/raw/00.png"
+    original = path.read_bytes()
+    path.unlink()
+    picture(100).save(path)
+    assert planned(stubbed) == ALL
+    path.unlink()
+    path.write_bytes(original)
+    assert planned(stubbed) == set()
+    stubbed.git("checkout", "--quiet", "--", "data")
+    assert stubbed.git("status", "--porcelain") == ""
+
+
+def test_after_a_new_lock_one_command_makes_a_fresh_clone_whole(stubbed: Stubbed) -> None:
+    """``python -m base.bundle``: plain `dvc pull`, `dvc status`, `dvc exp apply` succeed, and `dvc push` refuses."""
+    released, clone = copy.copy(stubbed), copy.copy(stubbed)
+    released.path, clone.path = stubbed.path.with_name("released"), stubbed.path.with_name("clone")
+    shutil.copytree(stubbed.path, released.path, symlinks=True)
+    shutil.copy(REPOSITORY / ".dvc/config", released.path / ".dvc/config")
+    for name in ("raw", "other", "base"):
+        with (released.path / f"data/{name}.dvc").open("a") as file:
+            file.write("  remote: bundled\n  push: false\n")
+    with (released.path / "data/.gitignore").open("a") as file:
+        file.write("/demo\n")
+    released.run("env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-m", "base.bundle")
+    released.commit("A new lock")
+
+    released.run("git", "clone", "--quiet", str(released.path), str(clone.path))
+    clone.dvc("pull")
+    assert "Data and pipelines are up to date." in clone.dvc("status")
+    for name in ("prepared", "latents", "adapter", "export"):
+        own, kept = (clone.path / folder / name / "stub.txt" for folder in ("data", "data/demo"))
+        assert own.read_text() == kept.read_text()
+    assert ran(clone.dvc("repro")) == set()
+    clone.dvc("exp", "run", "--temp", "--name", "rank-4", "-S", "lora.rank=4")
+    assert "have been applied" in clone.dvc("exp", "apply", "rank-4")
+    assert clone.run(sys.executable, "-m", "dvc", "push", check=False).returncode != 0
+    assert clone.git("status", "--porcelain", ".dvc") == ""

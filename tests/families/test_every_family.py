@@ -1,0 +1,257 @@
+"""Each family on a tiny random base of its true class: its verbs against the stock pipeline, and the DAG end to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from lora_dag.artifacts.latent_cache import LatentCache
+from lora_dag.artifacts.manifest import Manifest
+from lora_dag.bases import layout
+from lora_dag.core import params
+from lora_dag.core.files import load_metadata
+from lora_dag.core.params import ModelParams
+from lora_dag.families import common
+from lora_dag.families.protocol import Family, load_family
+from lora_dag.pictures.pictures import load_view
+from stages.validate.exam import answer, make_exam, row_noise
+from stages.validate.params import ValidateParams
+from tests.conftest import Workspace
+from tests.helpers.stock import STOCK, Stock
+
+CPU = torch.device("cpu")
+CAPTIONS = ["red apple", "blue boat", ""]
+GOLDEN = {  # the first three losses of a training, float32 on a CPU
+    "sd": [0.524272, 0.520498, 0.711396],
+    "flux": [1.72353, 1.67101, 1.56854],
+    "sd3": [1.69002, 1.71176, 1.66376],
+    "sdxl": [1.17276, 1.21496, 1.09037],
+    "z_image": [1.63893, 1.70048, 1.58624],
+}
+
+
+@pytest.fixture(params=sorted(STOCK))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def stock(name: str) -> Stock:
+    return STOCK[name]
+
+
+@pytest.fixture
+def family(name: str) -> Family:
+    return load_family(name)
+
+
+@pytest.fixture
+def model(name: str, bases: dict[str, Path]) -> ModelParams:
+    return ModelParams(family=name, pretrained=str(bases[name]), variant=None, dtype="float32")
+
+
+@pytest.fixture
+def pipe(stock: Stock, model: ModelParams) -> Any:
+    """Loaded by diffusers alone."""
+    pipeline = getattr(diffusers, stock.cls).from_pretrained(model.pretrained)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def trained(workspace: Workspace, name: str, bases: dict[str, Path]) -> Workspace:
+    """The workspace on this family's base, three steps long."""
+    Path("data/base").unlink()
+    Path("data/base").symlink_to(bases[name])
+    return workspace
+
+
+def overrides(name: str, *more: str) -> list[str]:
+    changes = (f"model.family={name}", "train.num_steps=3", *more)
+    return [word for change in changes for word in ("--set", change)]
+
+
+def test_every_family_of_the_params_is_here_and_is_named_for_its_pipeline() -> None:
+    assert set(STOCK) == set(get_args(ModelParams.model_fields["family"].annotation))
+    assert {load_family(name).PIPELINE: name for name in STOCK} == layout.FAMILIES
+
+
+def test_the_base_is_accepted_and_another_family_is_sent_here(name: str, family: Family, model: ModelParams) -> None:
+    assert layout.problems(model, family) == []
+    for other in set(STOCK) - {name}:
+        found = layout.problems(model.model_copy(update={"family": other}), load_family(other))
+        assert len(found) == 1 and found[0].endswith(f"; use model.family: {name}")
+
+
+def test_tokenizers_may_be_listed_by_their_older_names(
+    name: str, family: Family, model: ModelParams, tmp_path: Path
+) -> None:
+    """As the Hub's SDXL, SD3 and FLUX.1 list them; transformers 5 has one class under both names."""
+    base = tmp_path / "base"
+    shutil.copytree(model.pretrained, base)
+    index = (base / "model_index.json").read_text()
+    (base / "model_index.json").write_text(index.replace('Tokenizer"', 'TokenizerFast"'))
+    assert layout.problems(model.model_copy(update={"pretrained": str(base)}), family) == []
+
+
+def test_what_is_loaded_is_what_the_index_lists(family: Family, model: ModelParams) -> None:
+    index = json.loads((Path(model.pretrained) / "model_index.json").read_text())
+    listed = {part for part, entry in index.items() if isinstance(entry, list) and entry[0]}
+    assert listed == set(family.COMPONENTS)
+    assert {*family.VAE, *family.TEXT, family.DENOISER, "scheduler"} == set(family.COMPONENTS)
+
+
+@torch.no_grad()
+def test_prompts_are_what_the_pipeline_encodes(family: Family, model: ModelParams, stock: Stock, pipe: Any) -> None:
+    found = family.encode_prompts(family.load_text(model, CPU), CAPTIONS)
+    expected = stock.encode(pipe, CAPTIONS)
+    assert found.keys() == expected.keys()
+    for part, tensor in found.items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, expected[part]), part
+    assert not torch.equal(found["prompt_embeds"][0], found["prompt_embeds"][1])
+
+
+def test_latents_are_what_the_pipeline_decodes(family: Family, model: ModelParams, pipe: Any) -> None:
+    """The pipeline's decoder undoes shift and scale: what it is handed is the VAE's own posterior."""
+    pixel_values = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = family.encode_images(family.load_vae(model, CPU), pixel_values)
+    with torch.no_grad():
+        posterior = pipe.vae.encode(pixel_values).latent_dist
+    config, factor = pipe.vae.config, family.vae_scale_factor(model)
+    assert mean.shape == std.shape == (2, config.latent_channels, 32 // factor, 48 // factor)
+    torch.testing.assert_close(mean / config.scaling_factor + (config.shift_factor or 0), posterior.mean)
+    torch.testing.assert_close(std / config.scaling_factor, posterior.std)
+    with torch.no_grad():
+        expected = pipe.vae.decode(posterior.mean).sample
+    torch.testing.assert_close(family.decode_latents(pipe.vae, mean), expected)
+
+
+def test_prediction_is_the_pipelines_own_call(family: Family, model: ModelParams, stock: Stock, pipe: Any) -> None:
+    """Recorded inside of ``pipeline.__call__``, and asked again with our conditioning."""
+    denoiser, calls = getattr(pipe, family.DENOISER), []
+    forward = denoiser.forward
+
+    def record(*args: Any, **options: Any) -> Any:
+        output = forward(*args, **options)
+        calls.append((args, options, output[0]))
+        return output
+
+    denoiser.forward = record
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    size = {"height": 32, "width": 32}
+    pipe(CAPTIONS[:2], num_inference_steps=2, output_type="latent", generator=generators, **size, **stock.options)
+    text = family.load_text(model, CPU)
+    prompt = family.encode_prompts(text, CAPTIONS[:2])
+    views = family.view_conditioning((32, 32), (0, 0), (32, 32))
+    prompt |= {part: tensor.expand(2, -1) for part, tensor in views.items()}
+    ours = family.load_denoiser(model, CPU)
+    assert len(calls) == 2
+    for args, options, output in calls:
+        hidden = args[0] if args else options["hidden_states"]
+        told = stock.timesteps(args[1] if len(args) > 1 else options["timestep"])
+        with torch.no_grad():
+            found = family.predict(ours, stock.unpack(pipe, hidden), told.expand(2), prompt)
+        torch.testing.assert_close(found, stock.sign * stock.unpack(pipe, output), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_longest_side_is_the_longest_that_the_denoiser_answers_to(family: Family, model: ModelParams) -> None:
+    denoiser = family.load_denoiser(model, CPU)
+    prompt = family.encode_prompts(family.load_text(model, CPU), ["red apple"])
+    prompt |= {part: tensor[None] for part, tensor in family.view_conditioning((32, 32), (0, 0), (32, 32)).items()}
+    channels = common.config(model, "vae")["latent_channels"]
+    limit, multiple = family.max_side(model), family.pixel_multiple(model)
+
+    def predict(side: int) -> torch.Tensor:
+        latents = torch.zeros(1, channels, 8, side // family.vae_scale_factor(model))
+        return family.predict(denoiser, latents, torch.tensor([500.0]), prompt)
+
+    assert predict(limit or 32 * multiple).isfinite().all()
+    if limit is not None:
+        with pytest.raises((ValueError, IndexError)):
+            predict(limit + multiple)
+
+
+def test_loss_from_the_cache_is_the_stock_loss(
+    trained: Workspace, name: str, family: Family, stock: Stock, pipe: Any
+) -> None:
+    """Every row of the frozen table: picture, VAE, text, noise, denoiser and target by diffusers alone."""
+    for stage in ("prepare", "cache_latents"):
+        trained.run(stage, *overrides(name))
+    config = params.load(Path("params.yaml"), overrides(name)[1::2])
+    model, settings = config.section(ModelParams), config.section(ValidateParams)
+    exam = make_exam(settings, model, family, LatentCache(Path("data/latents")), CPU)
+    found = answer(exam, family.load_denoiser(model, CPU))
+    manifest = Manifest.load(Path("data/prepared"))
+    items = {item.file_name: item for item in manifest.items}
+    assert len(exam.rows) == 8
+    for row, loss in zip(exam.rows, found, strict=True):
+        item = items[row.picture.file_name]
+        (view,) = manifest.augmentation.views(item, 1)
+        image = load_view((Path("data/raw") / item.file_name).read_bytes(), item, view, manifest.preprocessing)
+        with torch.no_grad():
+            assert loss == pytest.approx(stock_loss(pipe, stock, image, row, settings.seed), rel=2e-5)
+
+
+def stock_loss(pipe: Any, stock: Stock, image: Any, row: Any, seed: int) -> float:
+    config = pipe.vae.config
+    latents = pipe.vae.encode(pipe.image_processor.preprocess(image)).latent_dist.mean
+    latents = (latents - (config.shift_factor or 0)) * config.scaling_factor
+    noise = row_noise(seed, row, latents.shape[1:])[None]
+    given = stock.encode(pipe, [row.picture.caption])
+    given["add_time_ids"] = torch.tensor([[48.0, 48, 0, 0, 32, 32]])
+    if hasattr(pipe.scheduler, "scale_noise"):  # flow matching; the schedule runs from noise to picture
+        timesteps = pipe.scheduler.timesteps[[-1 - row.timestep]]
+        noisy, target = pipe.scheduler.scale_noise(latents, timesteps, noise), noise - latents
+    else:
+        timesteps = torch.tensor([row.timestep])
+        noisy, target = pipe.scheduler.add_noise(latents, noise, timesteps), noise
+        if pipe.scheduler.config.prediction_type == "v_prediction":
+            target = diffusers.DDPMScheduler.from_config(pipe.scheduler.config).get_velocity(latents, noise, timesteps)
+    return float((stock.call(pipe, noisy, timesteps, given) - target).square().mean())
+
+
+def test_the_dag_end_to_end(trained: Workspace, name: str, family: Family, stock: Stock) -> None:
+    for stage in ("prepare", "cache_latents", "train", "validate", "export", "report"):
+        trained.run(stage, *overrides(name))
+    rows = Path("reports/train/loss.csv").read_text().splitlines()[1:]
+    np.testing.assert_allclose([float(row.split(",")[1]) for row in rows], GOLDEN[name], rtol=1e-3)
+    metrics = json.loads(Path("reports/export/metrics.json").read_text())
+    assert max(metrics[f"export.{kind}.max_abs_error"] for kind in ("diffusers", "peft")) <= 1e-4
+    assert metrics["export.effect"] > 1e-4
+
+    pipeline = getattr(diffusers, stock.cls).from_pretrained("data/base")
+    pipeline.set_progress_bar_config(disable=True)
+    adapter = Path("data/export/diffusers")
+
+    def draw() -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        drawn = pipeline("red apple", num_inference_steps=2, height=32, width=32, generator=generator, output_type="np")
+        return drawn.images[0]
+
+    plain = draw()
+    pipeline.load_lora_weights(adapter)
+    adapted = draw()
+    assert adapted.shape == (32, 32, 3) and np.abs(adapted - plain).max() > 0
+    header = load_metadata(adapter / "pytorch_lora_weights.safetensors")
+    assert header["modelspec.architecture"].endswith("/lora") and json.loads(header["lora_dag"])["family"] == name
+    card = Path("reports/model_card.md").read_text(encoding="utf-8")
+    lines = card.split("```python\n")[1].split("```")[0]
+    assert f"{family.PIPELINE}.from_pretrained(" in lines
+    exec(lines.replace("guidance_scale", "height=32, width=32, guidance_scale"), {})
+    assert Path("sample.png").stat().st_size > 100
+
+
+def test_training_and_drawing_in_bfloat16(trained: Workspace, name: str) -> None:
+    """Frozen weights and autocast in half precision: every place where two dtypes could meet."""
+    for stage in ("prepare", "cache_latents", "train", "validate"):
+        trained.run(stage, *overrides(name, "model.dtype=bfloat16"))
+    losses = [row.split(",")[1] for row in Path("reports/train/loss.csv").read_text().splitlines()[1:]]
+    np.testing.assert_allclose([float(loss) for loss in losses], GOLDEN[name], rtol=2e-2)

@@ -1,0 +1,156 @@
+"""What Stable Diffusion 3 alone has: a T5 encoder that may be left out, and that reads captions furthest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from lora_dag.bases import layout
+from lora_dag.core.console import UserError
+from lora_dag.core.files import load_tensors
+from lora_dag.core.params import ModelParams
+from lora_dag.families import sd3
+from tests.conftest import Workspace
+from tests.helpers.stock import STOCK
+
+CPU = torch.device("cpu")
+
+
+def params(base: Path) -> ModelParams:
+    return ModelParams(family="sd3", pretrained=str(base), variant=None, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def without_t5(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As diffusers saves a pipeline that was loaded with ``text_encoder_3=None, tokenizer_3=None``."""
+    folder = tmp_path_factory.mktemp("sd3") / "base"
+    pipe = StableDiffusion3Pipeline.from_pretrained(bases["sd3"], text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_a_base_without_t5_is_accepted_and_encodes_zeros_in_its_place(without_t5: Path, bases: dict[str, Path]) -> None:
+    model = params(without_t5)
+    assert layout.problems(model, sd3) == []
+    found = sd3.encode_prompts(sd3.load_text(model, CPU), ["red apple", ""])
+    with torch.no_grad():
+        pipe = StableDiffusion3Pipeline.from_pretrained(without_t5, text_encoder_3=None, tokenizer_3=None)
+        expected = STOCK["sd3"].encode(pipe, ["red apple", ""])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    whole = sd3.encode_prompts(sd3.load_text(params(bases["sd3"]), CPU), ["red apple", ""])
+    assert found["prompt_embeds"].shape == whole["prompt_embeds"].shape == (2, 20 + 256, 64)
+    assert torch.equal(found["prompt_embeds"][:, :20], whole["prompt_embeds"][:, :20])
+    assert not found["prompt_embeds"][:, 20:].any()
+
+
+def test_leaving_t5_out_is_another_base(without_t5: Path, bases: dict[str, Path]) -> None:
+    without, whole = (layout.digests(params(base), sd3.COMPONENTS) for base in (without_t5, bases["sd3"]))
+    assert without["text_encoder_3"] == without["tokenizer_3"] == "absent"
+    with pytest.raises(UserError, match=r"made with another text_encoder_3, .*tokenizer_3"):
+        layout.require_same_base(without, whole, Path("data/latents"))
+
+
+def test_a_t5_that_is_listed_and_was_not_fetched_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases["sd3"], base)
+    shutil.rmtree(base / "text_encoder_3")
+    need = "StableDiffusion3Pipeline needs T5EncoderModel there, or [null, null] for text_encoder_3 in model_index.json"
+    assert layout.problems(params(base), sd3) == [f"{base / 'text_encoder_3'}: no such folder; {need}"]
+
+
+def test_the_whole_dag_without_t5(workspace: Workspace, without_t5: Path) -> None:
+    Path("data/base").unlink()
+    Path("data/base").symlink_to(without_t5)
+    formats = "export.formats=[diffusers, merged]"
+    for stage in ("prepare", "cache_latents", "train", "validate", "export", "report"):
+        workspace.run(stage, "--set", "model.family=sd3", "--set", "train.num_steps=2", "--set", formats)
+    metrics = json.loads(Path("reports/export/metrics.json").read_text())
+    assert metrics["export.diffusers.max_abs_error"] <= 1e-4 < metrics["export.effect"]
+    assert metrics["export.merged.max_abs_error"] <= 1e-4
+    card = Path("reports/model_card.md").read_text()
+    assert 'from_pretrained("data/base", text_encoder_3=None, tokenizer_3=None)' in card
+
+
+UNREAD = "transformer_blocks.1.attn.add_q_proj"
+"""Of the last block: captions end there."""
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "takes_unread"), [("attention", False), ("all-linear", False), ("[to_q, add_q_proj]", True)]
+)
+def test_a_layer_that_nothing_reads(
+    workspace: Workspace, bases: dict[str, Path], target_modules: str, takes_unread: bool
+) -> None:
+    """Presets leave it out; chosen by hand it is trained in vain, which is said, and the run ends well."""
+    Path("data/base").unlink()
+    Path("data/base").symlink_to(bases["sd3"])
+    changes = ("model.family=sd3", f"lora.target_modules={target_modules}", "train.num_steps=5")
+    argv = [word for change in changes for word in ("--set", change)]
+    said = [line for stage in ("prepare", "cache_latents", "train", "export") for line in workspace.run(stage, *argv)]
+    warning = "the base never uses their output; name them in lora.exclude_modules"
+    expected = [f"warning: no gradient ever reached {UNREAD}: {warning}"] if takes_unread else []
+    assert [line for line in said if "no gradient" in line] == expected
+    tensors = load_tensors(Path("data/adapter/adapter.safetensors"))
+    assert (f"{UNREAD}.lora_B.weight" in tensors) == takes_unread
+    assert "transformer_blocks.0.attn.add_q_proj.lora_B.weight" in tensors
+    untouched = {name for name, tensor in tensors.items() if not tensor.any()}
+    assert untouched == ({f"{UNREAD}.lora_B.weight"} if takes_unread else set())
+    metrics = json.loads(Path("reports/export/metrics.json").read_text())
+    for kind in ("diffusers", "peft", "comfyui"):
+        assert metrics[f"export.{kind}.max_abs_error"] <= 1e-5 < metrics["export.effect"]
+
+
+def test_t5_says_how_long_a_caption_may_be(bases: dict[str, Path], without_t5: Path) -> None:
+    assert sd3.max_tokens(params(bases["sd3"])) == 256
+    assert sd3.max_tokens(params(without_t5)) == 20
+    (count,) = sd3.count_tokens(params(bases["sd3"]), ["thing " * 300])
+    assert count > 256
+
+
+def test_min_snr_is_refused(workspace: Workspace, bases: dict[str, Path]) -> None:
+    Path("data/base").unlink()
+    Path("data/base").symlink_to(bases["sd3"])
+    overrides = ["--set", "model.family=sd3"]
+    for stage in ("prepare", "cache_latents"):
+        workspace.run(stage, *overrides)
+    weighting = ["--set", "train.loss_weighting=min_snr", "--set", "train.snr_gamma=5.0"]
+    for stage in ("check", "train"):
+        with pytest.raises(UserError) as error:
+            workspace.run(stage, *overrides, *weighting)
+        assert error.value.problems == (
+            "params.yaml train.loss_weighting: min_snr weighs diffusion losses, and the base's "
+            "FlowMatchEulerDiscreteScheduler is flow matching; use uniform",
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["dataset.resolution=72"],
+            "72 is above 64, the longest side that data/base has positions for; use a multiple of 8 up to 64",
+        ),
+        (
+            ["dataset.resolution=64", "dataset.aspect_buckets=true"],
+            "its buckets have sides of up to 80 pixels, above 64, the longest side that data/base has positions for; "
+            "lower it, or dataset.max_aspect_ratio",
+        ),
+    ],
+    ids=["square", "buckets"],
+)
+def test_a_side_without_positions_is_refused_before_anything_is_cut(
+    workspace: Workspace, bases: dict[str, Path], changes: list[str], message: str
+) -> None:
+    Path("data/base").unlink()
+    Path("data/base").symlink_to(bases["sd3"])
+    overrides = [
+        word for change in ("model.family=sd3", "dataset.max_upscale=2", *changes) for word in ("--set", change)
+    ]
+    with pytest.raises(UserError) as error:
+        workspace.run("check", *overrides)
+    assert error.value.problems == (f"params.yaml dataset.resolution: {message}",)

@@ -1,0 +1,168 @@
+"""Trainings in the workspace: undisturbed, broken off by a test, or started by another program; and what they wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_dag.artifacts.adapter import FINAL
+from lora_dag.artifacts.latent_cache import LatentCache
+from lora_dag.core import params
+from lora_dag.core.console import UserError
+from lora_dag.core.files import load_tensors
+from lora_dag.core.params import ModelParams
+from lora_dag.families import sd
+from stages.train.batches import Batch, Batches
+from stages.train.noising import make_timesteps
+from tests.conftest import TINY, Workspace, picture, write_params, write_rows
+from tests.helpers.caches import write_mixed_cache
+from tests.helpers.settings import train_params
+
+LONG = ("--set", "train.num_steps=6", "--set", "lora.dropout=0.25", "--set", "train.prompt_dropout=0.5")
+"""Six steps with everything random in them."""
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A folder where prepare, cache_latents and ``train LONG`` ran without a disturbance."""
+    folder = tmp_path_factory.mktemp("reference")
+    write_params(folder / "params.yaml", TINY)
+    (folder / "data/raw").mkdir(parents=True)
+    for index in range(8):
+        picture(index).save(folder / f"data/raw/{index:02}.png")
+    write_rows(folder / "data/raw", [{"file_name": f"{i:02}.png", "text": f"thing {i}"} for i in range(8)])
+    (folder / "data/base").symlink_to(tiny_base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LORA_STATE_DIR", str(folder / ".state"))
+        for stage, argv in (("prepare", ()), ("cache_latents", ()), ("train", LONG)):
+            patch.setattr(sys, "argv", [stage, *argv])
+            importlib.import_module(f"stages.{stage}.__main__").main()
+    return folder
+
+
+@pytest.fixture
+def encoded(workspace: Workspace, reference: Path) -> Workspace:
+    """The workspace with data/prepared and data/latents."""
+    for name in ("prepared", "latents"):
+        shutil.copytree(reference / "data" / name, workspace.path / "data" / name)
+    return workspace
+
+
+@pytest.fixture
+def interrupt(workspace: Workspace) -> Callable[..., None]:
+    """``interrupt(3, *argv)`` runs train and breaks off in place of step 3."""
+
+    def train(at: int, *argv: str) -> None:
+        with broken_off(at):
+            workspace.run("train", *argv)
+
+    return train
+
+
+def history() -> list[dict[str, float]]:
+    with Path("reports/train/loss.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def outputs(workspace: Workspace) -> dict[str, bytes]:
+    """What DVC hashes or git versions; run.json holds time and speed."""
+    return workspace.tree("data/adapter") | workspace.tree("reports/train") | {"run.json": b""}
+
+
+def squared_errors(batch: Batch, index: int) -> torch.Tensor:
+    """Of one picture of a batch under the base alone, in float64 [C, h, w]: v of Salimans & Ho 2022, against sd's."""
+    model = params.load(Path("params.yaml")).section(ModelParams)
+    denoiser, t = sd.load_denoiser(model, torch.device("cpu")), batch.timesteps[index : index + 1]
+    signal = sd.load_scheduler(model).alphas_cumprod[int(t)].double()
+    latents, noise = batch.latents[index].double(), batch.noise[index].double()
+    noisy_latents = (signal.sqrt() * latents + (1 - signal).sqrt() * noise).float()[None]
+    prompt = {name: tensor[index : index + 1] for name, tensor in batch.prompt.items()}
+    with torch.no_grad():
+        model_pred = sd.predict(denoiser, noisy_latents, t, prompt)[0].double()
+    return (model_pred - (signal.sqrt() * noise - (1 - signal).sqrt() * latents)).square()
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return load_tensors(Path("data/adapter") / FINAL)
+
+
+def refusal(workspace: Workspace, *argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        workspace.run("train", *argv)
+    assert not Path("data/adapter").exists() and not Path("reports/train").exists()
+    (problem,) = caught.value.problems
+    return problem
+
+
+def batches(cache: LatentCache, accumulation: int = 1) -> Batches:
+    """The tiny parameters' batches."""
+    from diffusers import DDPMScheduler
+
+    settings = train_params("batch_size=2", f"gradient_accumulation_steps={accumulation}")
+    timesteps = make_timesteps(settings, DDPMScheduler(1000))
+    return Batches(cache, cache.split("train"), settings, timesteps, torch.device("cpu"))
+
+
+@pytest.fixture
+def mixed(workspace: Workspace) -> Workspace:
+    """The workspace with latents of three shapes."""
+    write_mixed_cache()
+    return workspace
+
+
+@contextlib.contextmanager
+def broken_off(at: int) -> Iterator[None]:
+    """A training inside breaks off in place of step ``at``; the test fails where it does not."""
+    from stages.train.trainer import Trainer
+
+    original = Trainer.step
+
+    def step(self: Trainer, number: int) -> bool:
+        if number == at:
+            raise KeyboardInterrupt
+        return original(self, number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", step)
+        yield
+
+
+@contextlib.contextmanager
+def signalled(at: int, number: signal.Signals) -> Iterator[None]:
+    """A training inside gets the signal before step ``at``."""
+    from stages.train.trainer import Trainer
+
+    original = Trainer.step
+
+    def step(self: Trainer, index: int) -> bool:
+        if index == at:
+            os.kill(os.getpid(), number)
+        return original(self, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        yield
+
+
+def process_with(variable: str) -> int:
+    """Process id of the ``stages.train`` that has ``NAME=value`` in its environment."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            environment = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[1:3] == [b"-m", b"stages.train"] and variable.encode() in environment:
+            return int(path.name)
+    raise AssertionError(f"no process trains with {variable}")

@@ -1,0 +1,144 @@
+"""Data that nobody else can get is named, and the store of the demo takes nothing else: asked of DVC itself."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from base import bundle
+from lora_dag.core.console import UserError
+from lora_dag.pipeline.sharing import CURE, unshared
+from tests.conftest import REPOSITORY
+from tests.helpers.planted import git
+
+
+def dvc(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dvc", *words], capture_output=True, text=True)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This repository's way with DVC, and a demo of two small files in its store."""
+    monkeypatch.chdir(tmp_path)
+    git("init", "--quiet", "--initial-branch=main")
+    assert dvc("init", "--quiet").returncode == 0
+    shutil.copy(REPOSITORY / ".dvc/config", ".dvc/config")
+    shutil.copy(REPOSITORY / ".gitignore", ".gitignore")
+    Path("data").mkdir()
+    add("raw", "the demo's pictures")
+    pin("raw")
+    cache = Path(".dvc/cache")
+    bundle.fill(Path(".dvc/store"), cache, [digest("raw")])
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "The demo")
+    return tmp_path
+
+
+def add(name: str, text: str) -> None:
+    Path(f"data/{name}").mkdir(exist_ok=True)
+    Path(f"data/{name}/a.txt").write_text(text)
+    assert dvc("add", f"data/{name}").returncode == 0
+    git("add", "data")
+
+
+def pin(name: str) -> None:
+    with Path(f"data/{name}.dvc").open("a") as file:
+        file.write("  remote: bundled\n  push: false\n")
+
+
+def digest(name: str) -> str:
+    return bundle.read_yaml(Path(f"data/{name}.dvc"))["outs"][0]["md5"]
+
+
+def test_the_demo_is_shared(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unshared() == []
+    clone = project.parent / f"{project.name}-clone"
+    git("clone", "--quiet", str(project), str(clone))
+    monkeypatch.chdir(clone)
+    assert dvc("pull").returncode == 0
+    assert Path("data/raw/a.txt").read_text() == "the demo's pictures"
+
+
+def test_own_data_is_named_until_a_remote_is_set_and_never_goes_into_the_store(project: Path) -> None:
+    add("mine", "mine")
+    add("rex", "rex")
+    assert unshared() == [f"data/mine.dvc, data/rex.dvc: nobody else can get this data: no DVC remote is set; {CURE}"]
+    refused = dvc("push")
+    assert refused.returncode != 0 and "no remote specified" in refused.stderr
+    assert git("status", "--porcelain", ".dvc") == ""
+    assert dvc("remote", "add", "--default", "ours", str(project.parent / f"{project.name}-ours")).returncode == 0
+    assert unshared() == [] and dvc("push").returncode == 0
+    assert git("status", "--porcelain", ".dvc/store") == ""
+    assert len(list((project.parent / f"{project.name}-ours").rglob("*.dir"))) == 2
+
+
+def test_a_remote_inside_of_the_clone_shares_nothing(project: Path) -> None:
+    add("mine", "mine")
+    dvc("remote", "default", "bundled")
+    (line,) = unshared()
+    reason = "nobody else can get this data: the remote 'bundled' is a folder of this clone"
+    assert line == f"data/mine.dvc: {reason}; {CURE}"
+    dvc("push")
+    assert ".dvc/store" in git("status", "--porcelain", "--untracked-files=all")  # to be seen
+    assert unshared() == [line]
+
+
+def test_a_demo_that_was_edited_is_not_the_demo(project: Path) -> None:
+    add("raw", "other pictures")
+    reason = "nobody else can get this data: `push: false` keeps it out of the remote 'bundled'"
+    assert unshared() == [f"data/raw.dvc: {reason}; delete the lines `remote:` and `push:` there, {CURE}"]
+    assert dvc("push").returncode != 0 and git("status", "--porcelain", ".dvc/store") == ""
+
+
+def test_without_dvc_there_is_nothing_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert unshared() == []
+
+
+def test_the_store_holds_the_demo_and_nothing_else(project: Path) -> None:
+    store, cache = Path(".dvc/store"), Path(".dvc/cache")
+    add("raw", "new pictures")
+    bundle.fill(store, cache, [digest("raw")])
+    assert sorted(path.stat().st_size for path in store.rglob("*") if path.is_file()) == sorted(
+        path.stat().st_size for path in cache_files(digest("raw"))
+    )
+    shutil.rmtree(cache)
+    bundle.fill(store, cache, [digest("raw")])  # what is there needs no cache
+    before = sorted(store.rglob("*"))
+    with pytest.raises(UserError, match="DVC's cache lacks 1 objects, such as .*; run `dvc repro` first"):
+        bundle.fill(store, cache, ["0" * 32])
+    assert sorted(store.rglob("*")) == before
+
+
+def cache_files(folder: str) -> list[Path]:
+    import json
+
+    listing = Path(".dvc/cache/files/md5", folder[:2], folder[2:])
+    return [listing, *(listing.parents[1] / e["md5"][:2] / e["md5"][2:] for e in json.loads(listing.read_bytes()))]
+
+
+# The committed demo
+
+
+def test_what_dvc_lock_makes_is_in_the_store() -> None:
+    """After a new dvc.lock: `python -m base.bundle`."""
+    lock = bundle.read_yaml(REPOSITORY / "dvc.lock")["stages"]
+    made = [bundle.demo_output(out) for stage in lock.values() for out in bundle.cached(stage)]
+    assert bundle.read_yaml(REPOSITORY / bundle.DEMO)["outs"] == made
+
+
+def test_a_fresh_clone_pulls_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data, base and the results of the committed run, with no remote but the one that comes with the clone."""
+    if "core.remote" in dvc("config", "--list").stdout:
+        pytest.skip("a remote of your own holds the data")
+    git("clone", "--quiet", f"file://{REPOSITORY}", str(tmp_path / "clone"))
+    monkeypatch.chdir(tmp_path / "clone")
+    done = dvc("pull")
+    assert done.returncode == 0, done.stderr
+    assert dvc("status", "--json").stdout.strip() == "{}"
+    assert git("status", "--porcelain") == ""
+    assert Path("data/adapter/adapter.safetensors").is_file() and Path("data/export/diffusers").is_dir()

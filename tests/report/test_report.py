@@ -1,0 +1,618 @@
+"""The pages: honest verdicts, working links, equal bytes, and what a person may want to mend in the dataset."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lora_dag.artifacts import metrics, picture_table
+from lora_dag.artifacts.lineage import save as save_lineage
+from lora_dag.core.console import UserError
+from lora_dag.core.files import write_text
+from stages.report import page as report
+from stages.report.plots import smooth
+from tests.conftest import Workspace
+
+MEASURED: dict[str, Any] = {
+    "val.loss": 0.09,
+    "val.loss_base": 0.13,
+    "val.loss_change": -0.04,
+    "val.loss_change_low": -0.045,
+    "val.loss_change_high": -0.035,
+    "val.train_loss": 0.08,
+    "val.train_loss_base": 0.12,
+    "val.overfit_gap": 0.002,
+    "val.overfit_gap_low": -0.003,
+    "val.overfit_gap_high": 0.007,
+    "val.best_step": 4,
+    "val.table": "0123456789abcdef",
+    **{f"val.loss_{band}_noise{suffix}": 0.1 for band in ("low", "mid", "high") for suffix in ("", "_base")},
+    "samples.chroma": 18.0,
+    "samples.chroma_base": 120.0,
+    "samples.dark_share": 0.6,
+    "samples.dark_share_base": 0.02,
+}
+LINEAGE: dict[str, Any] = {
+    "adapter": "aaaaaaaaaaaa",
+    "base": {"scheduler": "bbbbbbbbbbbb", "unet": "cccccccccccc"},
+    "dataset": {"heldout": 2, "train": 6},
+    "latents": "dddddddddddd",
+    "lora_config": {"r": 8, "lora_alpha": 8, "target_modules": ["down.0.attn1.to_q", "down.1.attn1.to_q"]},
+    "model": {"family": "sd", "pretrained": "base", "variant": None, "dtype": "float32"},
+    "num_steps": 4,
+    "sheet": {"cell": 128},
+    "table": {"num_pictures": {"heldout": 2, "train": 2}, "num_rows": 8, "prediction_type": "v_prediction"},
+    "validate": {
+        "prompts": ["red apple"],
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "negative_prompt": "",
+        "seed": 0,
+        "scales": [1.0],
+        "num_timesteps": 2,
+    },
+}
+TRAIN = {
+    "train.loss_final": 0.1,
+    "train.num_steps": 4,
+    "train.images_seen": 64,
+    "train.num_trainable_parameters": 107520,
+    "train.base_unchanged": True,
+}
+DATASET: dict[str, Any] = {
+    "num_pictures": 8,
+    "num_train": 6,
+    "num_heldout": 2,
+    "num_left_out": 0,
+    "num_unlisted": 0,
+    "num_captions": 8,
+    "caption_words_median": 2.0,
+    "caption_words_max": 3,
+    "chroma": 1.5,
+}
+LATENTS: dict[str, Any] = {
+    "captions.num": 9,
+    "captions.num_cut": 0,
+    "captions.max_tokens": 11,
+    "captions.tokens_median": 5.5,
+    "captions.tokens_limit": 77,
+    "latents.num_views": 8,
+    "latents.num_masks": 0,
+}
+
+
+MADE: dict[str, Any] = {
+    "adapter": "a" * 64,
+    "base": {"scheduler": "b" * 64, "unet": "c" * 64},
+    "base_name": "base",
+    "biases": [],
+    "captions": "1" * 64,
+    "export": {
+        "name": "icons",
+        "formats": ["diffusers", "peft", "comfyui"],
+        "resized_ranks": [],
+        "prompt": "red apple",
+        "base_model": None,
+        "license": None,
+        "seed": 0,
+    },
+    "family": "sd",
+    "files": {"diffusers/pytorch_lora_weights.safetensors": {"bytes": 450_000, "sha256": "e" * 64}},
+    "latents": "d" * 64,
+    "lora": {"rank": 8, "target_modules": ["to_q"]},
+    "lora_config": {"r": 8, "lora_alpha": 4.0, "target_modules": ["to_k", "to_q"], "bias": "none"},
+    "num_steps": 4,
+    "packages": {"peft": "0.21.2"},
+    "pictures": "2" * 64,
+    "pipeline": {
+        "class": "StableDiffusionPipeline",
+        "denoiser": "unet",
+        "load": 'pipe = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)',
+        "pretrained": "data/base",
+        "variant": None,
+    },
+    "train": {"batch_size": 16, "snr_gamma": None},
+}
+ENERGY = """layer,rank,energy
+down.0.attn1.to_q,1,0.95
+down.0.attn1.to_q,4,0.99
+up.0.attn1.to_q,1,0.5
+up.0.attn1.to_q,4,0.9
+up.0.attn1.to_k,1,0
+up.0.attn1.to_k,4,0.8
+"""
+
+
+def row(file_name: str, **changes: str) -> picture_table.Row:
+    """One of pictures.csv: kept, to train on."""
+    values = {"split": "train", "width": "64", "height": "64", "bucket": "32x32", "repeats": "1", "num_captions": "1"}
+    return values | {"file_name": file_name, "captions": f"picture {file_name}", "sha256": file_name} | changes
+
+
+ROWS = [row(f"{index}.png", split="train" if index < 6 else "heldout") for index in range(8)]
+
+
+def write_reports(folder: Path) -> None:
+    """What the other stages would have written below ``folder``."""
+    metrics.save(folder / "metrics.json", MEASURED)
+    save_lineage(folder / "validate" / "lineage.json", LINEAGE)
+    write_text(folder / "validate" / "curve.csv", "step,heldout,train_probe\n0,0.13,0.12\n2,0.1,0.09\n4,0.09,0.08\n")
+    metrics.save(folder / "train" / "metrics.json", TRAIN)
+    rows = "".join(f"{step},{0.2 - step / 50},{step * 1e-4},0.5\n" for step in range(1, 5))
+    write_text(folder / "train" / "loss.csv", "step,loss,learning_rate,grad_norm\n" + rows)
+    metrics.save(folder / "dataset" / "metrics.json", DATASET)
+    metrics.save(folder / "latents" / "metrics.json", LATENTS)
+    picture_table.save(folder / "dataset" / "pictures.csv", ROWS)
+    metrics.save(
+        folder / "export" / "metrics.json",
+        {"export.diffusers.max_abs_error": 1.5e-7, "export.effect": 0.5, "export.megabytes": 0.43},
+    )
+    save_lineage(folder / "export" / "lineage.json", MADE)
+    write_text(folder / "export" / "energy.csv", ENERGY)
+    for name in ("samples.png", "progress.png", "dataset/contact.png"):
+        Image.new("RGB", (8, 8)).save(folder / name)
+
+
+def of(num_heldout: int = 25, num_pictures: int = 300, **validate: Any) -> dict[str, Any]:
+    """lineage.json of a run with so many held-out pictures, and 24 samples."""
+    return LINEAGE | {
+        "dataset": {"heldout": num_heldout, "train": num_pictures - num_heldout},
+        "neighbours": {"num_heldout": num_heldout, "threshold": 0.3},
+        "table": LINEAGE["table"] | {"num_pictures": {"heldout": num_heldout, "train": num_heldout}},
+        "validate": LINEAGE["validate"] | {"prompts": [f"{index}" for index in range(8)], "num_seeds": 3} | validate,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {},
+            "loss fell by 0.0400 (−31 %), 95 % interval [−0.0450, −0.0350]: the adapter learned the style; no sign",
+        ),
+        (
+            {"val.loss_change_high": 0.001},
+            "[−0.0450, +0.0010]: no difference that the 25 held-out pictures can show.",
+        ),
+        (
+            {"val.loss_change": 0.01, "val.loss_change_low": 0.005, "val.loss_change_high": 0.02},
+            "rose by 0.0100 (+7.7 %), 95 % interval [+0.0050, +0.0200]: on pictures that it never saw, the adapter",
+        ),
+        (
+            {"val.overfit_gap": 0.02, "val.overfit_gap_low": 0.01, "val.overfit_gap_high": 0.03, "val.best_step": 2},
+            "overfits: training pictures gained 0.0200 more [+0.0100, +0.0300], and held-out loss was lowest at step 2",
+        ),
+        (
+            {"val.overfit_gap": 0.02, "val.overfit_gap_low": 0.01, "val.overfit_gap_high": 0.03},
+            "pictures gained 0.0200 more [+0.0100, +0.0300], but held-out loss was still at its lowest in the end.",
+        ),
+        ({"val.onset_step": 3, "val.best_step": 2}, ", but it overfits from step 3 on, and held-out loss was lowest"),
+        ({"val.overfit_gap_low": None, "val.overfit_gap_high": None}, "no sign of overfitting."),
+        (
+            {"val.loss_change": -3e-5, "val.loss_change_low": -4e-5, "val.loss_change_high": -2e-5},
+            "fell by 0.000030 (−0.023 %), 95 % interval [−0.000040, −0.000020]: the adapter learned",
+        ),
+        (
+            {"val.loss_change": -2e-7, "val.loss_change_low": -0.01, "val.loss_change_high": 0.01},
+            "moved by 0.0000 (−0.00015 %), 95 % interval [−0.0100, +0.0100]: no difference",
+        ),
+    ],
+)  # fmt: skip
+def test_verdict_says_what_the_intervals_bear(changes: dict[str, Any], words: str) -> None:
+    assert words in report.in_words(MEASURED | changes, of())
+
+
+@pytest.mark.parametrize(
+    ("lineage", "cure"),
+    [
+        (of(3, 33), "3 held-out pictures cannot tell; set dataset.heldout_fraction=0.35."),
+        (of(2, 13), "2 held-out pictures cannot tell; set dataset.heldout_fraction=0.5, or add pictures."),
+        (of(9, 90), "9 held-out pictures cannot tell; set dataset.heldout_fraction=0.15."),
+        (of(1, 40), "1 held-out picture cannot tell; set dataset.heldout_fraction=0.25."),
+        (of(4) | {"dataset": {"heldout": 40, "train": 360}}, "cannot tell; set validate.max_pictures=40."),
+    ],
+)
+def test_few_held_out_pictures_cannot_tell_and_what_would(lineage: dict[str, Any], cure: str) -> None:
+    changes = {"val.loss_change_low": None, "val.loss_change_high": None}
+    if lineage["table"]["num_pictures"]["heldout"] > 1:
+        changes = {"val.loss_change_low": -0.09, "val.loss_change_high": 0.01}
+    said = report.in_words(MEASURED | changes, lineage)
+    assert said.endswith(cure) and "no difference" not in said and "nan" not in said
+
+
+def test_no_fraction_is_named_where_a_split_is(workspace: Workspace) -> None:
+    """Both at once are refused."""
+    write_reports(workspace.path / "reports")
+    few = {"val.loss_change_low": -0.09, "val.loss_change_high": 0.01}
+    metrics.save(workspace.path / "reports/metrics.json", MEASURED | few)
+    made_from = LINEAGE | {name: of(3, 33)[name] for name in ("dataset", "table")}
+    save_lineage(workspace.path / "reports/validate/lineage.json", made_from)
+    named = ("--set", "dataset.heldout_split=test", "--set", "dataset.heldout_fraction=null")
+    for arguments, cure in (((), "set dataset.heldout_fraction=0.35."), (named, "hold out more pictures.")):
+        (verdict,) = [line for line in workspace.run("report", *arguments) if line.startswith("verdict ")]
+        assert verdict.endswith(f"3 held-out pictures cannot tell; {cure}")
+
+
+def test_few_held_out_pictures_show_no_absence_of_overfitting() -> None:
+    said = report.in_words(MEASURED, of(4))
+    assert "4 held-out pictures are too few to tell whether it overfits" in said and "no sign" not in said
+    assert "the adapter learned" not in said
+
+
+DRIFT = {"drift.loss": 0.368118, "drift.loss_base": 0.0334711, "drift.loss_change_low": 0.258}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (DRIFT, "loss on the base's own pictures is 11 times as high as the base's (0.0335 → 0.3681)."),
+        ({"drift.loss": 0.2100, "drift.loss_base": 0.2, "drift.loss_change_low": 0.01}, "is 1.05 times as high as the"),
+        (
+            {"samples.copied_share": 0.125, "samples.copied_share_base": 0.0},
+            "3 of 24 samples count as copies of training pictures (1.2 by chance, the base's 0; 24 samples cannot rule "
+            "chance out).",
+        ),
+        (
+            {"samples.copied_share": 1 / 3, "samples.copied_share_base": 1 / 24},
+            "8 of 24 samples count as copies of training pictures (1.2 by chance, the base's 1).",
+        ),
+        (
+            {"samples.far_share": 0.75, "samples.far_share_base": 0.0},
+            "18 of 24 samples count as unlike any picture of the dataset (1.2 by chance, the base's 0).",
+        ),
+        ({"samples.blank_share": 1.0, "samples.blank_share_base": 0.0}, "24 of 24 samples count as blank ("),
+        ({"samples.diversity": 0.1, "samples.diversity_base": 0.5}, "of one prompt differ 0.2 times as much as"),
+        ({"val.onset_step": 2, "val.best_step": 1}, "it overfits from step 2 on, and held-out loss was lowest at step"),
+    ],
+)  # fmt: skip
+def test_what_crossed_its_control_stands_in_the_same_breath(changes: dict[str, Any], words: str) -> None:
+    said = report.in_words(MEASURED | {"val.onset_step": None} | changes, of())
+    good, _, bad = said.partition(", but ")
+    assert words in bad and "better than the base on pictures like these" in good and "learned the style" not in good
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        DRIFT | {"drift.loss_change_low": -0.01},
+        {"samples.copied_share": 0.04, "samples.copied_share_base": 0.0},
+        {"samples.copied_share": 0.25, "samples.copied_share_base": 0.25},
+        {"samples.far_share": 0.125, "samples.far_share_base": 0.0},  # 3 of 24, as chance may give
+        {"samples.far_share": 0.75, "samples.far_share_base": 0.75},  # the base draws another style
+        {"samples.diversity": 0.3, "samples.diversity_base": 0.5},
+        {"samples.blank_share": 0.0, "samples.blank_share_base": 0.0},
+        {"samples.copied_share": None, "samples.far_share": None, "samples.diversity": None},
+    ],
+)
+def test_what_is_within_its_control_is_not_brought_up(changes: dict[str, Any]) -> None:
+    said = report.in_words(MEASURED | changes, of())
+    assert said.endswith(": the adapter learned the style; no sign of overfitting.")
+
+
+def test_a_broken_adapter_is_never_simply_better() -> None:
+    """Black noise, a third of it near a training picture: the loss alone was fine."""
+    broken = (
+        MEASURED | DRIFT | {"samples.copied_share": 1 / 3, "samples.copied_share_base": 0.0, "samples.far_share": 0.5}
+    )
+    said = report.in_words(broken | {"samples.far_share_base": 0.0}, of())
+    assert re.search("better than .*, but 8 of 24 samples .*; 12 of 24 samples .*; loss on the base's own", said)
+    worse = {"val.loss_change": 0.01, "val.loss_change_low": 0.005, "val.loss_change_high": 0.02}
+    assert "is worse than the base; no sign of overfitting; 8 of 24" in report.in_words(broken | worse, of())
+
+
+def test_page_has_links_that_exist_and_no_path_of_this_machine(workspace: Workspace) -> None:
+    write_reports(workspace.path / "reports")
+    workspace.run("report")
+    page = (workspace.path / "reports" / "report.md").read_text()
+    links = re.findall(r"!\[[^]]*]\(([^)]+)\)", page)
+    assert sorted(links) == ["dataset/contact.png", "loss.png", "progress.png", "samples.png"]
+    assert "[The dataset page](dataset.md)" in page and (workspace.path / "reports" / "dataset.md").is_file()
+    assert all((workspace.path / "reports" / link).is_file() for link in links)
+    assert str(workspace.path) not in page
+    assert "/tmp" not in page and "nan" not in page and "None" not in page
+    for words in (
+        "107,520",
+        "`to_q`",
+        "`aaaaaaaaaaaa`",
+        "1.5e-07",
+        "| Adapter size | 0.43 MB |",
+        "| Images seen | 64 |",
+        "(v_prediction)",
+        "| Chroma of the drawing, 0 to 255 | 120 | 18 | 1.5 |",
+    ):
+        assert words in page
+
+
+def test_links_are_relative_when_reports_stand_elsewhere(workspace: Workspace) -> None:
+    write_reports(workspace.path / "runs" / "a" / "reports")
+    (workspace.path / "runs" / "a" / "reports" / "dataset").rename(workspace.path / "runs" / "the dataset")
+    paths = {"reports": "", "train-reports": "/train", "export-reports": "/export"}
+    arguments = [word for name, tail in paths.items() for word in (f"--{name}", f"runs/a/reports{tail}")]
+    arguments += ["--latents-reports", "runs/a/reports/latents", "--dataset-reports", "runs/the dataset"]
+    workspace.run("report", *arguments)
+    for name in ("report.md", "dataset.md"):
+        page = (workspace.path / "runs/a/reports" / name).read_text()
+        assert "![Contact sheet](../../the%20dataset/contact.png)" in page
+    assert "[pictures.csv](../../the%20dataset/pictures.csv)" in page
+
+
+def test_bytes_are_equal_between_runs(workspace: Workspace) -> None:
+    write_reports(workspace.path / "reports")
+    workspace.run("report")
+    first = workspace.tree("reports")
+    workspace.run("report")
+    assert workspace.tree("reports") == first
+    assert len(first["loss.png"]) < 200_000
+
+
+def test_page_without_pixel_measures_and_intervals(workspace: Workspace) -> None:
+    write_reports(workspace.path / "reports")
+    few = {name: value for name, value in MEASURED.items() if not name.startswith("samples.")}
+    missing = {f"val.{name}_{bound}": None for name in ("loss_change", "overfit_gap") for bound in ("low", "high")}
+    metrics.save(workspace.path / "reports" / "metrics.json", few | missing | {"val.loss_mid_noise": None})
+    workspace.run("report")
+    page = (workspace.path / "reports" / "report.md").read_text()
+    assert "Chroma" not in page and "nan" not in page and "None" not in page
+
+
+EVIDENCE: dict[str, Any] = {
+    "val.onset_step": 2,
+    "val.final_minus_best": 0.01,
+    "val.final_minus_best_low": 0.002,
+    "val.final_minus_best_high": 0.018,
+    "drift.loss": 0.25,
+    "drift.loss_base": 0.2,
+    "drift.loss_change": 0.05,
+    "drift.loss_change_low": 0.04,
+    "drift.loss_change_high": 0.06,
+    "samples.copied_share": 0.25,
+    "samples.copied_share_base": 0.0,
+    "samples.nearest_distance": 0.4,
+    "samples.nearest_distance_base": 0.9,
+    "samples.diversity": 0.7,
+    "samples.diversity_base": 0.8,
+    "cost.tflop_per_image": 0.0125,
+}
+NEIGHBOURS = {"space": "latents", "num_training_views": 6, "num_heldout": 2, "heldout_median": 0.8, "threshold": 0.35}
+
+
+def test_evidence_is_shown_where_it_was_measured(workspace: Workspace) -> None:
+    reports = workspace.path / "reports"
+    write_reports(reports)
+    metrics.save(reports / "metrics.json", MEASURED | EVIDENCE | {"val.best_step": 2})
+    save_lineage(reports / "validate" / "lineage.json", LINEAGE | {"neighbours": NEIGHBOURS})
+    write_text(reports / "validate" / "nearest.csv", "prompt,seed\n")
+    Image.new("RGB", (8, 8)).save(reports / "validate" / "nearest.png")
+    workspace.run("report")
+    page = (reports / "report.md").read_text()
+    for words in (
+        "| Drift: loss on pictures that the base drew | 0.2000 | 0.2500 | +0.0500 [+0.0400, +0.0600] |",
+        "| Copies of training pictures, share | 0 | 0.25 |  |",
+        "| Distance to the nearest training picture | 0.9 | 0.4 | 0.8 |",
+        "| Distance between pictures of one prompt | 0.8 | 0.7 |  |",
+        "between latents; the dataset's is that of its held-out pictures. A sample nearer than 0.35 to one of 6",
+        "training views counts as a copy: 2 held-out pictures are too few to say how many are by chance.",
+        "| Lowest held-out loss | at step 2 of 4; the end is +0.0100 [+0.0020, +0.0180] from it; "
+        "`export.step=2` exports it |",
+        "| Overfitting sets in | at step 2 |",
+        "| Arithmetic per training image | 0.0125 TFLOP, 0.8 in all |",
+        "![Nearest training pictures](validate/nearest.png)",
+        "[nearest.csv](validate/nearest.csv)",
+    ):
+        assert words in page
+    card = (reports / "model_card.md").read_text()
+    assert "Of its samples, a share of 0.25 is as near to a training picture" in card and "repeats training" not in card
+
+
+def test_evidence_that_nobody_measured_is_not_spoken_of(workspace: Workspace) -> None:
+    reports = workspace.path / "reports"
+    write_reports(reports)
+    nothing = {name: None for name in ("val.onset_step", "samples.copied_share", "samples.copied_share_base")}
+    metrics.save(reports / "metrics.json", MEASURED | nothing)
+    workspace.run("report")
+    page = (reports / "report.md").read_text()
+    assert "| Overfitting sets in | at no snapshot |" in page
+    assert not any(word in page for word in ("Drift", "Copies", "Nearest", "TFLOP", "nan", "None"))
+    assert "Whether it repeats training pictures was not measured" in (reports / "model_card.md").read_text()
+
+
+def test_layers_are_counted_by_the_rank_that_they_use(workspace: Workspace) -> None:
+    reports = workspace.path / "reports"
+    write_reports(reports)
+    workspace.run("report")
+    page = (reports / "report.md").read_text()
+    assert "LoRA of rank 8 on `base` (sd): 4 steps over 6 pictures at 32 x 32." in page
+    assert "Of 3 adapted layers, 2 keep 90 % of their update at rank 4 of 8 or less." in page
+    assert "| `to_k` | 0 | 0 | 1 | 1 |\n| `to_q` | 1 | 1 | 0 | 2 |\n| all | 1 | 1 | 1 | 3 |" in page
+    write_text(reports / "export" / "energy.csv", "layer,rank,energy\n")  # of an algorithm without ranks
+    workspace.run("report")
+    assert "rank is used" not in (reports / "report.md").read_text()
+
+
+def test_missing_reports_name_their_stages(workspace: Workspace) -> None:
+    write_reports(workspace.path / "reports")
+    (workspace.path / "reports" / "progress.png").unlink()
+    (workspace.path / "reports" / "train" / "loss.csv").unlink()
+    (workspace.path / "reports" / "dataset" / "pictures.csv").unlink()
+    (workspace.path / "reports" / "latents" / "metrics.json").unlink()
+    with pytest.raises(UserError) as error:
+        workspace.run("report")
+    assert error.value.problems == (
+        "reports/progress.png: no such file; run `python -m stages.validate` first",
+        "reports/train/loss.csv: no such file; run `python -m stages.train` first",
+        "reports/dataset/pictures.csv: no such file; run `python -m stages.prepare` first",
+        "reports/latents/metrics.json: no such file; run `python -m stages.cache_latents` first",
+    )
+
+
+def test_smoothing_averages_the_last_values() -> None:
+    assert smooth([1.0, 2.0, 3.0, 7.0], 2) == [1.0, 1.5, 2.5, 5.0]
+
+
+# The dataset
+
+
+def pages(
+    workspace: Workspace, rows: list[picture_table.Row], latents: dict[str, Any], **dataset: Any
+) -> tuple[str, str]:
+    """report.md's section about the dataset, and dataset.md."""
+    reports = workspace.path / "reports"
+    write_reports(reports)
+    metrics.save(reports / "dataset" / "metrics.json", DATASET | dataset)
+    metrics.save(reports / "latents" / "metrics.json", LATENTS | latents)
+    picture_table.save(reports / "dataset" / "pictures.csv", rows)
+    workspace.run("report")
+    found = tuple((reports / name).read_text() for name in ("report.md", "dataset.md"))
+    assert not any(word in page for page in found for word in ("nan", "None", "/tmp"))
+    return found[0].split("## Dataset")[1].split("## Settings")[0], found[1]
+
+
+def test_a_clean_dataset_has_nothing_to_look_at(workspace: Workspace) -> None:
+    section, page = pages(workspace, ROWS, {})
+    assert "Worth a look" not in section
+    assert "No caption is cut or empty; no picture is double or left out." in page
+    assert "**8 pictures: 6 to train on, 2 held out.**" in page
+    assert "| Tokens per caption, median and longest | 5.5 and 11 |" in page
+    assert "| Sizes that the model sees | 32 x 32 |" in section
+    assert "| 32 x 32 | 1.00 | 6 | 2 | 0 |" in page
+    for absent in ("Repeats", "Duplicates", "## Left out", "Masks", "regularization"):
+        assert absent not in page + section
+
+
+@pytest.mark.parametrize(
+    ("rows", "latents", "dataset", "line"),
+    [
+        ([], {"captions.num_cut": 3}, {}, "Captions cut at 77 tokens: 3 of 9. The model never sees the rest of them."),
+        ([row("x.png", captions=" ")], {}, {}, "Empty captions: 1. Those pictures are learned without a prompt."),
+        (
+            [row("x.png", split="left out", reason="bad")],
+            {},
+            {"num_left_out": 1},
+            "Pictures left out because something is wrong with them: 1.",
+        ),
+        (
+            [row("x.png", split="left out", near_duplicates="0.png", reason="near-duplicate")],
+            {},
+            {"num_left_out": 1},
+            "Near-duplicates withheld: 1. They look like pictures on the other side of the split.",
+        ),
+        ([row("x.png", sha256="1.png")], {}, {}, "Pictures with the same bytes as another one: 1. They weigh double."),
+        (
+            [row("x.png", width="640", height="64")],
+            {},
+            {},
+            "Pictures that lose over a third of their area to the crop: 1; the largest loss is 90%.",
+        ),
+        (
+            [row("x.png", captions="a (fox:1.2)")],
+            {},
+            {},
+            "Captions with marks that other programs act on: 1. They are learned as words.",
+        ),
+        ([], {}, {"num_unlisted": 4}, "Pictures in the source that no row names: 4. They are left out."),
+    ],
+)
+def test_what_is_worth_a_look_stands_on_both_pages(
+    workspace: Workspace, rows: list[picture_table.Row], latents: dict[str, Any], dataset: dict[str, Any], line: str
+) -> None:
+    section, page = pages(workspace, ROWS + rows, latents, **dataset)
+    assert f"Worth a look:\n\n- {line}\n\n" in section
+    assert f"\n\n- {line}\n\n" in page
+
+
+def test_sizes_are_counted_wide_to_tall(workspace: Workspace) -> None:
+    rows = [
+        *ROWS,
+        row("wide.png", bucket="48x24", width="32", height="16"),
+        row("tall.png", bucket="24x48", width="32"),
+    ]
+    section, page = pages(workspace, rows, {})
+    lines = [line for line in page.splitlines() if " x " in line]
+    assert lines == [
+        "| 48 x 24 | 2.00 | 1 | 0 | 1 |",
+        "| 32 x 32 | 1.00 | 6 | 2 | 0 |",
+        "| 24 x 48 | 0.50 | 1 | 0 | 0 |",
+    ]
+    assert "The most enlarged picture grows by a factor of 1.50." in page
+    assert "| Sizes that the model sees | 3 |" in section
+
+
+def test_repeats_and_regularization(workspace: Workspace) -> None:
+    rows = [*ROWS, row("x.png", repeats="4"), row("y.png", repeats="4", split="heldout")]
+    section, page = pages(workspace, rows, {}, num_regularization=2)
+    assert "| 4 | 1 | 4 |\n| 1 | 6 | 6 |\n| all | 7 | 10 |" in page
+    assert "6 to train on, 2 of them for regularization, 2 held out" in page
+    assert "| of them for regularization | 2 |" in section
+
+
+def test_what_the_crop_takes_and_what_captions_hold(workspace: Workspace) -> None:
+    rows = [
+        *ROWS,
+        row("pano.png", width="640", height="64", num_captions="3", captions="a {red|blue} fox <lora:ink:1>"),
+        row("wide.png", width="128", height="64", num_captions="3", captions="a {a|b}"),
+        row("camera.png", width="96", height="64"),
+    ]
+    _, page = pages(workspace, rows, {})
+    cut = page.split("## Cut off")[1].split("## ")[0]
+    assert [line for line in cut.splitlines() if line.startswith("| `")] == [
+        "| `pano.png` | 640 x 64 | 32 x 32 | 90% |",
+        "| `wide.png` | 128 x 64 | 32 x 32 | 50% |",
+    ]
+    assert "| Captions per picture, median and most | 1 and 3 |" in page
+    assert "| Captions with `{a\\|b}` | 2 |" in page and "| Captions with `<lora:...>` | 1 |" in page
+
+
+def test_duplicates_name_their_sides(workspace: Workspace) -> None:
+    near = {"near_duplicates": "a.png"}
+    rows = [
+        *ROWS,
+        row("twin.png", sha256="1.png"),
+        row("a.png", **near),
+        row("b.png", split="left out", reason="near-duplicate of a.png", **near),
+        *[row(f"copy-{i:02}.png", sha256="0.png") for i in range(20)],
+    ]
+    _, page = pages(workspace, rows, {})
+    assert "| the same bytes | `1.png` (train), `twin.png` (train) |" in page
+    assert "| near-duplicates | `a.png` (train), `b.png` (left out) |" in page
+    assert "`copy-08.png` (train), and 11 more |" in page
+    assert "| `b.png` | `near-duplicate of a.png` |" in page
+
+
+def test_long_lists_are_cut_and_text_of_the_dataset_is_no_markup(workspace: Workspace) -> None:
+    reason = "rows:3: '<img src=x> | `y`' is damaged"
+    rows = [*ROWS, *[row(f"bad-{i:03}.png", split="left out", reason=reason) for i in range(60)]]
+    _, page = pages(workspace, rows, {}, num_left_out=60)
+    assert page.count("| `bad-") == 40
+    assert "And 20 more in [pictures.csv](dataset/pictures.csv)." in page
+    assert "`` rows:3: '<img src=x> \\| `y`' is damaged `` |" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "stage"),
+    [
+        ("dataset/pictures.csv", "nonsense\n", "prepare"),
+        ("train/loss.csv", f"step,loss\n1,{'9' * 200_000}\n", "train"),  # csv.Error, no ValueError
+        ("train/loss.csv", "step,loss\n1\n", "train"),
+        ("validate/curve.csv", "step,heldout,train_probe\n\0,x,y\n", "validate"),
+        ("export/energy.csv", f"layer,rank,energy\n{'a' * 200_000},1,1\n", "export"),
+        ("export/lineage.json", "[1]", "export"),
+    ],
+)
+def test_a_damaged_file_names_its_stage(workspace: Workspace, name: str, text: str, stage: str) -> None:
+    write_reports(workspace.path / "reports")
+    (workspace.path / "reports" / name).write_text(text)
+    with pytest.raises(UserError, match=rf"^reports/{name}: .*run `python -m stages\.{stage}` again$"):
+        workspace.run("report")
+
+
+def test_reports_of_stages_that_say_less(workspace: Workspace) -> None:
+    """Families whose encoders have no limit write no tokens."""
+    write_reports(workspace.path / "reports")
+    metrics.save(workspace.path / "reports/latents/metrics.json", {"latents.num_views": 8})
+    workspace.run("report")
+    page = (workspace.path / "reports/dataset.md").read_text()
+    assert "Tokens" not in page and "nan" not in page and "None" not in page

@@ -1,0 +1,629 @@
+"""``lora.init_from``: what the fresh adapter becomes, against the file as stock diffusers and PEFT load it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+
+from lora_dag.adapters import init_from_pin, lora, targets
+from lora_dag.artifacts.adapter import FINAL, Adapter
+from lora_dag.bases.resolve import resolve
+from lora_dag.core import params as core_params
+from lora_dag.core import seeding
+from lora_dag.core.console import UserError
+from lora_dag.core.files import load_metadata, load_tensors, read_json, save_tensors, sha256_file, write_json
+from lora_dag.core.params import ModelParams
+from lora_dag.families.protocol import load_family
+from stages.export import header, trained, writers
+from stages.export.params import ExportParams
+from stages.train import init_from
+from stages.validate import several
+from tests.adapters.test_lora import params, predict
+from tests.conftest import Workspace
+from tests.export.test_formats import KINDS, adapt, loaded, unet
+from tests.helpers import single_files
+from tests.helpers.stock import STOCK
+from tests.helpers.trainings import broken_off
+
+FILES = {
+    "ours": "data/start/adapter.safetensors",
+    "diffusers": "data/export/diffusers/pytorch_lora_weights.safetensors",
+    "peft": "data/export/peft/adapter_model.safetensors",
+    "comfyui": "data/export/comfyui/ink-icons.safetensors",
+}
+TARGET = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def write(workspace: Workspace, **changes: Any) -> torch.Tensor:
+    """A trained adapter in every format that can hold it; returns what the denoiser answers with it."""
+    denoiser = adapt(workspace, **changes)
+    config = core_params.load(Path("params.yaml"))
+    model, export = config.section(ModelParams), config.section(ExportParams)
+    adapter = Adapter.load(Path("data/adapter"))
+    family = load_family("sd")
+    base = resolve(model, family)
+    parts, fields = (
+        {"unet": trained.read(adapter.lora_config, denoiser)},
+        header.metadata(base, export, adapter, "epsilon"),
+    )
+    shutil.copytree("data/adapter", "data/start")
+    if changes.get("bias", "none") != "all":
+        writers.write_diffusers(family, parts, fields, Path(FILES["diffusers"]).parent)
+        writers.write_peft(family, parts, fields, Path(FILES["peft"]).parent)
+    writers.write_comfyui(family, parts, fields, Path(FILES["comfyui"]))
+    return predict(denoiser)
+
+
+def fill(path: str, denoiser: Any = None, base: dict[str, str] | None = None, **changes: Any) -> Any:
+    """A fresh denoiser whose adapter starts from the file; and the line of the plan."""
+    denoiser = denoiser or unet()
+    settings = params(**changes, init_from={"path": path, "sha256": init_from_pin.digest(Path(path))})
+    config = lora.make_config(settings, denoiser)
+    lora.inject(denoiser, config)
+    lora.keyed_init(denoiser, config, 0)
+    return denoiser, init_from.fill(settings, denoiser, base or {})
+
+
+def refusal(path: str, **changes: Any) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        fill(path, **changes)
+    return caught.value.problems
+
+
+# What it becomes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [KINDS["rslora"], {"use_dora": True, "target_modules": ["to_q", "conv1"]}, {"bias": "lora_only"}, {"bias": "all"}],
+    ids=str,
+)
+def test_the_start_is_what_the_file_does(workspace: Workspace, changes: dict[str, Any]) -> None:
+    expected, base = write(workspace, **changes), predict(unet())
+    assert (expected - base).abs().max() > 0.05
+    for kind, path in FILES.items():
+        if Path(path).exists():
+            denoiser, _ = fill(path, **changes)
+            torch.testing.assert_close(predict(denoiser), expected, atol=1e-5, rtol=1e-5, msg=kind)
+            with lora.disabled(denoiser):
+                assert torch.equal(predict(denoiser), base)
+    if changes == KINDS["rslora"]:
+        torch.testing.assert_close(loaded("diffusers"), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_another_alpha_is_rescaled_into_b(workspace: Workspace) -> None:
+    expected = write(workspace)  # alpha is twice the rank
+    for alpha, factor in ((2.0, "2"), (6.0, "0.6667")):
+        denoiser, plan = fill(FILES["comfyui"], alpha=alpha)
+        torch.testing.assert_close(predict(denoiser), expected, atol=1e-5, rtol=1e-5)
+        assert plan.endswith(f"at its own strength; B times {factor}, for the strength that lora.alpha gives")
+    assert fill(FILES["comfyui"])[1].endswith("), at its own strength")
+
+
+def test_a_snapshot_and_a_file_alone(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    """Without adapter.json nothing says alpha: the rank, as everywhere, and a warning."""
+    expected = write(workspace)
+    Path("data/start/snapshots").mkdir()
+    shutil.copy(FILES["ours"], "data/start/snapshots/step-000002.safetensors")
+    denoiser, _ = fill("data/start/snapshots/step-000002.safetensors")
+    torch.testing.assert_close(predict(denoiser), expected, atol=1e-6, rtol=1e-6)
+    assert "alpha" not in caplog.text
+    Path("data/alone").mkdir()
+    shutil.copy(FILES["ours"], "data/alone/adapter.safetensors")
+    assert init_from_pin.digest(Path("data/alone/adapter.safetensors")) == sha256_file(Path(FILES["ours"]))
+    denoiser, _ = fill("data/alone/adapter.safetensors")
+    lora.set_scale(denoiser, 2.0)
+    torch.testing.assert_close(predict(denoiser), expected, atol=1e-5, rtol=1e-5)
+    assert "nothing beside 'data/alone/adapter.safetensors' says its alpha; taken as its rank" in caplog.text
+
+
+def test_a_file_of_another_base_is_warned_of(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    write(workspace)
+    recorded = read_json(Path("data/start/adapter.json"))["base"]
+    for path in (FILES["ours"], FILES["peft"]):
+        caplog.clear()
+        fill(path, base=recorded | {"unet": "0" * 64})
+        assert f"'{path}' was trained on another unet than model.pretrained holds" in caplog.text
+    caplog.clear()
+    fill(FILES["diffusers"], base=recorded)
+    assert not caplog.text
+
+
+def kohya(module: str, sizes: dict[str, tuple[int, int]], rank: int, alphas: list[float]) -> dict[str, torch.Tensor]:
+    """Random layers in kohya's keys, in data/kohya.safetensors; returns alpha / rank * up @ down by layer.
+
+    Args:
+        sizes: inputs and outputs of each layer of the module, as kohya names them.
+    """
+    tensors, changes = {}, {}
+    for (name, (inputs, outputs)), alpha in zip(sizes.items(), alphas, strict=True):
+        generator, key = seeding.generator(0, name), f"{module}_{name}"
+        tensors[f"{key}.lora_down.weight"] = down = torch.randn(rank, inputs, generator=generator)
+        tensors[f"{key}.lora_up.weight"] = up = 0.2 * torch.randn(outputs, rank, generator=generator)
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        changes[name] = alpha / rank * up @ down
+    save_tensors(Path("data/kohya.safetensors"), tensors)
+    return changes
+
+
+def change(denoiser: Any, name: str) -> torch.Tensor:
+    """What the adapter adds to a layer's weight."""
+    return denoiser.get_submodule(name).get_delta_weight(lora.NAME)
+
+
+@pytest.mark.parametrize("alphas", [[3.0] * 4, [1.0, 2.0, 3.0, 4.0]], ids=["one alpha", "several"])
+def test_kohyas_layout_of_sdxl(workspace: Workspace, bases: dict[str, Path], alphas: list[float]) -> None:
+    """Blocks named as in the original checkpoint. Stock diffusers loads the same file; several alphas it mistakes."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(bases["sdxl"])
+    leaves = ("to_q", "to_k", "to_v", "to_out_0")
+    changes = kohya("lora_unet_middle_block_1_transformer_blocks_0_attn1", dict.fromkeys(leaves, (32, 32)), 2, alphas)
+    targets = r"mid_block\..*attn1\.to_(q|k|v|out\.0)"
+    denoiser, _ = fill("data/kohya.safetensors", copy.deepcopy(pipe.unet), target_modules=targets)
+    for leaf in leaves:
+        name = f"mid_block.attentions.0.transformer_blocks.0.attn1.{leaf.replace('_0', '.0')}"
+        torch.testing.assert_close(change(denoiser, name), changes[leaf], atol=1e-5, rtol=1e-5)
+    if len(set(alphas)) == 1:
+        pipe.load_lora_weights("data", weight_name="kohya.safetensors", adapter_name=lora.NAME)
+        assert lora.targets(denoiser) == lora.targets(pipe.unet)
+        for name in lora.targets(denoiser):
+            torch.testing.assert_close(change(denoiser, name), change(pipe.unet, name))
+
+
+# The original checkpoints' layers
+
+
+def halves(rows: torch.Tensor) -> torch.Tensor:
+    """Scale and shift in the other order."""
+    half = len(rows) // 2
+    return torch.cat([rows[half:], rows[:half]])
+
+
+FLUX_BLOCK, FLUX_SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
+SD3_BLOCK, SD3_LAST = "transformer_blocks.0", "transformer_blocks.1"
+ORIGINAL: dict[str, dict[str, tuple[tuple[int, int], list[str], bool]]] = {
+    "flux": {
+        "double_blocks.0.img_attn.qkv": ((32, 96), [f"{FLUX_BLOCK}.attn.to_{x}" for x in "qkv"], False),
+        "double_blocks.0.txt_attn.qkv": ((32, 96), [f"{FLUX_BLOCK}.attn.add_{x}_proj" for x in "qkv"], False),
+        "double_blocks.0.img_attn.proj": ((32, 32), [f"{FLUX_BLOCK}.attn.to_out.0"], False),
+        "double_blocks.0.txt_mlp.0": ((32, 128), [f"{FLUX_BLOCK}.ff_context.net.0.proj"], False),
+        "single_blocks.0.linear1": (
+            (32, 224),
+            [*(f"{FLUX_SINGLE}.attn.to_{x}" for x in "qkv"), f"{FLUX_SINGLE}.proj_mlp"],
+            False,
+        ),
+        "single_blocks.0.linear2": ((160, 32), [f"{FLUX_SINGLE}.proj_out"], False),
+        "final_layer.linear": ((32, 64), ["proj_out"], False),
+        "final_layer.adaLN_modulation.1": ((32, 64), ["norm_out.linear"], True),
+    },
+    "sd3": {
+        "joint_blocks.0.x_block.attn.qkv": ((32, 96), [f"{SD3_BLOCK}.attn.to_{x}" for x in "qkv"], False),
+        "joint_blocks.0.x_block.attn2.qkv": ((32, 96), [f"{SD3_BLOCK}.attn2.to_{x}" for x in "qkv"], False),
+        "joint_blocks.0.context_block.attn.qkv": ((32, 96), [f"{SD3_BLOCK}.attn.add_{x}_proj" for x in "qkv"], False),
+        "joint_blocks.0.x_block.mlp.fc2": ((128, 32), [f"{SD3_BLOCK}.ff.net.2"], False),
+        "joint_blocks.0.context_block.adaLN_modulation.1": ((32, 192), [f"{SD3_BLOCK}.norm1_context.linear"], False),
+        "joint_blocks.1.context_block.adaLN_modulation.1": ((32, 64), [f"{SD3_LAST}.norm1_context.linear"], True),
+        "final_layer.adaLN_modulation.1": ((32, 64), ["norm_out.linear"], True),
+    },
+    "z_image": {
+        "layers.0.attention.qkv": ((32, 96), [f"layers.0.attention.to_{x}" for x in "qkv"], False),
+        "layers.1.attention.out": ((32, 32), ["layers.1.attention.to_out.0"], False),
+        "noise_refiner.0.attention.qkv": ((32, 96), [f"noise_refiner.0.attention.to_{x}" for x in "qkv"], False),
+        "layers.0.feed_forward.w1": ((32, 85), ["layers.0.feed_forward.w1"], False),
+        "final_layer.linear": ((32, 64), ["all_final_layer.2-1.linear"], False),
+    },
+}
+"""Layer of the original checkpoint -> its inputs and outputs, the denoiser's layers in it, and whether halves are
+swapped, as the checkpoints' own trainers stack them."""
+STYLES = {
+    "kohya": ("lora_unet_", "lora_down.weight", "lora_up.weight", torch.float32),
+    "int64 alpha": ("lora_unet_", "lora_down.weight", "lora_up.weight", torch.int64),
+    "comfyui": ("diffusion_model.", "lora_A.weight", "lora_B.weight", None),
+    "comfyui, alpha": ("diffusion_model.", "lora_A.weight", "lora_B.weight", torch.bfloat16),
+    "dots, down and up": ("diffusion_model.", "lora_down.weight", "lora_up.weight", torch.uint8),
+}
+"""Prefix, ending of A, of B, and dtype of alpha; no alpha means that of the rank."""
+DEFAULT_STYLES = [
+    *(("flux", "int64 alpha"), ("flux", "comfyui"), ("sd3", "kohya"), ("sd3", "comfyui, alpha")),
+    *(("z_image", "comfyui"), ("z_image", "dots, down and up")),
+]
+
+
+def original_file(family: str, style: str, rank: int = 4, alpha: int = 3) -> dict[str, torch.Tensor]:
+    """data/original.safetensors; what it adds to each of the denoiser's layers, from the whole layers' products."""
+    prefix, down, up, dtype = STYLES[style]
+    tensors, changes = {}, {}
+    for name, ((inputs, outputs), layers, swapped) in ORIGINAL[family].items():
+        generator = seeding.generator(0, name)
+        key = prefix + (name if prefix.endswith(".") else name.replace(".", "_"))
+        tensors[f"{key}.{down}"] = a = torch.randn(rank, inputs, generator=generator)
+        tensors[f"{key}.{up}"] = b = 0.2 * torch.randn(outputs, rank, generator=generator)
+        if dtype:
+            tensors[f"{key}.alpha"] = torch.tensor(alpha).to(dtype)
+        whole = (alpha / rank if dtype else 1.0) * b @ a
+        heads = [32] * (len(layers) - 1)
+        for layer, rows in zip(layers, whole.split([*heads, outputs - sum(heads)]), strict=True):
+            changes[layer] = halves(rows) if swapped else rows
+    save_tensors(Path("data/original.safetensors"), tensors)
+    return changes
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_unets_blocks_as_the_original_checkpoint_counts_them(
+    workspace: Workspace, bases: dict[str, Path], family: str, prefix: str
+) -> None:
+    unet = getattr(diffusers, STOCK[family].cls).from_pretrained(bases[family]).unet
+    layers = {f"{name}.weight": layer.weight.detach() for name, layer in targets.adaptable(unet).items()}
+    tensors, changes = {}, {}
+    for name, (there, weight) in zip(layers, single_files.unet(layers).items(), strict=True):
+        generator, stem = seeding.generator(0, name), there.removesuffix(".weight")
+        key = prefix + (stem if prefix.endswith(".") else stem.replace(".", "_"))
+        tensors[f"{key}.lora_down.weight"] = a = torch.randn(2, *weight.shape[1:], generator=generator)
+        tensors[f"{key}.lora_up.weight"] = b = torch.randn(
+            len(weight), 2, *[1] * (weight.dim() - 2), generator=generator
+        )
+        tensors[f"{key}.alpha"] = torch.tensor(3)
+        changes[name.removesuffix(".weight")] = 1.5 * (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
+    save_tensors(Path("data/original.safetensors"), tensors)
+    denoiser, _ = fill("data/original.safetensors", unet, target_modules=r".*")
+    assert set(lora.targets(denoiser)) == set(changes)
+    for name, expected in changes.items():
+        torch.testing.assert_close(change(denoiser, name), expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("family", "style"),
+    [
+        pytest.param(family, style, marks=[] if (family, style) in DEFAULT_STYLES else [pytest.mark.slow])
+        for family in sorted(ORIGINAL)
+        for style in STYLES
+    ],
+)
+def test_layers_of_the_original_checkpoint_are_taken_apart(
+    workspace: Workspace, bases: dict[str, Path], family: str, style: str
+) -> None:
+    changes = original_file(family, style)
+    transformer = getattr(diffusers, STOCK[family].cls).from_pretrained(bases[family]).transformer
+    denoiser, _ = fill("data/original.safetensors", transformer, rank=4, target_modules=list(changes))
+    assert set(lora.targets(denoiser)) == set(changes)
+    for name, expected in changes.items():
+        torch.testing.assert_close(change(denoiser, name), expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_the_same_flux_file_as_diffusers_reads_it(workspace: Workspace, bases: dict[str, Path]) -> None:
+    """But for the last layer, whose alpha its converter drops, and the single blocks, whose width is fixed in it."""
+    changes = original_file("flux", "kohya")
+    tensors = load_tensors(Path("data/original.safetensors"))
+    pipe = FluxPipeline.from_pretrained(bases["flux"])
+    pipe.load_lora_weights({n: t for n, t in tensors.items() if "double_blocks" in n}, adapter_name=lora.NAME)
+    stock = {name: change(pipe.transformer, name) for name in lora.targets(pipe.transformer)}
+    assert set(stock) == {name for name in changes if name.startswith("transformer_blocks")}
+    for name, found in stock.items():
+        torch.testing.assert_close(found, changes[name], atol=1e-5, rtol=1e-5)
+
+
+def test_an_original_layer_of_another_width_and_one_that_is_nowhere(
+    workspace: Workspace, bases: dict[str, Path]
+) -> None:
+    original_file("sd3", "comfyui")
+    tensors = load_tensors(Path("data/original.safetensors"))
+    transformer = StableDiffusion3Pipeline.from_pretrained(bases["sd3"]).transformer
+    key = "diffusion_model.joint_blocks.0.x_block.attn.qkv"
+    wide = {f"{key}.lora_B.weight": torch.ones(192, 4), f"{key}.lora_A.weight": torch.ones(4, 32)}
+    save_tensors(Path("data/wide.safetensors"), tensors | wide)
+    with pytest.raises(UserError, match=f"'data/wide.safetensors': {key} has 192 outputs, in model.pretrained 96; it"):
+        fill("data/wide.safetensors", copy.deepcopy(transformer), target_modules="attention")
+    more = {n.replace("blocks.0", "blocks.7"): t for n, t in wide.items()}
+    save_tensors(Path("data/deep.safetensors"), tensors | more)
+    with pytest.raises(
+        UserError, match=r"adapts diffusion_model.joint_blocks.7\S+, which SD3Transformer2DModel does not"
+    ):
+        fill("data/deep.safetensors", transformer, target_modules="attention")
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_every_file_of_ours_of_a_transformer(
+    workspace: Workspace, bases: dict[str, Path], family: str, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also ComfyUI's, where DoRA's rows are in the original checkpoint's order, and nothing says an alpha."""
+    changes = {"rank": 4, "alpha": 6.0, "target_modules": "all-linear"} | changes
+    pipe = getattr(diffusers, STOCK[family].cls).from_pretrained(bases[family])
+    config = lora.make_config(params(**changes), pipe.transformer)
+    model = copy.deepcopy(pipe.transformer)
+    for key, parameter in lora.inject(model, config).items():
+        parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=seeding.generator(0, key))
+    parts = {"transformer": trained.read(config, model)}
+    fields = {"lora_dag": '{"base": {}}'}
+    writers.write_diffusers(load_family(family), parts, fields, Path("data/files"))
+    writers.write_comfyui(load_family(family), parts, fields, Path("data/files/comfyui.safetensors"))
+    for name in ("pytorch_lora_weights", "comfyui"):
+        denoiser, plan = fill(f"data/files/{name}.safetensors", copy.deepcopy(pipe.transformer), **changes)
+        assert "B times" in plan
+        for layer in lora.targets(model):
+            expected, found = (weight_of(each.get_submodule(layer)) for each in (model, denoiser))
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, msg=f"{name} {layer}")
+    assert "says its alpha" not in caplog.text
+
+
+def weight_of(layer: Any) -> torch.Tensor:
+    """With the adapter in it, by PEFT."""
+    layer.merge()
+    return layer.get_base_layer().weight
+
+
+# What does not fit
+
+
+def test_everything_that_does_not_fit_is_said_at_once_with_what_would(workspace: Workspace) -> None:
+    write(workspace, rank=4, alpha=2.0, target_modules=["attn1.to_q", "to_v"], use_dora=True)
+    found = refusal(FILES["diffusers"], target_modules=["to_q", "to_v"], rank=2, bias="all")
+    assert found == (
+        "params.yaml lora.target_modules: the file of lora.init_from has 12 layers, params.yaml says 16 (4 not in it, "
+        "such as down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q); use lora.target_modules=[attn1.to_q, "
+        "attn1.to_v, attn2.to_v]",
+        "params.yaml lora.rank: the file of lora.init_from has 4, params.yaml says 2; use lora.rank=4 lora.alpha=null",
+        "params.yaml lora.use_dora: the file of lora.init_from has magnitudes of DoRA, params.yaml says False; "
+        "use lora.use_dora=true",
+        "params.yaml lora.bias: the file of lora.init_from has no trained biases, params.yaml says all; "
+        "use lora.bias=none",
+    )
+
+
+def test_other_ranks_and_biases_name_the_settings(workspace: Workspace) -> None:
+    write(workspace, rank_pattern={"to_v": 3}, bias="all")
+    rank, biases = refusal(FILES["comfyui"], rank=4)
+    assert rank.endswith("has 2 and 3, params.yaml says 4; use lora.rank=2 lora.alpha=4 lora.rank_pattern={to_v: 3}")
+    assert biases.endswith("trained biases, params.yaml says none; use lora.bias=all")
+    settings = {"rank": 2, "rank_pattern": {"to_v": 3}}
+    assert refusal(FILES["comfyui"], **settings, bias="lora_only")[0].endswith("use lora.bias=all")
+    fill(FILES["comfyui"], **settings, bias="all")
+
+
+def test_a_start_from_the_data_as_well(workspace: Workspace) -> None:
+    write(workspace)
+    assert refusal(FILES["ours"], init_lora_weights="eva") == (
+        "params.yaml lora.init_lora_weights: eva would replace the start that lora.init_from is; use gaussian",
+    )
+
+
+def test_a_preset_is_named_where_it_fits(workspace: Workspace) -> None:
+    write(workspace, target_modules="attention+ff")
+    (problem,) = refusal(FILES["ours"], exclude_modules=["to_k"])
+    assert problem.endswith("; use lora.target_modules=attention+ff lora.exclude_modules=[]")
+
+
+def test_another_family_and_another_base(workspace: Workspace, bases: dict[str, Path]) -> None:
+    write(workspace)
+    flux = FluxPipeline.from_pretrained(bases["flux"]).transformer
+    with pytest.raises(UserError, match=r"adapts unet.down_blocks.* which FluxTransformer2DModel does not have; is it"):
+        fill(FILES["diffusers"], flux)
+    tensors = load_tensors(Path(FILES["comfyui"]))
+    wide = {n: torch.cat([t, t], dim=1) if n.endswith("down.weight") else t for n, t in tensors.items()}
+    save_tensors(Path("data/wide.safetensors"), wide)
+    (problem,) = refusal("data/wide.safetensors")
+    assert "has 64 inputs and 32 outputs, in model.pretrained 32 and 32 (32 such layers); it was made for" in problem
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (
+            {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": 1},
+            "also adapts a text encoder (1 layer), which is not",
+        ),
+        ({"lora_unet_conv_in.lokr_w1": 1}, "has 1 key that is no LoRA's (lora_unet_conv_in.lokr_w1); LoHa, LoKr"),
+        (
+            {"lora_unet_conv_in.lora_down.weight": 1},
+            "is damaged: the tensors of lora_unet_conv_in are no adapter; fetch",
+        ),
+        ({"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.dora_scale": 32}, "read in two ways"),
+    ],
+    ids=["text", "lokr", "half", "dora"],
+)
+def test_keys_that_have_no_place(workspace: Workspace, more: dict[str, int], reason: str) -> None:
+    write(workspace)
+    tensors = load_tensors(Path(FILES["comfyui"]))
+    save_tensors(Path("data/other.safetensors"), tensors | {key: torch.ones(size) for key, size in more.items()})
+    (problem,) = refusal("data/other.safetensors")
+    assert problem.startswith("params.yaml lora.init_from: 'data/other.safetensors' ") and reason in problem
+
+
+KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_ff_net_0_proj"  # 32 inputs, 256 outputs
+NO_LORA = {
+    "loha": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"],
+    "lokr": ["lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"],
+    "oft": ["oft_blocks", "alpha"],
+    "boft": ["oft_blocks", "rescale", "alpha"],
+    "glora": ["a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"],
+    "full": ["diff", "diff_b"],
+    "norms": ["w_norm", "b_norm"],
+}
+
+
+@pytest.mark.parametrize("prefix", [KOHYA, "diffusion_model.layers.0.attention.qkv"])
+@pytest.mark.parametrize("kind", NO_LORA)
+def test_what_is_no_lora_is_not_called_damaged(workspace: Workspace, kind: str, prefix: str) -> None:
+    save_tensors(Path("data/other.safetensors"), {f"{prefix}.{leaf}": torch.ones(1) for leaf in NO_LORA[kind]})
+    (problem,) = refusal("data/other.safetensors")
+    assert "no LoRA's" in problem and "damaged" not in problem
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (256, 1)], ids=["over inputs", "over outputs"])
+def test_dora_over_inputs_is_read_in_two_ways_and_not_damaged(workspace: Workspace, shape: tuple[int, int]) -> None:
+    """OneTrainer's default, and LyCORIS's wd_on_output=False."""
+    tensors = {"lora_down.weight": torch.ones(2, 32), "lora_up.weight": torch.ones(256, 2), "alpha": torch.tensor(2.0)}
+    tensors["dora_scale"] = torch.ones(shape)
+    save_tensors(Path("data/dora.safetensors"), {f"{KOHYA}.{leaf}": tensor for leaf, tensor in tensors.items()})
+    (problem,) = refusal("data/dora.safetensors")
+    assert "holds DoRA as dora_scale, which programs read in two ways; start from a file of diffusers" in problem
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"peft_type": "LOHA"}, "is LOHA, no LoRA"), ({"init_lora_weights": "pissa_niter_4"}, "began as pissa_niter_4")],
+)
+def test_a_config_of_something_else(workspace: Workspace, change: dict[str, str], reason: str) -> None:
+    write(workspace)
+    config = Path(FILES["peft"]).with_name("adapter_config.json")
+    write_json(config, read_json(config) | change)
+    assert reason in refusal(FILES["peft"])[0]
+    write_json(Path("data/start/adapter.json"), read_json(Path("data/start/adapter.json")) | {"files": {}})
+    assert "adapter.json belongs to another file than" in refusal(FILES["ours"])[0]
+
+
+@pytest.mark.parametrize("cast", [torch.int8, torch.bool, torch.complex64, "nan", "inf"])
+def test_tensors_that_are_no_weights(workspace: Workspace, cast: torch.dtype | str) -> None:
+    write(workspace)
+    tensors = load_tensors(Path(FILES["comfyui"]))
+    name = min(name for name in tensors if name.endswith("up.weight"))
+    odd = tensors[name] * float(cast) if isinstance(cast, str) else tensors[name].to(cast)
+    save_tensors(Path("data/odd.safetensors"), tensors | {name: odd})
+    (problem,) = refusal("data/odd.safetensors")
+    reason = "has NaN or infinity; its training failed" if isinstance(cast, str) else "; start from a file in a float"
+    assert problem.startswith(f"params.yaml lora.init_from: 'data/odd.safetensors': {name} ") and reason in problem
+
+
+@pytest.mark.parametrize("content", [[], None, "x"])
+def test_a_config_that_is_no_mapping(workspace: Workspace, content: object) -> None:
+    write(workspace)
+    write_json(Path(FILES["peft"]).with_name("adapter_config.json"), content)
+    write_json(Path("data/start/adapter.json"), content)
+    for name in ("peft", "ours"):
+        assert f"its content is {content!r}, no mapping; fetch it again" in refusal(FILES[name])[0]
+
+
+def test_alphas_that_are_none(workspace: Workspace) -> None:
+    write(workspace)
+    path = Path(FILES["peft"]).with_name("adapter_config.json")
+    whole = read_json(path)
+    cases: list[tuple[dict[str, Any], str]] = [
+        *(({"lora_alpha": value}, "alpha of lora_alpha is ") for value in ("x", None, [1], True)),
+        ({"alpha_pattern": [1]}, "its alpha_pattern is [1], no mapping"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern '(' is no pattern"),
+        ({"alpha_pattern": {"to_q": "x"}}, "alpha of to_q is 'x', no finite number"),
+    ]
+    for change, reason in cases:
+        write_json(path, whole | change)
+        assert reason in refusal(FILES["peft"])[0]
+    path.write_text(path.read_text().replace('"x"', "1").replace('"lora_alpha": 2', '"lora_alpha": NaN'))
+    assert "alpha of lora_alpha is nan, no finite number" in refusal(FILES["peft"])[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        *(("lora_adapter_metadata", value, "its lora_adapter_metadata is ") for value in ("[]", "null", "3")),
+        ("lora_adapter_metadata", '{"unet.lora_alpha": "x"}', "alpha of lora_alpha is 'x'"),
+        *(("lora_dag", value, "its lora_dag is ") for value in ("[]", '"x"')),
+        *(("lora_dag", value, "its base is ") for value in ('{"base": 3}', '{"base": ["unet"]}')),
+    ],
+)
+def test_a_header_of_another_shape(workspace: Workspace, key: str, value: str, reason: str) -> None:
+    write(workspace)
+    tensors, kept = load_tensors(Path(FILES["diffusers"])), load_metadata(Path(FILES["diffusers"]))
+    save_tensors(Path("data/odd.safetensors"), tensors, kept | {key: value})
+    (problem,) = refusal("data/odd.safetensors")
+    assert reason in problem
+    if key == "lora_dag":
+        with pytest.raises(UserError, match="data/odd.safetensors: damaged"):
+            several.require_base(Path("data/odd.safetensors"), {"unet": "0"})
+
+
+def test_a_layer_without_a_rank_and_a_path_that_is_none(workspace: Workspace) -> None:
+    write(workspace)
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    empty = {f"{key}.lora_down.weight": torch.zeros(0, 32), f"{key}.lora_up.weight": torch.zeros(32, 0)}
+    save_tensors(Path("data/odd.safetensors"), load_tensors(Path(FILES["comfyui"])) | empty)
+    assert "are no adapter; fetch it again" in refusal("data/odd.safetensors")[0]
+    assert init_from_pin.problems("a\0.safetensors", None) == [
+        "params.yaml lora.init_from: 'a\\x00.safetensors' has a NUL character, which no path has"
+    ]
+
+
+# The pin
+
+
+def test_the_pin_covers_the_config_that_says_alpha(workspace: Workspace) -> None:
+    write(workspace)
+    path = Path(FILES["peft"])
+    listed = "".join(f"{sha256_file(p)}  {p.name}\n" for p in (path.with_name("adapter_config.json"), path))
+    found = hashlib.sha256(listed.encode()).hexdigest()  # cd FOLDER && sha256sum CONFIG FILE | sha256sum
+    (problem,) = init_from_pin.problems(str(path).replace("data/export", "data/x/../export"), None)
+    assert "lies in data/export, which a run deletes or writes anew; copy it: mkdir" in problem
+    shutil.copytree(path.parent, "data/my peft")
+    name = f"data/my peft/{path.name}"
+    assert init_from_pin.problems(name, found) == []
+    accept = f"to start from it: -S \"lora.init_from={{path: '{name}', sha256: {found}}}\""
+    assert init_from_pin.problems(name, None) == [
+        f"params.yaml lora.init_from: '{name}' has the digest {found}, params.yaml pins no sha256; {accept}"
+    ]
+    (problem,) = init_from_pin.problems(name, "f" * 64)
+    assert f"params.yaml pins {'f' * 64}; {accept}" in problem
+    config = Path("data/my peft/adapter_config.json")
+    config.write_text(config.read_text().replace('"lora_alpha": 2', '"lora_alpha": 5'))
+    assert len(init_from_pin.problems(name, found)) == 1
+
+
+def test_files_that_are_not_there(workspace: Workspace) -> None:
+    Path("data/folder").mkdir()
+    Path("data/folder/a.safetensors").touch()
+    Path("data/a.bin").touch()
+    assert init_from_pin.problems("data/none.safetensors", None)[0].endswith(
+        "it has to be tracked by DVC (dvc add, dvc pull) or git"
+    )
+    assert init_from_pin.problems("data/folder", None)[0].endswith("is a folder; name a file in it (a.safetensors)")
+    assert "is no .safetensors file; convert it" in init_from_pin.problems("data/a.bin", None)[0]
+    found = init_from_pin.digest(Path("data/folder/a.safetensors"))
+    assert init_from_pin.problems("data/folder/a.safetensors", found) == []
+    assert "damaged, or no safetensors file" in refusal("data/folder/a.safetensors")[0]
+
+
+# The stage
+
+
+def pinned(path: str, digest: str | None = None) -> tuple[str, str]:
+    return "--set", f"lora.init_from={{path: {path}, sha256: {digest or init_from_pin.digest(Path(path))}}}"
+
+
+def test_train_starts_there_and_goes_on_after_a_kill_with_the_same_bytes(workspace: Workspace) -> None:
+    for stage in ("prepare", "cache_latents", "train"):
+        workspace.run(stage)
+    fresh = workspace.tree("data/adapter")
+    assert b'"init_from": null' in fresh["adapter.json"]
+    Path("data/start").mkdir()
+    for name in ("adapter.json", FINAL):
+        shutil.copy(f"data/adapter/{name}", f"data/start/{name}")
+    path = FILES["ours"]
+    workspace.run("check", *pinned(path))
+    with pytest.raises(UserError, match="use lora.rank=2 lora.alpha=null"):
+        workspace.run("check", *pinned(path), "--set", "lora.rank=4")
+    for stage in ("check", "train"):
+        with pytest.raises(UserError, match=r"has the digest \w{64}, params.yaml pins f{64}; to start from it: -S"):
+            workspace.run(stage, *pinned(path, "f" * 64))
+    assert workspace.tree("data/adapter") == fresh
+
+    lines = workspace.run("train", *pinned(path))
+    digest = init_from_pin.digest(Path(path))
+    assert f"start       {path} ({digest[:12]}), at its own strength" in lines
+    whole = workspace.tree("data/adapter")
+    assert whole[FINAL] != fresh[FINAL]
+    assert read_json(Path("data/adapter/adapter.json"))["made_from"]["lora"]["init_from"] == {"sha256": digest}
+    assert path.encode() not in b"".join(whole.values())
+
+    shutil.move("data/start", "data/moved")
+    moved = pinned("data/moved/adapter.safetensors")
+    with broken_off(3):
+        workspace.run("train", *moved)
+    workspace.run("train")  # is another run: it takes nothing of the checkpoint
+    assert workspace.tree("data/adapter") == fresh
+    assert "resumed from step 2" in workspace.run("train", *moved)
+    assert workspace.tree("data/adapter") == whole

@@ -1,0 +1,111 @@
+"""Gradients add up to the same bits whatever the order and the number of processes."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_dag.core.console import UserError
+from stages.train import processes
+from tests.helpers.settings import train_params
+
+
+def gradients(count: int, scale: float = 1.0) -> list[list[torch.Tensor | None]]:
+    """Of ``count`` micro-batches for three parameters; the last never gets one."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        [scale * torch.randn(3, 4, generator=generator), 1e-6 * torch.randn(5, generator=generator), None]
+        for _ in range(count)
+    ]
+
+
+def summed(parts: list[list[torch.Tensor | None]], order: tuple[int, ...]) -> list[torch.Tensor | None]:
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (2,))]
+    total = processes.GradientSum(parameters, len(parts))
+    for index in order:
+        for parameter, gradient in zip(parameters, parts[index], strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        total.add()
+        assert all(parameter.grad is None for parameter in parameters)
+    losses = torch.tensor([1.0, 0.5])
+    assert not total.put(losses, False) and losses.tolist() == [1.0, 0.5]
+    return [parameter.grad for parameter in parameters]
+
+
+def test_the_order_of_micro_batches_does_not_change_a_bit() -> None:
+    parts = gradients(4)
+    first = summed(parts, (0, 1, 2, 3))
+    for order in itertools.permutations(range(4)):
+        found = summed(parts, order)
+        assert all(
+            torch.equal(a, b) for a, b in zip(found[:2], first[:2], strict=True) if a is not None and b is not None
+        )
+    plain = [sum(part[0] for part in (parts[i] for i in order)) for order in itertools.permutations(range(4))]  # type: ignore[misc]
+    assert any(not torch.equal(plain[0], other) for other in plain)  # type: ignore[arg-type]
+
+
+def test_the_sum_is_exact_to_a_rounding() -> None:
+    parts = gradients(4)
+    found = summed(parts, (2, 0, 3, 1))
+    for index in (0, 1):
+        exact = torch.stack([part[index].double() for part in parts]).sum(0)  # type: ignore[union-attr]
+        assert found[index] is not None
+        torch.testing.assert_close(found[index].double(), exact, rtol=1e-7, atol=4 * 2.0**-45)  # type: ignore[union-attr]
+
+
+def test_a_parameter_without_gradient_keeps_none() -> None:
+    assert summed(gradients(2), (0, 1))[2] is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
+def test_what_does_not_fit_becomes_nan_and_not_a_wrong_number(bad: float) -> None:
+    parts = gradients(2)
+    parts[1][0][0, 0] = bad  # type: ignore[index]
+    found = summed(parts, (0, 1))
+    assert all(bool(gradient.isnan().all()) for gradient in found if gradient is not None)
+
+
+def test_the_first_process_that_ended_is_named_with_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    processes.LOGS.mkdir()
+    for number, text in ((1, ""), (2, "step 1\nno such layer\n")):
+        processes.log_file(number).write_text(text)
+    ended = [subprocess.Popen(["bash", "-c", script]) for script in ("exit 0", "exit 1", "kill -KILL $$")]
+    assert str(processes.failure(ended)) == ("train: process 2 ended (no such layer; see logs/train-process-2.log)")
+    assert str(processes.failure(ended[2:])) == (
+        "train: process 1 ended (killed by signal 9; 9 is often for want of memory)"
+    )
+    assert processes.failure(ended[:1]) is None
+
+
+@pytest.mark.parametrize("theirs", [["digest", 2], ["another", 2], ["digest", None]])
+def test_processes_that_would_start_from_different_states_are_refused(
+    theirs: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_gather_object(found: list[object], value: object) -> None:
+        found[:] = [value, theirs]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    if theirs == ["digest", 2]:
+        return processes.require_same(["digest", 2])
+    with pytest.raises(UserError, match="use machines of one kind, with one state directory"):
+        processes.require_same(["digest", 2])
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "num_processes", "use"), [(1, 2, "use 2,"), (3, 2, "use 2 or 4,"), (4, 3, "use 3 or 6,")]
+)
+def test_processes_that_do_not_divide_a_step_are_refused(accumulation: int, num_processes: int, use: str) -> None:
+    with pytest.raises(UserError) as caught:
+        processes.require_share(train_params(f"gradient_accumulation_steps={accumulation}"), num_processes)
+    assert f"the {accumulation} micro-batches of a step do not divide among {num_processes} processes" in str(
+        caught.value
+    )
+    assert use in str(caught.value)
+    processes.require_share(train_params("gradient_accumulation_steps=4"), 2)

@@ -1,0 +1,168 @@
+"""Broken off and started again, a training ends in the bytes of an undisturbed one; any other run starts anew."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_dag.artifacts.adapter import FINAL
+from lora_dag.core.files import last_holder
+from lora_dag.pipeline import code
+from tests.conftest import REPOSITORY, Workspace, picture
+from tests.helpers import forked
+from tests.helpers.caches import write_mixed_cache
+from tests.helpers.trainings import LONG, outputs, refusal, signalled, weights
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_resumed_run_gives_the_bytes_of_an_undisturbed_one(
+    encoded: Workspace, reference: Path, interrupt: Callable[..., None], at: int, every: int
+) -> None:
+    argv = (*LONG, "--set", f"train.checkpoint_every_n_steps={every}")
+    interrupt(at, *argv)
+    assert not Path("data/adapter").exists()
+    lines = encoded.run("train", *argv)
+    done = at - at % every
+    assert [line for line in lines if "resumed" in line] == ([f"resumed from step {done}"] if done else [])
+    for name, blob in encoded.tree("data/adapter").items():
+        assert blob == (reference / "data/adapter" / name).read_bytes(), name
+    for name in ("loss.csv", "metrics.json"):
+        assert Path("reports/train", name).read_bytes() == (reference / "reports/train" / name).read_bytes()
+
+
+def test_interrupted_twice_and_with_the_newest_checkpoint_damaged(
+    encoded: Workspace, reference: Path, interrupt: Callable[..., None]
+) -> None:
+    argv = (*LONG, "--set", "train.checkpoint_every_n_steps=1")
+    interrupt(2, *argv)
+    interrupt(5, *argv)
+    (newest,) = Path(".state/runs").glob("*/checkpoints/step-000005.pt")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    lines = encoded.run("train", *argv)
+    assert "resumed from step 4" in lines and any("is damaged or unfinished" in line for line in lines)
+    assert (Path("data/adapter") / FINAL).read_bytes() == (reference / "data/adapter" / FINAL).read_bytes()
+
+
+def test_killed_before_a_step_the_same_command_gives_the_same_bytes(encoded: Workspace, reference: Path) -> None:
+    argv = (*LONG, "--set", "train.checkpoint_every_n_steps=1")
+
+    def run() -> None:
+        with signalled(4, signal.SIGKILL):
+            encoded.run("train", *argv)
+
+    assert forked.exit_code(run) == -signal.SIGKILL
+    assert not Path("data/adapter").exists()
+    assert "resumed from step 4" in encoded.run("train", *argv)
+    for name, blob in encoded.tree("data/adapter").items():
+        assert blob == (reference / "data/adapter" / name).read_bytes(), name
+
+
+@pytest.mark.usefixtures("encoded")
+def test_only_the_very_same_run_is_resumed(interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+    def resumed(*argv: str) -> bool:
+        interrupt(3, *LONG, *argv)
+        return "resumed from step 2" in caplog.messages
+
+    assert not resumed()
+    for change in ("lora.rank=3", "lora.alpha=4", "train.learning_rate=2e-3", "train.seed=1", "train.num_steps=7"):
+        assert not resumed("--set", change), change
+    for change in ("runtime.log_every_n_steps=2", "train.checkpoint_every_n_steps=5", "export.seed=9"):
+        assert resumed("--set", change), change
+
+
+def test_alpha_null_is_the_run_of_the_rank_written_out(encoded: Workspace, interrupt: Callable[..., None]) -> None:
+    """The same bytes, with what adapter.json says of the settings, and one checkpoint."""
+    patterns = ("--set", "lora.rank=4", "--set", "lora.rank_pattern={to_k: 3}")
+    interrupt(3, *LONG, *patterns, "--set", "lora.alpha=null")
+    argv = (*LONG, *patterns, "--set", "lora.alpha=4", "--set", "lora.alpha_pattern={to_k: 3}")
+    assert "resumed from step 2" in encoded.run("train", *argv)
+    written_out = outputs(encoded)
+    encoded.run("train", *LONG, *patterns, "--set", "lora.alpha=null")
+    assert outputs(encoded) == written_out
+    assert '"alpha": 4.0' in written_out["adapter.json"].decode()
+
+
+def test_other_latents_or_code_are_no_resume(
+    encoded: Workspace, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupt(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code, "code_digest", lambda *_: "other")
+        interrupt(3)
+        assert "resumed from step 2" not in caplog.messages
+    picture(50).save("data/raw/00.png")
+    encoded.run("prepare")
+    encoded.run("cache_latents")
+    interrupt(3)
+    assert "resumed from step 2" not in caplog.messages
+
+
+HOLD = (
+    "import sys; from pathlib import Path; from lora_dag.core.files import lock\nwith lock(Path(sys.argv[1])): input()"
+)
+
+
+def test_a_second_process_on_the_same_run_is_refused(encoded: Workspace, interrupt: Callable[..., None]) -> None:
+    interrupt(3)
+    (folder,) = Path(".state/runs").resolve().iterdir()
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE) as holder:
+        while last_holder(folder)[0] != str(holder.pid):
+            assert holder.poll() is None
+        problem = refusal(encoded)
+        assert holder.stdin
+        holder.stdin.write(b"\n")
+        holder.stdin.close()
+    assert problem == (
+        f"{folder}: process {holder.pid} is at work on this run; wait for it, or stop it: kill {holder.pid}"
+    )
+    assert "resumed from step 2" in encoded.run("train")
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_mixed_run_resumes_to_the_same_bytes(mixed: Workspace, interrupt: Callable[..., None], at: int) -> None:
+    argv = (*LONG, "--set", "train.gradient_accumulation_steps=2", "--set", "train.checkpoint_every_n_steps=1")
+    mixed.run("train", *argv)
+    expected = outputs(mixed)
+    shutil.rmtree("data/adapter")
+    interrupt(at, *argv)
+    assert f"resumed from step {at}" in mixed.run("train", *argv)
+    assert outputs(mixed) == expected
+
+
+@pytest.mark.parametrize("change", [{"repeats": 3}, {"loss_weight": 0.9}, {"captions": ("caption 0",)}], ids=str)
+def test_another_weight_repetition_or_choice_of_captions_is_another_run(
+    workspace: Workspace, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture, change: dict[str, Any]
+) -> None:
+    write_mixed_cache()
+    interrupt(3)
+    interrupt(3)
+    assert "resumed from step 2" in caplog.messages
+    caplog.clear()
+    write_mixed_cache(**change)
+    interrupt(3)
+    assert "resumed from step 2" not in caplog.messages
+
+
+@pytest.mark.parametrize("target_modules", ["attention", "all-linear+conv"])
+@pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
+def test_every_kind_of_adapter_trains_and_resumes_to_the_same_bytes(
+    encoded: Workspace, interrupt: Callable[..., None], variant: str, target_modules: str
+) -> None:
+    changes = (f"lora.{variant}=true", f"lora.target_modules={target_modules}", "lora.rank_pattern={to_k: 3}")
+    argv = tuple(word for change in changes for word in ("--set", change))
+    interrupt(3, *argv)
+    assert "resumed from step 2" in encoded.run("train", *argv)
+    resumed = outputs(encoded)
+    encoded.run("train", *argv)
+    assert outputs(encoded) == resumed
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in weights().values())
+    assert {len(tensor) for name, tensor in weights().items() if "to_k.lora_A" in name} == {3}

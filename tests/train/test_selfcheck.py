@@ -1,0 +1,124 @@
+"""What a training notices of itself: losses that are no numbers, a changed base, layers that nothing reaches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_dag.adapters import lora
+from lora_dag.core.console import UserError
+from lora_dag.diffusion import objectives
+from stages.train.selfcheck import Watch
+from stages.train.trainer import Trainer
+from tests.conftest import Workspace
+from tests.helpers.trainings import LONG, history, refusal, weights
+
+
+def test_clipping_that_does_not_clip_is_noticed(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "accelerate.Accelerator.clip_grad_norm_",
+        lambda self, p, norm: torch.nn.utils.get_total_norm([parameter.grad for parameter in p]),
+    )
+    with pytest.raises(RuntimeError, match=r"gradient norm is 0\.\d+ after clipping to 0.01"):
+        encoded.run("train", "--set", "train.max_grad_norm=0.01")
+
+
+@pytest.fixture
+def broken_targets(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
+    """``broken_targets({2})`` makes the loss of the second step NaN."""
+
+    def make(steps: set[int]) -> None:
+        original, count = objectives.target, iter(range(1, 1000))
+
+        def target(*args: Any) -> torch.Tensor:
+            return original(*args) * (math.nan if next(count) in steps else 1)
+
+        monkeypatch.setattr(objectives, "target", target)
+
+    return make
+
+
+def test_three_losses_in_a_row_that_are_no_numbers_stop(
+    encoded: Workspace, broken_targets: Callable[[set[int]], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken_targets({3, 4, 5})
+    assert refusal(encoded, *LONG) == (
+        "train: no finite loss and gradient in 3 steps in a row (last: step 4); "
+        "lower train.learning_rate, or set model.dtype to float32"
+    )
+    warned = [line for line in caplog.messages if line.startswith("warning: step")]
+    assert warned == [f"warning: step {step}: loss nan, gradient norm nan; no update" for step in (2, 3, 4)]
+
+
+def test_a_single_loss_that_is_no_number_changes_nothing(
+    encoded: Workspace, broken_targets: Callable[[set[int]], None]
+) -> None:
+    broken_targets({3, 4, 6})
+    lines = encoded.run("train", *LONG)
+    assert sum(line.startswith("warning: step") for line in lines) == 3
+    assert [math.isnan(row["loss"]) for row in history()] == [False, False, True, True, False, True]
+    assert all(tensor.isfinite().all() for tensor in weights().values())
+
+
+def test_a_strength_beyond_float32_is_one_line(encoded: Workspace) -> None:
+    with pytest.raises(UserError, match="params.yaml lora.alpha: so large that"):
+        encoded.run("train", "--set", "lora.alpha=1e300")
+    assert not Path("data/adapter").exists()
+
+
+def test_an_adapter_that_changes_step_zero_is_noticed(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = lora.keyed_init
+
+    def nonzero(denoiser: torch.nn.Module, *args: Any) -> None:
+        original(denoiser, *args)
+        next(p for name, p in denoiser.named_parameters() if "lora_B" in name).data[0, 0] = 0.1
+
+    monkeypatch.setattr(lora, "keyed_init", nonzero)
+    with pytest.raises(RuntimeError, match="the fresh adapter changes the base's output by"):
+        encoded.run("train")
+    assert not Path("data/adapter").exists()
+
+
+def test_a_changed_base_is_noticed(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Trainer.step
+
+    def step(self: Trainer, number: int) -> None:
+        original(self, number)
+        next(p for p in self.denoiser.parameters() if not p.requires_grad).data.view(-1)[0] += 1e-3
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(RuntimeError, match="training changed the frozen base"):
+        encoded.run("train")
+    assert not Path("data/adapter").exists()
+
+
+def test_a_layer_without_gradient_is_noticed(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Watch.gradients
+
+    def gradients(self: Watch) -> None:
+        next(iter(self.trainable.values())).grad = None
+        original(self)
+
+    monkeypatch.setattr(Watch, "gradients", gradients)
+    with pytest.raises(RuntimeError, match=r"no gradient ever reached \['down_blocks.0.*to_q.lora_A"):
+        encoded.run("train")
+
+
+def test_an_adapter_without_any_gradient_is_no_layer_that_nothing_reads() -> None:
+    names = [f"{layer}.lora_{which}.default.weight" for layer in ("a.to_q", "b.to_q") for which in "AB"]
+    watch = Watch({name: torch.nn.Parameter(torch.zeros(1)) for name in names}, 1.0)
+    for _ in range(4):
+        watch.gradients()
+    with pytest.raises(UserError, match="no gradient was left for any layer; look at train.learning_rate"):
+        watch.end()
+
+
+def test_weights_that_are_not_finite_are_not_delivered(encoded: Workspace) -> None:
+    with pytest.raises(UserError, match="train: the run ended in "):
+        encoded.run("train", "--set", "train.learning_rate=1e6", "--set", "train.weight_decay=1e6")
+    assert not Path("data/adapter").exists()

@@ -1,0 +1,221 @@
+"""Nearest training pictures: distances against stock diffusers, and planted copies."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from lora_dag.artifacts import metrics
+from lora_dag.artifacts.latent_cache import LatentCache
+from lora_dag.artifacts.lineage import load as load_lineage
+from lora_dag.artifacts.manifest import Manifest
+from lora_dag.core import params
+from lora_dag.core.console import UserError
+from lora_dag.core.params import ModelParams
+from lora_dag.families import sd
+from lora_dag.pictures.pictures import load_view
+from stages.report.page import in_words
+from stages.validate import examine, neighbours
+from stages.validate.exam import make_exam
+from stages.validate.latents import Vae
+from stages.validate.neighbours import Neighbours, Sample, Space
+from stages.validate.params import ValidateParams
+from tests.conftest import Workspace
+from tests.helpers.caches import write_mixed_cache
+from tests.validate.test_validate import cached, write_adapter  # noqa: F401  (a fixture)
+
+CPU = torch.device("cpu")
+
+
+def noise(count: int, size: tuple[int, int] = (32, 32)) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)) for _ in range(count)]
+
+
+def make_space(model: Any = None) -> Space:
+    config, cache = params.load(Path("params.yaml")), LatentCache(Path("data/latents"))
+    exam = make_exam(config.section(ValidateParams), config.section(ModelParams), sd, cache, CPU)
+    return Space(exam, cache, Vae(exam), model)
+
+
+def training_pictures() -> dict[str, Image.Image]:
+    """As prepare cuts them."""
+    manifest = Manifest.load(Path("data/prepared"))
+    return {
+        item.file_name: load_view(
+            Path("data/raw", item.file_name).read_bytes(),
+            item,
+            manifest.augmentation.views(item, 1)[0],
+            manifest.preprocessing,
+        )
+        for item in manifest.items
+        if item.split == "train"
+    }
+
+
+def test_distances_are_those_of_the_stock_vae(cached: Workspace) -> None:  # noqa: F811
+    space, pictures = make_space(), noise(4)
+    found = neighbours.compare(space, ["a", "b"], [pictures[:2]], [pictures[2:]])
+    vae, trained = AutoencoderKL.from_pretrained("data/base/vae"), training_pictures()
+
+    def latents(picture: Image.Image) -> np.ndarray:
+        pixels = torch.tensor(np.array(picture) / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            return (vae.encode(pixels).latent_dist.mean[0] * vae.config.scaling_factor).double().numpy()
+
+    known = {name: latents(picture) for name, picture in trained.items()}
+    for sample, picture in zip(found.base + found.adapter, pictures, strict=True):
+        own = latents(picture)
+        expected = {name: float(np.sqrt(np.mean((own - other) ** 2))) for name, other in known.items()}
+        assert sample.nearest == min(expected, key=lambda name: expected[name])
+        assert sample.distance == pytest.approx(expected[sample.nearest], rel=1e-4)
+    assert [(sample.prompt, sample.index) for sample in found.base] == [("a", 0), ("b", 0)]
+    assert found.num_views == len(trained) and len(found.heldout) == 8 - len(trained)
+
+
+def test_only_pictures_of_the_samples_shape_are_compared_as_latents(workspace: Workspace) -> None:
+    write_mixed_cache()
+    space, pictures = make_space(), noise(2, (48, 16))
+    views = {view for _, view in space.trained_views()}
+    assert views == {"0a", "0b", "1a", "1b"}  # the wide ones that are trained on
+    found = neighbours.compare(space, ["a"], [[pictures[0]]], [[pictures[1]]])
+    assert found.adapter[0].view in views and len(found.heldout) == 3
+    shown: list[tuple[int, int]] = []
+
+    class Pixels:
+        name = "pixels"
+
+        def images(self, given: Any) -> np.ndarray:
+            shown.extend(picture.size for picture in given)
+            return np.stack([np.asarray(picture.resize((4, 4)), np.float32).ravel() for picture in given])
+
+    every = neighbours.compare(make_space(Pixels()), ["a"], [[pictures[0]]], [[pictures[1]]])
+    assert every.num_views == 10 and {(48, 16), (16, 48), (32, 32)} == set(shown)  # none for regularization
+    assert neighbours.scale(every, make_space(Pixels()))["space"] == "pixels"
+
+
+def samples(*distances: float) -> list[Sample]:
+    return [Sample("a", index, noise(1)[0], value, "x.png", "x") for index, value in enumerate(distances)]
+
+
+def test_copied_is_nearer_than_nearly_all_pictures_that_were_held_out() -> None:
+    heldout = np.arange(1, 101) / 100
+    found = Neighbours(samples(0.5, 0.9), samples(0.0, 0.05, 0.07, 0.5), heldout, (1.0, 1.0), 9)
+    assert found.threshold == pytest.approx(0.0505)  # between the 5th and the 6th of a hundred
+    assert [found.copied_share(found.base), found.copied_share(found.adapter)] == [0, 0.5]
+    neighbours.require_few_copied(found, None, Path("reports"))
+    neighbours.require_few_copied(found, 0.5, Path("reports"))
+    with pytest.raises(
+        UserError, match=r"max_copied_share: 0.4, but 0.5 of the samples are copies .*reports/nearest.p"
+    ):
+        neighbours.require_few_copied(found, 0.4, Path("reports"))
+    unknown = Neighbours(samples(0.5), samples(0.5), np.array([]), (1.0, 1.0), 9)
+    assert neighbours.metrics(unknown)["samples.copied_share"] != 0
+    with pytest.raises(UserError, match="max_copied_share: 0.4 cannot be checked: no held-out"):
+        neighbours.require_few_copied(unknown, 0.4, Path("reports"))
+
+
+def test_far_is_farther_than_nearly_all_pictures_that_were_held_out() -> None:
+    heldout = np.arange(1, 101) / 100
+    found = Neighbours(samples(0.5, 0.9), samples(0.95, 0.96, 3.0, 0.5), heldout, (1.0, 1.0), 9)
+    assert found.far_threshold == pytest.approx(0.9595)  # between the 95th and the 96th of a hundred
+    assert [found.far_share(found.base), found.far_share(found.adapter)] == [0, 0.5]
+    assert np.isnan(Neighbours(samples(0.5), samples(0.5), np.array([]), (1.0, 1.0), 9).far_share(samples(0.5)))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "is_blank"),
+    [
+        (np.zeros((32, 32, 3)), True),
+        (np.full((32, 32, 3), (200, 30, 90)), True),  # one colour, but for some noise
+        (np.full((32, 32, 3), 255) - np.eye(32)[..., None] * 200, False),  # a thin line on white
+        (np.random.default_rng(0).integers(0, 30, (32, 32, 3)), False),  # dark noise: it is far instead
+    ],
+)
+def test_blank_is_one_colour(pixels: np.ndarray, is_blank: bool) -> None:
+    (sample,) = samples(1.0)
+    pixels = np.clip(pixels + np.random.default_rng(1).normal(0, 1, pixels.shape), 0, 255)
+    assert replace(sample, picture=Image.fromarray(pixels.astype(np.uint8))).is_blank == is_blank
+
+
+@pytest.mark.parametrize(("num_heldout", "share"), [(5, 1 / 6), (19, 0.05), (25, 0.05), (100, 0.05)])
+def test_what_nobody_copied_is_that_near_once_in_twenty_times(num_heldout: int, share: float) -> None:
+    """NumPy's own quantile: 0.19, 0.09, 0.08 and 0.06."""
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(4000, num_heldout + 1))
+    found = [drawn[0] < Neighbours([], [], drawn[1:], (1.0, 1.0), 9).threshold for drawn in draws]
+    assert np.mean(found) == pytest.approx(share, abs=0.012)
+
+
+def test_nothing_to_compare_with_is_no_distance() -> None:
+    distances, nearest = neighbours.find_nearest(np.zeros((2, 3), np.float32), [])
+    assert np.isnan(distances).all() and nearest.tolist() == [-1, -1]
+
+
+def test_diversity_is_the_mean_over_pairs_and_prompts() -> None:
+    points = np.array([[[0.0, 0.0], [1.0, 1.0]], [[3.0, 4.0], [1.0, 1.0]], [[0.0, 0.0], [1.0, 2.0]]])
+    assert neighbours.diversity(points) == pytest.approx((5 + 0 + 5 + 0 + 1 + 1) / 6)
+    assert np.isnan(neighbours.diversity(points[:1]))
+
+
+def test_planted_copies_fail_the_stage_and_the_base_does_not(
+    cached: Workspace,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An adapter that draws training pictures, under a base that draws anything."""
+    planted = training_pictures()
+    names = sorted(planted)[:4]
+
+    def draw(examiner: Any, sampling: Any) -> list[Image.Image]:
+        unet, count = examiner.pipeline.unet, len(sampling.prompts)
+        if any(getattr(module, "disable_adapters", None) is True for module in unet.modules()):
+            return noise(count)
+        return [planted[name] for name in names[count * sampling.index : count * (sampling.index + 1)]]
+
+    monkeypatch.setattr(examine.Examiner, "draw", draw)
+    write_adapter(0.3)
+    with pytest.raises(UserError, match=r"max_copied_share: 0.9, but 1 of the samples are copies of training pictures"):
+        cached.run("validate", "--set", "validate.max_copied_share=0.9")
+    measured = metrics.load(Path("reports/metrics.json"))  # there to be looked at
+    assert (measured["samples.copied_share"], measured["samples.copied_share_base"]) == (1, 0)
+    assert measured["samples.nearest_distance"] < 1e-5 < measured["samples.nearest_distance_base"]  # type: ignore[operator]
+    rows = list(csv.DictReader(io.StringIO(Path("reports/validate/nearest.csv").read_text())))
+    assert [row["nearest"] for row in rows] == names
+    assert {row["copied"] for row in rows} == {"1"} and {row["base_copied"] for row in rows} == {"0"}
+    assert [row["seed"] for row in rows] == ["0", "0", "1", "1"]
+    assert Path("reports/validate/nearest.png").stat().st_size <= 300_000
+    assert load_lineage(Path("reports/validate/lineage.json"))["neighbours"]["num_heldout"] == 8 - len(planted)
+
+
+def test_a_broken_adapter_of_a_better_loss_is_no_unqualified_better(
+    cached: Workspace,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A broken adapter draws black pictures, then noise; drift is checked apart from that."""
+    known = list(training_pictures().values())
+
+    def draw(examiner: Any, sampling: Any) -> list[Image.Image]:
+        unet, count = examiner.pipeline.unet, len(sampling.prompts)
+        if any(getattr(module, "disable_adapters", None) is True for module in unet.modules()):
+            return [picture.point(lambda value: value // 2 + 60) for picture in known[:count]]
+        return [Image.new("RGB", (32, 32))] * count if sampling.index == 0 else noise(count)
+
+    monkeypatch.setattr(examine.Examiner, "draw", draw)
+    write_adapter(30)
+    cached.run("validate", "--set", "validate.num_seeds=4")
+    measured = metrics.load(Path("reports/metrics.json"))
+    assert (measured["samples.blank_share"], measured["samples.blank_share_base"]) == (0.25, 0)
+    better = {"val.loss_change": -0.04, "val.loss_change_low": -0.045, "val.loss_change_high": -0.035}
+    said = in_words({**measured, **better}, load_lineage(Path("reports/validate/lineage.json")))
+    assert "better than the base on these few pictures" in said.partition(", but ")[0]
+    assert "6 of 8 samples count as unlike any picture of the dataset (2.67 by chance, the base's 0;" in said
+    assert said.endswith("; 2 of 8 samples count as blank (the base's 0).")

@@ -1,0 +1,414 @@
+"""End to end on the tiny random base: equal bytes, paired rows, honest zero, and what a person is told."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lora_dag.adapters import lora
+from lora_dag.artifacts import metrics
+from lora_dag.artifacts.adapter import FINAL, Adapter, snapshot_name
+from lora_dag.artifacts.latent_cache import LatentCache
+from lora_dag.artifacts.lineage import load as load_lineage
+from lora_dag.artifacts.lineage import parse as parse_lineage
+from lora_dag.bases import layout
+from lora_dag.core import params, seeding
+from lora_dag.core.console import UserError
+from lora_dag.core.files import read_json, save_tensors, sha256_file
+from lora_dag.core.params import ModelParams
+from lora_dag.diffusion import objectives
+from lora_dag.evaluation import heldout_table
+from lora_dag.families import sd
+from stages.validate import examine
+from tests.conftest import Workspace, read_rows, write_rows
+from tests.helpers.caches import write_mixed_cache
+
+CONFIG = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"], "init_lora_weights": True}
+SAMPLES = ("chroma", "dark_share", "copied_share", "far_share", "blank_share", "nearest_distance", "diversity")
+KEYS = {
+    *(f"val.{name}" for name in ("best_step", "onset_step", "loss", "loss_base", "table")),
+    *(f"val.{name}" for name in ("train_loss", "train_loss_base")),
+    *(
+        f"val.{name}{end}"
+        for name in ("loss_change", "overfit_gap", "final_minus_best")
+        for end in ("", "_low", "_high")
+    ),
+    *(f"drift.loss{end}" for end in ("", "_base", "_change", "_change_low", "_change_high")),
+    "cost.tflop_per_image",
+    *(f"val.loss_{band}_noise{suffix}" for band in ("low", "mid", "high") for suffix in ("", "_base")),
+    *(f"samples.{name}{suffix}" for name in SAMPLES for suffix in ("", "_base")),
+}
+
+
+def write_adapter(strength: float, rank: int = 2) -> None:
+    """data/adapter with a snapshot at step 2 and the final one at step 4; strength 0 leaves the base as it is."""
+    config = CONFIG | {"r": rank}
+    model = params.load(Path("params.yaml")).section(ModelParams)
+    denoiser = sd.load_denoiser(model, torch.device("cpu"))
+    trainable = lora.inject(denoiser, config)
+    files = {}
+    for step, name in ((2, snapshot_name(2)), (4, FINAL)):
+        for key, parameter in trainable.items():
+            noise = torch.randn(parameter.shape, generator=seeding.generator(0, "test", key))
+            parameter.data = noise * (step * strength if "lora_B" in key else 0.2)
+        save_tensors(Path("data/adapter") / name, lora.state_dict(denoiser))
+        files[name] = sha256_file(Path("data/adapter") / name)
+    Adapter(config, layout.digests(model, sd.COMPONENTS), 4, [2], files).save(Path("data/adapter"))
+
+
+@pytest.fixture
+def cached(workspace: Workspace) -> Workspace:
+    """A workspace with data/latents."""
+    workspace.run("prepare")
+    workspace.run("cache_latents")
+    return workspace
+
+
+@pytest.fixture
+def mixed(workspace: Workspace) -> Workspace:
+    """A workspace with latents of three shapes, some with masks, and an adapter."""
+    write_mixed_cache()
+    write_adapter(0.3)
+    return workspace
+
+
+def reports(workspace: Workspace) -> dict[str, bytes]:
+    """What DVC hashes or git versions; run.json holds time and memory."""
+    return {name: blob for name, blob in workspace.tree("reports").items() if name != "validate/run.json"}
+
+
+def heldout(workspace: Workspace) -> list[heldout_table.Score]:
+    return heldout_table.read_scores((workspace.path / "reports/validate/heldout.csv").read_text())
+
+
+def test_everything_is_written_and_a_second_run_gives_the_same_bytes(cached: Workspace) -> None:
+    write_adapter(0.3)
+    lines = cached.run("validate", "--set", "validate.scales=[0.5, 1]")
+    assert any(line.startswith("change") and "95% interval" in line for line in lines)
+    first = reports(cached)
+    shutil.rmtree(".state/evidence")
+    cached.run("validate", "--set", "validate.scales=[0.5, 1]")
+    assert reports(cached) == first
+
+    measured = metrics.load(Path("reports/metrics.json"))
+    assert set(measured) == KEYS
+    assert isinstance(measured["val.loss_change"], float) and measured["val.loss_change"] != 0
+    curve = first["validate/curve.csv"].decode().splitlines()
+    assert [line.partition(",")[0] for line in curve] == ["step", "0", "2", "4"]
+    assert parse_lineage(first["validate/lineage.json"])["model"]["pretrained"] == "base"
+    assert parse_lineage(first["validate/lineage.json"])["validate"]["feature_model"] is None
+    assert parse_lineage(first["validate/lineage.json"])["sheet"] == {"cell": 128, "picture": [32, 32]}
+    assert not any(str(cached.path).encode() in blob for blob in first.values())
+    sizes = [Image.open(io.BytesIO(first[name])).width for name in ("samples.png", "progress.png")]
+    assert sizes[0] == sizes[1] and all(len(first[f"{name}.png"]) <= 300_000 for name in ("samples", "progress"))
+
+
+def test_an_untrained_adapter_changes_nothing_at_all(cached: Workspace) -> None:
+    write_adapter(0)
+    cached.run("validate", "--set", "model.dtype=bfloat16")
+    assert all(score.base == score.adapter for score in heldout(cached))
+    measured = metrics.load(Path("reports/metrics.json"))
+    assert [measured[f"val.loss_change{bound}"] for bound in ("", "_low", "_high")] == [0, 0, 0]
+    assert measured["val.best_step"] == 0
+    for name in SAMPLES:
+        assert measured[f"samples.{name}"] == measured[f"samples.{name}_base"]
+    assert [measured[f"drift.loss_change{bound}"] for bound in ("", "_low", "_high")] == [0, 0, 0]
+    assert measured["val.onset_step"] is None
+
+
+def test_losses_equal_an_independent_computation(cached: Workspace) -> None:
+    write_adapter(0.3)
+    cached.run("validate", "--set", "validate.batch_size=3")
+    model = params.load(Path("params.yaml")).section(ModelParams)
+    cache, scheduler = LatentCache(Path("data/latents")), sd.load_scheduler(model)
+    denoiser = sd.load_denoiser(model, torch.device("cpu"))
+    items = {item.file_name: item for item in cache.items}
+    alpha_bar = scheduler.alphas_cumprod
+    for index, score in enumerate(heldout(cached)):
+        item, t = items[score.file_name], score.timestep
+        latents = cache.latents(item.views[0])[0]
+        noise = torch.randn(latents.shape, generator=seeding.generator(0, "validate-noise", item.content, index % 2))
+        a, b = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
+        prompt = {name: value[None] for name, value in cache.prompt(item.caption).items()}
+        with torch.no_grad():
+            model_pred = sd.predict(denoiser, (a * latents + b * noise)[None], torch.tensor([t]), prompt)[0]
+        loss = ((model_pred - (a * noise - b * latents)) ** 2).mean().item()  # v, Salimans & Ho 2022, appendix D
+        assert score.base == pytest.approx(loss, rel=1e-4)
+        assert item.split == score.split
+        assert abs(score.adapter - score.base) > 1e-5
+    assert objectives.target(scheduler, latents, noise, torch.tensor(t)).shape == latents.shape
+
+
+def test_rows_stay_when_batch_or_number_of_pictures_changes(cached: Workspace) -> None:
+    write_adapter(0.3)
+    cached.run("validate", "--set", "validate.max_pictures=1")
+    few = {(s.file_name, s.timestep): s for s in heldout(cached)}
+    assert metrics.load(Path("reports/metrics.json"))["val.loss_change_low"] is None
+    cached.run("validate", "--set", "validate.max_pictures=2", "--set", "validate.ink_measures=false")
+    many = {(s.file_name, s.timestep): s for s in heldout(cached)}
+    assert few.items() < many.items()
+    assert "samples.chroma" not in metrics.load(Path("reports/metrics.json"))
+
+
+def test_the_table_is_the_same_under_another_dtype_and_batch_size(cached: Workspace) -> None:
+    write_adapter(0.3)
+    cached.run("validate")
+    table, asked = metrics.load(Path("reports/metrics.json"))["val.table"], heldout(cached)
+    keys = {item.views for item in LatentCache(Path("data/latents")).items}
+    for change in ("model.dtype=bfloat16", "cache.batch_size=3"):
+        cached.run("cache_latents", "--set", change)
+        assert keys.isdisjoint(item.views for item in LatentCache(Path("data/latents")).items)
+        cached.run("validate", "--set", change)
+        assert metrics.load(Path("reports/metrics.json"))["val.table"] == table
+        assert [(s.file_name, s.timestep) for s in heldout(cached)] == [(s.file_name, s.timestep) for s in asked]
+        assert [s.base for s in heldout(cached)] == pytest.approx([s.base for s in asked], rel=0.05)
+
+
+def test_another_vae_makes_another_table(cached: Workspace) -> None:
+    write_adapter(0.3)
+    cached.run("validate")
+    table = metrics.load(Path("reports/metrics.json"))["val.table"]
+    base = Path("data/base").resolve()
+    Path("data/base").unlink()
+    shutil.copytree(base, "data/base")
+    path = Path("data/base/vae/config.json")
+    path.write_text(json.dumps(read_json(path) | {"scaling_factor": 0.4}))
+    cached.run("cache_latents")
+    write_adapter(0.3)
+    cached.run("validate")
+    assert metrics.load(Path("reports/metrics.json"))["val.table"] != table
+
+
+def test_lineage_names_pictures_and_captions_whatever_encodes_them(cached: Workspace) -> None:
+    def content(*argv: str) -> str:
+        for stage in ("prepare", "cache_latents", "validate"):
+            cached.run(stage, *argv)
+        return load_lineage(Path("reports/validate/lineage.json"))["dataset"]["content"]
+
+    write_adapter(0.3)
+    first = content()
+    assert content("--set", "model.dtype=bfloat16") == first
+    rows = read_rows(Path("data/raw"))
+    rows[2]["text"] = "another"
+    write_rows(Path("data/raw"), rows)
+    assert content() != first
+
+
+def test_twins_are_two_pictures_of_the_table(workspace: Workspace) -> None:
+    rows = read_rows(Path("data/raw"))
+    for index in range(8):
+        shutil.copy(f"data/raw/{index:02}.png", f"data/raw/twin-{index:02}.png")
+    write_rows(Path("data/raw"), rows + [{"file_name": f"twin-{row['file_name']}", "text": "x"} for row in rows])
+    workspace.run("prepare")
+    workspace.run("cache_latents")
+    write_adapter(0.3)
+    workspace.run("validate")
+    scores = {name: list(group) for name, group in itertools.groupby(heldout(workspace), lambda s: s.file_name)}
+    twins = [name for name in scores if f"twin-{name}" in scores]
+    assert twins and all(len(group) == 2 for group in scores.values())
+    for name in twins:
+        one, other = scores[name], scores[f"twin-{name}"]
+        assert [s.timestep for s in one] == [s.timestep for s in other]
+        assert [s.base for s in one] != [s.base for s in other]  # the captions differ
+
+
+# Several shapes, masks, regularization
+
+
+def test_mixed_pictures_are_validated(mixed: Workspace) -> None:
+    mixed.run("validate", "--set", "validate.max_pictures=64")
+    first = reports(mixed)
+    shutil.rmtree(".state/evidence")
+    mixed.run("validate", "--set", "validate.max_pictures=64")
+    assert reports(mixed) == first
+    assert set(metrics.load(Path("reports/metrics.json"))) == KEYS
+    lineage = parse_lineage(first["validate/lineage.json"])
+    assert lineage["sheet"] == {"cell": 96, "picture": [48, 16]}  # most of the table's pictures are wide
+    assert lineage["table"]["num_pictures"] == {"heldout": 5, "train": 5}
+    assert all(len(first[f"{name}.png"]) <= 300_000 for name in ("samples", "progress"))
+
+
+def test_pictures_for_regularization_are_no_evidence(mixed: Workspace) -> None:
+    mixed.run("validate", "--set", "validate.max_pictures=64")
+    regularization = {item.file_name for item in LatentCache(Path("data/latents")).items if item.regularization}
+    assert len(regularization) == 2 and regularization.isdisjoint(score.file_name for score in heldout(mixed))
+    write_mixed_cache(regularization=True)
+    with pytest.raises(UserError, match="dataset.heldout_fraction: of 0 pictures 0 are held out and 0 left to probe"):
+        mixed.run("validate")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_mixed_losses_equal_an_independent_computation(mixed: Workspace, batch_size: int) -> None:
+    """Each row by itself, in the order of the table, with its first mask."""
+    mixed.run("validate", "--set", f"validate.batch_size={batch_size}", "--set", "validate.max_pictures=64")
+    model = params.load(Path("params.yaml")).section(ModelParams)
+    cache, scheduler = LatentCache(Path("data/latents")), sd.load_scheduler(model)
+    denoiser = sd.load_denoiser(model, torch.device("cpu"))
+    items = {item.file_name: item for item in cache.items}
+    scores = heldout(mixed)
+    chosen = list(dict.fromkeys(score.file_name for score in scores))
+    assert chosen == sorted(chosen, key=lambda name: (items[name].split != "heldout", items[name].content))
+    assert len({cache.latents(items[name].views[0])[0].shape for name in chosen}) == 3
+    for index, score in enumerate(scores):
+        item, t = items[score.file_name], score.timestep
+        latents = cache.latents(item.views[0])[0]
+        noise = torch.randn(latents.shape, generator=seeding.generator(0, "validate-noise", item.content, index % 2))
+        a, b = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
+        prompt = {name: value[None] for name, value in cache.prompt(item.caption).items()}
+        with torch.no_grad():
+            model_pred = sd.predict(denoiser, (a * latents + b * noise)[None], torch.tensor([t]), prompt)[0]
+        errors = ((model_pred - (a * noise - b * latents)) ** 2).double()
+        mask = (cache.mask(item.masks[0]) if item.masks else torch.ones(1, *latents.shape[1:])).expand_as(errors)
+        assert score.base == pytest.approx(float((errors * mask).sum() / mask.sum()), rel=1e-4)
+
+
+def test_a_mask_changes_its_own_rows_alone(mixed: Workspace) -> None:
+    def losses() -> dict[tuple[str, int], float]:
+        mixed.run("validate", "--set", "validate.max_pictures=64")
+        return {(score.file_name, score.timestep): score.base for score in heldout(mixed)}
+
+    with_masks = losses()
+    masked = {item.file_name for item in LatentCache(Path("data/latents")).items if item.masks}
+    write_mixed_cache(masked=False)
+    without = losses()
+    assert with_masks.keys() == without.keys()
+    assert {name for name, _ in with_masks if name in masked}
+    for (name, timestep), loss in with_masks.items():
+        assert (loss != without[name, timestep]) == (name in masked)
+
+
+def test_a_size_answered_alone_or_among_others_is_the_same(mixed: Workspace) -> None:
+    argv = ("--set", "validate.max_pictures=64", "--set", "validate.batch_size=4")
+    mixed.run("validate", *argv)
+    among = {(s.file_name, s.timestep): (s.base, s.adapter) for s in heldout(mixed)}
+    manifest = read_json(Path("data/latents/manifest.json"))
+    wide = {"00.png", "01.png", "02.png", "03.png", "10.png"}
+    manifest["items"] = [item for item in manifest["items"] if item["file_name"] in wide]
+    Path("data/latents/manifest.json").write_text(json.dumps(manifest))
+    mixed.run("validate", *argv)
+    alone = {(s.file_name, s.timestep): (s.base, s.adapter) for s in heldout(mixed)}
+    assert len(alone) == 10 and alone.items() <= among.items()
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (0, "validate: 8 of 8 losses of the base are not finite in bfloat16; set model.dtype to float32 or fetch the"),
+        (2, "losses of the snapshot of step 2 are not finite in bfloat16; set model.dtype to float32 or lower train.l"),
+        (
+            4,
+            "losses of the final adapter are not finite in bfloat16; set model.dtype to float32 or lower train.learnin",
+        ),
+    ],
+)
+def test_losses_that_are_not_finite(
+    cached: Workspace, monkeypatch: pytest.MonkeyPatch, step: int, message: str
+) -> None:
+    write_adapter(0.3)
+    answers = ([float("nan") if state == step else 0.1] * 8 for state in (0, 2, 4))
+    monkeypatch.setattr(examine, "answer", lambda *_: next(answers))
+    with pytest.raises(UserError, match=re.escape(message)):
+        cached.run("validate", "--set", "model.dtype=bfloat16", "--set", "validate.drift_prompts=[]")
+    assert not Path("reports/metrics.json").exists()
+
+
+def test_pictures_of_a_prompt_do_not_depend_on_the_others(cached: Workspace) -> None:
+    from lora_dag.pages.sheets import cut
+
+    write_adapter(0.3)
+    cells = []
+    for prompts in ("[red apple, blue boat]", "[blue boat]"):
+        cached.run("validate", "--set", f"validate.prompts={prompts}")
+        count = len(load_lineage(Path("reports/validate/lineage.json"))["validate"]["prompts"])
+        with Image.open("reports/samples.png") as picture:
+            cells.append(cut(picture.convert("RGB"), count, 2, 128)[-1])
+    difference = [
+        abs(x - y) for a, b in zip(*cells, strict=True) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)
+    ]
+    assert max(difference) <= 2
+
+
+def test_another_base_is_refused(cached: Workspace) -> None:
+    write_adapter(0)
+    record = read_json(Path("data/adapter/adapter.json"))
+    record["base"]["unet"] = "0" * 64
+    Path("data/adapter/adapter.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="data/adapter: made with another unet than model.pretrained holds now"):
+        cached.run("validate")
+    assert not Path("reports/metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prompts=[]", "validate.prompts: got []"),
+        ("prompts=[a, a]", "validate: prompts lists 'a' twice; name it once"),
+        ("prompts=['a  fox', ' a fox ']", "validate: prompts lists 'a fox' twice; name it once"),
+        ("prompts=[a, ' ']", "validate: prompts has an empty prompt"),
+        ("drift_prompts=[a, a]", "validate: drift_prompts lists 'a' twice; name it once"),
+        ("drift_prompts=['']", "validate: drift_prompts has an empty prompt"),
+        ("num_seeds=0", "validate.num_seeds: got 0"),
+        ("max_copied_share=1.5", "validate.max_copied_share: got 1.5"),
+        ("scales=[1, 1.0]", "validate: scales lists 1.0 twice"),
+        ("num_timesteps=0", "validate.num_timesteps: got 0"),
+        ("num_timestep=8", "validate.num_timestep: unknown key (near: num_timesteps"),
+        ("guidance_scale=.nan", "validate.guidance_scale: got nan"),
+        ("negative_prompt=blur", None),
+    ],
+)
+def test_wrong_settings_are_named(workspace: Workspace, override: str, message: str | None) -> None:
+    arguments = ["--set", f"validate.{override}"]
+    if message is None:
+        arguments += ["--set", "validate.guidance_scale=1"]
+        message = "validate: negative_prompt is ignored at guidance_scale 1.0; raise that above 1 or empty this"
+    with pytest.raises(UserError) as error:
+        workspace.run("validate", *arguments)
+    assert f"params.yaml {message}" in str(error.value)
+
+
+def test_missing_adapter_and_missing_latents(cached: Workspace) -> None:
+    with pytest.raises(UserError, match="adapter.json: no such file; run `python -m stages.train` first"):
+        cached.run("validate")
+    with pytest.raises(UserError, match="manifest.json: no such file; run `python -m stages.cache_latents` first"):
+        cached.run("validate", "--latents", "elsewhere")
+
+
+def test_nothing_held_out(cached: Workspace) -> None:
+    write_adapter(0)
+    manifest = read_json(Path("data/latents/manifest.json"))
+    for item in manifest["items"]:
+        item["split"] = "train"
+    Path("data/latents/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="dataset.heldout_fraction: of 8 pictures 0 are held out"):
+        cached.run("validate")
+
+
+def test_long_captions_and_prompts_are_named_once_and_in_our_own_words(workspace: Workspace) -> None:
+    """B21, and B01 on the way: transformers spoke of indexing errors, diffusers of each snapshot's cut prompts."""
+    long, prompts = "many words " * 20, ["снег, café 雪", "many words " * 30]
+    rows = read_rows(Path("data/raw"))
+    rows[1]["text"] = long
+    write_rows(Path("data/raw"), rows)
+    asked = ("--set", f"validate.prompts={json.dumps(prompts)}")
+    assert workspace.process("prepare").returncode == 0
+    encoded = workspace.process("cache_latents")
+    assert (encoded.returncode, encoded.stderr) == (0, "")
+    assert encoded.stdout.count("warning: 1 caption has more than 20 tokens; the rest is not read:") == 1
+    write_adapter(0.3)
+    done = workspace.process("validate", *asked)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    (found,) = [index for index, line in enumerate(lines) if "tokens; the rest is not read" in line]
+    assert lines[found] == "warning: 1 prompt has more than 20 tokens; the rest is not read:"
+    assert lines[found + 1].endswith("tokens: " + prompts[1][:79] + "…")
+    assert found < next(index for index, line in enumerate(lines) if line.startswith("base "))  # before the work
+    assert "truncated" not in done.stdout and "indexing errors" not in done.stdout
+    assert sum("DejaVu Sans, has no 雪; they show U+96EA" in line for line in lines) == 1
