@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from lora_dag.adapters.init_from_pin import SETTING, config_beside
 from lora_dag.adapters.original_layout import Part, parts, swap_halves, swapped_layers
 from lora_dag.adapters.targets import matches
-from lora_dag.bases.layout import read_header
 from lora_dag.core.console import UserError, plural
-from lora_dag.core.files import from_json, load_metadata, load_tensors, read_json, sha256_file
+from lora_dag.core.files import from_json, read_json, sha256_file
+from lora_dag.core.tensors import load_metadata, load_tensors, read_header
 
 if TYPE_CHECKING:
     import torch

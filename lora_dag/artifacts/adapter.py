@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_metadata, load_tensors, read_json, sha256_file, understood, write_json
+from lora_dag.core.files import read_json, sha256_file, understood, write_json
+from lora_dag.core.tensors import load_metadata, load_tensors
 
 if TYPE_CHECKING:
     import torch

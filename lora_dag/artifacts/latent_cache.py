@@ -29,7 +29,8 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from lora_dag.artifacts.manifest import Split
 from lora_dag.core.console import UserError
-from lora_dag.core.files import from_json, load_tensors, save_tensors, sha256_file, sha256_json, understood, write_json
+from lora_dag.core.files import from_json, sha256_file, sha256_json, understood, write_json
+from lora_dag.core.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO, get_args
 
 from lora_dag.core.console import UserError, log
-from lora_dag.core.files import flock, save_tensors, state_dir
+from lora_dag.core.files import state_dir
+from lora_dag.core.locks import flock
+from lora_dag.core.tensors import save_tensors
 
 if TYPE_CHECKING:
     import torch

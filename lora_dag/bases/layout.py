@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_dag.core.console import UserError
 from lora_dag.core.files import from_json, sha256_file
+from lora_dag.core.tensors import has_all_bytes
 
 if TYPE_CHECKING:
     from lora_dag.core.params import ModelParams
@@ -120,7 +121,7 @@ def config_problems(folder: Path) -> list[str]:
 
 def damage(folder: Path, variant: str | None) -> list[str]:
     """Texts that are damaged, weights cut short; of these, headers alone are read."""
-    cut = [path for path in weight_files(folder, variant) if not is_whole(path)]
+    cut = [path for path in weight_files(folder, variant) if not has_all_bytes(path)]
     found = text_problems(folder) + shard_problems(folder, variant)
     return found + [f"{path}: truncated or no safetensors file; fetch the model again" for path in cut]
 
@@ -160,24 +161,6 @@ def shard_problems(folder: Path, variant: str | None) -> list[str]:
         if missing:
             found.append(f"{path}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); fetch them")
     return found
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
-    return bool(read_header(path))
-
-
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor -> its ``dtype``, ``shape`` and ``data_offsets``; empty for a file that is damaged or no safetensors."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = from_json(file.read(length)) if length < path.stat().st_size else {}
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max(entry["data_offsets"][1] for entry in entries.values())
-        return entries if path.stat().st_size == 8 + length + end else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:

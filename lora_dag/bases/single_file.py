@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.bases.hub import is_whole, state_of
-from lora_dag.bases.layout import absent, component_files, read_header, weight_files
+from lora_dag.bases.layout import absent, component_files, weight_files
 from lora_dag.core import quiet
 from lora_dag.core.console import UserError, log
-from lora_dag.core.files import from_json, lock, replaced, sha256_file, sha256_json, state_dir, write_json
+from lora_dag.core.files import from_json, replaced, sha256_file, sha256_json, state_dir, write_json
+from lora_dag.core.locks import lock
+from lora_dag.core.tensors import read_header
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 from lora_dag.artifacts.adapter import FINAL, Adapter, snapshot_name
 from lora_dag.bases import layout, resolve
 from lora_dag.core.console import UserError, log, parser, run
-from lora_dag.core.files import last_holder, load_tensors, read_json, sha256_file, state_dir, understood, write_json
+from lora_dag.core.files import read_json, sha256_file, state_dir, understood, write_json
+from lora_dag.core.locks import last_holder
 from lora_dag.core.params import Config, ModelParams, RuntimeParams, load
+from lora_dag.core.tensors import load_tensors
 from lora_dag.families.long_texts import warn_of_long_prompts
 from lora_dag.families.protocol import load_family
 from stages.prepare.params import DatasetParams

@@ -23,7 +23,8 @@ from lora_dag.bases import resolve
 from lora_dag.bases.layout import digests
 from lora_dag.core import params
 from lora_dag.core.console import PATHS, UserError, bare_parser, log, run
-from lora_dag.core.files import atomic, lock, read_json, replaced, sha256_file, state_dir, write_json, write_text
+from lora_dag.core.files import atomic, read_json, replaced, sha256_file, state_dir, write_json, write_text
+from lora_dag.core.locks import lock
 from lora_dag.core.params import ModelParams
 from lora_dag.families.protocol import load_family
 from lora_dag.pipeline.snakemake_records import Record, read_record

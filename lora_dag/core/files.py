@@ -1,31 +1,21 @@
-"""Files that are whole or absent, the state directory, digests and locks."""
+"""Files that are whole or absent, JSON, digests, and the state directory."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import platform
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
-from lora_dag.core.console import UserError, log, refusal
-
-if TYPE_CHECKING:
-    import torch
-
-
-THIS_PROCESS = secrets.token_hex(8)  # beside its number, which a container's may share
+from lora_dag.core.console import UserError, refusal
 
 
 def state_dir() -> Path:
@@ -164,47 +154,6 @@ def understood(path: Path, stage: str) -> Iterator[None]:
         ) from None
 
 
-def save_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None, sync: bool = True
-) -> None:
-    """A safetensors file, written whole; keys sorted, one byte sequence for one content. ``sync`` as in ``atomic``."""
-    from safetensors.torch import save_file
-
-    data = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    with atomic(path, sync) as temporary:
-        save_file(data, temporary, dict(sorted((metadata or {}).items())))  # from where the tensors lie, without a copy
-        sort_header(temporary)
-
-
-def sort_header(path: Path) -> None:
-    """Rewrite a safetensors header with sorted metadata: the library's own order of metadata keys varies."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        ordered = {name: header[name] for name in sorted(header)}
-        if "__metadata__" in ordered:
-            ordered["__metadata__"] = dict(sorted(ordered["__metadata__"].items()))
-        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(text) != length:  # the tensors stand behind it
-            raise RuntimeError(f"{path}: the header became longer")
-        file.seek(8)
-        file.write(text)
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def load_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors header says beside the tensors."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
-
-
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -213,79 +162,3 @@ def sha256_file(path: Path) -> str:
 def sha256_json(value: Any) -> str:
     """Digest of a JSON value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Hold an output folder, so that two runs cannot leave a mix of both.
-
-    Raises:
-        UserError: another process is writing there; its pid is named.
-    """
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    with lock(state_dir() / "writing" / name, shown=folder):
-        yield
-
-
-@contextlib.contextmanager
-def lock(folder: Path, shown: Path | None = None, wait: bool = False) -> Iterator[None]:
-    """Hold a folder for this process; the kernel frees it when the process dies, however it dies.
-
-    Args:
-        shown: what to name in the refusal instead.
-        wait: for a process that holds it, instead of the refusal.
-
-    Raises:
-        UserError: another process holds it; its pid is named.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
-        if not flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            process, host = last_holder(folder)
-            where = "" if host == platform.node() else f" on {host}"
-            if not wait:
-                cure = f"wait for it, or stop it{' there' if where else ''}: kill {process}"
-                raise UserError(f"{shown or folder}: process {process}{where} is at work on this run; {cure}")
-            log.info("wait        for process %s%s, which is at work on %s", process, where, shown or folder)
-            flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()} {platform.node()} {THIS_PROCESS}")
-        file.flush()
-        yield
-
-
-def flock(file: IO[Any], operation: int) -> bool:
-    """Whether the lock is taken; a disk that knows no locks gives it to everyone."""
-    try:
-        fcntl.flock(file, operation)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-    return True
-
-
-def require_held(folder: Path) -> None:
-    """For long work under a lock: some network disks carry no lock from one machine to another.
-
-    Raises:
-        UserError: another process has taken the lock since; the one that came first gives way.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        held = (folder / "lock").read_text(encoding="utf-8")
-        if held and not held.endswith(THIS_PROCESS):
-            process, host = last_holder(folder)
-            raise UserError(
-                f"{folder}: process {process} on {host} has taken this run over, since this disk carries no locks "
-                "between machines; wait for it, or where it is gone run the same command again"
-            )
-
-
-def last_holder(folder: Path) -> tuple[str, str]:
-    """Process id and host of who took the folder's lock last; "unknown" of this host where nothing says."""
-    with contextlib.suppress(OSError, ValueError):
-        process, host, *_ = (folder / "lock").read_text(encoding="utf-8").split()
-        return process, host
-    return "unknown", platform.node()

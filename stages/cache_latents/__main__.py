@@ -23,7 +23,8 @@ from lora_dag.bases import layout, resolve
 from lora_dag.core import params
 from lora_dag.core.console import UserError, log, parser, run
 from lora_dag.core.device import environment, log_device, setup
-from lora_dag.core.files import read_json, writing
+from lora_dag.core.files import read_json
+from lora_dag.core.locks import writing
 from lora_dag.core.params import ModelParams, RuntimeParams
 from lora_dag.families.long_texts import warn_of_long
 from lora_dag.families.protocol import load_family

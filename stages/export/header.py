@@ -7,7 +7,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts.adapter import FINAL, snapshot_name
-from lora_dag.core.files import save_tensors, sha256_file
+from lora_dag.core.files import sha256_file
+from lora_dag.core.tensors import save_tensors
 from stages.export.loading import load_base, shown
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from lora_dag.adapters.adapted import Adapted
 from lora_dag.bases import layout
 from lora_dag.core import quiet, seeding
 from lora_dag.core.console import log
-from lora_dag.core.files import load_tensors, read_json
+from lora_dag.core.files import read_json
+from lora_dag.core.tensors import load_tensors
 from lora_dag.diffusion import objectives
 from lora_dag.families import common
 from stages.export import comfyui, header, trained, writers

@@ -14,8 +14,9 @@ from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.bases import resolve
 from lora_dag.bases.layout import digests
 from lora_dag.core.console import UserError, log
-from lora_dag.core.files import from_json, load_metadata, load_tensors, sha256_file, understood
+from lora_dag.core.files import from_json, sha256_file, understood
 from lora_dag.core.params import Config, ModelParams
+from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families.protocol import load_family
 from lora_dag.pipeline.git import git
 from stages.export.header import tensors_digest

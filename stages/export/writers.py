@@ -15,7 +15,8 @@ from lora_dag.adapters import lora, original_layout
 from lora_dag.adapters.adapted import long_name
 from lora_dag.bases.layout import absent, component_files
 from lora_dag.core import quiet
-from lora_dag.core.files import load_metadata, load_tensors, save_tensors, write_json
+from lora_dag.core.files import write_json
+from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from stages.export import header
 from stages.export.trained import folded, merged
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_dag.artifacts.manifest import Augmentation, Item, Manifest
 from lora_dag.core import params
 from lora_dag.core.console import PATHS, UserError, log, parser, plural, run
-from lora_dag.core.files import writing
+from lora_dag.core.locks import writing
 from lora_dag.pictures.containers import PictureFiles
 from lora_dag.pictures.pictures import preprocessing
 from stages.prepare import changes, page, split, variants

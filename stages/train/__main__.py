@@ -14,7 +14,7 @@ import sys
 from lora_dag.adapters import init_from_pin
 from lora_dag.adapters.params import LoraParams
 from lora_dag.core.console import UserError, log, parser, run
-from lora_dag.core.files import writing
+from lora_dag.core.locks import writing
 from lora_dag.core.params import Config, ModelParams, RuntimeParams, load
 from lora_dag.families.protocol import load_family
 from stages.train import processes
@@ -43,7 +43,7 @@ def train(args: argparse.Namespace, config: Config) -> None:
     from lora_dag.artifacts.latent_cache import LatentCache
     from lora_dag.bases import resolve
     from lora_dag.bases.layout import digests, require_same_base
-    from lora_dag.core.files import lock
+    from lora_dag.core.locks import lock
     from stages.train import outputs
     from stages.train.trainer import Trainer
 

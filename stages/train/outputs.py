@@ -10,7 +10,8 @@ from lora_dag.adapters import lora, lycoris, targets
 from lora_dag.artifacts import adapter, metrics
 from lora_dag.core import device
 from lora_dag.core.console import UserError, log, plural
-from lora_dag.core.files import require_held, sha256_file, write_json, write_text
+from lora_dag.core.files import sha256_file, write_json, write_text
+from lora_dag.core.locks import require_held
 from lora_dag.core.progress import smoothed_loss
 from stages.train import optimizers
 

@@ -12,12 +12,13 @@ from lora_dag.adapters import bias, lora
 from lora_dag.adapters.adapted import Adapted, frozen_digest, text_configs
 from lora_dag.adapters.params import LoraParams
 from lora_dag.artifacts.adapter import bias_metadata, snapshot_name
-from lora_dag.bases.layout import is_whole
 from lora_dag.core import device, seeding
 from lora_dag.core.console import log, plural
-from lora_dag.core.files import drop_leftovers, require_held, save_tensors, sha256_json, state_dir, write_json
+from lora_dag.core.files import drop_leftovers, sha256_json, state_dir, write_json
+from lora_dag.core.locks import require_held
 from lora_dag.core.params import ModelParams, RuntimeParams
 from lora_dag.core.progress import Progress
+from lora_dag.core.tensors import has_all_bytes, save_tensors
 from lora_dag.core.took import Work
 from lora_dag.diffusion import objectives
 from stages.train import eva, init_from, noising, optimizers, outputs, processes, selfcheck, weighting
@@ -256,7 +257,7 @@ class Trainer:
             return 0
         every = self.params.snapshot_every_n_steps
         kept = {n: self.folder / snapshot_name(n) for n in range(every, state["step"], every)}
-        missing = [n for n, path in kept.items() if not is_whole(path)]
+        missing = [n for n, path in kept.items() if not has_all_bytes(path)]
         if missing:
             log.warning("warning: starts over: %s has no whole snapshot of step %d", self.folder, missing[0])
             return 0

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_dag.artifacts import store
 from lora_dag.core.console import log, plural
-from lora_dag.core.files import save_tensors, sha256_json, state_dir
+from lora_dag.core.files import sha256_json, state_dir
+from lora_dag.core.tensors import save_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.bases import layout
-from lora_dag.bases.layout import read_header
 from lora_dag.core.console import UserError, as_path, log
-from lora_dag.core.files import from_json, load_metadata
+from lora_dag.core.files import from_json
 from lora_dag.core.labels import exact, numbers
+from lora_dag.core.tensors import load_metadata, read_header
 
 if TYPE_CHECKING:
     from lora_dag.diffusion.sampling import Sampling

@@ -13,7 +13,8 @@ import torch
 from lora_dag.adapters import bias, lora
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_metadata, load_tensors, read_json, write_json
+from lora_dag.core.files import read_json, write_json
+from lora_dag.core.tensors import load_metadata, load_tensors
 from tests.adapters.test_lora import fill, inject, load, predict
 from tests.conftest import Workspace
 from tests.helpers.trainings import broken_off

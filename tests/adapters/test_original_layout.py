@@ -13,7 +13,7 @@ from diffusers.loaders import single_file_utils
 from lora_dag.adapters import original_layout
 from lora_dag.adapters.original_layout import Part, parts, swap_halves
 from lora_dag.adapters.targets import adaptable
-from lora_dag.core.files import load_tensors
+from lora_dag.core.tensors import load_tensors
 from lora_dag.families.protocol import load_family
 from stages.export import comfyui, writers
 from tests.adapters.test_lycoris import algo

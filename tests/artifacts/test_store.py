@@ -8,7 +8,7 @@ import torch
 
 from lora_dag.artifacts.store import Store
 from lora_dag.core.console import UserError
-from lora_dag.core.files import save_tensors
+from lora_dag.core.tensors import save_tensors
 
 
 def test_an_entry_is_whole_or_absent(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from huggingface_hub.utils import filter_repo_objects
 from lora_dag.bases import layout as base_files
 from lora_dag.bases import resolve as bases
 from lora_dag.core.console import UserError, run
-from lora_dag.core.files import load_metadata
 from lora_dag.core.params import ModelParams
+from lora_dag.core.tensors import load_metadata
 from lora_dag.families.protocol import load_family
 from tests.conftest import Workspace
 

@@ -20,8 +20,9 @@ from lora_dag.bases import layout as base_files
 from lora_dag.bases import resolve as bases
 from lora_dag.bases import single_file
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_metadata, load_tensors, save_tensors, sha256_file
+from lora_dag.core.files import sha256_file
 from lora_dag.core.params import ModelParams
+from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families.protocol import load_family
 from tests.conftest import Workspace
 from tests.helpers import single_files

@@ -15,7 +15,8 @@ from lora_dag.artifacts import latent_cache
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.store import Store
 from lora_dag.core.console import UserError
-from lora_dag.core.files import read_json, writing
+from lora_dag.core.files import read_json
+from lora_dag.core.locks import writing
 from lora_dag.families import sd
 from tests.conftest import Workspace, outcome
 from tests.helpers import forked

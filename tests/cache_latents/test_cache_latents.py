@@ -12,7 +12,7 @@ import pytest
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.manifest import Manifest
 from lora_dag.core import progress
-from lora_dag.core.files import load_tensors, save_tensors
+from lora_dag.core.tensors import load_tensors, save_tensors
 from lora_dag.pictures import pictures
 from lora_dag.pictures.containers import PictureFiles
 from stages.cache_latents import encoding, entries

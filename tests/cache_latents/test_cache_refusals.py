@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lora_dag.core.files import load_tensors, read_json, save_tensors
+from lora_dag.core.files import read_json
+from lora_dag.core.tensors import load_tensors, save_tensors
 from tests.conftest import Workspace, picture, read_rows, write_rows
 from tests.helpers.encodings import MASKED, refusal, words
 

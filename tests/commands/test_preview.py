@@ -16,7 +16,8 @@ from PIL import Image
 from lora_dag.commands import preview
 from lora_dag.core import seeding
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_tensors, read_json
+from lora_dag.core.files import read_json
+from lora_dag.core.tensors import load_tensors
 from stages.train.trainer import Trainer
 from tests.conftest import Workspace
 from tests.helpers.trainings import broken_off

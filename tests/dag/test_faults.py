@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from lora_dag.core import console
-from lora_dag.core.files import last_holder, save_tensors
+from lora_dag.core.locks import last_holder
+from lora_dag.core.tensors import save_tensors
 from stages.train import outputs, trainer
 from stages.train.ancestors import ancestors
 from stages.train.trainer import Trainer
@@ -128,7 +129,7 @@ def fail(error: Exception) -> None:
 
 HOLD = """
 from pathlib import Path
-from lora_dag.core.files import writing
+from lora_dag.core.locks import writing
 with writing(Path("data/adapter")):
     input()
 """

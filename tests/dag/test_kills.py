@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_dag.core.files import last_holder
+from lora_dag.core.locks import last_holder
 from tests.helpers.checkout import Checkout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

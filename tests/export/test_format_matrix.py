@@ -17,9 +17,10 @@ from lora_dag.artifacts.adapter import FINAL, Adapter, bias_metadata
 from lora_dag.bases import layout
 from lora_dag.core import seeding
 from lora_dag.core.console import UserError
-from lora_dag.core.files import read_json, save_tensors, sha256_file
+from lora_dag.core.files import read_json, sha256_file
 from lora_dag.core.params import ModelParams
 from lora_dag.core.params import load as load_params
+from lora_dag.core.tensors import save_tensors
 from lora_dag.families.protocol import load_family
 from tests.adapters.test_lora import params
 from tests.conftest import Workspace

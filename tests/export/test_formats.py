@@ -18,9 +18,10 @@ from lora_dag.artifacts.lineage import load as load_lineage
 from lora_dag.bases import layout
 from lora_dag.core import seeding
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_metadata, load_tensors, read_json, save_tensors, sha256_file
+from lora_dag.core.files import read_json, sha256_file
 from lora_dag.core.params import ModelParams
 from lora_dag.core.params import load as load_params
+from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families import sd
 from stages.export import comfyui
 from stages.export.params import refusals

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from lora_dag.adapters import lora
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_metadata, load_tensors, read_json
+from lora_dag.core.files import read_json
+from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families.protocol import load_family
 from stages.export import comfyui
 from stages.export.params import refusals

@@ -19,7 +19,7 @@ from diffusers import SD3Transformer2DModel
 
 from lora_dag.adapters import original_layout
 from lora_dag.adapters.adapted import long_name
-from lora_dag.core.files import load_tensors
+from lora_dag.core.tensors import load_tensors
 from lora_dag.families.protocol import load_family
 from tests.adapters.test_original_layout import stacked
 from tests.helpers import comfyui, single_files

@@ -14,7 +14,8 @@ from diffusers import StableDiffusionPipeline
 from lora_dag.adapters import lora
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_metadata, load_tensors, read_json
+from lora_dag.core.files import read_json
+from lora_dag.core.tensors import load_metadata, load_tensors
 from stages.export import comfyui, resize, trained
 from stages.export.params import rank_refusals
 from tests.adapters.test_lora import predict

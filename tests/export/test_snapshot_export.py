@@ -13,7 +13,8 @@ from peft import get_peft_model_state_dict
 from lora_dag.artifacts.lineage import load as load_lineage
 from lora_dag.artifacts.lineage import save as save_lineage
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_metadata, load_tensors, sha256_file, write_json
+from lora_dag.core.files import sha256_file, write_json
+from lora_dag.core.tensors import load_metadata, load_tensors
 from stages.export.params import step_refusals
 from tests.conftest import Workspace
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_metadata, load_tensors, save_tensors
+from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from tests.conftest import Workspace
 
 FILES = [

@@ -16,8 +16,8 @@ from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.manifest import Manifest
 from lora_dag.bases import layout
 from lora_dag.core import params
-from lora_dag.core.files import load_metadata
 from lora_dag.core.params import ModelParams
+from lora_dag.core.tensors import load_metadata
 from lora_dag.families import common
 from lora_dag.families.protocol import Family, load_family
 from lora_dag.pictures.pictures import load_view

@@ -17,7 +17,7 @@ import torch
 
 from lora_dag.adapters import lora
 from lora_dag.core import seeding
-from lora_dag.core.files import load_metadata, load_tensors
+from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families.protocol import load_family
 from stages.export import trained, writers
 from tests.adapters.test_lora import params

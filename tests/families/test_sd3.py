@@ -12,8 +12,8 @@ from diffusers import StableDiffusion3Pipeline
 
 from lora_dag.bases import layout
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_tensors
 from lora_dag.core.params import ModelParams
+from lora_dag.core.tensors import load_tensors
 from lora_dag.families import sd3
 from tests.conftest import Workspace
 from tests.helpers.stock import STOCK

@@ -98,7 +98,7 @@ def test_a_batch_has_the_time_ids_of_the_views_it_drew(prepared: Workspace) -> N
 
 def test_time_ids_are_no_part_of_the_store(prepared: Workspace) -> None:
     """They follow from what the key holds, so that nothing has to be encoded for them."""
-    from lora_dag.core.files import load_tensors
+    from lora_dag.core.tensors import load_tensors
 
     for path in Path(".state/store/latents").rglob("*.safetensors"):
         assert set(load_tensors(path)) == {"mean", "std"}

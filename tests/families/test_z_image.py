@@ -14,8 +14,8 @@ from diffusers import ZImagePipeline
 from lora_dag.adapters.targets import PRESETS, adaptable, in_choice
 from lora_dag.bases import layout
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_metadata, load_tensors
 from lora_dag.core.params import ModelParams
+from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families import z_image
 from tests.conftest import Workspace
 from tests.helpers.stock import STOCK

@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from lora_dag.core.files import save_tensors
+from lora_dag.core.tensors import save_tensors
 
 Tensors = dict[str, torch.Tensor]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lora_dag.bases.layout import weight_files
-from lora_dag.core.files import load_tensors, save_tensors
+from lora_dag.core.tensors import load_tensors, save_tensors
 
 Tensors = dict[str, torch.Tensor]
 

@@ -19,8 +19,8 @@ from lora_dag.artifacts.adapter import FINAL
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.core import params
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_tensors
 from lora_dag.core.params import ModelParams
+from lora_dag.core.tensors import load_tensors
 from lora_dag.families import sd
 from stages.train.batches import Batch, Batches
 from stages.train.noising import make_timesteps

@@ -17,7 +17,7 @@ from PIL import Image
 from lora_dag.artifacts import manifest as manifest_module
 from lora_dag.artifacts.manifest import Manifest
 from lora_dag.core.console import UserError
-from lora_dag.core.files import writing
+from lora_dag.core.locks import writing
 from tests.conftest import Workspace, picture, read_rows, write_rows
 from tests.helpers.sources import write_parquet, write_tar
 

@@ -13,8 +13,9 @@ from lora_dag.artifacts.adapter import Adapter
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.core import params
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_tensors, read_json
+from lora_dag.core.files import read_json
 from lora_dag.core.params import ModelParams
+from lora_dag.core.tensors import load_tensors
 from lora_dag.families import sd
 from stages.train.early_stop import EarlyStop
 from stages.train.trainer import Trainer

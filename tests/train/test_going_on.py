@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lora_dag.artifacts.adapter import FINAL
-from lora_dag.core.files import load_tensors
+from lora_dag.core.tensors import load_tensors
 from tests.conftest import Workspace
 from tests.helpers.trainings import LONG, broken_off, signalled
 

@@ -19,8 +19,9 @@ from lora_dag.bases.resolve import resolve
 from lora_dag.core import params as core_params
 from lora_dag.core import seeding
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_metadata, load_tensors, read_json, save_tensors, sha256_file, write_json
+from lora_dag.core.files import read_json, sha256_file, write_json
 from lora_dag.core.params import ModelParams
+from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families.protocol import load_family
 from stages.export import header, trained, writers
 from stages.export.params import ExportParams

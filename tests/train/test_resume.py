@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lora_dag.artifacts.adapter import FINAL
-from lora_dag.core.files import last_holder
+from lora_dag.core.locks import last_holder
 from lora_dag.pipeline import code
 from tests.conftest import REPOSITORY, Workspace, picture
 from tests.helpers import forked
@@ -106,7 +106,7 @@ def test_other_latents_or_code_are_no_resume(
 
 
 HOLD = (
-    "import sys; from pathlib import Path; from lora_dag.core.files import lock\nwith lock(Path(sys.argv[1])): input()"
+    "import sys; from pathlib import Path; from lora_dag.core.locks import lock\nwith lock(Path(sys.argv[1])): input()"
 )
 
 

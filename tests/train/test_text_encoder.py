@@ -23,8 +23,9 @@ from lora_dag.bases import layout
 from lora_dag.core import params as parameters
 from lora_dag.core import seeding
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_metadata, load_tensors, read_json, save_tensors, sha256_file
+from lora_dag.core.files import read_json, sha256_file
 from lora_dag.core.params import ModelParams
+from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families import sd
 from lora_dag.families.protocol import load_family
 from lora_dag.pictures.pictures import load_view

@@ -16,8 +16,9 @@ from lora_dag.artifacts.adapter import FINAL, Adapter, snapshot_name
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.manifest import Manifest
 from lora_dag.core import params
-from lora_dag.core.files import load_tensors, read_json
+from lora_dag.core.files import read_json
 from lora_dag.core.params import ModelParams
+from lora_dag.core.tensors import load_tensors
 from lora_dag.families import sd
 from lora_dag.pictures.pictures import load_view
 from stages.train.optimizers import make_optimizer

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from lora_dag.core.console import UserError
-from lora_dag.core.files import load_metadata, load_tensors, save_tensors
+from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.pages.sheets import cut
 from stages.validate import several
 from tests.conftest import Workspace

@@ -22,8 +22,9 @@ from lora_dag.artifacts.lineage import parse as parse_lineage
 from lora_dag.bases import layout
 from lora_dag.core import params, seeding
 from lora_dag.core.console import UserError
-from lora_dag.core.files import read_json, save_tensors, sha256_file
+from lora_dag.core.files import read_json, sha256_file
 from lora_dag.core.params import ModelParams
+from lora_dag.core.tensors import save_tensors
 from lora_dag.diffusion import objectives
 from lora_dag.evaluation import heldout_table
 from lora_dag.families import sd

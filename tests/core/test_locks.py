@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_dag.core import locks
+from lora_dag.core.console import UserError
+from tests.conftest import REPOSITORY
+
+
+def test_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from lora_dag.core.locks import lock\n"
+        "with lock(Path(sys.argv[1])):\n print('held', flush=True); sys.stdin.read()"
+    )
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError) as caught, locks.lock(tmp_path):
+            pass
+        assert caught.value.problems == (
+            f"{tmp_path}: process {holder.pid} is at work on this run; wait for it, or stop it: kill {holder.pid}",
+        )
+    finally:
+        holder.kill()
+        holder.wait()
+    with locks.lock(tmp_path):  # the kernel has freed it
+        assert locks.last_holder(tmp_path) == (str(os.getpid()), platform.node())
+        (tmp_path / "lock").write_text("7 node-b")  # as a shared disk shows one of another machine
+        message = "process 7 on node-b is at work on this run; wait for it, or stop it there: kill 7$"
+        with pytest.raises(UserError, match=message), locks.lock(tmp_path):
+            pass
+
+
+def test_a_disk_without_locks_gives_them_to_everyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with locks.lock(tmp_path):
+        locks.require_held(tmp_path)
+        with locks.lock(tmp_path, wait=True):
+            locks.require_held(tmp_path)
