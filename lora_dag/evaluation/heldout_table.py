@@ -1,4 +1,4 @@
-"""The frozen table of (picture, timestep, noise) rows, and what its losses say: paired differences with intervals.
+"""The frozen table of (picture, timestep, noise) rows, its file heldout.csv, and the ``val.*`` figures of its losses.
 
 NumPy only, so that `compare` starts at once. All randomness is keyed: a row depends on the seed and its picture alone,
 so adding pictures leaves the other rows as they were.
@@ -12,16 +12,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import NormalDist
 
 import numpy as np
 
 from lora_dag.core.files import sha256_json
 from lora_dag.core.seeding import key
-from lora_dag.evaluation.t_distribution import t_quantile
+from lora_dag.evaluation.bootstrap import by_picture, difference, estimate, mean
 
-NUM_RESAMPLES = 2000
-CONFIDENCE = 0.95
 BANDS = ("low", "mid", "high")  # thirds of the training timesteps, by noise
 FIELDS = ("row", "file_name", "split", "timestep", "base", "adapter")
 
@@ -154,15 +151,6 @@ def write_csv(fields: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 # What the losses say
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its interval, a percentile bootstrap of Student's width; NaN bounds where one picture cannot tell."""
-
-    mean: float
-    low: float
-    high: float
-
-
 def metrics(scores: Sequence[Score], num_train_timesteps: int, seed: int) -> dict[str, float]:
     """The ``val.*`` figures. A change is adapter minus base, so below zero is better."""
     split = {name: [s for s in scores if s.split == name] for name in ("heldout", "train")}
@@ -171,14 +159,10 @@ def metrics(scores: Sequence[Score], num_train_timesteps: int, seed: int) -> dic
     result = {
         "val.loss": mean(s.adapter for s in split["heldout"]),
         "val.loss_base": mean(s.base for s in split["heldout"]),
-        "val.loss_change": change.mean,
-        "val.loss_change_low": change.low,
-        "val.loss_change_high": change.high,
+        **change.named("val.loss_change"),
         "val.train_loss": mean(s.adapter for s in split["train"]),
         "val.train_loss_base": mean(s.base for s in split["train"]),
-        "val.overfit_gap": gap.mean,
-        "val.overfit_gap_low": gap.low,
-        "val.overfit_gap_high": gap.high,
+        **gap.named("val.overfit_gap"),
     }
     for index, band in enumerate(BANDS):
         inside = [s for s in split["heldout"] if s.timestep * len(BANDS) // num_train_timesteps == index]
@@ -187,54 +171,6 @@ def metrics(scores: Sequence[Score], num_train_timesteps: int, seed: int) -> dic
     return result
 
 
-def mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return float(np.mean(numbers)) if numbers else float("nan")
-
-
 def mean_change(scores: Iterable[Score]) -> np.ndarray:
     """Adapter minus base, averaged over each picture's timesteps: float64 [pictures]."""
     return by_picture((s.file_name, s.adapter - s.base) for s in scores)
-
-
-def by_picture(values: Iterable[tuple[str, float]]) -> np.ndarray:
-    """Mean of each picture's values, in order of first appearance: float64 [pictures]."""
-    groups: dict[str, list[float]] = {}
-    for file_name, value in values:
-        groups.setdefault(file_name, []).append(value)
-    return np.array([np.mean(group) for group in groups.values()], dtype=np.float64)
-
-
-def estimate(values: np.ndarray, seed: int) -> Estimate:
-    """Mean of per-picture values with the bootstrap interval over pictures, of Student's width where they are few.
-
-    Rows of one picture are not independent, so whole pictures are drawn. Source: Efron & Tibshirani (1993), ch. 13.
-    """
-    return Estimate(mean(values), *bounds(resampled_means(values, seed, "values")))
-
-
-def difference(a: np.ndarray, b: np.ndarray, seed: int) -> Estimate:
-    """Mean of ``a`` minus mean of ``b``, two sets of other pictures, each resampled on its own."""
-    means = resampled_means(a, seed, "a") - resampled_means(b, seed, "b")
-    return Estimate(mean(a) - mean(b), *bounds(means))
-
-
-def resampled_means(values: np.ndarray, seed: int, purpose: str) -> np.ndarray:
-    """float64 [NUM_RESAMPLES]; NaN where there are fewer than two values.
-
-    Bootstrap means vary less than means do, by sqrt((n - 1) / n) and by z over Student's t, so they are stretched by
-    that about their centre. Source: Hesterberg (2015), doi:10.1080/00031305.2015.1089789, "narrowness bias".
-    """
-    n = len(values)
-    if n < 2:
-        return np.full(NUM_RESAMPLES, np.nan)
-    rng = np.random.default_rng(key(seed, "bootstrap", purpose))
-    means = values[rng.integers(n, size=(NUM_RESAMPLES, n))].mean(axis=1)
-    stretch = t_quantile(n - 1, CONFIDENCE) / NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(n / (n - 1))
-    return values.mean() + stretch * (means - values.mean())
-
-
-def bounds(means: np.ndarray) -> tuple[float, float]:
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)

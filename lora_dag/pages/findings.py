@@ -11,7 +11,7 @@ from lora_dag.core.console import plural
 from lora_dag.pages.markdown import decimals, interval
 
 BOOTSTRAP = "percentile bootstrap, stretched to Student's width"
-"""How the intervals over pictures are made: lora_dag/evaluation/heldout_table.py."""
+"""How the intervals over pictures are made: lora_dag/evaluation/bootstrap.py."""
 FEW_PICTURES = 10
 """Held out; below it "no difference" and "no sign" would say nothing."""
 TAIL = 0.05  # of pictures, at either end of the held-out ones' distances; and of chance

@@ -28,7 +28,7 @@ from lora_dag.core.labels import exact, numbers
 from lora_dag.core.params import ModelParams, RuntimeParams
 from lora_dag.core.progress import Bar
 from lora_dag.core.took import Work
-from lora_dag.evaluation import heldout_table
+from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Score
 from lora_dag.families.long_texts import warn_of_long_prompts
 from lora_dag.families.protocol import load_family
@@ -227,8 +227,8 @@ def ink_measures(evidence: Evidence, settings: ValidateParams) -> dict[str, metr
     found: dict[str, metrics.Value] = {}
     for suffix, step in (("_base", 0), ("", max(evidence.pictures))) if settings.ink_measures else ():
         arrays = [np.asarray(picture) for picture in evidence.pictures[step][0]]
-        found[f"samples.chroma{suffix}"] = heldout_table.mean(map(chroma, arrays))
-        found[f"samples.dark_share{suffix}"] = heldout_table.mean(map(dark_share, arrays))
+        found[f"samples.chroma{suffix}"] = bootstrap.mean(map(chroma, arrays))
+        found[f"samples.dark_share{suffix}"] = bootstrap.mean(map(dark_share, arrays))
     return found
 
 

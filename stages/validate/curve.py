@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_dag.artifacts.metrics import Value
-from lora_dag.evaluation import heldout_table
-from lora_dag.evaluation.heldout_table import Estimate
+from lora_dag.evaluation import bootstrap, heldout_table
+from lora_dag.evaluation.bootstrap import Estimate
 
 FIELDS = ("step", "heldout", "train_probe", "above_best", "above_best_low", "above_best_high")
 
@@ -37,13 +37,13 @@ def make_curve(heldout: Mapping[int, np.ndarray], probe: Mapping[int, np.ndarray
         heldout: step -> loss of each held-out picture, float64 [pictures], the same order at every step.
         probe: the same of the train probe.
     """
-    best = min(heldout, key=lambda step: (heldout_table.mean(heldout[step]), step))
+    best = min(heldout, key=lambda step: (bootstrap.mean(heldout[step]), step))
     return [
         Point(
             step,
-            heldout_table.mean(heldout[step]),
-            heldout_table.mean(probe[step]),
-            heldout_table.estimate(heldout[step] - heldout[best], seed),
+            bootstrap.mean(heldout[step]),
+            bootstrap.mean(probe[step]),
+            bootstrap.estimate(heldout[step] - heldout[best], seed),
         )
         for step in sorted(heldout)
     ]
@@ -73,13 +73,10 @@ def onset_step(curve: Sequence[Point]) -> int | None:
 
 
 def metrics(curve: Sequence[Point]) -> dict[str, Value]:
-    above = curve[-1].above_best
     return {
         "val.best_step": best_point(curve).step,
         "val.onset_step": onset_step(curve),
-        "val.final_minus_best": above.mean,
-        "val.final_minus_best_low": above.low,
-        "val.final_minus_best_high": above.high,
+        **curve[-1].above_best.named("val.final_minus_best"),
     }
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lora_dag.evaluation.heldout_table import Estimate
+from lora_dag.evaluation.bootstrap import Estimate
 
 SIGMA, SCALE = 10, 1000  # Jayasumana et al. 2024, section 4: bandwidth, and a factor for readable figures
 NORMAL_QUANTILE = 1.96  # of 95 % intervals

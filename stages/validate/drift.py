@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_dag.evaluation import heldout_table
+from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Picture
 from stages.validate.exam import encode_captions
 
@@ -77,11 +77,9 @@ def metrics(drift: Drift, losses: list[float]) -> dict[str, Value]:
         (row.picture.caption, after - before)
         for row, before, after in zip(drift.exam.rows, drift.losses, losses, strict=True)
     ]
-    change = heldout_table.estimate(heldout_table.by_picture(changes), drift.exam.seed)
+    change = bootstrap.estimate(bootstrap.by_picture(changes), drift.exam.seed)
     return {
-        "drift.loss": heldout_table.mean(losses),
-        "drift.loss_base": heldout_table.mean(drift.losses),
-        "drift.loss_change": change.mean,
-        "drift.loss_change_low": change.low,
-        "drift.loss_change_high": change.high,
+        "drift.loss": bootstrap.mean(losses),
+        "drift.loss_base": bootstrap.mean(drift.losses),
+        **change.named("drift.loss_change"),
     }

@@ -12,7 +12,7 @@ from lora_dag.core import seeding
 from lora_dag.core.console import UserError, log, plural
 from lora_dag.core.device import autocast, log_device
 from lora_dag.core.files import sha256_json
-from lora_dag.evaluation import heldout_table
+from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Picture, Row
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Exam:
     def by_picture(self, losses: list[float], split: str) -> np.ndarray:
         """Mean loss of each picture of a split, float64 [pictures]."""
         answered = zip(self.rows, losses, strict=True)
-        return heldout_table.by_picture(
+        return bootstrap.by_picture(
             (row.picture.file_name, loss) for row, loss in answered if row.picture.split == split
         )
 

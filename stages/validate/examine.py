@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts.adapter import FINAL, snapshot_name
 from lora_dag.core.console import UserError, log
-from lora_dag.evaluation import heldout_table
+from lora_dag.evaluation import bootstrap
 from stages.validate import drift
 from stages.validate.exam import Exam, answer
 from stages.validate.passes import Passes, per_picture
@@ -170,7 +170,7 @@ def log_step(exam: Exam, evidence: Evidence, step: int) -> None:
 
 def split_losses(exam: Exam, losses: list[float]) -> tuple[float, float]:
     """Mean loss of the held-out pictures and of the train probe's."""
-    heldout, probe = (heldout_table.mean(exam.by_picture(losses, split)) for split in ("heldout", "train"))
+    heldout, probe = (bootstrap.mean(exam.by_picture(losses, split)) for split in ("heldout", "train"))
     return heldout, probe
 
 

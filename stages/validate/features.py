@@ -14,7 +14,7 @@ import numpy as np
 from lora_dag.core import quiet
 from lora_dag.core.console import UserError, log, plural
 from lora_dag.core.files import read_json
-from lora_dag.evaluation import heldout_table
+from lora_dag.evaluation import bootstrap
 from lora_dag.families import common
 from lora_dag.families.long_texts import warn_of_long
 from stages.validate import distances, feature_files
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lora_dag.artifacts.metrics import Value
-    from lora_dag.evaluation.heldout_table import Estimate
     from stages.validate.exam import Exam
     from stages.validate.feature_files import Source
     from stages.validate.latents import Vae
@@ -178,20 +177,15 @@ def measure(
     name, score = ("clip_score", distances.clip_scores) if model.kind == "clip" else ("cosine", distances.cosines)
     scores = {"": score(after, texts), "_base": score(before, texts)}
     found: dict[str, Value] = {f"samples.{name}{suffix}": float(values.mean()) for suffix, values in scores.items()}
-    found |= named(name, heldout_table.estimate(scores[""] - scores["_base"], exam.seed))
+    found |= bootstrap.estimate(scores[""] - scores["_base"], exam.seed).named(f"samples.{name}_change")
     for name, kernel in (("cmmd", distances.gaussian), ("feature_kid", distances.cubic)):
         found[f"samples.{name}"] = distances.mmd(kernel, after, real)
         found[f"samples.{name}_base"] = distances.mmd(kernel, before, real)
-        found |= named(name, distances.mmd_change(kernel, before, after, real))
+        found |= distances.mmd_change(kernel, before, after, real).named(f"samples.{name}_change")
     log.info("features    %s: %s, %s", model.name, plural(len(after), "sample"), plural(len(real), "held-out picture"))
     for name in [name for name in found if f"{name}_base" in found]:
         log.info("%-11s %.4g, base %.4g", name.removeprefix("samples."), found[name], found[f"{name}_base"])
     return found
-
-
-def named(name: str, change: Estimate) -> dict[str, Value]:
-    bounds = {"": change.mean, "_low": change.low, "_high": change.high}
-    return {f"samples.{name}_change{suffix}": value for suffix, value in bounds.items()}
 
 
 def heldout_pictures(exam: Exam, vae: Vae) -> list[Image.Image]:

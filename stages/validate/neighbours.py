@@ -21,7 +21,7 @@ from lora_dag.artifacts.metrics import tidy
 from lora_dag.core.console import UserError
 from lora_dag.core.files import write_text
 from lora_dag.core.progress import counted
-from lora_dag.evaluation import heldout_table
+from lora_dag.evaluation import bootstrap, heldout_table
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ class Neighbours:
         """NaN where nothing can be told."""
         if math.isnan(self.threshold):
             return math.nan
-        return heldout_table.mean(sample.distance > self.far_threshold for sample in samples)
+        return bootstrap.mean(sample.distance > self.far_threshold for sample in samples)
 
     def copied(self, sample: Sample) -> bool:
         return sample.distance < self.threshold
@@ -120,7 +120,7 @@ class Neighbours:
         """NaN where nothing can be told."""
         if math.isnan(self.threshold):
             return math.nan
-        return heldout_table.mean(self.copied(sample) for sample in samples)
+        return bootstrap.mean(self.copied(sample) for sample in samples)
 
     @property
     def worst(self) -> list[tuple[Sample, Sample]]:
@@ -229,7 +229,7 @@ def diversity(points: np.ndarray) -> float:
         points: [seeds, prompts, D].
     """
     pairs = combinations(points, 2)
-    return heldout_table.mean(float(value) for one, other in pairs for value in np.linalg.norm(one - other, axis=1))
+    return bootstrap.mean(float(value) for one, other in pairs for value in np.linalg.norm(one - other, axis=1))
 
 
 # Reports
@@ -241,7 +241,7 @@ def metrics(found: Neighbours) -> dict[str, Value]:
     for suffix, samples, spread in (("_base", found.base, found.diversity[0]), ("", found.adapter, found.diversity[1])):
         values[f"samples.copied_share{suffix}"] = found.copied_share(samples)
         values[f"samples.far_share{suffix}"] = found.far_share(samples)
-        values[f"samples.blank_share{suffix}"] = heldout_table.mean(sample.is_blank for sample in samples)
+        values[f"samples.blank_share{suffix}"] = bootstrap.mean(sample.is_blank for sample in samples)
         values[f"samples.nearest_distance{suffix}"] = median([sample.distance for sample in samples])
         values[f"samples.diversity{suffix}"] = spread
     return values

@@ -15,7 +15,8 @@ from lora_dag.commands.compare.page import paragraph
 from lora_dag.commands.compare.settings import differing, setting
 from lora_dag.commands.compare.sides import Side
 from lora_dag.commands.compare.verdict import judge
-from lora_dag.evaluation.heldout_table import Estimate, Score, estimate
+from lora_dag.evaluation.bootstrap import Estimate, estimate
+from lora_dag.evaluation.heldout_table import Score
 from lora_dag.evaluation.t_distribution import t_quantile
 
 LOSS, PICTURES = 0.42, 0.15  # mean held-out loss, and how it varies between pictures: the demo's

@@ -17,7 +17,7 @@ from lora_dag.commands.gate import figures, limits, lock
 from lora_dag.commands.gate.against import Comparison
 from lora_dag.commands.gate.page import MAX_BYTES, Place, link, shortened
 from lora_dag.core.console import UserError
-from lora_dag.evaluation.heldout_table import Estimate
+from lora_dag.evaluation.bootstrap import Estimate
 from stages.report.params import Gates
 from tests.helpers.planted import Clone, git
 

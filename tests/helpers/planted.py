@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from lora_dag.artifacts import metrics, picture_table
 from lora_dag.artifacts.lineage import save as save_lineage
 from lora_dag.core.files import sha256_json, write_text
-from lora_dag.evaluation import heldout_table
+from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Score
 from stages.validate import curve, neighbours
 from tests.conftest import REPOSITORY
@@ -140,7 +140,7 @@ def plant_losses(reports: Path, names: dict[str, list[str]], loss: float, num_st
     ]
     of = {
         split: [
-            heldout_table.by_picture((s.file_name, getattr(s, side)) for s in scores if s.split == split)
+            bootstrap.by_picture((s.file_name, getattr(s, side)) for s in scores if s.split == split)
             for side in ("base", "adapter")
         ]
         for split in names

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_dag.commands.leaderboard.page import percent
-from lora_dag.evaluation.heldout_table import Estimate
+from lora_dag.evaluation.bootstrap import Estimate
 from lora_dag.pages import findings
 from lora_dag.pages.findings import Share
 from lora_dag.pages.markdown import decimals, interval, plain, signed

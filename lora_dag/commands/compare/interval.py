@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_dag.evaluation.heldout_table import CONFIDENCE, Estimate
+from lora_dag.evaluation.bootstrap import CONFIDENCE, Estimate
 from lora_dag.evaluation.t_distribution import t_quantile
 
 

@@ -17,8 +17,9 @@ from lora_dag.commands.compare.interval import over_seeds, pooled_sd, widened
 from lora_dag.commands.compare.repeats import repeats_of
 from lora_dag.commands.compare.settings import setting
 from lora_dag.commands.compare.sides import Side
-from lora_dag.evaluation import heldout_table
-from lora_dag.evaluation.heldout_table import Estimate, Score
+from lora_dag.evaluation import bootstrap
+from lora_dag.evaluation.bootstrap import Estimate
+from lora_dag.evaluation.heldout_table import Score
 from lora_dag.pages.markdown import decimals, interval, signed
 
 MIN_PICTURES = 2  # one has no interval
@@ -81,7 +82,7 @@ def judge(a: Side, b: Side, others: Sequence[Side] = ()) -> Verdict:
     for side in (a, b, *others):
         if answers[id(side)].keys() >= set(shared):
             values = (answers[id(side)][row].adapter for row in shared)
-            losses[id(side)] = heldout_table.by_picture(zip(pictures, values, strict=True))
+            losses[id(side)] = bootstrap.by_picture(zip(pictures, values, strict=True))
     for side in (a, b):
         if not np.isfinite(losses[id(side)]).all():
             why = f"a held-out loss of {side.name} is not a number"
@@ -107,7 +108,7 @@ def weigh(a: Side, b: Side, runs: Sequence[Side], losses: Mapping[int, np.ndarra
     same = setting(a) == setting(b)
     of_a, of_b = ([a], [b]) if same else (repeats_of(a, runs), repeats_of(b, runs))
     mean_a, mean_b = (np.mean([losses[id(run)] for run in group], axis=0) for group in (of_a, of_b))
-    change = heldout_table.estimate(mean_b - mean_a, seed=0)
+    change = bootstrap.estimate(mean_b - mean_a, seed=0)
     groups = {setting(run): repeats_of(run, runs) for run in runs}
     sd, df = pooled_sd([[losses[id(run)].mean() for run in group] for group in groups.values()])
     if df:

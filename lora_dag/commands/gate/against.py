@@ -11,7 +11,7 @@ from lora_dag.commands.compare.revisions import WORKSPACE, find_commit
 from lora_dag.commands.compare.sides import read_commit, read_side
 from lora_dag.commands.compare.verdict import MIN_PICTURES, Verdict, judge
 from lora_dag.core.console import UserError
-from lora_dag.evaluation.heldout_table import Estimate
+from lora_dag.evaluation.bootstrap import Estimate
 from lora_dag.pages.markdown import code
 
 HERE = "this branch"

@@ -25,7 +25,7 @@ from lora_dag.commands.gate import lock
 from lora_dag.core.console import UserError
 from lora_dag.core.params import read_yaml
 from lora_dag.core.progress import smoothed_loss
-from lora_dag.evaluation import heldout_table
+from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Score
 from stages.validate import curve
 
@@ -171,11 +171,11 @@ def copies(reports: Reports) -> Iterator[str]:
         for distance, flag in zip(distances, flags, strict=True):
             if (distance < threshold) != flag and not math.isclose(distance, threshold, rel_tol=SIX_DIGITS):
                 yield f"{NEAREST}: {side}copied {flag:g} at a distance of {distance:g}; {LINEAGE} has {threshold:g}"
-        share = math.nan if math.isnan(threshold) else heldout_table.mean(flags)
+        share = math.nan if math.isnan(threshold) else bootstrap.mean(flags)
         middle = float(np.median(distances)) if distances else math.nan
         found = {f"samples.copied_share{suffix}": share, f"samples.nearest_distance{suffix}": middle}
         if far is not None and not any(math.isclose(distance, far, rel_tol=SIX_DIGITS) for distance in distances):
-            found[f"samples.far_share{suffix}"] = heldout_table.mean(distance > far for distance in distances)
+            found[f"samples.far_share{suffix}"] = bootstrap.mean(distance > far for distance in distances)
         yield from differing(METRICS, NEAREST, found)
 
 

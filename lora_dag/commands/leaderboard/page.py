@@ -15,8 +15,8 @@ from lora_dag.commands.leaderboard.ranking import Standing, Table
 from lora_dag.commands.leaderboard.results import Result
 from lora_dag.core.console import plural
 from lora_dag.core.took import duration
-from lora_dag.evaluation import heldout_table
-from lora_dag.evaluation.heldout_table import Estimate
+from lora_dag.evaluation import bootstrap, heldout_table
+from lora_dag.evaluation.bootstrap import Estimate
 from lora_dag.pages.findings import BOOTSTRAP, FEW_PICTURES, cannot_tell
 from lora_dag.pages.markdown import code, decimals, image, interval, signed, table
 from lora_dag.sweeps.grid import Run
@@ -162,7 +162,7 @@ def runs_table(tables: Sequence[Table], keys: Sequence[str]) -> str:
 
 def change_of(losses: np.ndarray, standing: Standing) -> Estimate:
     """Of one run, float64 [pictures]: loss minus the base's, over pictures alone."""
-    return heldout_table.estimate(losses - standing.base, seed=0)
+    return bootstrap.estimate(losses - standing.base, seed=0)
 
 
 def show(value: object) -> str:

@@ -14,8 +14,9 @@ import numpy as np
 from lora_dag.commands.compare.interval import over_seeds, pooled_sd, widened
 from lora_dag.commands.compare.verdict import MIN_PICTURES, Word, in_words
 from lora_dag.commands.leaderboard.results import Result, setting_of
-from lora_dag.evaluation import heldout_table
-from lora_dag.evaluation.heldout_table import CONFIDENCE, Estimate, Score
+from lora_dag.evaluation import bootstrap
+from lora_dag.evaluation.bootstrap import CONFIDENCE, Estimate
+from lora_dag.evaluation.heldout_table import Score
 from lora_dag.evaluation.t_distribution import t_quantile
 
 EQUAL = Estimate(0.0, 0.0, 0.0)
@@ -124,7 +125,7 @@ def table(results: Sequence[Result], rows: Sequence[str]) -> Table:
     answers = [heldout(result) for result in results]
     pictures = [answers[0][row].file_name for row in rows]
     losses = {
-        result.run.name: heldout_table.by_picture(zip(pictures, (own[row].adapter for row in rows), strict=True))
+        result.run.name: bootstrap.by_picture(zip(pictures, (own[row].adapter for row in rows), strict=True))
         for result, own in zip(results, answers, strict=True)
     }
     sd, df = seed_noise(results, losses)
@@ -134,8 +135,7 @@ def table(results: Sequence[Result], rows: Sequence[str]) -> Table:
     stacked = {name: np.stack([losses[each.run.name] for each in group]) for name, group in settings.items()}
     own = {result.setting: answer for result, answer in zip(results, answers, strict=True)}
     bases = {
-        name: heldout_table.by_picture(zip(pictures, (own[name][row].base for row in rows), strict=True))
-        for name in own
+        name: bootstrap.by_picture(zip(pictures, (own[name][row].base for row in rows), strict=True)) for name in own
     }
     order = sorted(settings, key=lambda name: (stacked[name].mean(), name))
     best = stacked[order[0]]
@@ -167,13 +167,13 @@ def difference(a: np.ndarray, b: np.ndarray, sd: float, df: int) -> Estimate:
     """Mean of ``b`` minus mean of ``a``, both float64 [runs, pictures]."""
     if np.array_equal(a, b):
         return EQUAL
-    change = heldout_table.estimate(b.mean(axis=0) - a.mean(axis=0), seed=0)
+    change = bootstrap.estimate(b.mean(axis=0) - a.mean(axis=0), seed=0)
     return widened(change, over_seeds(sd, df, len(a), len(b))) if df else change
 
 
 def against_base(losses: np.ndarray, base: np.ndarray, sd: float, df: int) -> Estimate:
     """The base has no seed."""
-    change = heldout_table.estimate(losses.mean(axis=0) - base, seed=0)
+    change = bootstrap.estimate(losses.mean(axis=0) - base, seed=0)
     return widened(change, t_quantile(df, CONFIDENCE) * sd / math.sqrt(len(losses))) if df else change
 
 

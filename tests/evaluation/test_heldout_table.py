@@ -1,4 +1,4 @@
-"""The frozen table and the bootstrap, against independent references."""
+"""The frozen table: its rows, names, file, and the figures of its losses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pytest
 
 from lora_dag.evaluation import heldout_table
 from lora_dag.evaluation.heldout_table import Picture, Score
-
-STRETCH_OF_TWO = 12.70620 / 1.959964 * 2**0.5
+from tests.evaluation.test_bootstrap import STRETCH_OF_TWO
 
 
 def make_pictures(count: int, split: str = "heldout") -> list[Picture]:
@@ -100,47 +99,6 @@ def test_twins_keep_their_order_when_they_are_renamed() -> None:
     twins = [Picture("same", f"{name}.png", "heldout", caption, "key") for name, caption in ("ax", "by")]
     renamed = [Picture("same", f"{name}.png", "heldout", caption, "key") for name, caption in ("bx", "ay")]
     assert [p.caption for p in heldout_table.choose(renamed, 2)] == [p.caption for p in heldout_table.choose(twins, 2)]
-
-
-def test_interval_equals_the_normal_one_for_many_pictures() -> None:
-    values = np.random.default_rng(0).normal(0.3, 2.0, size=400)
-    estimate = heldout_table.estimate(values, seed=0)
-    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
-    assert estimate.mean == pytest.approx(values.mean())
-    assert estimate.low == pytest.approx(values.mean() - half, abs=half * 0.1)
-    assert estimate.high == pytest.approx(values.mean() + half, abs=half * 0.1)
-
-
-def test_interval_of_two_pictures_equals_the_enumerated_distribution() -> None:
-    # Resamples of {0, 1}: means 0, 0.5, 1 with chances 1/4, 1/2, 1/4, so that the 2.5 and 97.5 % quantiles are 0 and 1,
-    # half a unit off the mean; Student's t with one degree of freedom, and the variance over n - 1, stretch that.
-    estimate = heldout_table.estimate(np.array([0.0, 1.0]), seed=0)
-    half = 0.5 * STRETCH_OF_TWO
-    assert (estimate.mean, estimate.low, estimate.high) == (0.5, pytest.approx(0.5 - half), pytest.approx(0.5 + half))
-    means = heldout_table.resampled_means(np.array([0.0, 1.0]), 0, "values")
-    assert np.mean(means == 0.5) == pytest.approx(0.5, abs=0.04)
-
-
-def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(1)
-    samples = [rng.normal(0, 1, size=60) for _ in range(200)]
-    estimates = [heldout_table.estimate(values, seed) for seed, values in enumerate(samples)]
-    assert np.mean([e.low <= 0 <= e.high for e in estimates]) == pytest.approx(0.95, abs=0.05)
-
-
-def test_difference_of_two_sets_has_the_independent_width() -> None:
-    rng = np.random.default_rng(2)
-    a, b = rng.normal(1, 1, size=300), rng.normal(0, 3, size=500)
-    estimate = heldout_table.difference(a, b, seed=0)
-    half = 1.96 * np.sqrt(a.var() / len(a) + b.var() / len(b))
-    assert estimate.mean == pytest.approx(a.mean() - b.mean())
-    assert estimate.high - estimate.low == pytest.approx(2 * half, rel=0.1)
-
-
-def test_one_picture_has_no_interval() -> None:
-    estimate = heldout_table.estimate(np.array([0.3]), seed=0)
-    assert estimate.mean == pytest.approx(0.3)
-    assert np.isnan([estimate.low, estimate.high]).all()
 
 
 def test_rows_of_a_picture_are_resampled_together() -> None:
