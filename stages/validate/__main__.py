@@ -34,11 +34,11 @@ from lora_dag.families.long_texts import warn_of_long_prompts
 from lora_dag.families.protocol import load_family
 from lora_dag.pipeline import code as closure
 from stages.validate import cost, curve, feature_files, features, neighbours, passes, several
-from stages.validate.exam import Exam, make_exam
-from stages.validate.examine import Evidence, examine, make_sampling, step_label
-from stages.validate.kept import Kept
-from stages.validate.latents import Vae
+from stages.validate.heldout_loss import EvalSet, make_eval_set
 from stages.validate.params import ValidateParams, prompt_problems
+from stages.validate.result_cache import ResultCache
+from stages.validate.score_snapshots import ScoresAndSamples, make_sampling, score_snapshots, step_label
+from stages.validate.vae import Vae
 
 if TYPE_CHECKING:
     import torch
@@ -70,18 +70,18 @@ def main() -> None:
         layout.require_same_base(adapter.base, base, args.adapter)
 
     device = setup(config.section(RuntimeParams), model)
-    exam = make_exam(settings, model, family, cache, device)
+    eval_set = make_eval_set(settings, model, family, cache, device)
     warn_of_long_prompts([*settings.prompts, *settings.drift_prompts, settings.negative_prompt], family, model)
     if args.adapters:
-        several.draw_grid(exam, lambda factor: make_sampling(exam, settings, factor), settings.prompts, entries)
+        several.draw_grid(eval_set, lambda factor: make_sampling(eval_set, settings, factor), settings.prompts, entries)
         return
-    report(args, settings, exam, cache, adapter, origin, base)
+    report(args, settings, eval_set, cache, adapter, origin, base)
 
 
 def report(
     args: argparse.Namespace,
     settings: ValidateParams,
-    exam: Exam,
+    eval_set: EvalSet,
     cache: LatentCache,
     adapter: Adapter,
     origin: Base,
@@ -93,52 +93,52 @@ def report(
         base: digest per component.
     """
     began = time.monotonic()
-    feature_model = features.load(settings, exam.device)
-    kept, vae = Kept(conditions(base, exam)), Vae(exam)
-    total, pixels = passes.planned(exam, adapter, settings), math.prod(exam.picture_size)
-    speed = speed_conditions(exam.device, exam.model, base[exam.family.DENOISER])
+    feature_model = features.load(settings, eval_set.device)
+    result_cache, vae = ResultCache(conditions(base, eval_set)), Vae(eval_set)
+    total, pixels = passes.planned(eval_set, adapter, settings), math.prod(eval_set.picture_size)
+    speed = speed_conditions(eval_set.device, eval_set.model, base[eval_set.family.DENOISER])
     work = Work("validate", speed, total * pixels)
     work.announce("at most ")
     with Bar("validate", total) as bar:
-        evidence = examine(exam, adapter, args.adapter, settings, kept, vae, bar)
+        evidence = score_snapshots(eval_set, adapter, args.adapter, settings, result_cache, vae, bar)
     gc.collect()  # frees the pipeline, whose parts refer to each other
     drawn = evidence.pictures[0], evidence.pictures[adapter.num_steps]
-    space = neighbours.Space(exam, cache, vae, feature_model)
+    space = neighbours.FeatureSpace(eval_set, cache, vae, feature_model)
     near = neighbours.compare(space, settings.prompts, *drawn)
 
-    targets = {component: base[component] for component in (*exam.family.VAE, "scheduler")}
-    names = heldout_table.row_names(exam.rows, settings.seed, targets)
-    measured = write_losses(args.reports, exam, names, evidence, settings)
-    measured["val.table"] = heldout_table.digest(exam.rows, settings.seed, targets)
+    targets = {component: base[component] for component in (*eval_set.family.VAE, "scheduler")}
+    names = heldout_table.row_names(eval_set.rows, settings.seed, targets)
+    measured = write_losses(args.reports, eval_set, names, evidence, settings)
+    measured["val.table"] = heldout_table.digest(eval_set.rows, settings.seed, targets)
     cell = draw_sheets(args.reports, evidence, settings, trained_captions(cache))
     neighbours.write(args.reports / "validate", near, vae, cache, sheet_cells(evidence))
     measured |= ink_measures(evidence, settings) | neighbours.metrics(near)
-    measured |= evidence.drift | {"cost.tflop_per_image": cost.tflop_per_image(exam, adapter, cache)}
+    measured |= evidence.drift | {"cost.tflop_per_image": cost.tflop_per_image(eval_set, adapter, cache)}
     sizes = {"cell": cell, "picture": list(evidence.pictures[0][0][0].size)}  # in pixels; as the pictures were drawn
-    made_from = origin_of(settings, origin, base, cache, adapter, exam) | {"sheet": sizes}
+    made_from = origin_of(settings, origin, base, cache, adapter, eval_set) | {"sheet": sizes}
     made_from["neighbours"] = neighbours.scale(near, space)
     if feature_model:
-        measured |= features.measure(feature_model, exam, settings.prompts, drawn[0][0], drawn[1][0], vae)
+        measured |= features.measure(feature_model, eval_set, settings.prompts, drawn[0][0], drawn[1][0], vae)
         made_from["feature_model"] = feature_model.name
     lineage.save(args.reports / "validate" / "lineage.json", made_from)
     metrics.save(args.reports / "metrics.json", measured)
-    own = {"environment": environment(exam.device), "of": sha256_file(args.reports / "metrics.json")}
-    write_json(args.reports / "validate" / "run.json", own | used(exam.device, began))
+    own = {"environment": environment(eval_set.device), "of": sha256_file(args.reports / "metrics.json")}
+    write_json(args.reports / "validate" / "run.json", own | used(eval_set.device, began))
     if bar.done > total / 2:  # of a run that finds nearly all in <state>/evidence, the rest is not the passes' time
         work.record(bar.done * pixels, time.monotonic() - began)
     log_end(args.reports, measured, adapter.num_steps)
     neighbours.require_few_copied(near, settings.max_copied_share, args.reports / "validate")
 
 
-def conditions(base: dict[str, str], exam: Exam) -> dict[str, Any]:
+def conditions(base: dict[str, str], eval_set: EvalSet) -> dict[str, Any]:
     """What decides losses and pictures beside what is asked, and an adapter."""
     return {
         "base": base,
-        "code": closure.code_digest("validate", exam.model.family),
-        "drops_to_zeros": exam.family.drops_to_zeros(exam.model),  # model_index.json's, in no component's files
-        "dtype": exam.model.dtype,
-        "environment": environment(exam.device),
-        "family": exam.model.family,
+        "code": closure.code_digest("validate", eval_set.model.family),
+        "drops_to_zeros": eval_set.family.drops_to_zeros(eval_set.model),  # model_index.json's, in no component's files
+        "dtype": eval_set.model.dtype,
+        "environment": environment(eval_set.device),
+        "family": eval_set.model.family,
     }
 
 
@@ -146,25 +146,27 @@ def conditions(base: dict[str, str], exam: Exam) -> dict[str, Any]:
 
 
 def write_losses(
-    reports: Path, exam: Exam, names: list[str], evidence: Evidence, settings: ValidateParams
+    reports: Path, eval_set: EvalSet, names: list[str], evidence: ScoresAndSamples, settings: ValidateParams
 ) -> dict[str, metrics.Value]:
     """heldout.csv and curve.csv; returns the ``val.*`` metrics."""
     final = max(evidence.losses)
     scores = [
         Score(name, row.picture.file_name, row.picture.split, row.timestep, base, adapter)
-        for name, row, base, adapter in zip(names, exam.rows, evidence.losses[0], evidence.losses[final], strict=True)
+        for name, row, base, adapter in zip(
+            names, eval_set.rows, evidence.losses[0], evidence.losses[final], strict=True
+        )
     ]
     by_step = {
-        split: {step: exam.by_picture(losses, split) for step, losses in evidence.losses.items()}
+        split: {step: eval_set.by_picture(losses, split) for step, losses in evidence.losses.items()}
         for split in ("heldout", "train")
     }
     points = curve.make_curve(by_step["heldout"], by_step["train"], settings.seed)
     write_text(reports / "validate" / "heldout.csv", heldout_table.write_scores(scores))
     write_text(reports / "validate" / "curve.csv", curve.write(points))
-    return {**heldout_table.metrics(scores, exam.num_train_timesteps, settings.seed), **curve.metrics(points)}
+    return {**heldout_table.metrics(scores, eval_set.num_train_timesteps, settings.seed), **curve.metrics(points)}
 
 
-def draw_sheets(reports: Path, evidence: Evidence, settings: ValidateParams, trained: set[str]) -> int:
+def draw_sheets(reports: Path, evidence: ScoresAndSamples, settings: ValidateParams, trained: set[str]) -> int:
     """samples.png and progress.png; returns the side of a cell of samples.png in pixels."""
     first = {step: drawn[0] for step, drawn in sorted(evidence.pictures.items())}
     samples = {"base": first[0]} | {scale_label(scale): drawn for scale, drawn in evidence.scaled.items()}
@@ -206,7 +208,7 @@ def same_words(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def sheet_cells(evidence: Evidence) -> list[int]:
+def sheet_cells(evidence: ScoresAndSamples) -> list[int]:
     """Sides in pixels that a sheet's cells may have."""
     from lora_dag.pages.sheets import cell_sides
 
@@ -218,7 +220,7 @@ def scale_label(scale: float) -> str:
     return "adapter" if scale == 1 else f"adapter x {exact(scale)}"
 
 
-def ink_measures(evidence: Evidence, settings: ValidateParams) -> dict[str, metrics.Value]:
+def ink_measures(evidence: ScoresAndSamples, settings: ValidateParams) -> dict[str, metrics.Value]:
     """Chroma (0 to 255) and dark share (0 to 1) of base and adapter, mean over pictures; empty where nobody asks."""
     import numpy as np
 
@@ -233,7 +235,12 @@ def ink_measures(evidence: Evidence, settings: ValidateParams) -> dict[str, metr
 
 
 def origin_of(
-    settings: ValidateParams, origin: Base, base: dict[str, str], cache: LatentCache, adapter: Adapter, exam: Exam
+    settings: ValidateParams,
+    origin: Base,
+    base: dict[str, str],
+    cache: LatentCache,
+    adapter: Adapter,
+    eval_set: EvalSet,
 ) -> dict[str, Any]:
     """What the figures and pictures came from; `report` and `compare` read it."""
     counts = Counter(item.split for item in cache.items)
@@ -247,10 +254,10 @@ def origin_of(
         "model": origin.model.model_dump() | {"pretrained": origin.label},  # no path of this machine
         "num_steps": adapter.num_steps,
         "table": {
-            "num_pictures": dict(Counter(row.picture.split for row in exam.rows if row.stratum == 0)),
-            "num_rows": len(exam.rows),
-            "num_train_timesteps": exam.num_train_timesteps,
-            "prediction_type": exam.prediction_type,
+            "num_pictures": dict(Counter(row.picture.split for row in eval_set.rows if row.stratum == 0)),
+            "num_rows": len(eval_set.rows),
+            "num_train_timesteps": eval_set.num_train_timesteps,
+            "prediction_type": eval_set.prediction_type,
         },
         "validate": settings.model_dump(),
     }

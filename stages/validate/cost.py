@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
     from lora_dag.artifacts.adapter import Adapter
     from lora_dag.artifacts.latent_cache import LatentCache
-    from stages.validate.exam import Exam
+    from stages.validate.heldout_loss import EvalSet
 
 
-def tflop_per_image(exam: Exam, adapter: Adapter, cache: LatentCache) -> float:
+def tflop_per_image(eval_set: EvalSet, adapter: Adapter, cache: LatentCache) -> float:
     """10^12 floating-point operations of one image in training: the adapted denoiser forward and backward, batch 1.
 
     Matrix products, convolutions and attention, a multiplication and an addition counted as two, on the meta device:
@@ -29,18 +29,18 @@ def tflop_per_image(exam: Exam, adapter: Adapter, cache: LatentCache) -> float:
     from lora_dag.core import quiet
     from lora_dag.families import common
 
-    cls = getattr(diffusers, exam.family.COMPONENTS[exam.family.DENOISER])
-    picture = exam.rows[0].picture
+    cls = getattr(diffusers, eval_set.family.COMPONENTS[eval_set.family.DENOISER])
+    picture = eval_set.rows[0].picture
     prompt = {name: tensor[None] for name, tensor in cache.prompt(picture.caption, picture.view).items()}
     channels = cache.latents(picture.view)[0].shape[0]
     with torch.device("meta"), quiet.no_warnings():
-        denoiser = cls.from_config(common.config(exam.model, exam.family.DENOISER)).requires_grad_(False)
+        denoiser = cls.from_config(common.config(eval_set.model, eval_set.family.DENOISER)).requires_grad_(False)
         lora.inject(denoiser, adapter.lora_config)
         denoiser.eval()  # in train mode LoKr draws a number and reads it, which meta tensors cannot give
-        latents = torch.zeros(1, channels, *exam.picture_size)
+        latents = torch.zeros(1, channels, *eval_set.picture_size)
         timesteps = torch.zeros(1)
         with FlopCounterMode(display=False) as counter:
-            exam.family.predict(denoiser, latents, timesteps, on_meta(prompt)).mean().backward()
+            eval_set.family.predict(denoiser, latents, timesteps, on_meta(prompt)).mean().backward()
     return counter.get_total_flops() / 1e12
 
 

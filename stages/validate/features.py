@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lora_dag.artifacts.metrics import Value
-    from stages.validate.exam import Exam
     from stages.validate.feature_files import Source
-    from stages.validate.latents import Vae
+    from stages.validate.heldout_loss import EvalSet
     from stages.validate.params import ValidateParams
+    from stages.validate.vae import Vae
 
 T = TypeVar("T")
 
@@ -159,7 +159,7 @@ def full_batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
 
 def measure(
     model: FeatureModel,
-    exam: Exam,
+    eval_set: EvalSet,
     prompts: Sequence[str],
     base: Sequence[Image.Image],
     adapter: Sequence[Image.Image],
@@ -172,12 +172,12 @@ def measure(
     Args:
         base: a picture per prompt; so is ``adapter``.
     """
-    real = model.images(heldout_pictures(exam, vae))
+    real = model.images(heldout_pictures(eval_set, vae))
     before, after, texts = model.images(base), model.images(adapter), model.texts(prompts)
     name, score = ("clip_score", distances.clip_scores) if model.kind == "clip" else ("cosine", distances.cosines)
     scores = {"": score(after, texts), "_base": score(before, texts)}
     found: dict[str, Value] = {f"samples.{name}{suffix}": float(values.mean()) for suffix, values in scores.items()}
-    found |= bootstrap.estimate(scores[""] - scores["_base"], exam.seed).named(f"samples.{name}_change")
+    found |= bootstrap.estimate(scores[""] - scores["_base"], eval_set.seed).named(f"samples.{name}_change")
     for name, kernel in (("cmmd", distances.gaussian), ("feature_kid", distances.cubic)):
         found[f"samples.{name}"] = distances.mmd(kernel, after, real)
         found[f"samples.{name}_base"] = distances.mmd(kernel, before, real)
@@ -188,9 +188,9 @@ def measure(
     return found
 
 
-def heldout_pictures(exam: Exam, vae: Vae) -> list[Image.Image]:
+def heldout_pictures(eval_set: EvalSet, vae: Vae) -> list[Image.Image]:
     """The table's held-out pictures as the model can at best draw them: the latents' means, decoded by the base's VAE.
 
     So what the VAE costs, and how the pictures were cut and scaled, is on both sides of a distance.
     """
-    return [vae.decode(exam.cache.latents(view)[0]) for view in exam.heldout_views]
+    return [vae.decode(eval_set.cache.latents(view)[0]) for view in eval_set.heldout_views]

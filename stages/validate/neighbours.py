@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from lora_dag.artifacts.latent_cache import LatentCache
     from lora_dag.artifacts.metrics import Value
-    from stages.validate.exam import Exam
-    from stages.validate.latents import Vae
+    from stages.validate.heldout_loss import EvalSet
+    from stages.validate.vae import Vae
 
 COPIED_QUANTILE = 0.05
 BLANK = 3.0  # standard deviation of its pixels, 0 to 255: one colour, but for what the VAE leaves of it
@@ -133,7 +133,7 @@ class Neighbours:
 
 
 @dataclass(frozen=True)
-class Space:
+class FeatureSpace:
     """Where pictures are points.
 
     Latents are compared between pictures of one shape, the samples': a training picture of another bucket is another
@@ -141,7 +141,7 @@ class Space:
     them: both sides then went through one decoder.
     """
 
-    exam: Exam
+    eval_set: EvalSet
     cache: LatentCache
     vae: Vae
     model: ImageModel | None = None
@@ -151,19 +151,19 @@ class Space:
     def name(self) -> str:
         return "latents" if self.model is None else self.model.name
 
-    def holds(self, view: str) -> bool:
-        return self.model is not None or tuple(self.cache.latents(view)[0].shape[-2:]) == self.exam.picture_size
+    def comparable(self, view: str) -> bool:
+        return self.model is not None or tuple(self.cache.latents(view)[0].shape[-2:]) == self.eval_set.picture_size
 
-    def of_views(self, views: Sequence[str]) -> Iterator[np.ndarray]:
+    def features_of_views(self, views: Sequence[str]) -> Iterator[np.ndarray]:
         """A point of each."""
         if self.model is None:
             yield from (flat(self.cache.latents(view)[0]) for view in views)
             return
-        for start in range(0, len(views), self.exam.batch_size):
-            some = views[start : start + self.exam.batch_size]
+        for start in range(0, len(views), self.eval_set.batch_size):
+            some = views[start : start + self.eval_set.batch_size]
             yield from self.model.images([self.vae.decode(self.cache.latents(view)[0]) for view in some])
 
-    def of_pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+    def features_of_pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """[N, D]"""
         if self.model is None:
             shown = counted("samples", pictures, len(pictures))
@@ -173,10 +173,10 @@ class Space:
     def trained_views(self) -> list[tuple[str, str]]:
         """File name and key of every view of every training picture; pictures for regularization are no evidence."""
         items = [item for item in self.cache.items if item.split == "train" and not item.regularization]
-        return [(item.file_name, view) for item in items for view in item.views if self.holds(view)]
+        return [(item.file_name, view) for item in items for view in item.views if self.comparable(view)]
 
     def heldout_views(self) -> list[str]:
-        return [view for view in self.exam.heldout_views if self.holds(view)]
+        return [view for view in self.eval_set.heldout_views if self.comparable(view)]
 
 
 def flat(latents: torch.Tensor) -> np.ndarray:
@@ -185,7 +185,7 @@ def flat(latents: torch.Tensor) -> np.ndarray:
 
 
 def compare(
-    space: Space, prompts: list[str], base: list[list[Image.Image]], adapter: list[list[Image.Image]]
+    space: FeatureSpace, prompts: list[str], base: list[list[Image.Image]], adapter: list[list[Image.Image]]
 ) -> Neighbours:
     """Find every sample's nearest training picture, and every held-out picture's.
 
@@ -194,9 +194,9 @@ def compare(
         adapter: the same of the final adapter.
     """
     pictures = [picture for drawn in (*base, *adapter) for picture in drawn]
-    points = space.of_pictures(pictures)  # [2 * seeds * prompts, D]
-    views, heldout = space.trained_views(), space.of_views(space.heldout_views())
-    known = counted("nearest", space.of_views([view for _, view in views]), len(views))
+    points = space.features_of_pictures(pictures)  # [2 * seeds * prompts, D]
+    views, heldout = space.trained_views(), space.features_of_views(space.heldout_views())
+    known = counted("nearest", space.features_of_views([view for _, view in views]), len(views))
     distances, nearest = find_nearest(np.stack([*points, *heldout]), known)
     asked = [(prompt, index) for index in range(len(base)) for prompt in prompts]
     samples = [
@@ -247,7 +247,7 @@ def metrics(found: Neighbours) -> dict[str, Value]:
     return values
 
 
-def scale(found: Neighbours, space: Space) -> dict[str, Value]:
+def scale(found: Neighbours, space: FeatureSpace) -> dict[str, Value]:
     """What the distances mean, for lineage.json."""
     return {
         "space": space.name,

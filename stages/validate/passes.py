@@ -10,22 +10,22 @@ from lora_dag.core.progress import Bar
 
 if TYPE_CHECKING:
     from lora_dag.artifacts.adapter import Adapter
-    from stages.validate.exam import Exam
+    from stages.validate.heldout_loss import EvalSet
     from stages.validate.params import ValidateParams
 
 
-def planned(exam: Exam, adapter: Adapter, settings: ValidateParams) -> int:
-    """Of all that ``examine`` asks of base, snapshots and final adapter."""
+def planned(eval_set: EvalSet, adapter: Adapter, settings: ValidateParams) -> int:
+    """Of all that ``score_snapshots`` asks of base, snapshots and final adapter."""
     num_snapshots, num_drawn = len(adapter.snapshots), len(settings.prompts)
     num_scaled = sum(scale != 1 for scale in settings.scales)
-    num_rows = len(exam.rows) * (2 + num_snapshots) + 2 * settings.num_timesteps * len(settings.drift_prompts)
+    num_rows = len(eval_set.rows) * (2 + num_snapshots) + 2 * settings.num_timesteps * len(settings.drift_prompts)
     num_pictures = num_drawn * (2 * settings.num_seeds + num_snapshots + num_scaled) + len(settings.drift_prompts)
-    return num_rows + num_pictures * per_picture(exam, settings)
+    return num_rows + num_pictures * per_picture(eval_set, settings)
 
 
-def per_picture(exam: Exam, settings: ValidateParams) -> int:
+def per_picture(eval_set: EvalSet, settings: ValidateParams) -> int:
     """Guidance shows the denoiser everything twice."""
-    limit = exam.family.NO_GUIDANCE
+    limit = eval_set.family.NO_GUIDANCE
     return settings.num_inference_steps * (2 if limit is not None and settings.guidance_scale > limit else 1)
 
 

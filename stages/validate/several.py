@@ -21,7 +21,7 @@ from lora_dag.core.tensors import load_metadata, read_header
 
 if TYPE_CHECKING:
     from lora_dag.diffusion.sampling import Sampling
-    from stages.validate.exam import Exam
+    from stages.validate.heldout_loss import EvalSet
 
 OUTPUT = Path("compare/adapters.png")
 SHEET_BYTES = 2_000_000  # in no git history
@@ -122,22 +122,24 @@ def taken(pipeline: Any, name: str) -> int:
     return sum(parameter.numel() for key, parameter in named if f".lora_A.{name}." in key)
 
 
-def draw_grid(exam: Exam, sampling_for: Callable[[int], Sampling], prompts: list[str], entries: list[Entry]) -> None:
+def draw_grid(
+    eval_set: EvalSet, sampling_for: Callable[[int], Sampling], prompts: list[str], entries: list[Entry]
+) -> None:
     """Draw the base and every combination of scales, and write the sheet."""
     from lora_dag.diffusion.sampling import draw
     from lora_dag.pages.sheets import save_png, sheet
 
-    pipeline = exam.family.load_pipeline(exam.model, exam.device)
+    pipeline = eval_set.family.load_pipeline(eval_set.model, eval_set.device)
     sampling = sampling_for(pipeline.vae_scale_factor)
     require_readable(pipeline, entries)
-    labels, columns = ["base"], [draw(pipeline, sampling, exam.model)]
+    labels, columns = ["base"], [draw(pipeline, sampling, eval_set.model)]
     names = load(pipeline, entries)
     stems = [entry.file.stem for entry in entries]
     shown = stems if len({*stems}) == len(stems) else [str(entry.file) for entry in entries]
     for scales in itertools.product(*(entry.scales for entry in entries)):
         pipeline.set_adapters(names, list(scales))
         labels.append(", ".join(f"{name} {exact(scale)}" for name, scale in zip(shown, scales, strict=True)))
-        columns.append(draw(pipeline, sampling, exam.model))
+        columns.append(draw(pipeline, sampling, eval_set.model))
         log.info("drawn       %s", labels[-1])
     cell = min(256, max(128, *columns[0][0].size))
     rows = [list(row) for row in zip(*columns, strict=True)]

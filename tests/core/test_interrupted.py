@@ -49,7 +49,14 @@ MOMENTS = [
         1,
         STOPPED.format("the checkpoint after step 2 is kept"),
     ),
-    ("validate", "stages.validate.examine", "", "answer", 2, STOPPED.format("finished losses and images are kept")),
+    (
+        "validate",
+        "stages.validate.score_snapshots",
+        "",
+        "row_losses",
+        2,
+        STOPPED.format("finished losses and images are kept"),
+    ),
     (
         "export",
         "stages.export.proof",

@@ -21,7 +21,7 @@ from lora_dag.core.tensors import load_metadata
 from lora_dag.families import common
 from lora_dag.families.protocol import Family, load_family
 from lora_dag.pictures.pictures import load_view
-from stages.validate.exam import answer, make_exam, row_noise
+from stages.validate.heldout_loss import make_eval_set, row_losses, row_noise
 from stages.validate.params import ValidateParams
 from tests.conftest import Workspace
 from tests.helpers.stock import STOCK, Stock
@@ -187,12 +187,12 @@ def test_loss_from_the_cache_is_the_stock_loss(
         trained.run(stage, *overrides(name))
     config = params.load(Path("params.yaml"), overrides(name)[1::2])
     model, settings = config.section(ModelParams), config.section(ValidateParams)
-    exam = make_exam(settings, model, family, LatentCache(Path("data/latents")), CPU)
-    found = answer(exam, family.load_denoiser(model, CPU))
+    eval_set = make_eval_set(settings, model, family, LatentCache(Path("data/latents")), CPU)
+    found = row_losses(eval_set, family.load_denoiser(model, CPU))
     manifest = Manifest.load(Path("data/prepared"))
     items = {item.file_name: item for item in manifest.items}
-    assert len(exam.rows) == 8
-    for row, loss in zip(exam.rows, found, strict=True):
+    assert len(eval_set.rows) == 8
+    for row, loss in zip(eval_set.rows, found, strict=True):
         item = items[row.picture.file_name]
         (view,) = manifest.augmentation.views(item, 1)
         image = load_view((Path("data/raw") / item.file_name).read_bytes(), item, view, manifest.preprocessing)

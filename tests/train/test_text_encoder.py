@@ -33,7 +33,7 @@ from stages.export import comfyui, writers
 from stages.export.params import refusals
 from stages.train.optimizers import make_optimizer
 from stages.train.params import TrainParams, cross_problems
-from stages.validate.exam import make_exam
+from stages.validate.heldout_loss import make_eval_set
 from stages.validate.params import ValidateParams
 from tests.adapters.test_lora import params
 from tests.conftest import REPOSITORY, Workspace
@@ -106,13 +106,13 @@ def measured_by_stock_code(name: str, argv: list[str]) -> None:
     pipe.load_lora_weights("data/export/diffusers")
     config = parameters.load(Path("params.yaml"), argv[1::2])
     model, settings = config.section(ModelParams), config.section(ValidateParams)
-    exam = make_exam(settings, model, load_family(name), LatentCache(Path("data/latents")), CPU)
+    eval_set = make_eval_set(settings, model, load_family(name), LatentCache(Path("data/latents")), CPU)
     manifest = Manifest.load(Path("data/prepared"))
     items = {item.file_name: item for item in manifest.items}
     with Path("reports/validate/heldout.csv").open() as file:
         scores = list(csv.DictReader(file))
-    assert len(exam.rows) == len(scores) == 4
-    for row, score in zip(exam.rows, scores, strict=True):
+    assert len(eval_set.rows) == len(scores) == 4
+    for row, score in zip(eval_set.rows, scores, strict=True):
         item = items[row.picture.file_name]
         view = manifest.augmentation.views(item, 1)[0]
         image = load_view((Path("data/raw") / item.file_name).read_bytes(), item, view, manifest.preprocessing)

@@ -16,7 +16,7 @@ from lora_dag.core import params
 from lora_dag.core.params import ModelParams
 from lora_dag.families import sd
 from stages.validate.cost import tflop_per_image
-from stages.validate.exam import make_exam
+from stages.validate.heldout_loss import make_eval_set
 from stages.validate.params import ValidateParams
 from tests.conftest import Workspace
 from tests.helpers.caches import write_mixed_cache
@@ -25,9 +25,11 @@ from tests.helpers.caches import write_mixed_cache
 def test_what_is_counted_without_computing_is_what_the_stock_step_computes(workspace: Workspace) -> None:
     write_mixed_cache()
     config, cache = params.load(Path("params.yaml")), LatentCache(Path("data/latents"))
-    exam = make_exam(config.section(ValidateParams), config.section(ModelParams), sd, cache, torch.device("cpu"))
+    eval_set = make_eval_set(
+        config.section(ValidateParams), config.section(ModelParams), sd, cache, torch.device("cpu")
+    )
     lora_config = {"r": 3, "lora_alpha": 2, "target_modules": ["to_q", "to_v"], "init_lora_weights": True}
-    found = tflop_per_image(exam, Adapter(lora_config, {}, 4, [], {}), cache)
+    found = tflop_per_image(eval_set, Adapter(lora_config, {}, 4, [], {}), cache)
 
     unet = UNet2DConditionModel.from_pretrained("data/base/unet").requires_grad_(False)
     unet.set_attn_processor(AttnProcessor())  # the counter does not know the CPU's fused attention

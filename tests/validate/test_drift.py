@@ -1,4 +1,4 @@
-"""Drift against stock diffusers: what the base drew, asked of base and adapter."""
+"""DriftBaseline against stock diffusers: what the base drew, asked of base and adapter."""
 
 from __future__ import annotations
 

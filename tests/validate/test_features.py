@@ -25,9 +25,9 @@ from lora_dag.core.params import ModelParams
 from lora_dag.families.protocol import load_family
 from stages.validate import __main__ as validate
 from stages.validate import feature_files, features
-from stages.validate.exam import Exam
-from stages.validate.latents import Vae
+from stages.validate.heldout_loss import EvalSet
 from stages.validate.params import FeatureModelParams
+from stages.validate.vae import Vae
 from tests.conftest import Workspace, picture
 from tests.helpers import image_text
 from tests.helpers.caches import write_mixed_cache
@@ -121,8 +121,8 @@ def test_heldout_pictures_are_what_the_vae_makes_of_them(bases: dict[str, Path],
         for stratum in (0, 1)
     ]
     cache = SimpleNamespace(latents=lambda view: (latents[view], None))
-    exam = Exam(rows, cache, None, family, model, device, seed=0, batch_size=2)  # type: ignore[arg-type]
-    found = features.heldout_pictures(exam, Vae(exam))
+    eval_set = EvalSet(rows, cache, None, family, model, device, seed=0, batch_size=2)  # type: ignore[arg-type]
+    found = features.heldout_pictures(eval_set, Vae(eval_set))
     assert [image.size for image in found] == sizes[:3]
     for image, expected in zip(found, pixels, strict=False):
         with torch.no_grad():

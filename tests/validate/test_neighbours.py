@@ -24,11 +24,11 @@ from lora_dag.core.params import ModelParams
 from lora_dag.families import sd
 from lora_dag.pictures.pictures import load_view
 from stages.report.page import in_words
-from stages.validate import examine, neighbours
-from stages.validate.exam import make_exam
-from stages.validate.latents import Vae
-from stages.validate.neighbours import Neighbours, Sample, Space
+from stages.validate import neighbours, score_snapshots
+from stages.validate.heldout_loss import make_eval_set
+from stages.validate.neighbours import FeatureSpace, Neighbours, Sample
 from stages.validate.params import ValidateParams
+from stages.validate.vae import Vae
 from tests.conftest import Workspace
 from tests.helpers.caches import write_mixed_cache
 from tests.validate.test_validate import cached, write_adapter  # noqa: F401  (a fixture)
@@ -41,10 +41,10 @@ def noise(count: int, size: tuple[int, int] = (32, 32)) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)) for _ in range(count)]
 
 
-def make_space(model: Any = None) -> Space:
+def make_space(model: Any = None) -> FeatureSpace:
     config, cache = params.load(Path("params.yaml")), LatentCache(Path("data/latents"))
-    exam = make_exam(config.section(ValidateParams), config.section(ModelParams), sd, cache, CPU)
-    return Space(exam, cache, Vae(exam), model)
+    eval_set = make_eval_set(config.section(ValidateParams), config.section(ModelParams), sd, cache, CPU)
+    return FeatureSpace(eval_set, cache, Vae(eval_set), model)
 
 
 def training_pictures() -> dict[str, Image.Image]:
@@ -175,13 +175,13 @@ def test_planted_copies_fail_the_stage_and_the_base_does_not(
     planted = training_pictures()
     names = sorted(planted)[:4]
 
-    def draw(examiner: Any, sampling: Any) -> list[Image.Image]:
-        unet, count = examiner.pipeline.unet, len(sampling.prompts)
+    def draw(scorer: Any, sampling: Any) -> list[Image.Image]:
+        unet, count = scorer.pipeline.unet, len(sampling.prompts)
         if any(getattr(module, "disable_adapters", None) is True for module in unet.modules()):
             return noise(count)
         return [planted[name] for name in names[count * sampling.index : count * (sampling.index + 1)]]
 
-    monkeypatch.setattr(examine.Examiner, "draw", draw)
+    monkeypatch.setattr(score_snapshots.SnapshotScorer, "draw", draw)
     write_adapter(0.3)
     with pytest.raises(UserError, match=r"max_copied_share: 0.9, but 1 of the samples are copies of training pictures"):
         cached.run("validate", "--set", "validate.max_copied_share=0.9")
@@ -203,13 +203,13 @@ def test_a_broken_adapter_of_a_better_loss_is_no_unqualified_better(
     """A broken adapter draws black pictures, then noise; drift is checked apart from that."""
     known = list(training_pictures().values())
 
-    def draw(examiner: Any, sampling: Any) -> list[Image.Image]:
-        unet, count = examiner.pipeline.unet, len(sampling.prompts)
+    def draw(scorer: Any, sampling: Any) -> list[Image.Image]:
+        unet, count = scorer.pipeline.unet, len(sampling.prompts)
         if any(getattr(module, "disable_adapters", None) is True for module in unet.modules()):
             return [picture.point(lambda value: value // 2 + 60) for picture in known[:count]]
         return [Image.new("RGB", (32, 32))] * count if sampling.index == 0 else noise(count)
 
-    monkeypatch.setattr(examine.Examiner, "draw", draw)
+    monkeypatch.setattr(score_snapshots.SnapshotScorer, "draw", draw)
     write_adapter(30)
     cached.run("validate", "--set", "validate.num_seeds=4")
     measured = metrics.load(Path("reports/metrics.json"))

@@ -28,7 +28,7 @@ from lora_dag.core.tensors import save_tensors
 from lora_dag.diffusion import objectives
 from lora_dag.evaluation import heldout_table
 from lora_dag.families import sd
-from stages.validate import examine
+from stages.validate import score_snapshots
 from tests.conftest import Workspace, read_rows, write_rows
 from tests.helpers.caches import write_mixed_cache
 
@@ -315,7 +315,7 @@ def test_losses_that_are_not_finite(
 ) -> None:
     write_adapter(0.3)
     answers = ([float("nan") if state == step else 0.1] * 8 for state in (0, 2, 4))
-    monkeypatch.setattr(examine, "answer", lambda *_: next(answers))
+    monkeypatch.setattr(score_snapshots, "row_losses", lambda *_: next(answers))
     with pytest.raises(UserError, match=re.escape(message)):
         cached.run("validate", "--set", "model.dtype=bfloat16", "--set", "validate.drift_prompts=[]")
     assert not Path("reports/metrics.json").exists()

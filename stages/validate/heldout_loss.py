@@ -1,4 +1,4 @@
-"""The frozen table with what is needed to answer it, and the loss of every row under the denoiser's present weights."""
+"""The frozen held-out table with its tensors, and the loss of every row under the denoiser's present weights."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Latents(Protocol):
 
 
 @dataclass(frozen=True)
-class Exam:
-    """The table with what is needed to answer it."""
+class EvalSet:
+    """The rows of the frozen table, and all that their losses depend on but the weights."""
 
     rows: list[Row]
     cache: Latents
@@ -103,9 +103,9 @@ class Exam:
                 yield indices[start : start + self.batch_size]
 
 
-def make_exam(
+def make_eval_set(
     settings: ValidateParams, model: ModelParams, family: Family, cache: LatentCache, device: torch.device
-) -> Exam:
+) -> EvalSet:
     """Choose the pictures and lay out the rows.
 
     Raises:
@@ -130,7 +130,7 @@ def make_exam(
     log_device(device, model)
     log.info("pictures    %d held out, %d of the training set beside them", counts["heldout"], counts["train"])
     log.info("table       %s: %s per picture", plural(len(rows), "row"), plural(settings.num_timesteps, "timestep"))
-    return Exam(rows, cache, scheduler, family, model, device, settings.seed, settings.batch_size)
+    return EvalSet(rows, cache, scheduler, family, model, device, settings.seed, settings.batch_size)
 
 
 def as_picture(item: CachedItem) -> Picture:
@@ -139,7 +139,7 @@ def as_picture(item: CachedItem) -> Picture:
     return Picture(item.content, item.file_name, item.split, item.caption, item.views[0], mask)
 
 
-def answer(exam: Exam, denoiser: Any, text: Any = None) -> list[float]:
+def row_losses(eval_set: EvalSet, denoiser: Any, text: Any = None) -> list[float]:
     """Loss of every row under the present weights: mean squared error, six significant digits.
 
     Args:
@@ -152,22 +152,22 @@ def answer(exam: Exam, denoiser: Any, text: Any = None) -> list[float]:
 
     from lora_dag.diffusion import objectives
 
-    prompts = {} if text is None else encode(exam, text)
-    losses = [0.0] * len(exam.rows)
-    for indices in exam.batches():
-        rows = [exam.rows[index] for index in indices]
-        asked = ask(exam, rows + rows[-1:] * (exam.batch_size - len(rows)), prompts)
-        with torch.inference_mode(), autocast(exam.device, exam.model):
-            model_pred = exam.family.predict(denoiser, asked.noisy_latents, asked.timesteps, asked.prompt)
-        errors = (model_pred.float() - asked.target).square()
-        found = objectives.masked_mean(errors, asked.masks)  # [B]
+    prompts = {} if text is None else encode(eval_set, text)
+    losses = [0.0] * len(eval_set.rows)
+    for indices in eval_set.batches():
+        rows = [eval_set.rows[index] for index in indices]
+        batch = make_batch(eval_set, rows + rows[-1:] * (eval_set.batch_size - len(rows)), prompts)
+        with torch.inference_mode(), autocast(eval_set.device, eval_set.model):
+            model_pred = eval_set.family.predict(denoiser, batch.noisy_latents, batch.timesteps, batch.prompt)
+        errors = (model_pred.float() - batch.target).square()
+        found = objectives.masked_mean(errors, batch.masks)  # [B]
         for index, loss in zip(indices, found.tolist(), strict=False):  # without the repeated rows
             losses[index] = float(f"{loss:.6g}")
     return losses
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvalBatch:
     """Some rows of one latent shape as tensors on the device."""
 
     noisy_latents: torch.Tensor  # [B, C, h, w] float32
@@ -181,14 +181,14 @@ Prompts = dict[str, dict[str, "torch.Tensor"]]
 """Caption -> what text encoders say of it, in place of the cache: name -> float32 [...]."""
 
 
-def encode(exam: Exam, text: Any) -> Prompts:
+def encode(eval_set: EvalSet, text: Any) -> Prompts:
     """Every caption of the table, the frozen encoders' part from the cache."""
-    captions = sorted({row.picture.caption for row in exam.rows})
-    return encode_captions(exam, captions, text, exam.cache)
+    captions = sorted({row.picture.caption for row in eval_set.rows})
+    return encode_captions(eval_set, captions, text, eval_set.cache)
 
 
-def encode_captions(exam: Exam, captions: list[str], text: Any, cache: Latents | None = None) -> Prompts:
-    """By the text encoders as they are; every batch is full, as in ``answer``.
+def encode_captions(eval_set: EvalSet, captions: list[str], text: Any, cache: Latents | None = None) -> Prompts:
+    """By the text encoders as they are; every batch is full, as in ``row_losses``.
 
     Args:
         cache: where the frozen encoders' part is; None for all encoders being asked.
@@ -196,12 +196,12 @@ def encode_captions(exam: Exam, captions: list[str], text: Any, cache: Latents |
     import torch
 
     found: Prompts = {}
-    for start in range(0, len(captions), exam.batch_size):
-        batch = captions[start : start + exam.batch_size]
-        filled = batch + batch[-1:] * (exam.batch_size - len(batch))
-        cached = stack([cache.prompt(caption) for caption in filled], exam.device) if cache else None
-        with torch.inference_mode(), autocast(exam.device, exam.model):
-            encoded = exam.family.encode_prompts(text, filled, cached)
+    for start in range(0, len(captions), eval_set.batch_size):
+        batch = captions[start : start + eval_set.batch_size]
+        filled = batch + batch[-1:] * (eval_set.batch_size - len(batch))
+        cached = stack([cache.prompt(caption) for caption in filled], eval_set.device) if cache else None
+        with torch.inference_mode(), autocast(eval_set.device, eval_set.model):
+            encoded = eval_set.family.encode_prompts(text, filled, cached)
         for index, caption in enumerate(batch):
             found[caption] = {name: tensor[index].cpu() for name, tensor in encoded.items()}
     return found
@@ -214,27 +214,27 @@ def stack(prompts: list[dict[str, torch.Tensor]], device: torch.device) -> dict[
     return {name: torch.stack([prompt[name].float() for prompt in prompts]).to(device) for name in prompts[0]}
 
 
-def ask(exam: Exam, rows: list[Row], prompts: Prompts) -> Questions:
+def make_batch(eval_set: EvalSet, rows: list[Row], prompts: Prompts) -> EvalBatch:
     """Latents are the posterior's mean: the VAE's sampling noise would only widen the intervals."""
     import torch
 
     from lora_dag.diffusion import objectives
 
-    latents = torch.stack([exam.cache.latents(row.picture.view)[0] for row in rows])
-    noise = torch.stack([row_noise(exam.seed, row, latents[0].shape) for row in rows])
+    latents = torch.stack([eval_set.cache.latents(row.picture.view)[0] for row in rows])
+    noise = torch.stack([row_noise(eval_set.seed, row, latents[0].shape) for row in rows])
     timesteps = torch.tensor([row.timestep for row in rows])
-    cached = [exam.cache.prompt(row.picture.caption, row.picture.view) for row in rows]
+    cached = [eval_set.cache.prompt(row.picture.caption, row.picture.view) for row in rows]
     asked = [prompt | prompts.get(row.picture.caption, {}) for row, prompt in zip(rows, cached, strict=True)]
     masks = None
     if any(row.picture.mask for row in rows):
         everything = torch.ones_like(latents[0, :1])  # [1, h, w]
-        masks = torch.stack([exam.cache.mask(row.picture.mask) if row.picture.mask else everything for row in rows])
-    return Questions(
-        objectives.add_noise(exam.scheduler, latents, noise, timesteps).to(exam.device),
-        objectives.model_timesteps(exam.scheduler, timesteps).to(exam.device),
-        stack(asked, exam.device),
-        objectives.target(exam.scheduler, latents, noise, timesteps).to(exam.device),
-        None if masks is None else masks.to(exam.device),
+        masks = torch.stack([eval_set.cache.mask(row.picture.mask) if row.picture.mask else everything for row in rows])
+    return EvalBatch(
+        objectives.add_noise(eval_set.scheduler, latents, noise, timesteps).to(eval_set.device),
+        objectives.model_timesteps(eval_set.scheduler, timesteps).to(eval_set.device),
+        stack(asked, eval_set.device),
+        objectives.target(eval_set.scheduler, latents, noise, timesteps).to(eval_set.device),
+        None if masks is None else masks.to(eval_set.device),
     )
 
 

@@ -1,4 +1,4 @@
-"""Drawn pictures as latents and latents as pictures, by the VAE as cache_latents loads it."""
+"""GeneratedLatents pictures as latents and latents as pictures, by the VAE as cache_latents loads it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from stages.validate.exam import Exam
+    from stages.validate.heldout_loss import EvalSet
 
 
 class Vae:
     """In the dtype that cache_latents encodes in; one picture at a time: no more memory for more of them."""
 
-    def __init__(self, exam: Exam) -> None:
-        self.family, self.device = exam.family, exam.device
-        self.model = exam.model.model_copy(update={"dtype": exam.family.vae_dtype(exam.model)})
-        self.vae = exam.family.load_vae(self.model, self.device)
+    def __init__(self, eval_set: EvalSet) -> None:
+        self.family, self.device = eval_set.family, eval_set.device
+        self.model = eval_set.model.model_copy(update={"dtype": eval_set.family.vae_dtype(eval_set.model)})
+        self.vae = eval_set.family.load_vae(self.model, self.device)
 
     def encode(self, picture: Image.Image) -> torch.Tensor:
         """The posterior's mean with the cache's shift and scale, float32 [C, H/f, W/f]."""

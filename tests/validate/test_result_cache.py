@@ -17,11 +17,11 @@ from lora_dag.artifacts.adapter import Adapter
 from lora_dag.core import params
 from lora_dag.core.params import ModelParams
 from lora_dag.families import sd
-from stages.validate import kept as kept_module
-from stages.validate.exam import make_exam
-from stages.validate.examine import Examiner
-from stages.validate.kept import Kept
+from stages.validate import result_cache
+from stages.validate.heldout_loss import make_eval_set
 from stages.validate.params import ValidateParams
+from stages.validate.result_cache import ResultCache
+from stages.validate.score_snapshots import SnapshotScorer
 from tests.conftest import Workspace
 from tests.helpers.caches import write_mixed_cache
 from tests.validate.test_validate import cached, reports, write_adapter  # noqa: F401  (a fixture)
@@ -47,20 +47,20 @@ def test_what_is_kept_is_exact_and_goes_by_everything() -> None:
     picture = Image.frombytes("RGB", (3, 2), bytes(range(18)))
     calls, make = counted(losses)
     for conditions, asked in (({"base": "a"}, "x"), ({"base": "a"}, "y"), ({"base": "b"}, "x"), ({"base": "a"}, "x")):
-        assert Kept(conditions).losses(asked, make) == losses
+        assert ResultCache(conditions).losses(asked, make) == losses
     assert len(calls) == 3
     calls, make = counted([picture])
     for _ in range(2):
-        (found,) = Kept({}).pictures("x", make)
+        (found,) = ResultCache({}).pictures("x", make)
         assert (found.mode, found.size, found.tobytes()) == ("RGB", (3, 2), picture.tobytes())
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 100, None])
 def test_a_damaged_entry_is_made_again(damage: bytes | None, caplog: pytest.LogCaptureFixture) -> None:
-    kept = Kept({})
+    kept = ResultCache({})
     kept.losses("x", lambda: [0.5, 0.25])
-    (path,) = (kept_module.root() / "losses").iterdir()
+    (path,) = (result_cache.root() / "losses").iterdir()
     blob = path.read_bytes()
     path.write_bytes(blob[:-1] + b"\1" if damage is None else damage)
     assert kept.losses("x", lambda: [0.5, 0.25]) == [0.5, 0.25]
@@ -69,13 +69,13 @@ def test_a_damaged_entry_is_made_again(damage: bytes | None, caplog: pytest.LogC
 
 
 def test_the_last_used_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Kept({})
+    kept = ResultCache({})
     kept.losses("a", lambda: [0.0])
-    (entry,) = (kept_module.root() / "losses").iterdir()
-    monkeypatch.setattr(kept_module, "MAX_BYTES", 2 * entry.stat().st_size)
+    (entry,) = (result_cache.root() / "losses").iterdir()
+    monkeypatch.setattr(result_cache, "MAX_BYTES", 2 * entry.stat().st_size)
     for age, asked in ((30, "a"), (20, "b")):
         kept.losses(asked, lambda: [0.0])
-        for path in (kept_module.root() / "losses").iterdir():
+        for path in (result_cache.root() / "losses").iterdir():
             os.utime(path, (path.stat().st_atime - age, path.stat().st_mtime - age))
     kept.losses("a", lambda: [0.0])  # used again
     kept.losses("c", lambda: [0.0])
@@ -90,15 +90,17 @@ def test_the_last_used_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_losses_go_by_every_tensor_that_the_table_is_about_and_no_other(workspace: Workspace) -> None:
     config, cache = params.load(Path("params.yaml")), write_mixed_cache()
-    exam = make_exam(config.section(ValidateParams), config.section(ModelParams), sd, cache, torch.device("cpu"))
-    before, (asked, *_) = exam.digest(), (row.picture for row in exam.rows if row.picture.mask)
+    eval_set = make_eval_set(
+        config.section(ValidateParams), config.section(ModelParams), sd, cache, torch.device("cpu")
+    )
+    before, (asked, *_) = eval_set.digest(), (row.picture for row in eval_set.rows if row.picture.mask)
     caption = cache.manifest["captions"][asked.caption]
     about = [f"{asked.view}.mean", f"{asked.mask}.mask", f"{caption}.prompt_embeds"]
     for name in (*about, "9a.mean", "9b.mean", f"{asked.view}.std"):
         kept, cache.tensors[name] = cache.tensors[name], cache.tensors[name] + 1e-6
-        assert (exam.digest() != before) == (name in about), name
+        assert (eval_set.digest() != before) == (name in about), name
         cache.tensors[name] = kept
-    assert exam.digest() == before
+    assert eval_set.digest() == before
 
 
 def reused(lines: list[str]) -> tuple[int, int]:
@@ -135,9 +137,9 @@ def test_what_was_answered_and_drawn_is_not_asked_again(cached: Workspace, monke
 )
 def test_an_adapter_s_part_goes_by_its_weights_and_its_settings(change: dict[str, Any]) -> None:
     known = Adapter({"r": 2, "lora_alpha": 2}, {}, 4, [], {"adapter.safetensors": "1"})
-    examiner = Examiner(None, None, None, None, None, Kept({"base": "a"}), None)  # type: ignore[arg-type]
+    scorer = SnapshotScorer(None, None, None, None, None, ResultCache({"base": "a"}), None)  # type: ignore[arg-type]
     keys = [
-        examiner.of(adapter, "adapter.safetensors", scale).kept.conditions
+        scorer.of(adapter, "adapter.safetensors", scale).result_cache.conditions
         for adapter, scale in ((known, 1.0), (known, 0.5), (replace(known, **change), 1.0))
     ]
-    assert all(a != b for a, b in itertools.combinations([examiner.kept.conditions, *keys], 2))
+    assert all(a != b for a, b in itertools.combinations([scorer.result_cache.conditions, *keys], 2))

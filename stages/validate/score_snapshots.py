@@ -11,7 +11,7 @@ from lora_dag.artifacts.adapter import FINAL, snapshot_name
 from lora_dag.core.console import UserError, log
 from lora_dag.evaluation import bootstrap
 from stages.validate import drift
-from stages.validate.exam import Exam, answer
+from stages.validate.heldout_loss import EvalSet, row_losses
 from stages.validate.passes import Passes, per_picture
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from lora_dag.core.params import ModelParams
     from lora_dag.core.progress import Bar
     from lora_dag.diffusion.sampling import Sampling
-    from stages.validate.kept import Kept
-    from stages.validate.latents import Vae
     from stages.validate.params import ValidateParams
+    from stages.validate.result_cache import ResultCache
+    from stages.validate.vae import Vae
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ScoresAndSamples:
     """Everything measured and drawn, by training step; step 0 is the base."""
 
     losses: dict[int, list[float]] = field(default_factory=dict)
@@ -42,92 +42,103 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Examiner:
+class SnapshotScorer:
     """A pipeline with the adapter's layers in it, what it is asked, and what it has answered before."""
 
-    exam: Exam
+    eval_set: EvalSet
     pipeline: Any
     text: Any
     """The family's text object where an adapter is in its encoders, else None."""
     sampling: Sampling
     settings: ValidateParams
-    kept: Kept
+    result_cache: ResultCache
     passes: Passes
 
-    def of(self, adapter: Adapter, file: str, scale: float = 1.0) -> Examiner:
+    def of(self, adapter: Adapter, file: str, scale: float = 1.0) -> SnapshotScorer:
         """For the time that this file of the adapter is loaded, at this scale."""
         about = {"lora": adapter.lora_config, "text_lora": adapter.text_lora, "biases": adapter.biases, "scale": scale}
-        return replace(self, kept=self.kept.under(adapter=about | {"weights": adapter.files[file]}))
+        return replace(self, result_cache=self.result_cache.under(adapter=about | {"weights": adapter.files[file]}))
 
-    def losses(self, exam: Exam, state: str) -> list[float]:
+    def losses(self, eval_set: EvalSet, state: str) -> list[float]:
         def make() -> list[float]:
-            denoiser = getattr(self.pipeline, exam.family.DENOISER)
-            return finite(answer(exam, denoiser, self.text), state, exam.model)
+            denoiser = getattr(self.pipeline, eval_set.family.DENOISER)
+            return finite(row_losses(eval_set, denoiser, self.text), state, eval_set.model)
 
-        with self.passes.part(len(exam.rows)):
-            return self.kept.losses({"exam": exam.digest(), "encoders": self.text is not None}, make)
+        with self.passes.part(len(eval_set.rows)):
+            return self.result_cache.losses({"exam": eval_set.digest(), "encoders": self.text is not None}, make)
 
     def draw(self, sampling: Sampling) -> list[Image.Image]:
         from lora_dag.diffusion.sampling import draw
 
-        with self.passes.part(len(sampling.prompts) * per_picture(self.exam, self.settings)):
-            return self.kept.pictures(asdict(sampling), lambda: draw(self.pipeline, sampling, self.exam.model))
+        with self.passes.part(len(sampling.prompts) * per_picture(self.eval_set, self.settings)):
+            return self.result_cache.pictures(
+                asdict(sampling), lambda: draw(self.pipeline, sampling, self.eval_set.model)
+            )
 
     @property
     def by_seed(self) -> list[Sampling]:
         return [replace(self.sampling, index=index) for index in range(self.settings.num_seeds)]
 
 
-def examine(
-    exam: Exam, adapter: Adapter, folder: Path, settings: ValidateParams, kept: Kept, vae: Vae, bar: Bar
-) -> Evidence:
+def score_snapshots(
+    eval_set: EvalSet,
+    adapter: Adapter,
+    folder: Path,
+    settings: ValidateParams,
+    result_cache: ResultCache,
+    vae: Vae,
+    bar: Bar,
+) -> ScoresAndSamples:
     """Score and draw the base, every snapshot and the final adapter, in one pipeline, which is gone afterwards."""
     from lora_dag.adapters import adapted
 
-    pipeline = exam.family.load_pipeline(exam.model, exam.device)
-    layers = adapted.in_pipeline(pipeline, exam.family.DENOISER, adapter)
-    text = exam.family.text_of(pipeline) if adapter.text_lora else None
-    sampling = make_sampling(exam, settings, pipeline.vae_scale_factor)
-    passes = Passes(bar, getattr(pipeline, exam.family.DENOISER))
-    examiner, evidence = Examiner(exam, pipeline, text, sampling, settings, kept, passes), Evidence()
+    pipeline = eval_set.family.load_pipeline(eval_set.model, eval_set.device)
+    layers = adapted.in_pipeline(pipeline, eval_set.family.DENOISER, adapter)
+    text = eval_set.family.text_of(pipeline) if adapter.text_lora else None
+    sampling = make_sampling(eval_set, settings, pipeline.vae_scale_factor)
+    passes = Passes(bar, getattr(pipeline, eval_set.family.DENOISER))
+    scorer, evidence = (
+        SnapshotScorer(eval_set, pipeline, text, sampling, settings, result_cache, passes),
+        ScoresAndSamples(),
+    )
 
     with layers.disabled():
-        drifting = examine_base(examiner, evidence, vae)
-    log_step(exam, evidence, 0)
+        drifting = score_base(scorer, evidence, vae)
+    log_step(eval_set, evidence, 0)
     for step in adapter.snapshots:
         layers.load(adapter.weights(folder, step))
-        snapshot = examiner.of(adapter, snapshot_name(step))
-        evidence.losses[step] = snapshot.losses(exam, f"the snapshot of step {step}")
+        snapshot = scorer.of(adapter, snapshot_name(step))
+        evidence.losses[step] = snapshot.losses(eval_set, f"the snapshot of step {step}")
         evidence.pictures[step] = [snapshot.draw(sampling)]
-        log_step(exam, evidence, step)
+        log_step(eval_set, evidence, step)
     step = adapter.num_steps
     layers.load(adapter.weights(folder))
-    final = examiner.of(adapter, FINAL)
-    evidence.losses[step] = final.losses(exam, "the final adapter")
+    final = scorer.of(adapter, FINAL)
+    evidence.losses[step] = final.losses(eval_set, "the final adapter")
     evidence.pictures[step] = [final.draw(drawn) for drawn in final.by_seed]
-    log_step(exam, evidence, step)
+    log_step(eval_set, evidence, step)
     if drifting:
-        losses = final.losses(drifting.exam, "the final adapter on the base's own pictures")
+        losses = final.losses(drifting.eval_set, "the final adapter on the base's own pictures")
         evidence.drift.update(drift.metrics(drifting, losses))
     for scale in settings.scales:
         layers.set_scale(scale)
-        drawn = evidence.pictures[step][0] if scale == 1 else examiner.of(adapter, FINAL, scale).draw(sampling)
+        drawn = evidence.pictures[step][0] if scale == 1 else scorer.of(adapter, FINAL, scale).draw(sampling)
         evidence.scaled[scale] = drawn
-    kept.end()
+    result_cache.end()
     return evidence
 
 
-def examine_base(examiner: Examiner, evidence: Evidence, vae: Vae) -> drift.Drift | None:
+def score_base(scorer: SnapshotScorer, evidence: ScoresAndSamples, vae: Vae) -> drift.DriftBaseline | None:
     """The base's part of the evidence; what drift is measured with."""
-    exam, prompts = examiner.exam, examiner.settings.drift_prompts
-    evidence.losses[0] = examiner.losses(exam, "the base")
-    evidence.pictures[0] = [examiner.draw(sampling) for sampling in examiner.by_seed]
+    eval_set, prompts = scorer.eval_set, scorer.settings.drift_prompts
+    evidence.losses[0] = scorer.losses(eval_set, "the base")
+    evidence.pictures[0] = [scorer.draw(sampling) for sampling in scorer.by_seed]
     if not prompts:
         return None
-    drawn = examiner.draw(replace(examiner.sampling, prompts=prompts))
+    drawn = scorer.draw(replace(scorer.sampling, prompts=prompts))
     pictures = dict(zip(prompts, drawn, strict=True))
-    drift_exam = drift.make_exam(exam, pictures, vae, exam.family.text_of(examiner.pipeline))
-    return drift.Drift(drift_exam, examiner.losses(drift_exam, "the base on its own pictures"))
+    drift_exam = drift.make_eval_set(eval_set, pictures, vae, eval_set.family.text_of(scorer.pipeline))
+    return drift.DriftBaseline(drift_exam, scorer.losses(drift_exam, "the base on its own pictures"))
 
 
 def finite(losses: list[float], state: str, model: ModelParams) -> list[float]:
@@ -146,11 +157,11 @@ def finite(losses: list[float], state: str, model: ModelParams) -> list[float]:
     return losses
 
 
-def make_sampling(exam: Exam, settings: ValidateParams, scale_factor: int) -> Sampling:
+def make_sampling(eval_set: EvalSet, settings: ValidateParams, scale_factor: int) -> Sampling:
     """Pictures of the size that the adapter was trained on."""
     from lora_dag.diffusion.sampling import Sampling
 
-    height, width = (side * scale_factor for side in exam.picture_size)
+    height, width = (side * scale_factor for side in eval_set.picture_size)
     return Sampling(
         prompts=settings.prompts,
         negative_prompt=settings.negative_prompt,
@@ -163,14 +174,14 @@ def make_sampling(exam: Exam, settings: ValidateParams, scale_factor: int) -> Sa
     )
 
 
-def log_step(exam: Exam, evidence: Evidence, step: int) -> None:
-    heldout, probe = split_losses(exam, evidence.losses[step])
+def log_step(eval_set: EvalSet, evidence: ScoresAndSamples, step: int) -> None:
+    heldout, probe = split_losses(eval_set, evidence.losses[step])
     log.info("%-11s held-out loss %.6f   train probe %.6f", step_label(step), heldout, probe)
 
 
-def split_losses(exam: Exam, losses: list[float]) -> tuple[float, float]:
+def split_losses(eval_set: EvalSet, losses: list[float]) -> tuple[float, float]:
     """Mean loss of the held-out pictures and of the train probe's."""
-    heldout, probe = (bootstrap.mean(exam.by_picture(losses, split)) for split in ("heldout", "train"))
+    heldout, probe = (bootstrap.mean(eval_set.by_picture(losses, split)) for split in ("heldout", "train"))
     return heldout, probe
 
 

@@ -28,7 +28,7 @@ MAX_BYTES, MAX_FILES = 2_000_000_000, 4000
 
 
 @dataclass(frozen=True)
-class Kept:
+class ResultCache:
     """Results under some conditions."""
 
     conditions: dict[str, Any]
@@ -36,7 +36,7 @@ class Kept:
     reused: Counter[str] = field(default_factory=Counter)
     """Kind -> number of those that were found."""
 
-    def under(self, **conditions: Any) -> Kept:
+    def under(self, **conditions: Any) -> ResultCache:
         """The same with further conditions."""
         return replace(self, conditions=self.conditions | conditions)
 
