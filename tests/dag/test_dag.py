@@ -104,9 +104,13 @@ def test_both_dags_have_the_same_edges(stages: dict[str, Any], tiny_checkout: Ch
 def test_both_dags_have_the_same_inputs_outputs_and_parameters(stages: dict[str, Any], tiny_checkout: Checkout) -> None:
     """Each path of dvc.yaml, moved to where the run keeps it, stands in its rule's job; code and sections as params."""
     (run,) = plan(read_yaml(tiny_checkout.path / "params.yaml"))
-    without_messages = re.sub(r"^    message:\n.*\n", "", (ROOT / "Snakefile").read_text(), flags=re.MULTILINE)
-    (tiny_checkout.path / "Snakefile.listed").write_text(without_messages)  # Snakemake prints a message or the files
-    jobs = jobs_of(tiny_checkout.snakemake("--snakefile", "Snakefile.listed", "--dry-run", "--printshellcmds"))
+    rules = tiny_checkout.path / "rules"
+    texts = {path: path.read_text(encoding="utf-8") for path in rules.glob("*.smk")}
+    for path, text in texts.items():  # Snakemake prints a message or the files
+        path.write_text(re.sub(r"^    message:\n.*\n", "", text, flags=re.MULTILINE), encoding="utf-8")
+    jobs = jobs_of(tiny_checkout.snakemake("--dry-run", "--printshellcmds"))
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     assert set(jobs) == {*STAGES, "all"}
     wanted = jobs.pop("all")["input"].split(", ")
     for name, job in jobs.items():
@@ -117,11 +121,8 @@ def test_both_dags_have_the_same_inputs_outputs_and_parameters(stages: dict[str,
             assert any(lies_in(file, moved(out, run)) for file in made), f"rule {name} does not name {out}"
         assert set(made) & set(wanted), f"rule all names no output of {name}"
         assert job["shell"].startswith(f"python -m stages.{name} --params ")
-    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
-    rules = dict(re.findall(r"^rule (\w+):\n(.*?)(?=^rule |\Z)", text, re.MULTILINE | re.DOTALL))
     for name in STAGES:
-        assert f'sections=sections("{name}"),' in rules[name] and f'code=code("{name}"),' in rules[name]
-        assert re.search(rf'options\(\s*"{name}",', rules[name])
+        assert f'**JOBS.params("{name}", ' in re.sub(r"\(\s+", "(", "".join(texts.values()))
 
 
 def moved(path: str, run: Run) -> str:
@@ -154,7 +155,7 @@ def test_snakemake_lints_clean(tiny_checkout: Checkout) -> None:
 
 def test_snakefile_is_formatted() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "snakefmt", "--check", "Snakefile"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "snakefmt", "--check", "Snakefile", "rules"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 

@@ -354,7 +354,7 @@ def test_several_machines_are_started_by_srun(stubbed: Stubbed, tmp_path: Path) 
         (tmp_path / name).symlink_to(str(shutil.which(name)))
     path = f"{stubbed.bin}{os.pathsep}{tmp_path}"
     done = stubbed.snakemake(*words, PATH=path)
-    assert done.returncode and "several machines want Slurm; use profiles/slurm, or 1" in done.stdout + done.stderr
+    assert done.returncode and "2 machines need Slurm; use profiles/slurm, or set it to 1" in done.stdout + done.stderr
     (tmp_path / "srun").write_text("#!/bin/sh\n")
     (tmp_path / "srun").chmod(0o755)
     done = stubbed.snakemake(*words, PATH=path)

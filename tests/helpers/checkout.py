@@ -17,7 +17,17 @@ from ruamel.yaml import YAML
 
 from tests.conftest import REPOSITORY, TINY, picture, write_params, write_rows
 
-CODE = ("lora_dag", "stages", "dvc.yaml", "Snakefile", "profiles", ".gitattributes", ".gitignore", ".dvcignore")
+CODE = (
+    "lora_dag",
+    "stages",
+    "dvc.yaml",
+    "Snakefile",
+    "rules",
+    "profiles",
+    ".gitattributes",
+    ".gitignore",
+    ".dvcignore",
+)
 
 
 class Checkout:
