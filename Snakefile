@@ -72,4 +72,4 @@ rule all:
 # What failed belongs on the leaderboard, whose rule waits for every run.
 onerror:
     if len(RUNS) > 1:
-        shell("python -m lora_dag.commands.leaderboard --params $LORA_PARAMS || true")
+        shell("python -m lora_dag leaderboard --params $LORA_PARAMS || true")

@@ -77,4 +77,4 @@ rule leaderboard:
     params:
         code=JOBS.leaderboard_code,
     shell:
-        "python -m lora_dag.commands.leaderboard --params $LORA_PARAMS > {log} 2>&1"
+        "python -m lora_dag leaderboard --params $LORA_PARAMS > {log} 2>&1"

@@ -20,6 +20,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from lora_dag.core import console
+from tests.helpers import command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -168,13 +169,15 @@ class Workspace:
     call: Callable[..., list[str]]
 
     def run(self, stage: str, *argv: str) -> list[str]:
-        """The stage's ``main`` in this process; its log lines."""
+        """The ``main`` of a stage or a command in this process; its log lines."""
         return self.call(stage, *argv)
 
     def process(self, stage: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """``python -m stages.NAME`` as a person would start it, or a command's module."""
-        command = [sys.executable, "-m", main_module(stage).removesuffix(".__main__"), *argv]
-        return subprocess.run(command, cwd=self.path, capture_output=True, text=True, **options)
+        """``python -m stages.NAME`` as a person would start it, or a command of ``lora-dag``."""
+        words = [f"stages.{stage}"] if is_stage(stage) else ["tests.helpers.command", stage]
+        return subprocess.run(
+            [sys.executable, "-m", *words, *argv], cwd=self.path, capture_output=True, text=True, **options
+        )
 
     def tree(self, folder: str) -> dict[str, bytes]:
         """Every file below a folder: relative name -> bytes."""
@@ -203,18 +206,17 @@ def workspace(
         forget_precision()
         monkeypatch.setattr(sys, "argv", [stage, *argv])
         caplog.clear()
-        importlib.import_module(main_module(stage)).main()
+        if is_stage(stage):
+            importlib.import_module(f"stages.{stage}.__main__").main()
+        else:
+            command.run(stage, *argv)
         return [record.getMessage() for record in caplog.records if record.name == "lora-dag"]
 
     return Workspace(tmp_path, call)
 
 
-def main_module(name: str) -> str:
-    """The module that starts a stage or a command."""
-    if (REPOSITORY / "stages" / name).is_dir():
-        return f"stages.{name}.__main__"
-    package = (REPOSITORY / "lora_dag/commands" / name).is_dir()
-    return f"lora_dag.commands.{name}" + (".__main__" if package else "")
+def is_stage(name: str) -> bool:
+    return (REPOSITORY / "stages" / name).is_dir()
 
 
 def forget_precision() -> None:

@@ -1,11 +1,11 @@
 """Preflight: parameters, base, dataset, packages, disk and device, checked before anything is computed.
 
-Run: ``python -m lora_dag.commands.check [--set section.key=value]``;
-exit code 2 and one line per problem, 0 when all is well.
+Run: ``lora-dag check [--set section.key=value]``; exit code 2 and one line per problem, 0 when all is well.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -19,7 +19,7 @@ from lora_dag.adapters import init_from_pin
 from lora_dag.adapters.params import LoraParams
 from lora_dag.bases import layout, resolve
 from lora_dag.core import params, slow_dtype
-from lora_dag.core.console import UserError, log, parser, plural, run
+from lora_dag.core.console import UserError, add_settings, log, plural
 from lora_dag.core.files import state_dir
 from lora_dag.core.params import Config, ModelParams, RuntimeParams
 from lora_dag.families.protocol import load_family
@@ -61,8 +61,11 @@ LEAST_DISK = 500 * 2**20
 """Bytes: what the demo's store, latents, adapter and exports take twice over."""
 
 
-def main() -> None:
-    args = parser(__doc__).parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser)
+
+
+def main(args: argparse.Namespace) -> None:
     tree = params.overridden(args.params, args.overrides)
     config = params.check(tree, args.params)
     runs = grid.plan(tree, args.params)
@@ -379,7 +382,3 @@ def check_features(settings: ValidateParams, device: torch.device) -> None:
         log.info("features    %s, downloaded when validate starts", asked.path)
     elif model := features.load(settings, device):
         log.info("features    %s", model.name)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -2,13 +2,13 @@
 
 In: the state directory's runs/*/snapshots, data/adapter once the run has ended, the base.
 Out: previews/<run>/step-000050.png in the state directory; step 0 is the base. No stage reads them.
-Run: ``python -m lora_dag.commands.preview`` beside the training;
-it ends with it. Another process, which only reads: the run's
+Run: ``lora-dag preview`` beside the training; it ends with it. Another process, which only reads: the run's
 bytes are what they are without it. On one GPU it takes memory for the pipeline; ``--set runtime.device=cpu`` does not.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shutil
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts.adapter import FINAL, Adapter, snapshot_name
 from lora_dag.bases import layout, resolve
-from lora_dag.core.console import UserError, log, parser, run
+from lora_dag.core.console import UserError, add_settings, log
 from lora_dag.core.files import read_json, sha256_file, state_dir, understood, write_json
 from lora_dag.core.locks import last_holder
 from lora_dag.core.params import Config, ModelParams, RuntimeParams, load
@@ -44,17 +44,20 @@ CELL = 128, 512
 SETTINGS = "settings.json"
 
 
-def main() -> None:
-    arguments = parser(__doc__, ["adapter"])
-    arguments.add_argument("--run", default="", metavar="DIGITS", help="first digits of the run (default: the newest)")
-    arguments.add_argument("--once", action="store_true", help="draw what is there, and end")
-    args = arguments.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser, ["adapter"])
+    text = "first digits of the run (default: the newest)"
+    parser.add_argument("--run", dest="digits", default="", metavar="DIGITS", help=text)
+    parser.add_argument("--once", action="store_true", help="draw what is there, and end")
+
+
+def main(args: argparse.Namespace) -> None:
     config = load(args.params, args.overrides)
     model, settings = config.section(ModelParams), config.section(ValidateParams)
     family = load_family(model.family)
     if found := prompt_problems(settings, family):
         raise UserError(*found)
-    training = Training(find_run(args.run), args.adapter)
+    training = Training(find_run(args.digits), args.adapter)
     base = resolve.resolve(model, family).model
     layout.require_same_base(training.inputs["base"], layout.digests(base, family.COMPONENTS), training.folder)
     log.info("run         %s", training.folder)
@@ -241,7 +244,3 @@ def grid(pictures: list[Image.Image], prompts: list[str], step: int) -> Image.Im
     starts = range(0, len(pictures), COLUMNS)
     rows, captions = [pictures[i : i + COLUMNS] for i in starts], [prompts[i : i + COLUMNS] for i in starts]
     return sheet(rows, None, None, cell, title=f"step {step}" if step else "base", captions=captions)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -3,11 +3,12 @@
 In: a folder below runs/, and what Snakemake recorded of the jobs that filled it.
 Out: params.yaml with the run's overrides, the outputs at DVC's paths, in its cache, run cache and dvc.lock.
 Refused: a run that is unfinished, or that the workspace's code, data, base and other parameters would not make again.
-Stopped in the middle, the same command finishes. Run: `python -m lora_dag.commands.promote raw/rank-16-s0`
+Stopped in the middle, the same command finishes. Run: `lora-dag promote raw/rank-16-s0`
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import json
@@ -22,7 +23,7 @@ from lora_dag.artifacts import lineage
 from lora_dag.bases import resolve
 from lora_dag.bases.layout import digests
 from lora_dag.core import params
-from lora_dag.core.console import PATHS, UserError, bare_parser, log, run
+from lora_dag.core.console import PATHS, UserError, log
 from lora_dag.core.files import atomic, read_json, replaced, sha256_file, state_dir, write_json, write_text
 from lora_dag.core.locks import lock
 from lora_dag.core.params import ModelParams
@@ -51,10 +52,12 @@ MEASURED = ("reports/train/run.json", "reports/validate/run.json")
 """Time and memory, for report.html; neither git nor DVC has them."""
 
 
-def main() -> None:
-    parser = bare_parser(__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="its folder below runs/, such as raw/rank-16-s0")
-    name = parser.parse_args().run.removeprefix("./").removeprefix("runs/").strip("/")
+
+
+def main(args: argparse.Namespace) -> None:
+    name = args.run.removeprefix("./").removeprefix("runs/").strip("/")
     with lock(state_dir() / "promote", shown=Path("promote")):
         records = read_records(name)
         overrides = {key: value for record in records.values() for key, value in assignments(record)}
@@ -170,7 +173,7 @@ def at_risk(name: str, journal: Path) -> Iterator[str]:
         log.info("resumed     a promotion that was stopped")
         return
     if begun:
-        cure = f"`python -m lora_dag.commands.promote {begun}` finishes it"
+        cure = f"`lora-dag promote {begun}` finishes it"
         yield f"the promotion of {begun} was stopped in the middle; {cure}"
         return
     for stage, entries in json.loads(dvc("status", "--json")).items():
@@ -238,7 +241,3 @@ def dvc(*words: str) -> str:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
         raise UserError(*(f"`dvc {' '.join(words)}`: {line.removeprefix('ERROR: ')}" for line in said))
     return done.stdout
-
-
-if __name__ == "__main__":
-    run(main)

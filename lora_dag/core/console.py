@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn, TextIO
 
+from lora_dag.core import clone
+
 log = logging.getLogger("lora-dag")
 
 # Where dvc.yaml puts each artifact; Snakemake passes other places.
@@ -74,6 +76,15 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+def as_path(text: str) -> Path:
+    """Of an argument, ``~`` expanded: a shell leaves it alone behind ``=`` and inside of quotes.
+
+    Absolute where the current folder is below a clone's root: ``lora-dag`` works in the root.
+    """
+    path, here = Path(os.path.expanduser(text)), Path.cwd()
+    return path if clone.find(here) in (here, None) else path.absolute()
+
+
 def bare_parser(description: str | None) -> argparse.ArgumentParser:
     """Named as a person starts it; for a package, Python's own guess is ``__main__.py``."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -83,16 +94,17 @@ def bare_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def as_path(text: str) -> Path:
-    """Of an argument, ``~`` expanded: a shell leaves it alone behind ``=`` and inside of quotes."""
-    return Path(os.path.expanduser(text))
-
-
 def parser(description: str | None, paths: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """The stage's parser: ``--params``, ``--set`` and one ``--NAME DIR`` per artifact that it reads or writes."""
+    """The parser of a stage."""
     result = bare_parser(description)
-    result.add_argument("--params", type=as_path, default=Path("params.yaml"), metavar="FILE")
-    result.add_argument(
+    add_settings(result, paths)
+    return result
+
+
+def add_settings(parser: argparse.ArgumentParser, paths: Iterable[str] = ()) -> None:
+    """Add ``--params``, ``--set`` and one ``--NAME DIR`` per artifact that is read or written."""
+    parser.add_argument("--params", type=as_path, default=Path("params.yaml"), metavar="FILE")
+    parser.add_argument(
         "--set",
         dest="overrides",
         action="append",
@@ -102,10 +114,9 @@ def parser(description: str | None, paths: Iterable[str] = ()) -> argparse.Argum
     )
     for name in paths:
         flag = "--" + name.replace("_", "-")
-        result.add_argument(
+        parser.add_argument(
             flag, type=as_path, default=Path(PATHS[name]), metavar="DIR", help=f"(default: {PATHS[name]})"
         )
-    return result
 
 
 def run(main: Callable[[], None], kept: str = "") -> None:

@@ -23,8 +23,8 @@ def closure(stage: str, root: Path = ROOT) -> list[str]:
     Args:
         root: of another checkout of the repository, which is read and not imported.
     """
-    folder = root / "stages" / stage
-    found = reachable([(folder if folder.exists() else root / "lora_dag/commands" / stage) / "__main__.py"], root)
+    main = root / "stages" / stage / "__main__.py"
+    found = reachable([main if main.exists() else root / "lora_dag/commands" / stage / "command.py"], root)
     dynamic = []
     if root / "lora_dag/families/protocol.py" in found:
         families = {

@@ -10,7 +10,7 @@ from lora_dag.core.params import Params
 
 
 class Gates(Params):
-    """Section ``report.gates``: what ``python -m lora_dag.commands.gate`` lets pass. null asks nothing.
+    """Section ``report.gates``: what ``lora-dag gate`` lets pass. null asks nothing.
 
     Of a figure with an interval the lower bound is asked, so that noise alone closes no gate.
     """

@@ -95,10 +95,10 @@ def test_problems_are_lines_and_exit_code_2(workspace: Workspace) -> None:
 
 PROBE = """
 import sys
-from lora_dag.commands import check
 from lora_dag.core.console import UserError
+from tests.helpers import command
 try:
-    check.main()
+    command.run("check", *sys.argv[1:])
 except UserError as error:
     print(len(error.problems), *({"torch", "diffusers", "transformers", "peft"} & set(sys.modules)))
 """

@@ -257,7 +257,7 @@ def test_names_in_reports_are_no_markup(repository: Repository) -> None:
 
 
 def test_starts_without_torch() -> None:
-    modules = "lora_dag.commands.compare, stages.validate.__main__, stages.report.__main__"
+    modules = "lora_dag.commands.compare.command, stages.validate.__main__, stages.report.__main__"
     code = f"import sys, {modules}; print({{'torch', 'diffusers', 'matplotlib'}} & {{*sys.modules}})"
     command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
     assert subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout.strip() == "set()"

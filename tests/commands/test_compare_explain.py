@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from lora_dag.artifacts.lineage import save as save_lineage
-from lora_dag.commands.compare import __main__ as compare
 from lora_dag.core.console import UserError
+from tests.helpers import command
 from tests.helpers.compared import commit, git
 
 PARAMS: dict[str, Any] = {
@@ -75,9 +74,8 @@ def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
 @pytest.fixture
 def explained(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["compare", "--explain", *arguments])
         caplog.set_level("INFO", logger="lora-dag")
-        compare.main()
+        command.run("explain", *arguments)
         return caplog.text
 
     return run

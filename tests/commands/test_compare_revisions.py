@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from lora_dag.commands.compare import __main__ as compare
 from lora_dag.commands.compare import revisions
+from lora_dag.commands.compare.command import folder_name
 from lora_dag.core.console import UserError
+from tests.helpers import command
 from tests.helpers.compared import Repository, git
 
 
@@ -45,9 +45,8 @@ def test_errors_name_what_is_near(repository: Repository, arguments: list[str], 
 def test_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(sys, "argv", ["compare"])
     with pytest.raises(UserError, match="in no git repository"):
-        compare.main()
+        command.run("compare")
 
 
 def test_one_name_for_experiments_of_two_commits(repository: Repository) -> None:
@@ -60,6 +59,6 @@ def test_one_name_for_experiments_of_two_commits(repository: Repository) -> None
 
 
 def test_names_alike_have_folders_of_their_own() -> None:
-    found = [compare.folder_name(["main", name]) for name in ("try-a", "try/a", "try~a")]
+    found = [folder_name(["main", name]) for name in ("try-a", "try/a", "try~a")]
     assert found[0] == "main..try-a" and len(set(found)) == 3
     assert all(re.fullmatch(r"main\.\.try-a-[0-9a-f]{6}", name) for name in found[1:])

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from lora_dag.commands.gate import __main__ as gate
 from lora_dag.commands.gate import figures, limits, lock
 from lora_dag.commands.gate.against import Comparison
 from lora_dag.commands.gate.page import MAX_BYTES, Place, link, shortened
 from lora_dag.core.console import UserError
 from lora_dag.evaluation.bootstrap import Estimate
 from stages.report.params import Gates
+from tests.helpers import command
 from tests.helpers.planted import Clone, git
 
 OFF: dict[str, Any] = {**dict.fromkeys(Gates.model_fields), "when_not_comparable": "fail"}
@@ -38,9 +38,8 @@ def differences() -> list[str]:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
     """Reasons not to pass."""
-    monkeypatch.setattr(sys, "argv", ["gate", *arguments])
     try:
-        gate.main()
+        command.run("gate", *arguments)
     except UserError as error:
         return list(error.problems)
     return []
@@ -168,7 +167,7 @@ def test_all_that_is_wrong_is_said_at_once(clone: Clone) -> None:
     for name in ("params", "metrics", "code", "no report"):
         (TAMPERED | FORGIVEN)[name][0]()
     done = subprocess.run(
-        [sys.executable, "-m", "lora_dag.commands.gate", "--out", "page.md"], capture_output=True, text=True
+        [sys.executable, "-m", "lora_dag", "gate", "--out", "page.md"], capture_output=True, text=True
     )
     assert done.returncode == 2
     lines = done.stderr.splitlines()
@@ -667,7 +666,7 @@ def test_a_commit_is_judged_as_it_would_be_merged_and_none_of_its_code_runs(
     git("commit", "--quiet", "--message", "Better")
     head = git("rev-parse", "HEAD")
     git("checkout", "--quiet", "main")
-    command = ["-m", "lora_dag.commands.gate", "--against", "origin/main", "--commit", head, "--out", "page.md"]
+    command = ["-m", "lora_dag", "gate", "--against", "origin/main", "--commit", head, "--out", "page.md"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     (line,) = done.stderr.splitlines()

@@ -16,7 +16,7 @@ from PIL import Image
 from lora_dag.artifacts.lineage import save as save_lineage
 from lora_dag.commands.compare.verdict import judge
 from lora_dag.commands.leaderboard import pictures
-from lora_dag.commands.leaderboard.__main__ import main, write_board
+from lora_dag.commands.leaderboard.command import write_board
 from lora_dag.commands.leaderboard.pictures import lettered
 from lora_dag.commands.leaderboard.ranking import Table, front, rank
 from lora_dag.commands.leaderboard.results import read_results
@@ -28,6 +28,7 @@ from lora_dag.pages.sheets import save_png, sheet
 from lora_dag.sweeps import grid as sweep
 from lora_dag.sweeps.grid import Run
 from tests.conftest import REPOSITORY
+from tests.helpers import command
 
 EMPTY: dict[str, Any] = {"datasets": [], "grid": {}, "rows": [], "seeds": [], "exclude": []}
 PICTURES = [f"{index}.png" for index in range(12)]
@@ -376,10 +377,9 @@ def test_the_same_runs_give_the_same_bytes() -> None:
     assert set(digests[0]) == {"leaderboard.md", "leaderboard.csv", "leaderboard.png", "contact.png"}
 
 
-def test_before_the_first_run_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["leaderboard", "--params", str(REPOSITORY / "params.yaml")])
+def test_before_the_first_run_it_says_what_to_do() -> None:
     with pytest.raises(UserError, match=r"none of the sweep's 1 run .* has begun; run `snakemake` first"):
-        main()
+        command.run("leaderboard", "--params", str(REPOSITORY / "params.yaml"))
 
 
 def test_labels_of_plots_are_legible_and_never_alike() -> None:

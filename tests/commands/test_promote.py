@@ -78,7 +78,7 @@ class Stubbed(Checkout):
         return plain | {"PATH": f"{self.stubs}{os.pathsep}{plain['PATH']}"}
 
     def promote(self, name: str = RUN) -> subprocess.CompletedProcess[str]:
-        return self.python("-m", "lora_dag.commands.promote", name, check=False)
+        return self.python("-m", "lora_dag", "promote", name, check=False)
 
     def refusal(self, name: str = RUN) -> str:
         """What it says; nothing in git changes by it."""
@@ -137,7 +137,7 @@ def test_stopped_in_the_middle_the_same_command_finishes(swept: Stubbed) -> None
     journal = swept.path / ".state/promote/journal.json"
     journal.parent.mkdir(parents=True, exist_ok=True)
     journal.write_text(json.dumps({"run": "raw/rank-2-s0"}))
-    other = "raw/rank-2-s0 was stopped in the middle; `python -m lora_dag.commands.promote raw/rank-2-s0` finishes it"
+    other = "raw/rank-2-s0 was stopped in the middle; `lora-dag promote raw/rank-2-s0` finishes it"
     assert f"error: {RUN}: the promotion of {other}" in swept.refusal()
     journal.write_text(json.dumps({"run": RUN}))  # as a kill after the first copy leaves it
     (swept.path / "data/adapter/adapter.safetensors").unlink()
@@ -193,7 +193,7 @@ def test_the_leaderboard_ranks_no_run_that_would_be_made_otherwise_now(swept: St
     """As after a sweep that failed early, once a parameter, a picture or a stage's code was edited."""
 
     def reason() -> str:
-        swept.python("-m", "lora_dag.commands.leaderboard", "--set", "sweep.grid={lora.rank: [4]}")
+        swept.python("-m", "lora_dag", "leaderboard", "--set", "sweep.grid={lora.rank: [4]}")
         return (swept.path / "reports/sweep/leaderboard.md").read_text()
 
     assert "run `snakemake` again" not in reason()  # the stand-ins write no reports that could be read
@@ -248,7 +248,7 @@ def test_unknown_and_unfinished_runs_are_refused(swept: Stubbed) -> None:
 def test_the_adopted_files_are_those_that_dvc_would_have_made(tmp_path: Path, tiny_base: Path) -> None:
     checkout = Checkout(tmp_path / "checkout", tiny_base)
     checkout.snakemake("--config", "grid={lora.rank: [4]}")
-    checkout.python("-m", "lora_dag.commands.promote", f"runs/{RUN}")
+    checkout.python("-m", "lora_dag", "promote", f"runs/{RUN}")
     assert "Data and pipelines are up to date." in checkout.dvc("status")
     checkout.commit("promoted")
     checkout.dvc("repro", "--force", "--no-run-cache")

@@ -18,7 +18,7 @@ import pytest
 from lora_dag.core import console, params
 from lora_dag.core.console import UserError
 from lora_dag.core.files import replaced
-from tests.conftest import REPOSITORY, Workspace, main_module
+from tests.conftest import REPOSITORY, Workspace
 from tests.helpers.forked import exit_code
 
 STOPPED = "stopped by Ctrl-C: {}; the same command resumes"
@@ -79,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, reference: Path) -> Path:
         patch.setenv("LORA_STATE_DIR", str(folder / ".state"))
         for stage in ("prepare", "cache_latents", "train", "validate", "export", "report"):
             patch.setattr(sys, "argv", [stage])
-            importlib.import_module(main_module(stage)).main()
+            importlib.import_module(f"stages.{stage}.__main__").main()
     return folder
 
 
@@ -117,7 +117,7 @@ def stopped_at(holder: Any, name: str, number: int, stage: str) -> str:
         sys.argv = [stage]
         with errors.open("w") as sys.stderr:
             try:
-                runpy.run_module(main_module(stage).removesuffix(".__main__"), run_name="__main__")
+                runpy.run_module(f"stages.{stage}", run_name="__main__")
             except SystemExit as ended:
                 assert ended.code == 130
 
@@ -145,7 +145,7 @@ def test_ctrl_c_ends_a_stage_in_one_line_and_the_same_command_resumes(
     if stage == "export":
         assert files(begun) == files(finished)
     monkeypatch.setattr(sys, "argv", [stage])
-    importlib.import_module(main_module(stage)).main()
+    importlib.import_module(f"stages.{stage}.__main__").main()
     assert files(begun) == files(finished)
 
 

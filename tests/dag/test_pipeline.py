@@ -72,7 +72,7 @@ def test_an_edited_picture_is_the_only_one_encoded(reproduced: Checkout) -> None
     output = reproduced.dvc("repro")
     assert ran(output) == {"prepare", "cache_latents", *AFTER_TRAIN}
     assert re.search(r"^encoded 1, reused 7$", output, re.MULTILINE)
-    why = reproduced.python("-m", "lora_dag.commands.compare", "--explain").stdout
+    why = reproduced.python("-m", "lora_dag", "explain").stdout
     assert "**data** (data/raw) changed; parameters, base, code, environment are the same." in why
     assert "| train | ran anew: data/latents from cache_latents |" in why
     path.unlink()
@@ -143,9 +143,9 @@ def test_a_temporary_experiment_runs_what_is_affected_and_compares(reproduced: C
     assert ran(output) == AFTER_TRAIN
     assert reproduced.git("rev-parse", "HEAD") == head
     assert reproduced.git("status", "--porcelain") == ""
-    page = reproduced.python("-m", "lora_dag.commands.compare", "HEAD", "rank-3").stdout
+    page = reproduced.python("-m", "lora_dag", "compare", "HEAD", "rank-3").stdout
     assert re.search(r"lora\.rank.*2.*3", page)
-    why = reproduced.python("-m", "lora_dag.commands.compare", "--explain", "HEAD", "rank-3").stdout
+    why = reproduced.python("-m", "lora_dag", "explain", "HEAD", "rank-3").stdout
     assert "**parameters** (lora.rank 2 → 3) changed; data, base, code, environment are the same." in why
     assert "| validate | ran anew: data/adapter from train |" in why
     (line,) = re.findall(r"^dvc (exp show .*)$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)

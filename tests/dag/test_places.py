@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lora_dag.artifacts import metrics
-from lora_dag.commands.compare import __main__ as compare
-from lora_dag.commands.gate import __main__ as gate
+from lora_dag.commands.compare.command import read_sides
 from lora_dag.core.console import UserError
 from stages.cache_latents import garbage
 from stages.export.verify import made_by
 from stages.prepare.changes import committed_table
 from stages.report import last_commit
+from tests.helpers import command
 from tests.helpers.checkout import Checkout
 from tests.helpers.planted import NUM_PICTURES, git, plant, write_lock
 
@@ -69,28 +67,27 @@ def here(request: pytest.FixtureRequest, top: Path, tmp_path: Path, monkeypatch:
     return Path()
 
 
-def problems(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *arguments: str) -> tuple[str, ...]:
-    monkeypatch.setattr(sys, "argv", ["x", *arguments])
+def problems(*words: str) -> tuple[str, ...]:
     try:
-        main()
+        command.run(*words)
     except UserError as error:
         return error.problems
     return ()
 
 
-def test_the_gate_judges_this_project_and_links_its_pictures(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gate_judges_this_project_and_links_its_pictures(here: Path) -> None:
     words = ("--against", "HEAD~1", "--repository", ADDRESS, "--out", "page.md")
-    assert problems(monkeypatch, gate.main, *words) == ()
+    assert problems("gate", *words) == ()
     page, head = Path("page.md").read_text(encoding="utf-8"), git("rev-parse", "HEAD")
     assert page.startswith("# Experiment: passed") and "| lora.rank | 2 | 4 |" in page
     assert f"![]({ADDRESS}/blob/{head}/{QUOTED}/reports/samples.png?raw=true)" in page
     Path("reports/metrics.json").unlink()
-    assert any("reports/metrics.json: missing" in line for line in problems(monkeypatch, gate.main))
+    assert any("reports/metrics.json: missing" in line for line in problems("gate"))
 
 
-def test_compare_and_explain_read_this_project_s_revisions(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [side.params["lora.rank"] for side in compare.read_sides(["HEAD~1", "HEAD", "workspace"])] == [2, 4, 4]
-    assert problems(monkeypatch, compare.main, "--explain", "HEAD~1", "HEAD") == ()
+def test_compare_and_explain_read_this_project_s_revisions(here: Path) -> None:
+    assert [side.params["lora.rank"] for side in read_sides(["HEAD~1", "HEAD", "workspace"])] == [2, 4, 4]
+    assert problems("explain", "HEAD~1", "HEAD") == ()
 
 
 def test_what_was_committed_is_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

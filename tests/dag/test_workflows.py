@@ -266,7 +266,7 @@ def test_a_tampered_pull_request_is_red_and_says_which_files_and_why(clone: Clon
 def test_a_pull_request_that_brings_its_own_gate_is_judged_by_the_base_branch_s(clone: Clone, tmp_path: Path) -> None:
     """Its gate passes whatever it sees, and so would its workflow."""
     clone("worse")
-    Path("lora_dag/commands/gate/__main__.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n", encoding="utf-8")
+    Path("lora_dag/commands/gate/command.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n", encoding="utf-8")
     Path(".github/workflows/experiment.yml").write_text("on: push\n", encoding="utf-8")
     git("commit", "--quiet", "--all", "--message", "Better")
     runner = pull_request(tmp_path / "runner", fork=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from PIL import Image
 from lora_dag.artifacts import metrics, picture_table
 from lora_dag.artifacts.lineage import load as load_lineage
 from lora_dag.artifacts.lineage import save as save_lineage
-from lora_dag.commands.compare import __main__ as compare
 from lora_dag.core.files import write_text
 from lora_dag.evaluation import heldout_table
 from lora_dag.evaluation.heldout_table import Score
 from lora_dag.pages.sheets import save_png, sheet
+from tests.helpers import command
 
 PROMPTS = ["red apple", "blue boat"]
 COLOURS = {"base": "#cc2222", 8: "#22cc22", 16: "#2222cc"}
@@ -114,9 +113,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
     commit("Report rank 8")
 
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
         shutil.rmtree(tmp_path / "compare", ignore_errors=True)
-        compare.main()
+        command.run("compare", *arguments)
         (page,) = tmp_path.glob("compare/*/compare.md")
         return page.read_text(encoding="utf-8")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_dag.core.console import UserError
@@ -14,6 +15,16 @@ from lora_dag.pipeline.git import git
 WORKSPACE = "workspace"
 Experiments = dict[tuple[str, str], str]
 """(baseline commit, experiment name) -> commit, the newest first."""
+
+
+def add_revisions(parser: argparse.ArgumentParser) -> None:
+    text = "the others are compared with the first (default: HEAD workspace)"
+    parser.add_argument("revisions", nargs="*", metavar="REVISION", help=text)
+
+
+def with_defaults(names: Sequence[str]) -> list[str]:
+    """The names that were given; HEAD and the workspace for those that were not."""
+    return [*names, *("HEAD", WORKSPACE)[len(names) :]]
 
 
 def find_commit(name: str) -> str | None:

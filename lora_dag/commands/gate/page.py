@@ -164,5 +164,5 @@ def shortened(text: str, end: str) -> str:
     room = MAX_BYTES - len(end.encode())
     if len(text.encode()) > room:
         text = text.encode()[: room - 200].decode(errors="ignore").rpartition("\n")[0]
-        text += "\n\n(cut: `python -m lora_dag.commands.compare` shows all of it)"
+        text += "\n\n(cut: `lora-dag compare` shows all of it)"
     return f"{text}\n\n{end}".strip() + "\n"

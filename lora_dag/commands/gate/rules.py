@@ -61,7 +61,7 @@ def gate_code() -> set[str]:
 
 def is_gate(path: str) -> bool:
     """Also what is removed, or what Python imports on the way."""
-    return path.startswith(("lora_dag/commands/gate/", "lora_dag/commands/compare/")) or (
+    return path.startswith(("lora_dag/__main__.py", "lora_dag/commands/gate/", "lora_dag/commands/compare/")) or (
         path.startswith(("lora_dag/", "stages/")) and path.endswith("__init__.py")
     )
 

@@ -1,12 +1,14 @@
-"""``python -m lora_dag.commands.compare --explain A B``: what changed, and which stages that ran anew.
+"""What changed between two revisions: data, base, code, parameters or environment, and what that ran anew.
 
 From dvc.lock, which holds the digest of everything that a stage read and the parameters that it ran with; packages'
 versions are in reports/export/lineage.json. A stage that read what another one wrote anew is a consequence, and a
 stage that gave other bytes for the same inputs was run in another environment.
+Run: `lora-dag explain [A] [B ...]`, such as `lora-dag explain HEAD rank-16`
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +18,9 @@ from ruamel.yaml import YAML
 
 from lora_dag.artifacts import lineage
 from lora_dag.commands.compare.page import show_params
-from lora_dag.commands.compare.revisions import find_commit, read_file
+from lora_dag.commands.compare.revisions import add_revisions, find_commit, read_file, with_defaults
 from lora_dag.commands.compare.sides import DAMAGED, LOCK, PARAMS, flatten, mapping, parse_params
-from lora_dag.core.console import UserError
+from lora_dag.core.console import UserError, log
 from lora_dag.pages.markdown import table
 
 EXPORTED = "reports/export/lineage.json"
@@ -26,6 +28,16 @@ CODE = ("lora_dag/", "stages/")
 ABSENT = object()
 CAUSES = ("parameters", "data", "base", "code", "environment")
 MAX_FILES = 3  # named for a stage, of one cause
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_revisions(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    first, *others = with_defaults(args.revisions)
+    for name in others:
+        log.info("%s", write_page(read_lock(first), read_lock(name)))
 
 
 @dataclass(frozen=True)

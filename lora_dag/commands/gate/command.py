@@ -3,7 +3,7 @@
 In: the current folder, or with --commit what a merge of that commit would give, which is read and never imported; and
 params.yaml and reports/ of the revision compared with.
 Out: a Markdown page with the verdict, the comparison and the sheets; on stderr a line per reason not to pass.
-Run: `python -m lora_dag.commands.gate --against main`; exit code 0 passed or neutral, 2 not passed
+Run: `lora-dag gate --against main`; exit code 0 passed or neutral, 2 not passed
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora_dag.commands.compare.revisions import find_commit
 from lora_dag.commands.gate import against, figures, limits, lock, rules, tree
 from lora_dag.commands.gate.page import Place, write_page, write_unread
 from lora_dag.core import params
-from lora_dag.core.console import UserError, as_path, bare_parser, log, plural, run
+from lora_dag.core.console import UserError, as_path, log, plural
 from lora_dag.core.files import write_text
 from lora_dag.pipeline import sharing
 from lora_dag.pipeline.git import git
@@ -28,8 +28,18 @@ from stages.report.params import Gates
 METRICS = ("reports/metrics.json", "reports/train/metrics.json", "reports/export/metrics.json")
 
 
-def main() -> None:
-    args = arguments().parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--against", metavar="REV", help="compare with this commit, branch, tag or DVC experiment")
+    parser.add_argument("--out", type=as_path, metavar="FILE", help="the page (default: the terminal)")
+    parser.add_argument(
+        "--repository", metavar="URL", help="link pictures there by commit: https://github.com/OWNER/NAME"
+    )
+    parser.add_argument(
+        "--commit", metavar="REV", help="judge this commit, merged into that of --against (default: the current folder)"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
     if args.out is not None:
         require_free(args.out)
         args.out = args.out.absolute()
@@ -107,19 +117,6 @@ def show(page: str, out: Path | None) -> None:
         log.info("wrote       %s", out)
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = bare_parser(__doc__)
-    parser.add_argument("--against", metavar="REV", help="compare with this commit, branch, tag or DVC experiment")
-    parser.add_argument("--out", type=as_path, metavar="FILE", help="the page (default: the terminal)")
-    parser.add_argument(
-        "--repository", metavar="URL", help="link pictures there by commit: https://github.com/OWNER/NAME"
-    )
-    parser.add_argument(
-        "--commit", metavar="REV", help="judge this commit, merged into that of --against (default: the current folder)"
-    )
-    return parser
-
-
 def reviewed(name: str | None) -> str | None:
     """The commit named, or HEAD's; None outside of a repository.
 
@@ -145,7 +142,3 @@ def measured() -> dict[str, metrics.Value]:
     for path in filter(Path.is_file, map(Path, METRICS)):
         found |= metrics.load(path)
     return found
-
-
-if __name__ == "__main__":
-    run(main)

@@ -2,8 +2,8 @@
 
 In: params.yaml and reports/ of two or more revisions (commit, branch, tag, DVC experiment, or the workspace).
 Out: compare/A..B/compare.md and compare.html, samples.png and, where datasets differ, dataset-B.png; the page on the
-terminal. With --explain: which of data, base, code, parameters and environment changed, and what that ran anew.
-Run: `python -m lora_dag.commands.compare [A] [B ...]`, such as `python -m lora_dag.commands.compare main brave-owl`
+terminal.
+Run: `lora-dag compare [A] [B ...]`, such as `lora-dag compare main brave-owl`
 """
 
 from __future__ import annotations
@@ -12,40 +12,26 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_dag.commands.compare import explain
 from lora_dag.commands.compare.page import write_page
 from lora_dag.commands.compare.repeats import find_repeats
-from lora_dag.commands.compare.revisions import WORKSPACE
+from lora_dag.commands.compare.revisions import add_revisions, with_defaults
 from lora_dag.commands.compare.sheets import draw_pictures, file_name, sliders
 from lora_dag.commands.compare.sides import Side, read_side
 from lora_dag.commands.compare.verdict import judge
-from lora_dag.core.console import UserError, as_path, bare_parser, log, run
+from lora_dag.core.console import UserError, as_path, log
 from lora_dag.core.files import replaced, sha256_json, write_text
 
 MAX_FOLDER = 100  # characters
 
 
-def main() -> None:
-    args = arguments().parse_args()
-    names = [*args.revisions, *("HEAD", WORKSPACE)[len(args.revisions) :]]
-    if args.explain:
-        for name in names[1:]:
-            log.info("%s", explain.write_page(explain.read_lock(names[0]), explain.read_lock(name)))
-    else:
-        compare(read_sides(names), args.out / folder_name(names))
-
-
-def arguments() -> argparse.ArgumentParser:
-    parser = bare_parser(__doc__)
-    parser.add_argument(
-        "revisions",
-        nargs="*",
-        metavar="REVISION",
-        help="the others are compared with the first (default: HEAD workspace)",
-    )
-    parser.add_argument("--explain", action="store_true", help="what changed, and which stages that ran anew")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_revisions(parser)
     parser.add_argument("--out", type=as_path, default=Path("compare"), metavar="DIR", help="(default: compare)")
-    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    names = with_defaults(args.revisions)
+    compare(read_sides(names), args.out / folder_name(names))
 
 
 def folder_name(names: Sequence[str]) -> str:
@@ -93,7 +79,3 @@ def html_page(sides: Sequence[Side], markdown: str, folder: Path) -> str:
     heading = "## Samples\n\n"
     before, _, after = markdown.rpartition(heading)
     return page(title, f"{before}{heading}SLIDERS\n\n{after}", folder, {"SLIDERS": sliders(sides)})
-
-
-if __name__ == "__main__":
-    run(main)

@@ -3,12 +3,12 @@
 In: runs/, as `snakemake` left it; the plan is that of params.yaml's section sweep.
 Out: reports/sweep/{leaderboard.md,leaderboard.csv,leaderboard.png,contact.png}. Training times are measured, so neither
 git nor DVC tracks the folder; the same runs give the same bytes.
-Run: `python -m lora_dag.commands.leaderboard [--set 'sweep.grid={lora.rank: [4, 8]}']`;
-`snakemake` does, after its last job.
+Run: `lora-dag leaderboard [--set 'sweep.grid={lora.rank: [4, 8]}']`; `snakemake` does, after its last job.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from lora_dag.commands.leaderboard.page import heading, headline, write_csv, write_page
@@ -16,15 +16,18 @@ from lora_dag.commands.leaderboard.pictures import draw_contact, draw_effects
 from lora_dag.commands.leaderboard.ranking import rank
 from lora_dag.commands.leaderboard.results import read_results
 from lora_dag.core import params
-from lora_dag.core.console import UserError, log, parser, plural, run
+from lora_dag.core.console import UserError, add_settings, log, plural
 from lora_dag.core.files import replaced, write_text
 from lora_dag.sweeps import grid
 
 OUT = Path("reports/sweep")
 
 
-def main() -> None:
-    args = parser(__doc__).parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser)
+
+
+def main(args: argparse.Namespace) -> None:
     runs = grid.plan(params.overridden(args.params, args.overrides), args.params)
     if not any(Path(f"runs/{each.places['prepare']}").is_dir() for each in runs):
         raise UserError(
@@ -49,7 +52,3 @@ def write_board(runs: list[grid.Run], out: Path) -> None:
     for result in unfinished:
         log.info("not finished: %s (%s)", result.run.name, result.reason)
     log.info("wrote       %s/leaderboard.md, leaderboard.csv%s", out, "".join(f", {path.name}" for path in pictures))
-
-
-if __name__ == "__main__":
-    run(main)
