@@ -29,6 +29,7 @@ COLUMNS = (
     "reason",  # why it is left out
 )
 LEFT_OUT = "left out"
+MAX_CUT = 0.34  # of a picture's area, beyond which prepare and the report warn: a square shows two thirds of 3:2
 MAX_FIELD = 2**30  # csv's own limit of 128 KB is a short text's
 
 
@@ -58,6 +59,17 @@ def parse(text: str) -> list[Row]:
     if not {"file_name", "split"} <= set(reader.fieldnames or ()):
         raise ValueError("no columns file_name and split")
     return found
+
+
+def enlargement(width: int, height: int, size: tuple[int, int]) -> float:
+    """Factor by which a picture is scaled to cover ``size`` (width, height); below 1 it shrinks."""
+    return max(size[0] / width, size[1] / height)
+
+
+def cut_off(width: int, height: int, size: tuple[int, int]) -> float:
+    """Share of a picture's area that no view of ``size`` shows at once, 0 to 1."""
+    scale = enlargement(width, height, size)
+    return 1 - size[0] * size[1] / (scale**2 * width * height)
 
 
 def load(path: Path) -> list[Row]:

@@ -6,6 +6,7 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from lora_dag.artifacts.picture_table import enlargement
 from lora_dag.core.console import UserError
 
 if TYPE_CHECKING:
@@ -35,17 +36,6 @@ def fit(width: int, height: int, dataset: DatasetParams) -> Size:
             f"use a larger picture or a smaller dataset.resolution, or allow it: dataset.max_upscale {ceil2(scale)}"
         )
     return size
-
-
-def enlargement(width: int, height: int, size: Size) -> float:
-    """How much a picture is scaled to cover ``size``; below 1 it shrinks."""
-    return max(size[0] / width, size[1] / height)
-
-
-def cut_off(width: int, height: int, size: Size) -> float:
-    """Share of a picture's area that no view of ``size`` shows at once, 0 to 1."""
-    scale = enlargement(width, height, size)
-    return 1 - size[0] * size[1] / (scale**2 * width * height)
 
 
 def buckets(dataset: DatasetParams) -> tuple[Size, ...]:

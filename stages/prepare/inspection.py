@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from tqdm import tqdm
 
 from lora_dag.artifacts.manifest import Augmentation, Item
+from lora_dag.artifacts.picture_table import MAX_CUT, cut_off, enlargement
 from lora_dag.core.console import UserError, plural
 from lora_dag.pictures import pictures
 from lora_dag.pictures.pictures import Checked
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 NUM_READERS = 4  # threads; Pillow decodes and hashlib hashes outside of Python's lock
 AHEAD = 16  # pictures handed to them at a time
 MAX_ASPECT_ERROR = 0.01  # between a mask's shape and its picture's
-MAX_CUT = 0.34  # of a picture's area: a square shows two thirds of a camera's 3:2
 NUM_EXAMPLES = 3
 ONE = {"are": "is", "have": "has", "state": "states", "hold": "holds"}
 NOTHING = "so that the loss would look at nothing; mend it, or set dataset.unmasked_weight above 0"
@@ -252,7 +252,7 @@ def remarks(row: CheckedPicture, checked: Checked, dataset: DatasetParams) -> li
     unmoved = row.width * size[1] == row.height * size[0]
     found = {
         f"hold {checked.format} data under another format's suffix": pictures.misnamed(row.entry.file_name, checked),
-        "are enlarged, as dataset.max_upscale allows": geometry.enlargement(row.width, row.height, size) > 1,
+        "are enlarged, as dataset.max_upscale allows": enlargement(row.width, row.height, size) > 1,
         "have the shape that the model sees, so that dataset.crop random changes nothing": (
             dataset.crop == "random" and unmoved
         ),
@@ -265,7 +265,7 @@ def remarks(row: CheckedPicture, checked: Checked, dataset: DatasetParams) -> li
 
 def heavy_crops(rows: list[CheckedPicture], dataset: DatasetParams) -> list[str]:
     """Pictures whose captions tell of much that the model does not see."""
-    shares = [geometry.cut_off(row.width, row.height, (row.target_width, row.target_height)) for row in rows]
+    shares = [cut_off(row.width, row.height, (row.target_width, row.target_height)) for row in rows]
     heavy = [row for row, share in zip(rows, shares, strict=True) if share > MAX_CUT]
     if not heavy:
         return []
@@ -288,7 +288,7 @@ def cure(heavy: list[CheckedPicture], dataset: DatasetParams) -> str:
         sizes = [geometry.fit(row.width, row.height, changed) for row in heavy]
     except UserError:
         return by_hand
-    if any(geometry.cut_off(row.width, row.height, size) > MAX_CUT for row, size in zip(heavy, sizes, strict=True)):
+    if any(cut_off(row.width, row.height, size) > MAX_CUT for row, size in zip(heavy, sizes, strict=True)):
         return by_hand
     wider = f" with dataset.max_aspect_ratio={ratio:g}" if ratio > dataset.max_aspect_ratio else ""
     return f"dataset.aspect_buckets=true{wider} keeps them"

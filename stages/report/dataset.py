@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_dag.artifacts.picture_table import LEFT_OUT, Row
+from lora_dag.artifacts import picture_table
+from lora_dag.artifacts.picture_table import LEFT_OUT, MAX_CUT, Row
 from lora_dag.core.console import plural
 from lora_dag.pages import marks
 from lora_dag.pages.findings import number
@@ -15,7 +16,6 @@ from lora_dag.pages.markdown import code, codes, facts, image, link, table
 from stages.report.inputs import Inputs
 
 MAX_ROWS = 40  # of a table
-MAX_CUT = 0.34  # of a picture's area, as prepare warns of
 MAX_NAMES = 10  # in a cell
 MAX_REASON = 300  # characters
 
@@ -49,6 +49,11 @@ def key_facts(inputs: Inputs) -> dict[str, object]:
         "Tokens per caption, median": whole(latents.get("captions.tokens_median")),
     }
     return {label: value for label, value in labels.items() if value is not None}
+
+
+def to_train_on(inputs: Inputs) -> str:
+    """``275 pictures``"""
+    return plural(int(inputs.dataset.get("num_train") or 0), "picture")
 
 
 def sizes(inputs: Inputs) -> str:
@@ -245,18 +250,26 @@ def shown_names(rows: Sequence[Row]) -> list[str]:
 
 def scale(row: Row) -> float:
     """Factor between a picture and what the model sees of it."""
-    width, height = (int(side) for side in row["bucket"].split("x"))
-    return max(width / int(row["width"]), height / int(row["height"]))
+    return picture_table.enlargement(*geometry(row))
 
 
 def cut_off(row: Row) -> float:
     """Share of a picture's area that the model does not see."""
-    width, height = (int(side) for side in row["bucket"].split("x"))
-    return 1 - width * height / (scale(row) ** 2 * int(row["width"]) * int(row["height"]))
+    return picture_table.cut_off(*geometry(row))
+
+
+def geometry(row: Row) -> tuple[int, int, tuple[int, int]]:
+    """Width, height, and the size that the model sees, in pixels."""
+    return int(row["width"]), int(row["height"]), size_of(row["bucket"])
+
+
+def size_of(bucket: str) -> tuple[int, int]:
+    width, height = bucket.split("x")
+    return int(width), int(height)
 
 
 def aspect(bucket: str) -> float:
-    width, height = (int(side) for side in bucket.split("x"))
+    width, height = size_of(bucket)
     return width / height
 
 

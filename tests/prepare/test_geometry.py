@@ -7,7 +7,7 @@ import pytest
 
 from lora_dag.artifacts.manifest import Augmentation, Item
 from lora_dag.core.console import UserError
-from stages.prepare.geometry import buckets, enlargement, fit
+from stages.prepare.geometry import buckets, fit
 from stages.prepare.params import DatasetParams
 from tests.helpers.images import dataset
 
@@ -92,11 +92,6 @@ def test_what_is_advised_suffices() -> None:
         if min(width, height) < 64:
             advised = float(refusal(width, height, dataset(resolution=64)).rpartition(" ")[2])
             assert fit(width, height, dataset(resolution=64, max_upscale=advised)) == (64, 64)
-
-
-def test_enlargement_is_of_the_side_that_needs_most() -> None:
-    assert enlargement(100, 50, (100, 100)) == 2
-    assert enlargement(400, 200, (100, 100)) == 0.5
 
 
 def test_pictures_wider_than_all_buckets_are_refused() -> None:
