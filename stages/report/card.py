@@ -101,8 +101,8 @@ def summary(inputs: Inputs) -> str:
         f"A {algorithm(lora)} for {made['pipeline']['class']}: "
         f"rank {lora['r']}, alpha {lora['lora_alpha']:g}{kind}, on {targets}; "
         f"{int(number(inputs.train, 'train.num_trainable_parameters')):,} parameters, "
-        f"{number(inputs.export, 'export.megabytes'):.3g} MB in float32, trained for {made['num_steps']:,} steps "
-        f"on {inputs.dataset.get('num_train')} pictures."
+        f"{number(inputs.export, 'export.megabytes'):.3g} MB in float32, "
+        f"trained for {plural(made['num_steps'], 'step')} on {dataset.to_train_on(inputs)}."
     )
 
 

@@ -31,7 +31,8 @@ def in_words(measured: Metrics, lineage: Mapping[str, Any], has_named_split: boo
     crossed = [*filter(None, [overfits]), *findings.crossed(measured, lineage)]
     good, outcome = verdict(measured, lineage, bool(crossed), has_named_split)
     if not overfits and good is not None:
-        few = f"{num_heldout} held-out pictures are too few to tell whether it overfits"
+        count = plural(num_heldout, "held-out picture is", "held-out pictures are")
+        few = f"{count} too few to tell whether it overfits"
         outcome += f"; {'no sign of overfitting' if num_heldout >= findings.FEW_PICTURES else few}"
     return f"{outcome}{(', but ' if good else '; ') if crossed else ''}{'; '.join(crossed)}."
 
@@ -59,7 +60,8 @@ def verdict(
         worse = "on pictures that it never saw, the adapter is worse than the base"
         return False, f"Held-out loss rose by {plain(change, spec)}{known}: {worse}"
     moved = f"Held-out loss moved by {signed(change, spec)}{known if low == low else percent}"
-    cannot = f"no difference that the {num_heldout} held-out pictures can show"
+    shown = "the " + plural(num_heldout, "held-out picture")
+    cannot = f"no difference that {shown} can show"
     return None, f"{moved}: {findings.cannot_tell(num_heldout, lineage, has_named_split) if is_few else cannot}"
 
 
@@ -112,13 +114,13 @@ def run_line(inputs: Inputs) -> str:
     seed = f", seed {train['seed']}" if "seed" in train else ""
     return (
         f"{algorithm(lora)} of rank {lora['r']} on {code(model['pretrained'])} ({model['family']}): "
-        f"{inputs.lineage['num_steps']:,} steps over {inputs.dataset.get('num_train')} pictures{of_views}{seed}."
+        f"{plural(inputs.lineage['num_steps'], 'step')} over {dataset.to_train_on(inputs)}{of_views}{seed}."
     )
 
 
 def samples_note(inputs: Inputs) -> str:
     settings = inputs.lineage["validate"]
-    how = f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}"
+    how = f"{plural(settings['num_inference_steps'], 'step')}, guidance {settings['guidance_scale']:g}"
     count = plural(len(settings["prompts"]), "prompt")
     return f"{count} from the same noise, drawn by the base and by the adapter ({how})."
 

@@ -29,7 +29,7 @@ def paragraphs(inputs: Inputs) -> list[str]:
     rows = [cells(f"`{kind}`", kinds[kind], ranks) for kind in sorted(kinds)]
     note = (
         f"Of {plural(total.total(), 'adapted layer')}, "
-        f"{few} keep {100 * KEPT:.0f} % of their update at rank {most} or less."
+        f"{few} {'keeps' if few == 1 else 'keep'} {100 * KEPT:.0f} % of their update at rank {most} or less."
         " Layers are counted by the smallest rank that does; an update is measured by its squared singular values."
     )
     return ["### How much of the rank is used", note, table(head, [*rows, cells("all", total, ranks)])]

@@ -6,26 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_dag.artifacts.adapter import algorithm
+from lora_dag.core.console import plural
+from lora_dag.evaluation.metrics import DETAILS, METRICS, of_table, without_row
 from lora_dag.pages.findings import BOOTSTRAP, number
-from lora_dag.pages.markdown import decimals, interval, plain, signed, table
+from lora_dag.pages.markdown import code, decimals, interval, plain, signed, table
 from stages.report.inputs import Inputs, Metrics
 
 
 def results(inputs: Inputs) -> str:
     """Base against adapter: losses with their intervals, then what can be measured of the samples."""
     m = inputs.measured
-    labels = {
-        "Held-out loss": "val.loss",
-        "Held-out loss, little noise": "val.loss_low_noise",
-        "Held-out loss, medium noise": "val.loss_mid_noise",
-        "Held-out loss, much noise": "val.loss_high_noise",
-        "Loss on training pictures": "val.train_loss",
-        "Drift: loss on pictures that the base drew": "drift.loss",
-    }
-    rows = [compared(label, m, name) for label, name in labels.items() if m.get(name) is not None]
+    rows = [compared(metric.label, m, name) for name, metric in of_table("losses").items() if m.get(name) is not None]
     parts = [table(("Losses, lower is better", "base", "adapter", "change"), rows)]
     if measures := samples_rows(inputs):
         parts.append(table(("Samples", "base", "adapter", "dataset"), measures))
+    if others := [name for name in without_row(m) if not name.endswith(DETAILS)]:
+        rows = [(code(name), *(short(number(m, name + ending)) for ending in ("_base", ""))) for name in others]
+        parts.append(table(("Other figures", "base", "adapter"), rows))
     if limit := inputs.lineage.get("neighbours", {}).get("threshold"):
         parts.append(copies_note(inputs.lineage["neighbours"], limit))
     return "\n\n".join(parts)
@@ -48,33 +45,33 @@ def with_bounds(value: float, m: Metrics, name: str) -> str:
 
 def samples_rows(inputs: Inputs) -> list[tuple[str, ...]]:
     """What was measured of the samples, beside the same of the dataset's pictures where that has a meaning."""
-    dataset, neighbours = inputs.dataset, inputs.lineage.get("neighbours", {})
-    labels = {
-        "chroma": ("Chroma of the drawing, 0 to 255", number(dataset, "chroma")),
-        "dark_share": ("Near-black share of the drawing, 0 to 1", number(dataset, "dark_share")),
-        "copied_share": ("Copies of training pictures, share", number({}, "")),
-        "far_share": ("Unlike any picture of the dataset, share", number({}, "")),
-        "blank_share": ("Of one colour, share", number({}, "")),
-        "nearest_distance": ("Distance to the nearest training picture", number(neighbours, "heldout_median")),
-        "diversity": ("Distance between pictures of one prompt", number({}, "")),
-    }
-    rows = []
-    for name, (label, goal) in labels.items():
-        values = (number(inputs.measured, f"samples.{name}_base"), number(inputs.measured, f"samples.{name}"), goal)
-        if values[1] == values[1]:
-            rows.append((label, *(f"{value:.3g}" if value == value else "" for value in values)))
-    return rows
+    m, of_dataset = inputs.measured, inputs.dataset | inputs.lineage.get("neighbours", {})
+    found = {name: metric for name, metric in of_table("samples").items() if m.get(name) is not None}
+    return [
+        (
+            ", ".join(filter(None, (metric.label or code(name), metric.unit))),
+            *(short(number(m, name + ending)) for ending in ("_base", "")),
+            short(number(of_dataset, metric.dataset)),
+        )
+        for name, metric in found.items()
+    ]
+
+
+def short(value: float) -> str:
+    return f"{value:.3g}" if value == value else ""
 
 
 def copies_note(neighbours: Mapping[str, Any], limit: float) -> str:
     """What the distances and the share of copies mean."""
     by_chance = "one in twenty held-out pictures is that near by chance, so a share about 0.05 is no sign of copying"
     if neighbours["num_heldout"] < 20:
-        by_chance = f"{neighbours['num_heldout']} held-out pictures are too few to say how many are by chance"
+        count = plural(neighbours["num_heldout"], "held-out picture is", "held-out pictures are")
+        by_chance = f"{count} too few to say how many are by chance"
     far = neighbours.get("far_threshold")
     return (
         f"Distances are between {neighbours['space']}; the dataset's is that of its held-out pictures. A sample nearer "
-        f"than {limit:.3g} to one of {neighbours['num_training_views']} training views counts as a copy: {by_chance}."
+        f"than {limit:.3g} to one of {plural(neighbours['num_training_views'], 'training view')} counts as a copy: "
+        f"{by_chance}."
         + (f" One farther than {far:.3g} from all of them counts as unlike them, likewise." if far else "")
     )
 
@@ -84,9 +81,11 @@ def table_note(inputs: Inputs) -> str:
     counts, gap = asked["num_pictures"], number(inputs.measured, "val.overfit_gap")
     return (
         f"Losses are mean squared errors of the prediction ({asked['prediction_type']}) over a frozen table of "
-        f"{asked['num_rows']} rows: {counts['heldout']} held-out and {counts['train']} training pictures, "
-        f"{asked['num_rows'] // sum(counts.values())} timesteps each. Base and adapter answer the same rows under the "
-        f"same noise; latents are the VAE's means; intervals are of 95 %, by a {BOOTSTRAP}, over pictures. "
+        f"{plural(asked['num_rows'], 'row')}: {counts['heldout']} held-out and "
+        f"{plural(counts['train'], 'training picture')}, "
+        f"{plural(asked['num_rows'] // sum(counts.values()), 'timestep')} each. "
+        "Base and adapter answer the same rows under the same noise; latents are the VAE's means; "
+        f"intervals are of 95 %, by a {BOOTSTRAP}, over pictures. "
         f"Training pictures gained {with_bounds(gap, inputs.measured, 'val.overfit_gap')} more than held-out ones."
     )
 
@@ -100,13 +99,13 @@ def settings_facts(inputs: Inputs) -> dict[str, object]:
         "Base": f"{model['pretrained']}, family {model['family']}, {model['dtype']}",
         algorithm(lora): f"rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora.get('lora_dropout', 0):g}",
         "Adapted layers": ", ".join(f"`{name}`" for name in target_modules(lora["target_modules"])) + text,
-        "Trainable parameters": f"{int(number(inputs.train, 'train.num_trainable_parameters')):,}",
-        "Optimizer steps": f"{steps:,}",
-        "Adapter size": f"{number(inputs.export, 'export.megabytes'):.3g} MB",
-        "Images seen": f"{int(number(inputs.train, 'train.images_seen')):,}{epochs(inputs.train)}",
+        **fact("train.num_trainable_parameters", inputs.train),
+        **fact("train.num_steps", inputs.train),
+        **fact("export.megabytes", inputs.export, " MB"),
+        **fact("train.images_seen", inputs.train, epochs(inputs.train)),
         "Peak learning rate": f"{max(row['learning_rate'] for row in inputs.loss):.3g}",
-        "Last training loss": f"{number(inputs.train, 'train.loss_final'):.4f}",
-        "Lowest held-out loss": f"at step {inputs.measured['val.best_step']} of {steps}"
+        **fact("train.loss_final", inputs.train),
+        METRICS["val.best_step"].label: f"at step {inputs.measured['val.best_step']} of {steps}"
         + above_best(inputs.measured)
         + best_hint(inputs),
         **(onset(inputs.measured) if len(inputs.curve) > 2 else {}),
@@ -115,15 +114,21 @@ def settings_facts(inputs: Inputs) -> dict[str, object]:
     }
     if (tflop := number(inputs.measured, "cost.tflop_per_image")) == tflop:
         total = tflop * number(inputs.train, "train.images_seen")
-        told["Arithmetic per training image"] = f"{tflop:.3g} TFLOP, {total:.3g} in all"
+        told |= fact("cost.tflop_per_image", inputs.measured, f" TFLOP, {total:.3g} in all")
     return told
+
+
+def fact(name: str, values: Metrics, more: str = "") -> dict[str, str]:
+    """A metric by its label, in its own format."""
+    metric = METRICS[name]
+    return {metric.label: plain(number(values, name), metric.spec) + more}
 
 
 def onset(m: Metrics) -> dict[str, object]:
     if "val.onset_step" not in m:
         return {}
     step = m["val.onset_step"]
-    return {"Overfitting sets in": "at no snapshot" if step is None else f"at step {step}"}
+    return {METRICS["val.onset_step"].label: "at no snapshot" if step is None else f"at step {step}"}
 
 
 def best_hint(inputs: Inputs) -> str:
@@ -156,19 +161,24 @@ def last_words(name: str) -> str:
 
 def export_facts(export: Metrics) -> Mapping[str, object]:
     """Every ``export.*`` metric but the size, in words where there are some."""
-    words = {
-        "export.effect": "Largest change that the adapter makes to the denoiser's output",
-        "export.diffusers.max_abs_error": "The same output by diffusers' `load_lora_weights`: largest difference",
-        "export.peft.max_abs_error": "The same output by PEFT's `from_pretrained`: largest difference",
-        "export.comfyui.max_abs_error": "The same output by a reader of ComfyUI's keys: largest difference",
-        "export.merged.max_abs_error": "The same output by the merged pipeline: largest difference",
-    }
+    effect, error = METRICS["export.effect"].label, METRICS["export.*.max_abs_error"].label
+    words = {"export.effect": effect}
+    words |= {f"export.{name}.max_abs_error": error.format(reader) for name, reader in READERS.items()}
     names = [*(name for name in words if name in export), *sorted(set(export) - {*words, "export.megabytes"})]
     values = [export[name] for name in names]
     return {
         words.get(name, f"`{name}`"): f"{value:.3g}" if isinstance(value, float) else value
         for name, value in zip(names, values, strict=True)
     }
+
+
+READERS = {
+    "diffusers": "diffusers' `load_lora_weights`",
+    "peft": "PEFT's `from_pretrained`",
+    "comfyui": "a reader of ComfyUI's keys",
+    "merged": "the merged pipeline",
+}
+"""Of each format."""
 
 
 def lineage_facts(inputs: Inputs) -> Mapping[str, object]:
