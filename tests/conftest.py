@@ -20,6 +20,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from lora_dag.core import console
+from lora_dag.core.params import FAMILIES
 from tests.helpers import command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -57,73 +58,18 @@ TINY: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random StableDiffusionPipeline of 0.3 M parameters in the diffusers layout; pixels in multiples of 8."""
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from tests.helpers import families
 
-    from base.tokenizer import train
-
-    torch.manual_seed(0)
-    tokenizer = train(["red apple", "blue boat", "green circle, ink icon"])
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            pad_token_id=tokenizer.pad_token_id,
-            **special,
-        )
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        sample_size=32,
-        scaling_factor=0.5,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDPMScheduler(
-            beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False, steps_offset=1
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    folder = tmp_path_factory.mktemp("tiny") / "base"
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    return folder
+    return families.save("sd", tmp_path_factory.mktemp("tiny") / "base")
 
 
 @pytest.fixture(scope="session")
 def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family -> a tiny random base of its pipeline class."""
-    from tests.helpers.pipelines import BUILDERS, build
+    from tests.helpers import families
 
     folder = tmp_path_factory.mktemp("bases")
-    return {"sd": tiny_base} | {name: build(name, folder / name) for name in BUILDERS}
+    return {name: tiny_base if name == "sd" else families.save(name, folder / name) for name in FAMILIES}
 
 
 def picture(index: int, width: int = 48, height: int | None = None) -> Image.Image:

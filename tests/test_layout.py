@@ -17,7 +17,6 @@ FLOORS = (
 )
 FLOOR = {package: height for height, floor in enumerate(FLOORS) for package in floor}
 EXCEPTIONS = {
-    "lora_dag/families/sd3.py -> bases",
     "lora_dag/pictures/containers.py -> bases",
 }
 

@@ -12,21 +12,17 @@ import torch
 
 from lora_dag.adapters import lycoris
 from lora_dag.core.console import UserError
+from lora_dag.families.protocol import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from lora_dag.adapters.params import LoraParams
 
-ATTENTION = r"(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv|to_qkv_mlp_proj)"
-FEED_FORWARD = r"(ff|ff_context)\.(net\.0\.proj|net\.2)|proj_mlp|ff\.linear_(in|out)|feed_forward\.w[123]"
-PRESETS = {
-    "attention": rf"(.*\.)?({ATTENTION})",
-    "attention+ff": rf"(.*\.)?({ATTENTION}|{FEED_FORWARD})",
-    "all-linear": r".*",
-    "all-linear+conv": r".*",
-}
-"""Regex over the names that diffusers gives: the names of its Attention and FeedForward."""
+ATTENTION = r"to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv|to_qkv_mlp_proj"
+FEED_FORWARD = r"(ff|ff_context)\.(net\.0\.proj|net\.2)|ff\.linear_(in|out)"
+"""Names of diffusers' Attention and FeedForward; a family with others says so in PRESET_LAYERS."""
+PRESETS = ("attention", "attention+ff", "all-linear", "all-linear+conv")
 EDGES = ("conv_in", "conv_out")
 """The convolutions to and from latents: a preset leaves them alone, as kohya's conv LoRA does (out: 4 channels)."""
 A_TEXT = "; a text is a preset or a regex over whole names, a list holds endings"
@@ -42,7 +38,7 @@ def lora_settings(params: LoraParams, denoiser: torch.nn.Module) -> dict[str, An
         UserError: targets and patterns that match no layer, with the nearest names; ranks above a layer's size.
     """
     layers = adaptable(denoiser)
-    groups = matched_groups(params.target_modules, layers)
+    groups = matched_groups(params.target_modules, layers, presets(denoiser))
     targets = list(dict.fromkeys(name for names in groups.values() for name in names))
     problems, excluded = [], set()
     for target in params.exclude_modules:
@@ -86,24 +82,33 @@ def adaptable(denoiser: torch.nn.Module) -> Layers:
     }
 
 
-def matched_groups(target_modules: str | list[str], layers: Layers) -> dict[str, list[str]]:
+def presets(denoiser: torch.nn.Module) -> dict[str, str]:
+    """Preset -> regex over the whole names of the layers of this denoiser."""
+    family = family_of(denoiser)
+    own = family.PRESET_LAYERS if family else {}
+    attention = "|".join(filter(None, (ATTENTION, own.get("attention"))))
+    feed_forward = "|".join(filter(None, (FEED_FORWARD, own.get("feed_forward"))))
+    regexes = (rf"(.*\.)?({attention})", rf"(.*\.)?({attention}|{feed_forward})", ".*", ".*")
+    return dict(zip(PRESETS, regexes, strict=True))
+
+
+def matched_groups(target_modules: str | list[str], layers: Layers, presets: Mapping[str, str]) -> dict[str, list[str]]:
     """Ending given, or the layer's own under a preset or regex -> names of its layers, in the model's order."""
     if isinstance(target_modules, list):
         return {target: [name for name in layers if has_ending(name, target)] for target in target_modules}
     groups: dict[str, list[str]] = {}
-    for name, module in layers.items():
-        if in_choice(target_modules, name, module) and not (target_modules in PRESETS and is_unread(name, layers)):
+    regex = re.compile(presets.get(target_modules, target_modules))
+    for name in filter(regex.fullmatch, layers):
+        if target_modules not in presets or in_preset(target_modules, name, layers):
             groups.setdefault(ending(name), []).append(name)
     return groups or {target_modules: []}
 
 
-def in_choice(choice: str, name: str, module: torch.nn.Module) -> bool:
-    """Whether a layer belongs to a preset, or to a regex over whole names."""
-    if choice not in PRESETS:
-        return re.fullmatch(choice, name) is not None
-    if isinstance(module, torch.nn.Conv2d) and (not choice.endswith("+conv") or name in EDGES):
+def in_preset(preset: str, name: str, layers: Layers) -> bool:
+    """Whether a preset takes a layer that its regex names: no convolution unless it says so, no unread one."""
+    if isinstance(layers[name], torch.nn.Conv2d) and (not preset.endswith("+conv") or name in EDGES):
         return False
-    return re.fullmatch(PRESETS[choice], name) is not None
+    return not is_unread(name, layers)
 
 
 def is_unread(name: str, layers: Layers) -> bool:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from lora_dag.core.console import UserError
 from lora_dag.core.files import from_json, sha256_file
 from lora_dag.core.tensors import has_all_bytes
+from lora_dag.families.common import absent
+from lora_dag.families.protocol import all_families
 
 if TYPE_CHECKING:
     from lora_dag.core.params import ModelParams
@@ -22,14 +24,6 @@ PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 WEIGHTS = {"model", "diffusion_pytorch_model"}
 NUM_EXAMPLES = 5  # sides in a message
-FAMILIES = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusion3Pipeline": "sd3",
-    "FluxPipeline": "flux",
-    "ZImagePipeline": "z_image",
-}
-"""Class named in model_index.json -> the ``model.family`` that trains it."""
 
 
 def problems(
@@ -87,7 +81,8 @@ def index_problems(model: ModelParams, family: Family, root: Path) -> list[str]:
     except (ValueError, KeyError, TypeError):
         return [f"{index}: not a diffusers model index; fetch the model again"]
     if pipeline != family.PIPELINE:
-        known = f"use model.family: {FAMILIES[pipeline]}" if pipeline in FAMILIES else "no family here trains that"
+        names = [name for name, other in all_families().items() if pipeline == other.PIPELINE]
+        known = f"use model.family: {names[0]}" if names else "no family here trains that"
         return [f"{where} is a {pipeline}; model.family '{model.family}' trains {family.PIPELINE}; {known}"]
     return []
 
@@ -179,13 +174,6 @@ def component_files(folder: Path, variant: str | None) -> list[Path]:
     """Config, tokenizer and weight files of one component: all that can change what it computes."""
     texts = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model", ".jinja"})
     return texts + weight_files(folder, variant)
-
-
-def absent(model: ModelParams, components: Iterable[str]) -> set[str]:
-    """Those that model_index.json declares null; none where there is no such file, which is refused elsewhere."""
-    index = Path(model.pretrained) / "model_index.json"
-    listed = from_json(index.read_text(encoding="utf-8")) if index.exists() else {}
-    return {component for component in components if listed.get(component) == [None, None]}
 
 
 def digests(model: ModelParams, components: Iterable[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lora_dag.bases import hub, single_file
 from lora_dag.bases import layout as base_files
 from lora_dag.core.console import UserError
+from lora_dag.families.protocol import SingleFile
 
 if TYPE_CHECKING:
     from lora_dag.bases.hub import Pin
@@ -183,7 +184,7 @@ def single_file_of(path: Path, family: Family) -> Path | None:
         folder = path.parent / path.stem
         raise UserError(
             f"params.yaml model.pretrained: '{path}' is a file; put it into a folder of its own beside the configs of"
-            f" its base, and name the folder: {single_file.how_to_get('', folder)}"
+            f" its base, and name the folder: {single_file.how_to_get(SingleFile(), folder)}"
         )
     return single_file.find(path, family)
 
@@ -195,15 +196,15 @@ def single_file_problems(file: Path, model: ModelParams, family: Family) -> list
         return found
     root = file.parent
     if not (root / "model_index.json").exists():
-        how = single_file.how_to_get(model.family, root)
+        how = single_file.how_to_get(family.SINGLE_FILE, root)
         return [f"{file}: no model_index.json beside it; fetch the configs of its base: {how}"]
     if base_files.index_problems(model, family, root):
-        how = single_file.how_to_get(model.family, root)
+        how = single_file.how_to_get(family.SINGLE_FILE, root)
         return [f"{root / 'model_index.json'}: of no {family.PIPELINE}, as {file.name} is; fetch its base's: {how}"]
     lacking = single_file.nowhere(file, model, family)
     found = [
         f"{file}: holds no {name}, and {root / name} no weights of it for model.variant '{model.variant or 'null'}';"
-        f" fetch them: {single_file.how_to_get(model.family, root, f'{name}/*.safetensors')}"
+        f" fetch them: {single_file.how_to_get(family.SINGLE_FILE, root, f'{name}/*.safetensors')}"
         for name in lacking
     ]
     weightless = {*single_file.held(file, model, family), *lacking}

@@ -18,58 +18,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.bases.hub import is_whole, state_of
-from lora_dag.bases.layout import absent, component_files, weight_files
+from lora_dag.bases.layout import component_files, weight_files
 from lora_dag.core import quiet
 from lora_dag.core.console import UserError, log
 from lora_dag.core.files import from_json, replaced, sha256_file, sha256_json, state_dir, write_json
 from lora_dag.core.locks import lock
 from lora_dag.core.tensors import read_header
+from lora_dag.families.common import absent
+from lora_dag.families.protocol import all_families, load_family
 
 if TYPE_CHECKING:
     import torch
 
     from lora_dag.core.params import ModelParams
-    from lora_dag.families.protocol import Family
+    from lora_dag.families.protocol import Family, SingleFile
 
 DENOISER = "model.diffusion_model."
-"""Before the names of the denoiser's tensors; SD3's and FLUX.1's files may go without."""
-MARKS = {
-    "sdxl": DENOISER + "label_emb.0.0.weight",
-    "sd": DENOISER + "input_blocks.0.0.weight",  # after sdxl, which has it too
-    "sd3": DENOISER + "joint_blocks.0.x_block.attn.qkv.weight",
-    "flux": DENOISER + "double_blocks.0.img_attn.qkv.weight",
-}
-"""A tensor that the family's checkpoints have."""
-INSIDE: dict[str, dict[str, tuple[str, ...]]] = {
-    "sd": {"vae": ("first_stage_model.",), "text_encoder": ("cond_stage_model.",)},
-    "sdxl": {
-        "vae": ("first_stage_model.",),
-        "text_encoder": ("conditioner.embedders.0.",),
-        "text_encoder_2": ("conditioner.embedders.1.",),
-    },
-    "sd3": {
-        "vae": ("first_stage_model.", "vae."),
-        "text_encoder": ("text_encoders.clip_l.",),
-        "text_encoder_2": ("text_encoders.clip_g.",),
-        "text_encoder_3": ("text_encoders.t5xxl.",),
-    },
-    "flux": {
-        "vae": ("first_stage_model.", "vae."),
-        "text_encoder": ("text_encoders.clip_l.",),
-        "text_encoder_2": ("text_encoders.t5xxl.",),
-    },
-}
-"""Components that a family's checkpoints may hold beside the denoiser, and how the names of their tensors start.
-
-Source: diffusers/loaders/single_file_utils.py.
-"""
-CONFIGS = {
-    "sd": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "flux": "black-forest-labs/FLUX.1-dev",
-}
-"""Where most checkpoints of a family have their configs from."""
+"""Before the names of the denoiser's tensors; files of SD3 and FLUX.1 may have the names alone."""
 FLOATS = {
     "F64": "float64",
     "F32": "float32",
@@ -116,7 +81,7 @@ def find(root: Path, family: Family) -> Path | None:
 
 def held(file: Path, model: ModelParams, family: Family) -> list[str]:
     """Components whose weights are taken from the file: all that it has and model_index.json does not declare null."""
-    names, inside = read_header(file), INSIDE.get(model.family, {})
+    names, inside = read_header(file), family.SINGLE_FILE.inside
     there = {name for name in inside if any(key.startswith(inside[name]) for key in names)} | {family.DENOISER}
     return [name for name in family.COMPONENTS if name in there - absent(model, family.OPTIONAL)]
 
@@ -141,10 +106,10 @@ def problems(file: Path, model: ModelParams, family: Family) -> list[str]:
     lora = next((name for name in header if any(mark in name for mark in LORA)), None)
     if lora:
         return [f"{file}: a LoRA ({lora}) and no checkpoint; model.pretrained takes the base that it was made on"]
-    found = family_of(header)
-    if found != model.family and (found or model.family in MARKS):
+    found = family_in(header)
+    if found != model.family and (found or family.SINGLE_FILE.marks):
         return [f"{file}: {other_family(header, found, model, family, file.parent)}"]
-    held_names = [name for part in held(file, model, family) for name in names_of(part, header, model, family)]
+    held_names = [name for part in held(file, model, family) for name in names_of(part, header, family)]
     bad = [name for name in held_names if name.endswith(SCALES) or is_quantised(name, header[name])]
     if bad:
         what = f"quantised ({bad[0]} is {header[bad[0]]['dtype']})"
@@ -168,41 +133,43 @@ def is_quantised(name: str, entry: dict[str, Any]) -> bool:
     return entry["dtype"] not in FLOATS and not name.endswith(".position_ids") and math.prod(entry["shape"]) != 1
 
 
-def family_of(names: Iterable[str]) -> str | None:
+def family_in(names: Iterable[str]) -> str | None:
+    """The family whose marks are all there; the one with the most of them, since SDXL's files have SD's mark too."""
     known = set(names)
-    return next((family for family, mark in MARKS.items() if {mark, mark.removeprefix(DENOISER)} & known), None)
+    marks = {name: family.SINGLE_FILE.marks for name, family in all_families().items()}
+    fit = [name for name in marks if marks[name] and all({m, m.removeprefix(DENOISER)} & known for m in marks[name])]
+    return max(fit, key=lambda name: len(marks[name]), default=None)
 
 
 def other_family(names: Iterable[str], found: str | None, model: ModelParams, family: Family, root: Path) -> str:
     if found:
         return (
             f"a checkpoint of family '{found}', and model.family is '{model.family}'; use model.family: {found} and the"
-            f" configs of its own base: {how_to_get(found, root)}"
+            f" configs of its own base: {how_to_get(load_family(found).SINGLE_FILE, root)}"
         )
     if any(name.startswith(("down_blocks.", "transformer_blocks.")) for name in names):
         place = root / family.DENOISER / "diffusion_pytorch_model.safetensors"
         return f"a denoiser with diffusers' own names of tensors; put it in its place: {place}"
     first = min(names)
-    return f"no checkpoint of family '{model.family}': no tensor {MARKS[model.family]} (it has {first})"
+    return f"no checkpoint of family '{model.family}': no tensor {family.SINGLE_FILE.marks[-1]} (it has {first})"
 
 
-def how_to_get(family: str, root: Path, *patterns: str) -> str:
+def how_to_get(kind: SingleFile, root: Path, *patterns: str) -> str:
     wanted = " ".join(f"--include '{pattern}'" for pattern in patterns or ("*.json", "*.txt", "*.model"))
-    return f"hf download {CONFIGS.get(family, 'OWNER/NAME')} {wanted} --local-dir {root}"
+    return f"hf download {kind.configs} {wanted} --local-dir {root}"
 
 
-def denoiser_names(names: Iterable[str], family: str) -> list[str]:
-    """All that starts as a denoiser's does; where nothing does, all that is of no other component."""
+def names_of(component: str, names: Iterable[str], family: Family) -> list[str]:
+    """A component's tensors, as the file has them.
+
+    The denoiser's are all that start as a denoiser's do; where nothing does, all that belong to no other component.
+    """
+    inside = family.SINGLE_FILE.inside
+    if component != family.DENOISER:
+        return [name for name in names if name.startswith(inside.get(component, ()))]
+    others = tuple(prefix for prefixes in inside.values() for prefix in prefixes)
     prefixed = [name for name in names if name.startswith(DENOISER)]
-    others = tuple(prefix for prefixes in INSIDE.get(family, {}).values() for prefix in prefixes)
     return prefixed or [name for name in names if not name.startswith(others)]
-
-
-def names_of(component: str, names: Iterable[str], model: ModelParams, family: Family) -> list[str]:
-    """A component's tensors, as the file has them."""
-    if component == family.DENOISER:
-        return denoiser_names(names, model.family)
-    return [name for name in names if name.startswith(INSIDE.get(model.family, {}).get(component, ()))]
 
 
 def scheduler_problems(file: Path, names: Iterable[str]) -> list[str]:
@@ -370,7 +337,7 @@ def require_all_of(name: str, file: Path, model: ModelParams, family: Family) ->
     with torch.device("meta"):
         module = cls.from_config(cls.load_config(str(file.parent), subfolder=name, local_files_only=True))
     described = sum(tensor.numel() for tensor in module.state_dict().values())
-    names = [key for key in names_of(name, header, model, family) if not re.search(TRAINING, key)]
+    names = [key for key in names_of(name, header, family) if not re.search(TRAINING, key)]
     there = sum(math.prod(header[key]["shape"]) for key in names)
     if there != described:
         what = f"has {there:,} weights of {name}, {name}/config.json describes {described:,}"
@@ -382,7 +349,7 @@ def require_depth(name: str, file: Path, model: ModelParams, family: Family) -> 
 
     OpenCLIP's (``resblocks``) may: Stable Diffusion 2 goes without the last.
     """
-    found = [re.search(r"\.(?:layers|block)\.(\d+)\.", key) for key in names_of(name, read_header(file), model, family)]
+    found = [re.search(r"\.(?:layers|block)\.(\d+)\.", key) for key in names_of(name, read_header(file), family)]
     there = max((int(match[1]) + 1 for match in found if match), default=0)
     config = from_json((file.parent / name / "config.json").read_text(encoding="utf-8"))
     described = config.get("num_hidden_layers", config.get("num_layers", there))
@@ -396,6 +363,6 @@ def own_dtype(name: str, file: Path, model: ModelParams, family: Family) -> torc
     import torch
 
     header = read_header(file)
-    names = names_of(name, header, model, family)
+    names = names_of(name, header, family)
     dtypes = {getattr(torch, FLOATS[header[key]["dtype"]]) for key in names if header[key]["dtype"] in FLOATS}
     return functools.reduce(torch.promote_types, dtypes)

@@ -40,6 +40,18 @@ SECTIONS = {
     "sweep": "lora_dag.sweeps.grid:SweepParams",
 }
 
+FAMILIES = tuple(
+    sorted(
+        path.stem
+        for path in (Path(__file__).parents[1] / "families").glob("*.py")
+        if "\nPIPELINE = " in path.read_text(encoding="utf-8")
+    )
+)
+"""Files of lora_dag/families that are one model family each. They are listed, not imported: nothing above is."""
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[FAMILIES]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -83,10 +95,10 @@ class Params(BaseModel):
 class ModelParams(Params):
     """Section ``model``: the frozen base."""
 
-    family: Literal["sd", "sdxl", "sd3", "flux", "z_image"]
+    family: FamilyName
     """File in lora_dag/families/ that knows the model."""
     pretrained: LocalPath
-    """Folder in the diffusers layout, or what ``core/bases.py`` makes one of."""
+    """Folder in the diffusers layout, or what ``lora_dag/bases`` makes one of."""
     variant: str | None = Field(min_length=1)
     """Weight file variant, such as fp16 for ``*.fp16.safetensors``."""
     dtype: Dtype

@@ -1,21 +1,31 @@
-"""What the families have in common: frozen components by their named classes, the VAE's latents, token ids.
+"""What most families do alike: a family file takes these functions over, one line each, and writes what is special.
 
-Weights come from safetensors alone, from the folder alone; nothing in the folder is run.
+Weights come from safetensors alone, from the folder alone; nothing in the folder is run. Which class a component has
+is said by COMPONENTS of the family that ``model.family`` names.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.core import quiet
-from lora_dag.core.files import read_json
+from lora_dag.core.files import from_json, read_json
+from lora_dag.families.protocol import load_family
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL
 
     from lora_dag.core.params import Dtype, ModelParams
+    from lora_dag.families.protocol import Family
+
+Text = dict[str, tuple[Any, Any]]
+"""Folder of a text encoder -> its tokenizer, and the encoder."""
+SWAPPED = "halves swapped: "
+"""In ORIGINAL_LAYERS: scale and shift, the two halves of a modulation's rows, are in the other order there."""
 
 
 def config(model: ModelParams, folder: str) -> dict[str, Any]:
@@ -23,31 +33,71 @@ def config(model: ModelParams, folder: str) -> dict[str, Any]:
     return read_json(Path(model.pretrained) / folder / "config.json")
 
 
-def load_frozen(cls: Any, model: ModelParams, folder: str, device: torch.device) -> Any:
-    """In eval mode, without gradients, in ``model.dtype``."""
+def absent(model: ModelParams, components: Iterable[str]) -> set[str]:
+    """Components that model_index.json declares null; empty where there is no such file, which is refused elsewhere."""
+    index = Path(model.pretrained) / "model_index.json"
+    listed = from_json(index.read_text(encoding="utf-8")) if index.exists() else {}
+    return {component for component in components if listed.get(component) == [None, None]}
+
+
+# Loading
+
+
+def load_denoiser(model: ModelParams, device: torch.device) -> Any:
+    return load_frozen(model, load_family(model.family).DENOISER, device)
+
+
+def load_vae(model: ModelParams, device: torch.device, tiling: bool = False) -> Any:
+    vae = load_frozen(model, "vae", device)
+    if tiling:
+        vae.enable_tiling()
+    return vae
+
+
+def load_frozen(model: ModelParams, folder: str, device: torch.device) -> Any:
+    """A component in eval mode, without gradients, in ``model.dtype``."""
     quiet.disable_progress_bars()
+    cls = component_class(model, folder)
     module = cls.from_pretrained(model.pretrained, subfolder=folder, variant=model.variant, **_source(model))
     return module.eval().requires_grad_(False).to(device)
 
 
-def load_tokenizer(cls: Any, model: ModelParams, folder: str) -> Any:
-    return cls.from_pretrained(model.pretrained, subfolder=folder, local_files_only=True)
+def load_tokenizer(model: ModelParams, folder: str = "tokenizer") -> Any:
+    return component_class(model, folder).from_pretrained(model.pretrained, subfolder=folder, local_files_only=True)
 
 
-def load_scheduler(cls: Any, model: ModelParams) -> Any:
+def load_scheduler(model: ModelParams) -> Any:
+    """A base that may have any scheduler is trained with DDPM's, which reads the config of each."""
+    cls = component_class(model, "scheduler", "DDPMScheduler")
     return cls.from_pretrained(model.pretrained, subfolder="scheduler", local_files_only=True)
 
 
-def load_pipeline(cls: Any, model: ModelParams, device: torch.device, **components: Any) -> Any:
-    """The diffusers pipeline, silent.
+def load_pipeline(model: ModelParams, device: torch.device, **components: Any) -> Any:
+    """The diffusers pipeline, without progress bars.
 
     Args:
-        components: passed instead of what the folder holds, None for what is left out.
+        components: passed in place of what the folder holds; None leaves a component out.
     """
+    family = load_family(model.family)
     quiet.disable_progress_bars()
-    pipeline = cls.from_pretrained(model.pretrained, variant=model.variant, **_source(model), **components)
+    passed = dict.fromkeys(family.left_out(model)) | components
+    pipeline = pipeline_class(family).from_pretrained(
+        model.pretrained, variant=model.variant, **_source(model), **passed
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def pipeline_class(family: Family) -> Any:
+    """The pipeline's class in diffusers."""
+    with quiet.no_warnings():  # image processors that need torchvision, which nothing here uses
+        return getattr(importlib.import_module("diffusers"), family.PIPELINE)
+
+
+def component_class(model: ModelParams, folder: str, default: str = "") -> Any:
+    """The class that COMPONENTS names: of transformers for text, of diffusers for all else."""
+    library = "transformers" if folder.startswith(("tokenizer", "text_encoder")) else "diffusers"
+    return getattr(importlib.import_module(library), load_family(model.family).COMPONENTS[folder] or default)
 
 
 def _source(model: ModelParams) -> dict[str, Any]:
@@ -56,25 +106,33 @@ def _source(model: ModelParams) -> dict[str, Any]:
     return {"dtype": getattr(torch, model.dtype), "use_safetensors": True, "local_files_only": True}
 
 
-# The VAE
+def nothing_left_out(model: ModelParams) -> tuple[str, ...]:
+    """For a pipeline that is loaded whole."""
+    return ()
+
+
+# Sizes
 
 
 def vae_scale_factor(model: ModelParams) -> int:
     return 2 ** (len(config(model, "vae")["block_out_channels"]) - 1)
 
 
+def pixels_of_2x2_latents(model: ModelParams) -> int:
+    """Pixel multiple of a denoiser that reads latents in patches of 2x2."""
+    return 2 * vae_scale_factor(model)
+
+
+def no_max_side(model: ModelParams) -> None:
+    """For a denoiser that accepts every size."""
+
+
+# The VAE
+
+
 def upcast_vae_dtype(model: ModelParams) -> Dtype:
-    """float32 for a VAE whose config says ``force_upcast``, as it does where none says otherwise."""
+    """float32 for a VAE whose config says ``force_upcast``, or does not mention it."""
     return "float32" if config(model, "vae").get("force_upcast", True) else model.dtype
-
-
-def load_vae(model: ModelParams, device: torch.device, tiling: bool = False) -> AutoencoderKL:
-    from diffusers import AutoencoderKL
-
-    vae = load_frozen(AutoencoderKL, model, "vae", device)
-    if tiling:
-        vae.enable_tiling()
-    return vae
 
 
 def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +146,7 @@ def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch
 
 
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """What ``encode_images`` does, undone: pixel values, float32 [B, 3, H, W]."""
+    """The reverse of ``encode_images``: pixel values, float32 [B, 3, H, W]."""
     import torch
 
     shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
@@ -110,22 +168,63 @@ def decode_in_own_dtype(vae: AutoencoderKL) -> AutoencoderKL:
     return vae
 
 
-def no_max_side(model: ModelParams) -> None:
-    """Of a denoiser that takes any size."""
-
-
 def no_view_conditioning(
     original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
-    """Of a denoiser that is not told how a picture was cut."""
+    """For a denoiser that has no input for how a picture was cut."""
     return {}
 
 
 # Captions
 
 
+def load_text(model: ModelParams, device: torch.device) -> Text:
+    """All text encoders that the base has."""
+    family = load_family(model.family)
+    encoders = [name for name in family.COMPONENTS if name.startswith("text_encoder")]
+    return load_encoders(model, [name for name in encoders if name not in absent(model, family.OPTIONAL)], device)
+
+
+def load_trainable_text(model: ModelParams, device: torch.device) -> Text:
+    """The text encoders that an adapter can be trained in."""
+    return load_encoders(model, load_family(model.family).TEXT_ENCODERS, device)
+
+
+def load_encoders(model: ModelParams, encoders: Iterable[str], device: torch.device) -> Text:
+    family = load_family(model.family)
+    return {
+        name: (family.load_tokenizer(model, tokenizer_of(name)), load_frozen(model, name, device)) for name in encoders
+    }
+
+
+def tokenizer_of(encoder: str) -> str:
+    """``text_encoder_2`` -> ``tokenizer_2``."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def text_of(pipeline: Any) -> Text:
+    """The text encoders of a loaded pipeline."""
+    encoders = [name for name in pipeline.components if name.startswith("text_encoder")]
+    pairs = {name: (getattr(pipeline, tokenizer_of(name)), getattr(pipeline, name)) for name in encoders}
+    return {name: pair for name, pair in pairs.items() if pair[1] is not None}
+
+
+def max_tokens(model: ModelParams) -> int:
+    return load_family(model.family).load_tokenizer(model).model_max_length
+
+
+def count_tokens(model: ModelParams, captions: list[str], tokenizer: str = "tokenizer") -> list[int]:
+    return num_tokens(load_tokenizer(model, tokenizer), captions)
+
+
+def num_tokens(tokenizer: Any, captions: list[str]) -> list[int]:
+    """Tokens per caption, special ones included, without truncation."""
+    with quiet.no_warnings():  # of "indexing errors": what is encoded is cut, and the caller says so
+        return [len(ids) for ids in tokenizer(captions, truncation=False).input_ids]
+
+
 def drops_to_empty(model: ModelParams) -> bool:
-    """Of a pipeline that encodes the empty caption where no negative prompt is given: nothing is zeros."""
+    """For a pipeline that encodes the empty caption where no negative prompt is given."""
     return False
 
 
@@ -133,12 +232,6 @@ def input_ids(tokenizer: Any, captions: list[str], max_length: int, device: torc
     """Token ids, padded and cut to ``max_length``, int64 [B, L]."""
     tokens = tokenizer(captions, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
     return tokens.input_ids.to(device)
-
-
-def count_tokens(tokenizer: Any, captions: list[str]) -> list[int]:
-    """Special tokens included, without truncation."""
-    with quiet.no_warnings():  # of "indexing errors": what is encoded is cut, and whoever counts says so
-        return [len(ids) for ids in tokenizer(captions, truncation=False).input_ids]
 
 
 def clip_states(tokenizer: Any, encoder: Any, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,5 +242,5 @@ def clip_states(tokenizer: Any, encoder: Any, captions: list[str]) -> tuple[torc
 
 
 def t5_states(tokenizer: Any, encoder: Any, captions: list[str], max_length: int) -> torch.Tensor:
-    """The last layer's states [B, L, D], padding attended to as in training."""
+    """The last layer's states [B, L, D]; padding is attended to, as in the model's own training."""
     return encoder(input_ids(tokenizer, captions, max_length, encoder.device))[0]

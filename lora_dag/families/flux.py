@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_dag.core import quiet
 from lora_dag.families import common
+from lora_dag.families.common import SWAPPED
+from lora_dag.families.protocol import SingleFile
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import T5Tokenizer
+    from diffusers import FluxTransformer2DModel
 
     from lora_dag.core.params import ModelParams
+    from lora_dag.families.common import Text
 
 PIPELINE = "FluxPipeline"
 COMPONENTS = {
@@ -41,29 +42,62 @@ TRAINING_GUIDANCE = 1.0
 Source: diffusers' examples/dreambooth/README_flux.md, ``--guidance_scale=1``.
 """
 
+HUB_TAG = "flux"
+MODELSPEC = "flux-1-dev"
+COMFYUI = {name: f"{name}." for name in ("transformer", *TEXT_ENCODERS)}
+ORIGINAL_LAYERS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "double_blocks.{i}.img_mod.lin": "transformer_blocks.{i}.norm1.linear",
+    "double_blocks.{i}.img_attn.qkv": "transformer_blocks.{i}.attn. to_q to_k to_v",
+    "double_blocks.{i}.img_attn.proj": "transformer_blocks.{i}.attn.to_out.0",
+    "double_blocks.{i}.img_mlp.0": "transformer_blocks.{i}.ff.net.0.proj",
+    "double_blocks.{i}.img_mlp.2": "transformer_blocks.{i}.ff.net.2",
+    "double_blocks.{i}.txt_mod.lin": "transformer_blocks.{i}.norm1_context.linear",
+    "double_blocks.{i}.txt_attn.qkv": "transformer_blocks.{i}.attn. add_q_proj add_k_proj add_v_proj",
+    "double_blocks.{i}.txt_attn.proj": "transformer_blocks.{i}.attn.to_add_out",
+    "double_blocks.{i}.txt_mlp.0": "transformer_blocks.{i}.ff_context.net.0.proj",
+    "double_blocks.{i}.txt_mlp.2": "transformer_blocks.{i}.ff_context.net.2",
+    "single_blocks.{i}.modulation.lin": "single_transformer_blocks.{i}.norm.linear",
+    "single_blocks.{i}.linear1": "single_transformer_blocks.{i}. attn.to_q attn.to_k attn.to_v proj_mlp",
+    "single_blocks.{i}.linear2": "single_transformer_blocks.{i}.proj_out",
+    "final_layer.adaLN_modulation.1": SWAPPED + "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+PRESET_LAYERS = {"feed_forward": "proj_mlp"}
+SINGLE_FILE = SingleFile(
+    marks=("model.diffusion_model.double_blocks.0.img_attn.qkv.weight",),
+    inside={
+        "vae": ("first_stage_model.", "vae."),
+        "text_encoder": ("text_encoders.clip_l.",),
+        "text_encoder_2": ("text_encoders.t5xxl.",),
+    },
+    configs="black-forest-labs/FLUX.1-dev",
+)
+
+left_out = common.nothing_left_out
 vae_scale_factor = common.vae_scale_factor
+pixel_multiple = common.pixels_of_2x2_latents
+max_side = common.no_max_side
 vae_dtype = common.upcast_vae_dtype
 load_vae = common.load_vae
 encode_images = common.encode_images
 decode_latents = common.decode_latents
 view_conditioning = common.no_view_conditioning
+load_tokenizer = common.load_tokenizer
 drops_to_zeros = common.drops_to_empty
-max_side = common.no_max_side
-
-
-def left_out(model: ModelParams) -> tuple[str, ...]:
-    return ()
-
-
-def pixel_multiple(model: ModelParams) -> int:
-    return vae_scale_factor(model) * 2
-
-
-def load_tokenizer(model: ModelParams) -> T5Tokenizer:
-    """T5's: what CLIP cuts is in its pooled output alone."""
-    from transformers import T5Tokenizer
-
-    return common.load_tokenizer(T5Tokenizer, model, "tokenizer_2")
+load_text = common.load_text
+load_trainable_text = common.load_trainable_text
+text_of = common.text_of
+load_denoiser = common.load_denoiser
+load_scheduler = common.load_scheduler
+load_pipeline = common.load_pipeline
 
 
 def max_tokens(model: ModelParams) -> int:
@@ -71,56 +105,25 @@ def max_tokens(model: ModelParams) -> int:
 
 
 def count_tokens(model: ModelParams, captions: list[str]) -> list[int]:
-    return common.count_tokens(load_tokenizer(model), captions)
+    """T5's: what CLIP cuts is in its pooled output alone."""
+    return common.count_tokens(model, captions, "tokenizer_2")
 
 
-def load_text(model: ModelParams, device: torch.device) -> list[tuple[Any, Any]]:
-    """Tokenizer and encoder of CLIP and of T5."""
-    from transformers import T5EncoderModel
-
-    t5 = load_tokenizer(model), common.load_frozen(T5EncoderModel, model, "text_encoder_2", device)
-    return [*load_trainable_text(model, device), t5]
-
-
-def load_trainable_text(model: ModelParams, device: torch.device) -> list[tuple[Any, Any]]:
-    """CLIP's alone."""
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    tokenizer = common.load_tokenizer(CLIPTokenizer, model, "tokenizer")
-    return [(tokenizer, common.load_frozen(CLIPTextModel, model, "text_encoder", device))]
-
-
-def text_of(pipeline: FluxPipeline) -> list[tuple[Any, Any]]:
-    return [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
-
-
-def text_encoders(text: list[tuple[Any, Any]]) -> dict[str, Any]:
-    return {"text_encoder": text[0][1]}
+def text_encoders(text: Text) -> dict[str, Any]:
+    return {name: text[name][1] for name in TEXT_ENCODERS}
 
 
 def encode_prompts(
-    text: list[tuple[Any, Any]], captions: list[str], cached: dict[str, torch.Tensor] | None = None
+    text: Text, captions: list[str], cached: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
     """``prompt_embeds`` [B, 512, D] of T5, ``pooled_prompt_embeds`` [B, P] of CLIP."""
-    tokenizer, encoder = text[0]
+    tokenizer, encoder = text["text_encoder"]
     ids = common.input_ids(tokenizer, captions, tokenizer.model_max_length, encoder.device)  # [B, L]
     pooled = encoder(ids).pooler_output.float()
     if cached is not None:
         return {"pooled_prompt_embeds": pooled}
-    prompt_embeds = common.t5_states(*text[1], captions, MAX_T5_TOKENS).float()
+    prompt_embeds = common.t5_states(*text["text_encoder_2"], captions, MAX_T5_TOKENS).float()
     return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
-
-
-def load_denoiser(model: ModelParams, device: torch.device) -> FluxTransformer2DModel:
-    from diffusers import FluxTransformer2DModel
-
-    return common.load_frozen(FluxTransformer2DModel, model, "transformer", device)
-
-
-def load_scheduler(model: ModelParams) -> FlowMatchEulerDiscreteScheduler:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return common.load_scheduler(FlowMatchEulerDiscreteScheduler, model)
 
 
 def predict(
@@ -149,7 +152,7 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """[B, h/2 * w/2, 4 C] -> [B, C, h, w], what `pack` does undone."""
+    """[B, h/2 * w/2, 4 C] -> [B, C, h, w], the reverse of `pack`."""
     grid = patches.unflatten(2, (-1, 2, 2)).unflatten(1, (height // 2, width // 2))  # [B, h/2, w/2, C, 2, 2]
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
@@ -160,9 +163,3 @@ def image_ids(rows: int, columns: int, device: torch.device) -> torch.Tensor:
 
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1).float().to(device)
-
-
-def load_pipeline(model: ModelParams, device: torch.device) -> FluxPipeline:
-    with quiet.no_warnings():  # image processors that ask for torchvision, which nothing here needs
-        from diffusers import FluxPipeline
-    return common.load_pipeline(FluxPipeline, model, device)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_dag.core import quiet
-from lora_dag.families import common
+from lora_dag.families import common, unet
+from lora_dag.families.protocol import SingleFile
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
 
     from lora_dag.core.params import Dtype, ModelParams
+    from lora_dag.families.common import Text
 
 PIPELINE = "StableDiffusionPipeline"
 COMPONENTS = {
@@ -32,21 +33,36 @@ TEXT_ENCODERS = {"text_encoder": 0}
 DENOISER = "unet"
 NO_GUIDANCE = 1.0
 
+HUB_TAG = "stable-diffusion"
+MODELSPEC = "stable-diffusion-v1"
+COMFYUI = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+ORIGINAL_LAYERS = unet.ORIGINAL_LAYERS
+PRESET_LAYERS: dict[str, str] = {}
+SINGLE_FILE = SingleFile(
+    marks=("model.diffusion_model.input_blocks.0.0.weight",),
+    inside={"vae": ("first_stage_model.",), "text_encoder": ("cond_stage_model.",)},
+    configs="stable-diffusion-v1-5/stable-diffusion-v1-5",
+)
+
 vae_scale_factor = common.vae_scale_factor
+pixel_multiple = unet.pixel_multiple
+max_side = common.no_max_side
 load_vae = common.load_vae
 encode_images = common.encode_images
 decode_latents = common.decode_latents
 view_conditioning = common.no_view_conditioning
+load_tokenizer = common.load_tokenizer
+max_tokens = common.max_tokens
+count_tokens = common.count_tokens
 drops_to_zeros = common.drops_to_empty
-max_side = common.no_max_side
+load_text = common.load_text
+load_trainable_text = common.load_trainable_text
+text_of = common.text_of
+load_scheduler = common.load_scheduler
 
 
 def left_out(model: ModelParams) -> tuple[str, ...]:
     return ("safety_checker",)
-
-
-def pixel_multiple(model: ModelParams) -> int:
-    return vae_scale_factor(model) * 2 ** (len(common.config(model, "unet")["block_out_channels"]) - 1)
 
 
 def vae_dtype(model: ModelParams) -> Dtype:
@@ -58,56 +74,21 @@ def vae_dtype(model: ModelParams) -> Dtype:
     return "float32" if model.dtype == "float16" and upcast else model.dtype
 
 
-def load_tokenizer(model: ModelParams) -> CLIPTokenizer:
-    from transformers import CLIPTokenizer
-
-    return common.load_tokenizer(CLIPTokenizer, model, "tokenizer")
-
-
-def max_tokens(model: ModelParams) -> int:
-    return load_tokenizer(model).model_max_length
-
-
-def count_tokens(model: ModelParams, captions: list[str]) -> list[int]:
-    return common.count_tokens(load_tokenizer(model), captions)
-
-
-def load_text(model: ModelParams, device: torch.device) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    from transformers import CLIPTextModel
-
-    return load_tokenizer(model), common.load_frozen(CLIPTextModel, model, "text_encoder", device)
-
-
-load_trainable_text = load_text
-
-
-def text_of(pipeline: StableDiffusionPipeline) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    return pipeline.tokenizer, pipeline.text_encoder
-
-
-def text_encoders(text: tuple[CLIPTokenizer, CLIPTextModel]) -> dict[str, CLIPTextModel]:
-    return {"text_encoder": text[1]}
+def text_encoders(text: Text) -> dict[str, CLIPTextModel]:
+    return {name: text[name][1] for name in TEXT_ENCODERS}
 
 
 def encode_prompts(
-    text: tuple[CLIPTokenizer, CLIPTextModel], captions: list[str], cached: dict[str, torch.Tensor] | None = None
+    text: Text, captions: list[str], cached: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    tokenizer, encoder = text
+    tokenizer, encoder = text["text_encoder"]
     ids = common.input_ids(tokenizer, captions, tokenizer.model_max_length, encoder.device)  # [B, L]
     return {"prompt_embeds": encoder(ids).last_hidden_state.float()}  # [B, L, D]
 
 
 def load_denoiser(model: ModelParams, device: torch.device) -> UNet2DConditionModel:
-    from diffusers import UNet2DConditionModel
-
-    unet = common.load_frozen(UNet2DConditionModel, model, "unet", device)
-    return unet if model.dtype == "float32" else _choose_attention(unet)  # training in float32, SDPA takes 4 % less
-
-
-def load_scheduler(model: ModelParams) -> DDPMScheduler:
-    from diffusers import DDPMScheduler
-
-    return common.load_scheduler(DDPMScheduler, model)
+    denoiser = common.load_denoiser(model, device)
+    return denoiser if model.dtype == "float32" else _choose_attention(denoiser)  # in float32, SDPA takes 4 % less
 
 
 def predict(
@@ -120,18 +101,15 @@ def predict(
 
 
 def load_pipeline(model: ModelParams, device: torch.device) -> StableDiffusionPipeline:
-    with quiet.no_warnings():  # image processors that ask for torchvision, which nothing here needs
-        from diffusers import StableDiffusionPipeline
-    left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = common.load_pipeline(StableDiffusionPipeline, model, device, **left_out)
+    pipeline = common.load_pipeline(model, device, feature_extractor=None, requires_safety_checker=False)
     _choose_attention(pipeline.unet)
     return pipeline
 
 
-def _choose_attention(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def _choose_attention(denoiser: UNet2DConditionModel) -> UNet2DConditionModel:
     """Small latents on a CPU: the plain processor takes 237 ms where SDPA takes 327 (16 latents of 16x16, bf16)."""
     from diffusers.models.attention_processor import AttnProcessor
 
-    if unet.device.type == "cpu" and unet.config.sample_size <= 32:
-        unet.set_attn_processor(AttnProcessor())
-    return unet
+    if denoiser.device.type == "cpu" and denoiser.config.sample_size <= 32:
+        denoiser.set_attn_processor(AttnProcessor())
+    return denoiser

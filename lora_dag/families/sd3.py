@@ -1,21 +1,21 @@
 """Stable Diffusion 3 and 3.5: SD3Transformer2DModel, flow matching, CLIP-L and CLIP-G and, where it is there, T5.
 
 A base without T5 says so in its model_index.json (``"text_encoder_3": [null, null]``, ``tokenizer_3`` likewise); its
-place in the sequence is zeros then, as in diffusers.
+part of the sequence is zeros then, as in diffusers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_dag.bases import layout
-from lora_dag.core import quiet
 from lora_dag.families import common
+from lora_dag.families.common import SWAPPED
+from lora_dag.families.protocol import SingleFile
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     from lora_dag.core.params import ModelParams
 
@@ -40,17 +40,59 @@ NO_GUIDANCE = 1.0
 MAX_T5_TOKENS = 256
 """Source: StableDiffusion3Pipeline, ``max_sequence_length``."""
 
+HUB_TAG = "sd3"
+MODELSPEC = "stable-diffusion-3-medium"
+COMFYUI = {name: f"{name}." for name in ("transformer", *TEXT_ENCODERS)}
+ORIGINAL_LAYERS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "joint_blocks.{i}.x_block.adaLN_modulation.1": "transformer_blocks.{i}.norm1.linear",
+    "joint_blocks.{i}.x_block.attn.qkv": "transformer_blocks.{i}.attn. to_q to_k to_v",
+    "joint_blocks.{i}.x_block.attn.proj": "transformer_blocks.{i}.attn.to_out.0",
+    "joint_blocks.{i}.x_block.attn2.qkv": "transformer_blocks.{i}.attn2. to_q to_k to_v",
+    "joint_blocks.{i}.x_block.attn2.proj": "transformer_blocks.{i}.attn2.to_out.0",
+    "joint_blocks.{i}.x_block.mlp.fc1": "transformer_blocks.{i}.ff.net.0.proj",
+    "joint_blocks.{i}.x_block.mlp.fc2": "transformer_blocks.{i}.ff.net.2",
+    "joint_blocks.{last}.context_block.adaLN_modulation.1": SWAPPED + "transformer_blocks.{last}.norm1_context.linear",
+    "joint_blocks.{i}.context_block.adaLN_modulation.1": "transformer_blocks.{i}.norm1_context.linear",
+    "joint_blocks.{i}.context_block.attn.qkv": "transformer_blocks.{i}.attn. add_q_proj add_k_proj add_v_proj",
+    "joint_blocks.{i}.context_block.attn.proj": "transformer_blocks.{i}.attn.to_add_out",
+    "joint_blocks.{i}.context_block.mlp.fc1": "transformer_blocks.{i}.ff_context.net.0.proj",
+    "joint_blocks.{i}.context_block.mlp.fc2": "transformer_blocks.{i}.ff_context.net.2",
+    "final_layer.adaLN_modulation.1": SWAPPED + "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+PRESET_LAYERS: dict[str, str] = {}
+SINGLE_FILE = SingleFile(
+    marks=("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",),
+    inside={
+        "vae": ("first_stage_model.", "vae."),
+        "text_encoder": ("text_encoders.clip_l.",),
+        "text_encoder_2": ("text_encoders.clip_g.",),
+        "text_encoder_3": ("text_encoders.t5xxl.",),
+    },
+    configs="stabilityai/stable-diffusion-3-medium-diffusers",
+)
+
 vae_scale_factor = common.vae_scale_factor
 vae_dtype = common.upcast_vae_dtype
 load_vae = common.load_vae
 encode_images = common.encode_images
 decode_latents = common.decode_latents
 view_conditioning = common.no_view_conditioning
+load_tokenizer = common.load_tokenizer
 drops_to_zeros = common.drops_to_empty
+load_denoiser = common.load_denoiser
+load_scheduler = common.load_scheduler
+load_pipeline = common.load_pipeline
 
 
 def left_out(model: ModelParams) -> tuple[str, ...]:
-    return OPTIONAL if layout.absent(model, OPTIONAL) else ()
+    return OPTIONAL if common.absent(model, OPTIONAL) else ()
 
 
 def pixel_multiple(model: ModelParams) -> int:
@@ -63,64 +105,37 @@ def max_side(model: ModelParams) -> int | None:
     return positions and positions * pixel_multiple(model)
 
 
-def load_tokenizer(model: ModelParams) -> Any:
-    """The one that reads most of a caption: T5's, or CLIP's without it."""
-    from transformers import CLIPTokenizer, T5Tokenizer
-
-    if left_out(model):
-        return common.load_tokenizer(CLIPTokenizer, model, "tokenizer")
-    return common.load_tokenizer(T5Tokenizer, model, "tokenizer_3")
-
-
 def max_tokens(model: ModelParams) -> int:
-    return load_tokenizer(model).model_max_length if left_out(model) else MAX_T5_TOKENS
+    return common.max_tokens(model) if left_out(model) else MAX_T5_TOKENS
 
 
 def count_tokens(model: ModelParams, captions: list[str]) -> list[int]:
-    return common.count_tokens(load_tokenizer(model), captions)
+    """By the tokenizer that reads most of a caption: T5's, or CLIP's where T5 is left out."""
+    return common.count_tokens(model, captions, "tokenizer" if left_out(model) else "tokenizer_3")
 
 
 @dataclass(frozen=True)
 class Text:
-    clip: list[tuple[Any, Any]]
-    """Tokenizer and encoder, twice."""
-    t5: tuple[Any, Any] | None
+    encoders: common.Text
     width: int
-    """Features of a token, as the transformer takes them."""
+    """Features of a token, as the transformer reads them."""
 
 
 def load_text(model: ModelParams, device: torch.device) -> Text:
-    from transformers import T5EncoderModel
-
-    text = load_trainable_text(model, device)
-    if left_out(model):
-        return text
-    t5 = load_tokenizer(model), common.load_frozen(T5EncoderModel, model, "text_encoder_3", device)
-    return replace(text, t5=t5)
+    return Text(common.load_text(model, device), common.config(model, "transformer")["joint_attention_dim"])
 
 
 def load_trainable_text(model: ModelParams, device: torch.device) -> Text:
     """CLIP's alone."""
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-
-    clip = [
-        (
-            common.load_tokenizer(CLIPTokenizer, model, f"tokenizer{n}"),
-            common.load_frozen(CLIPTextModelWithProjection, model, f"text_encoder{n}", device),
-        )
-        for n in ("", "_2")
-    ]
-    return Text(clip, None, common.config(model, "transformer")["joint_attention_dim"])
+    return Text(common.load_trainable_text(model, device), common.config(model, "transformer")["joint_attention_dim"])
 
 
 def text_of(pipeline: StableDiffusion3Pipeline) -> Text:
-    clip = [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
-    t5 = (pipeline.tokenizer_3, pipeline.text_encoder_3) if pipeline.text_encoder_3 is not None else None
-    return Text(clip, t5, pipeline.transformer.config.joint_attention_dim)
+    return Text(common.text_of(pipeline), pipeline.transformer.config.joint_attention_dim)
 
 
 def text_encoders(text: Text) -> dict[str, Any]:
-    return {name: encoder for name, (_, encoder) in zip(TEXT_ENCODERS, text.clip, strict=True)}
+    return {name: text.encoders[name][1] for name in TEXT_ENCODERS}
 
 
 def encode_prompts(
@@ -132,28 +147,16 @@ def encode_prompts(
     """
     import torch
 
-    states = [common.clip_states(*pair, captions) for pair in text.clip]
+    states = [common.clip_states(*text.encoders[name], captions) for name in TEXT_ENCODERS]
     clip = torch.cat([hidden for hidden, _ in states], dim=-1).float()
     clip = torch.nn.functional.pad(clip, (0, text.width - clip.shape[-1]))  # [B, L, D]
     t5 = clip.new_zeros(len(captions), MAX_T5_TOKENS, text.width)
     if cached is not None:
         t5 = cached["prompt_embeds"][:, clip.shape[1] :]
-    elif text.t5 is not None:
-        t5 = common.t5_states(*text.t5, captions, MAX_T5_TOKENS).float()  # [B, 256, D]
+    elif "text_encoder_3" in text.encoders:
+        t5 = common.t5_states(*text.encoders["text_encoder_3"], captions, MAX_T5_TOKENS).float()  # [B, 256, D]
     pooled = torch.cat([pooled for _, pooled in states], dim=-1)
     return {"prompt_embeds": torch.cat([clip, t5], dim=1), "pooled_prompt_embeds": pooled.float()}
-
-
-def load_denoiser(model: ModelParams, device: torch.device) -> SD3Transformer2DModel:
-    from diffusers import SD3Transformer2DModel
-
-    return common.load_frozen(SD3Transformer2DModel, model, "transformer", device)
-
-
-def load_scheduler(model: ModelParams) -> FlowMatchEulerDiscreteScheduler:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return common.load_scheduler(FlowMatchEulerDiscreteScheduler, model)
 
 
 def predict(
@@ -168,10 +171,3 @@ def predict(
         encoder_hidden_states=prompt["prompt_embeds"],
         pooled_projections=prompt["pooled_prompt_embeds"],
     ).sample
-
-
-def load_pipeline(model: ModelParams, device: torch.device) -> StableDiffusion3Pipeline:
-    with quiet.no_warnings():  # image processors that ask for torchvision, which nothing here needs
-        from diffusers import StableDiffusion3Pipeline
-    left = dict.fromkeys(left_out(model))
-    return common.load_pipeline(StableDiffusion3Pipeline, model, device, **left)

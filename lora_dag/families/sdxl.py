@@ -9,16 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dag.core import quiet
 from lora_dag.core.files import read_json
-from lora_dag.families import common
+from lora_dag.families import common, unet
+from lora_dag.families.protocol import SingleFile
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTokenizer
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
     from lora_dag.core.params import ModelParams
+    from lora_dag.families.common import Text
 
 PIPELINE = "StableDiffusionXLPipeline"
 COMPONENTS = {
@@ -37,20 +37,37 @@ TEXT_ENCODERS = {"text_encoder": 1, "text_encoder_2": 0}
 DENOISER = "unet"
 NO_GUIDANCE = 1.0
 
+HUB_TAG = "stable-diffusion-xl"
+MODELSPEC = "stable-diffusion-xl-v1-base"
+COMFYUI = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+ORIGINAL_LAYERS = unet.ORIGINAL_LAYERS
+PRESET_LAYERS: dict[str, str] = {}
+SINGLE_FILE = SingleFile(
+    marks=("model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"),
+    inside={
+        "vae": ("first_stage_model.",),
+        "text_encoder": ("conditioner.embedders.0.",),
+        "text_encoder_2": ("conditioner.embedders.1.",),
+    },
+    configs="stabilityai/stable-diffusion-xl-base-1.0",
+)
+
+left_out = common.nothing_left_out
 vae_scale_factor = common.vae_scale_factor
+pixel_multiple = unet.pixel_multiple
+max_side = common.no_max_side
 vae_dtype = common.upcast_vae_dtype
 load_vae = common.load_vae
 encode_images = common.encode_images
 decode_latents = common.decode_latents
-max_side = common.no_max_side
-
-
-def left_out(model: ModelParams) -> tuple[str, ...]:
-    return ()
-
-
-def pixel_multiple(model: ModelParams) -> int:
-    return vae_scale_factor(model) * 2 ** (len(common.config(model, "unet")["block_out_channels"]) - 1)
+load_tokenizer = common.load_tokenizer
+max_tokens = common.max_tokens
+count_tokens = common.count_tokens  # both tokenizers cut alike: they differ in the padding alone
+load_text = common.load_text
+load_trainable_text = common.load_trainable_text
+text_of = common.text_of
+load_denoiser = common.load_denoiser
+load_scheduler = common.load_scheduler
 
 
 def drops_to_zeros(model: ModelParams) -> bool:
@@ -61,69 +78,25 @@ def drops_to_zeros(model: ModelParams) -> bool:
 def view_conditioning(
     original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
-    """``add_time_ids``. Source: Podell et al. 2023 (arXiv:2307.01952), section 2.2."""
+    """``add_time_ids``: six numbers, float32 [6]. Source: Podell et al. 2023 (arXiv:2307.01952), section 2.2."""
     import torch
 
     return {"add_time_ids": torch.tensor([*original_size, *crop_top_left, *target_size], dtype=torch.float32)}  # [6]
 
 
-def load_tokenizer(model: ModelParams, folder: str = "tokenizer") -> CLIPTokenizer:
-    from transformers import CLIPTokenizer
-
-    return common.load_tokenizer(CLIPTokenizer, model, folder)
-
-
-def max_tokens(model: ModelParams) -> int:
-    return load_tokenizer(model).model_max_length
-
-
-def count_tokens(model: ModelParams, captions: list[str]) -> list[int]:
-    """Both tokenizers cut alike: they differ in the padding alone."""
-    return common.count_tokens(load_tokenizer(model), captions)
-
-
-def load_text(model: ModelParams, device: torch.device) -> list[tuple[Any, Any]]:
-    """Tokenizer and encoder, twice."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    return [
-        (load_tokenizer(model, f"tokenizer{n}"), common.load_frozen(cls, model, f"text_encoder{n}", device))
-        for n, cls in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection))
-    ]
-
-
-load_trainable_text = load_text
-
-
-def text_of(pipeline: StableDiffusionXLPipeline) -> list[tuple[Any, Any]]:
-    return [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
-
-
-def text_encoders(text: list[tuple[Any, Any]]) -> dict[str, Any]:
-    return {name: encoder for name, (_, encoder) in zip(TEXT_ENCODERS, text, strict=True)}
+def text_encoders(text: Text) -> dict[str, Any]:
+    return {name: text[name][1] for name in TEXT_ENCODERS}
 
 
 def encode_prompts(
-    text: list[tuple[Any, Any]], captions: list[str], cached: dict[str, torch.Tensor] | None = None
+    text: Text, captions: list[str], cached: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
     """``prompt_embeds`` [B, L, D1 + D2]: both encoders' last but one layer; ``pooled_prompt_embeds`` [B, P]."""
     import torch
 
-    states = [common.clip_states(*pair, captions) for pair in text]
+    states = [common.clip_states(*text[name], captions) for name in TEXT_ENCODERS]
     prompt_embeds = torch.cat([hidden for hidden, _ in states], dim=-1)
     return {"prompt_embeds": prompt_embeds.float(), "pooled_prompt_embeds": states[-1][1].float()}
-
-
-def load_denoiser(model: ModelParams, device: torch.device) -> UNet2DConditionModel:
-    from diffusers import UNet2DConditionModel
-
-    return common.load_frozen(UNet2DConditionModel, model, "unet", device)
-
-
-def load_scheduler(model: ModelParams) -> DDPMScheduler:
-    from diffusers import DDPMScheduler
-
-    return common.load_scheduler(DDPMScheduler, model)
 
 
 def predict(
@@ -141,7 +114,5 @@ def predict(
 
 
 def load_pipeline(model: ModelParams, device: torch.device) -> StableDiffusionXLPipeline:
-    with quiet.no_warnings():  # image processors that ask for torchvision, which nothing here needs
-        from diffusers import StableDiffusionXLPipeline
     vae = common.decode_in_own_dtype(load_vae(model.model_copy(update={"dtype": vae_dtype(model)}), device))
-    return common.load_pipeline(StableDiffusionXLPipeline, model, device, vae=vae, add_watermarker=False)
+    return common.load_pipeline(model, device, vae=vae, add_watermarker=False)

@@ -1,4 +1,4 @@
-"""Z-Image (base and Turbo): ZImageTransformer2DModel, flow matching, and Qwen3 as the text encoder, asked by its chat.
+"""Z-Image (base and Turbo): ZImageTransformer2DModel, flow matching, and Qwen3 as the text encoder, through its chat.
 
 The transformer takes lists: pictures, and for each the features of its caption's own tokens, without padding. Here
 they are padded to the longest that the pipeline reads, beside a mask, so that store, cache and batches hold tensors of
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_dag.core import quiet
 from lora_dag.core.console import UserError
 from lora_dag.families import common
+from lora_dag.families.protocol import SingleFile
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-    from transformers import Qwen2Tokenizer, Qwen3Model
+    from diffusers import ZImageTransformer2DModel
+    from transformers import Qwen2Tokenizer
 
     from lora_dag.core.params import ModelParams
+    from lora_dag.families.common import Text
 
 PIPELINE = "ZImagePipeline"
 COMPONENTS = {
@@ -32,27 +33,53 @@ COMPONENTS = {
 OPTIONAL = ()
 VAE = ("vae",)
 TEXT = ("tokenizer", "text_encoder")
-DENOISER = "transformer"
 TEXT_ENCODERS: dict[str, int] = {}
+DENOISER = "transformer"
 NO_GUIDANCE = 0.0  # the pipeline adds guidance_scale * (prompt - negative prompt) to the prompt's prediction
 MAX_TOKENS = 512
 """The chat's own tokens included. Source: ZImagePipeline, ``max_sequence_length``."""
 
+HUB_TAG = "z_image"
+MODELSPEC = "z-image"
+COMFYUI = {"transformer": "transformer."}
+ORIGINAL_LAYERS = {
+    "x_embedder": "all_x_embedder.2-1",
+    "cap_embedder.1": "cap_embedder.1",
+    "t_embedder.mlp.0": "t_embedder.mlp.0",
+    "t_embedder.mlp.2": "t_embedder.mlp.2",
+    **{
+        f"{blocks}.{{i}}.{there}": f"{blocks}.{{i}}.{ours}"
+        for blocks in ("layers", "noise_refiner", "context_refiner")
+        for there, ours in {
+            "adaLN_modulation.0": "adaLN_modulation.0",
+            "attention.qkv": "attention. to_q to_k to_v",
+            "attention.out": "attention.to_out.0",
+            "feed_forward.w1": "feed_forward.w1",
+            "feed_forward.w2": "feed_forward.w2",
+            "feed_forward.w3": "feed_forward.w3",
+        }.items()
+    },
+    "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+    "final_layer.linear": "all_final_layer.2-1.linear",
+}
+PRESET_LAYERS = {"feed_forward": r"feed_forward\.w[123]"}
+SINGLE_FILE = SingleFile()
+
+left_out = common.nothing_left_out
 vae_scale_factor = common.vae_scale_factor
+pixel_multiple = common.pixels_of_2x2_latents
 vae_dtype = common.upcast_vae_dtype
 load_vae = common.load_vae
 encode_images = common.encode_images
 decode_latents = common.decode_latents
 view_conditioning = common.no_view_conditioning
 drops_to_zeros = common.drops_to_empty
-
-
-def left_out(model: ModelParams) -> tuple[str, ...]:
-    return ()
-
-
-def pixel_multiple(model: ModelParams) -> int:
-    return vae_scale_factor(model) * 2
+load_text = common.load_text
+load_trainable_text = common.load_trainable_text
+text_of = common.text_of
+load_denoiser = common.load_denoiser
+load_scheduler = common.load_scheduler
+load_pipeline = common.load_pipeline
 
 
 def max_side(model: ModelParams) -> int:
@@ -60,13 +87,11 @@ def max_side(model: ModelParams) -> int:
     return min(common.config(model, "transformer")["axes_lens"][1:]) * pixel_multiple(model)
 
 
-def load_tokenizer(model: ModelParams) -> Qwen2Tokenizer:
+def load_tokenizer(model: ModelParams, folder: str = "tokenizer") -> Qwen2Tokenizer:
     """Raises UserError for one without the chat template that every caption is put into."""
-    from transformers import Qwen2Tokenizer
-
-    tokenizer = common.load_tokenizer(Qwen2Tokenizer, model, "tokenizer")
+    tokenizer = common.load_tokenizer(model, folder)
     if not tokenizer.chat_template:
-        where = f"{model.pretrained}/tokenizer: no chat template"
+        where = f"{model.pretrained}/{folder}: no chat template"
         raise UserError(f"{where} (chat_template.jinja, or in tokenizer_config.json); fetch the model again")
     return tokenizer
 
@@ -77,7 +102,7 @@ def max_tokens(model: ModelParams) -> int:
 
 def count_tokens(model: ModelParams, captions: list[str]) -> list[int]:
     tokenizer = load_tokenizer(model)
-    return common.count_tokens(tokenizer, chats(tokenizer, captions))
+    return common.num_tokens(tokenizer, chats(tokenizer, captions))
 
 
 def chats(tokenizer: Qwen2Tokenizer, captions: list[str]) -> list[str]:
@@ -90,21 +115,15 @@ def chats(tokenizer: Qwen2Tokenizer, captions: list[str]) -> list[str]:
     ]
 
 
-def load_text(model: ModelParams, device: torch.device) -> tuple[Qwen2Tokenizer, Qwen3Model]:
-    from transformers import Qwen3Model
-
-    return load_tokenizer(model), common.load_frozen(Qwen3Model, model, "text_encoder", device)
-
-
-def text_of(pipeline: ZImagePipeline) -> tuple[Qwen2Tokenizer, Qwen3Model]:
-    return pipeline.tokenizer, pipeline.text_encoder
+def text_encoders(text: Text) -> dict[str, Any]:
+    return {}
 
 
 def encode_prompts(
-    text: tuple[Qwen2Tokenizer, Qwen3Model], captions: list[str], cached: dict[str, torch.Tensor] | None = None
+    text: Text, captions: list[str], cached: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
     """``prompt_embeds`` [B, 512, D]: the last but one layer's states, 0 where ``prompt_embeds_mask`` [B, 512] is 0."""
-    tokenizer, encoder = text
+    tokenizer, encoder = text["text_encoder"]
     options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     tokens = tokenizer(chats(tokenizer, captions), max_length=MAX_TOKENS, **options).to(encoder.device)
     mask = tokens.attention_mask.bool()  # [B, L]
@@ -113,18 +132,6 @@ def encode_prompts(
         "prompt_embeds": states.float().masked_fill(~mask[..., None], 0.0),  # [B, L, D]
         "prompt_embeds_mask": mask.float(),
     }
-
-
-def load_denoiser(model: ModelParams, device: torch.device) -> ZImageTransformer2DModel:
-    from diffusers import ZImageTransformer2DModel
-
-    return common.load_frozen(ZImageTransformer2DModel, model, "transformer", device)
-
-
-def load_scheduler(model: ModelParams) -> FlowMatchEulerDiscreteScheduler:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return common.load_scheduler(FlowMatchEulerDiscreteScheduler, model)
 
 
 def predict(
@@ -140,9 +147,3 @@ def predict(
     pictures = list(noisy_latents.unsqueeze(2))  # each [C, 1, h, w]: one frame
     model_pred = denoiser(pictures, (1000 - timesteps) / 1000, captions).sample
     return -torch.stack(list(model_pred)).squeeze(2)
-
-
-def load_pipeline(model: ModelParams, device: torch.device) -> ZImagePipeline:
-    with quiet.no_warnings():  # image processors that ask for torchvision, which nothing here needs
-        from diffusers import ZImagePipeline
-    return common.load_pipeline(ZImagePipeline, model, device)

@@ -30,7 +30,7 @@ def closure(stage: str, root: Path = ROOT) -> list[str]:
         families = {
             path
             for path in (root / "lora_dag/families").glob("*.py")
-            if path.name not in ("__init__.py", "protocol.py", "common.py", "long_texts.py")
+            if path.name not in ("__init__.py", "protocol.py", "common.py", "long_texts.py", "unet.py")
         }
         found |= reachable(sorted(families), root) - families
         dynamic = [FAMILY]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dag.artifacts.adapter import FINAL, snapshot_name
 from lora_dag.core.files import sha256_file
 from lora_dag.core.tensors import save_tensors
+from lora_dag.families.protocol import load_family
 from stages.export.loading import load_base, shown
 
 if TYPE_CHECKING:
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
     from lora_dag.families.protocol import Family
     from stages.export.params import ExportParams
 
-# What community tools show; names of https://github.com/Stability-AI/ModelSpec, architectures of its registry.
-ARCHITECTURES = {
-    "sd": "stable-diffusion-v1",
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "sd3": "stable-diffusion-3-medium",
-    "flux": "flux-1-dev",
-    "z_image": "z-image",
-}
 PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
@@ -37,12 +30,12 @@ def metadata(base: Base, params: ExportParams, adapter: Adapter, prediction_type
 
     ``modelspec.date`` is left out: it would change the bytes for the same inputs.
     """
-    config, family = adapter.lora_config, base.model.family
+    config = adapter.lora_config
     fields = {
         "format": "pt",
         "lora_dag": json.dumps(made_from(base, params, adapter), sort_keys=True, ensure_ascii=False),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{ARCHITECTURES.get(family, family)}/lora",
+        "modelspec.architecture": f"{load_family(base.model.family).MODELSPEC}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": str(params.name),
         "ss_network_module": "lycoris.kohya" if "algo" in config else "networks.lora",

@@ -256,8 +256,7 @@ class Proof:
         """The stock pipeline with what was adapted and a scheduler in it, and nothing else."""
         listed = read_json(Path(self.model.pretrained) / "model_index.json")
         parts = {name: None for name, entry in listed.items() if isinstance(entry, list) and name != "scheduler"}
-        cls = writers.pipeline_class(self.family)
-        return common.load_pipeline(cls, self.model, self.where, **parts | modules.adapted)
+        return common.load_pipeline(self.model, self.where, **parts | modules.adapted)
 
     def require_base(self, modules: Modules, name: str) -> None:
         if not torch.equal(self.answer(modules), self.plain):

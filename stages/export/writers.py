@@ -13,10 +13,10 @@ import torch
 
 from lora_dag.adapters import lora, original_layout
 from lora_dag.adapters.adapted import long_name
-from lora_dag.bases.layout import absent, component_files
-from lora_dag.core import quiet
+from lora_dag.bases.layout import component_files
 from lora_dag.core.files import write_json
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
+from lora_dag.families import common
 from stages.export import header
 from stages.export.trained import folded, merged
 
@@ -32,13 +32,6 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 Parts = dict[str, "Trained"]
 
 
-def pipeline_class(family: Family) -> Any:
-    with quiet.no_warnings():  # image processors that ask for torchvision, which nothing here needs
-        import diffusers
-
-        return getattr(diffusers, family.PIPELINE)
-
-
 def write_diffusers(family: Family, parts: Parts, fields: dict[str, str], folder: Path) -> None:
     """``pytorch_lora_weights.safetensors``: the strength is in B, so that it is the same with and without the header.
 
@@ -50,7 +43,7 @@ def write_diffusers(family: Family, parts: Parts, fields: dict[str, str], folder
         tensors = with_biases(trained).items()
         layers[f"{component}_lora_layers"] = {file_name(component, name): tensor for name, tensor in tensors}
         configs[f"{component}_lora_adapter_metadata"] = peft_dict(trained)
-    pipeline_class(family).save_lora_weights(folder, **layers, **configs)
+    common.pipeline_class(family).save_lora_weights(folder, **layers, **configs)
     path = folder / DIFFUSERS_FILE
     saved = load_tensors(path)
     header.save(path, saved, load_metadata(path) | fields | network(parts.values(), saved))
@@ -193,7 +186,7 @@ def write_merged(model: ModelParams, family: Family, parts: Parts, modules: dict
     base = Path(model.pretrained)
     folder.mkdir(parents=True)
     shutil.copyfile(base / "model_index.json", folder / "model_index.json")
-    for component in set(family.COMPONENTS) - absent(model, family.COMPONENTS):
+    for component in set(family.COMPONENTS) - common.absent(model, family.COMPONENTS):
         (folder / component).mkdir()
         for path in component_files(base / component, model.variant):
             if component not in parts or path.suffix == ".json" and ".index." not in path.name:

@@ -13,12 +13,12 @@ from typing import Any
 
 from lora_dag.artifacts.adapter import algorithm
 from lora_dag.core.console import plural
+from lora_dag.families.protocol import load_family
 from lora_dag.pages.findings import number
 from lora_dag.pages.markdown import code, facts, image, table
 from stages.report import dataset, page, tables
 from stages.report.inputs import Inputs
 
-TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
 # Source: https://huggingface.co/docs/hub/repositories-licenses; another id goes up as "other" with its name.
 HUB_LICENSES = """
 afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
@@ -76,7 +76,7 @@ def front_matter(inputs: Inputs) -> str:
         fields |= {"base_model": name, "base_model_relation": "adapter" if kept_apart else "finetune"}
     if export["license"]:
         fields |= hub_license(export["license"])
-    algo, base = algorithm(made["lora_config"]).lower(), TAGS.get(made["family"], made["family"])
+    algo, base = algorithm(made["lora_config"]).lower(), load_family(made["family"]).HUB_TAG
     tags = [algo, "diffusers", "template:sd-lora", base, "lora-dag"]
     fields |= {"tags": tags, "instance_prompt": export["prompt"]}
     fields["widget"] = [{"text": export["prompt"], "output": {"url": "samples.png"}}]

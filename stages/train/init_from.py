@@ -16,6 +16,8 @@ from lora_dag.adapters import bias, foreign_file, lora, targets
 from lora_dag.core.console import UserError, log, plural
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from lora_dag.adapters.foreign_file import AdapterFile, Layer
@@ -116,18 +118,18 @@ def target_problems(params: LoraParams, denoiser: Any, file: AdapterFile) -> lis
     sides = ((theirs - ours, "only in the file"), (ours - theirs, "not in it"))
     where = ", ".join(f"{len(names)} {side}, such as {min(names)}" for names, side in sides if names)
     layers = {n.removesuffix(".base_layer"): m for n, m in targets.adaptable(denoiser).items() if ".lora_" not in n}
-    use = fitting_targets(theirs, layers)
+    use = fitting_targets(theirs, layers, targets.presets(denoiser))
     use += " lora.exclude_modules=[]" if params.exclude_modules else ""
     return [differs("target_modules", plural(len(theirs), "layer"), f"{len(ours)} ({where})", use)]
 
 
-def fitting_targets(names: set[str], layers: targets.Layers) -> str:
+def fitting_targets(names: set[str], layers: targets.Layers, presets: Mapping[str, str]) -> str:
     """A value of lora.target_modules that chooses these layers and no other: a preset, endings, or their names."""
-    choices: list[str | list[str]] = list(targets.PRESETS)
+    choices: list[str | list[str]] = list(presets)
     choices += [sorted({".".join(name.split(".")[-words:]) for name in names}) for words in (1, 2, 3)]
-    choices.insert(len(targets.PRESETS), sorted({targets.ending(name) for name in names}))
+    choices.insert(len(presets), sorted({targets.ending(name) for name in names}))
     for choice in choices:
-        if set(itertools.chain(*targets.matched_groups(choice, layers).values())) == names:
+        if set(itertools.chain(*targets.matched_groups(choice, layers, presets).values())) == names:
             return f"lora.target_modules={choice if isinstance(choice, str) else brackets(choice)}"
     listed = brackets(sorted(names)) if len(names) <= MANY else f"[{min(names)}, ...], all {len(names)} of them"
     return f"lora.target_modules={listed}"

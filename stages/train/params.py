@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from lora_dag.adapters.params import LoraParams, or_empty
-from lora_dag.bases.layout import FAMILIES
 from lora_dag.core.params import Params
-from lora_dag.families.protocol import load_family
+from lora_dag.families.protocol import all_families
 
 if TYPE_CHECKING:
     from lora_dag.families.protocol import Family
@@ -158,6 +157,6 @@ def cross_problems(lora: LoraParams, train: TrainParams, family: Family) -> list
         return ["params.yaml lora.init_from: fills no text encoders; set it to null, or train_text_encoder to false"]
     if not lora.train_text_encoder or family.TEXT_ENCODERS:
         return []
-    offering = [name for name in FAMILIES.values() if load_family(name).TEXT_ENCODERS]
+    offering = [name for name, other in all_families().items() if other.TEXT_ENCODERS]
     found = f"no text encoder of {family.PIPELINE} can be trained, those of {', '.join(offering)} can"
     return [f"params.yaml lora.train_text_encoder: {found}; set it to false"]

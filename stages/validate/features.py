@@ -66,7 +66,7 @@ class FeatureModel:
         """
         read = [caption.lower() if self.kind != "clip" else caption for caption in captions]
         length = self.model.config.text_config.max_position_embeddings
-        counts = common.count_tokens(self.processor.tokenizer, read)
+        counts = common.num_tokens(self.processor.tokenizer, read)
         warn_of_long("caption", read, counts, length, by=f" by {self.name}")
 
         def encode(batch: list[str]) -> Any:

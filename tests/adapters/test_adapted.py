@@ -14,16 +14,16 @@ from lora_dag.adapters import adapted, lora
 from lora_dag.adapters.adapted import Adapted
 from lora_dag.core import seeding
 from lora_dag.core.console import UserError
-from lora_dag.core.params import ModelParams
+from lora_dag.core.params import FAMILIES, ModelParams
 from lora_dag.families.protocol import Family, load_family
 from tests.adapters.test_lora import params
-from tests.helpers.stock import STOCK
+from tests.helpers.families import stock_of
 
 CPU = torch.device("cpu")
 CAPTIONS = ["red apple", "blue boat", ""]
 
 
-@pytest.fixture(params=sorted(name for name in STOCK if load_family(name).TEXT_ENCODERS))
+@pytest.fixture(params=sorted(name for name in FAMILIES if load_family(name).TEXT_ENCODERS))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -55,7 +55,7 @@ def fill(layers: Adapted) -> None:
 
 
 def stock_pipeline(name: str, model: ModelParams) -> Any:
-    return getattr(diffusers, STOCK[name].cls).from_pretrained(model.pretrained)
+    return getattr(diffusers, stock_of(name).cls).from_pretrained(model.pretrained)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_plain_peft_in_the_stock_pipeline(
             if parameter.requires_grad and value is not None:
                 parameter.data = value.clone()
                 expected[in_file] = parameter
-    reference = STOCK[name].encode(pipe, CAPTIONS)
+    reference = stock_of(name).encode(pipe, CAPTIONS)
     objective(reference).backward()
     for part, tensor in reference.items():
         torch.testing.assert_close(found[part], tensor)
@@ -114,7 +114,7 @@ def test_a_layer_that_nothing_reads_carries_none(bases: dict[str, Path]) -> None
     assert {len(found) for found in targets.values()} == {4, 8}
     assert not any("layers.1." in found for found in targets["text_encoder"])
     before = load_family("sdxl").encode_prompts(text, CAPTIONS)
-    for parameter in text[0][1].encoder.layers[1].parameters():
+    for parameter in text["text_encoder"][1].encoder.layers[1].parameters():
         parameter.data.add_(1)
     after = load_family("sdxl").encode_prompts(text, CAPTIONS)
     assert all(torch.equal(tensor, after[part]) for part, tensor in before.items())

@@ -10,14 +10,15 @@ import diffusers
 import pytest
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from lora_dag.core.params import FAMILIES
 from lora_dag.families.protocol import load_family
 from tests.conftest import REPOSITORY
+from tests.helpers.families import stock_of
 from tests.helpers.readers import KINDS, TABLE, Tensors, judged, markdown, plain, states, train, verdict, write
-from tests.helpers.stock import STOCK
 
 CASES = [
     (family, kind, file)
-    for family in sorted(STOCK)
+    for family in FAMILIES
     for kind in KINDS
     for file in ("comfyui", "diffusers")
     if verdict(family, kind, file, "diffusers")
@@ -28,7 +29,7 @@ DEFAULT = [("LoRA, patterns", "comfyui"), ("DoRA, all layers", "comfyui"), ("LoK
 
 @pytest.fixture(scope="module")
 def pipelines(bases: dict[str, Path]) -> dict[str, Any]:
-    return {name: getattr(diffusers, STOCK[name].cls).from_pretrained(bases[name]) for name in STOCK}
+    return {name: getattr(diffusers, stock_of(name).cls).from_pretrained(bases[name]) for name in FAMILIES}
 
 
 def test_the_table_of_readme_is_this() -> None:

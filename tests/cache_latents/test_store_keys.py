@@ -6,15 +6,18 @@ import ast
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 from lora_dag.core import device
-from lora_dag.families import common, flux, sd, sd3, sdxl, z_image
+from lora_dag.core.params import FAMILIES
+from lora_dag.families import common, z_image
+from lora_dag.families.protocol import load_family
 from lora_dag.pictures import pictures
 from stages.cache_latents import encoding, entries, keys
+from tests.helpers.families import case
 
 PIXELS = (
     pictures.load_view,
@@ -39,41 +42,48 @@ ENTRIES = (
     encoding.batched,
     encoding.forward,
     device.autocast,
-    sd.vae_dtype,
-    sd.load_tokenizer,
-    sd.load_text,
-    sd.encode_prompts,
+    common.component_class,
     common.load_frozen,
     common.load_tokenizer,
     common._source,
     common.upcast_vae_dtype,
     common.load_vae,
     common.encode_images,
+    common.load_text,
+    common.load_trainable_text,
+    common.load_encoders,
+    common.tokenizer_of,
     common.input_ids,
     common.clip_states,
     common.t5_states,
-    flux.load_tokenizer,
-    flux.load_text,
-    flux.load_trainable_text,
-    flux.encode_prompts,
-    sd3.load_tokenizer,
-    sd3.load_text,
-    sd3.load_trainable_text,
-    sd3.encode_prompts,
-    sdxl.load_tokenizer,
-    sdxl.load_text,
-    sdxl.encode_prompts,
-    z_image.load_tokenizer,
-    z_image.chats,
-    z_image.load_text,
-    z_image.encode_prompts,
 )
+OF_A_FAMILY = ("COMPONENTS", "vae_dtype", "load_vae", "encode_images", "load_tokenizer", "load_text", "encode_prompts")
+"""What each family decides of an entry; ``common`` is in the list above."""
 MASKS = (entries.Masks.read, entries.Masks.decode, entries.Masks._make, entries.mask_weights)
 RECORDED = {  # number, digest of the source that it stands for
     "pictures.VERSION": (2, "5523ea9372fec6b8"),
-    "keys.FORMAT": (1, "d265fcc34af5f8b3"),
+    "keys.FORMAT": (1, "9c92e42091f39def"),
     "keys.MASK_FORMAT": (2, "c0c3f05683585a96"),
 }
+
+
+def needed(module: Any, names: Iterable[str]) -> str:
+    """Source of the statements at the top of a file that give these names, and of all that they need of the file."""
+    tree = Bare().visit(ast.parse(inspect.getsource(module)))
+    given = {name: node for node in tree.body for name in names_of(node)}
+    todo, found = list(names), {}
+    while todo:
+        name = todo.pop()
+        if name in given and name not in found:
+            found[name] = ast.unparse(ast.fix_missing_locations(given[name]))
+            todo += [node.id for node in ast.walk(given[name]) if isinstance(node, ast.Name)]
+    return "\n".join(found[name] for name in sorted(found))
+
+
+def names_of(node: ast.AST) -> list[str]:
+    """Of a class, a function, or an assignment."""
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return [getattr(node, "name", ""), *(target.id for target in targets if isinstance(target, ast.Name))]
 
 
 class Bare(ast.NodeTransformer):
@@ -118,6 +128,21 @@ def test_code_that_decides_an_entry_changes_with_its_number(
         f"code that decides what the store holds has changed: raise {name} if bits can change, "
         f"then record {found} for it in this file"
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_code_of_a_family_that_decides_an_entry_changes_with_its_number(family: str) -> None:
+    found = (keys.FORMAT, hashlib.sha256(needed(load_family(family), OF_A_FAMILY).encode()).hexdigest()[:16])
+    assert found == case(family).ENCODERS, (
+        f"code of family {family} that decides what the store holds has changed: raise keys.FORMAT if bits can change, "
+        f"then record {found} as ENCODERS in tests/helpers/families/{family}.py"
+    )
+
+
+def test_what_a_family_needs_is_followed_through_its_file() -> None:
+    found = needed(z_image, ["encode_prompts"])
+    assert found.startswith("MAX_TOKENS = 512\ndef chats(") and "\ndef encode_prompts(" in found
+    assert "def load_tokenizer" not in found and "def predict" not in found
 
 
 def test_the_digest_sees_code_and_nothing_else() -> None:

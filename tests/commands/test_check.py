@@ -125,7 +125,7 @@ def test_problems_are_found_before_anything_slow_is_imported(workspace: Workspac
         ("lora.rank=eight", "params.yaml lora.rank: got 'eight'; input should be a valid integer"),
         (
             "model.family=sdd",
-            "params.yaml model.family: got 'sdd'; input should be 'sd', 'sdxl', 'sd3', 'flux' or 'z_image' "
+            "params.yaml model.family: got 'sdd'; input should be 'flux', 'sd', 'sd3', 'sdxl' or 'z_image' "
             "(near: sd, sd3)",
         ),
     ],

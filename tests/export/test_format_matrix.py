@@ -18,14 +18,13 @@ from lora_dag.bases import layout
 from lora_dag.core import seeding
 from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json, sha256_file
-from lora_dag.core.params import ModelParams
+from lora_dag.core.params import FAMILIES, ModelParams
 from lora_dag.core.params import load as load_params
 from lora_dag.core.tensors import save_tensors
 from lora_dag.families.protocol import load_family
 from tests.adapters.test_lora import params
 from tests.conftest import Workspace
 from tests.export.test_formats import ADAPTER, FORMATS
-from tests.helpers.stock import STOCK
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": "attention"},
@@ -34,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "conv": {"target_modules": "all-linear+conv"},
 }
 MODES = ("none", "lora_only", "all")
-CASES = [(family, kind, mode) for family in sorted(STOCK) for kind in KINDS for mode in MODES]
+CASES = [(family, kind, mode) for family in FAMILIES for kind in KINDS for mode in MODES]
 DEFAULT = {(family, kind, mode) for family, kind, mode in CASES if (family, kind) == ("sd3", "conv") and mode != "all"}
 
 

@@ -19,6 +19,7 @@ from diffusers import SD3Transformer2DModel
 
 from lora_dag.adapters import original_layout
 from lora_dag.adapters.adapted import long_name
+from lora_dag.core.params import FAMILIES
 from lora_dag.core.tensors import load_tensors
 from lora_dag.families.protocol import load_family
 from tests.adapters.test_original_layout import stacked
@@ -29,7 +30,6 @@ pytestmark = [
     pytest.mark.peers,
     pytest.mark.skipif("COMFYUI" not in os.environ, reason="COMFYUI names no checkout of ComfyUI"),
 ]
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "z_image")
 CASES = [(family, kind, name) for family in FAMILIES for kind in KINDS for name in ("comfyui", "diffusers")]
 """Family, kind and format of a file; what the format refuses is left out as the cases run."""
 

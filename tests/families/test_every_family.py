@@ -16,7 +16,7 @@ from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.manifest import Manifest
 from lora_dag.bases import layout
 from lora_dag.core import params
-from lora_dag.core.params import ModelParams
+from lora_dag.core.params import FAMILIES, ModelParams
 from lora_dag.core.tensors import load_metadata
 from lora_dag.families import common
 from lora_dag.families.protocol import Family, load_family
@@ -24,27 +24,21 @@ from lora_dag.pictures.pictures import load_view
 from stages.validate.heldout_loss import make_eval_set, row_losses, row_noise
 from stages.validate.params import ValidateParams
 from tests.conftest import Workspace
-from tests.helpers.stock import STOCK, Stock
+from tests.helpers.families import case, stock_of
+from tests.helpers.stock import Stock
 
 CPU = torch.device("cpu")
 CAPTIONS = ["red apple", "blue boat", ""]
-GOLDEN = {  # the first three losses of a training, float32 on a CPU
-    "sd": [0.524272, 0.520498, 0.711396],
-    "flux": [1.72353, 1.67101, 1.56854],
-    "sd3": [1.69002, 1.71176, 1.66376],
-    "sdxl": [1.17276, 1.21496, 1.09037],
-    "z_image": [1.63893, 1.70048, 1.58624],
-}
 
 
-@pytest.fixture(params=sorted(STOCK))
+@pytest.fixture(params=FAMILIES)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
 def stock(name: str) -> Stock:
-    return STOCK[name]
+    return stock_of(name)
 
 
 @pytest.fixture
@@ -78,14 +72,14 @@ def overrides(name: str, *more: str) -> list[str]:
     return [word for change in changes for word in ("--set", change)]
 
 
-def test_every_family_of_the_params_is_here_and_is_named_for_its_pipeline() -> None:
-    assert set(STOCK) == set(get_args(ModelParams.model_fields["family"].annotation))
-    assert {load_family(name).PIPELINE: name for name in STOCK} == layout.FAMILIES
+def test_a_family_is_a_file_and_params_take_its_name(family: Family, name: str, stock: Stock) -> None:
+    assert name in get_args(ModelParams.model_fields["family"].annotation) == FAMILIES
+    assert stock.cls == family.PIPELINE
 
 
 def test_the_base_is_accepted_and_another_family_is_sent_here(name: str, family: Family, model: ModelParams) -> None:
     assert layout.problems(model, family) == []
-    for other in set(STOCK) - {name}:
+    for other in set(FAMILIES) - {name}:
         found = layout.problems(model.model_copy(update={"family": other}), load_family(other))
         assert len(found) == 1 and found[0].endswith(f"; use model.family: {name}")
 
@@ -222,7 +216,7 @@ def test_the_dag_end_to_end(trained: Workspace, name: str, family: Family, stock
     for stage in ("prepare", "cache_latents", "train", "validate", "export", "report"):
         trained.run(stage, *overrides(name))
     rows = Path("reports/train/loss.csv").read_text().splitlines()[1:]
-    np.testing.assert_allclose([float(row.split(",")[1]) for row in rows], GOLDEN[name], rtol=1e-3)
+    np.testing.assert_allclose([float(row.split(",")[1]) for row in rows], case(name).LOSSES, rtol=1e-3)
     metrics = json.loads(Path("reports/export/metrics.json").read_text())
     assert max(metrics[f"export.{kind}.max_abs_error"] for kind in ("diffusers", "peft")) <= 1e-4
     assert metrics["export.effect"] > 1e-4
@@ -254,4 +248,4 @@ def test_training_and_drawing_in_bfloat16(trained: Workspace, name: str) -> None
     for stage in ("prepare", "cache_latents", "train", "validate"):
         trained.run(stage, *overrides(name, "model.dtype=bfloat16"))
     losses = [row.split(",")[1] for row in Path("reports/train/loss.csv").read_text().splitlines()[1:]]
-    np.testing.assert_allclose([float(loss) for loss in losses], GOLDEN[name], rtol=2e-2)
+    np.testing.assert_allclose([float(loss) for loss in losses], case(name).LOSSES, rtol=2e-2)

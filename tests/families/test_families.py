@@ -103,7 +103,11 @@ def test_zero_terminal_snr_is_the_schedulers_word(workspace: Workspace, tiny_bas
 def test_everything_loaded_is_frozen_and_in_eval_mode(sd15: Path) -> None:
     device = torch.device("cpu")
     model = params(sd15).model_copy(update={"dtype": "bfloat16"})
-    for module in (sd.load_vae(model, device), sd.load_text(model, device)[1], sd.load_denoiser(model, device)):
+    for module in (
+        sd.load_vae(model, device),
+        sd.load_text(model, device)["text_encoder"][1],
+        sd.load_denoiser(model, device),
+    ):
         assert not module.training
         assert all(not p.requires_grad and p.dtype == torch.bfloat16 for p in module.parameters())
 

@@ -12,8 +12,7 @@ from lora_dag.core.console import UserError
 from lora_dag.core.params import ModelParams
 from lora_dag.families import flux
 from tests.conftest import Workspace
-from tests.helpers import pipelines
-from tests.helpers.stock import STOCK
+from tests.helpers.families import case, stock_of
 
 CPU = torch.device("cpu")
 SHAPES = ((1, 16, 8, 8), (2, 16, 4, 12), (3, 16, 12, 4), (2, 4, 2, 2))
@@ -47,13 +46,13 @@ def test_places_of_patches_are_the_pipelines(shape: tuple[int, int, int, int]) -
 @pytest.mark.parametrize("size", [(8, 8), (4, 12)], ids=str)
 def test_prediction_with_and_without_guidance(tmp_path: Path, distilled: bool, size: tuple[int, int]) -> None:
     torch.manual_seed(1)
-    pipe = pipelines.flux(guidance_embeds=distilled)
+    pipe = case("flux").build(guidance_embeds=distilled)
     pipe.save_pretrained(tmp_path)
     noisy, timesteps = draw(2, 16, *size), torch.tensor([3.0, 1000.0])
     prompt = flux.encode_prompts(flux.load_text(params(tmp_path), CPU), ["red apple", ""])
     with torch.no_grad():
         found = flux.predict(flux.load_denoiser(params(tmp_path), CPU), noisy, timesteps, prompt)
-        expected = STOCK["flux"].call(pipe, noisy, timesteps, prompt)
+        expected = stock_of("flux").call(pipe, noisy, timesteps, prompt)
     assert found.shape == noisy.shape
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 

@@ -17,11 +17,12 @@ import torch
 
 from lora_dag.adapters import lora
 from lora_dag.core import seeding
+from lora_dag.core.params import FAMILIES
 from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families.protocol import load_family
 from stages.export import trained, writers
 from tests.adapters.test_lora import params
-from tests.helpers.stock import STOCK
+from tests.helpers.families import stock_of
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -35,7 +36,7 @@ Answer = Callable[[], torch.Tensor]
 
 @pytest.fixture(scope="module")
 def pipelines(bases: dict[str, Path]) -> dict[str, Any]:
-    found = {name: getattr(diffusers, STOCK[name].cls).from_pretrained(bases[name]) for name in STOCK}
+    found = {name: getattr(diffusers, stock_of(name).cls).from_pretrained(bases[name]) for name in FAMILIES}
     for pipe in found.values():
         denoiser(pipe).requires_grad_(False)
     return found
@@ -53,10 +54,10 @@ def pipe(pipelines: dict[str, Any], name: str) -> Iterator[Any]:
 def answer(pipe: Any, name: str) -> Answer:
     """One call of the pipeline's denoiser."""
     draw = seeding.generator(0, name)
-    given = STOCK[name].encode(pipe, ["red apple"])
+    given = stock_of(name).encode(pipe, ["red apple"])
     given["add_time_ids"] = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
     noisy = torch.randn(1, 4 if name in ("sd", "sdxl") else 16, 8, 8, generator=draw)
-    return torch.no_grad()(lambda: STOCK[name].call(pipe, noisy, torch.tensor([500]), given))
+    return torch.no_grad()(lambda: stock_of(name).call(pipe, noisy, torch.tensor([500]), given))
 
 
 def denoiser(pipe: Any) -> Any:

@@ -16,7 +16,7 @@ from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_tensors
 from lora_dag.families import sd3
 from tests.conftest import Workspace
-from tests.helpers.stock import STOCK
+from tests.helpers.families import stock_of
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_a_base_without_t5_is_accepted_and_encodes_zeros_in_its_place(without_t5
     found = sd3.encode_prompts(sd3.load_text(model, CPU), ["red apple", ""])
     with torch.no_grad():
         pipe = StableDiffusion3Pipeline.from_pretrained(without_t5, text_encoder_3=None, tokenizer_3=None)
-        expected = STOCK["sd3"].encode(pipe, ["red apple", ""])
+        expected = stock_of("sd3").encode(pipe, ["red apple", ""])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     whole = sd3.encode_prompts(sd3.load_text(params(bases["sd3"]), CPU), ["red apple", ""])
     assert found["prompt_embeds"].shape == whole["prompt_embeds"].shape == (2, 20 + 256, 64)

@@ -11,14 +11,14 @@ import pytest
 import torch
 from diffusers import ZImagePipeline
 
-from lora_dag.adapters.targets import PRESETS, adaptable, in_choice
+from lora_dag.adapters.targets import PRESETS, adaptable, matched_groups, presets
 from lora_dag.bases import layout
 from lora_dag.core.console import UserError
 from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families import z_image
 from tests.conftest import Workspace
-from tests.helpers.stock import STOCK
+from tests.helpers.families import stock_of
 
 CPU = torch.device("cpu")
 CAPTIONS = ["red apple", "green circle, ink icon", "", "thing " * 20]  # 28, 41, 19 and 139 tokens: of 32, 64, 32, 160
@@ -95,7 +95,7 @@ def test_a_caption_that_is_too_long_is_cut_as_the_pipeline_cuts(model: ModelPara
     assert z_image.count_tokens(model, [long, ""]) == [619, 19]  # the chat's 19 among them
     assert z_image.max_tokens(model) == 512
     found = z_image.encode_prompts(z_image.load_text(model, CPU), [long])
-    expected = STOCK["z_image"].encode(pipe, [long])
+    expected = stock_of("z_image").encode(pipe, [long])
     assert found["prompt_embeds_mask"].all() and torch.equal(found["prompt_embeds"], expected["prompt_embeds"])
 
 
@@ -159,8 +159,10 @@ def test_guidance_starts_at_0(on_z_image: Workspace, scale: float) -> None:
 
 
 def test_presets_name_its_layers(model: ModelParams) -> None:
-    layers = adaptable(z_image.load_denoiser(model, CPU))
-    chosen = {choice: {n for n, m in layers.items() if in_choice(choice, n, m)} for choice in PRESETS}
+    denoiser = z_image.load_denoiser(model, CPU)
+    layers, regexes = adaptable(denoiser), presets(denoiser)
+    groups = {choice: matched_groups(choice, layers, regexes).values() for choice in PRESETS}
+    chosen = {choice: {name for names in found for name in names} for choice, found in groups.items()}
     attention = {name for name in layers if ".attention." in name}
     feed_forward = {name for name in layers if ".feed_forward." in name}
     assert len(attention) == 4 * 4 and len(feed_forward) == 4 * 3  # of two layers and two refiners

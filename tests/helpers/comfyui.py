@@ -22,26 +22,12 @@ from unittest import mock
 import torch
 
 from lora_dag.core.tensors import save_tensors
+from lora_dag.families.protocol import load_family
+from tests.helpers.families import case
 
 Tensors = dict[str, torch.Tensor]
 
 REPLACED = ("torchvision", "torchaudio", "torchsde", "av", "comfy_aimdo", "comfy_kitchen")
-CLASSES = {"sd": "SD15", "sdxl": "SDXL", "sd3": "SD3", "flux": "Flux", "z_image": "ZImage"}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "flux": {
-        "image_model": "flux",
-        **{"in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 16, "context_in_dim": 32},
-        **{"hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1},
-        **{"axes_dim": [4, 4, 8], "theta": 10000, "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": []},
-    },
-    "z_image": {
-        "image_model": "lumina2",
-        **{"patch_size": 2, "in_channels": 16, "dim": 32, "cap_feat_dim": 32, "n_layers": 2, "n_refiner_layers": 1},
-        **{"n_heads": 2, "n_kv_heads": 2, "qk_norm": True, "axes_dims": [4, 6, 6], "axes_lens": [1024, 32, 32]},
-        **{"z_image_modulation": True, "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3},
-    },
-}
-"""Of tests/helpers/pipelines.py's tiny bases; of the other families ComfyUI finds the config in the tensors."""
 
 
 class Replacement(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -90,12 +76,13 @@ class Clip:
 def model(family: str, tensors: Tensors) -> Any:
     """ComfyUI's model with the tensors of an original checkpoint's denoiser."""
     comfy = load()
-    found = CONFIGS.get(family) or comfy.model_detection.detect_unet_config(dict(tensors), "")
+    cls, found = case(family).COMFYUI
+    found = found or comfy.model_detection.detect_unet_config(dict(tensors), "")
     if family == "flux":
         fields = importlib.import_module("comfy.ldm.flux.model").FluxParams.__dataclass_fields__
         found = {name: value for name, value in found.items() if name in fields or name == "image_model"}
-    config = getattr(comfy.supported_models, CLASSES[family])(found)
-    if family in ("sd", "sdxl"):
+    config = getattr(comfy.supported_models, cls)(found)
+    if load_family(family).DENOISER == "unet":
         config.unet_config |= {"num_head_channels": 8, "num_heads": -1}
     made = config.get_model({}, "", device="cpu")
     for name, tensor in tensors.items():  # a tiny base's sizes are not all ComfyUI's

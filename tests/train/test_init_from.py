@@ -31,7 +31,7 @@ from tests.adapters.test_lora import params, predict
 from tests.conftest import Workspace
 from tests.export.test_formats import KINDS, adapt, loaded, unet
 from tests.helpers import single_files
-from tests.helpers.stock import STOCK
+from tests.helpers.families import stock_of
 from tests.helpers.trainings import broken_off
 
 FILES = {
@@ -261,7 +261,7 @@ def original_file(family: str, style: str, rank: int = 4, alpha: int = 3) -> dic
 def test_a_unets_blocks_as_the_original_checkpoint_counts_them(
     workspace: Workspace, bases: dict[str, Path], family: str, prefix: str
 ) -> None:
-    unet = getattr(diffusers, STOCK[family].cls).from_pretrained(bases[family]).unet
+    unet = getattr(diffusers, stock_of(family).cls).from_pretrained(bases[family]).unet
     layers = {f"{name}.weight": layer.weight.detach() for name, layer in targets.adaptable(unet).items()}
     tensors, changes = {}, {}
     for name, (there, weight) in zip(layers, single_files.unet(layers).items(), strict=True):
@@ -292,7 +292,7 @@ def test_layers_of_the_original_checkpoint_are_taken_apart(
     workspace: Workspace, bases: dict[str, Path], family: str, style: str
 ) -> None:
     changes = original_file(family, style)
-    transformer = getattr(diffusers, STOCK[family].cls).from_pretrained(bases[family]).transformer
+    transformer = getattr(diffusers, stock_of(family).cls).from_pretrained(bases[family]).transformer
     denoiser, _ = fill("data/original.safetensors", transformer, rank=4, target_modules=list(changes))
     assert set(lora.targets(denoiser)) == set(changes)
     for name, expected in changes.items():
@@ -337,7 +337,7 @@ def test_every_file_of_ours_of_a_transformer(
 ) -> None:
     """Also ComfyUI's, where DoRA's rows are in the original checkpoint's order, and nothing says an alpha."""
     changes = {"rank": 4, "alpha": 6.0, "target_modules": "all-linear"} | changes
-    pipe = getattr(diffusers, STOCK[family].cls).from_pretrained(bases[family])
+    pipe = getattr(diffusers, stock_of(family).cls).from_pretrained(bases[family])
     config = lora.make_config(params(**changes), pipe.transformer)
     model = copy.deepcopy(pipe.transformer)
     for key, parameter in lora.inject(model, config).items():

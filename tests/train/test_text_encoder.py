@@ -38,7 +38,7 @@ from stages.validate.params import ValidateParams
 from tests.adapters.test_lora import params
 from tests.conftest import REPOSITORY, Workspace
 from tests.families.test_every_family import overrides, stock_loss
-from tests.helpers.stock import STOCK
+from tests.helpers.families import stock_of
 from tests.helpers.trainings import broken_off
 
 CPU = torch.device("cpu")
@@ -117,9 +117,9 @@ def measured_by_stock_code(name: str, argv: list[str]) -> None:
         view = manifest.augmentation.views(item, 1)[0]
         image = load_view((Path("data/raw") / item.file_name).read_bytes(), item, view, manifest.preprocessing)
         with torch.no_grad():
-            found = stock_loss(pipe, STOCK[name], image, row, settings.seed)
+            found = stock_loss(pipe, stock_of(name), image, row, settings.seed)
             pipe.disable_lora()
-            base = stock_loss(pipe, STOCK[name], image, row, settings.seed)
+            base = stock_loss(pipe, stock_of(name), image, row, settings.seed)
             pipe.enable_lora()
         assert found == pytest.approx(float(score["adapter"]), rel=1e-4)
         assert base == pytest.approx(float(score["base"]), rel=1e-4) and base != pytest.approx(found, rel=1e-3)
@@ -147,7 +147,7 @@ def drawn_by_stock_code(name: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def stock_pipeline(name: str, folder: str = "data/base") -> Any:
-    pipeline = getattr(diffusers, STOCK[name].cls).from_pretrained(folder)
+    pipeline = getattr(diffusers, stock_of(name).cls).from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -238,7 +238,7 @@ def test_every_format_says_what_the_adapted_encoders_say(on_base: Workspace, nam
         with pytest.raises(UserError, match=r"diffusers cannot hold this adapter: it loses text encoders' magnitudes"):
             on_base.run("export", *overrides(name))
     on_base.run("export", *overrides(name, f"export.formats=[{', '.join(formats)}]"))
-    encode = torch.no_grad()(STOCK[name].encode)
+    encode = torch.no_grad()(stock_of(name).encode)
     expected, plain = encode(pipeline, ["red apple"]), encode(stock_pipeline(name), ["red apple"])
     for kind in formats:
         found = encode(loaded(name, kind), ["red apple"])
@@ -318,7 +318,7 @@ def test_a_rate_that_would_be_ignored_and_a_family_without_are_refused(
     monkeypatch.setattr(sd, "TEXT_ENCODERS", {})
     assert cross_problems(*settings, load_family("sd")) == [
         "params.yaml lora.train_text_encoder: no text encoder of StableDiffusionPipeline can be trained, "
-        "those of sdxl, sd3, flux can; set it to false"
+        "those of flux, sd3, sdxl can; set it to false"
     ]
 
 
