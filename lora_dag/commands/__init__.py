@@ -35,11 +35,16 @@ GROUPS = {
         "explain": Command(
             "explain", "show what changed between two revisions, and which stages ran again because of it"
         ),
+        "draw": Command("draw", "draw several adapter files on one sheet, at every combination of scales"),
         "leaderboard": Command("leaderboard.command", "rank the runs of a sweep"),
         "promote": Command(
             "promote", "make a run of a sweep the experiment of the workspace; nothing is trained again"
         ),
+    },
+    "to share": {
         "gate": Command("gate.command", "decide from its reports whether an experiment may be merged"),
+        "verify": Command("verify", "check that this repository makes a file, and name the revision that made it"),
+        "push": Command("push.command", "upload exports, model card and samples to the Hugging Face Hub"),
     },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}

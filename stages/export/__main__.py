@@ -1,8 +1,7 @@
 """Adapter -> files that other programs load, each loaded back by an independent reader and compared by output.
 
 In: data/adapter, the base.  Out: data/export/{diffusers,peft,comfyui,merged,resized}, reports/export.
-Run: ``python -m stages.export [--set 'export.formats=[comfyui, merged]']``, or with ``--verify FILE`` to ask of a file
-whether it is what this repository makes, and which revision makes it, or with ``--push`` to upload what was exported.
+Run: ``python -m stages.export [--set 'export.formats=[comfyui, merged]']``
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from lora_dag.core.console import UserError, as_path, log, parser, run
+from lora_dag.core.console import UserError, log, parser, run
 from lora_dag.core.params import Config, ModelParams, RuntimeParams, load
 from stages.export.params import ExportParams, rank_refusals, refusals, step_refusals
 
@@ -20,23 +19,8 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    arguments = parser(__doc__, ("adapter", "export", "export_reports", "reports"))
-    arguments.add_argument(
-        "--verify", type=as_path, metavar="FILE", help="write nothing; say where the file comes from"
-    )
-    arguments.add_argument("--push", action="store_true", help="write nothing here; upload to export.push_to_hub")
-    args = arguments.parse_args()
+    args = parser(__doc__, ("adapter", "export", "export_reports")).parse_args()
     config = load(args.params, args.overrides)
-    if args.verify:
-        from stages.export.verify import verify
-
-        verify(args.verify, config, args.adapter)
-        return
-    if args.push:
-        from stages.export.push import push
-
-        push(config, args.adapter, args.export, args.export_reports, args.reports)
-        return
     model, params = config.section(ModelParams), config.section(ExportParams)
 
     from lora_dag.artifacts import lineage, metrics

@@ -16,7 +16,7 @@ REPO_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
 
 
 class PushParams(Params):
-    """Where ``python -m stages.export --push`` uploads to; no stage does."""
+    """Where ``lora-dag push`` uploads to; no stage does."""
 
     repo_id: str = Field(pattern=REPO_ID, max_length=96)
     """Model repository of the Hugging Face Hub, user/name."""

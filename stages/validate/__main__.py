@@ -2,8 +2,7 @@
 
 In: data/latents, data/adapter, the base.  Out: reports/metrics.json, reports/validate/, reports/{samples,progress}.png
 What was measured on this machine, time and memory, goes to reports/validate/run.json, which nobody tracks.
-Run: `python -m stages.validate [--set validate.num_timesteps=16]`; with `--adapters a.safetensors:0.8 b.safetensors:1`
-it writes none of these but compare/adapters.png, which shows the files together (stages/validate/several.py).
+Run: `python -m stages.validate [--set validate.num_timesteps=16]`
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from lora_dag.evaluation.heldout_table import Score
 from lora_dag.families.long_texts import warn_of_long_prompts
 from lora_dag.families.protocol import load_family
 from lora_dag.pipeline import code as closure
-from stages.validate import cost, curve, feature_files, features, neighbours, passes, several
+from stages.validate import cost, curve, feature_files, features, neighbours, passes
 from stages.validate.heldout_loss import EvalSet, make_eval_set
 from stages.validate.params import ValidateParams, prompt_problems
 from stages.validate.result_cache import ResultCache
-from stages.validate.score_snapshots import ScoresAndSamples, make_sampling, score_snapshots, step_label
+from stages.validate.score_snapshots import ScoresAndSamples, score_snapshots, step_label
 from stages.validate.vae import Vae
 
 if TYPE_CHECKING:
@@ -51,9 +50,7 @@ DIGEST_DIGITS = 12  # enough to tell files apart by eye
 
 
 def main() -> None:
-    arguments = parser(__doc__, ["latents", "adapter", "reports"])
-    arguments.add_argument("--adapters", nargs="+", metavar="FILE:SCALE", help="draw several adapters together instead")
-    args = arguments.parse_args()
+    args = parser(__doc__, ["latents", "adapter", "reports"]).parse_args()
     config = params.load(args.params, args.overrides)
     settings, asked = config.section(ValidateParams), config.section(ModelParams)
     family = load_family(asked.family)
@@ -63,18 +60,12 @@ def main() -> None:
     model, base = origin.model, layout.digests(origin.model, family.COMPONENTS)
     cache = LatentCache(args.latents)
     layout.require_same_base(cache.base, base, args.latents)
-    if args.adapters:
-        entries = several.read_entries(args.adapters, base)
-    else:
-        adapter = Adapter.load(args.adapter)
-        layout.require_same_base(adapter.base, base, args.adapter)
+    adapter = Adapter.load(args.adapter)
+    layout.require_same_base(adapter.base, base, args.adapter)
 
     device = setup(config.section(RuntimeParams), model)
     eval_set = make_eval_set(settings, model, family, cache, device)
     warn_of_long_prompts([*settings.prompts, *settings.drift_prompts, settings.negative_prompt], family, model)
-    if args.adapters:
-        several.draw_grid(eval_set, lambda factor: make_sampling(eval_set, settings, factor), settings.prompts, entries)
-        return
     report(args, settings, eval_set, cache, adapter, origin, base)
 
 

@@ -161,7 +161,7 @@ def test_the_headers_and_the_card_name_id_and_commit(hub: Hub, workspace: Worksp
     written = [*Path("data/export").rglob("*"), *Path("data/adapter").rglob("*"), *Path("reports").rglob("*")]
     assert not any(b".state" in path.read_bytes() for path in written if path.is_file())
     file = "data/export/diffusers/pytorch_lora_weights.safetensors"
-    assert workspace.run("export", "--verify", file, *changes())[-1].startswith("verified")
+    assert workspace.run("verify", file, *changes())[-1].startswith("verified")
 
 
 def test_the_preflight_and_the_status_download_nothing(hub: Hub, workspace: Workspace) -> None:

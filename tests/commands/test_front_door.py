@@ -46,7 +46,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = root / "lora_dag/commands/__init__.py"
     rows = table.read_text(encoding="utf-8").replace(ROW, f'"where": Command("where", "say where"), {ROW}', 1)
     table.write_text(rows, encoding="utf-8")
-    (root / "lora_dag/commands/where.py").write_text(WHERE.replace("import stages", "import stages\nimport sys"))
+    (root / "lora_dag/commands/where.py").write_text(WHERE)
     return root
 
 
@@ -69,9 +69,8 @@ def run(folder: Path, *words: str | Path, **variables: str) -> subprocess.Comple
 def test_the_installed_command_runs_the_code_of_the_clone_it_is_called_in(other: Path, installed: Path) -> None:
     for folder in (other, other / "data/mine"):
         done = run(folder, installed, "where")
-        assert done.stdout.splitlines() == [str(other), str(other / "stages"), "params.yaml", "data/adapter"], (
-            done.stderr
-        )
+        lines = done.stdout.splitlines()
+        assert lines == [str(other), str(other / "stages"), "params.yaml", "data/adapter"], done.stderr
     assert done.stderr == f"clone       {other}\n"
     done = run(REPOSITORY, installed, "where")
     assert done.returncode == 2 and done.stderr.startswith("error: lora-dag where: no such command (")
@@ -85,7 +84,7 @@ def test_python_m_does_the_same_in_the_root(other: Path) -> None:
 def test_a_copy_that_dvc_makes_inside_of_a_clone_is_a_clone_of_its_own(other: Path, installed: Path) -> None:
     copy = other / ".dvc/tmp/exps/standalone/tmpx"
     shutil.copytree(other, copy, ignore=shutil.ignore_patterns(".dvc"))
-    (copy / "lora_dag/commands/where.py").write_text(WHERE.replace("print(", "print('the copy', ").replace("sys", "os"))
+    (copy / "lora_dag/commands/where.py").write_text(WHERE.replace("print(", "print('the copy', "))
     assert run(copy / "data", installed, "where").stdout.splitlines()[:2] == ["the copy", str(copy)]
     shutil.rmtree(other / ".dvc")
 

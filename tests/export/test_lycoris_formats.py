@@ -141,7 +141,7 @@ def test_the_dag_end_to_end_and_a_killed_run_ends_in_the_same_bytes(workspace: W
     assert adapter.lora_config["algo"] == "lokr" and adapter.made_from["lora"]["decompose_factor"] == 16
     assert "lora_dropout" not in adapter.lora_config
     for file in (ADAPTER / FINAL, COMFYUI):
-        assert any(line.startswith("verified") for line in workspace.run("export", *argv, "--verify", str(file)))
+        assert any(line.startswith("verified") for line in workspace.run("verify", *argv, str(file)))
 
 
 @pytest.mark.parametrize(

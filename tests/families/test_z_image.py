@@ -188,7 +188,7 @@ def test_every_layer_through_every_format(on_z_image: Workspace) -> None:
     file = Path("data/export/comfyui/ink-icons.safetensors")
     assert load_metadata(file)["modelspec.architecture"] == "z-image/lora"
     assert len(load_tensors(file)) == 2 * 37 and all(name.startswith("transformer.") for name in load_tensors(file))
-    lines = on_z_image.run("export", "--verify", str(file), *changes)
+    lines = on_z_image.run("verify", str(file), *changes)
     assert lines[-1] == "verified    the file is that of data/adapter and of params.yaml"
 
     def drawn(export: Path | dict[str, torch.Tensor] | None) -> torch.Tensor:

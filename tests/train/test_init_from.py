@@ -16,6 +16,7 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLP
 from lora_dag.adapters import init_from_pin, lora, targets
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.bases.resolve import resolve
+from lora_dag.commands import draw
 from lora_dag.core import params as core_params
 from lora_dag.core import seeding
 from lora_dag.core.console import UserError
@@ -26,7 +27,6 @@ from lora_dag.families.protocol import load_family
 from stages.export import header, trained, writers
 from stages.export.params import ExportParams
 from stages.train import init_from
-from stages.validate import several
 from tests.adapters.test_lora import params, predict
 from tests.conftest import Workspace
 from tests.export.test_formats import KINDS, adapt, loaded, unet
@@ -536,7 +536,7 @@ def test_a_header_of_another_shape(workspace: Workspace, key: str, value: str, r
     assert reason in problem
     if key == "lora_dag":
         with pytest.raises(UserError, match="data/odd.safetensors: damaged"):
-            several.require_base(Path("data/odd.safetensors"), {"unet": "0"})
+            draw.require_base(Path("data/odd.safetensors"), {"unet": "0"})
 
 
 def test_a_layer_without_a_rank_and_a_path_that_is_none(workspace: Workspace) -> None:

@@ -96,7 +96,7 @@ def test_the_dag_end_to_end(on_base: Workspace, name: str) -> None:
     assert "attention of text_encoder" in Path("reports/report.md").read_text()
     measured_by_stock_code(name, argv)
     drawn_by_stock_code(name, tensors)
-    lines = on_base.run("validate", *argv, "--adapters", f"{DIFFUSERS}:0,1")
+    lines = on_base.run("draw", *argv, f"{DIFFUSERS}:0,1")
     assert len([line for line in lines if line.startswith("drawn")]) == 2
 
 
@@ -299,9 +299,9 @@ def test_off_leaves_no_trace(workspace: Workspace) -> None:
         workspace.run(stage)
     for text in (*workspace.tree("data").values(), *workspace.tree("reports").values()):
         assert b"text_lora" not in text
-    workspace.run("export", "--verify", str(DIFFUSERS))
+    workspace.run("verify", str(DIFFUSERS))
     with pytest.raises(UserError, match="made with lora.train_text_encoder False, params.yaml says True"):
-        workspace.run("export", "--verify", str(DIFFUSERS), "--set", ON)
+        workspace.run("verify", str(DIFFUSERS), "--set", ON)
 
 
 def test_a_rate_that_would_be_ignored_and_a_family_without_are_refused(

@@ -1,11 +1,13 @@
-"""``python -m stages.export --verify FILE``: is this file what this repository makes, and which revision makes it?
+"""Whether a file is what this repository makes now, what differs, and which revision makes it.
 
 In: an exported file or an adapter.safetensors; params.yaml, data/, the base; git's history and DVC's experiments.
 Out: lines on the terminal. Exit code 0 when the file is that of data/adapter and of params.yaml, else 2.
+Run: ``lora-dag verify FILE``
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.bases import resolve
 from lora_dag.bases.layout import digests
-from lora_dag.core.console import UserError, log
+from lora_dag.core.console import UserError, add_settings, as_path, log
 from lora_dag.core.files import from_json, sha256_file, understood
-from lora_dag.core.params import Config, ModelParams
+from lora_dag.core.params import Config, ModelParams, load
 from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families.protocol import load_family
 from lora_dag.pipeline.git import git
@@ -30,6 +32,15 @@ METRICS = "reports/train/metrics.json"
 BY_TRAIN = (".lora_A.", ".lokr_", ".hada_")
 """In the names of an adapter's tensors as train writes them, in a file without a header of ours."""
 OF_TRAINING = ("lora", "train")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser, ["adapter"])
+    parser.add_argument("file", type=as_path, metavar="FILE", help="an exported file, or an adapter.safetensors")
+
+
+def main(args: argparse.Namespace) -> None:
+    verify(args.file, load(args.params, args.overrides), args.adapter)
 
 
 def verify(file: Path, config: Config, adapter_folder: Path) -> None:

@@ -28,7 +28,7 @@ def exported(workspace: Workspace) -> Workspace:
 
 def differences(workspace: Workspace, file: Path, *argv: str) -> tuple[str, ...]:
     with pytest.raises(UserError) as caught:
-        workspace.run("export", "--verify", str(file), *argv)
+        workspace.run("verify", str(file), *argv)
     return caught.value.problems
 
 
@@ -40,7 +40,7 @@ def git(*words: str) -> str:
 def test_every_file_is_verified_and_nothing_is_written(exported: Workspace) -> None:
     before = exported.tree("data") | exported.tree("reports")
     for file in FILES:
-        lines = exported.run("export", "--verify", str(file))
+        lines = exported.run("verify", str(file))
         assert lines[-1] == "verified    the file is that of data/adapter and of params.yaml"
         assert "made by     no commit or experiment here" in lines
     assert exported.tree("data") | exported.tree("reports") == before
@@ -84,10 +84,10 @@ def test_the_revision_that_made_it_is_found(exported: Workspace) -> None:
     exported.run("train", "--set", "train.seed=1")
     git("commit", "--quiet", "-am", "second")
     differences(exported, kept)
-    lines = exported.run("export", "--verify", str(FILES[3]), "--set", "train.seed=1")
+    lines = exported.run("verify", str(FILES[3]), "--set", "train.seed=1")
     second = git("rev-parse", "HEAD")
     assert f"made by     {second[:12]}: git checkout {second[:12]} && dvc repro" in lines
-    from stages.export.verify import made_by, read
+    from lora_dag.commands.verify import made_by, read
 
     assert made_by(read(kept)["adapter"]) == first
     git("update-ref", "refs/exps/12/3456/calm-owl", first)
@@ -103,5 +103,5 @@ def test_another_step_than_params_asks_for_is_named(exported: Workspace) -> None
     line = "made of the adapter at step {}, params.yaml export.step asks for {}"
     assert differences(exported, FILES[2]) == (f"{FILES[2]}: {line.format(2, 4)}",)
     assert differences(exported, end, "--set", "export.step=2") == (f"{end}: {line.format(4, 2)}",)
-    assert "step        2" in exported.run("export", "--verify", str(FILES[2]), "--set", "export.step=2")
-    exported.run("export", "--verify", str(end), "--set", "export.step=4")
+    assert "step        2" in exported.run("verify", str(FILES[2]), "--set", "export.step=2")
+    exported.run("verify", str(end), "--set", "export.step=4")

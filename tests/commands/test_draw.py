@@ -11,10 +11,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from lora_dag.commands import draw
 from lora_dag.core.console import UserError
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.pages.sheets import cut
-from stages.validate import several
 from tests.conftest import Workspace
 from tests.export.test_formats import adapt
 
@@ -42,7 +42,7 @@ def columns(count: int) -> list[list[bytes]]:
 
 def test_every_combination_of_the_scales_is_a_column(files: Workspace) -> None:
     reports = files.tree("reports")
-    lines = files.run("validate", "--adapters", "a.safetensors:0,1", "b.safetensors:0,0.5")
+    lines = files.run("draw", "a.safetensors:0,1", "b.safetensors:0,0.5")
     drawn = ["a 0, b 0", "a 0, b 0.5", "a 1, b 0", "a 1, b 0.5"]
     assert [line.removeprefix("drawn       ") for line in lines if line.startswith("drawn")] == drawn
     base, neither, second, first, both = columns(5)
@@ -52,7 +52,7 @@ def test_every_combination_of_the_scales_is_a_column(files: Workspace) -> None:
 
 
 def test_one_file_at_full_strength_is_what_validate_draws(files: Workspace) -> None:
-    files.run("validate", "--adapters", "b.safetensors")
+    files.run("draw", "b.safetensors")
     base, alone = columns(2)
     files.run("validate", "--set", "validate.scales=[1]")  # data/adapter is b
     with Image.open("reports/samples.png") as sheet:
@@ -64,7 +64,7 @@ def test_one_file_at_full_strength_is_what_validate_draws(files: Workspace) -> N
 
 def refusal(workspace: Workspace, *texts: str) -> str:
     with pytest.raises(UserError) as caught:
-        workspace.run("validate", "--adapters", *texts)
+        workspace.run("draw", *texts)
     assert not SHEET.exists()
     (problem,) = caught.value.problems
     return problem
@@ -72,9 +72,9 @@ def refusal(workspace: Workspace, *texts: str) -> str:
 
 def test_what_cannot_be_drawn_is_named(files: Workspace) -> None:
     assert refusal(files, "a.safetensors:x") == (
-        "--adapters a.safetensors:x: 'x' is no scale; expected FILE:SCALE, such as a.safetensors:0.8"
+        "a.safetensors:x: 'x' is no scale; expected FILE:SCALE, such as a.safetensors:0.8"
     )
-    assert refusal(files, "none.safetensors:1") == "--adapters none.safetensors:1: no such file"
+    assert refusal(files, "none.safetensors:1") == "none.safetensors:1: no such file"
     Path("broken.safetensors").write_bytes(b"\0" * 100)
     assert "damaged, or no safetensors file" in refusal(files, "broken.safetensors:1")
     tensors, header = load_tensors(Path("a.safetensors")), load_metadata(Path("a.safetensors"))
@@ -93,7 +93,7 @@ def test_what_cannot_be_drawn_is_named(files: Workspace) -> None:
 @pytest.mark.parametrize("scale", ["nan", "inf", "1e300", "-1001"])
 def test_a_scale_that_draws_nothing(scale: str) -> None:
     with pytest.raises(UserError, match="is no scale; expected -1000 to 1000"):
-        several.read_entries([f"a.safetensors:{scale}"], {})
+        draw.read_entry(f"a.safetensors:{scale}")
 
 
 def test_all_of_a_file_is_drawn_or_it_is_refused(workspace: Workspace) -> None:
@@ -105,15 +105,15 @@ def test_all_of_a_file_is_drawn_or_it_is_refused(workspace: Workspace) -> None:
         Path("data/adapter/adapter.safetensors"),
         Path("data/export/diffusers/pytorch_lora_weights.safetensors"),
     )
-    several.require_readable(pipeline, [several.Entry(export, (1.0,))])
+    draw.require_readable(pipeline, [draw.Entry(export, (1.0,))])
     with pytest.raises(UserError, match=r"adapter.safetensors: the run's own file, which diffusers does not read; use"):
-        several.require_readable(pipeline, [several.Entry(export, (1.0,)), several.Entry(own, (1.0,))])
+        draw.require_readable(pipeline, [draw.Entry(export, (1.0,)), draw.Entry(own, (1.0,))])
     with pytest.raises(UserError, match=r"takes only 0 of 2,048 weights of its lora_A"):
-        several.load(pipeline, [several.Entry(own, (1.0,))])
+        draw.load(pipeline, [draw.Entry(own, (1.0,))])
     more = {"lora_te_nowhere.lora_A.weight": torch.ones(2, 3)}
     save_tensors(Path("more.safetensors"), load_tensors(export) | more)
     pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
     with pytest.raises(UserError, match=r"takes only 2,048 of 2,054 weights of its lora_A"):
-        several.load(pipeline, [several.Entry(Path("more.safetensors"), (1.0,))])
+        draw.load(pipeline, [draw.Entry(Path("more.safetensors"), (1.0,))])
     pipeline.unload_lora_weights()
-    assert several.load(pipeline, [several.Entry(export, (1.0,))]) == ["adapter_0"]
+    assert draw.load(pipeline, [draw.Entry(export, (1.0,))]) == ["adapter_0"]

@@ -1,26 +1,35 @@
-"""``python -m stages.validate --adapters a.safetensors:0.8 b.safetensors:0,0.5,1``: several adapters at once.
+"""Several adapter files on one sheet, alone and together, at every combination of the scales given.
 
-In: files that diffusers' ``load_lora_weights`` reads, each with one or more scales.  Out: compare/adapters.png, a row
-per prompt of section ``validate``, a column for the base and for each combination of the scales.
+In: files that diffusers' ``load_lora_weights`` reads, each with one or more scales; data/latents, the base.
+Out: compare/adapters.png, a row per prompt of section ``validate``, a column for the base and for each combination.
+Run: ``lora-dag draw a.safetensors:0.8 b.safetensors:0,0.5,1``
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dag.bases import layout
-from lora_dag.core.console import UserError, as_path, log
+from lora_dag.artifacts.latent_cache import LatentCache
+from lora_dag.bases import layout, resolve
+from lora_dag.core import params
+from lora_dag.core.console import UserError, add_settings, as_path, log
+from lora_dag.core.device import setup
 from lora_dag.core.files import from_json
 from lora_dag.core.labels import exact, numbers
+from lora_dag.core.params import ModelParams, RuntimeParams
 from lora_dag.core.tensors import load_metadata, read_header
+from lora_dag.families.long_texts import warn_of_long_prompts
+from lora_dag.families.protocol import load_family
+from stages.validate.heldout_loss import make_eval_set
+from stages.validate.params import ValidateParams, prompt_problems
+from stages.validate.score_snapshots import make_sampling
 
 if TYPE_CHECKING:
-    from lora_dag.diffusion.sampling import Sampling
     from stages.validate.heldout_loss import EvalSet
 
 OUTPUT = Path("compare/adapters.png")
@@ -37,33 +46,48 @@ class Entry:
     scales: tuple[float, ...]
 
 
-def read_entries(texts: list[str], base: dict[str, str]) -> list[Entry]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser, ["latents"])
+    parser.add_argument(
+        "entries", nargs="+", type=read_entry, metavar="FILE:SCALE", help="such as a.safetensors:0,0.5,1"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    config = params.load(args.params, args.overrides)
+    settings, asked = config.section(ValidateParams), config.section(ModelParams)
+    family = load_family(asked.family)
+    if found := prompt_problems(settings, family):
+        raise UserError(*found)
+    model = resolve.resolve(asked, family).model
+    base = layout.digests(model, family.COMPONENTS)
+    cache = LatentCache(args.latents)
+    layout.require_same_base(cache.base, base, args.latents)
+    for entry in args.entries:
+        require_base(entry.file, base)
+    eval_set = make_eval_set(settings, model, family, cache, setup(config.section(RuntimeParams), model))
+    warn_of_long_prompts([*settings.prompts, settings.negative_prompt], family, model)
+    draw_grid(eval_set, settings, args.entries)
+
+
+def read_entry(text: str) -> Entry:
     """``FILE:SCALE[,SCALE...]``, or FILE for a scale of 1.
 
-    Args:
-        base: digest per component of the base that is drawn with.
-
     Raises:
-        UserError: a scale that is no number or too large, a file that is absent, damaged, or made on another base.
+        UserError: a scale that is no number or too large, or no such file.
     """
-    entries = []
-    for text in texts:
-        name, colon, given = text.rpartition(":")
-        try:
-            scales = tuple(float(scale) for scale in given.split(",")) if colon else (1.0,)
-        except ValueError:
-            raise UserError(
-                f"--adapters {text}: '{given}' is no scale; expected FILE:SCALE, such as a.safetensors:0.8"
-            ) from None
-        for scale in scales:
-            if not abs(scale) <= MAX_SCALE:  # nan too
-                raise UserError(f"--adapters {text}: {scale:g} is no scale; expected -{MAX_SCALE:g} to {MAX_SCALE:g}")
-        file = as_path(name if colon else text)
-        if not file.is_file():
-            raise UserError(f"--adapters {text}: no such file")
-        require_base(file, base)
-        entries.append(Entry(file, scales))
-    return entries
+    name, colon, given = text.rpartition(":")
+    try:
+        scales = tuple(float(scale) for scale in given.split(",")) if colon else (1.0,)
+    except ValueError:
+        raise UserError(f"{text}: '{given}' is no scale; expected FILE:SCALE, such as a.safetensors:0.8") from None
+    for scale in scales:
+        if not abs(scale) <= MAX_SCALE:  # nan too
+            raise UserError(f"{text}: {scale:g} is no scale; expected -{MAX_SCALE:g} to {MAX_SCALE:g}")
+    file = as_path(name if colon else text)
+    if not file.is_file():
+        raise UserError(f"{text}: no such file")
+    return Entry(file, scales)
 
 
 def require_base(file: Path, base: dict[str, str]) -> None:
@@ -122,15 +146,13 @@ def taken(pipeline: Any, name: str) -> int:
     return sum(parameter.numel() for key, parameter in named if f".lora_A.{name}." in key)
 
 
-def draw_grid(
-    eval_set: EvalSet, sampling_for: Callable[[int], Sampling], prompts: list[str], entries: list[Entry]
-) -> None:
+def draw_grid(eval_set: EvalSet, settings: ValidateParams, entries: list[Entry]) -> None:
     """Draw the base and every combination of scales, and write the sheet."""
     from lora_dag.diffusion.sampling import draw
     from lora_dag.pages.sheets import save_png, sheet
 
     pipeline = eval_set.family.load_pipeline(eval_set.model, eval_set.device)
-    sampling = sampling_for(pipeline.vae_scale_factor)
+    sampling = make_sampling(eval_set, settings, pipeline.vae_scale_factor)
     require_readable(pipeline, entries)
     labels, columns = ["base"], [draw(pipeline, sampling, eval_set.model)]
     names = load(pipeline, entries)
@@ -143,5 +165,6 @@ def draw_grid(
         log.info("drawn       %s", labels[-1])
     cell = min(256, max(128, *columns[0][0].size))
     rows = [list(row) for row in zip(*columns, strict=True)]
-    save_png(OUTPUT, sheet(rows, prompts, labels, cell, row_heads=numbers(len(prompts))), max_bytes=SHEET_BYTES)
+    heads = numbers(len(settings.prompts))
+    save_png(OUTPUT, sheet(rows, settings.prompts, labels, cell, row_heads=heads), max_bytes=SHEET_BYTES)
     log.info("wrote       %s", OUTPUT)

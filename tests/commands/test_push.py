@@ -75,7 +75,7 @@ def hub(workspace: Workspace, made: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def push(workspace: Workspace, *argv: str) -> list[str]:
-    return workspace.run("export", "--push", *argv)
+    return workspace.run("push", *argv)
 
 
 def refusal(workspace: Workspace, hub: Hub, *argv: str) -> tuple[str, ...]:
@@ -135,7 +135,7 @@ def test_only_what_changed_is_committed_and_what_is_exported_no_more_goes(worksp
 def test_as_a_person_runs_it(workspace: Workspace, hub: Hub) -> None:
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     own = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "stages.export", "--push"]
+    command = [sys.executable, "-m", "tests.helpers.command", "push"]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("pushed      ")
     assert done.stderr == "" and TOKEN not in done.stdout

@@ -1,27 +1,36 @@
-"""``python -m stages.export --push``: what was exported, the model card and the sample sheet, to the Hugging Face Hub.
+"""What was exported, the model card and the sample sheet, uploaded to the Hugging Face Hub.
 
 In: data/export, reports/, params.yaml export.push_to_hub.  Out: one commit there, or none where nothing differs.
 A command and not a stage: a stage's result can come from DVC's run cache, which would upload nothing.
+Run: ``dvc repro && lora-dag push``
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_dag.artifacts import lineage, model_card, picture_table
 from lora_dag.artifacts.adapter import FINAL, Adapter
-from lora_dag.core.console import UserError, log
+from lora_dag.commands.push.hub import upload
+from lora_dag.commands.verify import differences, setting_differences
+from lora_dag.core.console import UserError, add_settings, log
 from lora_dag.core.files import sha256_file
+from lora_dag.core.params import Config, load
 from lora_dag.pages import words
-from stages.export.hub import upload
 from stages.export.params import ExportParams
-from stages.export.verify import differences, setting_differences
-
-if TYPE_CHECKING:
-    from lora_dag.core.params import Config
 
 SHEET = "samples.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser, ["adapter", "export", "export_reports", "reports"])
+
+
+def main(args: argparse.Namespace) -> None:
+    config = load(args.params, args.overrides)
+    push(config, args.adapter, args.export, args.export_reports, args.reports)
 
 
 def push(config: Config, adapter: Path, export: Path, export_reports: Path, reports: Path) -> None:
