@@ -45,7 +45,7 @@ REPORTS = {{
 WRITES = {{"prepare": ["prepared", "dataset-reports"], "cache_latents": ["latents", "latents-reports"],
           "train": ["adapter", "train-reports"], "export": ["export", "export-reports"], "validate": [], "report": [],
           "leaderboard": []}}
-stage = sys.argv[2].removeprefix("stages.")
+stage = sys.argv[2].rpartition(".")[2]
 options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 with open("ran.txt", "a") as file:
     print(stage, *sys.argv[3:], file=file)
