@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.conftest import REPOSITORY, TINY, picture, write_params, write_rows
+from tests.helpers.workspace import REPOSITORY, TINY, picture, write_params, write_rows
 
 CODE = (
     "lora_dag",

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lora_dag.core.console import UserError
 from lora_dag.families import sd
-from tests.conftest import Workspace, picture
+from tests.helpers.workspace import Workspace, picture
 
 LATENTS = Path("data/latents")
 MASKED = ("dataset.mask=masks", "dataset.unmasked_weight=0.2")

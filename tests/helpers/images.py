@@ -10,7 +10,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from stages.prepare.params import DatasetParams
-from tests.conftest import REPOSITORY
+from tests.helpers.workspace import REPOSITORY
 
 DEFAULTS = YAML(typ="safe", pure=True).load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))["dataset"]
 

@@ -21,8 +21,8 @@ from lora_dag.core.files import sha256_json, write_text
 from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Score
 from stages.validate import curve, neighbours
-from tests.conftest import REPOSITORY
 from tests.helpers.checkout import Checkout
+from tests.helpers.workspace import REPOSITORY
 
 PROMPTS = ["red apple", "blue boat"]
 NUM_PICTURES, THRESHOLD, FAR = 8, 0.3, 0.8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_dag.core import params
 from stages.train.params import TrainParams
-from tests.helpers.checkout import REPOSITORY
+from tests.helpers.workspace import REPOSITORY
 
 
 def train_params(*changes: str) -> TrainParams:

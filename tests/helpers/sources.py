@@ -14,7 +14,7 @@ from lora_dag.core.console import UserError
 from stages.prepare.listing import Listing
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
-from tests.conftest import REPOSITORY, picture
+from tests.helpers.workspace import REPOSITORY, picture
 
 DEFAULTS = params.load(REPOSITORY / "params.yaml").section(DatasetParams).model_dump()
 

@@ -24,9 +24,9 @@ from lora_dag.core.tensors import load_tensors
 from lora_dag.families import sd
 from stages.train.batches import Batch, Batches
 from stages.train.noising import make_timesteps
-from tests.conftest import TINY, Workspace, picture, write_params, write_rows
 from tests.helpers.caches import write_mixed_cache
 from tests.helpers.settings import train_params
+from tests.helpers.workspace import TINY, Workspace, picture, write_params, write_rows
 
 LONG = ("--set", "train.num_steps=6", "--set", "lora.dropout=0.25", "--set", "train.prompt_dropout=0.5")
 """Six steps with everything random in them."""
