@@ -9,6 +9,7 @@ from lora_dag.families import common
 if TYPE_CHECKING:
     from lora_dag.core.params import ModelParams
 
+PRESET_LAYERS: dict[str, str] = {}
 ORIGINAL_LAYERS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",

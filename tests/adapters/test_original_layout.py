@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from diffusers.loaders import single_file_utils
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
 from lora_dag.adapters import original_layout
 from lora_dag.adapters.original_layout import Part, parts, swap_halves
 from lora_dag.adapters.targets import adaptable
 from lora_dag.core.tensors import load_tensors
-from lora_dag.families.protocol import load_family
+from lora_dag.families.protocol import all_families, load_family
 from stages.export import comfyui, writers
 from tests.adapters.test_lycoris import algo
 from tests.conftest import Workspace
@@ -22,18 +22,9 @@ from tests.export.test_format_matrix import adapt
 from tests.export.test_formats import adapt as adapt_sd
 from tests.helpers import comfyui as comfyui_itself
 from tests.helpers import single_files
+from tests.helpers.families import case
 
-CONVERTERS = {
-    "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
-    "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
-    "z_image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
-}
-ATTENTIONS = ("0.x_block.attn", "0.x_block.attn2", "0.context_block.attn", "1.x_block.attn", "1.context_block.attn")
-FLUX_NORMS = ("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm")
-NORMS = {
-    "sd3": ["pos_embed", *(f"joint_blocks.{at}.{norm}.weight" for at in ATTENTIONS for norm in ("ln_q", "ln_k"))],
-    "flux": [f"{at}.{norm}.scale" for at in FLUX_NORMS for norm in ("query_norm", "key_norm")],
-}
+TRANSFORMERS = [name for name, family in all_families().items() if family.DENOISER == "transformer"]
 EVERY_ROW_SHOWS = {"target_modules": "all-linear", "use_dora": True}
 
 
@@ -56,7 +47,7 @@ def stacked(model: Any, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize("family", sorted(CONVERTERS))
+@pytest.mark.parametrize("family", TRANSFORMERS)
 def test_diffusers_takes_the_original_layers_apart_into_the_same(bases: dict[str, Path], family: str) -> None:
     """Of one input each. Its converters need norms too, which carry no adapter here, and FLUX.1's its full width."""
     with torch.device("meta"):
@@ -66,7 +57,8 @@ def test_diffusers_takes_the_original_layers_apart_into_the_same(bases: dict[str
     assert set(adaptable(model)) <= names
     shapes = {n: tuple(t.shape)[:1] if n.endswith("bias") else (len(t), 1) for n, t in model.state_dict().items()}
     own = {n: torch.randn(shape) for n, shape in shapes.items() if n.rpartition(".")[0] in names}
-    converted = CONVERTERS[family](stacked(model, own) | {name: torch.ones(16) for name in NORMS.get(family, [])})
+    convert = SINGLE_FILE_LOADABLE_CLASSES[type(model).__name__]["checkpoint_mapping_fn"]
+    converted = convert(stacked(model, own) | {name: torch.ones(16) for name in case(family).ORIGINAL_NORMS})
     assert {n for n in own if n not in converted or not torch.equal(converted[n], own[n])} == set()
 
 
@@ -80,12 +72,9 @@ def test_a_unets_blocks_are_counted_as_in_its_checkpoint(bases: dict[str, Path],
 
 def test_only_the_last_block_is_swapped(bases: dict[str, Path]) -> None:
     swapped = {family: original_layout.swapped_layers(denoiser(family, bases[family])) for family in bases}
-    assert swapped == {
+    assert {family: layers for family, layers in swapped.items() if layers} == {
         "flux": {"norm_out.linear"},
-        "sd": set(),
         "sd3": {"norm_out.linear", "transformer_blocks.1.norm1_context.linear"},
-        "sdxl": set(),
-        "z_image": set(),
     }
 
 

@@ -19,7 +19,7 @@ from lora_dag.core import params
 from lora_dag.core.params import FAMILIES, ModelParams
 from lora_dag.core.tensors import load_metadata
 from lora_dag.families import common
-from lora_dag.families.protocol import Family, load_family
+from lora_dag.families.protocol import Family, all_families, load_family
 from lora_dag.pictures.pictures import load_view
 from stages.validate.heldout_loss import make_eval_set, row_losses, row_noise
 from stages.validate.params import ValidateParams
@@ -75,6 +75,17 @@ def overrides(name: str, *more: str) -> list[str]:
 def test_a_family_is_a_file_and_params_take_its_name(family: Family, name: str, stock: Stock) -> None:
     assert name in get_args(ModelParams.model_fields["family"].annotation) == FAMILIES
     assert stock.cls == family.PIPELINE
+
+
+def test_families_that_share_a_denoiser_share_what_is_known_of_its_layers() -> None:
+    """``family_of`` finds either of them, and a stage has the file of one alone among its dependencies."""
+    by_class: dict[str, list[Family]] = {}
+    for each in all_families().values():
+        by_class.setdefault(each.COMPONENTS[each.DENOISER], []).append(each)
+    assert {len(shared) for shared in by_class.values()} >= {1, 2}
+    for first, *others in by_class.values():
+        assert all(each.ORIGINAL_LAYERS is first.ORIGINAL_LAYERS for each in others)
+        assert all(each.PRESET_LAYERS is first.PRESET_LAYERS for each in others)
 
 
 def test_the_base_is_accepted_and_another_family_is_sent_here(name: str, family: Family, model: ModelParams) -> None:

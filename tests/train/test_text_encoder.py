@@ -27,7 +27,7 @@ from lora_dag.core.files import read_json, sha256_file
 from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families import sd
-from lora_dag.families.protocol import load_family
+from lora_dag.families.protocol import all_families, load_family
 from lora_dag.pictures.pictures import load_view
 from stages.export import comfyui, writers
 from stages.export.params import refusals
@@ -195,18 +195,10 @@ def test_each_rate_is_its_own() -> None:
 
 
 KINDS: dict[str, dict[str, Any]] = {"sd": {"use_dora": True}, "sdxl": {"use_rslora": True, "bias": "lora_only"}}
-FORMATS = {
-    "sd": ["peft", "comfyui", "merged"],
-    "sdxl": ["diffusers", "peft", "comfyui", "merged"],
-    "sd3": ["diffusers", "comfyui"],
-    "flux": ["diffusers", "comfyui"],
-}
-PREFIXES = {
-    "sd": {"lora_te_"},
-    "sdxl": {"lora_te1_", "lora_te2_"},
-    "sd3": {"text_encoder.", "text_encoder_2."},
-    "flux": {"text_encoder."},
-}
+WITH_TEXT = [name for name, family in all_families().items() if family.TEXT_ENCODERS]
+FORMATS = {"sd": ["peft", "comfyui", "merged"], "sdxl": ["diffusers", "peft", "comfyui", "merged"]}
+KOHYAS = {"sd": {"lora_te_"}, "sdxl": {"lora_te1_", "lora_te2_"}}
+"""Prefixes of keys; a transformer's are the components' own names."""
 
 
 def adapt(name: str, **changes: Any) -> Any:
@@ -230,10 +222,10 @@ def adapt(name: str, **changes: Any) -> Any:
     return pipeline
 
 
-@pytest.mark.parametrize("name", sorted(FORMATS), indirect=True)
+@pytest.mark.parametrize("name", WITH_TEXT, indirect=True)
 def test_every_format_says_what_the_adapted_encoders_say(on_base: Workspace, name: str) -> None:
     pipeline = adapt(name, **KINDS.get(name, {}))
-    formats = FORMATS[name]
+    formats = FORMATS.get(name, ["diffusers", "comfyui"])
     if "diffusers" not in formats:
         with pytest.raises(UserError, match=r"diffusers cannot hold this adapter: it loses text encoders' magnitudes"):
             on_base.run("export", *overrides(name))
@@ -246,7 +238,8 @@ def test_every_format_says_what_the_adapted_encoders_say(on_base: Workspace, nam
             torch.testing.assert_close(tensor, expected[part], atol=1e-4, rtol=1e-4)
     assert any((expected[part] - tensor).abs().max() > 0.1 for part, tensor in plain.items())
     keys = [re.match(r"(.*te.*)text_model.encoder.layers.0.self_attn.q_proj\.", key) for key in load_tensors(COMFYUI)]
-    assert {found[1] for found in keys if found} == PREFIXES[name]
+    own_names = {f"{component}." for component in load_family(name).TEXT_ENCODERS}
+    assert {found[1] for found in keys if found} == KOHYAS.get(name, own_names)
     header = load_metadata(COMFYUI)
     assert set(json.loads(header["lora_dag"])["text_lora"]) == set(load_family(name).TEXT_ENCODERS)
 

@@ -8,6 +8,7 @@ A file here has, for the family of its name:
 ``ENCODERS``: ``keys.FORMAT`` and digest of the family's code that decides what the store holds; see
 ``tests/cache_latents/test_store_keys.py``.
 ``COMFYUI``: ComfyUI's class of the denoiser, and its config where ComfyUI does not find it in the tensors.
+``ORIGINAL_NORMS``: of a transformer, tensors without an adapter that diffusers' converter of checkpoints needs.
 ``SINGLE_FILE``: the tensors of a checkpoint in one file made of a folder; None where no test makes one.
 """
 

@@ -22,6 +22,11 @@ COMFYUI = (
         **{"axes_dim": [4, 4, 8], "theta": 10000, "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": []},
     },
 )
+ORIGINAL_NORMS = [
+    f"{block}.{norm}.scale"
+    for block in ("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm")
+    for norm in ("query_norm", "key_norm")
+]
 SINGLE_FILE = None
 
 

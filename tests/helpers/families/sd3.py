@@ -15,6 +15,11 @@ from tests.helpers.stock import Stock, Tensors
 LOSSES = [1.69002, 1.71176, 1.66376]
 ENCODERS = (1, "0142be795761f09f")
 COMFYUI = ("SD3", {})
+ATTENTIONS = ("0.x_block.attn", "0.x_block.attn2", "0.context_block.attn", "1.x_block.attn", "1.context_block.attn")
+ORIGINAL_NORMS = [
+    "pos_embed",
+    *(f"joint_blocks.{block}.{norm}.weight" for block in ATTENTIONS for norm in ("ln_q", "ln_k")),
+]
 SINGLE_FILE = sd3_transformer
 
 

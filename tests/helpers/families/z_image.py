@@ -21,6 +21,7 @@ COMFYUI = (
         **{"z_image_modulation": True, "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3},
     },
 )
+ORIGINAL_NORMS: list[str] = []
 SINGLE_FILE = None
 
 
