@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from lora_dag.commands.gate import figures, limits, lock
 from lora_dag.commands.gate.against import Comparison
@@ -71,7 +72,7 @@ def test_a_worse_branch_is_closed_by_its_gate(clone: Clone, monkeypatch: pytest.
     page = Path("page.md").read_text(encoding="utf-8")
     assert page.startswith("# Experiment: not passed") and "**not passed**" in page
     assert "dvc.lock and reports/ have the digests of one run" in page and "nothing was run again here" in page
-    assert "passes unless the whole of it lies above the limit" in page
+    assert "passes unless the whole of it is worse than the limit" in page
     assert "![](reports/samples.png)" in page or "![Samples](reports/samples.png)" in page  # no address: by path
 
 
@@ -163,7 +164,7 @@ def test_dvc_agrees_or_forgives(clone: Clone, name: str) -> None:
 def test_all_that_is_wrong_is_said_at_once(clone: Clone) -> None:
     """As a person starts it: the page, a line per reason on stderr, exit code 2."""
     clone("main")
-    edit("params.yaml", "    max_copied_share:", "    max_copied_share: 0.1")
+    edit("params.yaml", "    limits:", "    limits:\n      samples.copied_share: 0.1")
     for name in ("params", "metrics", "code", "no report"):
         (TAMPERED | FORGIVEN)[name][0]()
     done = subprocess.run(
@@ -174,7 +175,7 @@ def test_all_that_is_wrong_is_said_at_once(clone: Clone) -> None:
     assert all(line.startswith("error: ") for line in lines)
     for start in ("params.yaml lora.rank: 8", "reports/metrics.json: missing", "stages/train/trainer.py: changed"):
         assert any(line.startswith(f"error: {start}") for line in lines), lines
-    assert "error: report.gates.max_copied_share: samples.copied_share was not measured; the limit is 0.1" in lines
+    assert "error: report.gates.limits: samples.copied_share was not measured; the limit is 0.1" in lines
     page = Path("page.md").read_text(encoding="utf-8")
     assert page.startswith("# Experiment: not passed") and "- `` params.yaml lora.rank: 8, and dvc.lock has 2" in page
     assert len(lines) == 4
@@ -495,9 +496,9 @@ def test_text_of_a_report_is_no_markup_of_the_page(clone: Clone, monkeypatch: py
 
 RULES: dict[str, tuple[Callable[[], Any], str, str]] = {
     "gates": (
-        lambda: edit("params.yaml", "max_export_error: 1.0e-5", "max_export_error:"),
+        lambda: edit("params.yaml", "max_abs_error: 1.0e-5", "max_abs_error: 1.0"),
         "report.gates",
-        "report.gates.max_export_error 1e-05 → null",
+        "report.gates.limits.export.*.max_abs_error 1e-05 → 1.0",
     ),
     "a gate without a comparison": (
         lambda: (edit("params.yaml", "max_heldout_change: 0.0", "max_heldout_change:"), Path(HELDOUT).unlink()),
@@ -710,7 +711,7 @@ def test_nothing_is_no_commit_to_judge(clone: Clone, monkeypatch: pytest.MonkeyP
 # Gates
 
 
-def answer(metrics: dict[str, Any], change: Estimate | str | None = None, **gates: float) -> list[str]:
+def answer(metrics: dict[str, Any], change: Estimate | str | None = None, **gates: Any) -> list[str]:
     """Reasons of the gates that are closed."""
     comparison = None if change is None else Comparison("", change)
     found = limits.answers(Gates.model_validate(OFF | gates), metrics, comparison)
@@ -718,42 +719,73 @@ def answer(metrics: dict[str, Any], change: Estimate | str | None = None, **gate
 
 
 @pytest.mark.parametrize(
-    ("gate", "metrics", "closed"),
+    ("name", "metrics", "closed"),
     [
-        ("max_overfit_gap", {"val.overfit_gap_low": 0.1}, False),
-        ("max_overfit_gap", {"val.overfit_gap_low": 0.11}, "lower bound of val.overfit_gap is 0.11"),
-        ("max_overfit_gap", {"val.overfit_gap_low": None}, "val.overfit_gap was not measured"),
-        ("max_overfit_gap", {"val.overfit_gap_low": True}, "val.overfit_gap was not measured"),
-        ("max_drift_change", {"drift.loss_change_low": 0.2}, "lower bound of drift.loss_change is 0.2"),
-        ("max_drift_change", {}, "drift.loss_change was not measured"),
-        ("max_copied_share", {"samples.copied_share": 0.1}, False),
-        ("max_copied_share", {"samples.copied_share": 0.2}, "samples.copied_share is 0.2"),
-        ("max_copied_share", {}, "samples.copied_share was not measured"),
-        ("max_export_error", {"export.peft.max_abs_error": 0.1, "export.rank_4.max_abs_error": 9.0}, False),
+        ("val.overfit_gap", {"val.overfit_gap_low": 0.1}, False),
+        ("val.overfit_gap", {"val.overfit_gap_low": 0.11}, "lower bound of val.overfit_gap is 0.11"),
+        ("val.overfit_gap", {"val.overfit_gap_low": None}, "val.overfit_gap was not measured"),
+        ("val.overfit_gap", {"val.overfit_gap_low": True}, "val.overfit_gap was not measured"),
+        ("drift.loss_change", {"drift.loss_change_low": 0.2}, "lower bound of drift.loss_change is 0.2"),
+        ("drift.loss_change", {}, "drift.loss_change was not measured"),
+        ("samples.copied_share", {"samples.copied_share": 0.1}, False),
+        ("samples.copied_share", {"samples.copied_share": 0.2}, "samples.copied_share is 0.2"),
+        ("samples.copied_share", {}, "samples.copied_share was not measured"),
+        ("export.*.max_abs_error", {"export.peft.max_abs_error": 0.1, "export.rank_4.max_abs_error": 9.0}, False),
         (
-            "max_export_error",
+            "export.*.max_abs_error",
             {"export.peft.max_abs_error": 0.0, "export.comfyui.max_abs_error": 0.3},
             "export.comfyui.max_abs_error is 0.3",
         ),
         (
-            "max_export_error",
+            "export.*.max_abs_error",
             {"export.peft.max_abs_error": 0.0, "export.comfyui.max_abs_error": None},
             "export.comfyui.max_abs_error was not measured",
         ),
-        ("max_export_error", {"export.peft.max_abs_error": None}, "export.peft.max_abs_error was not measured"),
-        ("max_export_error", {}, "export.*.max_abs_error was not measured"),
+        ("export.*.max_abs_error", {"export.peft.max_abs_error": None}, "export.peft.max_abs_error was not measured"),
+        ("export.*.max_abs_error", {}, "export.*.max_abs_error was not measured"),
         (
-            "max_export_error",
+            "export.*.max_abs_error",
             {"export.peft.max_abs_error": 0.0, "export.comfyui.max_abs_error": float("nan")},
             "export.comfyui.max_abs_error was not measured",
         ),
-        ("max_copied_share", {"samples.copied_share": 10**400}, "samples.copied_share was not measured"),
+        ("samples.copied_share", {"samples.copied_share": 10**400}, "samples.copied_share was not measured"),
+        (
+            "export.peft.max_abs_error",
+            {"export.comfyui.max_abs_error": 0.3},
+            "export.peft.max_abs_error was not measured",
+        ),
+        ("val.loss", {"val.loss": 0.2, "val.loss_change_low": -1.0}, "val.loss is 0.2"),
+        ("val.loss_change", {"val.loss": 0.2, "val.loss_change_low": -1.0}, False),
     ],
 )
-def test_each_gate_asks_its_figure(gate: str, metrics: dict[str, Any], closed: str | bool) -> None:
-    expected = [f"report.gates.{gate}: {closed}; the limit is 0.1"] if closed else []
-    assert answer(metrics, **{gate: 0.1}) == expected
+def test_a_limit_is_of_its_metric(name: str, metrics: dict[str, Any], closed: str | bool) -> None:
+    expected = [f"report.gates.limits: {closed}; the limit is 0.1"] if closed else []
+    assert answer(metrics, limits={name: 0.1}) == expected
     assert answer(metrics) == []
+
+
+def test_where_higher_is_better_the_limit_is_the_least() -> None:
+    """Of an interval the upper bound counts: noise alone closes nothing."""
+    for score, closed in ((0.5, []), (0.4, ["report.gates.limits: samples.cosine is 0.4; the limit is at least 0.5"])):
+        assert answer({"samples.cosine": score}, limits={"samples.cosine": 0.5}) == closed
+    change = {"samples.cosine_change": -0.5, "samples.cosine_change_high": 0.0}
+    assert answer(change, limits={"samples.cosine_change": 0.0}) == []
+    (line,) = answer(change | {"samples.cosine_change_high": -0.1}, limits={"samples.cosine_change": 0.0})
+    assert line == "report.gates.limits: upper bound of samples.cosine_change is -0.1; the limit is at least 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "problem"),
+    [
+        ("samples.copied_shar", 0.1, "'samples.copied_shar' is no metric (near: samples.copied_share"),
+        ("val.overfit_gap_low", 0.1, "'val.overfit_gap_low' is no metric"),
+        ("val.best_step", 100, "'val.best_step' is neither better high nor low"),
+        ("samples.copied_share", 5, "'samples.copied_share' is a share, and 5 is not; set 0 to 1"),
+    ],
+)
+def test_a_limit_that_no_figure_can_meet_or_miss_is_refused(name: str, limit: float, problem: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(problem)):
+        Gates.model_validate(OFF | {"limits": {name: limit}})
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def agree(digests: Sequence[str]) -> bool:
 
 
 def formats(reports: Reports) -> Iterator[str]:
-    """Each format that is handed out was loaded back, so that none is left out of ``max_export_error``."""
+    """Each format that is handed out was loaded back, so that a limit is of all of them."""
     measured = metrics.load(Path(EXPORT))
     for name in reports.params["export"]["formats"]:
         if f"export.{name}.max_abs_error" not in measured:

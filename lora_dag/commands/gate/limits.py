@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_dag.artifacts.metrics import Value
 from lora_dag.commands.gate.against import Comparison
+from lora_dag.evaluation.metrics import METRICS, Metric, key_of
 from lora_dag.pages.markdown import signed
 from stages.report.params import Gates
-
-WITH_INTERVAL = {"max_overfit_gap": "val.overfit_gap", "max_drift_change": "drift.loss_change"}
-COPIED = "samples.copied_share"
-EXPORTED = re.compile(r"export\.(?!rank_)\w+\.max_abs_error")
 
 
 @dataclass(frozen=True)
@@ -29,9 +25,15 @@ class Answer:
     """It passed without a measurement, as ``when_not_comparable`` allows."""
     cure: str = ""
     """A setting that would let it pass."""
+    is_least: bool = False
+    """Higher is better."""
 
     def __str__(self) -> str:
-        return f"report.gates.{self.gate}: {self.measured}; the limit is {self.limit:g}{self.cure}"
+        return f"report.gates.{self.gate}: {self.measured}; the limit is {self.shown_limit}{self.cure}"
+
+    @property
+    def shown_limit(self) -> str:
+        return f"at least {self.limit:g}" if self.is_least else f"{self.limit:g}"
 
     @property
     def word(self) -> str:
@@ -48,27 +50,33 @@ def answers(gates: Gates, metrics: Mapping[str, Value], comparison: Comparison |
     found = []
     if gates.max_heldout_change is not None and comparison:
         found.append(ask_change(gates, gates.max_heldout_change, comparison))
-    for gate, name in WITH_INTERVAL.items():
-        limit = getattr(gates, gate)
-        if limit is not None:
-            found.append(ask(gate, limit, {name: metrics.get(f"{name}_low")}, f"lower bound of {name}"))
-    if gates.max_copied_share is not None:
-        found.append(ask("max_copied_share", gates.max_copied_share, {COPIED: metrics.get(COPIED)}, COPIED))
-    if gates.max_export_error is not None:
-        errors = {name: value for name, value in metrics.items() if EXPORTED.fullmatch(name)}
-        found.append(ask("max_export_error", gates.max_export_error, errors, "export.*.max_abs_error"))
-    return found
+    return found + [ask(name, limit, metrics) for name, limit in gates.limits.items()]
 
 
-def ask(gate: str, limit: float, values: Mapping[str, Value], what: str) -> Answer:
-    """The largest of ``values`` against ``limit``; closed where one is no number, or there is none."""
-    numbers = {name: number for name, value in values.items() if (number := as_number(value)) is not None}
+def ask(name: str, limit: float, metrics: Mapping[str, Value]) -> Answer:
+    """The worst figure of a metric against its limit; closed where one is no number, or there is none.
+
+    Args:
+        name: of a metric; ``export.*.max_abs_error`` is of every format.
+    """
+    metric = METRICS[key_of(name) or name]
+    is_least = metric.better == "higher"
+    names = [each for each in metrics if key_of(each) == name] if "*" in name else [name]
+    bound = ("high" if is_least else "low") if has_interval(name, metric) else ""
+    values = {each: as_number(metrics.get(f"{each}_{bound}" if bound else each)) for each in names}
+    numbers = {each: number for each, number in values.items() if number is not None}
     if not numbers or len(numbers) < len(values):
-        lacking = sorted(values.keys() - numbers.keys()) or [what]
-        return Answer(gate, limit, f"{', '.join(lacking)} was not measured", passed=False)
-    worst = max(numbers, key=lambda name: numbers[name])
-    name = what if worst in what else worst
-    return Answer(gate, limit, f"{name} is {numbers[worst]:z.4g}", passed=numbers[worst] <= limit)
+        lacking = sorted(values.keys() - numbers.keys()) or [name]
+        return Answer("limits", limit, f"{', '.join(lacking)} was not measured", passed=False, is_least=is_least)
+    worst = (min if is_least else max)(numbers, key=lambda each: numbers[each])
+    passed = numbers[worst] >= limit if is_least else numbers[worst] <= limit
+    what = {"": "", "low": "lower bound of ", "high": "upper bound of "}[bound] + worst
+    return Answer("limits", limit, f"{what} is {numbers[worst]:z.4g}", passed=passed, is_least=is_least)
+
+
+def has_interval(name: str, metric: Metric) -> bool:
+    """Of a metric that the base has as well, the change alone has one."""
+    return metric.has_interval and (not metric.has_base or name.endswith("_change"))
 
 
 def as_number(value: Value) -> float | None:

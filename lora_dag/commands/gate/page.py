@@ -117,10 +117,10 @@ def in_line(text: str) -> str:
 def gates_table(answers: Sequence[Answer]) -> str:
     if not answers:
         return "None is set: see `report.gates` in params.yaml."
-    rows = [(a.gate, f"{a.limit:g}", a.measured, a.word) for a in answers]
+    rows = [(a.gate, a.shown_limit, a.measured, a.word) for a in answers]
     answered = table(("Gate", "limit", "measured", ""), rows, align=":---")
-    if any("[" in a.measured for a in answers):
-        return f"{answered}\n\nAn interval passes unless the whole of it lies above the limit."
+    if any("[" in a.measured or " bound of " in a.measured for a in answers):
+        return f"{answered}\n\nAn interval passes unless the whole of it is worse than the limit."
     return answered
 
 
