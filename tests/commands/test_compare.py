@@ -33,7 +33,7 @@ def test_a_better_experiment(repository: Repository) -> None:
     assert f"**clear-newt (lora.rank 16) against main (lora.rank 8): {words}**" in page
     assert "| lora.rank | 8 | 16 |" in page
     assert "lora.alpha" not in page and "report.title" not in page
-    assert "| val.loss | 0.3965 | 0.3465 (−0.05 ✓) |" in page
+    assert "| val.loss ↓ | 0.3965 | 0.3465 (−0.05 ✓) |" in page
     assert "| train.num_trainable_parameters | 800 | 1600 (+800) |" in page
     assert "val.loss_change_low" not in page and "val.table" not in page
 
@@ -41,9 +41,23 @@ def test_a_better_experiment(repository: Repository) -> None:
 def test_a_verdict_marks_no_metric_that_it_is_not_of(repository: Repository) -> None:
     write_revision(rank=16, gain=0.15)
     page = repository.run()
-    assert "better, −12.6 %" in page and "| val.loss | 0.3965 | 0.3465 (−0.05 ✓) |" in page
-    assert "| val.train_loss | 0.3965 | 0.3465 (−0.05) |" in page
-    assert "| val.loss_low_noise | 0.3965 | 0.3465 (−0.05) |" in page
+    assert "better, −12.6 %" in page and "| val.loss ↓ | 0.3965 | 0.3465 (−0.05 ✓) |" in page
+    assert "| val.train_loss ↓ | 0.3965 | 0.3465 (−0.05) |" in page
+    assert "| val.loss_low_noise ↓ | 0.3965 | 0.3465 (−0.05) |" in page
+
+
+def test_figures_stand_in_the_order_of_the_table_with_the_direction_that_is_better(repository: Repository) -> None:
+    """A figure without a row in METRICS comes last, by its own name."""
+    write_revision(rank=16, gain=0.15)
+    path = Path("reports/metrics.json")
+    more = {"a.unknown": 2, "samples.clip_score": 25.0, "samples.clip_score_base": 20.0, "samples.copied_share": 0.5}
+    write_json(path, read_json(path) | more)
+    page = repository.run()
+    names = [line[2:].partition(" |")[0] for line in page.splitlines() if re.match(r"\| (val|samples|train|a)\.", line)]
+    assert names[0] == "val.loss ↓" and names[-1] == "a.unknown"
+    assert names[-4:-1] == ["samples.copied_share ↓", "samples.clip_score ↑", "train.num_trainable_parameters"]
+    assert "| samples.clip_score ↑ |  | 25 |" in page
+    assert "↓ lower is better, ↑ higher is better. ✓ better, ✗ worse than HEAD." in page
 
 
 def test_a_worse_workspace_against_an_experiment(repository: Repository) -> None:
@@ -96,7 +110,7 @@ def test_tables_are_joined_where_they_share_pictures(repository: Repository) -> 
     write_revision(rank=16, gain=0.15, table="another", pictures="2345678")
     page = repository.run()
     assert ": better, −12.6 %" in page and "over 6 held-out pictures that both have (of 8 and 7)" in page
-    assert "| val.loss | 0.3965 | 0.345 (−0.0515) |" in page  # of other pictures: no mark
+    assert "| val.loss ↓ | 0.3965 | 0.345 (−0.0515) |" in page  # of other pictures: no mark
 
 
 @pytest.mark.parametrize(
@@ -116,7 +130,7 @@ def test_other_tables_are_not_compared(repository: Repository, changes: dict[str
     page = repository.run()
     assert f"not comparable: the held-out table differs {reason}.**" in page
     assert "✗" not in page and "✓" not in page and "interval" not in page
-    assert re.search(r"\| val\.loss \| 0\.\d+ \| 0\.\d+ \|", page)  # side by side, without a difference
+    assert re.search(r"\| val\.loss ↓ \| 0\.\d+ \| 0\.\d+ \|", page)  # side by side, without a difference
 
 
 @pytest.mark.parametrize(("caption", "reason"), [("apple", "sizes or crops"), ("pear", "captions")])
@@ -154,7 +168,7 @@ def test_three_revisions_in_one_table(repository: Repository) -> None:
     page = repository.run("main", "clear-newt", "workspace")
     assert page.startswith("# clear-newt and workspace against main\n")
     assert "| lora.rank | 8 | 16 | 16 |" in page
-    assert "| val.loss | 0.3965 | 0.3465 (−0.05 ✓) | 0.2965 (−0.1 ✓) |" in page
+    assert "| val.loss ↓ | 0.3965 | 0.3465 (−0.05 ✓) | 0.2965 (−0.1 ✓) |" in page
     with Image.open("compare/main..clear-newt..workspace/samples.png") as picture:
         assert len(cut(picture.convert("RGB"), 2, 4, 64)[0]) == 4
 
@@ -253,7 +267,7 @@ def test_names_in_reports_are_no_markup(repository: Repository) -> None:
     write_json(path, read_json(path) | {"val.x\n\n# Better\n\n![](/etc/passwd)": 1, "val.loss": "![](x.png)"})
     page = repository.run()
     assert "| `val.x # Better ![](/etc/passwd)` |  | 1 |" in page and "\n# Better" not in page
-    assert "| val.loss | 0.3965 | `![](x.png)` |" in page
+    assert "| val.loss ↓ | 0.3965 | `![](x.png)` |" in page
 
 
 def test_starts_without_torch() -> None:

@@ -14,6 +14,7 @@ from lora_dag.commands.compare.sides import Side, shared_prompts
 from lora_dag.commands.compare.verdict import Verdict
 from lora_dag.core.console import plural
 from lora_dag.core.files import from_json, sha256_file
+from lora_dag.evaluation.metrics import DETAILS, METRICS, arrow, find, key_of
 from lora_dag.pages import findings
 from lora_dag.pages.dataset_changes import Changes, compare_tables
 from lora_dag.pages.markdown import MINUS, code, codes, facts, image, numbered, signed, table
@@ -24,9 +25,7 @@ MEASURED = {
 }
 """What a stage took, and the figures that it is of."""
 """What differs between equal runs; of the workspace alone, since neither git nor DVC has it."""
-JUDGED = ("val.loss", "val.loss_change")
-"""What a verdict is of. It bears nothing out of drift, training losses or a third of the timesteps."""
-HIDDEN = re.compile(r"(_low|_high|_base)$")  # a metric's interval and the base's values
+ORDER = {name: index for index, name in enumerate(METRICS)}
 MAX_VALUE = 300  # characters of a parameter
 
 
@@ -161,25 +160,30 @@ def is_plain(value: object) -> bool:
 
 
 def metrics_table(sides: Sequence[Side], verdicts: Sequence[Verdict]) -> str:
-    """Numbers that moved, the losses first; whatever is equal in all is counted.
+    """Numbers that moved, in the order of METRICS; whatever is equal in all is counted.
 
     The held-out loss is marked as better or worse only where it agrees with a verdict on the whole tables; where there
     is none to compare, what the held-out pictures gave stands side by side without a difference.
     """
     first, *others = sides
-    keys = {key for side in sides for key in side.metrics if not HIDDEN.search(key)}
+    keys = {key for side in sides for key in side.metrics if not key.endswith(DETAILS)}
     numbers = sorted(key for key in keys if any(is_number(side.metrics.get(key)) for side in sides))
     moved = [key for key in numbers if len({json.dumps(side.metrics.get(key)) for side in sides}) > 1]
-    moved.sort(key=lambda key: not key.startswith("val."))
+    moved.sort(key=lambda key: ORDER.get(key_of(key) or "", len(ORDER)))
     if not moved:
         return f"All {len(numbers)} are equal." if len(numbers) != 1 else "It is equal."
     marks = [mark_of(first, side, verdict) for side, verdict in zip(others, verdicts, strict=True)]
     marked = list(zip(others, marks, strict=True))
     rows = [
-        [show_name(key), show_number(first.metrics.get(key)), *(cell(key, first, side, mark) for side, mark in marked)]
+        [
+            f"{show_name(key)} {arrow(key)}".strip(),
+            show_number(first.metrics.get(key)),
+            *(cell(key, first, side, mark) for side, mark in marked),
+        ]
         for key in moved
     ]
-    legend = f" ✓ better, ✗ worse than {first.name}." if any(marks) else ""
+    legend = " ↓ lower is better, ↑ higher is better." if any(map(arrow, moved)) else ""
+    legend += f" ✓ better, ✗ worse than {first.name}." if any(marks) else ""
     head = ("Metric", *(side.name for side in sides))
     return f"{table(head, rows)}\n\n{plural(len(numbers) - len(moved), 'other is', 'others are')} equal.{legend}"
 
@@ -198,7 +202,8 @@ def cell(key: str, first: Side, side: Side, mark: str | None) -> str:
     alone = mark is None and key.startswith("val.")
     if alone or not is_number(before) or not is_number(after) or before == after:
         return show_number(after)
-    agrees = key in JUDGED and (after < before) == (mark == " ✓")
+    metric = find(key)
+    agrees = metric is not None and metric.decides and (after < before) == (mark == " ✓")
     return f"{show_number(after)} ({signed(after - before, '.4g')}{mark if mark and agrees else ''})"
 
 
