@@ -11,19 +11,17 @@ import argparse
 import gc
 import math
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts import lineage, metrics
-from lora_dag.artifacts.adapter import FINAL, Adapter
+from lora_dag.artifacts.adapter import Adapter
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.bases import layout, resolve
 from lora_dag.core import params
 from lora_dag.core.console import UserError, log, parser, run
 from lora_dag.core.device import environment, setup, speed_conditions
-from lora_dag.core.files import sha256_file, sha256_json, write_json, write_text
-from lora_dag.core.labels import exact, numbers
+from lora_dag.core.files import sha256_file, write_json, write_text
 from lora_dag.core.params import ModelParams, RuntimeParams
 from lora_dag.core.progress import Bar
 from lora_dag.core.took import Work
@@ -32,21 +30,18 @@ from lora_dag.evaluation.heldout_table import Score
 from lora_dag.families.long_texts import warn_of_long_prompts
 from lora_dag.families.protocol import load_family
 from lora_dag.pipeline import code as closure
-from stages.validate import cost, curve, feature_files, features, neighbours, passes
+from stages.validate import cost, curve, feature_files, features, neighbours, passes, sheets
 from stages.validate.heldout_loss import EvalSet, make_eval_set
 from stages.validate.params import ValidateParams, prompt_problems
+from stages.validate.provenance import provenance
 from stages.validate.result_cache import ResultCache
-from stages.validate.score_snapshots import ScoresAndSamples, score_snapshots, step_label
+from stages.validate.score_snapshots import ScoresAndSamples, score_snapshots
 from stages.validate.vae import Vae
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from lora_dag.bases.resolve import Base
-
-MAX_COLUMNS, MAX_ROWS = 9, 12  # of the progress sheet
-DIGEST_DIGITS = 12  # enough to tell files apart by eye
 
 
 def main() -> None:
@@ -101,17 +96,17 @@ def report(
     names = heldout_table.row_names(eval_set.rows, settings.seed, targets)
     measured = write_losses(args.reports, eval_set, names, evidence, settings)
     measured["val.table"] = heldout_table.digest(eval_set.rows, settings.seed, targets)
-    cell = draw_sheets(args.reports, evidence, settings, trained_captions(cache))
-    neighbours.write(args.reports / "validate", near, vae, cache, sheet_cells(evidence))
+    cell = sheets.draw(args.reports, evidence, settings, sheets.trained_captions(cache))
+    neighbours.write(args.reports / "validate", near, vae, cache, sheets.cells(evidence))
     measured |= ink_measures(evidence, settings) | neighbours.metrics(near)
     measured |= evidence.drift | {"cost.tflop_per_image": cost.tflop_per_image(eval_set, adapter, cache)}
     sizes = {"cell": cell, "picture": list(evidence.pictures[0][0][0].size)}  # in pixels; as the pictures were drawn
-    made_from = origin_of(settings, origin, base, cache, adapter, eval_set) | {"sheet": sizes}
-    made_from["neighbours"] = neighbours.scale(near, space)
+    came_from = provenance(settings, origin, base, cache, adapter, eval_set) | {"sheet": sizes}
+    came_from["neighbours"] = neighbours.scale(near, space)
     if feature_model:
         measured |= features.measure(feature_model, eval_set, settings.prompts, drawn[0][0], drawn[1][0], vae)
-        made_from["feature_model"] = feature_model.name
-    lineage.save(args.reports / "validate" / "lineage.json", made_from)
+        came_from["feature_model"] = feature_model.name
+    lineage.save(args.reports / "validate" / "lineage.json", came_from)
     metrics.save(args.reports / "metrics.json", measured)
     own = {"environment": environment(eval_set.device), "of": sha256_file(args.reports / "metrics.json")}
     write_json(args.reports / "validate" / "run.json", own | used(eval_set.device, began))
@@ -157,60 +152,6 @@ def write_losses(
     return {**heldout_table.metrics(scores, eval_set.num_train_timesteps, settings.seed), **curve.metrics(points)}
 
 
-def draw_sheets(reports: Path, evidence: ScoresAndSamples, settings: ValidateParams, trained: set[str]) -> int:
-    """samples.png and progress.png; returns the side of a cell of samples.png in pixels."""
-    first = {step: drawn[0] for step, drawn in sorted(evidence.pictures.items())}
-    samples = {"base": first[0]} | {scale_label(scale): drawn for scale, drawn in evidence.scaled.items()}
-    progress = {step_label(step): first[step] for step in spread(list(first), MAX_COLUMNS)}
-    marks = ["trained on: " if same_words(prompt) in trained else "" for prompt in settings.prompts]
-    heads = [number + mark for number, mark in zip(numbers(len(marks)), marks, strict=True)]
-
-    def draw(name: str, columns: dict[str, list[Image.Image]], num_rows: int) -> int:
-        from lora_dag.pages.sheets import MAX_BYTES, save_sheet, sheet
-
-        rows = [list(row) for row in zip(*columns.values(), strict=True)][:num_rows]
-        labels, begins = settings.prompts[:num_rows], heads[:num_rows]
-        title = f"The first {len(rows)} of {len(heads)} prompts" if len(rows) < len(heads) else None
-        return save_sheet(
-            reports / f"{name}.png",
-            lambda cell: sheet(rows, labels, list(columns), cell, title, row_heads=begins),
-            sheet_cells(evidence),
-            MAX_BYTES[name],
-        )
-
-    draw("progress", progress, MAX_ROWS)
-    return draw("samples", samples, len(heads))
-
-
-def spread(steps: list[int], most: int) -> list[int]:
-    """The first, the last, and those evenly between that make at most ``most``."""
-    if len(steps) <= most:
-        return steps
-    return [steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)]
-
-
-def trained_captions(cache: LatentCache) -> set[str]:
-    """Every caption that training could ask for."""
-    return {same_words(caption) for item in cache.items if item.split == "train" for caption in item.captions}
-
-
-def same_words(text: str) -> str:
-    """As two captions are compared: without case and spare spaces."""
-    return " ".join(text.casefold().split())
-
-
-def sheet_cells(evidence: ScoresAndSamples) -> list[int]:
-    """Sides in pixels that a sheet's cells may have."""
-    from lora_dag.pages.sheets import cell_sides
-
-    side = max(evidence.pictures[0][0][0].size)
-    return cell_sides(side, min(256, max(128, side)))
-
-
-def scale_label(scale: float) -> str:
-    return "adapter" if scale == 1 else f"adapter x {exact(scale)}"
-
-
 def ink_measures(evidence: ScoresAndSamples, settings: ValidateParams) -> dict[str, metrics.Value]:
     """Chroma (0 to 255) and dark share (0 to 1) of base and adapter, mean over pictures; empty where nobody asks."""
     import numpy as np
@@ -223,36 +164,6 @@ def ink_measures(evidence: ScoresAndSamples, settings: ValidateParams) -> dict[s
         found[f"samples.chroma{suffix}"] = bootstrap.mean(map(chroma, arrays))
         found[f"samples.dark_share{suffix}"] = bootstrap.mean(map(dark_share, arrays))
     return found
-
-
-def origin_of(
-    settings: ValidateParams,
-    origin: Base,
-    base: dict[str, str],
-    cache: LatentCache,
-    adapter: Adapter,
-    eval_set: EvalSet,
-) -> dict[str, Any]:
-    """What the figures and pictures came from; `report` and `compare` read it."""
-    counts = Counter(item.split for item in cache.items)
-    shown = sha256_json(sorted([item.split, item.content, item.caption] for item in cache.items))
-    found = {
-        "adapter": adapter.files[FINAL][:DIGEST_DIGITS],
-        "base": {component: digest[:DIGEST_DIGITS] for component, digest in base.items()},
-        "dataset": {"train": counts["train"], "heldout": counts["heldout"], "content": shown[:DIGEST_DIGITS]},
-        "latents": cache.digest[:DIGEST_DIGITS],
-        "lora_config": adapter.lora_config,
-        "model": origin.model.model_dump() | {"pretrained": origin.label},  # no path of this machine
-        "num_steps": adapter.num_steps,
-        "table": {
-            "num_pictures": dict(Counter(row.picture.split for row in eval_set.rows if row.stratum == 0)),
-            "num_rows": len(eval_set.rows),
-            "num_train_timesteps": eval_set.num_train_timesteps,
-            "prediction_type": eval_set.prediction_type,
-        },
-        "validate": settings.model_dump(),
-    }
-    return found | ({"text_lora": adapter.text_lora} if adapter.text_lora else {})
 
 
 def used(device: torch.device, began: float) -> dict[str, float]:
