@@ -1,5 +1,7 @@
 # Latents and embeddings -> an adapter -> files that other programs load.
 
+from lora_dag.formats import known_files
+
 
 rule train:
     input:
@@ -27,7 +29,10 @@ rule export:
         base=JOBS.source_files("export", "model.pretrained"),
         adapter=JOBS.upstream_files("export", "adapter", "adapter.json"),
     output:
-        files=[f"runs/{{dataset}}/{{exports}}/export/{name}" for name in JOBS.export_files],
+        files=[
+            f"runs/{{dataset}}/{{exports}}/export/{name}"
+            for name in JOBS.common_files("export", known_files, "export.formats", "export.resized_ranks")
+        ],
         metrics="runs/{dataset}/{exports}/reports/export/metrics.json",
         energy="runs/{dataset}/{exports}/reports/export/energy.csv",
         lineage="runs/{dataset}/{exports}/reports/export/lineage.json",

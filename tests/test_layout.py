@@ -1,4 +1,7 @@
-"""The import rule: commands -> stages -> {bases, adapters, pictures, sweeps} -> {pipeline ... pages} -> core."""
+"""The import rule: only down, never sideways.
+
+commands -> stages -> formats -> {bases, adapters, pictures, sweeps} -> {pipeline ... pages} -> core.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ FLOORS = (
     {"core"},
     {"pipeline", "artifacts", "families", "diffusion", "evaluation", "pages"},
     {"bases", "adapters", "pictures", "sweeps"},
+    {"formats"},
     {"prepare", "cache_latents", "train", "validate", "export", "report"},
     {"commands"},
 )

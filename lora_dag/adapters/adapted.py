@@ -155,6 +155,11 @@ def key(component: str, name: str) -> str:
     return f"{component}.{long_name(name)}" if component else name
 
 
+def file_name(component: str, name: str) -> str:
+    """A module's or tensor's name as any release of other programs knows it."""
+    return long_name(name) if component.startswith("text_encoder") else name
+
+
 def long_name(name: str) -> str:
     """A text encoder's module or tensor as every release of transformers knows it."""
     return name if name.startswith((TEXT_MODEL, "text_projection.")) else TEXT_MODEL + name

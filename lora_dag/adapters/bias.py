@@ -39,10 +39,14 @@ def add(denoiser: torch.nn.Module, mode: str) -> None:
         parametrize.register_parametrization(module, "bias", BiasDelta(module.bias), unsafe=True)
 
 
-def remove(denoiser: torch.nn.Module) -> None:
-    """Take every delta off: the base's parameters are back in their places, untouched."""
+def remove(denoiser: torch.nn.Module, keep: bool = False) -> None:
+    """Take every delta off: the base's parameters are back in their places, untouched.
+
+    Args:
+        keep: leave what the deltas add in the base's biases.
+    """
     for name in deltas(denoiser):
-        parametrize.remove_parametrizations(base_module(denoiser, name), "bias", leave_parametrized=False)
+        parametrize.remove_parametrizations(base_module(denoiser, name), "bias", leave_parametrized=keep)
 
 
 def biased(denoiser: torch.nn.Module, mode: str) -> list[str]:

@@ -123,10 +123,22 @@ def disabled(denoiser: Any) -> Iterator[None]:
         bias.set_enabled(denoiser, True)
 
 
-def delete(denoiser: Any) -> None:
+def merge(module: Any) -> None:
+    """Put the adapter and the biases into the base's weights, by PEFT, and take the layers off."""
+    for name in targets(module):
+        module.get_submodule(name).merge(adapter_names=[NAME])
+    bias.remove(module, keep=True)
+    delete(module)
+
+
+def delete(module: Any) -> None:
     """The base as it was before ``inject``, its parameters under their own names."""
-    bias.remove(denoiser)
-    denoiser.unload_lora()
+    from diffusers.utils import recurse_remove_peft_layers
+
+    bias.remove(module)
+    recurse_remove_peft_layers(module)
+    del module.peft_config
+    module._hf_peft_config_loaded = False
 
 
 def targets(denoiser: Any) -> list[str]:

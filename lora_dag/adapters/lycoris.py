@@ -100,31 +100,3 @@ def plan(denoiser: torch.nn.Module, name: str) -> list[str]:
     if not layers:
         return []
     return [f"lokr        second factor of the rank in {len(layers) - whole} layers, whole in {whole}"]
-
-
-# The product of a layer's tensors
-
-
-def product(weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """D of a target, [out, in * kernel].
-
-    Args:
-        weights: PEFT's names, such as ``...to_q.lokr_w1``.
-    """
-    if f"{name}.hada_w1_a" in weights:
-        return _factor(weights, f"{name}.hada_w1", f"{name}.hada_t1") * _factor(
-            weights, f"{name}.hada_w2", f"{name}.hada_t2"
-        )
-    first = _factor(weights, f"{name}.lokr_w1")
-    second = _factor(weights, f"{name}.lokr_w2", f"{name}.lokr_t2")
-    return torch.kron(first, second.contiguous())
-
-
-def _factor(weights: dict[str, torch.Tensor], name: str, tucker: str = "") -> torch.Tensor:
-    """A factor as a matrix [out, in * kernel]: whole, a b, or a^T t b with a core t [rank, rank, *kernel]."""
-    if name in weights:
-        return weights[name].flatten(1)
-    a, b = weights[f"{name}_a"], weights[f"{name}_b"]
-    if tucker in weights:
-        return torch.einsum("rskl,ro,si->oikl", weights[tucker], a, b).flatten(1)
-    return a @ b

@@ -23,6 +23,7 @@ from lora_dag.core.console import UserError, add_settings, log, plural
 from lora_dag.core.files import state_dir
 from lora_dag.core.params import Config, ModelParams, RuntimeParams
 from lora_dag.families.protocol import load_family
+from lora_dag.formats import AdapterKind
 from lora_dag.pages import words
 from lora_dag.pictures.containers import PictureFiles
 from lora_dag.pipeline import sharing
@@ -30,7 +31,7 @@ from lora_dag.pipeline.yaml_edit import flow
 from lora_dag.sweeps import grid
 from lora_dag.sweeps.grid import Run
 from stages.cache_latents.params import CacheParams, flip_problems
-from stages.export.params import ExportParams, rank_refusals, refusals, step_refusals
+from stages.export.params import ExportParams, format_refusals, rank_refusals, step_refusals
 from stages.prepare import split, variants
 from stages.prepare.geometry import buckets
 from stages.prepare.inspection import Inspected, inspect
@@ -291,11 +292,17 @@ def pin_problems(config: Config) -> list[str]:
 def export_problems(config: Config) -> list[str]:
     """Formats that could not hold what training will make, and a step that it keeps no snapshot of."""
     lora, train, export = config.section(LoraParams), config.section(TrainParams), config.section(ExportParams)
-    denoiser = load_family(config.section(ModelParams).family).DENOISER
-    text = lora.train_text_encoder
-    found = refusals(export.formats, lora.algo, lora.bias, lora.use_dora, denoiser, text)
+    adapter = AdapterKind(
+        algo=lora.algo,
+        bias=lora.bias,
+        use_dora=lora.use_dora,
+        rank=max([lora.rank, *lora.rank_pattern.values()]),
+        denoiser=load_family(config.section(ModelParams).family).DENOISER,
+        trains_text=lora.train_text_encoder,
+    )
+    found = format_refusals(export.formats, adapter)
     found += step_refusals(export.step, train.snapshot_steps, train.num_steps)
-    return found + rank_refusals(export.resized_ranks, lora.algo, lora.rank, lora.rank_pattern, text)
+    return found + rank_refusals(export.resized_ranks, adapter)
 
 
 def disk_problems() -> list[str]:

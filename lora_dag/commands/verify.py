@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dag.adapters.adapter_tensors import tensors_digest
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.bases import resolve
 from lora_dag.bases.layout import digests
@@ -21,7 +22,6 @@ from lora_dag.core.params import Config, ModelParams, load
 from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families.protocol import load_family
 from lora_dag.pipeline.git import git
-from stages.export.header import tensors_digest
 from stages.export.params import ExportParams
 
 if TYPE_CHECKING:

@@ -29,3 +29,16 @@ def no_warnings() -> Iterator[None]:
     finally:
         for logging, verbosity in before:
             logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def while_loading() -> Iterator[None]:
+    """No warnings while a file is loaded: the comparison that follows says more."""
+    import warnings
+
+    from peft.utils.warning import PeftWarning
+
+    with warnings.catch_warnings(), no_warnings():
+        warnings.simplefilter("ignore", PeftWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, for names that PEFT looks at
+        yield

@@ -25,6 +25,8 @@ def closure(stage: str, root: Path = ROOT) -> list[str]:
     """
     main = root / "stages" / stage / "__main__.py"
     found = reachable([main if main.exists() else root / "lora_dag/commands" / stage / "command.py"], root)
+    if root / "lora_dag/formats/__init__.py" in found:  # formats are loaded by name
+        found |= reachable(sorted((root / "lora_dag/formats").glob("**/*.py")), root)
     dynamic = []
     if root / "lora_dag/families/protocol.py" in found:
         families = {

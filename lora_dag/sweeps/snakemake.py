@@ -29,12 +29,6 @@ from lora_dag.sweeps.grid import Run
 
 T = TypeVar("T")
 PARAMS = Path("params.yaml")
-EXPORT_FILES = {
-    "diffusers": "pytorch_lora_weights.safetensors",
-    "peft": "adapter_model.safetensors",
-    "merged": "model_index.json",
-}
-"""Format of an export -> a file of it whose name no parameter decides."""
 
 
 @contextlib.contextmanager
@@ -112,10 +106,14 @@ class Jobs:
         """Files that all jobs of a stage write."""
         return [f"{run.folders[folder]}/{name}" for run in self.run_by_folder[stage].values() for name in names]
 
-    @property
-    def export_files(self) -> list[str]:
-        """Files of the exports that every run has: the jobs of a rule cannot differ in their outputs."""
-        return sorted(set.intersection(*(export_files(run) for run in self.run_by_folder["export"].values())))
+    def common_files(self, stage: str, name_files: Callable[..., set[str]], *keys: str) -> list[str]:
+        """Files that every job of a stage writes: the jobs of a rule cannot differ in their outputs.
+
+        Args:
+            name_files: the files of a job, by the values of ``keys`` in params.yaml.
+        """
+        runs = self.run_by_folder[stage].values()
+        return sorted(set.intersection(*(name_files(*map(run.value, keys)) for run in runs)))
 
     def require_sources(self) -> None:
         """Raises UserError for a dataset or a base that is not here, or that Snakemake cannot read."""
@@ -208,15 +206,3 @@ def source_problems(path: str) -> list[str]:
     if not (found := files_below(path)):
         return [f"{path}: no such file or folder, or nothing in it; correct it, or `dvc pull {path}`"]
     return [f"{name}: Snakemake takes braces for wildcards; rename the file" for name in found if "{" in name]
-
-
-def export_files(run: Run) -> set[str]:
-    """One file of each format whose name is known before the export runs."""
-    formats = [name for name in run.value("export.formats") if name in EXPORT_FILES]
-    copies = [
-        f"resized/rank-{rank}/{name}"
-        for rank in run.value("export.resized_ranks")
-        for name in formats
-        if name != "merged"
-    ]
-    return {f"{folder}/{EXPORT_FILES[folder.rpartition('/')[2]]}" for folder in [*formats, *copies]}

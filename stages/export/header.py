@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts.adapter import FINAL, snapshot_name
 from lora_dag.core.files import sha256_file
-from lora_dag.core.tensors import save_tensors
 from lora_dag.families.protocol import load_family
-from stages.export.loading import load_base, shown
+from stages.export.load_snippet import load_base, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
     from lora_dag.artifacts.adapter import Adapter
     from lora_dag.bases.resolve import Base
@@ -93,16 +89,3 @@ def provenance(
             "variant": base.model.variant,
         },
     }
-
-
-def save(path: Path, tensors: dict[str, torch.Tensor], fields: dict[str, str]) -> None:
-    """A safetensors file with a header of ``fields`` and the digest of its tensors."""
-    save_tensors(path, tensors, fields | {"modelspec.hash_sha256": f"0x{tensors_digest(tensors)}"})
-
-
-def tensors_digest(tensors: dict[str, Any]) -> str:
-    """sha256 over the tensors' bytes in the order of their names, which is the file's where all have one dtype."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        total.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from lora_dag.core.params import Params
+from lora_dag.formats import FORMATS, AdapterKind, load_format
 from lora_dag.pages import words
 
-Format = Literal["diffusers", "peft", "comfyui", "merged"]
+if TYPE_CHECKING:
+    Format = str
+else:  # the files of lora_dag/formats
+    Format = Literal[FORMATS]
 MAX_SHOWN = 12
 """Snapshots' steps that a refusal lists one by one."""
 REPO_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
@@ -69,7 +73,8 @@ class ExportParams(Params):
     @model_validator(mode="after")
     def copies_have_a_format(self) -> ExportParams:
         if self.resized_ranks and not self.resizable:
-            raise ValueError("resized_ranks: no copy of merged is made; add diffusers, peft or comfyui to formats")
+            others = any_of([name for name in FORMATS if not is_merged(name)])
+            raise ValueError(f"resized_ranks: no copy of {self.formats[0]} is made; add {others} to formats")
         return self
 
     def with_words(self, source: str, caption: str) -> ExportParams:
@@ -81,42 +86,27 @@ class ExportParams(Params):
     @property
     def resizable(self) -> list[Format]:
         """The formats that the copies of resized_ranks are written in."""
-        return [name for name in self.formats if name != "merged"]
+        return [name for name in self.formats if not is_merged(name)]
 
 
-def refusals(
-    formats: list[Format], algo: str, bias: str, use_dora: bool, denoiser: str, text: bool = False
-) -> list[str]:
-    """A line per format that would lose or change something, with what to use instead.
+def format_refusals(formats: list[Format], adapter: AdapterKind) -> list[str]:
+    """A line per format that would lose or change something of the adapter, with the formats that hold it."""
+    instead = sorted((name for name in FORMATS if not load_format(name).refuse(adapter)), key=is_merged)
+    return [
+        f"params.yaml export.formats: {name} cannot hold this adapter: {reason}; use {any_of(instead)}"
+        for name in formats
+        if (reason := load_format(name).refuse(adapter))
+    ]
 
-    Args:
-        algo: ``lora.algo``.
-        bias: ``lora.bias`` where biases are trained, else none.
-        denoiser: ``unet`` or ``transformer``.
-        text: whether text encoders are trained.
-    """
-    found = []
-    for name in formats:
-        what = ""
-        others = ["comfyui"] if bias == "none" or denoiser == "unet" else []
-        if name == "diffusers" and algo != "lora":
-            what = f"the pipeline's load_lora_weights reads LoRA alone (lora.algo {algo})"
-            others += ["peft"] if bias == "none" else []
-        elif name in ("diffusers", "peft") and bias == "all":
-            what = "biases of layers that carry no adapter have no place in it (lora.bias all)"
-        elif name in ("diffusers", "peft") and bias == "lora_only" and use_dora:
-            what = "PEFT has no bias beside DoRA (lora.bias lora_only with lora.use_dora)"
-        elif name == "peft" and bias == "lora_only" and algo != "lora":
-            what = f"PEFT has no bias beside it (lora.bias lora_only with lora.algo {algo})"
-        elif name == "diffusers" and text and use_dora:
-            what = "it loses text encoders' magnitudes while loading (lora.train_text_encoder with lora.use_dora)"
-            others = ["peft", *others]
-        elif name == "comfyui" and denoiser != "unet" and bias != "none":
-            what = "ComfyUI joins a transformer's q, k and v into one layer, whose bias no key names"
-        if what:
-            instead = f"{', '.join(others)} or merged" if others else "merged"
-            found.append(f"params.yaml export.formats: {name} cannot hold this adapter: {what}; use {instead}")
-    return found
+
+def is_merged(name: Format) -> bool:
+    """Whether a format holds a whole pipeline."""
+    return not load_format(name).IS_ADAPTER
+
+
+def any_of(names: list[str]) -> str:
+    """``a, b or c``"""
+    return " or ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])
 
 
 def step_refusals(step: int | None, snapshots: list[int], num_steps: int) -> list[str]:
@@ -129,18 +119,15 @@ def step_refusals(step: int | None, snapshots: list[int], num_steps: int) -> lis
     return [f"params.yaml export.step: {step} has no snapshot; {known}; use one, or null for the end at {num_steps}"]
 
 
-def rank_refusals(
-    resized_ranks: list[int], algo: str, rank: int, rank_pattern: dict[str, int], text: bool = False
-) -> list[str]:
+def rank_refusals(resized_ranks: list[int], adapter: AdapterKind) -> list[str]:
     """A line per rank that is not below the adapter's largest: its copy would be no smaller; LoRA alone has copies."""
-    largest = max([rank, *rank_pattern.values()])
     where = "params.yaml export.resized_ranks"
-    if resized_ranks and algo != "lora":
-        return [f"{where}: of lora.algo {algo} there are no smaller copies; use []"]
-    if resized_ranks and text:
+    if resized_ranks and adapter.algo != "lora":
+        return [f"{where}: of lora.algo {adapter.algo} there are no smaller copies; use []"]
+    if resized_ranks and adapter.trains_text:
         return [f"{where}: with lora.train_text_encoder there are no smaller copies; use []"]
     return [
-        f"{where}: {r} is not below the adapter's rank {largest}; use a smaller one"
-        for r in resized_ranks
-        if r >= largest
+        f"{where}: {rank} is not below the adapter's rank {adapter.rank}; use a smaller one"
+        for rank in resized_ranks
+        if rank >= adapter.rank
     ]

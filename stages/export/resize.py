@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.export.trained import at_strength_1
+from lora_dag.adapters.adapter_tensors import at_strength_1
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from lora_dag.adapters.adapter_tensors import AdapterTensors
     from lora_dag.artifacts.adapter import Adapter
-    from stages.export.trained import Trained
 
 Tensors = dict[str, torch.Tensor]
 
@@ -39,11 +39,11 @@ class Factors:
         return float(self.s[:rank].square().sum() / total) if total > 0 else 1.0
 
 
-def factors(trained: Trained) -> dict[str, Factors]:
+def factors(adapter: AdapterTensors) -> dict[str, Factors]:
     """Of every layer, through the triangles of B and A: no matrix of the layer's own size is made."""
     found = {}
-    for name, scaling in trained.scalings.items():
-        a, b = (trained.weights[f"{name}.lora_{which}.weight"].flatten(1).double().cpu() for which in "AB")
+    for name, scaling in adapter.scalings.items():
+        a, b = (adapter.weights[f"{name}.lora_{which}.weight"].flatten(1).double().cpu() for which in "AB")
         (q_b, r_b), (q_a, r_a) = torch.linalg.qr(scaling * b), torch.linalg.qr(a.T)
         u, s, v = torch.linalg.svd(r_b @ r_a.T)
         u, v = q_b @ u, v @ q_a.T

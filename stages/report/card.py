@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_dag.artifacts.adapter import algorithm
 from lora_dag.core.console import plural
 from lora_dag.families.protocol import load_family
+from lora_dag.formats import Card, load_format
 from lora_dag.pages.findings import number
 from lora_dag.pages.markdown import code, facts, image, table
 from stages.report import dataset, page, tables
@@ -72,8 +73,8 @@ def front_matter(inputs: Inputs) -> str:
     made, export = inputs.made, inputs.made["export"]
     fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if name := made.get("base_model"):
-        kept_apart = export["formats"] != ["merged"]
-        fields |= {"base_model": name, "base_model_relation": "adapter" if kept_apart else "finetune"}
+        is_adapter = any(load_format(format_name).IS_ADAPTER for format_name in export["formats"])
+        fields |= {"base_model": name, "base_model_relation": "adapter" if is_adapter else "finetune"}
     if export["license"]:
         fields |= hub_license(export["license"])
     algo, base = algorithm(made["lora_config"]).lower(), load_family(made["family"]).HUB_TAG
@@ -111,35 +112,15 @@ def summary(inputs: Inputs) -> str:
 
 def usage(place: Place, inputs: Inputs) -> str:
     """How each of the written formats is loaded."""
-    made, pipeline = inputs.made, inputs.made["pipeline"]
-    drawn, export = inputs.lineage["validate"], made["export"]
-    # JSON strings are Python ones too.
-    where, prompt = (json.dumps(text, ensure_ascii=False) for text in (place.name, export["prompt"]))
-    variant = f", variant={json.dumps(pipeline['variant'])}" if pipeline["variant"] else ""
-    merged = f'snapshot_download({where}) + "/merged"' if place.is_repository else json.dumps(f"{place.name}/merged")
-    load = f"from diffusers import {pipeline['class']}\n\n{pipeline['load']}"
-    folders = {pipeline["denoiser"]: "peft"} | {name: f"peft/{name}" for name in made.get("text_lora", {})}
-    calls = [f'PeftModel.from_pretrained(pipe.{name}, {where}, subfolder="{path}")' for name, path in folders.items()]
-    start = ["from peft import PeftModel"] + ([] if "diffusers" in export["formats"] else [load])
-    ways = {
-        "diffusers": f"""```python
-{load}
-pipe.load_lora_weights({where}, subfolder="diffusers", weight_name="pytorch_lora_weights.safetensors")
-image = pipe({prompt}, num_inference_steps={drawn["num_inference_steps"]}, guidance_scale={drawn["guidance_scale"]:g})
-image.images[0].save("sample.png")
-```
-
-`pipe.set_adapters("default_0", 0.7)` makes it weaker: 1 is as trained, 0 the base.""",
-        "peft": "\n".join(["With PEFT:\n\n```python", *start, *calls, "```"]),
-        "comfyui": f"With ComfyUI: put `comfyui/{export['name']}.safetensors` below `models/loras`"
-        + (", and load it at strength 1, where DoRA is exact." if made["lora_config"].get("use_dora") else "."),
-        "merged": f"With the adapter in its weights: `{pipeline['class']}.from_pretrained({merged}{variant})`"
-        + (", with `snapshot_download` of `huggingface_hub`." if place.is_repository else "."),
-    }
+    made, export, said = inputs.made, inputs.made["export"], []
+    card = facts_of_use(place, inputs)
+    for name in export["formats"]:
+        said.append(load_format(name).usage(card))
+        if card.load in said[-1]:
+            card = replace(card, load="")
     if export["resized_ranks"]:
         ranks = ", ".join(f"`resized/rank-{rank}/`" for rank in export["resized_ranks"])
-        ways["resized"] = f"The same files at smaller ranks, by their largest singular values: {ranks}."
-    said = [text for name, text in ways.items() if name in (*export["formats"], "resized")]
+        said.append(f"The same files at smaller ranks, by their largest singular values: {ranks}.")
     if count := made.get("unfusable"):
         said.append(
             f"`pipe.fuse_lora()` and PEFT's `merge_and_unload()` raise an error for this adapter: {count} of its "
@@ -147,6 +128,24 @@ image.images[0].save("sample.png")
             "or `merged`."
         )
     return "\n\n".join([*said, base_note(inputs)])
+
+
+def facts_of_use(place: Place, inputs: Inputs) -> Card:
+    made, pipeline, drawn = inputs.made, inputs.made["pipeline"], inputs.lineage["validate"]
+    return Card(
+        place=place.name,
+        is_repository=place.is_repository,
+        load=f"from diffusers import {pipeline['class']}\n\n{pipeline['load']}",
+        pipeline=pipeline["class"],
+        variant=pipeline["variant"],
+        denoiser=pipeline["denoiser"],
+        text_encoders=list(made.get("text_lora", {})),
+        name=made["export"]["name"],
+        prompt=made["export"]["prompt"],
+        num_inference_steps=drawn["num_inference_steps"],
+        guidance_scale=drawn["guidance_scale"],
+        use_dora=bool(made["lora_config"].get("use_dora")),
+    )
 
 
 def base_note(inputs: Inputs) -> str:
@@ -168,7 +167,7 @@ def measured(inputs: Inputs) -> str:
     parts = [
         tables.results(inputs),
         tables.table_note(inputs),
-        facts("Each file, loaded back into a fresh base", tables.export_facts(inputs.export)),
+        facts("Each file, loaded back into a fresh base", tables.export_facts(inputs)),
     ]
     return "\n\n".join(parts)
 
@@ -242,9 +241,7 @@ def limits(inputs: Inputs) -> list[str]:
         "not measured.",
         repeats(inputs),
     ]
-    if "comfyui" in inputs.made["export"]["formats"]:
-        found.append("The file for ComfyUI was read by a reader of its keys and rows; ComfyUI itself was not run.")
-    return found
+    return found + [limit for name in inputs.made["export"]["formats"] if (limit := load_format(name).LIMIT)]
 
 
 def repeats(inputs: Inputs) -> str:

@@ -99,7 +99,7 @@ def write_page(title: str, inputs: Inputs, folder: Path, changed: str = "", meas
         *rank_used.paragraphs(inputs),
         "## Export",
         *exported_snapshot(inputs),
-        facts("Each format, loaded back", export_facts(inputs.export)),
+        facts("Each format, loaded back", export_facts(inputs)),
         f"{link('The model card', folder / model_card.NAME, folder)} says how each is loaded.",
         "## Lineage",
         facts("What went in", lineage_facts(inputs), "SHA-256, first digits"),

@@ -8,6 +8,7 @@ from typing import Any
 from lora_dag.artifacts.adapter import algorithm
 from lora_dag.core.console import plural
 from lora_dag.evaluation.metrics import DETAILS, METRICS, of_table, without_row
+from lora_dag.formats import load_format
 from lora_dag.pages.findings import BOOTSTRAP, number
 from lora_dag.pages.markdown import code, decimals, interval, plain, signed, table
 from stages.report.inputs import Inputs, Metrics
@@ -159,26 +160,18 @@ def last_words(name: str) -> str:
     return name if len(words) < 4 else ".".join(words[-2:]) if words[-1].isdigit() else words[-1]
 
 
-def export_facts(export: Metrics) -> Mapping[str, object]:
+def export_facts(inputs: Inputs) -> Mapping[str, object]:
     """Every ``export.*`` metric but the size, in words where there are some."""
-    effect, error = METRICS["export.effect"].label, METRICS["export.*.max_abs_error"].label
-    words = {"export.effect": effect}
-    words |= {f"export.{name}.max_abs_error": error.format(reader) for name, reader in READERS.items()}
+    export, error = inputs.export, METRICS["export.*.max_abs_error"].label
+    words = {"export.effect": METRICS["export.effect"].label}
+    for name in inputs.made["export"]["formats"]:
+        words[f"export.{name}.max_abs_error"] = error.format(load_format(name).READER)
     names = [*(name for name in words if name in export), *sorted(set(export) - {*words, "export.megabytes"})]
     values = [export[name] for name in names]
     return {
         words.get(name, f"`{name}`"): f"{value:.3g}" if isinstance(value, float) else value
         for name, value in zip(names, values, strict=True)
     }
-
-
-READERS = {
-    "diffusers": "diffusers' `load_lora_weights`",
-    "peft": "PEFT's `from_pretrained`",
-    "comfyui": "a reader of ComfyUI's keys",
-    "merged": "the merged pipeline",
-}
-"""Of each format."""
 
 
 def lineage_facts(inputs: Inputs) -> Mapping[str, object]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lora_dag.adapters import bias, lora, lycoris
+from lora_dag.adapters import bias, lora
 from tests.adapters.test_lora import fill, inject, load, params, predict, refusal
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"  # [32, 32]
@@ -96,8 +96,6 @@ def test_output_is_the_base_plus_alpha_over_rank_times_the_product(
         assert {key: tuple(tensor.shape) for key, tensor in found.items()} == SHAPES[name]
     values = {key: tensor.detach().double().numpy() for key, tensor in found.items()}
     change = torch.from_numpy(expected_change(values, tuple(weight.shape)))
-    product = lycoris.product(tensors, target).reshape(weight.shape)
-    torch.testing.assert_close(product.double(), change, atol=1e-5, rtol=1e-5)
 
     channels = weight.shape[1]
     x = torch.randn(3, channels, *[6] * (weight.dim() - 2), generator=torch.Generator().manual_seed(3))

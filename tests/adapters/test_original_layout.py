@@ -15,7 +15,8 @@ from lora_dag.adapters.original_layout import Part, parts, swap_halves
 from lora_dag.adapters.targets import adaptable
 from lora_dag.core.tensors import load_tensors
 from lora_dag.families.protocol import all_families, load_family
-from stages.export import comfyui, writers
+from lora_dag.formats import comfyui
+from lora_dag.formats.comfyui import reader
 from tests.adapters.test_lycoris import algo
 from tests.conftest import Workspace
 from tests.export.test_format_matrix import adapt
@@ -103,14 +104,14 @@ def test_rows_that_are_not_swapped_stop_the_stage(
 def test_a_tucker_core_stops_the_stage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """ComfyUI logs an error for it, and leaves the layer as the base."""
     adapt_sd(workspace, **algo("lokr-tucker", alpha=6.0))
-    original = writers.lycoris_tensors
+    original = comfyui.lycoris_tensors
 
     def as_trained(trained: Any, name: str) -> dict[str, torch.Tensor]:
         start = f"{name}."
         own = {k.removeprefix(start): t for k, t in trained.weights.items() if k.startswith(start)}
         return own | {"alpha": torch.tensor(6.0)} if "lokr_t2" in own else original(trained, name)
 
-    monkeypatch.setattr(writers, "lycoris_tensors", as_trained)
+    monkeypatch.setattr(comfyui, "lycoris_tensors", as_trained)
     with pytest.raises(RuntimeError, match=r"keys that its reader does not take: .*_conv1.lokr_t2'"):
         workspace.run("export", "--set", "export.formats=[comfyui]")
 
@@ -124,6 +125,6 @@ def test_the_reader_answers_as_comfyui_did(kind: str) -> None:
     layer = {key.partition("/")[2]: tensor for key, tensor in recorded.items() if key.startswith(f"{kind}/")}
     weight, answer = layer.pop("weight"), layer.pop("answer")
     file = {f"transformer.x.{leaf}": tensor for leaf, tensor in layer.items()}
-    change = comfyui.full_change(Part("x", "swapped" in kind), weight, comfyui.take(file, "x"))
+    change = reader.full_change(Part("x", "swapped" in kind), weight, reader.take(file, "x"))
     torch.testing.assert_close(weight + change, answer, atol=2e-6, rtol=1e-6)
     assert bool(file) == torch.equal(answer, weight) == (kind == "lokr, tucker")  # which ComfyUI leaves as the base

@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from lora_dag.core.params import FAMILIES
 from lora_dag.families.protocol import load_family
 from tests.conftest import REPOSITORY
+from tests.helpers.exports import write
 from tests.helpers.families import stock_of
-from tests.helpers.readers import KINDS, TABLE, Tensors, judged, markdown, plain, states, train, verdict, write
+from tests.helpers.readers import KINDS, TABLE, Tensors, judged, markdown, train, verdict
 
 CASES = [
     (family, kind, file)
@@ -54,14 +55,14 @@ def test_diffusers_reads_it_as_the_table_says(
 ) -> None:
     module, pipe = load_family(family), pipelines[family]
     base = {name: getattr(pipe, name) for name in (module.DENOISER, *module.TEXT_ENCODERS)}
-    parts = train(module, base, kind)
-    path = write(module, parts, file, tmp_path)
+    trained = train(module, base, kind)
+    path = write(file, tmp_path, module, trained.parts)
     for name, kept in base.items():
         setattr(pipe, name, copy.deepcopy(kept))
     try:
         pipe.load_lora_weights(tmp_path, weight_name=path.name)
         found = flat({name: merged(getattr(pipe, name)) for name in base})
-        answer = judged(found, *(flat(states(base, each)) for each in (parts, plain(parts))), said=False)
+        answer = judged(found, flat(trained.merged), flat(trained.without_dora), said=False)
     except ValueError:
         answer = "refused"
     finally:

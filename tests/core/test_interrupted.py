@@ -59,8 +59,8 @@ MOMENTS = [
     ),
     (
         "export",
-        "stages.export.proof",
-        "Proof",
+        "stages.export.parity",
+        "ParityCheck",
         "check",
         2,
         STOPPED.format("the folder of an earlier export is as it was"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 
 from lora_dag.adapters import bias, lora
+from lora_dag.adapters.adapter_tensors import AdapterTensors
 from lora_dag.artifacts.adapter import FINAL, Adapter, bias_metadata
 from lora_dag.artifacts.lineage import load as load_lineage
 from lora_dag.bases import layout
@@ -23,8 +25,9 @@ from lora_dag.core.params import ModelParams
 from lora_dag.core.params import load as load_params
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families import sd
-from stages.export import comfyui
-from stages.export.params import refusals
+from lora_dag.formats import AdapterKind, comfyui
+from lora_dag.formats.comfyui import reader
+from stages.export.params import format_refusals
 from tests.adapters.test_lora import params, predict
 from tests.adapters.test_lycoris import algo
 from tests.conftest import Workspace
@@ -82,7 +85,7 @@ def loaded(name: str) -> torch.Tensor:
     if name == "merged":
         return predict(UNet2DConditionModel.from_pretrained("data/export/merged", subfolder="unet"))
     denoiser = unet()
-    with comfyui.patched(denoiser, COMFYUI) as unread:
+    with reader.patched(denoiser, COMFYUI) as unread:
         assert unread == []
         return predict(denoiser)
 
@@ -116,15 +119,20 @@ def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace,
         assert (loaded(name) - expected).abs().max() <= 1e-5 * max(1, scale), name
 
 
+def kind(**changes: Any) -> AdapterKind:
+    """A LoRA of rank 4 in a UNet, but for ``changes``."""
+    return replace(AdapterKind("lora", "none", False, 4, "unet", False), **changes)
+
+
 def test_what_is_refused_names_the_reason_and_the_way_out() -> None:
-    assert refusals(["diffusers", "comfyui"], "lora", "all", False, "unet") == [
+    assert format_refusals(["diffusers", "comfyui"], kind(bias="all")) == [
         "params.yaml export.formats: diffusers cannot hold this adapter: biases of layers that carry no adapter have "
         "no place in it (lora.bias all); use comfyui or merged"
     ]
-    assert "PEFT has no bias beside DoRA" in refusals(["peft"], "lora", "lora_only", True, "unet")[0]
-    (transformer,) = refusals(["comfyui", "merged"], "lora", "lora_only", False, "transformer")
-    assert transformer.endswith("; use merged")
-    assert refusals(["diffusers", "peft", "comfyui", "merged"], "lora", "lora_only", False, "unet") == []
+    assert "PEFT has no bias beside DoRA" in format_refusals(["peft"], kind(bias="lora_only", use_dora=True))[0]
+    (transformer,) = format_refusals(["comfyui", "merged"], kind(bias="lora_only", denoiser="transformer"))
+    assert transformer.endswith("; use diffusers, peft or merged")
+    assert format_refusals(FORMATS, kind(bias="lora_only")) == []
 
 
 def test_diffusers_scales_and_disables_trained_biases(workspace: Workspace) -> None:
@@ -166,7 +174,7 @@ def test_comfyuis_strength_is_the_adapters_scale(workspace: Workspace, mode: str
     lora.set_scale(denoiser, 0.25)
     fresh = unet()
     base = predict(fresh)
-    with comfyui.patched(fresh, COMFYUI, strength=0.25):
+    with reader.patched(fresh, COMFYUI, strength=0.25):
         torch.testing.assert_close(predict(fresh), predict(denoiser), atol=1e-5, rtol=1e-5)
     assert torch.equal(predict(fresh), base)
 
@@ -215,10 +223,8 @@ def test_the_header_has_the_ranks_and_alphas_of_the_tensors(
 
 
 def test_unknown_keys_are_counted_and_stop_the_stage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.export import writers
-
     adapt(workspace)
-    monkeypatch.setattr(writers, "comfyui_key", lambda name, _: f"lora_unet_{name}")
+    monkeypatch.setattr(comfyui, "key", lambda name, _: f"lora_unet_{name}")
     with pytest.raises(RuntimeError, match="the comfyui export has keys that its reader does not take"):
         workspace.run("export")
     assert not Path("data/export").exists()
@@ -226,13 +232,13 @@ def test_unknown_keys_are_counted_and_stop_the_stage(workspace: Workspace, monke
 
 def test_another_alpha_stops_the_stage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     adapt(workspace)
-    monkeypatch.setattr("stages.export.writers.peft_dict", lambda trained, **_: config_of_another_alpha(trained))
+    monkeypatch.setattr(AdapterTensors, "peft_config", config_of_another_alpha)
     with pytest.raises(RuntimeError, match="the peft export answers otherwise than the adapter"):
         workspace.run("export", "--set", "export.formats=[peft]")
 
 
-def config_of_another_alpha(trained: Any) -> dict[str, Any]:
-    config = lora.peft_config(trained.config | {"lora_alpha": 3.0}).to_dict()
+def config_of_another_alpha(part: AdapterTensors, **_: Any) -> dict[str, Any]:
+    config = lora.peft_config(part.config | {"lora_alpha": 3.0}).to_dict()
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
 

@@ -18,12 +18,12 @@ from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json
 from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families.protocol import load_family
-from stages.export import comfyui
-from stages.export.params import refusals
+from lora_dag.formats.comfyui import reader
+from stages.export.params import format_refusals
 from tests.adapters.test_lora import predict
 from tests.adapters.test_lycoris import ATTENTION, CONV, algo
 from tests.conftest import Workspace
-from tests.export.test_formats import ADAPTER, COMFYUI, adapt, loaded, unet
+from tests.export.test_formats import ADAPTER, COMFYUI, adapt, kind, loaded, unet
 from tests.helpers.trainings import broken_off
 
 
@@ -56,11 +56,11 @@ def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace,
     workspace.run("export", "--set", f"export.formats=[{', '.join(written)}]")
     metrics = read_json(Path("reports/export/metrics.json"))
     assert metrics["export.effect"] > 0.01
-    for kind in written:
-        assert metrics[f"export.{kind}.unmapped_keys"] == 0
-        assert (loaded(kind) - expected).abs().max() <= 1e-5 * max(1, expected.abs().max()), kind
+    for file in written:
+        assert metrics[f"export.{file}.unmapped_keys"] == 0
+        assert (loaded(file) - expected).abs().max() <= 1e-5 * max(1, expected.abs().max()), file
     lora.set_scale(denoiser, 0.25)
-    with comfyui.patched(fresh := unet(), COMFYUI, strength=0.25):
+    with reader.patched(fresh := unet(), COMFYUI, strength=0.25):
         torch.testing.assert_close(predict(fresh), predict(denoiser), atol=1e-5, rtol=1e-5)
     require_lycoris_keys(name, lora.state_dict(denoiser))
 
@@ -93,14 +93,15 @@ def test_diffusers_does_not_read_it_which_is_why_it_is_refused(workspace: Worksp
 
 
 def test_what_is_refused_names_the_reason_and_the_way_out() -> None:
-    assert refusals(["diffusers", "peft"], "lokr", "none", False, "transformer") == [
+    assert format_refusals(["diffusers", "peft"], kind(algo="lokr", denoiser="transformer")) == [
         "params.yaml export.formats: diffusers cannot hold this adapter: the pipeline's load_lora_weights reads LoRA "
         "alone (lora.algo lokr); use comfyui, peft or merged"
     ]
-    (peft,) = refusals(["peft"], "loha", "lora_only", False, "unet")
+    (peft,) = format_refusals(["peft"], kind(algo="loha", bias="lora_only"))
     assert peft.endswith("PEFT has no bias beside it (lora.bias lora_only with lora.algo loha); use comfyui or merged")
     assert [
-        line.rpartition(";")[2] for line in refusals(["diffusers", "peft"], "loha", "all", False, "transformer")
+        line.rpartition(";")[2]
+        for line in format_refusals(["diffusers", "peft"], kind(algo="loha", bias="all", denoiser="transformer"))
     ] == [
         " use merged",
         " use merged",
@@ -110,7 +111,7 @@ def test_what_is_refused_names_the_reason_and_the_way_out() -> None:
 def test_check_says_so_before_the_training(workspace: Workspace) -> None:
     with pytest.raises(UserError) as caught:
         workspace.run("check", *settings("loha"))
-    assert caught.value.problems == tuple(refusals(["diffusers"], "loha", "none", False, "unet"))
+    assert caught.value.problems == tuple(format_refusals(["diffusers"], kind(algo="loha")))
     with pytest.raises(UserError) as caught:
         workspace.run("check", "--set", "lora.algo=lokr", "--set", "lora.dropout=0.1", "--set", "lora.use_dora=true")
     assert caught.value.problems == (

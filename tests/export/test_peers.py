@@ -24,7 +24,8 @@ from lora_dag.core.tensors import load_tensors
 from lora_dag.families.protocol import load_family
 from tests.adapters.test_original_layout import stacked
 from tests.helpers import comfyui, single_files
-from tests.helpers.readers import KINDS, far, judged, plain, states, train, verdict, write
+from tests.helpers.exports import write
+from tests.helpers.readers import KINDS, far, judged, states, train, verdict
 
 pytestmark = [
     pytest.mark.peers,
@@ -81,9 +82,10 @@ def test_comfyui_reads_what_was_trained(
         pytest.skip("no such file")
     module = load_family(family)
     modules = {module.DENOISER: denoiser_of(family, bases[family]), **encoders_of(family, bases[family])}
-    parts = train(module, modules, kind)
-    path = write(module, parts, name, tmp_path)
-    base, wanted, without_dora = (there(modules, states(modules, p)) for p in ({}, parts, plain(parts)))
+    trained = train(module, modules, kind)
+    path = write(name, tmp_path, module, trained.parts)
+    found = (states(modules), trained.merged, trained.without_dora)
+    base, wanted, without_dora = (there(modules, each) for each in found)
     unprefixed = {n.removeprefix("diffusion_model."): t for n, t in base.items() if not n.startswith("clip_")}
     denoiser = comfyui.model(family, unprefixed)
     text = comfyui.encoders([encoder.config for encoder in list(modules.values())[1:]])
@@ -91,11 +93,11 @@ def test_comfyui_reads_what_was_trained(
         if key.startswith("clip_"):
             comfy.utils.set_attr_param(text, key, tensor.clone())
     caplog.set_level(logging.WARNING)
-    found = base | dict(comfyui.patched(denoiser, text, load_tensors(path)))
+    read = base | dict(comfyui.patched(denoiser, text, load_tensors(path)))
     said = [message for message in caplog.messages if "not loaded" in message.lower() or "ERROR" in message]
     case = f"ComfyUI {comfyui.version()} {family:8} {kind:19} {name:10}"
-    print(f"\n{case} error {far(found, wanted):.2g} of {far(base, wanted):.2g}, {len(said)} keys not taken")
-    assert judged(found, wanted, without_dora, bool(said)) == expected, said[:4]
+    print(f"\n{case} error {far(read, wanted):.2g} of {far(base, wanted):.2g}, {len(said)} keys not taken")
+    assert judged(read, wanted, without_dora, bool(said)) == expected, said[:4]
     assert far(base, wanted) > 0.01
 
 

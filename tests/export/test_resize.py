@@ -11,16 +11,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lora_dag.adapters import lora
+from lora_dag.adapters import adapter_tensors, lora
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json
 from lora_dag.core.tensors import load_metadata, load_tensors
-from stages.export import comfyui, resize, trained
+from lora_dag.formats.comfyui import reader
+from stages.export import resize
 from stages.export.params import rank_refusals
 from tests.adapters.test_lora import predict
 from tests.conftest import Workspace
-from tests.export.test_formats import adapt, unet
+from tests.export.test_formats import adapt, kind, unet
 
 COPY = Path("data/export/resized/rank-2")
 RESIZED = ("--set", "export.resized_ranks=[2]", "--set", "export.formats=[diffusers, comfyui]")
@@ -37,7 +38,7 @@ def layer_changes(denoiser: Any) -> dict[str, np.ndarray]:
 def copied(denoiser: Any, rank: int) -> Any:
     """A fresh denoiser with data/adapter's copy of this rank."""
     adapter = Adapter.load(Path("data/adapter"))
-    svd = resize.factors(trained.read(adapter, denoiser))
+    svd = resize.factors(adapter_tensors.read(adapter, denoiser))
     copy, weights = resize.resized(adapter, adapter.weights(Path("data/adapter")), svd, rank)
     fresh = unet()
     lora.inject(fresh, copy.lora_config)
@@ -66,7 +67,7 @@ def test_each_layer_is_the_nearest_of_its_rank(workspace: Workspace, changes: di
 
 
 def energy_rows(denoiser: Any, ranks: list[int]) -> list[dict[str, str]]:
-    svd = resize.factors(trained.read(Adapter.load(Path("data/adapter")), denoiser))
+    svd = resize.factors(adapter_tensors.read(Adapter.load(Path("data/adapter")), denoiser))
     return list(csv.DictReader(resize.energy_csv(svd, ranks).splitlines()))
 
 
@@ -109,7 +110,7 @@ def test_the_stage_writes_loadable_copies_and_says_what_they_lose(workspace: Wor
     pipeline.load_lora_weights(COPY / "diffusers")
     torch.testing.assert_close(predict(pipeline.unet), copy, atol=1e-5, rtol=1e-5)
     fresh = unet()
-    with comfyui.patched(fresh, COPY / "comfyui/ink-icons.safetensors") as unread:
+    with reader.patched(fresh, COPY / "comfyui/ink-icons.safetensors") as unread:
         assert unread == []
         torch.testing.assert_close(predict(fresh), copy, atol=1e-5, rtol=1e-5)
     whole, small = (load_tensors(Path(folder) / "comfyui/ink-icons.safetensors") for folder in ("data/export", COPY))
@@ -132,7 +133,7 @@ def test_the_stage_writes_loadable_copies_and_says_what_they_lose(workspace: Wor
 
 
 def test_a_rank_that_is_no_smaller_is_refused_before_and_after_training(workspace: Workspace) -> None:
-    assert rank_refusals([1, 7], "lora", 4, {"to_k": 8}) == []
+    assert rank_refusals([1, 7], kind(rank=8)) == []
     line = "params.yaml export.resized_ranks: 2 is not below the adapter's rank 2; use a smaller one"
     with pytest.raises(UserError) as caught:
         workspace.run("check", *RESIZED)
@@ -144,6 +145,6 @@ def test_a_rank_that_is_no_smaller_is_refused_before_and_after_training(workspac
     for change, reason in (("[2, 2]", "one of them twice"), ("[0]", "greater than or equal to 1")):
         with pytest.raises(UserError, match=reason):
             workspace.run("export", "--set", f"export.resized_ranks={change}")
-    with pytest.raises(UserError, match="no copy of merged is made; add diffusers, peft or comfyui to formats"):
+    with pytest.raises(UserError, match="no copy of merged is made; add comfyui, diffusers or peft to formats"):
         workspace.run("export", "--set", "export.resized_ranks=[1]", "--set", "export.formats=[merged]")
     assert FINAL in workspace.tree("data/adapter")

@@ -15,13 +15,13 @@ import diffusers
 import pytest
 import torch
 
-from lora_dag.adapters import lora
+from lora_dag.adapters import adapter_tensors, lora
 from lora_dag.core import seeding
 from lora_dag.core.params import FAMILIES
 from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families.protocol import load_family
-from stages.export import trained, writers
 from tests.adapters.test_lora import params
+from tests.helpers.exports import write
 from tests.helpers.families import stock_of
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -70,11 +70,11 @@ def export(pipe: Any, name: str, folder: Path, answer: Answer, seed: int = 0, **
     config = lora.make_config(params(**changes), model)
     for key, parameter in lora.inject(model, config).items():
         parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=seeding.generator(seed, key))
-    expected, read = answer(), trained.read(config, model)
+    expected, read = answer(), adapter_tensors.read(config, model)
     lora.delete(model)
-    writers.write_diffusers(family, {family.DENOISER: read}, {}, folder)
+    write("diffusers", folder, family, {family.DENOISER: read})
     if not (read.biases and family.DENOISER == "transformer"):
-        writers.write_comfyui(family, {family.DENOISER: read}, {}, folder / "comfyui/ours.safetensors")
+        write("comfyui", folder / "comfyui", family, {family.DENOISER: read})
     return expected
 
 
@@ -184,7 +184,7 @@ def test_diffusers_reads_our_comfyui_files(
 ) -> None:
     base = answer()
     expected = export(pipe, name, tmp_path, answer, **changes)
-    pipe.load_lora_weights(tmp_path / "comfyui", weight_name="ours.safetensors")
+    pipe.load_lora_weights(tmp_path / "comfyui", weight_name="ink-icons.safetensors")
     assert close(answer(), expected) and not close(expected, base)
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_dag.adapters import adapted, lora
+from lora_dag.adapters import adapted, adapter_tensors, bias, lora
 from lora_dag.core import seeding
-from stages.export import trained, writers
 from tests.adapters.test_lora import params
 
 if TYPE_CHECKING:
@@ -61,12 +60,23 @@ def markdown() -> str:
 
 # Adapters, and what a reader makes of their files
 
-Parts = dict[str, trained.Trained]
 Tensors = dict[str, torch.Tensor]
+States = dict[str, Tensors]
+"""Component -> its tensors under the names of the base."""
 
 
-def train(family: Family, modules: dict[str, Any], kind: str) -> Parts:
-    """An adapter of the kind as if trained for long, by component.
+@dataclass(frozen=True)
+class Trained:
+    """An adapter, and what the base's weights are with it."""
+
+    parts: dict[str, adapter_tensors.AdapterTensors]
+    merged: States
+    without_dora: States
+    """The same without DoRA's magnitudes."""
+
+
+def train(family: Family, modules: dict[str, Any], kind: str) -> Trained:
+    """An adapter of the kind as if trained for long.
 
     Args:
         modules: the denoiser, then text encoders that may be adapted; they stay as they are.
@@ -75,36 +85,25 @@ def train(family: Family, modules: dict[str, Any], kind: str) -> Parts:
     denoiser, text = modules[family.DENOISER], {n: m for n, m in modules.items() if n in family.TEXT_ENCODERS}
     configs = {family.DENOISER: lora.make_config(settings, denoiser)}
     configs |= adapted.text_configs(settings, family, text) if settings.train_text_encoder else {}
-    parts = {}
+    trained = Trained({}, states(modules), states(modules))
     for name, config in configs.items():
         carrier = copy.deepcopy(modules[name])
         for key, parameter in lora.inject(carrier, config).items():
             parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=seeding.generator(0, key))
-        parts[name] = trained.read(config, carrier)
-    return parts
+        trained.parts[name] = adapter_tensors.read(config, carrier)
+        for target in lora.targets(carrier):
+            change = carrier.get_submodule(target).get_delta_weight(lora.NAME).detach()
+            trained.without_dora[name][f"{target}.weight"] += change
+        for module, delta in bias.deltas(carrier).items():
+            trained.without_dora[name][f"{module}.bias"] += delta.detach()
+        lora.merge(carrier)
+        trained.merged[name] = states({name: carrier})[name]
+    return trained
 
 
-def write(family: Family, parts: Parts, file: str, folder: Path) -> Path:
-    if file == "diffusers":
-        writers.write_diffusers(family, parts, {}, folder)
-        return folder / writers.DIFFUSERS_FILE
-    writers.write_comfyui(family, parts, {}, folder / "ours.safetensors")
-    return folder / "ours.safetensors"
-
-
-def states(modules: dict[str, Any], parts: Parts) -> dict[str, Tensors]:
-    """Component -> its tensors with the adapter in them."""
-    found = {}
-    for name, module in modules.items():
-        found[name] = {key: tensor.detach().clone() for key, tensor in module.state_dict().items()}
-        if name in parts:
-            writers.merge(parts[name], found[name])
-    return found
-
-
-def plain(parts: Parts) -> Parts:
-    """Without DoRA's magnitudes."""
-    return {name: dataclasses.replace(part, row_factors={}) for name, part in parts.items()}
+def states(modules: dict[str, Any]) -> States:
+    """Copies of the modules' tensors."""
+    return {name: {k: t.detach().clone() for k, t in module.state_dict().items()} for name, module in modules.items()}
 
 
 def judged(found: Tensors, wanted: Tensors, without_dora: Tensors, said: bool) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 
-from lora_dag.adapters import init_from_pin, lora, targets
+from lora_dag.adapters import adapter_tensors, init_from_pin, lora, targets
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.bases.resolve import resolve
 from lora_dag.commands import draw
@@ -24,13 +24,13 @@ from lora_dag.core.files import read_json, sha256_file, write_json
 from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families.protocol import load_family
-from stages.export import header, trained, writers
+from stages.export import header
 from stages.export.params import ExportParams
 from stages.train import init_from
 from tests.adapters.test_lora import params, predict
 from tests.conftest import Workspace
 from tests.export.test_formats import KINDS, adapt, loaded, unet
-from tests.helpers import single_files
+from tests.helpers import exports, single_files
 from tests.helpers.families import stock_of
 from tests.helpers.trainings import broken_off
 
@@ -52,14 +52,14 @@ def write(workspace: Workspace, **changes: Any) -> torch.Tensor:
     family = load_family("sd")
     base = resolve(model, family)
     parts, fields = (
-        {"unet": trained.read(adapter.lora_config, denoiser)},
+        {"unet": adapter_tensors.read(adapter.lora_config, denoiser)},
         header.metadata(base, export, adapter, "epsilon"),
     )
     shutil.copytree("data/adapter", "data/start")
     if changes.get("bias", "none") != "all":
-        writers.write_diffusers(family, parts, fields, Path(FILES["diffusers"]).parent)
-        writers.write_peft(family, parts, fields, Path(FILES["peft"]).parent)
-    writers.write_comfyui(family, parts, fields, Path(FILES["comfyui"]))
+        exports.write("diffusers", Path(FILES["diffusers"]).parent, family, parts, fields)
+        exports.write("peft", Path(FILES["peft"]).parent, family, parts, fields)
+    exports.write("comfyui", Path(FILES["comfyui"]).parent, family, parts, fields)
     return predict(denoiser)
 
 
@@ -342,16 +342,15 @@ def test_every_file_of_ours_of_a_transformer(
     model = copy.deepcopy(pipe.transformer)
     for key, parameter in lora.inject(model, config).items():
         parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=seeding.generator(0, key))
-    parts = {"transformer": trained.read(config, model)}
+    parts = {"transformer": adapter_tensors.read(config, model)}
     fields = {"lora_dag": '{"base": {}}'}
-    writers.write_diffusers(load_family(family), parts, fields, Path("data/files"))
-    writers.write_comfyui(load_family(family), parts, fields, Path("data/files/comfyui.safetensors"))
-    for name in ("pytorch_lora_weights", "comfyui"):
-        denoiser, plan = fill(f"data/files/{name}.safetensors", copy.deepcopy(pipe.transformer), **changes)
+    for kind in ("diffusers", "comfyui"):
+        path = exports.write(kind, Path("data/files", kind), load_family(family), parts, fields)
+        denoiser, plan = fill(path.as_posix(), copy.deepcopy(pipe.transformer), **changes)
         assert "B times" in plan
         for layer in lora.targets(model):
             expected, found = (weight_of(each.get_submodule(layer)) for each in (model, denoiser))
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, msg=f"{name} {layer}")
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, msg=f"{kind} {layer}")
     assert "says its alpha" not in caplog.text
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from peft import PeftModel
 
+from lora_dag import formats
 from lora_dag.adapters import adapted, lora
+from lora_dag.adapters.adapter_tensors import AdapterTensors
 from lora_dag.adapters.params import LoraParams
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.artifacts.latent_cache import LatentCache
@@ -28,9 +30,10 @@ from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families import sd
 from lora_dag.families.protocol import all_families, load_family
+from lora_dag.formats import AdapterKind
+from lora_dag.formats.comfyui import reader
 from lora_dag.pictures.pictures import load_view
-from stages.export import comfyui, writers
-from stages.export.params import refusals
+from stages.export.params import format_refusals
 from stages.train.optimizers import make_optimizer
 from stages.train.params import TrainParams, cross_problems
 from stages.validate.heldout_loss import make_eval_set
@@ -250,13 +253,13 @@ def test_an_encoders_other_alpha_stops_the_stage(
 ) -> None:
     """The parity gate asks from the prompt on, through the encoders that were loaded."""
     adapt(name)
-    original = writers.peft_dict
+    original = AdapterTensors.peft_config
 
-    def forgetful(trained: Any, **changes: Any) -> dict[str, Any]:
-        is_encoder = "q_proj" in trained.config["target_modules"]
-        return original(trained, **changes) | ({"lora_alpha": 1.0} if is_encoder else {})
+    def forgetful(part: AdapterTensors, **changes: Any) -> dict[str, Any]:
+        is_encoder = "q_proj" in part.config["target_modules"]
+        return original(part, **changes) | ({"lora_alpha": 1.0} if is_encoder else {})
 
-    monkeypatch.setattr(writers, "peft_dict", forgetful)
+    monkeypatch.setattr(AdapterTensors, "peft_config", forgetful)
     with pytest.raises(RuntimeError, match="the diffusers export answers otherwise than the adapter"):
         on_base.run("export", *overrides(name, "export.formats=[diffusers]"))
     assert not Path("data/export").exists()
@@ -274,7 +277,7 @@ def loaded(name: str, kind: str) -> Any:
     if kind == "comfyui":
         encoders = [getattr(pipeline, component) for component in components]
         denoiser = getattr(pipeline, load_family(name).DENOISER)
-        with comfyui.patched(denoiser, COMFYUI, text_encoders=encoders) as unread:
+        with reader.patched(denoiser, COMFYUI, text_encoders=encoders) as unread:
             assert unread == []
             patched = [{key: p.data for key, p in encoder.named_parameters()} for encoder in encoders]
         for encoder, tensors in zip(encoders, patched, strict=True):
@@ -316,5 +319,7 @@ def test_a_rate_that_would_be_ignored_and_a_family_without_are_refused(
 
 
 def test_what_a_format_cannot_hold_names_the_way_out() -> None:
-    (line,) = refusals(["diffusers", "peft", "comfyui", "merged"], "lora", "none", True, "transformer", text=True)
-    assert line.endswith("(lora.train_text_encoder with lora.use_dora); use peft, comfyui or merged")
+    (line,) = format_refusals(
+        list(formats.FORMATS), AdapterKind("lora", "none", True, 4, "transformer", trains_text=True)
+    )
+    assert line.endswith("(lora.train_text_encoder with lora.use_dora); use comfyui, peft or merged")

@@ -12,18 +12,18 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from lora_dag.core.console import REMEDIES, UserError, log
 from lora_dag.core.files import sha256_file
-from stages.export.params import Format
+from lora_dag.formats import FORMATS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from stages.export.params import PushParams
 
-FOLDERS = get_args(Format)
+FOLDERS = FORMATS
 """Below these the repository holds what was exported and nothing else."""
 MAX_REASON = 300  # characters
 REFUSALS = {
