@@ -16,6 +16,7 @@ from PIL import Image
 from lora_dag.artifacts.lineage import save as save_lineage
 from lora_dag.commands.compare.verdict import judge
 from lora_dag.commands.leaderboard import pictures
+from lora_dag.commands.leaderboard.board import make_board
 from lora_dag.commands.leaderboard.command import write_board
 from lora_dag.commands.leaderboard.pictures import lettered
 from lora_dag.commands.leaderboard.ranking import Table, front, rank
@@ -173,15 +174,36 @@ def test_without_a_second_seed_the_page_says_what_the_intervals_leave_out() -> N
     assert [row["seed_sd"] for row in rows] == ["", ""]
 
 
+def test_a_metric_with_a_column_is_in_csv_and_both_tables() -> None:
+    """A mean over seeds in the table of settings; empty where a run lacks it."""
+    runs = planted(grid={"lora.rank": [4, 8]}, seeds=[0, 1])
+    for run, share in zip(runs, (0.25, 0.75, 0.5, None), strict=True):
+        write_run(run)
+        write_json(Path(run.folders["reports"]) / "metrics.json", {"samples.copied_share": share})
+    page, rows = board(runs)
+    assert {row["run"]: row["copied_share"] for row in rows} == {
+        "raw/rank-4-s0": "0.25",
+        "raw/rank-4-s1": "0.75",
+        "raw/rank-8-s0": "0.5",
+        "raw/rank-8-s1": "",
+    }
+    settings, runs_table = (text.partition("\n\n")[0] for text in re.split("(?=\\| setting)|(?=\\| run)", page)[1:])
+    for text, expected in ((settings, ["", "50%"]), (runs_table, ["50%", "", "25%", "75%"])):
+        head, _, *lines = (line.split(" | ") for line in text.splitlines())
+        assert [line[head.index("copied share")] for line in lines] == expected
+
+
 def test_fronts_are_those_of_comparing_each_with_each() -> None:
     runs = planted(grid={"lora.rank": [4, 8, 16, 32]})
     for run in runs:
         write_run(run)
     (table,) = ranked(runs)
+    settings = make_board([table], []).settings
     cost = {standing.name: MEGABYTES[standing.results[0].run.value("lora.rank")] for standing in table.standings}
     loss = {standing.name: standing.loss for standing in table.standings}
     front = {a for a in cost if not any(b != a and loss[b] <= loss[a] and cost[b] <= cost[a] for b in cost)}
-    assert {standing.name for standing in table.standings if "size" in standing.fronts} == front
+    names = {name for name, found in zip(cost, settings["front"], strict=True) if "size" in found}
+    assert names == front and [*settings["megabytes"]] == [*cost.values()]
     assert front == {"raw/rank-4", "raw/rank-8", "raw/rank-16"}  # 32 is larger and worse than 16
     _, rows = board(runs)
     assert {row["run"]: row["front"] for row in rows}["raw/rank-32-s0"] == ""
@@ -233,7 +255,8 @@ def test_no_time_front_where_a_time_is_missing() -> None:
     for run in runs:
         write_run(run)
     Path(runs[0].folders["train_reports"], "run.json").unlink()
-    assert [standing.fronts for standing in ranked(runs)[0].standings] == [["size"], ["size"]]
+    settings = make_board(ranked(runs), []).settings
+    assert settings["front"].tolist() == ["size", "size"] and settings["train_seconds"].isna().tolist() == [False, True]
 
 
 def test_failed_and_unfinished_runs_are_named_with_their_reasons() -> None:
@@ -347,7 +370,7 @@ def test_every_run_has_its_interval_over_pictures() -> None:
     cells = page.splitlines()[-1].split(" | ")
     values = [100 * float(row[f"change{bound}"]) / BASE for bound in ("", "_low", "_high")]
     assert cells[2].replace("\N{MINUS SIGN}", "-") == "{:+.1f} % [{:+.1f}, {:+.1f}]".format(*values)
-    assert cells[-2] == "25%"
+    assert cells[-4:-1] == ["25%", "800", "2"]
 
 
 def test_a_sheet_without_room_for_all_says_so_and_has_rows_of_every_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lora_dag.commands.leaderboard.page import heading, headline, write_csv, write_page
+from lora_dag.commands.leaderboard.board import make_board, write_csv
+from lora_dag.commands.leaderboard.page import heading, headline, write_page
 from lora_dag.commands.leaderboard.pictures import draw_contact, draw_effects
 from lora_dag.commands.leaderboard.ranking import rank
 from lora_dag.commands.leaderboard.results import read_results
@@ -39,13 +40,14 @@ def main(args: argparse.Namespace) -> None:
 def write_board(runs: list[grid.Run], out: Path) -> None:
     """Rank what is finished, list what is not, and write all of it, or nothing."""
     tables, unfinished = rank(read_results(runs))
+    board = make_board(tables, unfinished)
     with replaced(out) as folder:
         pictures = {}
         if tables:
             for name, draw in (("leaderboard.png", draw_effects), ("contact.png", draw_contact)):
-                pictures[folder / name] = draw(tables, folder / name)
-        write_text(folder / "leaderboard.csv", write_csv(tables, unfinished))
-        write_text(folder / "leaderboard.md", write_page(tables, unfinished, pictures, folder))
+                pictures[folder / name] = draw(board, folder / name)
+        write_text(folder / "leaderboard.csv", write_csv(board))
+        write_text(folder / "leaderboard.md", write_page(board, pictures, folder))
     for each in tables:
         log.info("%s", heading(each, tables))
         log.info("  %s", headline(each).replace("**", ""))

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dag.commands.compare.sheets import cut_cells
 from lora_dag.commands.compare.sides import shared_prompts
-from lora_dag.commands.leaderboard.page import SEED, asked, base_loss, heading, runs_of, show, swept_keys
-from lora_dag.commands.leaderboard.ranking import Standing, Table
+from lora_dag.commands.leaderboard.board import SEED, SOURCE, Board, asked, runs_of, show, swept_keys
+from lora_dag.commands.leaderboard.page import heading
+from lora_dag.commands.leaderboard.ranking import Standing
 from lora_dag.core.console import plural
 from lora_dag.core.files import atomic
+from lora_dag.sweeps.grid import Run
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from PIL import Image
 
@@ -31,7 +34,7 @@ MIN_CELL = 32
 SHORT_NAME = 7  # letters
 
 
-def draw_effects(tables: Sequence[Table], path: Path) -> str:
+def draw_effects(board: Board, path: Path) -> str:
     """Loss against size, then a panel for each swept key: a dot for a run, a line through the seeds of a setting.
 
     Returns:
@@ -42,7 +45,8 @@ def draw_effects(tables: Sequence[Table], path: Path) -> str:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    swept = [key for key in swept_keys(runs_of(tables)) if key not in (SEED, "dataset.source")]
+    runs = finished(board)
+    swept = [key for key in swept_keys(runs_of(board.tables)) if key not in (SEED, SOURCE)]
     keys = swept[:MAX_KEYS]
     columns = min(3, 1 + len(keys))
     rows = -(-(1 + len(keys)) // columns)
@@ -52,9 +56,9 @@ def draw_effects(tables: Sequence[Table], path: Path) -> str:
             rows, columns, figsize=(4.4 * columns, 3.8 * rows + 0.5), layout="constrained", squeeze=False, sharey=True
         )
         panels = list(grid.flat)
-        draw_sizes(panels[0], tables)
+        draw_sizes(panels[0], board, runs)
         for panel, key in zip(panels[1:], keys, strict=False):
-            draw_key(panel, tables, key)
+            draw_key(panel, board, runs, key)
         for index, panel in enumerate(panels):
             panel.set_visible(index <= len(keys))
             style(panel, "held-out loss against the base's, %" if index % columns == 0 else "")
@@ -70,45 +74,43 @@ def draw_effects(tables: Sequence[Table], path: Path) -> str:
     )
 
 
-def draw_sizes(panel: Axes, tables: Sequence[Table]) -> None:
+def finished(board: Board) -> pd.DataFrame:
+    """Its finished runs, with ``percent``: the change of the loss in percent of the base's."""
+    runs = board.runs[board.runs["state"] == "finished"]
+    return runs.assign(percent=100 * runs["change"] / runs["loss_base"])
+
+
+def draw_sizes(panel: Axes, board: Board, runs: pd.DataFrame) -> None:
     """Settings by the size of their file; those that none beats in one and equals in the other are joined."""
-    for index, each in enumerate(tables):
-        colour = COLOURS[index % len(COLOURS)]
-        sized = [standing for standing in each.standings if standing.megabytes is not None]
-        for standing in sized:
-            draw_seeds(panel, standing.megabytes or 0.0, standing, colour)
-        front = [standing for standing in sized if "size" in standing.fronts]
-        points = sorted((standing.megabytes or 0.0, mean_change(standing)) for standing in front)
-        label = heading(each, tables)
-        (line,) = panel.plot(
-            [x for x, _ in points], [y for _, y in points], "o-", color=colour, linewidth=1, label=label
-        )
+    for index, (number, own) in enumerate(runs.groupby("table")):
+        colour, settings = COLOURS[index % len(COLOURS)], board.settings.loc[number]
+        for rank, seeds in own.groupby("rank"):
+            if settings["megabytes"].notna()[rank]:
+                draw_seeds(panel, settings["megabytes"][rank], seeds["percent"], colour)
+        means = settings.assign(percent=own.groupby("rank")["percent"].mean()).dropna(subset="megabytes")
+        points = means[means["front"].str.contains("size")].sort_values(["megabytes", "percent"])
+        label = heading(board.tables[index], board.tables)
+        (line,) = panel.plot(points["megabytes"], points["percent"], "o-", color=colour, linewidth=1, label=label)
         line.set(markersize=9, markerfacecolor="none")
     panel.locator_params(axis="x", nbins=5)
     panel.set_xlabel("MB; ringed and joined: the Pareto front", color=INK)
 
 
-def draw_key(panel: Axes, tables: Sequence[Table], key: str) -> None:
+def draw_key(panel: Axes, board: Board, runs: pd.DataFrame, key: str) -> None:
     """Values of one key in their order; its effect joins the means over what else was swept with all of them."""
-    values: dict[str, Any] = {}
-    for each in tables:
-        for standing in each.standings:
-            value = asked(standing.results[0].run, key)
-            values.setdefault(json.dumps(value, sort_keys=True), value)
+    plans = runs_of(board.tables)
+    values = {canonical(asked(run, key)): asked(run, key) for run in plans}
     order = sorted(
         values, key=lambda text: (not is_number(values[text]), values[text] if is_number(values[text]) else 0)
     )
-    for index, each in enumerate(tables):
-        colour, aside = COLOURS[index % len(COLOURS)], 0.12 * (index - (len(tables) - 1) / 2)
-        found: dict[str, dict[float, float]] = {}
-        for standing in each.standings:
-            x = order.index(json.dumps(asked(standing.results[0].run, key), sort_keys=True)) + aside
-            draw_seeds(panel, x, standing, colour)
-            found.setdefault(all_else(standing, key), {})[x] = mean_change(standing)
-        xs = sorted({x for changes in found.values() for x in changes})
-        whole = [changes for changes in found.values() if len(changes) == len(xs)]
-        means = [sum(changes[x] for changes in whole) / len(whole) if whole else math.nan for x in xs]
-        panel.plot(xs, means, "-", color=colour, linewidth=1)
+    place = [order.index(canonical(asked(run, key))) for run in plans]
+    runs = runs.assign(place=place, rest=[all_else(run, key) for run in plans])
+    for index, (_, own) in enumerate(runs.groupby("table")):
+        colour, aside = COLOURS[index % len(COLOURS)], 0.12 * (index - (len(board.tables) - 1) / 2)
+        for _, seeds in own.groupby("rank"):
+            draw_seeds(panel, seeds["place"].iloc[0] + aside, seeds["percent"], colour)
+        means = own.pivot_table(index="rest", columns="place", values="percent").dropna().mean()
+        panel.plot(means.index + aside, means, "-", color=colour, linewidth=1)
     shown = [show(values[text]) for text in order]
     panel.set_xticks(range(len(order)), lettered(shown if len({*shown}) == len(order) else order, 200))  # "4" and 4
     panel.set_xlim(-0.5, len(order) - 0.5)
@@ -124,31 +126,23 @@ def lettered(texts: Sequence[str], width: int) -> list[str]:
     return ["\n".join(lines) for lines in distinct(texts, lambda text: letters.wrap(text, width, 2), tuple)]
 
 
-def all_else(standing: Standing, key: str) -> str:
-    """The setting but for one key."""
-    overrides = standing.results[0].run.overrides
-    return json.dumps({name: value for name, value in overrides.items() if name not in (key, SEED)}, sort_keys=True)
+def canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def all_else(run: Run, key: str) -> str:
+    """The run's setting but for one key."""
+    return canonical({name: value for name, value in run.overrides.items() if name not in (key, SEED)})
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def draw_seeds(panel: Axes, x: float, standing: Standing, colour: str) -> None:
+def draw_seeds(panel: Axes, x: float, percent: pd.Series, colour: str) -> None:
     """A dot for each run, and a line from the lowest to the highest."""
-    changes = seed_changes(standing)
-    panel.plot([x] * len(changes), changes, "o", color=colour, markersize=4, alpha=0.7, markeredgewidth=0)
-    panel.plot([x, x], [min(changes), max(changes)], "-", color=colour, linewidth=3, alpha=0.25)
-
-
-def seed_changes(standing: Standing) -> list[float]:
-    """In percent of the base's loss."""
-    return [float(100 * (losses - standing.base).mean() / base_loss(standing)) for losses in standing.losses]
-
-
-def mean_change(standing: Standing) -> float:
-    changes = seed_changes(standing)
-    return sum(changes) / len(changes)
+    panel.plot([x] * len(percent), percent, "o", color=colour, markersize=4, alpha=0.7, markeredgewidth=0)
+    panel.plot([x, x], [percent.min(), percent.max()], "-", color=colour, linewidth=3, alpha=0.25)
 
 
 def style(axes: Axes, label: str) -> None:
@@ -158,7 +152,7 @@ def style(axes: Axes, label: str) -> None:
     axes.tick_params(color=GRID, labelcolor=INK)
 
 
-def draw_contact(tables: Sequence[Table], path: Path) -> str:
+def draw_contact(board: Board, path: Path) -> str:
     """The first prompt that all drew, else each one's first: a row for each setting, its base and each of its seeds.
 
     Returns:
@@ -166,8 +160,9 @@ def draw_contact(tables: Sequence[Table], path: Path) -> str:
     """
     from lora_dag.pages.sheets import save_png, sheet
 
+    tables = board.tables
     most = max(1, MAX_ROWS // len(tables))
-    standings = [(number, each) for board in tables for number, each in enumerate(board.standings[:most], 1)]
+    standings = [(number, each) for table in tables for number, each in enumerate(table.standings[:most], 1)]
     keys = [key for key in swept_keys(runs_of(tables)) if key != SEED]
     shared = shared_prompts([result.done for _, each in standings for result in each.results])
     seeds = sorted({result.seed for _, each in standings for result in each.results})
@@ -184,7 +179,7 @@ def draw_contact(tables: Sequence[Table], path: Path) -> str:
     side = math.isqrt(SHEET_PIXELS // (len(rows) * len(columns)))
     cell = max(MIN_CELL, min(side, *(row[0].width for row in rows if row[0])))
     save_png(path, sheet(rows, labels, columns, cell, title, row_heads=heads), max_bytes=SHEET_BYTES)
-    left = sum(len(board.standings[most:]) for board in tables)
+    left = sum(len(table.standings[most:]) for table in tables)
     return f"Without {left} settings: the best {most} of each table are drawn." if left else ""
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,8 +37,6 @@ class Standing:
     """Loss minus the base's."""
     against_best: Estimate | None
     """Loss minus the best setting's; None for the best."""
-    fronts: list[str] = field(default_factory=list)
-    """Of ``size`` and ``time``: no setting of the table is better in one of loss and that, and as good in the other."""
 
     @property
     def loss(self) -> float:
@@ -50,18 +48,6 @@ class Standing:
         if self.against_best is None:
             return None
         return "equal" if self.against_best == EQUAL else in_words(self.against_best)
-
-    def mean_of(self, name: str) -> float | None:
-        """A metric, averaged over seeds; None where a run is without."""
-        return mean_or_none([result.number(name) for result in self.results])
-
-    @property
-    def megabytes(self) -> float | None:
-        return self.mean_of("export.megabytes")
-
-    @property
-    def seconds(self) -> float | None:
-        return mean_or_none([result.seconds for result in self.results])
 
 
 @dataclass(frozen=True)
@@ -150,7 +136,6 @@ def table(results: Sequence[Result], rows: Sequence[str]) -> Table:
         )
         for name in order
     ]
-    mark_fronts(standings)
     return Table(standings, best.shape[1], sd, df)
 
 
@@ -177,19 +162,6 @@ def against_base(losses: np.ndarray, base: np.ndarray, sd: float, df: int) -> Es
     return widened(change, t_quantile(df, CONFIDENCE) * sd / math.sqrt(len(losses))) if df else change
 
 
-def mark_fronts(standings: Sequence[Standing]) -> None:
-    """The Pareto fronts of loss against size, and against time; each where it is known of all."""
-    costs = {
-        "size": [each.megabytes for each in standings],
-        "time": [None if each.seconds is None else float(f"{each.seconds:.2g}") for each in standings],
-    }
-    for name, values in costs.items():
-        known = [value for value in values if value is not None]
-        if len(known) == len(standings):
-            for index in front(known, [each.loss for each in standings]):
-                standings[index].fronts.append(name)
-
-
 def front(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
     """Indices of the points that no other beats in one and equals or beats in the other."""
     found = []
@@ -199,8 +171,3 @@ def front(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
             found.append(index)
             last = cost, loss
     return found
-
-
-def mean_or_none(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
