@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from lora_dag.adapters import lora
+from lora_dag.adapters.adapter_tensors import tensors_digest
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.lineage import load as load_lineage
@@ -29,7 +30,6 @@ from lora_dag.core.files import read_json, sha256_file
 from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families import sd
-from stages.export.header import tensors_digest
 from tests.conftest import Workspace
 
 ADAPTER = Path("data/adapter")
