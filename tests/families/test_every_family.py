@@ -106,6 +106,12 @@ def test_tokenizers_may_be_listed_by_their_older_names(
     assert layout.problems(model.model_copy(update={"pretrained": str(base)}), family) == []
 
 
+def test_comfyui_names_what_can_be_adapted(family: Family) -> None:
+    """One way of naming for all of a file: kohya's, or diffusers' own."""
+    assert set(family.COMFYUI) == {family.DENOISER, *family.TEXT_ENCODERS}
+    assert {prefix[-1] for prefix in family.COMFYUI.values()} in ({"_"}, {"."})
+
+
 def test_what_is_loaded_is_what_the_index_lists(family: Family, model: ModelParams) -> None:
     index = json.loads((Path(model.pretrained) / "model_index.json").read_text())
     listed = {part for part, entry in index.items() if isinstance(entry, list) and entry[0]}

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from lora_dag.adapters.adapter_tensors import AdapterTensors, Tensors
     from lora_dag.adapters.base_modules import BaseModules
-    from lora_dag.families.protocol import Family
     from lora_dag.formats import AdapterKind, Card, Export
 
 FILE = "{name}.safetensors"
@@ -42,10 +41,11 @@ def write(export: Export, folder: Path) -> None:
     from lora_dag.adapters.adapter_tensors import kohya_network
 
     tensors: Tensors = {}
-    is_kohyas = export.family.DENOISER == "unet"
+    prefixes = export.family.COMFYUI
+    is_kohyas = prefixes[export.family.DENOISER].endswith("_")
     parts = {name: part if is_kohyas else part.folded() for name, part in export.tensors.items()}
     for component, part in parts.items():
-        prefix = key_prefix(component, export.family)
+        prefix = prefixes[component]
         for name in part.scalings:
             start = key(file_name(component, name), prefix)
             tensors |= {f"{start}.{leaf}": tensor for leaf, tensor in layer_tensors(part, name, is_kohyas).items()}
@@ -54,19 +54,8 @@ def write(export: Export, folder: Path) -> None:
     export.save(folder / FILE.format(name=export.name), tensors, kohya_network(parts.values(), tensors))
 
 
-def key_prefix(component: str, family: Family) -> str:
-    """A UNet's text encoders are numbered where a family has several. Source: kohya's sd-scripts, networks/lora*.py."""
-    if family.DENOISER == "transformer":
-        return f"{component}."
-    if component == "unet":
-        return "lora_unet_"
-    if component == "text_encoder":
-        return "lora_te1_" if "text_encoder_2" in family.COMPONENTS else "lora_te_"
-    return f"lora_te{component.removeprefix('text_encoder_')}_"
-
-
 def key(name: str, prefix: str) -> str:
-    """``down_blocks.0.conv`` -> ``lora_unet_down_blocks_0_conv``; a transformer's names are kept."""
+    """``down_blocks.0.conv`` -> ``lora_unet_down_blocks_0_conv``; a prefix that ends in a dot keeps the name."""
     return prefix + (name if prefix.endswith(".") else name.replace(".", "_"))
 
 
