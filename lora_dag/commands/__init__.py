@@ -37,6 +37,7 @@ GROUPS = {
         ),
         "draw": Command("draw", "draw several adapter files on one sheet, at every combination of scales"),
         "leaderboard": Command("leaderboard.command", "rank the runs of a sweep"),
+        "relock": Command("relock", "accept results that edits of code do not change; nothing runs again"),
         "promote": Command(
             "promote", "make a run of a sweep the experiment of the workspace; nothing is trained again"
         ),

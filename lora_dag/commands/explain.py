@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -22,9 +22,10 @@ from lora_dag.commands.compare.revisions import add_revisions, find_commit, read
 from lora_dag.commands.compare.sides import DAMAGED, LOCK, PARAMS, flatten, mapping, parse_params
 from lora_dag.core.console import UserError, log
 from lora_dag.pages.markdown import table
+from lora_dag.pipeline.code import is_code
+from lora_dag.pipeline.dvc_files import Locked, parse_lock
 
 EXPORTED = "reports/export/lineage.json"
-CODE = ("lora_dag/", "stages/")
 ABSENT = object()
 CAUSES = ("parameters", "data", "base", "code", "environment")
 MAX_FILES = 3  # named for a stage, of one cause
@@ -41,31 +42,22 @@ def main(args: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What a stage last ran with."""
-
-    cmd: str = ""
-    deps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Path -> md5, and nfiles of a folder."""
-    outs: Mapping[str, str] = field(default_factory=dict)
-    """Path -> md5."""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted key -> value."""
-
-
-@dataclass(frozen=True)
-class Locked:
-    """What dvc.lock says of a revision."""
+class Revision:
+    """What dvc.lock says of one."""
 
     name: str
-    stages: dict[str, Stage]
+    stages: dict[str, Locked]
     params: dict[str, Any]
     """Dotted key -> value, of params.yaml."""
     packages: dict[str, str]
     """Package -> version, of the last export."""
 
-    def stage(self, name: str) -> Stage:
-        return self.stages.get(name, Stage())
+    def stage(self, name: str) -> Locked:
+        return self.stages.get(name, Locked())
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """Dotted key -> value, that a stage ran with."""
+        return flatten(self.stage(stage).params.get(PARAMS, {}))
 
     def writer(self, path: str) -> str | None:
         """The stage that writes a file or folder."""
@@ -81,7 +73,7 @@ class Reason:
     what: str
 
 
-def read_lock(name: str) -> Locked:
+def read_lock(name: str) -> Revision:
     """dvc.lock of a branch, tag, commit or DVC experiment, or of the workspace.
 
     Raises:
@@ -93,10 +85,9 @@ def read_lock(name: str) -> Locked:
         missing = LOCK if lock is None else PARAMS
         raise UserError(f"{name}: has no {missing}, which says what every stage read; run `dvc repro` there, commit it")
     try:
-        stages = mapping(mapping(YAML(typ="safe", pure=True).load(io.BytesIO(lock))).get("stages"))
-        return Locked(
+        return Revision(
             name=name,
-            stages={str(stage): parse_stage(mapping(entry)) for stage, entry in stages.items()},
+            stages=parse_lock(YAML(typ="safe", pure=True).load(io.BytesIO(lock))),
             params=parse_params(params),
             packages=mapping(lineage.parse(exported).get("packages", {})) if exported else {},
         )
@@ -105,19 +96,10 @@ def read_lock(name: str) -> Locked:
         raise UserError(f"{name}: {LOCK}, {PARAMS} or {EXPORTED} is damaged ({what}); run `dvc repro` there") from None
 
 
-def parse_stage(entry: Mapping[str, Any]) -> Stage:
-    return Stage(
-        cmd=entry["cmd"],
-        deps={dep["path"]: mapping(dep) for dep in entry.get("deps", [])},
-        outs={out["path"]: out["md5"] for out in entry.get("outs", [])},
-        params=flatten(entry.get("params", {}).get(PARAMS, {})),
-    )
-
-
 # The page
 
 
-def write_page(a: Locked, b: Locked) -> str:
+def write_page(a: Revision, b: Revision) -> str:
     """Markdown: root causes, then stage by stage what ran anew and because of what."""
     reasons = {stage: list(reasons_for(stage, a, b)) for stage in dict.fromkeys([*a.stages, *b.stages])}
     found = {cause: roots(cause, reasons) for cause in CAUSES}
@@ -131,7 +113,7 @@ def write_page(a: Locked, b: Locked) -> str:
     return "\n\n".join(sections + [line for side in (a, b) for line in not_run(side)]) + "\n"
 
 
-def in_words(stage: str, reasons: Sequence[Reason], a: Locked, b: Locked) -> str:
+def in_words(stage: str, reasons: Sequence[Reason], a: Revision, b: Revision) -> str:
     """``ran anew: lora.rank 8 → 16``"""
     if not reasons:
         return "as before"
@@ -158,9 +140,9 @@ def roots(cause: str, reasons: Mapping[str, Sequence[Reason]]) -> list[str]:
     return list(dict.fromkeys(reason.what for found in reasons.values() for reason in found if reason.cause == cause))
 
 
-def not_run(side: Locked) -> Iterator[str]:
+def not_run(side: Revision) -> Iterator[str]:
     """Parameters of params.yaml that no stage has run with yet."""
-    ran_with = {key: value for stage in side.stages for key, value in side.stage(stage).params.items()}
+    ran_with = {key: value for stage in side.stages for key, value in side.settings(stage).items()}
     ahead = [key for key, value in ran_with.items() if side.params.get(key, ABSENT) != value]
     if ahead:
         keys = ", ".join(ahead)
@@ -170,26 +152,29 @@ def not_run(side: Locked) -> Iterator[str]:
 # Why a stage ran anew
 
 
-def reasons_for(stage: str, a: Locked, b: Locked) -> Iterator[Reason]:
+def reasons_for(stage: str, a: Revision, b: Revision) -> Iterator[Reason]:
     """None where it read the same files and parameters, and wrote the same bytes."""
     known = [*parameters(stage, a, b), *files(stage, a, b)]
     if a.stage(stage).cmd != b.stage(stage).cmd:
         known.append(Reason("code", "its command in dvc.yaml"))
+    numbers = a.stage(stage).results, b.stage(stage).results
+    if numbers[0] != numbers[1] and None not in numbers:
+        known.append(Reason("code", f"RESULTS of {stage} {numbers[0]} → {numbers[1]}"))
     yield from known
     if not known and a.stage(stage).outs != b.stage(stage).outs:
         packages = ", ".join(packages_that_differ(a, b))
         yield Reason("environment", packages or "the same inputs on another machine, or packages that no report names")
 
 
-def parameters(stage: str, a: Locked, b: Locked) -> Iterator[Reason]:
-    before, after = a.stage(stage).params, b.stage(stage).params
+def parameters(stage: str, a: Revision, b: Revision) -> Iterator[Reason]:
+    before, after = a.settings(stage), b.settings(stage)
     for key in dict.fromkeys([*before, *after]):
         if before.get(key, ABSENT) != after.get(key, ABSENT):
             old, new = show_params((before, after), key)
             yield Reason("parameters", f"{key} {old} → {new}")
 
 
-def files(stage: str, a: Locked, b: Locked) -> Iterator[Reason]:
+def files(stage: str, a: Revision, b: Revision) -> Iterator[Reason]:
     """Of each file or folder that the stage reads and that is another one."""
     before, after = a.stage(stage).deps, b.stage(stage).deps
     for path in dict.fromkeys([*before, *after]):
@@ -201,14 +186,14 @@ def files(stage: str, a: Locked, b: Locked) -> Iterator[Reason]:
             yield Reason(writer or kind(path, a, b), path if writer else path + num_files)
 
 
-def kind(path: str, a: Locked, b: Locked) -> str:
+def kind(path: str, a: Revision, b: Revision) -> str:
     """Cause that a file stands for that no stage writes."""
-    if path.startswith(CODE):
+    if is_code(path):
         return "code"
     return "base" if path in (a.params.get("model.pretrained"), b.params.get("model.pretrained")) else "data"
 
 
-def packages_that_differ(a: Locked, b: Locked) -> list[str]:
+def packages_that_differ(a: Revision, b: Revision) -> list[str]:
     if not a.packages or not b.packages:
         return []
     names = dict.fromkeys([*a.packages, *b.packages])

@@ -28,10 +28,11 @@ from lora_dag.core.files import atomic, read_json, replaced, sha256_file, state_
 from lora_dag.core.locks import lock
 from lora_dag.core.params import ModelParams
 from lora_dag.families.protocol import load_family
+from lora_dag.pipeline.dvc_files import read_pipeline
 from lora_dag.pipeline.snakemake_records import Record, read_record
 from lora_dag.pipeline.yaml_edit import with_values
 from lora_dag.sweeps import grid
-from lora_dag.sweeps.stale import AGAIN, WITNESS, lies_in, outdated, pipeline
+from lora_dag.sweeps.stale import AGAIN, WITNESS, lies_in, outdated
 
 PARAMS = Path("params.yaml")
 COMMITTED = ("prepare", "cache_latents", "train", "validate", "export")
@@ -196,9 +197,9 @@ def adopt(records: dict[str, Record], overrides: dict[str, Any]) -> None:
         shown = (f"{key} {json.dumps(value)}" for key, value in overrides.items())
         log.info("params      %s", ", ".join(shown))
     folders = {name: records[stage].folder(name) for name, stage in MAKER.items()}
-    stages = pipeline()
+    stages = read_pipeline()
     for stage in COMMITTED:
-        for path in outputs(stages[stage]):
+        for path in stages[stage].outs:
             copy(Path(moved(path, folders)), Path(path))
     for path in MEASURED:
         Path(path).unlink(missing_ok=True)
@@ -206,11 +207,6 @@ def adopt(records: dict[str, Record], overrides: dict[str, Any]) -> None:
             copy(Path(moved(path, folders)), Path(path))
     dvc("commit", "--force", *COMMITTED)
     dvc("repro", "--single-item", "report")
-
-
-def outputs(stage: dict[str, Any]) -> list[str]:
-    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
-    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
 
 
 def moved(path: str, folders: dict[str, str]) -> str:

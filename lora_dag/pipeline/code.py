@@ -1,4 +1,4 @@
-"""A stage's import closure inside the repository, read from the source: what dvc.yaml must list as code.
+"""The code of each stage: what dvc.yaml must list of it, its digest, and the number of the results that it gives.
 
 Run: ``python -m lora_dag.pipeline.code [STAGE ...]`` prints the lines to paste into dvc.yaml.
 """
@@ -6,85 +6,91 @@ Run: ``python -m lora_dag.pipeline.code [STAGE ...]`` prints the lines to paste 
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterable
+from modulefinder import ModuleFinder
 from pathlib import Path
 
+from lora_dag.core.code import ROOT, files_in
 from lora_dag.core.files import sha256_file, sha256_json
 
-ROOT = Path(__file__).resolve().parents[2]
-FAMILY = "lora_dag/families/${model.family}.py"
+FOLDERS = ("lora_dag/", "stages/")
+FAMILIES = "lora_dag/families"
+FAMILY = f"{FAMILIES}/${{model.family}}.py"
 
 
-def closure(stage: str, root: Path = ROOT) -> list[str]:
-    """Files that ``python -m stages.<stage>`` (a module or a package) can import, relative to the repository.
+def is_code(dependency: str) -> bool:
+    """Whether a dependency of dvc.yaml or dvc.lock is code."""
+    return dependency.startswith(FOLDERS)
 
-    The family's file is named by its template: families are loaded by name, by ``load_family`` in families/protocol.py.
-    Imports under ``if TYPE_CHECKING`` never run.
+
+def dependencies(stage: str, root: Path = ROOT) -> list[str]:
+    """What dvc.yaml lists as a stage's code: the packages that its imports reach, and of families single files.
+
+    The family's own file is named by its template, so that an edit of another family runs nothing again.
 
     Args:
         root: of another checkout of the repository, which is read and not imported.
     """
-    main = root / "stages" / stage / "__main__.py"
-    found = reachable([main if main.exists() else root / "lora_dag/commands" / stage / "command.py"], root)
-    if root / "lora_dag/formats/__init__.py" in found:  # formats are loaded by name
-        found |= reachable(sorted((root / "lora_dag/formats").glob("**/*.py")), root)
-    dynamic = []
-    if root / "lora_dag/families/protocol.py" in found:
-        families = {
-            path
-            for path in (root / "lora_dag/families").glob("*.py")
-            if path.name not in ("__init__.py", "protocol.py", "common.py", "long_texts.py", "unet.py")
-        }
-        found |= reachable(sorted(families), root) - families
-        dynamic = [FAMILY]
-    return sorted([*(path.relative_to(root).as_posix() for path in found), *dynamic])
+    found = imported([root / "stages" / stage / "__main__.py"], root)
+    if "lora_dag/formats/__init__.py" in found:  # it loads a format by its name
+        found |= imported(sorted((root / "lora_dag/formats").glob("**/*.py")), root)
+    if f"{FAMILIES}/protocol.py" in found:  # it loads a family by its name
+        files = families(root)
+        found |= imported(files, root) - {path.relative_to(root).as_posix() for path in files} | {FAMILY}
+    return sorted({package(path) for path in found if path == FAMILY or has_code(root / path)})
 
 
-def code_digest(stage: str, family: str) -> str:
-    """Digest of the stage's code with one family's file: equal exactly when DVC sees no change of code."""
-    return sha256_json({path: sha256_file(ROOT / path.replace("${model.family}", family)) for path in closure(stage)})
+def families(root: Path = ROOT) -> list[Path]:
+    """One file each; none imports another."""
+    files = sorted((root / FAMILIES).glob("*.py"))
+    return [path for path in files if re.search("^PIPELINE = ", path.read_text(encoding="utf-8"), re.MULTILINE)]
 
 
-def reachable(todo: list[Path], root: Path) -> set[Path]:
-    """The files and all that they import; empty ``__init__.py`` are left out."""
-    found: set[Path] = set()
-    while todo:
-        path = todo.pop()
-        if path not in found:
-            found.add(path)
-            todo += imports(path, root)
-    return {path for path in found if path.stat().st_size}
+def imported(files: Iterable[Path], root: Path = ROOT) -> set[str]:
+    """The files and all of the repository that they import, at any depth; nothing is run.
+
+    Raises:
+        SyntaxError: a file is no Python.
+    """
+    finder, found = ModuleFinder(path=[str(root)]), set()
+    for file in files:
+        finder.run_script(str(file))
+        found.add(file)
+    for name in finder.badmodules:  # what it has not found, such as torch, or has not been able to read
+        if (path := root.joinpath(*name.split(".")).with_suffix(".py")).is_file():
+            ast.parse(path.read_bytes(), str(path))
+    places = [getattr(module, "__file__", None) for module in finder.modules.values()]
+    found |= {Path(place) for place in places if place}
+    return {path.relative_to(root).as_posix() for path in found}
 
 
-def imports(path: Path, root: Path) -> list[Path]:
-    """Modules of this repository that a file imports, at any depth of its code."""
-    found = []
-    for node in runtime_nodes(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found += [module_path(alias.name, root) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.append(module_path(node.module, root))
-            found += [module_path(f"{node.module}.{alias.name}", root) for alias in node.names]
-    return [p for p in found if p is not None]
+def package(path: str) -> str:
+    """``stages/train`` of ``stages/train/setup.py``; a family's file, or one beside the packages, is itself."""
+    parts = path.split("/")
+    return path if len(parts) < 3 or path.startswith(FAMILIES) else "/".join(parts[:2])
 
 
-def runtime_nodes(tree: ast.AST) -> list[ast.AST]:
-    nodes = []
-    for child in ast.iter_child_nodes(tree):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-            continue
-        nodes += [child, *runtime_nodes(child)]
-    return nodes
+def has_code(path: Path) -> bool:
+    """More than a docstring."""
+    return any(not isinstance(node, ast.Expr) for node in ast.parse(path.read_bytes()).body)
 
 
-def module_path(name: str, root: Path) -> Path | None:
-    if name.split(".")[0] not in ("stages", "lora_dag"):
-        return None
-    path = root.joinpath(*name.split("."))
-    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()), None)
+def digest(paths: Iterable[str], family: str = "") -> str:
+    """Digest of the code among a stage's dependencies: equal exactly where DVC finds no change of code."""
+    code = [path.replace("${model.family}", family) for path in paths if is_code(path)]
+    return sha256_json({str(file): sha256_file(file) for path in code for file in files_in(Path(path))})
+
+
+def results_of(stage: str, root: Path = Path()) -> int:
+    """``RESULTS`` of a stage, read and not imported: raised by whoever changes what the same inputs give."""
+    tree = ast.parse((root / "stages" / stage / "__init__.py").read_bytes())
+    numbers = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RESULTS"]
+    return int(ast.literal_eval(numbers[-1].value))
 
 
 if __name__ == "__main__":
     import sys
 
     for name in sys.argv[1:]:
-        print(f"{name}:", *closure(name), sep="\n      - ")
+        print(f"{name}:", *dependencies(name), sep="\n      - ")

@@ -6,16 +6,18 @@ Reads .snakemake/metadata of Snakemake 9 (requirements.lock pins it): what its o
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
-from base64 import urlsafe_b64encode
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_dag.core.console import UserError
-from lora_dag.core.files import from_json, sha256_file, sha256_json
+from lora_dag.core.files import from_json, write_text
 
 METADATA = Path(".snakemake/metadata")
 
@@ -25,8 +27,11 @@ class Record:
     """The job that wrote a file."""
 
     path: str
+    rule: str
     code: str
-    """Digest of the stage's code, as ``code_of`` gives it."""
+    """Digest of the stage's code, as ``code.digest`` gives it."""
+    results: int | None
+    """The number of the results that it gives; None of a run from before there were numbers."""
     sections: dict[str, Any]
     """Section, or dotted key -> values that it ran with."""
     options: list[str]
@@ -46,12 +51,6 @@ class Record:
         return [value for word, value in zip(self.options, self.options[1:], strict=False) if word == "--set"]
 
 
-def code_of(deps: list[str], family: str) -> str:
-    """Digest of the code among a stage's dependencies in dvc.yaml."""
-    paths = [dep for dep in deps if dep.startswith(("lora_dag/", "stages/"))]
-    return sha256_json([sha256_file(Path(path.replace("${model.family}", family))) for path in paths])
-
-
 def read_record(path: str) -> Record | None:
     """Of the job that wrote ``path``; None where no job finished it.
 
@@ -69,7 +68,9 @@ def read_record(path: str) -> Record | None:
         checksums = {name: digest.removeprefix("sha256:") for name, digest in found["input_checksums"].items()}
         return Record(
             path=path,
+            rule=found["rule"],
             code=digests[0],
+            results=next((value for value in values if isinstance(value, int)), None),
             sections=next(value for value in values if isinstance(value, dict)),
             options=shlex.split(next(value for value in values if isinstance(value, str) and value not in digests)),
             inputs={name: checksums.get(name) for name in found["input"]},
@@ -80,6 +81,25 @@ def read_record(path: str) -> Record | None:
             f"{place}: not as Snakemake 9 writes it ({type(error).__name__}: {error}); "
             f"delete {path} and run snakemake again"
         ) from None
+
+
+def recorded_paths() -> Iterator[str]:
+    """Every file that has a record, be it there or not."""
+    for place in sorted(METADATA.rglob("*")):
+        if place.is_file():
+            parts = place.relative_to(METADATA).parts
+            yield urlsafe_b64decode("".join(part.removeprefix("@") for part in parts)).decode()
+
+
+def accept_code(record: Record, code: str, results: int) -> None:
+    """Give a record the digest of other code and the number of its results: its job has nothing else changed by it.
+
+    Snakemake then finds this code unchanged, and every other reason to run the job as before.
+    """
+    place = place_of(record.path)
+    found = from_json(place.read_bytes())
+    kept = [text for text in found["params"] if text not in (repr(record.code), repr(record.results))]
+    write_text(place, json.dumps(found | {"params": sorted([*kept, repr(code), repr(results)])}))
 
 
 def place_of(path: str) -> Path:

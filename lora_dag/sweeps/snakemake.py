@@ -21,8 +21,8 @@ from snakemake.exceptions import WorkflowError
 from lora_dag.core.console import UserError
 from lora_dag.core.files import write_text
 from lora_dag.core.params import RuntimeParams, check, read_yaml
-from lora_dag.pipeline.code import code_digest
-from lora_dag.pipeline.snakemake_records import code_of
+from lora_dag.pipeline import dvc_files
+from lora_dag.pipeline.code import digest, results_of
 from lora_dag.pipeline.yaml_edit import flow
 from lora_dag.sweeps import grid
 from lora_dag.sweeps.grid import Run
@@ -77,7 +77,7 @@ class Jobs:
     """Of each stage's job, which its wildcards name: what it reads, runs with and needs."""
 
     runs: list[Run]
-    stages: dict[str, Any] = field(default_factory=lambda: read_yaml(Path("dvc.yaml"))["stages"])
+    stages: dict[str, dvc_files.Stage] = field(default_factory=dvc_files.read_pipeline)
     """Of dvc.yaml, by name: dependencies and parameters."""
 
     @functools.cached_property
@@ -123,29 +123,32 @@ class Jobs:
 
     # Parameters
 
-    def params(self, stage: str, *folders: str) -> dict[str, Callable[[Any], Any]]:
-        """A rule's params: when ``code`` or ``sections`` change, Snakemake runs it again.
+    def params(self, stage: str, *folders: str) -> dict[str, Any]:
+        """A rule's params: when ``code``, ``results`` or ``sections`` change, Snakemake runs it again.
 
         code      digest of the stage's code: its files as inputs of every job would take most of the time of a plan
+        results   number of the results that this code gives; where it is the same, `lora-dag relock` accepts other code
         sections  the parameters that the stage reads
         options   words of its command line: the run's overrides, and its ``folders``
         """
-        keys = self.stages[stage]["params"]
-        digest = functools.cache(lambda family: code_of(self.stages[stage]["deps"], family))
+        keys = self.stages[stage].params[dvc_files.PARAMS]
+        code = functools.cache(lambda family: digest(self.stages[stage].deps, family))
 
         def options(run: Run) -> str:
             paths = [word for name in folders for word in (f"--{name.replace('_', '-')}", run.folders[name])]
             return shlex.join([*grid.words(run, keys), *paths])
 
         return {
-            "code": self.for_run(stage, lambda run: digest(run.value("model.family"))),
+            "code": self.for_run(stage, lambda run: code(run.value("model.family"))),
+            "results": results_of(stage),
             "sections": self.for_run(stage, lambda run: {key: run.value(key) for key in keys}),
             "options": self.for_run(stage, options),
         }
 
-    def leaderboard_code(self, wildcards: Any) -> str:
-        """Digest of the leaderboard's code, which is no stage of dvc.yaml."""
-        return code_digest("leaderboard", self.runs[0].value("model.family"))
+    @property
+    def leaderboard_code(self) -> str:
+        """Digest of the leaderboard's own code and what it shows of a comparison; it is no stage of dvc.yaml."""
+        return digest(["lora_dag/commands/compare", "lora_dag/commands/leaderboard", "lora_dag/evaluation"])
 
     def report_labels(self, wildcards: Any) -> dict[str, str]:
         """What the pages of ``snakemake --report`` are filtered by."""

@@ -6,11 +6,11 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from lora_dag.core import params
 from lora_dag.core.files import sha256_file
-from lora_dag.pipeline.snakemake_records import Record, code_of
+from lora_dag.pipeline import code
+from lora_dag.pipeline.dvc_files import read_pipeline
+from lora_dag.pipeline.snakemake_records import Record
 from lora_dag.sweeps.grid import Run
 
 WITNESS = {
@@ -32,8 +32,10 @@ def outdated(stage: str, record: Record, wanted: Run, but: str = "") -> Iterator
         but: a folder whose files are not looked at.
     """
     yield from changed_parameters(record, wanted)
-    if record.code != current_code(stage, wanted.value("model.family")):
-        yield f"made by other code of {stage} than stages/ has now"
+    if record.results != code.results_of(stage):
+        yield f"made by code of {stage} with RESULTS {record.results}, and it has {code.results_of(stage)} now"
+    elif record.code != current_code(stage, wanted.value("model.family")):
+        yield f"made by other code of {stage} of the same RESULTS (`lora-dag relock` accepts it)"
     yield from changed_inputs(stage, record, wanted, but)
 
 
@@ -52,7 +54,7 @@ def changed_parameters(record: Record, wanted: Run) -> Iterator[str]:
 
 @functools.cache
 def current_code(stage: str, family: str) -> str:
-    return code_of(pipeline()[stage]["deps"], family)
+    return code.digest(read_pipeline()[stage].deps, family)
 
 
 def changed_inputs(stage: str, record: Record, wanted: Run, but: str) -> Iterator[str]:
@@ -73,12 +75,6 @@ def changed_inputs(stage: str, record: Record, wanted: Run, but: str) -> Iterato
 def other(path: Path, digest: str | None, started: float) -> bool:
     """Large files, which Snakemake takes no digest of, are told by their time."""
     return sha256_file(path) != digest if digest else path.stat().st_mtime > started
-
-
-def pipeline() -> dict[str, Any]:
-    """The stages of dvc.yaml."""
-    stages: dict[str, Any] = params.read_yaml(Path("dvc.yaml"))["stages"]
-    return stages
 
 
 def lies_in(path: str, folder: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import shutil
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,11 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from lora_dag.adapters.params import LoraParams
 from lora_dag.core import device
+from lora_dag.core.code import code_digest
 from lora_dag.core.console import UserError, log, plural
-from lora_dag.core.files import read_json, sha256_json
+from lora_dag.core.files import read_json, sha256_json, write_json
 from lora_dag.core.params import ModelParams
-from lora_dag.pipeline import code as closure
-from stages.train import optimizers
+from stages.train import RESULTS, checkpoint, optimizers
 from stages.train.params import TrainParams
 from stages.train.processes import require_share
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lora_dag.core.params import Config, RuntimeParams
 
 INPUTS = "inputs.json"  # in a run's folder of the state directory
+PROGRESS = "progress.json"  # beside it: what code was at work there, and whether the run has ended
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -93,6 +95,8 @@ def run_inputs(
 ) -> dict[str, Any]:
     """Everything that decides a run's bytes: a checkpoint is resumed by the run of the same digest alone.
 
+    Of the code, the number of its results: a run that an error in a message broke off continues when that is mended.
+
     Args:
         configs: component -> LoRA's config; "" for the denoiser.
         init_from: digest of the adapter that the run starts from, if it does.
@@ -103,14 +107,39 @@ def run_inputs(
     return {
         "base": base,
         "cache": cache.digest,
-        "code": closure.code_digest("train", model.family),
+        "checkpoint": checkpoint.FORMAT,
         "dtype": model.dtype,
         "environment": device.environment(where),
         "init_from": init_from,
         "lora": configs,
         "optimizer": optimizers.package(params.optimizer),
+        "results": RESULTS,
         "train": params.recorded(without),
     }
+
+
+def begin_run(folder: Path) -> None:
+    """Drop the checkpoints of a run that other code has ended: only what was broken off is worth to go on from.
+
+    So an edited loss trains from the start, and a run that an error in a message broke off continues when it is mended.
+    """
+    path, code = folder / PROGRESS, code_digest("train")
+    before = read_json(path) if path.exists() else {"code": code, "ended": False}
+    if before["code"] != code and before["ended"]:
+        log.info("starts over: the code of train has changed since this run ended")
+        for name in ("checkpoints", "snapshots"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    elif before["code"] != code:
+        log.warning(
+            "warning: other code of train began this run, of the same RESULTS; if an edit changes what training gives, "
+            "stop, and raise RESULTS in stages/train/__init__.py"
+        )
+    write_json(path, {"code": code, "ended": False})
+
+
+def end_run(folder: Path) -> None:
+    """After the last step, for ``begin_run``."""
+    write_json(folder / PROGRESS, {"code": code_digest("train"), "ended": True})
 
 
 def log_start_over(folder: Path, inputs: dict[str, Any]) -> None:

@@ -32,6 +32,8 @@ from stages.train.params import TrainParams
 from stages.train.processes import GradientSum
 from stages.train.setup import (
     INPUTS,
+    begin_run,
+    end_run,
     log_start_over,
     made_from,
     make_accelerator,
@@ -127,6 +129,7 @@ class Trainer:
         """Run or go on to ``train.num_steps`` or an early stop; checkpoints and snapshots first, then the step."""
         if self.accelerator.is_main_process:
             drop_leftovers(self.folder)
+            begin_run(self.folder)
         start = self.resume()
         if start == 0:
             self.check_step_zero()
@@ -167,6 +170,8 @@ class Trainer:
         self.watch.end()
         if self.may_be_asked_again:
             self.checkpoint(len(self.history))
+        if self.accelerator.is_main_process:
+            end_run(self.folder)
 
     def step(self, step: int) -> bool:
         """One optimizer step; everything random in it is a function of (seed, purpose, step, slot).

@@ -19,6 +19,7 @@ from lora_dag.artifacts.adapter import Adapter
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.bases import layout, resolve
 from lora_dag.core import params
+from lora_dag.core.code import code_digest
 from lora_dag.core.console import UserError, log, parser, run
 from lora_dag.core.device import environment, setup, speed_conditions
 from lora_dag.core.files import sha256_file, write_json, write_text
@@ -29,7 +30,6 @@ from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Score
 from lora_dag.families.long_texts import warn_of_long_prompts
 from lora_dag.families.protocol import load_family
-from lora_dag.pipeline import code as closure
 from stages.validate import cost, curve, feature_files, features, neighbours, passes, sheets
 from stages.validate.heldout_loss import EvalSet, make_eval_set
 from stages.validate.params import ValidateParams, prompt_problems
@@ -120,7 +120,7 @@ def conditions(base: dict[str, str], eval_set: EvalSet) -> dict[str, Any]:
     """What decides losses and pictures beside what is asked, and an adapter."""
     return {
         "base": base,
-        "code": closure.code_digest("validate", eval_set.model.family),
+        "code": code_digest("validate"),  # not RESULTS: after an edit of its own, a rerun measures everything again
         "drops_to_zeros": eval_set.family.drops_to_zeros(eval_set.model),  # model_index.json's, in no component's files
         "dtype": eval_set.model.dtype,
         "environment": environment(eval_set.device),

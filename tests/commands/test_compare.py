@@ -224,15 +224,14 @@ def test_one_parameter_is_not_credited_with_other_inputs(
     assert f"** More than parameters differs: {row.split(' | ')[0][2:]}." in page
 
 
-def test_other_code_of_train_is_told_and_is_no_repeat(repository: Repository) -> None:
-    entry = "    - path: stages/train/trainer.py\n      hash: md5\n      md5: {}\n      size: 1\n"
-    lock = f"stages:\n  train:\n    deps:\n{entry}"
-    write_text(Path("dvc.lock"), lock.format("a"))
+def test_other_results_of_train_are_named_and_no_repeat(repository: Repository) -> None:
+    lock = "stages:\n  train:\n    params:\n      stages/train/__init__.py:\n        RESULTS: {}\n"
+    write_text(Path("dvc.lock"), lock.format(1))
     commit("Lock")
     write_revision(rank=16, gain=0.15)
     assert "workspace (lora.rank 16) against" in repository.run()
-    write_text(Path("dvc.lock"), lock.format("b") + "  validate: {}\n")
-    assert "** More than parameters differs: the code of train. Held-out" in repository.run()
+    write_text(Path("dvc.lock"), lock.format(2) + "  validate: {}\n")
+    assert "** More than parameters differs: RESULTS of train. Held-out" in repository.run()
     write_revision(rank=8, gain=0.11, seed=1)
     assert "Seed noise is not in the interval" in repository.run()
 

@@ -34,6 +34,7 @@ class Pipeline:
     def __init__(self) -> None:
         self.params = deepcopy(PARAMS)
         self.files = {path: "0" for deps, _, outs in READS.values() for path in [*deps, *outs]}
+        self.results = dict.fromkeys(READS, 1)
         self.packages = {"torch": "2.13.0", "peft": "0.21.2"}
 
     def write(self) -> None:
@@ -41,7 +42,10 @@ class Pipeline:
             stage: {
                 "cmd": f"python -m stages.{stage}",
                 "deps": [self.dependency(path) for path in deps],
-                "params": {"params.yaml": {key: self.setting(key) for key in keys}},
+                "params": {
+                    "params.yaml": {key: self.setting(key) for key in keys},
+                    f"stages/{stage}/__init__.py": {"RESULTS": self.results[stage]},
+                },
                 "outs": [{"path": path, "md5": self.files[path]} for path in outs],
             }
             for stage, (deps, keys, outs) in READS.items()
@@ -117,6 +121,13 @@ def test_code_that_gives_the_same_bytes_goes_no_further(pipeline: Pipeline, expl
     assert "**code** (stages/prepare/split.py) changed;" in page
     assert "| prepare | ran anew: code (stages/prepare/split.py), and wrote the same bytes |" in page
     assert "| train | as before |" in page
+
+
+def test_a_raised_number_of_results(pipeline: Pipeline, explained: Any) -> None:
+    pipeline.results["prepare"] = 2
+    pipeline.files["stages/prepare/split.py"] = "1"
+    pipeline.write()
+    assert "| prepare | ran anew: code (stages/prepare/split.py, RESULTS of prepare 1 → 2), and wrote" in explained()
 
 
 def test_of_many_files_the_first_are_named(pipeline: Pipeline, explained: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,15 @@ TAMPERED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "code": (
         lambda: edit("stages/train/trainer.py", "from __future__", "#\nfrom __future__"),
-        r"stages/train/trainer.py: changed since train ran, without a new dvc.lock",
+        r"stages/train: changed since train ran, without a new dvc.lock; run `dvc repro`, or `lora-dag relock`",
+    ),
+    "no code": (
+        lambda: Path("lora_dag/core/params.py").unlink(),
+        r"lora_dag/core: changed since prepare, cache_latents, train, validate, export, report ran, without",
+    ),
+    "a new module": (
+        lambda: Path("stages/train/new.py").write_text(""),
+        r"stages/train: changed since train ran, without a new dvc.lock",
     ),
     "command": (
         lambda: edit("dvc.yaml", "python -m stages.train", "python -m stages.train --set train.seed=1"),
@@ -112,20 +120,15 @@ TAMPERED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
 }
 DATA = "data/latents\n      hash: md5\n      md5: "
-TRAINER = "      - stages/train/trainer.py\n"
+TRAINER = "      - stages/train\n"
 FORGIVEN: dict[str, tuple[Callable[[], Any], str]] = {
     "no report": (
         lambda: Path("reports/metrics.json").unlink(),
         r"reports/metrics.json: missing, and stage validate wrote it",
     ),
-    "no code": (
-        lambda: Path("lora_dag/core/params.py").unlink(),
-        r"lora_dag/core/params.py: missing, and a dependency of prepare, cache_latents, train, validate, export, "
-        r"report;",
-    ),
     "unlisted": (
         lambda: (edit("dvc.yaml", TRAINER, ""), TAMPERED["code"][0]()),
-        r"dvc.yaml: stages/train/trainer.py is not a dependency of train, .* run `dvc repro --force train`, then",
+        r"dvc.yaml: stages/train is not a dependency of train, .* run `dvc repro --force train`, then",
     ),
     "frozen": (
         lambda: (
@@ -144,6 +147,23 @@ def test_what_was_tampered_with_is_named(clone: Clone, name: str) -> None:
     change()
     (line,) = differences()
     assert re.match(expected, line), line
+
+
+def test_a_raised_number_of_results_is_named(clone: Clone) -> None:
+    clone("main")
+    edit("stages/train/__init__.py", "RESULTS = 1", "RESULTS = 2")
+    number, code = differences()
+    assert number.startswith("stages/train/__init__.py: RESULTS is 2, and dvc.lock has 1: train has not run since; run")
+    assert code.startswith("stages/train: changed since train ran")
+
+
+def test_what_editors_and_python_leave_beside_code_is_no_change(clone: Clone) -> None:
+    clone("main")
+    for name in ("__pycache__/trainer.cpython-311.pyc", ".trainer.py.swp", ".ipynb_checkpoints/trainer.py"):
+        path = Path("stages/train", name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    assert lock.problems() == []
 
 
 def test_a_dependency_less_is_no_matter(clone: Clone) -> None:
@@ -173,7 +193,7 @@ def test_all_that_is_wrong_is_said_at_once(clone: Clone) -> None:
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert all(line.startswith("error: ") for line in lines)
-    for start in ("params.yaml lora.rank: 8", "reports/metrics.json: missing", "stages/train/trainer.py: changed"):
+    for start in ("params.yaml lora.rank: 8", "reports/metrics.json: missing", "stages/train: changed"):
         assert any(line.startswith(f"error: {start}") for line in lines), lines
     assert "error: report.gates.limits: samples.copied_share was not measured; the limit is 0.1" in lines
     page = Path("page.md").read_text(encoding="utf-8")
@@ -456,13 +476,13 @@ def test_code_that_dvc_yaml_and_dvc_lock_both_leave_out_is_named(clone: Clone) -
     clone("main")
     for path in ("dvc.yaml", "dvc.lock"):
         text = Path(path).read_text(encoding="utf-8")
-        text = re.sub(r"( +)- path: stages/train/trainer\.py\n(?:\1  .*\n)+", "", text.replace(TRAINER, ""))
-        assert "stages/train/trainer.py" not in text
+        text = re.sub(r"( +)- path: stages/train\n(?:\1  .*\n)+", "", text.replace(TRAINER, ""))
+        assert "stages/train\n" not in text
         Path(path).write_text(text, encoding="utf-8")
     edit("stages/train/trainer.py", "from __future__", "#\nfrom __future__")
     assert differences() == []
     (line,) = lock.problems()
-    assert line.startswith("dvc.yaml: stages/train/trainer.py is code of train, which does not list it; add it to its")
+    assert line.startswith("dvc.yaml: stages/train is code of train, which does not list it; add it to its")
 
 
 def test_a_report_that_no_stage_has_among_its_outputs_is_named(clone: Clone) -> None:
@@ -698,7 +718,7 @@ def test_a_newer_base_is_merged_before_a_commit_is_judged(clone: Clone, monkeypa
     git("commit", "--quiet", "--all", "--message", "Newer main")
     assert run(monkeypatch, "--against", "origin/main", "--commit", "origin/rank-4", "--out", "page.md") == []
     (line,) = run(monkeypatch, "--against", "main", "--commit", "origin/rank-4", "--out", "page.md")
-    assert line.startswith("stages/train/trainer.py: changed since train ran, without a new dvc.lock")
+    assert line.startswith("stages/train: changed since train ran, without a new dvc.lock")
 
 
 @pytest.mark.parametrize("name", ["", "workspace"])

@@ -27,17 +27,18 @@ from lora_dag.bases.layout import digests
 from lora_dag.core.console import PATHS
 from lora_dag.core.params import ModelParams, load
 from lora_dag.families.protocol import load_family
-from lora_dag.commands.promote import moved, outputs, pipeline
+from lora_dag.commands.promote import moved
+from lora_dag.pipeline.dvc_files import read_pipeline
 stage = sys.argv[2].removeprefix("stages.")
 pairs = list(zip(sys.argv[3::2], sys.argv[4::2]))
 options = {{name[2:].replace("-", "_"): value for name, value in pairs}}
 config = load(pathlib.Path(options.get("params", "params.yaml")), [value for name, value in pairs if name == "--set"])
-sections = {{name.partition(".")[0] for name in pipeline()[stage]["params"]}}
+sections = {{name.partition(".")[0] for name in read_pipeline()[stage].params["params.yaml"]}}
 text = json.dumps({{name: config.sections[name].model_dump() for name in sorted(sections)}}, default=str)
 def write(path, content=text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
-for path in outputs(pipeline()[stage]):
+for path in read_pipeline()[stage].outs:
     place = pathlib.Path(moved(path, PATHS | options))
     if "." in place.name:
         write(place)
@@ -177,7 +178,7 @@ def test_runs_of_other_parameters_code_pictures_or_base_are_refused(swept: Stubb
     said = swept.refusal()
     for part in (
         "made with lora.alpha 2.0, params.yaml has 7.0; run `snakemake` again, or go back to what it was",
-        "made by other code of export than stages/ has now",
+        "made by other code of export of the same RESULTS (`lora-dag relock` accepts it); run",
         "prepare read another data/raw/00.png",
         "data/raw has files that it was made without (data/raw/more.png)",
         "made on another base than data/base (scheduler)",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
+from lora_dag.core.code import ROOT
 from lora_dag.core.console import PATHS
 from lora_dag.core.params import SECTIONS, load, read_yaml
-from lora_dag.pipeline import code as closure_module
-from lora_dag.pipeline.code import ROOT, closure, code_digest
+from lora_dag.pipeline.code import dependencies, digest, families, imported, is_code
 from lora_dag.sweeps.grid import Run, plan
 from stages.export.params import ExportParams
 from tests.helpers.checkout import Checkout
@@ -30,9 +32,21 @@ READS = {
         "dataset.source",
         *(f"export.{name}" for name in ExportParams.model_fields if name != "push_to_hub"),
     },
-    "report": {"report.title", "export.push_to_hub", "export.datasets", "dataset.source", "dataset.heldout_split"},
+    "report": {
+        "report.title",
+        "model.family",
+        "export.push_to_hub",
+        "export.datasets",
+        "dataset.source",
+        "dataset.heldout_split",
+    },
 }
 """Sections, or keys one by one where a section has one that changes nothing."""
+
+
+def settings(stage: dict[str, Any]) -> set[str]:
+    """Keys of params.yaml."""
+    return {name for name in stage["params"] if isinstance(name, str)}
 
 
 def sections(names: Iterable[str]) -> set[str]:
@@ -55,28 +69,48 @@ def test_stages_are_the_six_of_the_readme(stages: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_code_dependencies_are_the_import_closure(stages: dict[str, Any], name: str) -> None:
-    listed = [dep for dep in stages[name]["deps"] if dep.startswith(("lora_dag/", "stages/"))]
-    expected = closure(name)
+def test_code_dependencies_are_the_packages_that_imports_reach(stages: dict[str, Any], name: str) -> None:
+    expected = dependencies(name)
     block = "\n".join(f"      - {path}" for path in expected)
-    assert listed == expected, f"paste into dvc.yaml, stage {name}, deps:\n{block}"
+    assert list(filter(is_code, stages[name]["deps"])) == expected, f"paste into dvc.yaml, stage {name}:\n{block}"
+
+
+def test_a_package_that_dvc_does_not_list_is_found(tmp_path: Path) -> None:
+    """Also where it is imported late, or by what a stage imports; what other stages use is no dependency."""
+    for path in ("lora_dag", "stages"):
+        shutil.copytree(ROOT / path, tmp_path / path)
+    train = dependencies("train", tmp_path)
+    assert "lora_dag/diffusion" in train and not {"lora_dag/pages", "lora_dag/commands", "stages/validate"} & {*train}
+    with (tmp_path / "lora_dag/core/progress.py").open("a") as file:
+        file.write("\n\ndef late() -> None:\n    from lora_dag.pages import markdown  # noqa: F401\n")
+    assert dependencies("train", tmp_path) == sorted([*train, "lora_dag/pages"])
+
+
+def test_no_family_imports_another() -> None:
+    """dvc.yaml has one family's file alone, by its name."""
+    files = {path.relative_to(ROOT).as_posix() for path in families()}
+    assert len(files) >= 5
+    for path in files:
+        assert imported([ROOT / path]) & files == {path}
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_params_sections(stages: dict[str, Any], name: str) -> None:
-    assert set(stages[name]["params"]) == READS[name]
+def test_params_sections_and_the_number_of_the_results(stages: dict[str, Any], name: str) -> None:
+    assert settings(stages[name]) == READS[name]
+    assert [item for item in stages[name]["params"] if isinstance(item, dict)] == [
+        {f"stages/{name}/__init__.py": ["RESULTS"]}
+    ]
 
 
 def test_every_section_is_read_by_a_stage_but_runtime_and_sweep(stages: dict[str, Any]) -> None:
-    listed = sections(name for stage in stages.values() for name in stage["params"])
+    listed = sections(name for stage in stages.values() for name in settings(stage))
     assert set(read_yaml(ROOT / "params.yaml")) == set(SECTIONS) == listed | {"runtime", "sweep"}
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_stage_takes_only_the_sections_that_dvc_knows_of(name: str) -> None:
     """A section that the code reads and dvc.yaml does not list would leave stale results standing."""
-    files = [ROOT / path for path in closure(name) if re.match(rf"stages/{name}\b", path)]
-    source = "".join(path.read_text() for path in files)
+    source = "".join(path.read_text() for path in (ROOT / "stages" / name).glob("**/*.py"))
     classes = {path.split(":")[1]: section for section, path in SECTIONS.items()}
     taken = {classes[cls] for cls in re.findall(r"\.section\((\w+)\)", source)}
     assert taken - {"runtime"} <= sections(READS[name])
@@ -115,7 +149,7 @@ def test_both_dags_have_the_same_inputs_outputs_and_parameters(stages: dict[str,
     wanted = jobs.pop("all")["input"].split(", ")
     for name, job in jobs.items():
         inputs, made = job["input"].split(", "), job["output"].split(", ")
-        for dep in (dep for dep in stages[name]["deps"] if not dep.startswith(("lora_dag/", "stages/"))):
+        for dep in (dep for dep in stages[name]["deps"] if not is_code(dep)):
             assert any(lies_in(file, moved(dep, run)) for file in inputs), f"rule {name} does not read {dep}"
         for out in outputs(stages[name]):
             assert any(lies_in(file, moved(out, run)) for file in made), f"rule {name} does not name {out}"
@@ -190,14 +224,26 @@ def test_committed_reports_belong_to_the_committed_parameters() -> None:
     assert "Data and pipelines are up to date." in done.stdout, done.stdout + done.stderr
 
 
-def test_the_code_of_a_run_is_what_dvc_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint key sees the loss maths, which is imported late, and not what only other stages use."""
-    train = closure("train")
-    assert "lora_dag/diffusion/objectives.py" in train and "lora_dag/pages/markdown.py" not in train
-    before = code_digest("train", "sd")
-    real = closure_module.sha256_file
-    for name, changes in (("objectives.py", True), ("sd.py", True), ("markdown.py", False)):
-        monkeypatch.setattr(
-            closure_module, "sha256_file", lambda path, n=name: "edited" if path.name == n else real(path)
-        )
-        assert (code_digest("train", "sd") != before) == changes, name
+def test_snakemake_s_digest_is_of_the_code_that_dvc_lists(
+    stages: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees new files and the loss maths, which is imported late; not other stages, other families or leftovers."""
+    for path in ("lora_dag", "stages"):
+        shutil.copytree(ROOT / path, tmp_path / path)
+    monkeypatch.chdir(tmp_path)
+    before = digest(stages["train"]["deps"], "sd")
+    for name, changes in (
+        ("lora_dag/diffusion/objectives.py", True),
+        ("lora_dag/families/sd.py", True),
+        ("stages/train/new.py", True),
+        ("lora_dag/families/flux.py", False),
+        ("lora_dag/pages/markdown.py", False),
+        ("stages/train/__pycache__/new.pyc", False),
+        ("stages/train/.new.py.swp", False),
+    ):
+        path = Path(name)
+        original = path.read_bytes() if path.exists() else None
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((original or b"") + b"#")
+        assert (digest(stages["train"]["deps"], "sd") != before) == changes, name
+        path.unlink() if original is None else path.write_bytes(original)

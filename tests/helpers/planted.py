@@ -17,9 +17,11 @@ from ruamel.yaml import YAML
 
 from lora_dag.artifacts import metrics, picture_table
 from lora_dag.artifacts.lineage import save as save_lineage
+from lora_dag.commands.gate.lock import folder_md5
 from lora_dag.core.files import sha256_json, write_text
 from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Score
+from lora_dag.pipeline.code import is_code
 from stages.validate import curve, neighbours
 from tests.helpers.checkout import Checkout
 from tests.helpers.workspace import REPOSITORY
@@ -189,7 +191,10 @@ def write_lock(root: Path) -> None:
         stages[name] = {
             "cmd": stage["cmd"],
             "deps": [pin(root, path) for path in sorted(deps)],
-            "params": {"params.yaml": {key: value(params, key) for key in sorted(stage["params"])}},
+            "params": {
+                "params.yaml": {key: value(params, key) for key in stage["params"] if isinstance(key, str)},
+                f"stages/{name}/__init__.py": {"RESULTS": 1},
+            },
             "outs": [pin(root, path) for path in sorted(outputs(stage))],
         }
     with (root / "dvc.lock").open("w") as file:
@@ -203,6 +208,7 @@ def pin(root: Path, path: str) -> dict[str, Any]:
     else:
         digest = hashlib.md5(file.read_bytes() if file.is_file() else path.encode()).hexdigest()
         digest += "" if file.is_file() else ".dir"
+        digest = folder_md5(file) if file.is_dir() and is_code(path) else digest
     return {"path": path, "hash": "md5", "md5": digest, "size": 1}
 
 

@@ -15,8 +15,9 @@ from lora_dag.pipeline.snakemake_records import METADATA, read_record
 
 CODE = "c" * 64
 JOB = {
+    "rule": "train",
     "incomplete": False,
-    "params": ["'--set lora.rank=4 --adapter runs/raw/rank-4-s0/adapter'", repr(CODE), "{'lora': {'rank': 4}}"],
+    "params": ["'--set lora.rank=4 --adapter runs/raw/rank-4-s0/adapter'", repr(CODE), "3", "{'lora': {'rank': 4}}"],
     "input": ["data/base/unet.safetensors", "runs/raw/latents/manifest.json"],
     "input_checksums": {"runs/raw/latents/manifest.json": f"sha256:{'a' * 64}"},
     "starttime": 1.5,
@@ -57,10 +58,16 @@ def test_what_a_job_ran_with() -> None:
     write("runs/adapter.json")
     record = read_record("runs/adapter.json")
     assert record
-    assert (record.code, record.sections, record.started) == (CODE, {"lora": {"rank": 4}}, 1.5)
+    assert (record.code, record.results, record.sections) == (CODE, 3, {"lora": {"rank": 4}}) and record.started == 1.5
     assert record.overrides == ["lora.rank=4"] and record.folder("adapter") == "runs/raw/rank-4-s0/adapter"
     large, small = "data/base/unet.safetensors", "runs/raw/latents/manifest.json"
     assert record.inputs == {large: None, small: "a" * 64}
+
+
+def test_a_record_from_before_there_were_numbers_has_none() -> None:
+    write("runs/adapter.json", params=[param for param in JOB["params"] if param != "3"])
+    record = read_record("runs/adapter.json")
+    assert record and (record.code, record.results) == (CODE, None)
 
 
 def test_no_record_of_a_job_that_did_not_finish_or_of_a_file_that_is_gone() -> None:

@@ -383,7 +383,7 @@ def test_sections_behind_a_stage_are_those_of_dvc_s_dag() -> None:
         return {next(iter(e)) if isinstance(e, dict) else e for e in entries}
 
     def behind(name: str) -> set[str]:
-        own = {key.partition(".")[0] for key in stages[name]["params"]}
+        own = {key.partition(".")[0] for key in stages[name]["params"] if isinstance(key, str)}
         before = [other for other in stages if set(stages[name]["deps"]) & outs(stages[other])]
         return own.union(*map(behind, before))
 

@@ -14,7 +14,7 @@ import pytest
 
 from lora_dag.artifacts.adapter import FINAL
 from lora_dag.core.locks import last_holder
-from lora_dag.pipeline import code
+from stages.train import setup
 from tests.conftest import REPOSITORY, Workspace, picture
 from tests.helpers import forked
 from tests.helpers.caches import write_mixed_cache
@@ -90,12 +90,12 @@ def test_alpha_null_is_the_run_of_the_rank_written_out(encoded: Workspace, inter
     assert '"alpha": 4.0' in written_out["adapter.json"].decode()
 
 
-def test_other_latents_or_code_are_no_resume(
+def test_other_latents_or_results_are_no_resume(
     encoded: Workspace, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     interrupt(3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(code, "code_digest", lambda *_: "other")
+        patch.setattr(setup, "RESULTS", setup.RESULTS + 1)
         interrupt(3)
         assert "resumed from step 2" not in caplog.messages
     picture(50).save("data/raw/00.png")
@@ -103,6 +103,25 @@ def test_other_latents_or_code_are_no_resume(
     encoded.run("cache_latents")
     interrupt(3)
     assert "resumed from step 2" not in caplog.messages
+
+
+def test_what_broke_off_goes_on_under_mended_code_and_what_ended_starts_over(
+    encoded: Workspace, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error in a message at step 9,000 costs no step; an edited loss does not get the adapter of the loss before."""
+    argv = (*LONG, "--set", "train.lr_scheduler=constant")  # keeps its checkpoints, for a longer run to go on from
+    interrupt(3, *argv)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "code_digest", lambda stage: "mended")
+        lines = encoded.run("train", *argv)
+        assert "resumed from step 2" in lines
+        assert any(line.startswith("warning: other code of train began this run, of the same RES") for line in lines)
+        assert "resumed from step 6" in encoded.run("train", *argv)
+        ended = outputs(encoded)
+    lines = encoded.run("train", *argv)
+    assert "starts over: the code of train has changed since this run ended" in lines
+    assert not any("resumed" in line for line in lines)
+    assert outputs(encoded) == ended
 
 
 HOLD = (

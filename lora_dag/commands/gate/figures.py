@@ -102,7 +102,7 @@ def same(claimed: object, value: object) -> bool:
 def owned(reports: Reports) -> Iterator[str]:
     """Each file that the gate reads is an output of a stage: without one, dvc.lock has no digest of it."""
     pipeline = lock.Pipeline.read()
-    outputs = {path for stage in pipeline.stages for path in pipeline.listed(stage, is_output=True)}
+    outputs = {path for stage in pipeline.stages.values() for path in stage.outs}
     for path in (METRICS, TRAIN, EXPORT, DATASET, HEADLINE, SCORES, CURVE, NEAREST, LOSSES, PICTURES, LINEAGE, MADE):
         if Path(path).exists() and path not in outputs:
             yield f"dvc.yaml: no stage has {path} among its outputs, so that dvc.lock has no digest of it; restore it"

@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_dag.core.code import files_in
 from lora_dag.core.console import UserError
 from lora_dag.core.params import read_yaml
-from lora_dag.pipeline.code import closure
-
-Tree = dict[str, Any]
+from lora_dag.pipeline import code, dvc_files
+from lora_dag.pipeline.dvc_files import LOCK, PARAMS, Locked, Stage, changed_params, show
 
 UP_TO_DATE = "Data and pipelines are up to date."
 SHOWN = "dvc repro --dry --allow-missing"
 RUN = "run `dvc repro`, then commit dvc.lock and reports/"
+RELOCK = "run `dvc repro`, or `lora-dag relock` where it changes no result; then commit dvc.lock and reports/"
 ADD = "add it to its deps, run"
-ABSENT = object()
-LOCK = Path("dvc.lock")
 
 
 def problems() -> list[str]:
@@ -53,7 +52,7 @@ def paths() -> list[Path]:
     found = ["params.yaml", "dvc.yaml", "dvc.lock"]
     with contextlib.suppress(UserError, AttributeError, KeyError, TypeError, ValueError):
         pipeline = Pipeline.read()
-        found += [path for stage in pipeline.stages for kind in (True, False) for path in pipeline.listed(stage, kind)]
+        found += [path for stage in pipeline.stages.values() for path in (*stage.deps, *stage.outs)]
     return [Path(path) for path in found]
 
 
@@ -90,63 +89,34 @@ class File:
 
 @dataclass(frozen=True)
 class Pipeline:
-    stages: Tree
+    stages: dict[str, Stage]
     """dvc.yaml's, with the parameters in their places."""
-    lock: Tree
-    params: Tree
+    lock: dict[str, Locked]
+    params: dict[str, Any]
 
     @classmethod
     def read(cls) -> Pipeline:
-        params = read_yaml(Path("params.yaml"))
-
-        def fill(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {fill(name): fill(each) for name, each in value.items()}
-            if isinstance(value, list):
-                return [fill(each) for each in value]
-            if isinstance(value, str):
-                return re.sub(r"\$\{([\w.]+)\}", lambda key: str(look_up(params, key[1])), value)
-            return value
-
-        return cls(
-            fill(read_yaml(Path("dvc.yaml"))["stages"]), read_yaml(LOCK)["stages"] if LOCK.exists() else {}, params
-        )
+        params = read_yaml(Path(PARAMS))
+        return cls(dvc_files.read_pipeline(params), dvc_files.read_lock(), params)
 
     def files(self) -> list[File]:
         """Of the stages that both have."""
         found = []
-        for stage in self.stages.keys() & self.lock.keys():
-            for is_output in (False, True):
-                listed, locked = self.listed(stage, is_output), self.locked(stage, is_output)
-                for path in listed.keys() | locked.keys():
-                    in_git = is_output and not listed.get(path, True)
-                    found.append(File(stage, path, is_output, in_git, path in listed, locked.get(path)))
+        for name in self.stages.keys() & self.lock.keys():
+            stage, locked = self.stages[name], self.lock[name]
+            for path in {*stage.deps, *locked.deps}:
+                pin = locked.deps[path].get("md5") if path in locked.deps else None
+                found.append(File(name, path, False, False, path in stage.deps, pin))
+            for path in {*stage.outs, *locked.outs}:
+                in_git = not stage.outs.get(path, True)
+                found.append(File(name, path, True, in_git, path in stage.outs, locked.outs.get(path)))
         order = list(self.stages)
         return sorted(found, key=lambda file: (file.path, not file.is_output, order.index(file.stage)))
-
-    def listed(self, stage: str, is_output: bool) -> dict[str, bool]:
-        """Path -> whether DVC caches it."""
-        kinds = ("outs", "metrics", "plots") if is_output else ("deps",)
-        entries = [entry for kind in kinds for entry in self.stages[stage].get(kind, [])]
-        pairs = [next(iter(entry.items())) if isinstance(entry, dict) else (entry, {}) for entry in entries]
-        return {path: options.get("cache", True) for path, options in pairs}
-
-    def locked(self, stage: str, is_output: bool) -> dict[str, str | None]:
-        """Path -> MD5."""
-        return {entry["path"]: entry.get("md5") for entry in self.lock[stage].get("outs" if is_output else "deps", [])}
-
-
-def look_up(tree: Tree, key: str) -> Any:
-    """A section or a dotted key; ABSENT where there is none."""
-    value: Any = tree
-    for name in key.split("."):
-        value = value.get(name, ABSENT) if isinstance(value, dict) else ABSENT
-    return value
 
 
 def compare(pipeline: Pipeline) -> list[str]:
     """Every difference between dvc.lock and what stands beside it."""
-    found = [*changed_commands(pipeline), *changed_params(pipeline), *line_ends(pipeline)]
+    found = [*changed_commands(pipeline), *changed_settings(pipeline), *line_ends(pipeline)]
     return [*found, *changed_files(pipeline), *changed_data(pipeline)]
 
 
@@ -154,40 +124,23 @@ def changed_commands(pipeline: Pipeline) -> Iterator[str]:
     for name, stage in pipeline.stages.items():
         if name not in pipeline.lock:
             yield f"dvc.lock: has no stage {name}, which dvc.yaml has; {RUN}"
-        elif stage["cmd"] != pipeline.lock[name]["cmd"]:
-            yield f"dvc.yaml {name}: the command is '{stage['cmd']}', and '{pipeline.lock[name]['cmd']}' was run; {RUN}"
+        elif stage.cmd != pipeline.lock[name].cmd:
+            yield f"dvc.yaml {name}: the command is '{stage.cmd}', and '{pipeline.lock[name].cmd}' was run; {RUN}"
 
 
-def changed_params(pipeline: Pipeline) -> Iterator[str]:
-    """Key by key, also where dvc.yaml lists a whole section."""
+def changed_settings(pipeline: Pipeline) -> Iterator[str]:
+    """Parameters key by key, and the numbers of the results."""
     read_by: dict[str, list[str]] = {}
-    for stage in pipeline.stages.keys() & pipeline.lock.keys():
-        recorded = pipeline.lock[stage].get("params", {}).get("params.yaml", {})
-        for name in pipeline.stages[stage].get("params", []):
-            here, then = (
-                dict(leaves(name, look_up(pipeline.params, name))),
-                dict(leaves(name, recorded.get(name, ABSENT))),
-            )
-            for key in here.keys() | then.keys():
-                now, before = here.get(key, ABSENT), then.get(key, ABSENT)
-                if now != before:
-                    line = f"params.yaml {key}: {show(now)}, and dvc.lock has {show(before)}"
-                    read_by.setdefault(line, []).append(stage)
+    for name in pipeline.stages.keys() & pipeline.lock.keys():
+        for key, then, now in changed_params(pipeline.stages[name], pipeline.lock[name], pipeline.params):
+            read_by.setdefault(f"params.yaml {key}: {show(now)}, and dvc.lock has {show(then)}", []).append(name)
     for line, stages in sorted(read_by.items()):
         yield f"{line} ({in_order(pipeline, stages)}): changed without a new dvc.lock; {RUN}"
-
-
-def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values below a section; a key that is absent has none."""
-    if isinstance(value, dict) and value:
-        for name, each in value.items():
-            yield from leaves(f"{key}.{name}", each)
-    elif value is not ABSENT:
-        yield key, value
-
-
-def show(value: Any) -> str:
-    return "no such key" if value is ABSENT else "null" if value is None else f"{value}"
+    for name in (name for name in pipeline.stages if name in pipeline.lock):
+        file = Path("stages", name, "__init__.py")
+        now, then = code.results_of(name) if file.is_file() else None, pipeline.lock[name].results
+        if now != then:
+            yield f"{file}: RESULTS is {now}, and dvc.lock has {then}: {name} has not run since; {RUN}"
 
 
 def line_ends(pipeline: Pipeline) -> list[str]:
@@ -259,32 +212,33 @@ def written(output: File) -> list[str]:
 
 def used(pipeline: Pipeline, path: str, uses: list[File]) -> list[str]:
     """A dependency that is another than at the last run."""
-    if Path(path).is_dir():  # DVC compares it
+    if Path(path).is_dir() and not code.is_code(path):  # DVC compares it
         return []
     if not Path(path).exists():
         stages = in_order(pipeline, (file.stage for file in uses))
-        cure = "restore it" if path.startswith(("lora_dag/", "stages/")) else "restore it, or commit its .dvc file"
+        cure = "restore it" if code.is_code(path) else "restore it, or commit its .dvc file"
         return [] if pointer(path) else [f"{path}: missing, and a dependency of {stages}; {cure}"]
-    here = md5(Path(path))
+    here = md5(Path(path)) if Path(path).is_file() else folder_md5(Path(path))
     same = {file.locked for file in uses if file.locked == here or other_line_ends(Path(path), file.locked)}
     other = in_order(pipeline, (file.stage for file in uses if file.locked not in same))
-    return [f"{path}: changed since {other} ran, without a new dvc.lock; {RUN}"] if other else []
+    cure = RELOCK if code.is_code(path) else RUN
+    return [f"{path}: changed since {other} ran, without a new dvc.lock; {cure}"] if other else []
 
 
 def unlisted_code(pipeline: Pipeline) -> Iterator[str]:
     """Code that a stage imports and dvc.yaml does not list: neither DVC nor a digest would tell that it changed."""
+    family = str(dvc_files.look_up(pipeline.params, "model.family"))
     for name, stage in pipeline.stages.items():
-        module = re.search(r"-m stages\.(\w+)", str(stage["cmd"]))
+        module = re.search(r"-m stages\.(\w+)", stage.cmd)
         try:
-            imported = closure(module[1], Path.cwd()) if module else []
+            imported = code.dependencies(module[1], Path.cwd()) if module else []
         except FileNotFoundError:  # named elsewhere, as a missing dependency
             continue
         except (OSError, SyntaxError) as error:
             yield f"dvc.yaml {name}: its code cannot be read ({type(error).__name__}: {error}); restore it"
             continue
-        family = str(look_up(pipeline.params, "model.family"))
-        code = [path.replace("${model.family}", family) for path in imported]
-        if unlisted := [path for path in code if path not in pipeline.listed(name, is_output=False)]:
+        paths = [path.replace("${model.family}", family) for path in imported]
+        if unlisted := [path for path in paths if path not in stage.deps]:
             more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
             yield f"dvc.yaml: {unlisted[0]}{more} is code of {name}, which does not list it; {RUN.replace('run', ADD)}"
 
@@ -326,6 +280,18 @@ def in_order(pipeline: Pipeline, stages: Iterable[str]) -> str:
 
 def md5(path: Path) -> str:
     return digest(path.read_bytes())
+
+
+def folder_md5(folder: Path) -> str:
+    """As dvc.lock has it of a folder of code."""
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    tree = Tree()
+    for file in files_in(folder):
+        tree.add(file.relative_to(folder).parts, None, HashInfo("md5", md5(file)))
+    tree.digest()
+    return str(tree.hash_info.value)
 
 
 def digest(content: bytes) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from lora_dag.commands.compare.revisions import read_file
 from lora_dag.commands.compare.sides import DAMAGED, PARAMS, parse_params
-from lora_dag.commands.gate import lock
-from lora_dag.pipeline.code import closure
+from lora_dag.core.code import ROOT
+from lora_dag.pipeline.code import imported
+from lora_dag.pipeline.dvc_files import ABSENT, show
 from lora_dag.pipeline.git import git
 
 GATES = "report.gates"
+GATE = ROOT / "lora_dag/commands/gate"
 FILES: dict[str, Callable[[str], bool]] = {
     "the workflows": lambda path: path.startswith(".github/"),
     "the packages": lambda path: path in ("requirements.lock", "pyproject.toml"),
@@ -53,10 +55,11 @@ def changed_paths(commit: str) -> list[str]:
 
 def gate_code() -> set[str]:
     """All that the gate imports, as it runs here and as the folder has it."""
+    here = imported(sorted(GATE.glob("*.py")))
     try:
-        return {*closure("gate"), *closure("gate", Path.cwd())}
+        return here | imported(sorted((Path.cwd() / GATE.relative_to(ROOT)).glob("*.py")), Path.cwd())
     except (OSError, SyntaxError, ValueError, RecursionError):  # of the folder's: it would not start either
-        return set(closure("gate"))
+        return here
 
 
 def is_gate(path: str) -> bool:
@@ -69,8 +72,8 @@ def is_gate(path: str) -> bool:
 def changed_gates(commit: str) -> list[str]:
     """``report.gates.max_heldout_change 0.0 → 0.5``"""
     before, now = gates(read_file(commit, PARAMS)), gates(read_file(None, PARAMS))
-    pairs = {key: (before.get(key, lock.ABSENT), now.get(key, lock.ABSENT)) for key in sorted(before | now)}
-    return [f"{key} {lock.show(old)} → {lock.show(new)}" for key, (old, new) in pairs.items() if old != new]
+    pairs = {key: (before.get(key, ABSENT), now.get(key, ABSENT)) for key in sorted(before | now)}
+    return [f"{key} {show(old)} → {show(new)}" for key, (old, new) in pairs.items() if old != new]
 
 
 def gates(blob: bytes | None) -> dict[str, object]:
