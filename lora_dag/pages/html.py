@@ -1,38 +1,39 @@
 """Markdown -> one HTML file that needs nothing beside it: every page is written once, as Markdown, and shown twice.
 
-Pictures are inlined and enlarge, tables sort by a click. The page asks no network for anything, and its own policy
-forbids it to. Text is escaped, whatever a caption says; only what ``page`` is handed as ``extras`` is HTML.
+Images are inlined and enlarge, tables sort by a click: templates/ holds the page, its parts, its style and its script.
+Text is escaped, whatever a caption says; only what ``page`` gets as ``extras`` is HTML.
 """
 
 from __future__ import annotations
 
 import base64
-import io
+import functools
 import mimetypes
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from lora_dag.core.labels import exact
-from lora_dag.pages.page_assets import SCRIPT, STYLE
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 if TYPE_CHECKING:
     from markdown_it.renderer import RendererHTML
     from markdown_it.token import Token
-    from PIL import Image
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+FOLDER = Path(__file__).with_name("templates")
+TEMPLATES = Environment(
+    loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 
 
-def page(title: str, markdown: str, folder: Path, extras: Mapping[str, str] | None = None) -> str:
+def page(title: str, markdown: str, folder: Path, extras: Mapping[str, Markup] | None = None) -> str:
     """A self-contained HTML page.
 
     Args:
         markdown: GitHub-flavoured, with tables; HTML in it is shown as text.
-        folder: that the links of pictures are relative to. A picture that is not there stays its description.
-        extras: a paragraph of ``markdown``, to the letter -> HTML that stands in its place.
+        folder: that the links of images are relative to. An image that is not there stays its description.
+        extras: a paragraph of ``markdown``, to the letter -> HTML that replaces it.
     """
     from markdown_it import MarkdownIt
 
@@ -43,23 +44,9 @@ def page(title: str, markdown: str, folder: Path, extras: Mapping[str, str] | No
     tokens = parser.parse(markdown)
     replace_paragraphs(tokens, extras or {})
     body = parser.renderer.render(tokens, parser.options, {"folder": folder})
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-{body}</main>
-<dialog aria-label="Enlarged picture"></dialog>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
+    style, script = (Markup((FOLDER / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
+    template = TEMPLATES.get_template("page.html.j2")
+    return template.render(title=title, body=Markup(body), style=style, script=script) + "\n"
 
 
 def replace_paragraphs(tokens: list[Token], extras: Mapping[str, str]) -> None:
@@ -77,64 +64,38 @@ def image(self: RendererHTML, tokens: Sequence[Token], index: int, options: Any,
     return picture(path.read_bytes(), token.content, path.name) if path.is_file() else escape(token.content)
 
 
-def picture(data: bytes, text: str, name: str = "picture.png", plot: bool = False) -> str:
-    """A picture that a click enlarges.
+@functools.cache
+def figures() -> Any:
+    """The macros of templates/figures.html.j2, whose text says what each shows."""
+    return TEMPLATES.get_template("figures.html.j2").module
+
+
+def picture(data: bytes, text: str, name: str = "picture.png", plot: bool = False) -> Markup:
+    """An image that a click enlarges.
 
     Args:
-        data: bytes of the file; its kind is told by ``name``.
+        data: bytes of the file, whose format its ``name`` says.
         text: for those who do not see it.
-        plot: dark lines on white, which a dark page shows the other way round.
+        plot: dark lines on white, which a dark page inverts.
     """
-    kind = "picture plot" if plot else "picture"
-    return f'<button type="button" class="{kind}" title="Enlarge">{inline(data, text, name)}</button>'
+    return figures().picture(data_url(data, name), text, plot)
 
 
-def slider(before: bytes, after: bytes, labels: tuple[str, str]) -> str:
-    """Two pictures of one size over each other, with a line between them that pointer, touch and arrow keys move.
-
-    Args:
-        before: bytes of a PNG, shown left of the line.
-        after: the same, shown right of it.
-        labels: of the two.
-    """
-    left, right = (escape(label) for label in labels)
-    return f"""<figure class="slider">
-<div>{inline(before, labels[0])}{inline(after, labels[1])}
-<input type="range" min="0" max="100" step="any" value="50" aria-label="{left} left of here, {right} right of it"></div>
-<figcaption><span>{left}</span><span>{right}</span></figcaption>
-</figure>
-"""
+def slider(before: bytes, after: bytes, labels: tuple[str, str]) -> Markup:
+    """Two PNG files of one size, before left of a line that moves and after right of it."""
+    return figures().slider(data_url(before), data_url(after), *labels)
 
 
-def shown_scale(scales: Sequence[float]) -> tuple[float, int]:
-    """The adapter's strength that a slider shows, the nearest to 1 of those on a sample sheet; and its column there."""
-    scale = min(scales, key=lambda scale: abs(scale - 1))
-    return scale, 1 + scales.index(scale)
+def choice(label: str, panels: Mapping[str, Markup]) -> Markup:
+    """One panel at a time, chosen from a list of their names."""
+    return figures().choice(label, panels)
 
 
-def at_scale(name: str, scale: float) -> str:
-    return name if scale == 1 else f"{name} x {exact(scale)}"
+def beside(*parts: Markup) -> Markup:
+    """Parts in a row."""
+    return figures().beside(parts)
 
 
-def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def choice(label: str, panels: Mapping[str, str]) -> str:
-    """One of several pieces of HTML at a time, chosen from a list of their names; all of them without scripts."""
-    options = "".join(f"<option>{escape(name)}</option>" for name in panels)
-    bodies = "\n".join(f"<div>{panel}</div>" for panel in panels.values())
-    return f'<div class="choice"><label>{escape(label)} <select>{options}</select></label>\n{bodies}</div>\n'
-
-
-def beside(*parts: str) -> str:
-    """Pieces of HTML in a row, below one another where the page is narrow."""
-    return f'<div class="beside">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
-
-
-def inline(data: bytes, text: str, name: str = "picture.png") -> str:
-    """An <img> that holds its file."""
+def data_url(data: bytes, name: str = "picture.png") -> str:
     kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-    return f'<img alt="{escape(text)}" src="data:{kind};base64,{base64.b64encode(data).decode()}">'
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from lora_dag.core.console import log
 from lora_dag.core.files import atomic
-from lora_dag.core.labels import EMPTY, distinct, escape
+from lora_dag.core.labels import EMPTY, distinct, escape, exact
 from lora_dag.pages.lettering import Lettering, missing
 
 MAX_BYTES = {"samples": 92_000, "progress": 84_000, "nearest": 50_000, "contact": 54_000, "loss": 20_000}
@@ -263,4 +263,21 @@ def _encode(image: Image.Image) -> bytes:
     clean.info = {}
     buffer = io.BytesIO()
     clean.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def shown_scale(scales: Sequence[float]) -> tuple[float, int]:
+    """The adapter's strength that a slider shows, the nearest to 1 of those on a sample sheet; and its column there."""
+    scale = min(scales, key=lambda scale: abs(scale - 1))
+    return scale, 1 + scales.index(scale)
+
+
+def at_scale(name: str, scale: float) -> str:
+    return name if scale == 1 else f"{name} x {exact(scale)}"
+
+
+def png(picture: Image.Image) -> bytes:
+    """Bytes of a PNG file for an HTML page, quick to write."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
 from lora_dag.core.console import plural
@@ -17,7 +18,7 @@ from lora_dag.core.files import read_json, sha256_file, understood
 from lora_dag.core.labels import numbers
 from lora_dag.pages import html
 from lora_dag.pages.markdown import image, table
-from lora_dag.pages.sheets import cut
+from lora_dag.pages.sheets import at_scale, cut, png, shown_scale
 from stages.report import last_commit, page
 from stages.report.inputs import Inputs
 
@@ -45,16 +46,16 @@ def write_page(title: str, inputs: Inputs, reports: Path, train: Path, export: P
     return html.page(title, markdown, reports, extras)
 
 
-def sliders(inputs: Inputs) -> Iterator[tuple[str, str]]:
+def sliders(inputs: Inputs) -> Iterator[tuple[str, Markup]]:
     """Number with prompt, and slider between the base's picture and the adapter's, at the scale nearest to 1."""
     asked, cell = inputs.lineage["validate"], inputs.lineage["sheet"]["cell"]
     prompts, scales = asked["prompts"], asked["scales"]
-    scale, column = html.shown_scale(scales)
-    labels = ("base", html.at_scale("adapter", scale))
+    scale, column = shown_scale(scales)
+    labels = ("base", at_scale("adapter", scale))
     with Image.open(inputs.pictures["samples"]) as sheet:
         rows = cut(sheet.convert("RGB"), len(prompts), 1 + len(scales), cell)
     for number, prompt, row in zip(numbers(len(prompts)), prompts, rows, strict=True):
-        yield number + prompt, html.slider(html.png(row[0]), html.png(row[column]), labels)
+        yield number + prompt, html.slider(png(row[0]), png(row[column]), labels)
 
 
 # Measured on this machine

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
 from lora_dag.pages import html
@@ -56,7 +57,7 @@ def test_text_stays_text_and_nothing_is_loaded(tmp_path: Path) -> None:
 
 
 def test_an_extra_stands_in_the_place_of_its_paragraph_alone(tmp_path: Path) -> None:
-    page = html.page("t", "# Here\n\nHere\n\nHere too\n\n| Here |\n|---|\n| Here |", tmp_path, {"Here": "<hr>"})
+    page = html.page("t", "# Here\n\nHere\n\nHere too\n\n| Here |\n|---|\n| Here |", tmp_path, {"Here": Markup("<hr>")})
     assert re.search(r"<h1>Here</h1>\n<hr>\s*<p>Here too</p>", page)
     assert page.count("<hr>") == 1 and "<td>Here</td>" in page
 

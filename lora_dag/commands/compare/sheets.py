@@ -14,6 +14,7 @@ from lora_dag.core.files import sha256_json
 from lora_dag.core.labels import numbers
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from PIL import Image
 
 SAMPLING = ("num_inference_steps", "guidance_scale", "negative_prompt", "seed")  # of section validate
@@ -79,8 +80,7 @@ def cut_cells(side: Side) -> Cells:
     """
     from PIL import Image
 
-    from lora_dag.pages.html import shown_scale
-    from lora_dag.pages.sheets import cut
+    from lora_dag.pages.sheets import cut, shown_scale
 
     scales, cell = side.lineage["validate"]["scales"], side.lineage["sheet"]["cell"]
     _, column = shown_scale(scales)
@@ -97,7 +97,7 @@ def cut_cells(side: Side) -> Cells:
 
 
 def adapter_label(side: Side) -> str:
-    from lora_dag.pages.html import at_scale, shown_scale
+    from lora_dag.pages.sheets import at_scale, shown_scale
 
     scale, _ = shown_scale(side.lineage["validate"]["scales"])
     return at_scale(side.name, scale)
@@ -110,9 +110,12 @@ def drawn_from(side: Side) -> dict[str, Any]:
     return settings | {"base": side.lineage["base"], "dtype": side.lineage["model"]["dtype"], "size": size}
 
 
-def sliders(sides: Sequence[Side]) -> str:
-    """HTML: for each shared prompt, a line to move between the first one's picture and the last one's."""
-    from lora_dag.pages.html import choice, png, slider
+def sliders(sides: Sequence[Side]) -> Markup:
+    """For each shared prompt, a line to move between the first one's picture and the last one's."""
+    from markupsafe import Markup
+
+    from lora_dag.pages.html import choice, slider
+    from lora_dag.pages.sheets import png
 
     a, b = sides[0], sides[-1]
     labels = adapter_label(a), adapter_label(b)
@@ -121,4 +124,4 @@ def sliders(sides: Sequence[Side]) -> str:
         number + prompt: slider(png(cells_a[prompt][1]), png(cells_b[prompt][1]), labels)
         for number, prompt in zip(numbers(len(prompts)), prompts, strict=True)
     }
-    return choice("Prompt", panels) if panels else ""
+    return choice("Prompt", panels) if panels else Markup()
