@@ -20,9 +20,7 @@ FLOORS = (
     {"commands"},
 )
 FLOOR = {package: height for height, floor in enumerate(FLOORS) for package in floor}
-EXCEPTIONS = {
-    "lora_dag/pictures/containers.py -> bases",
-}
+EXCEPTIONS: set[str] = set()
 
 
 def package(module: str) -> str | None:

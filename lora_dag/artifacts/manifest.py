@@ -36,7 +36,7 @@ class Item:
     """One picture of the dataset."""
 
     file_name: str
-    """Relative to dataset.source, with forward slashes; ``a.tar::b.png`` or ``a.parquet::17`` inside of a file."""
+    """Relative to dataset.source, with forward slashes."""
     sha256: str
     """Of the picture's bytes."""
     caption: str
@@ -61,9 +61,7 @@ class Item:
 
 
 def natural_key(file_name: str) -> list[tuple[int, int, str]]:
-    """Sorts ``b.parquet::9`` before ``b.parquet::10``: the order to read many pictures in, for it is that of the rows
-    of a Parquet file, which gives them a group at a time.
-    """
+    """Sorts ``a9.png`` before ``a10.png``, and line 9 of a file before line 10."""
     parts = re.split(r"(\d+)", file_name)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 

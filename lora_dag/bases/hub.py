@@ -1,11 +1,10 @@
-"""A dataset or model of the Hugging Face Hub, pinned to one commit by a small YAML file that git or DVC versions::
+"""A model of the Hugging Face Hub, pinned to one commit by a small YAML file that git or DVC versions::
 
     hub: owner/name
     revision: 0123456789abcdef0123456789abcdef01234567
-    files: ["data/train-*.parquet"]
 
-``files`` may be left out, and is for datasets alone: of a model its family says what is fetched (``core/bases.py``).
-The snapshot is downloaded once, into the state directory, and then needs no network.
+The snapshot is downloaded once, into the state directory, and then needs no network. The model's family decides which
+files are fetched (``resolve.py``). Datasets are imported by `lora-dag import`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from lora_dag.core.files import from_json, sha256_file, sha256_json, state_dir, 
 from lora_dag.core.params import read_yaml, unknown
 
 Kind = Literal["dataset", "model"]
-KEYS: dict[Kind, tuple[str, ...]] = {"dataset": ("hub", "revision", "files"), "model": ("hub", "revision")}
+KEYS = ("hub", "revision")
 NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 COMMIT = r"[0-9a-f]{40}"
 MAX_BYTES = 64 * 2**10
@@ -43,18 +42,12 @@ class Pin:
     """Commit, 40 hex digits."""
     files: tuple[str, ...] | None
     """Patterns of the files to fetch; None for all."""
-    kind: Kind = "dataset"
-
-    @property
-    def page(self) -> str:
-        return page(self.hub, self.kind)
 
     @property
     def folder(self) -> Path:
         """Where its snapshot stands; another choice of files is another folder."""
         chosen = "" if self.files is None else "-" + sha256_json(sorted(self.files))[:8]
-        above = state_dir() / "hub" / ("models" if self.kind == "model" else "")
-        return above / self.hub.replace("/", "--") / (self.revision + chosen)
+        return state_dir() / "hub" / "models" / self.hub.replace("/", "--") / (self.revision + chosen)
 
     @property
     def marker(self) -> Path:
@@ -140,7 +133,7 @@ def state_of(path: Path) -> FileState:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def read_pin(path: Path, kind: Kind = "dataset") -> Pin:
+def read_pin(path: Path) -> Pin:
     """A checked pin file.
 
     Raises:
@@ -148,61 +141,52 @@ def read_pin(path: Path, kind: Kind = "dataset") -> Pin:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a YAML file with the keys hub and revision")
-    refuse_bombs(path, kind)
+    refuse_bombs(path)
     tree = read_yaml(path)
-    keys = KEYS[kind]
-    problems = [unknown(str(path), str(key)[:MAX_SHOWN], keys) for key in tree if key not in keys]
-    found = (hub_problem(tree, kind), revision_problem(tree, kind), files_problem(tree) if "files" in keys else "")
-    problems += [f"{path} {text}" for text in found if text]
+    problems = [unknown(str(path), str(key)[:MAX_SHOWN], KEYS) for key in tree if key not in KEYS]
+    problems += [f"{path} {text}" for text in (hub_problem(tree), revision_problem(tree)) if text]
     if problems:
         raise UserError(*problems)
-    return Pin(tree["hub"], tree["revision"], None if tree.get("files") is None else tuple(tree["files"]), kind)
+    return Pin(tree["hub"], tree["revision"], None)
 
 
 def page(name: str, kind: Kind) -> str:
     return f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
 
 
-def refuse_bombs(path: Path, kind: Kind) -> None:
+def refuse_bombs(path: Path) -> None:
     """A few lines of YAML whose aliases name aliases are gigabytes when written out."""
     if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes; a file that pins a {kind} has at most {MAX_BYTES:,}")
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes; a file that pins a model has at most {MAX_BYTES:,}")
     with contextlib.suppress(YAMLError, ValueError, RecursionError):  # read_yaml says what is wrong
         for event in YAML(typ="safe", pure=True).parse(path.read_text(encoding="utf-8")):
             if isinstance(event, AliasEvent):
                 raise UserError(
                     f"{path}:{event.start_mark.line + 1}: an alias (*{event.anchor[:MAX_SHOWN]}); write the value"
-                    " itself, and a pattern in quotes"
+                    " itself"
                 )
 
 
-def hub_problem(tree: dict[str, Any], kind: Kind) -> str:
+def hub_problem(tree: dict[str, Any]) -> str:
     name = tree.get("hub")
     if isinstance(name, str) and re.fullmatch(NAME, name):
         return ""
-    return f"hub: got {shown(name)}; expected owner/name, as in {page('owner/name', kind)}"
+    return f"hub: got {shown(name)}; expected owner/name, as in {page('owner/name', 'model')}"
 
 
-def revision_problem(tree: dict[str, Any], kind: Kind) -> str:
+def revision_problem(tree: dict[str, Any]) -> str:
     revision = tree.get("revision")
     if isinstance(revision, str) and re.fullmatch(COMMIT, revision):
         return ""
     if isinstance(revision, int | float):
         return f"revision: got the number {shown(revision)}; put the commit in quotes"
     got = "missing" if revision is None else f"got {shown(revision)}"
-    name = str(tree.get("hub")) if not hub_problem(tree, kind) else "owner/name"
+    name = str(tree.get("hub")) if not hub_problem(tree) else "owner/name"
     return (
         f"revision: {got}; expected a commit of 40 hex digits, since what a branch, a tag or nothing names can change"
-        f" and no run could be repeated; find it at {page(name, kind)}/commits/main, or with"
-        f" python -c \"import huggingface_hub as h; print(h.{kind}_info('{name}').sha)\""
+        f" and no run could be repeated; find it at {page(name, 'model')}/commits/main, or with"
+        f" python -c \"import huggingface_hub as h; print(h.model_info('{name}').sha)\""
     )
-
-
-def files_problem(tree: dict[str, Any]) -> str:
-    files = tree.get("files")
-    if files is None or (isinstance(files, list) and files and all(isinstance(f, str) and f for f in files)):
-        return ""
-    return f'files: got {shown(files)}; expected a list of patterns such as ["data/train-*.parquet"], or leave it out'
 
 
 def shown(value: Any) -> str:
@@ -226,10 +210,10 @@ def download(path: Path, pin: Pin) -> list[str]:
     if not wanted:
         shown = ", ".join(there[:5]) or "no files"
         raise UserError(f"{path} files: no file of {pin.hub} matches {patterns or ['*']}; it has {shown}")
-    with explained(path, pin):
+    with explained(path, pin.hub, "model", pin.revision):
         huggingface_hub.snapshot_download(
             pin.hub,
-            repo_type=pin.kind,
+            repo_type="model",
             revision=pin.revision,
             local_dir=pin.folder,
             allow_patterns=patterns,
@@ -251,31 +235,34 @@ def list_files(path: Path, pin: Pin) -> list[str]:
     """
     import huggingface_hub
 
-    with explained(path, pin):
-        info = getattr(huggingface_hub, f"{pin.kind}_info")(pin.hub, revision=pin.revision)
+    with explained(path, pin.hub, "model", pin.revision):
+        info = huggingface_hub.model_info(pin.hub, revision=pin.revision)
     return sorted(sibling.rfilename for sibling in info.siblings or [])
 
 
 @contextlib.contextmanager
-def explained(path: Path, pin: Pin) -> Iterator[None]:
-    """Inside, the Hub is asked; what goes wrong there becomes a UserError."""
+def explained(where: str | Path, name: str, kind: Kind, revision: str) -> Iterator[None]:
+    """Inside, the Hub is asked for a repository; what goes wrong there becomes a UserError.
+
+    Args:
+        where: the pin file or the argument that names the repository, for messages.
+    """
     from huggingface_hub import errors
 
     try:
         yield
     except errors.GatedRepoError:
-        what = f"{pin.hub} is gated; accept its terms at {pin.page} and run `hf auth login`"
-        raise UserError(f"{path} hub: {what}") from None
+        cure = f"accept its terms at {page(name, kind)} and run `hf auth login`"
+        raise UserError(f"{where} hub: {name} is gated; {cure}") from None
     except errors.RevisionNotFoundError:
-        what = f"{pin.hub} has no commit {pin.revision}; see {pin.page}/commits/main"
-        raise UserError(f"{path} revision: {what}") from None
+        raise UserError(
+            f"{where} revision: {name} has no commit {revision}; see {page(name, kind)}/commits/main"
+        ) from None
     except errors.RepositoryNotFoundError:
-        what = f"no {pin.kind} {pin.page}; check the name, or run `hf auth login` if it is private"
-        raise UserError(f"{path} hub: {what}") from None
+        cure = "check the name, or run `hf auth login` if it is private"
+        raise UserError(f"{where} hub: no {kind} {page(name, kind)}; {cure}") from None
     except Exception as error:  # whatever the client's HTTP library raises
         if getattr(error, "errno", None) in REMEDIES:  # the disk's fault, such as no space left
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(
-            f"{path}: {pin.hub} cannot be downloaded ({reason}); run again, it goes on from there"
-        ) from None
+        raise UserError(f"{where}: {name} cannot be downloaded ({reason}); run again, it goes on from there") from None

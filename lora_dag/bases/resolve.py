@@ -141,7 +141,7 @@ def chosen(path: Path, model: ModelParams, family: Family) -> Pin:
     stems = sorted(base_files.WEIGHTS)
     weights = [f"{stem}{suffix}{end}" for stem in stems for end in (".safetensors", "-0*.safetensors")]
     files = [f"{component}/{name}" for component in family.COMPONENTS for name in (*TEXTS, *weights)]
-    return replace(hub.read_pin(path, "model"), files=("model_index.json", *files))
+    return replace(hub.read_pin(path), files=("model_index.json", *files))
 
 
 def look(path: Path, pin: Pin, model: ModelParams, family: Family) -> None:

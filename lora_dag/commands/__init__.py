@@ -25,6 +25,9 @@ class Command(NamedTuple):
 
 GROUPS = {
     "before a run": {
+        "import": Command(
+            "import_dataset.command", "unpack Parquet, WebDataset or a Hub dataset into the folder that the stages read"
+        ),
         "check": Command("check", "check parameters, base, pictures, packages and disk before anything is computed"),
     },
     "during a training": {

@@ -25,7 +25,7 @@ from lora_dag.core.params import Config, ModelParams, RuntimeParams
 from lora_dag.families.protocol import load_family
 from lora_dag.formats import AdapterKind
 from lora_dag.pages import words
-from lora_dag.pictures.containers import PictureFiles
+from lora_dag.pictures.read import reader
 from lora_dag.pipeline import sharing
 from lora_dag.pipeline.yaml_edit import flow
 from lora_dag.sweeps import grid
@@ -158,11 +158,11 @@ def dataset_problems(config: Config, opened: list[str]) -> list[str]:
     """
     dataset = config.section(DatasetParams)
     try:
-        listing = list_entries(dataset, fetch=False)
+        listing = list_entries(dataset)
         looked_at = open_pictures(listing, dataset)
         opened.append(said_of(looked_at, listing))
         num_problems = len(listing.problems) + len(looked_at.problems)
-        is_all = listing.is_whole and looked_at.num_seen == len(listing.entries)
+        is_all = looked_at.num_seen == len(listing.entries)
         sides = split.assign(looked_at.rows, dataset, num_problems) if is_all and looked_at.rows else None
         for text in [*listing.warnings, *looked_at.warnings, *(sides.warnings if sides else ())]:
             log.warning("warning: %s", text)
@@ -170,7 +170,7 @@ def dataset_problems(config: Config, opened: list[str]) -> list[str]:
             log.info("note: %s: %s", dataset.source, text)
         prefixes = [subset.caption_prefix or "" for subset in dataset.as_subsets()]
         captions = [variants.joined(prefixes[entry.subset], entry.captions[0]) for entry in listing.entries]
-        if listing.is_whole and (text := words.strangers(config.section(ValidateParams).prompts, captions)):
+        if text := words.strangers(config.section(ValidateParams).prompts, captions):
             log.warning("warning: %s", text)
         found = batch_problems(listing, config)
         for reason in settle([*listing.problems, *looked_at.problems], listing.entries, dataset).values():
@@ -182,15 +182,13 @@ def dataset_problems(config: Config, opened: list[str]) -> list[str]:
 
 def open_pictures(listing: Listing, dataset: DatasetParams) -> Inspected:
     """Look at the pictures for OPEN_SECONDS; what is found is remembered, so that prepare need not look again."""
-    if not listing.is_whole or disk_problems():
+    if disk_problems():
         return Inspected([], [], [], 0)
-    return inspect(listing.entries, dataset, PictureFiles(dataset.source), OPEN_SECONDS)
+    return inspect(listing.entries, dataset, reader(dataset.source), OPEN_SECONDS)
 
 
 def said_of(looked_at: Inspected, listing: Listing) -> str:
     count, total = looked_at.num_seen, len(listing.entries)
-    if not listing.is_whole:
-        return "not opened, since they are not downloaded yet"
     if count == total:
         return f"{count:,} opened"
     return f"{count:,} of {total:,} opened in {OPEN_SECONDS:.0f} s; prepare opens the others"
@@ -200,7 +198,7 @@ def split_notes(listing: Listing, dataset: DatasetParams) -> list[str]:
     """Fewer held-out pictures than can tell much, as far as can be told without opening all of them."""
     subsets = dataset.as_subsets()
     drawn = [entry for entry in listing.entries if not subsets[entry.subset].regularization]
-    if not listing.is_whole or not drawn:
+    if not drawn:
         return []
     if dataset.heldout_split is not None:
         count = sum(entry.split == dataset.heldout_split for entry in drawn)
@@ -252,7 +250,7 @@ def batch_problems(listing: Listing, config: Config) -> list[str]:
     subsets = config.section(DatasetParams).as_subsets()
     total = sum(subsets[entry.subset].repeats for entry in listing.entries)
     size = config.section(TrainParams).batch_size
-    if not listing.is_whole or not total or size <= total:
+    if not total or size <= total:
         return []
     return [
         f"params.yaml train.batch_size: {size} is more than the dataset's {total} pictures, repeats counted; lower it"

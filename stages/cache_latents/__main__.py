@@ -28,7 +28,7 @@ from lora_dag.core.locks import writing
 from lora_dag.core.params import ModelParams, RuntimeParams
 from lora_dag.families.long_texts import warn_of_long
 from lora_dag.families.protocol import load_family
-from lora_dag.pictures.containers import PictureFiles
+from lora_dag.pictures.read import reader
 from stages.cache_latents import garbage, notes, status
 from stages.cache_latents.context import Context
 from stages.cache_latents.encoding import Tensors
@@ -101,7 +101,7 @@ def make_context(args: argparse.Namespace) -> Context:
     device = setup(runtime, model)
     return Context(
         manifest,
-        PictureFiles(manifest.source),
+        reader(manifest.source),
         family,
         model,
         cache,

@@ -13,7 +13,7 @@ from lora_dag.artifacts.manifest import Item, Manifest, View, natural_key
 from lora_dag.artifacts.store import Kind, Store
 from lora_dag.core.console import UserError
 from lora_dag.core.files import sha256_json
-from lora_dag.pictures.containers import PictureFiles
+from lora_dag.pictures.read import Read
 from stages.cache_latents import environments
 from stages.cache_latents.encoding import NUM_READERS, Proofs, Tensors
 from stages.cache_latents.keys import Setting
@@ -33,7 +33,7 @@ class Context:
     """What every function below and every kind of entry is given."""
 
     manifest: Manifest
-    files: PictureFiles
+    read: Read
     family: Family
     model: ModelParams
     cache: CacheParams
@@ -88,14 +88,14 @@ def mask_file(item: Item) -> tuple[str, str | None]:
     return (item.file_name, item.sha256) if item.mask == "alpha" else (str(item.mask), item.mask_sha256)
 
 
-def read_checked(files: PictureFiles, name: str, digest: str | None) -> bytes:
+def read_checked(read: Read, name: str, digest: str | None) -> bytes:
     """The file's bytes.
 
     Raises:
         Changed: they are not those of the digest.
     """
     try:
-        blob = files.read(name)
+        blob = read(name)
     except UserError:
         raise Changed(name) from None
     if digest not in (None, hashlib.sha256(blob).hexdigest()):
@@ -132,7 +132,7 @@ def changes(context: Context, items: Iterable[Item]) -> dict[str, str | None]:
 
     def look(name: str) -> tuple[bool, str | None]:
         try:
-            blob = context.files.read(name)
+            blob = context.read(name)
         except UserError as error:
             return False, error.problems[0]
         return files[name] in (None, hashlib.sha256(blob).hexdigest()), None

@@ -20,7 +20,8 @@ from lora_dag.artifacts.manifest import Item, View, natural_key
 from lora_dag.artifacts.store import Kind
 from lora_dag.core.console import UserError, log, plural
 from lora_dag.core.progress import Bar
-from lora_dag.pictures.pictures import cut_mask, cut_view, decode, decode_mask
+from lora_dag.pictures.decode import cut_view, decode
+from lora_dag.pictures.masks import cut_mask, decode_mask
 from stages.cache_latents.context import Context, mask_file, naming_changes, read_checked
 from stages.cache_latents.encoding import NUM_READERS, Encoder, OutOfMemory, Recent, Shape, Tensors, encode_all
 from stages.cache_latents.keys import Setting, caption_key, mask_key, picture_key
@@ -119,7 +120,7 @@ class Views:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
     def decode(self, item: Item) -> Image.Image:
-        blob = read_checked(self.context.files, item.file_name, item.sha256)
+        blob = read_checked(self.context.read, item.file_name, item.sha256)
         return decode(blob, self.context.manifest.preprocessing)
 
     def shape(self, key: str) -> Shape:
@@ -236,7 +237,7 @@ class Masks:
         return mask_weights(mask, self.factor, self.context.manifest.unmasked_weight)
 
     def decode(self, item: Item) -> Image.Image:
-        blob = read_checked(self.context.files, *mask_file(item))
+        blob = read_checked(self.context.read, *mask_file(item))
         return decode_mask(blob, "alpha" if item.mask == "alpha" else "file")
 
 

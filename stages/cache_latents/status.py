@@ -15,7 +15,7 @@ from lora_dag.artifacts.store import Kind, Store
 from lora_dag.core import took
 from lora_dag.core.console import log, plural
 from lora_dag.core.params import Config
-from lora_dag.pictures.pictures import preprocessing
+from lora_dag.pictures.decode import preprocessing
 from stages.cache_latents.context import Context, changes
 from stages.cache_latents.entries import Captions, Effort, Masks, Views
 from stages.cache_latents.environments import Origins

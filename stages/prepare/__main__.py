@@ -1,4 +1,4 @@
-"""Pictures and captions from any source -> a checked manifest: sizes, caption variants, held-out split; and what a
+"""A folder of pictures and captions -> a checked manifest: sizes, caption variants, held-out split; and what a
 reviewer looks at.
 
 In: dataset.source.  Out: data/prepared/{manifest.jsonl,dataset.json}, reports/dataset/{metrics.json,pictures.csv,...}
@@ -15,9 +15,9 @@ from lora_dag.artifacts.manifest import Augmentation, Item, Manifest
 from lora_dag.core import params
 from lora_dag.core.console import PATHS, UserError, log, parser, plural, run
 from lora_dag.core.locks import writing
-from lora_dag.pictures.containers import PictureFiles
-from lora_dag.pictures.pictures import preprocessing
-from stages.prepare import changes, page, split, variants
+from lora_dag.pictures.decode import preprocessing
+from lora_dag.pictures.read import reader
+from stages.prepare import page, split, variants
 from stages.prepare.inspection import CheckedPicture, inspect
 from stages.prepare.listing import settle
 from stages.prepare.params import DatasetParams
@@ -34,9 +34,9 @@ def main() -> None:
 
 
 def prepare(dataset: DatasetParams, prepared: Path, reports: Path) -> None:
-    files = PictureFiles(dataset.source)
+    read = reader(dataset.source)
     listing = list_entries(dataset)
-    checked = inspect(listing.entries, dataset, files)
+    checked = inspect(listing.entries, dataset, read)
     left_out = settle([*listing.problems, *checked.problems], listing.entries, dataset)
     sides = split.assign(checked.rows, dataset, len(left_out))
     left_out |= sides.withheld
@@ -53,9 +53,8 @@ def prepare(dataset: DatasetParams, prepared: Path, reports: Path) -> None:
         dataset.source,
     )
     manifest.save(prepared)
-    page.write(manifest, sorted(left_out.items()), sides.groups, len(listing.unlisted), files.read, reports)
+    page.write(manifest, sorted(left_out.items()), sides.groups, len(listing.unlisted), read, reports)
     log_end(manifest, prepared, reports)
-    changes.report(manifest, files.read, reports)
     log.info("next        python -m stages.cache_latents")
 
 

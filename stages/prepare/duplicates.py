@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lora_dag.pictures.pictures import SPARSE_BITS, detail_pixels, gradient_bits, thumbnail_pixels
+from lora_dag.pictures.likeness import SPARSE_BITS, detail_pixels, gradient_bits, thumbnail_pixels
 
 MAX_DISTANCE = 0.15  # copies as above stay below 0.14 (cropped ones 0.24), different icons begin at 0.17
 MIN_DEVIATION = 4.0  # of 255: the rounding of flatter thumbnails would count as contrast

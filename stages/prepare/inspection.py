@@ -9,19 +9,20 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
 from lora_dag.artifacts.manifest import Augmentation, Item
 from lora_dag.artifacts.picture_table import MAX_CUT, cut_off, enlargement
 from lora_dag.core.console import UserError, plural
-from lora_dag.pictures import pictures
-from lora_dag.pictures.pictures import Checked
+from lora_dag.pictures import checks, formats, masks
+from lora_dag.pictures.checks import Checked
+from lora_dag.pictures.read import Read
 from stages.prepare import geometry, side_files
 from stages.prepare.geometry import Size
+from stages.prepare.inspection_cache import InspectionCache
 from stages.prepare.listing import Entry, Problem
-from stages.prepare.memory import Memory
 
 if TYPE_CHECKING:
     from stages.prepare.params import DatasetParams
@@ -32,12 +33,6 @@ MAX_ASPECT_ERROR = 0.01  # between a mask's shape and its picture's
 NUM_EXAMPLES = 3
 ONE = {"are": "is", "have": "has", "state": "states", "hold": "holds"}
 NOTHING = "so that the loss would look at nothing; mend it, or set dataset.unmasked_weight above 0"
-
-
-class Files(Protocol):
-    """Where pictures come from, such as ``PictureFiles``."""
-
-    def read(self, file_name: str) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Inspected:
     """Pictures that were looked at: fewer than there are where the time was up."""
 
 
-def inspect(entries: list[Entry], dataset: DatasetParams, files: Files, seconds: float = math.inf) -> Inspected:
+def inspect(entries: list[Entry], dataset: DatasetParams, read: Read, seconds: float = math.inf) -> Inspected:
     """Look at every picture, and at its mask if it has one; what was seen is remembered by content.
 
     Args:
@@ -84,10 +79,9 @@ def inspect(entries: list[Entry], dataset: DatasetParams, files: Files, seconds:
     end = time.monotonic() + seconds
     num_seen = 0
     found: dict[str, list[str]] = {}
-    with Memory("checked") as memory:
-        for entry, outcome in tqdm(
-            in_order(entries, dataset, files, memory), desc="pictures", total=len(entries), disable=None, leave=False
-        ):
+    with InspectionCache("checked") as cache:
+        looked_at = in_order(entries, Inspector(dataset, read, cache))
+        for entry, outcome in tqdm(looked_at, desc="pictures", total=len(entries), disable=None, leave=False):
             if time.monotonic() > end:
                 break
             num_seen += 1
@@ -104,13 +98,13 @@ def inspect(entries: list[Entry], dataset: DatasetParams, files: Files, seconds:
 
 
 def in_order(
-    entries: Iterable[Entry], dataset: DatasetParams, files: Files, memory: Memory
+    entries: Iterable[Entry], inspector: Inspector
 ) -> Iterator[tuple[Entry, tuple[CheckedPicture, list[str]] | UserError]]:
     """Each entry with its row and warnings or with its problems; few pictures are in memory at a time."""
 
     def look(entry: Entry) -> tuple[CheckedPicture, list[str]] | UserError:
         try:
-            return examine(entry, dataset, files, memory)
+            return inspector.examine(entry)
         except UserError as error:
             return error
 
@@ -129,60 +123,121 @@ def in_order(
             pool.shutdown(cancel_futures=True)
 
 
-def examine(entry: Entry, dataset: DatasetParams, files: Files, memory: Memory) -> tuple[CheckedPicture, list[str]]:
-    """One picture's row, and its warnings.
+@dataclass(frozen=True)
+class Inspector:
+    """Looks at one picture at a time; threads may share it."""
 
-    Raises:
-        UserError: the picture or its mask cannot be used.
-    """
-    name = entry.file_name
-    sha256, checked = check(name, dataset, files, memory)
-    problems: list[str] = []
-    size, mask_sha256 = None, None
-    try:
-        size = geometry.fit(checked.width, checked.height, dataset)
-    except UserError as error:
-        problems.append(f"'{name}' {error}")
-    try:
-        mask_sha256 = check_mask(entry, checked, dataset, files, memory)
-        if size and dataset.crop == "center" and not dataset.unmasked_weight:
-            check_mask_in_crop(entry, mask_sha256 or sha256, checked, size, dataset, files, memory)
-    except UserError as error:
-        problems += error.problems
-    if problems or size is None:
-        raise UserError(*problems)
-    row = CheckedPicture(
-        entry,
-        sha256,
-        checked.width,
-        checked.height,
-        *size,
-        checked.has_alpha,
-        checked.thumbnail,
-        mask_sha256,
-        checked.detail,
-    )
-    return row, remarks(row, checked, dataset)
+    dataset: DatasetParams
+    read: Read
+    cache: InspectionCache
 
+    def examine(self, entry: Entry) -> tuple[CheckedPicture, list[str]]:
+        """One picture's row, and its warnings.
 
-def check(name: str, dataset: DatasetParams, files: Files, memory: Memory) -> tuple[str, Checked]:
-    """A file's SHA-256, and what is in it; pictures that are refused are not remembered, for the message names one.
+        Raises:
+            UserError: the picture or its mask cannot be used.
+        """
+        name = entry.file_name
+        sha256, checked = self.check(name)
+        problems: list[str] = []
+        size, mask_sha256 = None, None
+        try:
+            size = geometry.fit(checked.width, checked.height, self.dataset)
+        except UserError as error:
+            problems.append(f"'{name}' {error}")
+        try:
+            mask_sha256 = self.check_mask(entry, checked)
+            if size and self.dataset.crop == "center" and not self.dataset.unmasked_weight:
+                self.check_mask_in_crop(entry, mask_sha256 or sha256, checked, size)
+        except UserError as error:
+            problems += error.problems
+        if problems or size is None:
+            raise UserError(*problems)
+        row = CheckedPicture(
+            entry,
+            sha256,
+            checked.width,
+            checked.height,
+            *size,
+            checked.has_alpha,
+            checked.thumbnail,
+            mask_sha256,
+            checked.detail,
+        )
+        return row, remarks(row, checked, self.dataset)
 
-    Raises:
-        UserError: there is no such file, or no picture in it that can be used.
-        OSError: the machine cannot read it, which says nothing of the picture.
-    """
-    try:
-        blob = files.read(name)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"'{name}' cannot be read ({error.strerror or error}); restore it or remove it") from None
-    sha256 = hashlib.sha256(blob).hexdigest()
-    known = memory.find([sha256, dataset.first_frame])
-    if known is not None:
-        return sha256, restored(known)
-    checked = pictures.check_picture(blob, name, dataset.first_frame)
-    memory.add([sha256, dataset.first_frame], asdict(checked))
-    return sha256, checked
+    def check(self, name: str) -> tuple[str, Checked]:
+        """A file's SHA-256, and what is in it; a refused one is looked at again each time, for the message names it.
+
+        Raises:
+            UserError: there is no such file, or no picture in it that can be used.
+            OSError: the machine cannot read it, which says nothing of the picture.
+        """
+        try:
+            blob = self.read(name)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise UserError(f"'{name}' cannot be read ({error.strerror or error}); restore it or remove it") from None
+        sha256 = hashlib.sha256(blob).hexdigest()
+        key = [sha256, self.dataset.first_frame]
+        known = self.cache.find(key)
+        if known is not None:
+            return sha256, restored(known)
+        checked = checks.check_picture(blob, name, self.dataset.first_frame)
+        self.cache.add(key, asdict(checked))
+        return sha256, checked
+
+    def check_mask(self, entry: Entry, picture: Checked) -> str | None:
+        """SHA-256 of the mask's file, where it is one.
+
+        Raises:
+            UserError: the mask cannot be read, has another shape than the picture, hides all of it, or holds 0 and 1.
+        """
+        if self.dataset.mask == "alpha" and picture.alpha == (0, 0) and not self.dataset.unmasked_weight:
+            raise UserError(f"'{entry.file_name}' is transparent all over, {NOTHING}")
+        if entry.mask is None or self.dataset.mask == "alpha":
+            return None
+        sha256, mask = self.check(entry.mask)
+        if abs(mask.width * picture.height / (mask.height * picture.width) - 1) > MAX_ASPECT_ERROR:
+            is_across = abs(mask.height * picture.height / (mask.width * picture.width) - 1) <= MAX_ASPECT_ERROR
+            cure = (
+                "turn it as the picture's EXIF orientation does"
+                if is_across
+                else "make it of the picture's aspect ratio"
+            )
+            raise UserError(
+                f"mask '{entry.mask}' has {mask.width} x {mask.height} pixels, another shape than the "
+                f"{picture.width} x {picture.height} of '{entry.file_name}'; {cure}"
+            )
+        if mask.lightest == 0 and not self.dataset.unmasked_weight:
+            raise UserError(f"mask '{entry.mask}' is black all over, {NOTHING}")
+        if mask.lightest == 1:
+            raise UserError(f"mask '{entry.mask}' holds 0 and 1, and white is 255; multiply it by 255")
+        return sha256
+
+    def check_mask_in_crop(self, entry: Entry, sha256: str, picture: Checked, size: Size) -> None:
+        """A mask can show something in what is cut off alone; of random crops, ``cache_latents`` knows the places.
+
+        Args:
+            sha256: of the bytes that hold the mask.
+
+        Raises:
+            UserError: the centred crop holds nothing of it.
+        """
+        kind: Literal["alpha", "file"] = "alpha" if self.dataset.mask == "alpha" else "file"
+        name = entry.file_name if kind == "alpha" else entry.mask
+        uncut = picture.width * size[1] == picture.height * size[0]
+        if uncut or name is None or (kind == "alpha" and not picture.has_alpha):
+            return
+        item = Item(entry.file_name, sha256, "", ("",), "train", picture.width, picture.height, *size)
+        (view,) = Augmentation("center", False, self.dataset.seed).views(item, 1)
+        key = [sha256, kind, picture.width, picture.height, view.crop, size, "is seen"]
+        is_seen = self.cache.find(key)
+        if is_seen is None:
+            is_seen = bool(masks.cut_mask(masks.decode_mask(self.read(name), kind), item, view).any())
+            self.cache.add(key, is_seen)
+        if not is_seen:
+            what = f"'{name}' is transparent" if kind == "alpha" else f"mask '{name}' is black"
+            raise UserError(f"{what} all over the centred crop that the model sees, {NOTHING}")
 
 
 def restored(fields: dict[str, Any]) -> Checked:
@@ -191,67 +246,14 @@ def restored(fields: dict[str, Any]) -> Checked:
     return Checked(**fields | {"alpha": alpha, "warnings": tuple(fields["warnings"])})
 
 
-def check_mask(entry: Entry, picture: Checked, dataset: DatasetParams, files: Files, memory: Memory) -> str | None:
-    """SHA-256 of the mask's file, where it is one.
-
-    Raises:
-        UserError: the mask cannot be read, has another shape than the picture, hides all of it, or holds 0 and 1.
-    """
-    if dataset.mask == "alpha" and picture.alpha == (0, 0) and not dataset.unmasked_weight:
-        raise UserError(f"'{entry.file_name}' is transparent all over, {NOTHING}")
-    if entry.mask is None or dataset.mask == "alpha":
-        return None
-    sha256, mask = check(entry.mask, dataset, files, memory)
-    if abs(mask.width * picture.height / (mask.height * picture.width) - 1) > MAX_ASPECT_ERROR:
-        is_across = abs(mask.height * picture.height / (mask.width * picture.width) - 1) <= MAX_ASPECT_ERROR
-        cure = (
-            "turn it as the picture's EXIF orientation does" if is_across else "make it of the picture's aspect ratio"
-        )
-        raise UserError(
-            f"mask '{entry.mask}' has {mask.width} x {mask.height} pixels, another shape than the "
-            f"{picture.width} x {picture.height} of '{entry.file_name}'; {cure}"
-        )
-    if mask.lightest == 0 and not dataset.unmasked_weight:
-        raise UserError(f"mask '{entry.mask}' is black all over, {NOTHING}")
-    if mask.lightest == 1:
-        raise UserError(f"mask '{entry.mask}' holds 0 and 1, and white is 255; multiply it by 255")
-    return sha256
-
-
-def check_mask_in_crop(
-    entry: Entry, sha256: str, picture: Checked, size: Size, dataset: DatasetParams, files: Files, memory: Memory
-) -> None:
-    """A mask can show something in what is cut off alone; of random crops, ``cache_latents`` knows the places.
-
-    Args:
-        sha256: of the bytes that hold the mask.
-
-    Raises:
-        UserError: the centred crop holds nothing of it.
-    """
-    kind: Literal["alpha", "file"] = "alpha" if dataset.mask == "alpha" else "file"
-    name = entry.file_name if kind == "alpha" else entry.mask
-    uncut = picture.width * size[1] == picture.height * size[0]
-    if uncut or name is None or (kind == "alpha" and not picture.has_alpha):
-        return
-    item = Item(entry.file_name, sha256, "", ("",), "train", picture.width, picture.height, *size)
-    (view,) = Augmentation("center", False, dataset.seed).views(item, 1)
-    key = [sha256, kind, picture.width, picture.height, view.crop, size, "is seen"]
-    is_seen = memory.find(key)
-    if is_seen is None:
-        is_seen = bool(pictures.cut_mask(pictures.decode_mask(files.read(name), kind), item, view).any())
-        memory.add(key, is_seen)
-    if not is_seen:
-        what = f"'{name}' is transparent" if kind == "alpha" else f"mask '{name}' is black"
-        raise UserError(f"{what} all over the centred crop that the model sees, {NOTHING}")
-
-
 def remarks(row: CheckedPicture, checked: Checked, dataset: DatasetParams) -> list[str]:
     """Predicates of what is allowed but seldom meant."""
     size = (row.target_width, row.target_height)
     unmoved = row.width * size[1] == row.height * size[0]
     found = {
-        f"hold {checked.format} data under another format's suffix": pictures.misnamed(row.entry.file_name, checked),
+        f"hold {checked.format} data under another format's suffix": formats.misnamed(
+            row.entry.file_name, checked.format
+        ),
         "are enlarged, as dataset.max_upscale allows": enlargement(row.width, row.height, size) > 1,
         "have the shape that the model sees, so that dataset.crop random changes nothing": (
             dataset.crop == "random" and unmoved
@@ -307,7 +309,7 @@ def without_effect(rows: list[CheckedPicture], dataset: DatasetParams, said: Ite
             dataset.background.lower() != "#ffffff" and not any(row.has_alpha for row in rows)
         ),
         "dataset.first_frame changes nothing: no picture has several frames or pages": (
-            dataset.first_frame and pictures.SEVERAL not in said
+            dataset.first_frame and checks.SEVERAL not in said
         ),
         f"dataset.max_aspect_ratio {dataset.max_aspect_ratio:g} changes nothing without dataset.aspect_buckets": (
             dataset.max_aspect_ratio != 2 and not dataset.aspect_buckets

@@ -49,11 +49,8 @@ class Problem:
 
     @property
     def file(self) -> str:
-        """The file whose row or member it is; of a loose picture, the folder."""
-        outer, _, inner = self.place.rpartition("::")
-        if outer:
-            return outer
-        table, _, row = inner.rpartition(":")
+        """The file whose row it is; of a loose picture, the folder."""
+        table, _, row = self.place.rpartition(":")
         return table if table and row.isdecimal() else str(PurePosixPath(self.place).parent)
 
 
@@ -66,8 +63,6 @@ class Listing:
     """Pictures that no row names, by file name."""
     warnings: list[str] = field(default_factory=list)
     """What is allowed but seldom meant, one line each."""
-    is_whole: bool = True
-    """False where a pinned dataset was not downloaded: then no splits are assigned."""
 
 
 def settle(problems: list[Problem], entries: Sequence[Entry], dataset: DatasetParams) -> dict[str, str]:

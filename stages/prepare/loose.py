@@ -1,7 +1,7 @@
 """A folder of loose pictures with a caption file beside each, as most trainers read them, or one prompt for all.
 
 The caption of ``fox.jpg`` is in ``fox.txt``, ``fox.caption`` (the default of kohya's trainers) or ``fox.jpg.txt``;
-or, as in .tar files, in the caption column of ``fox.json``, which counts first.
+or in the caption column of ``fox.json``, which counts first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lora_dag.core.console import UserError, plural
-from lora_dag.pictures.containers import read_regular
+from lora_dag.pictures.read import read_regular
 from stages.prepare import captions, side_files, split_names
 from stages.prepare.listing import Problem
 from stages.prepare.names import (
@@ -160,8 +160,7 @@ def add_loose(scope: Scope, name: str, prompt: tuple[str, ...] | None, beside: B
     if first != name:
         problems.append(clash(name, first))
     place = scope.root.place(name)
-    file_name = None if safe is None else scope.root.prefix + safe
-    scope.problems += [Problem(place, text, file_name) for text in problems]
+    scope.problems += [Problem(place, text, safe) for text in problems]
     if not problems and found is not None:
         scope.add(name, found, place, split)
 

@@ -50,24 +50,21 @@ def attach(scope: Scope, beside: list[str]) -> None:
         masks = masks_below(scope.root, scope.below, scope.mask_folder, optional)
     if masks is None:
         return
-    of_pictures = {stem(name) for name in scope.names}
-    of_pictures |= {stem(name.removeprefix(scope.root.prefix)) for name in scope.unlisted}
-    of_pictures |= {stem(p.file_name.removeprefix(scope.root.prefix)) for p in scope.problems if p.file_name}
+    of_pictures = {stem(name) for name in [*scope.names, *scope.unlisted]}
+    of_pictures |= {stem(problem.file_name) for problem in scope.problems if problem.file_name}
     scope.warn_about(
         len(masks.keys() - of_pictures),
         f"mask in {scope.place} belongs to no picture and is left out",
         f"masks in {scope.place} belong to no picture and are left out",
     )
-    listed = list(zip(scope.entries, scope.names, strict=True))
-    scope.entries, scope.names = [], []
-    for entry, name in listed:
+    listed, scope.entries = scope.entries, []
+    for entry in listed:
         try:
-            mask = scope.root.prefix + mask_of(name, masks, scope.root, scope.mask_folder)
+            mask = mask_of(entry.file_name, masks, scope.root, scope.mask_folder)
         except UserError as error:
             scope.problems.append(Problem(entry.place, str(error), entry.file_name))
         else:
             scope.entries.append(replace(entry, mask=mask))
-            scope.names.append(name)
 
 
 def masks_below(root: Root, below: str, mask: str, optional: bool) -> dict[str, list[str]] | None:

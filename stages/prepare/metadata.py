@@ -1,4 +1,4 @@
-"""Pictures that rows of metadata.jsonl, metadata.csv or metadata.parquet name, in a subset's folder and those below."""
+"""Pictures that rows of metadata.jsonl or metadata.csv name, in a subset's folder and those below."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ Seen = dict[str, tuple[str, Table, Row]]
 
 def read_metadata(scope: Scope, tree: Tree) -> None:
     refuse_two_kinds(scope, tree)
-    columns = ("file_name", scope.column, "split")
-    tables = all_of(lambda name: read_table(scope.root, name, columns), tree.metadata)
+    tables = all_of(lambda name: read_table(scope.root, name), tree.metadata)
     prompt = require_columns(scope, tables)
     seen: Seen = {}
     named = set()
@@ -31,7 +30,7 @@ def read_metadata(scope: Scope, tree: Tree) -> None:
                 scope.problems.append(row)
             else:
                 named.add(add_row(scope, table, row, prompt, seen))
-    scope.unlisted = [scope.root.prefix + name for name in tree.pictures if name not in named]
+    scope.unlisted = [name for name in tree.pictures if name not in named]
     files = " and ".join(sorted({PurePosixPath(name).name for name in tree.metadata}))
     place = scope.place
     scope.warn_about(
@@ -47,7 +46,7 @@ def read_metadata(scope: Scope, tree: Tree) -> None:
         f".txt files in {place} are not read, since {files} gives the captions",
     )
     scope.warn_about(
-        len(tree.containers),
+        len(tree.to_import),
         f".parquet or .tar file in {place} is not read beside {files}",
         f".parquet or .tar files in {place} are not read beside {files}",
     )
@@ -93,7 +92,7 @@ def add_row(scope: Scope, table: Table, row: Row, prompt: tuple[str, ...] | None
     name = attempt(texts, lambda: row_file(scope, table, row.values.get("file_name")))
     twice = named_before(name, table, row, seen) if name is not None else None
     texts += [twice] if twice else []
-    file_name = None if name is None or twice else scope.root.prefix + name  # another row's picture is not this one's
+    file_name = None if twice else name  # another row's picture is not this one's
     scope.problems += [Problem(row.place, text, file_name) for text in texts]
     if name is not None and found is not None and not texts:
         scope.add(name, found, row.place, split)
@@ -105,7 +104,7 @@ def named_before(name: str, table: Table, row: Row, seen: Seen) -> str | None:
     first, other, earlier = seen.setdefault(folded(name), (name, table, row))
     if earlier is row:
         return None
-    where = f"on {table.unit} {earlier.number}" if other is table else f"in {earlier.place}"
+    where = f"on line {earlier.number}" if other is table else f"in {earlier.place}"
     if first == name:
         return f"'{name}' is named {where} already; remove one of the two rows"
     return clash(name, first, where)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import unicodedata
 from dataclasses import dataclass, field
@@ -14,13 +15,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_dag.core.console import UserError
-from lora_dag.pictures import pictures
-from lora_dag.pictures.containers import SEPARATOR, kind_of
+from lora_dag.pictures import formats
 
 # What people mean as a picture; whether it is one, and of a kind that can be read, its content says.
-SUFFIXES = {suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes}
+SUFFIXES = {suffix for suffixes in formats.SUFFIXES.values() for suffix in suffixes}
 SUFFIXES |= {".svg", ".avif", ".heic", ".heif", ".jxl"}
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA = ("metadata.jsonl", "metadata.csv")
+TO_IMPORT = re.compile(r".*\.(parquet|tar|tar\.\w+|tgz|tbz2|txz)", re.IGNORECASE)
+"""Files that hold many pictures, or the captions of many in a form that is not read: `lora-dag import` unpacks them."""
 TEXTS = {".txt", ".caption"}
 """Suffixes of caption files beside pictures: most trainers' habit, and the default of kohya's."""
 COMPANIONS = {".md", ".rst", ".dvc", ".npz", ".npy", ".pt", ".safetensors", ".xmp", ".ini", ".db"}
@@ -30,7 +32,7 @@ SYSTEMS = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume info
 ABOUT = {"authors", "changelog", "copying", "credits", "licence", "license", "notice", "readme"}
 """Such files without their suffix, in lower case."""
 MAX_NAME = 4096
-"""Characters; no file system takes longer paths, but rows and .tar files can hold them."""
+"""Characters; no file system takes longer paths, but rows can hold them."""
 MAX_SHOWN = 120
 """Characters of a name in a message."""
 NUM_EXAMPLES = 3
@@ -39,13 +41,11 @@ NUM_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Root:
-    """The folder that no name may leave: dataset.source, or the snapshot of a Hub dataset."""
+    """The folder that no name may leave: dataset.source."""
 
     folder: Path
     label: str
-    """Before a name in messages: ``data/raw/`` or ``data/pin.yaml::``; never a path of the state directory."""
-    prefix: str = ""
-    """Before a name in ``Entry.file_name``: empty or ``pin.yaml::``."""
+    """Before a name in messages, such as ``data/raw/``."""
     _real: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Folder -> where it really stands."""
     _forms: dict[str, dict[str, str]] = field(default_factory=dict, repr=False, compare=False)
@@ -53,7 +53,7 @@ class Root:
 
     def place(self, name: str) -> str:
         """How a message names a file or folder; "" is the root itself."""
-        return self.label + printable(name) if name else self.label.rstrip("/:") or "."
+        return self.label + printable(name) if name else self.label.rstrip("/") or "."
 
     def holds(self, path: Path) -> bool:
         """Whether a path, its own last link not followed, stands inside; ask for its target by ``os.path.realpath``."""
@@ -141,8 +141,6 @@ def checked_name(name: Any, root: Root, below: str = "") -> str:
         raise UserError(f"'{shown}' is not a regular file; expected a picture")
     if any(part.startswith("-") for part in pure.parts):
         raise UserError(f"'{shown}' starts with '-', which commands take for an option; rename the file")
-    if SEPARATOR in name:
-        raise UserError(f"'{shown}' holds '{SEPARATOR}', which stands between a container and what it holds; rename it")
     return str(PurePosixPath(below) / pure)
 
 
@@ -182,7 +180,7 @@ class Tree:
     texts: list[str] = field(default_factory=list)
     """Caption files, by suffix."""
     metadata: list[str] = field(default_factory=list)
-    containers: list[str] = field(default_factory=list)
+    to_import: list[str] = field(default_factory=list)
     """Parquet and .tar files, compressed ones too."""
     links: list[str] = field(default_factory=list)
     """To folders, or to nothing; not followed, so that nothing is met twice."""
@@ -204,7 +202,7 @@ def scan(root: Root, below: str, mask: str | None = None) -> Tree:
                     continue
                 if not sort_in(tree, name, entry):
                     todo.append(name)
-    for names in (tree.pictures, tree.texts, tree.metadata, tree.containers, tree.links, tree.others):
+    for names in (tree.pictures, tree.texts, tree.metadata, tree.to_import, tree.links, tree.others):
         names.sort()
     return tree
 
@@ -220,8 +218,8 @@ def sort_in(tree: Tree, name: str, entry: os.DirEntry[str]) -> bool:
         return False
     elif entry.is_symlink() and not entry.is_file():
         tree.links.append(name)
-    elif kind_of(entry.name) in ("parquet", "tar", "compressed"):
-        tree.containers.append(name)
+    elif TO_IMPORT.fullmatch(entry.name):
+        tree.to_import.append(name)
     elif suffix in TEXTS:
         tree.texts.append(name)
     else:

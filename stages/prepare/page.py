@@ -17,15 +17,15 @@ import numpy as np
 from PIL import Image
 
 from lora_dag.artifacts import metrics, picture_table
-from lora_dag.artifacts.manifest import Item, Manifest, natural_key
+from lora_dag.artifacts.manifest import Item, Manifest
 from lora_dag.core.console import plural
 from lora_dag.pages.sheets import MAX_BYTES, cell_sides, save_sheet, sheet
-from lora_dag.pictures.pictures import chroma, dark_share, load_mask, load_view
+from lora_dag.pictures.decode import load_view
+from lora_dag.pictures.masks import load_mask
+from lora_dag.pictures.measures import chroma, dark_share
+from lora_dag.pictures.read import Read
 from stages.prepare.geometry import Size
-from stages.prepare.memory import Memory
-
-Read = Callable[[str], bytes]
-"""file_name -> the picture's bytes"""
+from stages.prepare.inspection_cache import InspectionCache
 
 NUM_MEASURED = 512  # training pictures that chroma and dark_share are means over
 NUM_SIZES = 40  # sizes that are counted one by one
@@ -95,22 +95,22 @@ def count(
 def measure(manifest: Manifest, read: Read) -> dict[str, metrics.Value]:
     """Means of the pixel measures over at most NUM_MEASURED training pictures chosen by content; null for none."""
     train = [item for item in manifest.items if item.split == "train" and not item.regularization]
-    sample = in_reading_order(by_content(train)[:NUM_MEASURED])
-    with Memory("measured") as memory:
-        pairs = [measure_one(manifest, item, read, memory) for item in sample]
+    sample = by_content(train)[:NUM_MEASURED]
+    with InspectionCache("measured") as cache:
+        pairs = [measure_one(manifest, item, read, cache) for item in sample]
     names = ("chroma", "dark_share")
     return {name: statistics.fmean(pair[i] for pair in pairs) if pairs else None for i, name in enumerate(names)}
 
 
-def measure_one(manifest: Manifest, item: Item, read: Read, memory: Memory) -> list[float]:
+def measure_one(manifest: Manifest, item: Item, read: Read, cache: InspectionCache) -> list[float]:
     """Chroma and dark share of what the model sees; only a picture that is new is decoded."""
     (view,) = manifest.augmentation.views(item, 1)
     key = [item.sha256, item.width, item.height, asdict(view), manifest.preprocessing]
-    known = memory.find(key)
+    known = cache.find(key)
     if known is None:
         array = np.asarray(first_view(manifest, item, read))
         known = [chroma(array), dark_share(array)]
-        memory.add(key, known)
+        cache.add(key, known)
     return known
 
 
@@ -164,9 +164,7 @@ def contact_sheet(manifest: Manifest, read: Read) -> Callable[[int], Image.Image
     """
     shown = rows_shown(manifest.items)
     columns = max(MIN_COLUMNS, *(len(items) for _, items in shown))
-    ordered = in_reading_order([item for _, items in shown for item in items])
-    cells = {item.file_name: cell(manifest, item, read) for item in ordered}
-    rows = [padded([cells[item.file_name] for item in items], columns) for _, items in shown]
+    rows = [padded([cell(manifest, item, read) for item in items], columns) for _, items in shown]
     captions = [padded([item.caption for item in items], columns) for _, items in shown]
     labels = [label for label, _ in shown]
     return lambda side: sheet(rows, labels, None, side, title(manifest), captions)
@@ -221,10 +219,6 @@ def rows_by_size(items: list[Item]) -> list[tuple[str, list[Item]]]:
 def by_content(items: list[Item]) -> list[Item]:
     """In an order that no file name decides, so that a sample changes little with the dataset."""
     return sorted(items, key=lambda item: (item.sha256, item.file_name))
-
-
-def in_reading_order(items: list[Item]) -> list[Item]:
-    return sorted(items, key=lambda item: natural_key(item.file_name))
 
 
 def size_of(item: Item) -> Size:

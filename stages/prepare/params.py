@@ -25,7 +25,7 @@ class Subset(Params):
     """One of several sources below ``dataset.source``; what is left out falls back to section ``dataset``."""
 
     path: str = Field(min_length=1)
-    """Folder or file, relative to dataset.source; "." is dataset.source itself."""
+    """Folder, relative to dataset.source; "." is dataset.source itself."""
     repeats: int = Field(default=1, ge=1, le=10_000)
     """How often each picture comes up per epoch."""
     caption_column: str | None = Field(default=None, min_length=1)
@@ -43,11 +43,11 @@ class DatasetParams(Params):
     """Section ``dataset``."""
 
     source: LocalPath
-    """Folder of pictures, Parquet or WebDataset (.tar) files; or a YAML file that pins a Hub dataset."""
+    """Folder of pictures; `lora-dag import` makes one of Parquet or WebDataset (.tar) files or a Hub dataset."""
     subsets: list[Subset] | None = Field(min_length=1)
     """Several sources below ``source``; null for ``source`` as one."""
     caption_column: str = Field(min_length=1)
-    """Key of the caption in metadata rows, Parquet columns or WebDataset members."""
+    """Key of the caption in metadata rows and .json files."""
     instance_prompt: str | None = Field(min_length=1)
     """The caption of every picture, for a folder that has no captions; null where it has."""
     caption_prefix: str
@@ -90,7 +90,7 @@ class DatasetParams(Params):
     heldout_fraction: float | None = Field(gt=0, lt=1)
     """Share of the pictures that is never trained on, chosen by content."""
     heldout_split: str | None = Field(min_length=1)
-    """Named split to hold out instead: a folder, ``split`` column or file prefix such as test."""
+    """Named split to hold out instead: a folder or a value of the ``split`` column, such as test."""
     near_duplicate_bits: int | None = Field(ge=0, le=64)
     """Pictures whose 256-bit difference hashes differ in at most this many bits stay on one side; null for no check."""
     on_bad: Literal["error", "skip"]

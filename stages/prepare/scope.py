@@ -25,13 +25,14 @@ class Scope:
     below: str
     """The subset's folder or file, relative to the root; "" is the root."""
     entries: list[Entry] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    """Of the entries, relative to the root."""
     problems: list[Problem] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    is_fetched: bool = True
-    """False for a pin whose dataset is not here yet."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the entries."""
+        return [entry.file_name for entry in self.entries]
 
     @property
     def place(self) -> str:
@@ -55,8 +56,7 @@ class Scope:
         return name.removeprefix(self.below + "/") if self.below else name
 
     def add(self, name: str, found: tuple[str, ...], place: str, split: str | None = None) -> None:
-        self.entries.append(Entry(self.root.prefix + name, found, place, self.index, split))
-        self.names.append(name)
+        self.entries.append(Entry(name, found, place, self.index, split))
 
     def warn_about(self, count: int, one: str, many: str) -> None:
         """Where there are any; both texts with their verb, ``file is`` and ``files are``."""

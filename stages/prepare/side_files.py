@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_dag.core.console import UserError, plural
-from lora_dag.pictures.containers import SEPARATOR
-from lora_dag.pictures.pictures import thumbnail_pixels
+from lora_dag.pictures.likeness import thumbnail_pixels
 from stages.prepare.mask_files import ending_of
 from stages.prepare.names import NUM_EXAMPLES, short, stem
 
@@ -55,7 +54,7 @@ OTHERS = {
 }
 WORD = "|".join(sorted(MASKS | OTHERS, key=len, reverse=True))
 ENDING = re.compile(rf"(.+?)([-_. ]+({WORD}))", re.IGNORECASE)
-BEGINNING = re.compile(rf"(.*(?:/|{SEPARATOR})|)(({WORD})[-_. ]+)([^/]+)", re.IGNORECASE)
+BEGINNING = re.compile(rf"(.*/|)(({WORD})[-_. ]+)([^/]+)", re.IGNORECASE)
 LEAST_SHARE = 0.5
 """Of the pictures that have a side picture: fewer ``fox-pose.png`` may be pictures of their own. A mask never is."""
 
@@ -106,7 +105,7 @@ def grouped(bare: list[str], names: list[str]) -> dict[tuple[str, str], list[str
 
 def side_folder(name: str) -> str | None:
     """The first folder of a name that is called like side pictures."""
-    folders = PurePosixPath(name.replace(SEPARATOR, "/")).parts[:-1]
+    folders = PurePosixPath(name).parts[:-1]
     return next((folder for folder in folders if words_of(folder)), None)
 
 
@@ -117,7 +116,7 @@ def words_of(folder: str) -> list[str]:
 
 def is_readable(kind: str, word: str, sides: list[str], names: list[str]) -> bool:
     """``dataset.mask`` set to the ending or folder gives each of them to the picture that it is of."""
-    if word not in MASKS or SEPARATOR in sides[0]:
+    if word not in MASKS:
         return False
     if ending_of(kind):
         return True

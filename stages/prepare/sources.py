@@ -2,13 +2,13 @@
 
 No picture is opened, so the preflight can afford it. What a subset's path may be:
 
-- a folder with metadata.jsonl, metadata.csv or metadata.parquet, also in folders below, as ``datasets`` reads them:
-  ``file_name`` is relative to the metadata file; the caption column holds a string or a list of strings;
+- a folder with metadata.jsonl or metadata.csv, also in folders below, as ``datasets`` reads them: ``file_name`` is
+  relative to the metadata file; the caption column holds a string or a list of strings;
 - a folder with ``name.txt`` or ``name.caption`` beside ``name.png`` (``loose.py``); each line that is not blank is one
   caption, of which training draws one per step;
-- a folder of pictures alone, with ``instance_prompt``, as for DreamBooth;
-- a .parquet or .tar (WebDataset) file, or a folder of them and no loose pictures (``shards.py``);
-- a YAML file that pins a dataset of the Hugging Face Hub (``core/hub.py``), whose snapshot then is any of these.
+- a folder of pictures alone, with ``instance_prompt``, as for DreamBooth.
+
+Parquet, WebDataset (.tar) and the Hugging Face Hub are unpacked into such a folder by `lora-dag import`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from lora_dag.bases import hub
 from lora_dag.core.console import UserError, plural
-from lora_dag.pictures.containers import SEPARATOR, kind_of
 from stages.prepare import mask_files, split_names, variants
 from stages.prepare.listing import Listing, lines
 from stages.prepare.loose import files_beside, read_loose
 from stages.prepare.metadata import read_metadata
 from stages.prepare.names import (
     NUM_EXAMPLES,
+    TO_IMPORT,
     Root,
     Tree,
-    checked_file,
     checked_name,
     folded,
     is_companion,
@@ -38,14 +36,14 @@ from stages.prepare.names import (
 )
 from stages.prepare.params import DatasetParams, Subset
 from stages.prepare.scope import Scope
-from stages.prepare.shards import read_shards
+
+UNFINISHED = "unfinished-import.txt"
+"""A file in the folder that `lora-dag import` is still writing."""
+HUB_DATASET = re.compile(r"(?:https://huggingface\.co/datasets/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@.+)?")
 
 
-def list_entries(dataset: DatasetParams, fetch: bool = True) -> Listing:
+def list_entries(dataset: DatasetParams) -> Listing:
     """Every picture of every subset, in the order of the sources.
-
-    Args:
-        fetch: download what a pin names; else one that was not downloaded yet has no entries, and a warning says so.
 
     Raises:
         UserError: a source is none, is empty or contradicts the parameters, or two subsets list one picture. Problems
@@ -57,7 +55,7 @@ def list_entries(dataset: DatasetParams, fetch: bool = True) -> Listing:
         try:
             scope = open_subset(dataset, subset, index)
             scopes.append(scope)
-            read_subset(scope, fetch)
+            read_folder(scope)
         except UserError as error:
             refused += error.problems
     entries = [entry for scope in scopes for entry in scope.entries]
@@ -65,14 +63,12 @@ def list_entries(dataset: DatasetParams, fetch: bool = True) -> Listing:
     refused += overlaps(scopes)
     if refused:
         raise UserError(*refused, *(lines(problems) if dataset.on_bad == "error" else ()))
-    is_whole = all(scope.is_fetched for scope in scopes)
-    if is_whole:
-        names = [scope.below_it(name) for scope in scopes for name in scope.names]
-        entries, without_split = split_names.assign(entries, names, dataset)
-        problems += without_split
+    names = [scope.below_it(name) for scope in scopes for name in scope.names]
+    entries, without_split = split_names.assign(entries, names, dataset)
+    problems += without_split
     unlisted = [name for scope in scopes for name in scope.unlisted]
     warnings = [text for scope in scopes for text in scope.warnings] + variants.warnings(entries, dataset)
-    return Listing(entries, problems, unlisted, warnings, is_whole)
+    return Listing(entries, problems, unlisted, warnings)
 
 
 def overlaps(scopes: list[Scope]) -> list[str]:
@@ -95,23 +91,19 @@ def overlaps(scopes: list[Scope]) -> list[str]:
 
 
 def open_subset(dataset: DatasetParams, subset: Subset, index: int) -> Scope:
-    """Where a subset stands.
+    """Where a subset's pictures are.
 
     Raises:
-        UserError: nothing is there, or it is outside of dataset.source.
+        UserError: there is no such folder, it is outside of dataset.source, or an import into it did not finish.
     """
     source = Path(dataset.source)
-    if not source.exists():
-        raise UserError(missing_source(dataset.source))
     if not source.is_dir():
-        if subset.path != ".":
-            raise UserError(f"params.yaml dataset.subsets: '{subset.path}' cannot be below {source}, which is a file")
-        if SEPARATOR in source.name:
-            raise UserError(
-                f"params.yaml dataset.source: '{short(source.name)}' holds '{SEPARATOR}', which stands between a file"
-                " and what it holds; rename the file"
-            )
-        return Scope(dataset, subset, index, Root(source.parent, label(source.parent)), source.name)
+        raise UserError(missing_source(dataset.source))
+    if any((folder / UNFINISHED).exists() for folder in (source, source.parent)):
+        raise UserError(
+            f"params.yaml dataset.source: '{source}' is an import that did not finish; run the same `lora-dag import`"
+            " again, which goes on, and name the folder that it makes"
+        )
     root = Root(source, label(source))
     path = "" if PurePosixPath(subset.path) == PurePosixPath(".") else subset.path
     if path:
@@ -127,59 +119,36 @@ def label(folder: Path) -> str:
 
 
 def checked_path(path: str, root: Root) -> str:
-    """A folder or file below the root."""
+    """A folder below the root."""
     name = root.on_disk(checked_name(path, root))
     if not (root.folder / name).exists():
-        raise UserError(f"'{name}' is neither folder nor file in {root.place('')}; add it or correct the path")
+        raise UserError(f"'{name}' is not in {root.place('')}; add it or correct the path")
     if not (root.folder / name).is_dir():
-        return checked_file(name, root)
+        cure = import_first(root.place(name)) if TO_IMPORT.fullmatch(name) else "expected a folder"
+        raise UserError(f"'{name}' is a file; {cure}")
     if not root.holds(root.folder / name / "x"):  # any name in it
         raise UserError(f"'{name}' is a link that leaves {root.place('')}; put the pictures themselves there")
     return name
 
 
-def missing_source(source: str) -> str:
-    text = (
-        f"params.yaml dataset.source: '{source}' is no folder; "
-        "`dvc pull` brings tracked data, or name a folder of your own"
-    )
-    named = re.fullmatch(rf"(?:https://huggingface\.co/datasets/)?({hub.NAME})(?:@(.+))?", source)
-    if not named or (named[2] is None and Path(source).parent.is_dir()):
-        return text
-    commit = named[2] if re.fullmatch(hub.COMMIT, named[2] or "") else "the commit's 40 hex digits"
-    return (
-        f"params.yaml dataset.source: '{source}' is no folder; if it is a dataset of the Hugging Face Hub, write a file"
-        f" such as data/pin.yaml with the lines `hub: {named[1]}`, `revision: {commit}` and, for a part of it,"
-        ' `files: ["data/train-*.parquet"]`, and name that file: DVC and git then see when it changes'
-    )
+def missing_source(text: str) -> str:
+    """What to say of a dataset.source that is no folder."""
+    source = Path(text)
+    place = f"params.yaml dataset.source: '{text}'"
+    named = HUB_DATASET.fullmatch(text)
+    if source.is_file() and TO_IMPORT.fullmatch(source.name):
+        return f"{place} is a file of many pictures; {import_first(source)}"
+    if source.is_file():
+        pinned = "; of a Hub dataset, " + import_first("OWNER/NAME@COMMIT")
+        return f"{place} is a file; name a folder{pinned if source.suffix in ('.yaml', '.yml') else ''}"
+    if named and (named[2] or not source.parent.is_dir()):
+        cure = import_first(named[1] + (named[2] or ""))
+        return f"{place} is no folder; if it is a dataset of the Hugging Face Hub, {cure}"
+    return f"{place} is no folder; `dvc pull` brings tracked data, or name a folder of your own"
 
 
-def read_subset(scope: Scope, fetch: bool) -> None:
-    """Fill a scope from the folder or file that it stands for."""
-    path = scope.root.folder / scope.below
-    if path.is_dir():
-        return read_folder(scope)
-    kind = kind_of(path.name)
-    if kind is None or not path.is_file():
-        raise UserError(
-            f"{scope.place}: expected a folder, a .parquet or .tar file, or a .yaml file that pins a Hub dataset"
-        )
-    if kind == "pin":
-        return read_pinned(scope, fetch)
-    return read_shards(scope, [scope.below])
-
-
-def read_pinned(scope: Scope, fetch: bool) -> None:
-    pin = scope.below
-    path = scope.root.folder / pin
-    if not fetch and not hub.is_fetched(hub.read_pin(path)):
-        scope.warnings.append(f"{scope.place}: not fetched yet; `python -m stages.prepare` downloads and checks it")
-        scope.is_fetched = False
-        return
-    snapshot = hub.fetch(path, verify=fetch)
-    scope.root = Root(snapshot, f"{scope.place}::", f"{pin}::")
-    scope.below = ""
-    read_folder(scope)
+def import_first(source: Path | str) -> str:
+    return f"unpack it once: `lora-dag import {source} data/mine`, and set dataset.source=data/mine"
 
 
 def read_folder(scope: Scope) -> None:
@@ -195,15 +164,11 @@ def read_folder(scope: Scope) -> None:
             raise UserError(*(f"params.yaml dataset.mask: {problem}" for problem in error.problems)) from None
     tree = scan(scope.root, scope.below, scope.mask_folder)
     masks = mask_files.take_out(tree, scope.mask_folder)
-    if tree.metadata and (tree.pictures or not tree.containers):
+    if tree.metadata and (tree.pictures or not tree.to_import):
         read_metadata(scope, tree)
-    elif tree.containers and not (tree.pictures or tree.metadata):
-        read_shards(scope, tree.containers)
-    elif tree.containers:
-        loose = [*tree.metadata, *tree.pictures][0]
+    elif tree.to_import:
         raise UserError(
-            f"{scope.place}: holds containers ({tree.containers[0]}) and loose files ({loose}); put them in separate"
-            " folders and name both in dataset.subsets, or choose with `files` in the pin of a Hub dataset"
+            f"{scope.place}: {short(tree.to_import[0])} is not read by the stages; {import_first(scope.place)}"
         )
     elif tree.pictures:
         read_loose(scope, tree)
@@ -218,15 +183,12 @@ def read_folder(scope: Scope) -> None:
 def nothing_there(scope: Scope, tree: Tree) -> str:
     counts = Counter(PurePosixPath(name).suffix.lower() or "without suffix" for name in [*tree.texts, *tree.others])
     there = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items())[:5]) or "nothing"
-    return (
-        f"{scope.place}: no pictures, no metadata.jsonl and no .parquet or .tar files; the dataset is empty (found"
-        f" {there})"
-    )
+    return f"{scope.place}: no pictures and no metadata.jsonl; the dataset is empty (found {there})"
 
 
 def warn_of_others(scope: Scope, tree: Tree) -> None:
     """Files that may be pictures under a suffix that is nobody's, such as a camera's own; or captions under another."""
-    told = {(problem.file_name or "").removeprefix(scope.root.prefix) for problem in scope.problems}
+    told = {problem.file_name for problem in scope.problems if problem.file_name}
     beside = {name for names in files_beside(tree.pictures, tree.others).values() for name in names}
     used = told.union(scope.names)
     others = [name for name in tree.others if name not in used and not is_companion(name)]

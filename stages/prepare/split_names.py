@@ -1,9 +1,7 @@
 """The named split that a source puts a picture in.
 
-In this order: a ``split`` column; a folder of the name, or the start of a .parquet or .tar file's name
-(``test-00000-of-00001.parquet``), that is a split word of the ``datasets`` library or dataset.heldout_split; and where
-dataset.heldout_split is no such word but a first folder, the first folder of the others; last, what stands before
-``-00000-of-00001``.
+In this order: a ``split`` column; a folder of the name that is a split word of the ``datasets`` library or
+dataset.heldout_split; and where dataset.heldout_split is no such word but a first folder, the first folder.
 
 Names stay as they are written, save that words which ``datasets`` takes for one split (val, valid, validation, dev) are
 one here too: a picture in ``val/`` gets the name ``validation`` if that is what dataset.heldout_split says.
@@ -11,13 +9,11 @@ one here too: a picture in ``val/`` gets the name ``validation`` if that is what
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from lora_dag.core.console import UserError
-from lora_dag.pictures.containers import SEPARATOR, kind_of
 from stages.prepare.listing import Entry, Problem
 from stages.prepare.names import nfc
 from stages.prepare.params import DatasetParams
@@ -27,7 +23,6 @@ SYNONYMS = (
     {"validation", "valid", "val", "dev"},
     {"test", "testing", "eval", "evaluation"},
 )
-SHARD = re.compile(r"(.+?)-\d+-of-\d+\.")
 WORDS = frozenset().union(*SYNONYMS)
 
 
@@ -48,7 +43,7 @@ def assign(entries: Sequence[Entry], names: Sequence[str], dataset: DatasetParam
     """Entries with their splits, and one problem for each that has none where a named split is held out.
 
     Args:
-        names: of the entries, relative to their subset or, in a Hub dataset, to its top.
+        names: of the entries, relative to their subset.
 
     Raises:
         UserError: no entry is in dataset.heldout_split.
@@ -74,7 +69,7 @@ def named_only(entries: list[Entry], heldout: str, dataset: DatasetParams) -> tu
         there = f"name one of {', '.join(found)}, or make it" if found else "make splits"
         raise UserError(
             f"params.yaml dataset.heldout_split: no picture is in split '{heldout}'; {there} by folders such as"
-            " train and test, a column 'split', or files such as test-00000-of-00001.parquet"
+            " train and test, or a column 'split'"
         )
     regularization = {index for index, subset in enumerate(dataset.as_subsets()) if subset.regularization}
     usable, problems = [], []
@@ -88,24 +83,14 @@ def named_only(entries: list[Entry], heldout: str, dataset: DatasetParams) -> tu
 
 
 def first_folder(name: str) -> str | None:
-    """Of a name outside of containers."""
-    folder, slash, _ = nfc(name).partition(SEPARATOR)[0].partition("/")
+    folder, slash, _ = nfc(name).partition("/")
     return folder if slash else None
 
 
 def from_name(file_name: str, heldout: str | None, first: str | None) -> str | None:
-    """The first part of a file name that is a split's; else ``first``; else what a numbered container is called."""
-    parts = []
-    numbered = None
-    for outer in nfc(file_name).split(SEPARATOR):
-        *folders, last = outer.split("/")
-        parts += folders
-        if kind_of(last) in ("parquet", "tar"):
-            shard = SHARD.match(last)
-            numbered = shard[1] if shard else None
-            parts.append(numbered or re.split(r"[-_.]", last)[0])
-    known = next((part for part in parts if part in WORDS or part == heldout), None)
-    return known or first or numbered
+    """The first folder of a file name that is a split's; else ``first``."""
+    folders = nfc(file_name).split("/")[:-1]
+    return next((folder for folder in folders if folder in WORDS or folder == heldout), first)
 
 
 def as_heldout(split: str | None, heldout: str | None) -> str | None:

@@ -1,7 +1,4 @@
-"""metadata.jsonl, metadata.csv and metadata.parquet -> rows with their places.
-
-A place is ``FILE:N``: the line on which the row starts, or in Parquet the row, from 1.
-"""
+"""metadata.jsonl and metadata.csv -> rows with their places: ``FILE:N``, the line on which the row starts."""
 
 from __future__ import annotations
 
@@ -15,23 +12,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePosixPath
+from typing import Any
 
 from lora_dag.core.console import UserError, plural
-from lora_dag.pictures.containers import open_parquet, read_regular
+from lora_dag.pictures.read import read_regular
 from stages.prepare.captions import MAX_TEXT_BYTES, UTF16, decoded
 from stages.prepare.listing import Problem
 from stages.prepare.names import MAX_SHOWN, SUFFIXES, Root, checked_file, has_controls
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
 MAX_METADATA_BYTES = 2**30
 NOT_UTF8 = "not UTF-8 text; save the file as UTF-8"
-FLOOD = 10_000
-"""Rows of which nothing is told one by one if all are empty: a few bytes of Parquet hold any number of those."""
 FILE_NAME = "file_name"
 DELIMITERS = (",", ";", "\t", "|")
 """Of CSV, as spreadsheets of several countries save it."""
@@ -42,7 +33,7 @@ BLANK_QUOTE = re.compile(r"\s+\"")
 @dataclass(frozen=True)
 class Row:
     number: int
-    """Line, or row from 1."""
+    """Line of the file."""
     place: str
     values: dict[str, Any]
 
@@ -52,16 +43,14 @@ class Table:
     file: str
     """Name relative to the root."""
     place: str
-    unit: str
-    """What ``Row.number`` counts: line or row."""
     columns: list[str]
     """Of any row, sorted."""
     rows: list[Row | Problem]
     """In the order of the file; a Problem where a row cannot be read."""
 
 
-def read_table(root: Root, name: str, columns: Iterable[str]) -> Table:
-    """A metadata file's rows; of Parquet, those columns alone.
+def read_table(root: Root, name: str) -> Table:
+    """A metadata file's rows.
 
     Raises:
         UserError: it is no regular file, leaves the source, or cannot be read to its end.
@@ -71,8 +60,6 @@ def read_table(root: Root, name: str, columns: Iterable[str]) -> Table:
         path = root.folder / checked_file(name, root)
     except UserError as error:
         raise UserError(*(f"{place}: {problem}" for problem in error.problems)) from None
-    if name.endswith(".parquet"):
-        return parquet_table(path, name, place, columns)
     blob = as_utf8(read_regular(path, name, MAX_METADATA_BYTES), place)
     return jsonl_table(blob, name, place) if name.endswith(".jsonl") else csv_table(blob, name, place)
 
@@ -113,7 +100,7 @@ def jsonl_table(blob: bytes, name: str, place: str) -> Table:
     ]
     if len(rows) > len(good(rows)):
         refuse_other_json(blob.decode("utf-8", "replace").strip(), place)
-    return Table(name, place, "line", sorted({key for row in good(rows) for key in row.values}), rows)
+    return Table(name, place, sorted({key for row in good(rows) for key in row.values}), rows)
 
 
 def jsonl_row(line: bytes, number: int, place: str) -> Row | Problem:
@@ -192,7 +179,7 @@ def csv_table(blob: bytes, name: str, place: str) -> Table:
     if lines and lines[0][1][0].startswith("sep="):  # a line of Excel's
         lines = lines[1:]
     if not lines:
-        return Table(name, place, "line", [], [])
+        return Table(name, place, [], [])
     (start, first), *others = lines
     header = without_empty_ends([cell.strip() for cell in first], 0)
     if len(set(header)) < len(header):
@@ -209,7 +196,7 @@ def csv_table(blob: bytes, name: str, place: str) -> Table:
             f"{place}: no line has the {len(header)} cells of the header ({', '.join(header)}); separate cells with"
             f" {shown_delimiter(delimiter)}, and put text that holds it in quotes"
         )
-    return Table(name, place, "line", sorted(header), rows)
+    return Table(name, place, sorted(header), rows)
 
 
 def delimiter_of(text: str) -> str:
@@ -272,80 +259,6 @@ def csv_row(header: list[str], cells: list[str], number: int, place: str, delimi
         held = "commas" if delimiter == "," else shown_delimiter(delimiter)
         return Problem(place, f"{plural(len(cells), 'cell')}, and {columns}; put text with {held} in quotes")
     return Row(number, place, dict(zip(header, cells, strict=True)))
-
-
-def parquet_table(path: Path, name: str, place: str, columns: Iterable[str]) -> Table:
-    with open_parquet(path, place) as file:
-        there = sorted(file.schema_arrow.names)
-        wanted = [column for column in dict.fromkeys(columns) if column in there]
-        values = list(text_columns(file, wanted, place).values())
-    rows = [
-        Row(number, f"{place}:{number}", dict(zip(wanted, cells, strict=True)))
-        for number, cells in enumerate(zip(*values, strict=True), start=1)
-    ]
-    return Table(name, place, "row", there, [problem_of(row) or row for row in rows])
-
-
-@dataclass(frozen=True)
-class NoText:
-    """Stands for a value that is not looked at."""
-
-    reason: str
-
-    def __repr__(self) -> str:
-        return self.reason
-
-
-def text_columns(file: pq.ParquetFile, columns: list[str], place: str) -> dict[str, list[Any]]:
-    """The values of columns that hold text or lists of text; of a ``split`` column of another type, ``NoText``.
-
-    Raises:
-        UserError: another column has another type, or no value in more than FLOOD rows.
-    """
-    table = file.read(columns=columns)
-    found: dict[str, list[Any]] = {}
-    for name in columns:
-        column = table.column(name)
-        if is_text(column.type):
-            found[name] = as_list(column)
-        elif name == "split":  # a number, as ``datasets`` has for labels, which only heldout_split asks for
-            found[name] = [NoText(f"a value of type {column.type}")] * len(column)
-        else:
-            raise UserError(f"{place}: column '{name}' is of type {column.type}; expected text or lists of text")
-        if name != "split" and FLOOD < len(column) == column.null_count:
-            raise UserError(f"{place}: column '{name}' is null in all {len(column):,} rows; write text, \"\" for none")
-    return found
-
-
-def is_text(kind: pa.DataType) -> bool:
-    import pyarrow.types as types
-
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
-        kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
-
-
-def as_list(column: pa.ChunkedArray) -> list[Any]:
-    """A column's values; Parquet does not promise that its strings are UTF-8."""
-
-    def values() -> Iterator[Any]:
-        for value in column:
-            try:
-                yield value.as_py()
-            except UnicodeDecodeError:
-                yield NoText(NOT_UTF8)
-
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return list(values())
-
-
-def problem_of(row: Row) -> Problem | None:
-    """What no later check of a row's values can tell."""
-    if NoText(NOT_UTF8) in row.values.values():
-        return Problem(row.place, NOT_UTF8)
-    return None
 
 
 def good(rows: Iterable[Row | Problem]) -> list[Row]:

@@ -156,7 +156,7 @@ def ink_measures(evidence: ScoresAndSamples, settings: ValidateParams) -> dict[s
     """Chroma (0 to 255) and dark share (0 to 1) of base and adapter, mean over pictures; empty where nobody asks."""
     import numpy as np
 
-    from lora_dag.pictures.pictures import chroma, dark_share
+    from lora_dag.pictures.measures import chroma, dark_share
 
     found: dict[str, metrics.Value] = {}
     for suffix, step in (("_base", 0), ("", max(evidence.pictures))) if settings.ink_measures else ():

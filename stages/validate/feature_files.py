@@ -138,7 +138,7 @@ def without(folder: Path, name: str) -> str:
 
 def read_pin(path: Path) -> Pin:
     """The pin with the files that are loaded."""
-    return replace(hub.read_pin(path, "model"), files=FETCHED)
+    return replace(hub.read_pin(path), files=FETCHED)
 
 
 def look(path: Path, chosen: Pin) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +17,14 @@ from huggingface_hub import errors
 from lora_dag.bases import hub
 from lora_dag.core.console import UserError
 from lora_dag.core.files import sha256_file
-from lora_dag.pictures.containers import PictureFiles
-from stages.prepare.params import DatasetParams
-from stages.prepare.sources import list_entries
-from tests.helpers.sources import DEFAULTS, captions, listed, png, splits, write_parquet
+from tests.helpers.sources import png
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass
 class Repository:
-    """A stand-in for the Hub that holds one dataset."""
+    """A stand-in for the Hub that holds one model."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
@@ -35,7 +32,7 @@ class Repository:
     killed_after: int | None = None
     """Files."""
 
-    def dataset_info(self, repo_id: str, revision: str) -> Any:
+    def model_info(self, repo_id: str, revision: str) -> Any:
         self.calls.append("info")
         if self.error:
             raise self.error
@@ -43,7 +40,7 @@ class Repository:
 
     def snapshot_download(self, repo_id: str, *, local_dir: Path, **options: Any) -> str:
         self.calls.append("download")
-        assert (repo_id, options["repo_type"], options["revision"]) == ("acme/icons", "dataset", COMMIT)
+        assert (repo_id, options["repo_type"], options["revision"]) == ("acme/icons", "model", COMMIT)
         patterns = options["allow_patterns"] or ["*"]
         for index, (name, blob) in enumerate(self.files.items()):
             if self.killed_after == index:
@@ -60,7 +57,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
     monkeypatch.setenv("LORA_STATE_DIR", str(tmp_path / "state"))
     made = Repository({"README.md": b"# Icons", "icons.py": b"raise SystemExit", "train/a.png": png(0)})
     made.files["train/metadata.csv"] = b"file_name,text\na.png,a cat\n"
-    monkeypatch.setattr(huggingface_hub, "dataset_info", made.dataset_info)
+    monkeypatch.setattr(huggingface_hub, "model_info", made.model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
     pin(f"hub: acme/icons\nrevision: {COMMIT}\n")
     return made
@@ -81,7 +78,7 @@ def problems(call: Callable[[], object]) -> list[str]:
 
 def test_snapshot_is_fetched_once(repository: Repository) -> None:
     folder = hub.fetch(Path("data/pin.yaml"))
-    assert folder == Path("state").resolve() / "hub" / "acme--icons" / COMMIT
+    assert folder == Path("state").resolve() / "hub" / "models" / "acme--icons" / COMMIT
     assert sorted(path.name for path in folder.rglob("*.*")) == ["README.md", "a.png", "metadata.csv"]
     repository.error = ConnectionError("no network")
     assert hub.fetch(Path("data/pin.yaml")) == folder
@@ -127,21 +124,6 @@ def test_the_client_does_not_find_what_was_edited(repository: Repository) -> Non
     assert not (folder / "train/a.png").exists()
 
 
-def test_a_snapshot_is_verified_once_per_stage(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later reads compare sizes; the bytes of pictures have digests of their own."""
-    listed("data/pin.yaml")
-    digests: list[Path] = []
-
-    def digest(path: Path) -> str:
-        digests.append(path)
-        return sha256_file(path)
-
-    monkeypatch.setattr(hub, "sha256_file", digest)
-    listed("data/pin.yaml")
-    PictureFiles("data/pin.yaml").read("pin.yaml::train/a.png")
-    assert len(digests) == 3
-
-
 def test_files_put_into_a_snapshot_are_no_part_of_the_commit(repository: Repository) -> None:
     folder = hub.fetch(Path("data/pin.yaml"))
     (folder / ".cache/huggingface").mkdir(parents=True)
@@ -163,7 +145,8 @@ def test_damaged_marker_is_no_snapshot(repository: Repository) -> None:
 
 def test_another_choice_of_files_is_another_snapshot(repository: Repository) -> None:
     everything = hub.fetch(Path("data/pin.yaml"))
-    chosen = hub.fetch(pin(f'hub: acme/icons\nrevision: {COMMIT}\nfiles: ["*.csv"]\n'))
+    path = Path("data/pin.yaml")
+    chosen = hub.fetch(path, pin=replace(hub.read_pin(path), files=("*.csv",)))
     assert chosen != everything
     assert [path.name for path in chosen.rglob("*.*")] == ["metadata.csv"]
 
@@ -173,59 +156,6 @@ def test_files_that_did_not_arrive(repository: Repository, monkeypatch: pytest.M
     assert problems(lambda: hub.fetch(Path("data/pin.yaml"))) == [
         "data/pin.yaml: 3 files of acme/icons did not arrive, such as README.md; run again"
     ]
-
-
-# As a source
-
-
-def test_pin_as_source(repository: Repository) -> None:
-    listing = listed("data/pin.yaml")
-    assert captions(listing) == {"pin.yaml::train/a.png": ("a cat",)}
-    assert splits(listing) == {"pin.yaml::train/a.png": "train"}
-    assert listing.entries[0].place == "data/pin.yaml::train/metadata.csv:2"
-    assert PictureFiles("data/pin.yaml").read("pin.yaml::train/a.png") == png(0)
-
-
-def test_pin_with_containers_beside_own_pictures(repository: Repository) -> None:
-    table = write_parquet(Path("x.parquet"), {"image": [png(1)], "text": ["x"]})
-    repository.files = {"data/test-00000-of-00001.parquet": table.read_bytes()}
-    Path("data/mine").mkdir()
-    Path("data/mine/b.png").write_bytes(png(2))
-    subsets = [{"path": "pin.yaml"}, {"path": "mine", "instance_prompt": "mine"}]
-    listing = listed("data", subsets=subsets)
-    name = "pin.yaml::data/test-00000-of-00001.parquet::0"
-    assert captions(listing) == {name: ("x",), "mine/b.png": ("mine",)}
-    assert splits(listing)[name] == "test"
-    assert [PictureFiles("data").read(entry.file_name) for entry in listing.entries] == [png(1), png(2)]
-
-
-def test_problems_name_no_place_in_the_state_directory(repository: Repository) -> None:
-    repository.files["train/metadata.csv"] = b"file_name,text\na.png,x\n../b.png,x\nc.png,x\n"
-    listing = listed("data/pin.yaml")
-    assert [str(problem) for problem in listing.problems] == [
-        "data/pin.yaml::train/metadata.csv:3: file_name: '../b.png' leaves data/pin.yaml::train; expected a name"
-        " relative to that folder",
-        "data/pin.yaml::train/metadata.csv:4: file_name: 'train/c.png' is no file in data/pin.yaml; add it or remove"
-        " the row",
-    ]
-
-
-def test_the_preflight_downloads_nothing(repository: Repository) -> None:
-    changes = {"source": "data/pin.yaml", "heldout_fraction": None, "heldout_split": "test"}
-    params = DatasetParams.model_validate(DEFAULTS | changes)
-    listing = list_entries(params, fetch=False)
-    assert (listing.entries, listing.is_whole, repository.calls) == ([], False, [])
-    assert listing.warnings == ["data/pin.yaml: not fetched yet; `python -m stages.prepare` downloads and checks it"]
-    hub.fetch(Path("data/pin.yaml"))
-    repository.calls.clear()
-    listing = list_entries(DatasetParams.model_validate(DEFAULTS | {"source": "data/pin.yaml"}), fetch=False)
-    assert (len(listing.entries), listing.is_whole, repository.calls) == (1, True, [])
-
-
-def test_the_preflight_checks_the_pin_itself(repository: Repository) -> None:
-    params = DatasetParams.model_validate(DEFAULTS | {"source": str(pin("hub: acme/icons\nrevision: main\n"))})
-    (problem,) = problems(lambda: list_entries(params, fetch=False))
-    assert problem.startswith("data/pin.yaml revision: got 'main'")
 
 
 # Refused
@@ -242,13 +172,10 @@ def test_the_preflight_checks_the_pin_itself(repository: Repository) -> None:
         (f"hub: icons\nrevision: {COMMIT}\n", "hub: got 'icons'; expected owner/name, as in https://huggingface.co/"),
         (f"hub: ../icons\nrevision: {COMMIT}\n", "hub: got '../icons'; expected owner/name"),
         (f"hub: acme/icons\nrevison: {COMMIT}\nrevision: {COMMIT}\n", "revison: unknown key (near: revision)"),
-        (f"hub: acme/icons\nrevision: {COMMIT}\nfiles: x\n", "files: got 'x'; expected a list of patterns such as"),
-        (f"hub: acme/icons\nrevision: {COMMIT}\nfiles: []\n", "files: got []; expected a list of patterns such as"),
-        (f"hub: acme/icons\nrevision: {COMMIT}\nfiles: [1]\n", "files: got [1]; expected a list of patterns such as"),
     ],
 )
 def test_bad_pin(repository: Repository, text: str, message: str) -> None:
-    (problem,) = problems(lambda: listed(pin(text)))
+    (problem,) = problems(lambda: hub.read_pin(pin(text)))
     assert problem.startswith(f"data/pin.yaml {message}")
     assert repository.calls == []
 
@@ -259,27 +186,22 @@ BOMB = "\n".join(["x0: &x0 [a, a]", *(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, "data/pin.yaml:2: an alias (*x0); write the value itself, and a pattern in quotes"),
-        ("files:\n- *.parquet\n", "data/pin.yaml:2: an alias (*.parquet); write the value itself, and a pattern in q"),
-        ("x" * 70_000, "data/pin.yaml: 70,000 bytes; a file that pins a dataset has at most 65,536"),
+        (BOMB, "data/pin.yaml:2: an alias (*x0); write the value itself"),
+        ("x" * 70_000, "data/pin.yaml: 70,000 bytes; a file that pins a model has at most 65,536"),
         (f"hub: {'x' * 9000}\nrevision: {COMMIT}", f"data/pin.yaml hub: got 'xxx{'x' * 116}...; expected owner/name"),
-        (
-            f"hub: acme/icons\nrevision: {COMMIT}\nfiles: {[[1]] * 9000}",
-            f"data/pin.yaml files: got {str([[1]] * 24)[:119]},...; expected a list of patterns",
-        ),
     ],
-    ids=["bomb", "pattern", "large", "name", "files"],
+    ids=["bomb", "large", "name"],
 )
 def test_pins_that_would_flood(repository: Repository, text: str, message: str) -> None:
-    (problem,) = problems(lambda: listed(pin(text)))
+    (problem,) = problems(lambda: hub.read_pin(pin(text)))
     assert problem.startswith(message) and len(problem) < 400
 
 
 def test_the_refusal_says_how_to_find_the_commit(repository: Repository) -> None:
     (problem,) = problems(lambda: hub.read_pin(pin("hub: acme/icons\n")))
     assert "no run could be repeated" in problem
-    assert "https://huggingface.co/datasets/acme/icons/commits/main" in problem
-    assert "h.dataset_info('acme/icons').sha" in problem
+    assert "https://huggingface.co/acme/icons/commits/main" in problem
+    assert "h.model_info('acme/icons').sha" in problem
 
 
 def test_every_problem_of_a_pin_at_once(repository: Repository) -> None:
@@ -298,18 +220,18 @@ def response(status: int) -> Any:
     [
         (
             errors.GatedRepoError("gated", response=response(403)),
-            "data/pin.yaml hub: acme/icons is gated; accept its terms at https://huggingface.co/datasets/acme/icons and"
+            "data/pin.yaml hub: acme/icons is gated; accept its terms at https://huggingface.co/acme/icons and"
             " run `hf auth login`",
         ),
         (
             errors.RepositoryNotFoundError("404", response=response(404)),
-            "data/pin.yaml hub: no dataset https://huggingface.co/datasets/acme/icons; check the name, or run"
+            "data/pin.yaml hub: no model https://huggingface.co/acme/icons; check the name, or run"
             " `hf auth login` if it is private",
         ),
         (
             errors.RevisionNotFoundError("404", response=response(404)),
             f"data/pin.yaml revision: acme/icons has no commit {COMMIT}; see"
-            " https://huggingface.co/datasets/acme/icons/commits/main",
+            " https://huggingface.co/acme/icons/commits/main",
         ),
         (
             ConnectionError("name not known\nsecond line"),
@@ -334,8 +256,8 @@ def test_a_full_disk_is_told_as_one(repository: Repository) -> None:
 
 
 def test_no_file_matches(repository: Repository) -> None:
-    path = pin(f'hub: acme/icons\nrevision: {COMMIT}\nfiles: ["*.tar"]\n')
-    assert problems(lambda: hub.fetch(path)) == [
+    path = Path("data/pin.yaml")
+    assert problems(lambda: hub.fetch(path, pin=replace(hub.read_pin(path), files=("*.tar",)))) == [
         "data/pin.yaml files: no file of acme/icons matches ['*.tar']; it has README.md, icons.py, train/a.png,"
         " train/metadata.csv"
     ]

@@ -13,8 +13,9 @@ from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.manifest import Manifest
 from lora_dag.core import progress
 from lora_dag.core.tensors import load_tensors, save_tensors
-from lora_dag.pictures import pictures
-from lora_dag.pictures.containers import PictureFiles
+from lora_dag.pictures import decode
+from lora_dag.pictures.read import reader
+from stages.cache_latents import __main__ as command
 from stages.cache_latents import encoding, entries
 from tests.conftest import Workspace, picture, read_rows, write_rows
 from tests.helpers.encodings import LATENTS, Calls, changed_shards, encode, from_empty_store
@@ -137,7 +138,7 @@ def test_another_background_encodes_the_pictures_that_let_it_through(cached: Wor
 def test_another_version_of_the_preprocessing_encodes_all_pictures(
     cached: Workspace, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "VERSION", pictures.VERSION + 1)
+    monkeypatch.setattr(decode, "VERSION", decode.VERSION + 1)
     encode(cached)
     assert calls.take() == (8, 0)
 
@@ -205,7 +206,7 @@ def test_progress_is_logged_where_there_is_no_terminal(workspace: Workspace, mon
 
 
 def test_pictures_are_read_in_the_order_of_rows(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of numbers, not of digits: rows of a Parquet file are read in groups."""
+    """Of numbers, not of digits: batches are made in this order, which decides the last bits of entries."""
     shutil.rmtree("data/raw")
     Path("data/raw").mkdir()
     for index in range(12):
@@ -215,8 +216,8 @@ def test_pictures_are_read_in_the_order_of_rows(workspace: Workspace, monkeypatc
     read: list[str] = []
     for module in (encoding, entries):
         monkeypatch.setattr(module, "NUM_READERS", 1)
-    original = PictureFiles.read
-    monkeypatch.setattr(PictureFiles, "read", lambda self, name: read.append(name) or original(self, name))
+    original = reader("data/raw")
+    monkeypatch.setattr(command, "reader", lambda source: lambda name: read.append(name) or original(name))
     workspace.run("cache_latents")
     assert read == [f"{index}.png" for index in range(12)]
     names = [item.file_name for item in LatentCache(LATENTS).items]

@@ -18,7 +18,7 @@ from lora_dag.core.files import read_json
 from lora_dag.core.params import ModelParams
 from lora_dag.diffusion import objectives
 from lora_dag.families import sd
-from lora_dag.pictures import pictures
+from lora_dag.pictures import decode, masks
 from stages.cache_latents import entries
 from tests.conftest import Workspace, picture
 from tests.helpers.encodings import LATENTS, MASKED, Calls, changed_shards, encode, refusal, words
@@ -28,7 +28,7 @@ def pixels(manifest: Manifest, name: str, view: int = 0) -> torch.Tensor:
     """[1, 3, H, W], straight from the file."""
     item = next(item for item in manifest.items if item.file_name == name)
     shown = manifest.augmentation.views(item, view + 1)[view]
-    image = pictures.load_view((Path(manifest.source) / name).read_bytes(), item, shown, manifest.preprocessing)
+    image = decode.load_view((Path(manifest.source) / name).read_bytes(), item, shown, manifest.preprocessing)
     return torch.tensor(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
@@ -114,7 +114,7 @@ def test_key_of_the_demo_is_the_one_of_the_first_version(cached: Workspace) -> N
         "crop": [0, 0, 48, 48],
         "flip": False,
         "size": [32, 32],
-        "preprocessing": {"background": "#ffffff", "filter": "lanczos", "version": pictures.VERSION},
+        "preprocessing": {"background": "#ffffff", "filter": "lanczos", "version": decode.VERSION},
         "vae": {"vae": cache.base["vae"]},
         "family": "sd",
         "dtype": "float32",
@@ -179,7 +179,7 @@ def test_a_mask_is_decoded_once_for_all_of_its_views(masked: Workspace, monkeypa
 
     def decode(blob: bytes, kind: Any) -> Image.Image:
         decoded.append(blob)
-        return pictures.decode_mask(blob, kind)
+        return masks.decode_mask(blob, kind)
 
     monkeypatch.setattr(entries, "decode_mask", decode)
     encode(masked, *MASKED, "dataset.flip=true", "cache.num_variants=2")

@@ -15,23 +15,23 @@ from lora_dag.core import device
 from lora_dag.core.params import FAMILIES
 from lora_dag.families import common, z_image
 from lora_dag.families.protocol import load_family
-from lora_dag.pictures import pictures
+from lora_dag.pictures import decode, masks
 from stages.cache_latents import encoding, entries, keys
 from tests.helpers.families import case
 
 PIXELS = (
-    pictures.load_view,
-    pictures.decode,
-    pictures.cut_view,
-    pictures.load_mask,
-    pictures.decode_mask,
-    pictures.cut_mask,
-    pictures.to_rgb,
-    pictures._upright,
-    pictures._flat,
-    pictures._luminance,
-    pictures._eight_bits,
-    pictures.to_srgb,
+    decode.load_view,
+    decode.decode,
+    decode.cut_view,
+    masks.load_mask,
+    masks.decode_mask,
+    masks.cut_mask,
+    decode.to_rgb,
+    decode.upright,
+    decode.flat,
+    masks.luminance,
+    decode.eight_bits,
+    decode.to_srgb,
 )
 ENTRIES = (
     entries.Views.encoder.func,
@@ -61,9 +61,9 @@ OF_A_FAMILY = ("COMPONENTS", "vae_dtype", "load_vae", "encode_images", "load_tok
 """What each family decides of an entry; ``common`` is in the list above."""
 MASKS = (entries.Masks.read, entries.Masks.decode, entries.Masks._make, entries.mask_weights)
 RECORDED = {  # number, digest of the source that it stands for
-    "pictures.VERSION": (2, "5523ea9372fec6b8"),
-    "keys.FORMAT": (1, "9c92e42091f39def"),
-    "keys.MASK_FORMAT": (2, "c0c3f05683585a96"),
+    "decode.VERSION": (2, "39e58e20331494f5"),
+    "keys.FORMAT": (1, "095a5a9044287c60"),
+    "keys.MASK_FORMAT": (2, "814b583e7f75cddb"),
 }
 
 
@@ -115,7 +115,7 @@ def source(text: str) -> str:
 @pytest.mark.parametrize(
     ("name", "number", "functions"),
     [
-        ("pictures.VERSION", pictures.VERSION, PIXELS),
+        ("decode.VERSION", decode.VERSION, PIXELS),
         ("keys.FORMAT", keys.FORMAT, ENTRIES),
         ("keys.MASK_FORMAT", keys.MASK_FORMAT, MASKS),
     ],

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from lora_dag.bases import hub
 from lora_dag.commands import check
 from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json
@@ -338,13 +337,11 @@ def test_metadata_that_is_empty(copied: Workspace) -> None:
     assert problem(copied) == "data/raw/metadata.jsonl: no rows; the dataset is empty"
 
 
-def test_a_hub_dataset_is_not_downloaded(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "download", None)
-    Path("data/pin.yaml").write_text(f"hub: acme/icons\nrevision: '{'12' * 20}'\n")
-    lines = copied.run("check", "--set", "dataset.source=data/pin.yaml")
-    assert "warning: data/pin.yaml: not fetched yet; `python -m stages.prepare` downloads and checks it" in lines
-    Path("data/pin.yaml").write_text("hub: acme/icons\nrevision: main\n")
-    assert problem(copied, "dataset.source=data/pin.yaml").startswith("data/pin.yaml revision: got 'main'")
+def test_a_hub_dataset_is_imported_first(copied: Workspace) -> None:
+    assert problem(copied, "dataset.source=acme/icons") == (
+        "params.yaml dataset.source: 'acme/icons' is no folder; if it is a dataset of the Hugging Face Hub, unpack it"
+        " once: `lora-dag import acme/icons data/mine`, and set dataset.source=data/mine"
+    )
 
 
 def test_every_bad_row_is_named(copied: Workspace) -> None:
@@ -447,7 +444,7 @@ def test_nothing_is_written_but_what_was_seen_of_pictures(copied: Workspace) -> 
     before = set(Path().rglob("*"))
     copied.run("check")
     (written,) = (path for path in set(Path().rglob("*")) - before if path.is_file())
-    assert written.match(".state/store/checked-*.jsonl")
+    assert written.match(".state/store/inspected-*.sqlite")
 
 
 def test_every_picture_is_opened(copied: Workspace) -> None:

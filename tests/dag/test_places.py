@@ -12,7 +12,6 @@ from lora_dag.commands.compare.command import read_sides
 from lora_dag.commands.verify import made_by
 from lora_dag.core.console import UserError
 from stages.cache_latents import garbage
-from stages.prepare.changes import committed_table
 from stages.report import last_commit
 from tests.helpers import command
 from tests.helpers.checkout import Checkout
@@ -91,10 +90,8 @@ def test_compare_and_explain_read_this_project_s_revisions(here: Path) -> None:
 
 
 def test_what_was_committed_is_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By verify, prepare's page of changes, the report's line, and --gc."""
+    """By verify, the report's line, and --gc."""
     assert [made_by(digest) for digest in DIGESTS] == [git("rev-parse", name) for name in ("HEAD~1", "HEAD")]
-    table = Path("reports/dataset/pictures.csv")
-    assert committed_table(table) == table.read_bytes() == committed_table(table.resolve())
     assert last_commit.committed(Path("reports/metrics.json")) == Path("reports/metrics.json").read_bytes()
     locks = garbage.History().versions("dvc.lock")
     assert len(locks) == 2 and Path("dvc.lock").read_bytes() in locks.values()

@@ -20,7 +20,7 @@ from lora_dag.core.params import FAMILIES, ModelParams
 from lora_dag.core.tensors import load_metadata
 from lora_dag.families import common
 from lora_dag.families.protocol import Family, all_families, load_family
-from lora_dag.pictures.pictures import load_view
+from lora_dag.pictures.decode import load_view
 from stages.validate.heldout_loss import make_eval_set, row_losses, row_noise
 from stages.validate.params import ValidateParams
 from tests.conftest import Workspace

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from lora_dag.artifacts.manifest import Augmentation, Item, Manifest
-from lora_dag.pictures.pictures import preprocessing
+from lora_dag.pictures.decode import preprocessing
 
 CENTER = Augmentation("center", flip=False, seed=0)
 

@@ -12,19 +12,13 @@ from PIL import Image, ImageCms
 
 from lora_dag.artifacts.manifest import Augmentation, Item, View
 from lora_dag.core.console import UserError
-from lora_dag.pictures import pictures
-from lora_dag.pictures.pictures import (
-    Checked,
-    check_picture,
-    chroma,
-    dark_share,
-    gradient_bits,
-    load_mask,
-    load_view,
-    misnamed,
-    preprocessing,
-    thumbnail_pixels,
-)
+from lora_dag.pictures import decode, formats
+from lora_dag.pictures.checks import Checked, check_picture
+from lora_dag.pictures.decode import load_view, preprocessing
+from lora_dag.pictures.formats import misnamed
+from lora_dag.pictures.likeness import gradient_bits, thumbnail_pixels
+from lora_dag.pictures.masks import load_mask
+from lora_dag.pictures.measures import chroma, dark_share
 from tests.conftest import picture
 from tests.helpers.images import encoded, photo
 
@@ -143,19 +137,19 @@ RAMP16 = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
 # check_picture
 
 
-@pytest.mark.parametrize("form", pictures.FORMATS)
+@pytest.mark.parametrize("form", formats.FORMATS)
 def test_formats_are_told_by_content(form: str) -> None:
     found = checked(encoded(picture(1, 30, 20), form))
     assert (found.format, found.width, found.height, found.warnings) == (form, 30, 20, ())
     assert (found.alpha, found.has_alpha) == (None, False)
-    assert misnamed("a/b.PNG", found) == (form != "PNG")
-    assert not misnamed("train.parquet::17", found)
+    assert misnamed("a/b.PNG", found.format) == (form != "PNG")
+    assert not misnamed("a", found.format)
 
 
 def test_mpo_is_a_jpeg_and_no_animation() -> None:
     found = checked(frames("MPO"))
     assert (found.format, found.warnings) == ("JPEG", ())
-    assert not misnamed("x.jpg", found)
+    assert not misnamed("x.jpg", found.format)
 
 
 def corrupt(blob: bytes, place: float = 0.5) -> bytes:
@@ -329,8 +323,8 @@ def test_thumbnails_show_what_is_seen() -> None:
 def test_pixels_are_those_of_version_2(
     image: Callable[[], Image.Image], form: str, options: dict[str, Any], digest: str
 ) -> None:
-    """Stored latents are of these pixels: who changes them raises ``pictures.VERSION`` and these digests."""
-    assert pictures.VERSION == 2
+    """Stored latents are of these pixels: who changes them raises ``decode.VERSION`` and these digests."""
+    assert decode.VERSION == 2
     view = View((0, 0, 38, 38), True)
     shown = load_view(encoded(image(), form, **options), item(32, 32), view, preprocessing("#FF8000", "lanczos"))
     assert hashlib.sha256(shown.tobytes()).hexdigest()[:16] == digest

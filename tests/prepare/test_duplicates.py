@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
-from lora_dag.pictures.pictures import check_picture, detail_pixels
+from lora_dag.pictures.checks import check_picture
+from lora_dag.pictures.likeness import detail_pixels
 from stages.prepare.duplicates import _colours, _distances, components
 from tests.conftest import REPOSITORY
 from tests.helpers.images import DEFAULTS, encoded, photo

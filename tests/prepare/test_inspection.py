@@ -5,18 +5,17 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lora_dag.core.console import UserError
-from lora_dag.pictures import pictures
-from stages.prepare import inspection, memory
+from lora_dag.pictures import checks as picture_checks
+from stages.prepare import inspection
 from stages.prepare.inspection import Inspected, inspect
+from stages.prepare.inspection_cache import InspectionCache
 from stages.prepare.listing import Entry, Problem
-from stages.prepare.memory import Memory
 from tests.conftest import picture
 from tests.helpers.images import dataset, encoded
 
@@ -42,7 +41,7 @@ def entry(name: str, mask: str | None = None) -> Entry:
 
 def look(files: Blobs, masks: dict[str, str] | None = None, **changes: Any) -> Inspected:
     names = [name for name in files.blobs if name not in (masks or {}).values()]
-    return inspect([entry(name, (masks or {}).get(name)) for name in names], dataset(**changes), files)
+    return inspect([entry(name, (masks or {}).get(name)) for name in names], dataset(**changes), files.read)
 
 
 def many(number: int) -> Blobs:
@@ -59,13 +58,13 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the pictures that are decoded."""
     names: list[str] = []
-    real = pictures.check_picture
+    real = picture_checks.check_picture
 
-    def check_picture(blob: bytes, name: str, first_frame: bool) -> pictures.Checked:
+    def check_picture(blob: bytes, name: str, first_frame: bool) -> picture_checks.Checked:
         names.append(name)
         return real(blob, name, first_frame)
 
-    monkeypatch.setattr(pictures, "check_picture", check_picture)
+    monkeypatch.setattr(picture_checks, "check_picture", check_picture)
     return names
 
 
@@ -243,10 +242,6 @@ def test_pictures_that_alpha_hides_altogether_are_refused() -> None:
 # What is remembered
 
 
-def signed(text: str) -> str:
-    return f"{crc32(text.encode()):08x} {text}"
-
-
 def test_a_second_run_decodes_nothing(state: Path, checks: list[str]) -> None:
     files = many(20)
     first = look(files)
@@ -287,46 +282,13 @@ def test_refused_pictures_are_not_remembered(checks: list[str]) -> None:
     assert len(checks) == 2
 
 
-def test_what_was_remembered_is_the_same_as_what_is_found(state: Path) -> None:
+def test_what_was_remembered_is_the_same_as_what_is_found(checks: list[str]) -> None:
     image = picture(1, 64)
     image.putalpha(Image.fromarray(np.full((64, 64), 7, np.uint8)))
     files = Blobs(a__png=encoded(image), b__jpg=encoded(Image.new("CMYK", (64, 64)), "JPEG"))
     first = look(files)
     assert look(files) == first
-    assert len(next(state.iterdir()).read_text().splitlines()) == 2
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda lines: [lines[0][: len(lines[0]) // 2], *lines[1:]],
-        lambda lines: ["[]", "7", "null", '["ab", true, {}]', "\0\xff", *lines[1:]],
-        lambda lines: [lines[0].replace('"width": 70', '"width": 71'), *lines[1:]],
-        lambda lines: [signed("[1, 2, 3]"), signed("7"), signed("{}"), signed("null"), *lines[1:]],
-    ],
-)
-def test_damaged_lines_are_checked_again(state: Path, checks: list[str], damage: Any) -> None:
-    files = many(5)
-    first = look(files)
-    (path,) = state.iterdir()
-    path.write_text("\n".join(damage(path.read_text().splitlines())), encoding="latin-1")
-    checks.clear()
-    assert look(files) == first
-    assert len(checks) == 1
-    checks.clear()
-    assert look(files) == first
-    assert checks == []
-
-
-def test_the_memory_is_bounded(state: Path, monkeypatch: pytest.MonkeyPatch, checks: list[str]) -> None:
-    monkeypatch.setattr(memory, "MAX_REMEMBERED", 3)
-    look(many(10))
-    look(Blobs(x__png=encoded(picture(99, 64))))
-    (path,) = state.iterdir()
-    assert len(path.read_text().splitlines()) == 4  # its own, and three of the others
-    checks.clear()
-    look(many(10))
-    assert len(checks) == 7
+    assert checks == ["a.png", "b.jpg"]
 
 
 def test_an_interrupted_check_is_remembered(monkeypatch: pytest.MonkeyPatch, checks: list[str]) -> None:
@@ -346,7 +308,8 @@ def test_few_pictures_are_read_ahead() -> None:
     """A dataset is never in memory as a whole."""
     files = many(60)
     params = dataset()
-    outcomes = inspection.in_order([entry(name) for name in files.blobs], params, files, Memory("checked"))
+    inspector = inspection.Inspector(params, files.read, InspectionCache("checked"))
+    outcomes = inspection.in_order([entry(name) for name in files.blobs], inspector)
     for _ in range(10):
         next(outcomes)
     assert sum(files.reads.values()) <= 10 + inspection.AHEAD
@@ -419,5 +382,5 @@ def test_a_set_of_grey_pictures_is_no_set_of_masks() -> None:
 
 
 def test_looking_stops_when_the_time_is_up() -> None:
-    found = inspect([entry(name) for name in many(9).blobs], dataset(), many(9), seconds=-1)
+    found = inspect([entry(name) for name in many(9).blobs], dataset(), many(9).read, seconds=-1)
     assert (found.rows, found.num_seen) == ([], 0)

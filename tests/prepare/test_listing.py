@@ -13,10 +13,6 @@ TABLE = "data/raw/metadata.jsonl"
     ("place", "file"),
     [
         (f"{TABLE}:17", TABLE),
-        ("data/00.tar::sub/a.png", "data/00.tar"),
-        ("data/train.parquet::17", "data/train.parquet"),
-        ("data/pin.yaml::train/metadata.csv:2", "data/pin.yaml"),
-        ("data/pin.yaml::data/train.parquet::2", "data/pin.yaml::data/train.parquet"),
         ("data/raw/sub/a.png", "data/raw/sub"),
         ("a.png", "."),
         ("data/raw/12:30.png", "data/raw"),

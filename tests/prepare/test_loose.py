@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import write_rows
 from tests.helpers.images import dataset
-from tests.helpers.sources import captions, listed, others, problems, refusal, splits, write_files, write_tar
+from tests.helpers.sources import captions, listed, others, problems, refusal, splits, write_files
 
 
 def test_text_files_beside_pictures(here: Path) -> None:
@@ -243,12 +243,6 @@ def test_rows_with_another_form_for_folder_and_file(here: Path) -> None:
     assert (captions(listing), listing.problems) == ({on_disk: ("x",)}, [])
 
 
-def test_members_of_a_tar_in_two_unicode_forms(here: Path) -> None:
-    picture, text = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))  # type: ignore[arg-type]
-    write_tar(here / "00.tar", {f"{picture}.png": b"", f"{text}.txt": "a café"})
-    assert captions(listed(here)) == {f"00.tar::{picture}.png": ("a café",)}
-
-
 # Pictures of other tools
 
 
@@ -312,18 +306,6 @@ def test_masks_whose_names_begin_with_the_word(here: Path) -> None:
     write_files(here, "sub/a.jpg", "sub/mask_a.png", "b.jpg")
     assert refusal(here, instance_prompt="x").startswith(
         "data/raw: 1 picture looks like masks of others (sub/mask_a.png); move them out of it; to train"
-    )
-    for name in ("sub/a.jpg", "sub/mask_a.png", "b.jpg"):
-        (here / name).unlink()
-    write_tar(here / "00.tar", {"a.png": b"", "mask_a.png": b""})
-    found = refusal(here, instance_prompt="x")
-    assert "1 picture looks like masks of others" in found
-
-
-def test_side_pictures_in_a_tar(here: Path) -> None:
-    write_tar(here / "00.tar", {"a.png": b"", "a_mask.png": b"", "b.png": b"", "b_mask.png": b""})
-    assert "2 pictures look like masks of others (00.tar::a_mask.png, 00.tar::b_mask.png); move" in refusal(
-        here, instance_prompt="x"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.conftest import write_rows
-from tests.helpers.sources import listed, png, problems, refusal, write_files, write_tar
+from tests.helpers.sources import listed, problems, refusal, write_files
 
 
 def test_masks_below_each_subset(here: Path) -> None:
@@ -56,15 +56,6 @@ def test_no_folder_of_masks(here: Path) -> None:
     )
     assert refusal(here, instance_prompt="x", mask="link").startswith(
         "params.yaml dataset.mask: 'link' is a link that leaves data/raw;"
-    )
-
-
-def test_masks_of_containers(here: Path) -> None:
-    write_tar(here / "00.tar", {"c.png": png(), "c.txt": "x"})
-    assert len(listed(here, mask="alpha").entries) == 1
-    assert refusal(here, mask="masks") == (
-        "params.yaml dataset.mask: 'masks' is a folder, and data/raw holds containers, whose pictures can have a mask"
-        " in their alpha channel only; set it to alpha or null"
     )
 
 

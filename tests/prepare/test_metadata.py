@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_rows
-from tests.helpers.sources import captions, listed, problems, refusal, splits, write_files, write_parquet
+from tests.helpers.sources import captions, listed, problems, refusal, splits, write_files
 
 EXPECTED = 'expected a string or a list of strings, "" for no caption'
 
@@ -143,7 +143,7 @@ def test_empty_metadata(raw: Path, name: str, text: str) -> None:
 def test_empty_folder(raw: Path) -> None:
     Path("data/none").mkdir()
     assert refusal("data/none") == (
-        "data/none: no pictures, no metadata.jsonl and no .parquet or .tar files; the dataset is empty (found nothing)"
+        "data/none: no pictures and no metadata.jsonl; the dataset is empty (found nothing)"
     )
 
 
@@ -361,30 +361,6 @@ def test_json_of_another_form_is_not_blamed_on_rows(raw: Path, text: str, what: 
     assert found.endswith("; write one JSON object per line, with nothing between them")
 
 
-def test_parquet(raw: Path) -> None:
-    (raw / "metadata.jsonl").unlink()
-    names = ["a.png", "b.png", "c.png", "a.png"]
-    columns = {"file_name": names, "text": [["x", "y"], ["z"], None, ["z"]], "split": ["train", "test", "test", None]}
-    write_parquet(raw / "metadata.parquet", columns)
-    listing = listed(raw)
-    assert captions(listing) == {"a.png": ("x", "y"), "b.png": ("z",)}
-    assert splits(listing) == {"a.png": "train", "b.png": "test"}
-    assert [str(problem) for problem in listing.problems] == [
-        f"data/raw/metadata.parquet:3: text: got null; {EXPECTED}",
-        "data/raw/metadata.parquet:4: 'a.png' is named on row 1 already; remove one of the two rows",
-    ]
-    assert refusal(raw, caption_column="caption").endswith("no column of data/raw/metadata.parquet; it has split, text")
-
-
-def test_parquet_strings_that_are_no_utf8(raw: Path) -> None:
-    import pyarrow as pa
-
-    (raw / "metadata.jsonl").unlink()
-    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"caf\xe9"], pa.binary()).buffers())
-    write_parquet(raw / "metadata.parquet", {"file_name": ["a.png", "b.png"], "text": texts})
-    assert problems(raw) == ["data/raw/metadata.parquet:2: not UTF-8 text; save the file as UTF-8"]
-
-
 def test_two_kinds_in_one_folder(raw: Path) -> None:
     (raw / "metadata.csv").write_text("file_name,text\na.png,x\n")
     assert refusal(raw) == "data/raw: metadata.csv and metadata.jsonl in one folder; keep one"
@@ -403,7 +379,7 @@ def test_a_picture_in_two_metadata_files(raw: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link"])
-@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.parquet"])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_metadata_that_is_no_file(raw: Path, kind: str, name: str) -> None:
     path = raw / name
     (raw / "metadata.jsonl").rename("data/metadata.jsonl")
@@ -415,10 +391,3 @@ def test_metadata_that_is_no_file(raw: Path, kind: str, name: str) -> None:
         path.symlink_to("../metadata.jsonl")
     what = f"'{name}' is a link that leaves data/raw; " if kind == "link" else f"'{name}' is not a regular file; "
     assert refusal(raw).startswith(f"data/raw/{name}: {what}")
-
-
-def test_metadata_that_is_no_parquet(raw: Path) -> None:
-    (raw / "metadata.jsonl").rename(raw / "metadata.parquet")
-    assert refusal(raw).startswith(
-        "'data/raw/metadata.parquet' is no Parquet file, or a damaged one (Parquet magic bytes"
-    )

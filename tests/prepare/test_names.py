@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from lora_dag.pictures import pictures
+from lora_dag.pictures import formats
 from stages.prepare import names
 from tests.conftest import picture, write_rows
-from tests.helpers.sources import listed, problems, refusal, write_files
+from tests.helpers.sources import listed, problems, write_files
 
 
 def test_suffixes_of_pictures_are_those_that_can_be_read() -> None:
-    assert {suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes} < names.SUFFIXES
+    assert {suffix for suffixes in formats.SUFFIXES.values() for suffix in suffixes} < names.SUFFIXES
 
 
 def test_nothing_but_regular_files_inside(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,16 +85,6 @@ def test_no_picture_is_opened(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "open", lambda path, *args: (opened.append(str(path)), actual(path, *args))[1])
     listed(here)
     assert opened == ["data/raw/metadata.jsonl"]
-
-
-@pytest.mark.parametrize("suffix", ["tar", "parquet", "yaml"])
-def test_source_file_whose_name_holds_the_separator(here: Path, suffix: str) -> None:
-    path = Path(f"data/a::b.{suffix}")
-    path.write_bytes(b"")
-    assert refusal(path) == (
-        f"params.yaml dataset.source: 'a::b.{suffix}' holds '::', which stands between a file and what it holds; rename"
-        " the file"
-    )
 
 
 @pytest.mark.parametrize("folder", ["@eaDir/a.png", "__MACOSX", "$RECYCLE.BIN", "#recycle", "sub/@eaDir"])

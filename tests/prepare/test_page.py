@@ -135,23 +135,6 @@ def test_pixel_measures_are_remembered_for_one_way_to_look(raw: Path) -> None:
     assert len(read) == 18  # square pictures have one crop
 
 
-def test_pictures_are_read_in_the_order_of_their_files(raw: Path) -> None:
-    """So that each row group of a Parquet file is read once."""
-    items = [replace(item, file_name=f"a.parquet::{8 + index}") for index, item in enumerate(items_of(raw))]
-    names = {item.file_name: f"{index:02}.png" for index, item in enumerate(items)}
-    read: list[str] = []
-
-    def counted(name: str) -> bytes:
-        read.append(name)
-        return reader(raw)(names[name])
-
-    manifest = manifest_of(raw, items)
-    page.measure(manifest, counted)
-    page.contact_sheet(manifest, counted)
-    rows = [int(name.partition("::")[2]) for name in read]
-    assert rows == [*range(8, 14), *range(8, 16)]
-
-
 def test_pixel_measures_leave_regularization_out(raw: Path) -> None:
     items = items_of(raw)
     style = page.measure(manifest_of(raw, items[:1]), reader(raw))

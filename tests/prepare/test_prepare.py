@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lora_dag import commands
 from lora_dag.artifacts import manifest as manifest_module
 from lora_dag.artifacts.manifest import Manifest
 from lora_dag.core.console import UserError
@@ -137,7 +138,8 @@ def as_parquet() -> None:
     blobs = [(RAW / row["file_name"]).read_bytes() for row in rows]
     shutil.rmtree(RAW)
     images = [{"bytes": blob, "path": row["file_name"]} for blob, row in zip(blobs, rows, strict=True)]
-    write_parquet(RAW / "train-00000-of-00001.parquet", {"image": images, "text": [row["text"] for row in rows]})
+    write_parquet(Path("data/shards/a.parquet"), {"image": images, "text": [row["text"] for row in rows]})
+    import_shards()
 
 
 def as_tar() -> None:
@@ -146,7 +148,13 @@ def as_tar() -> None:
         members[row["file_name"]] = (RAW / row["file_name"]).read_bytes()
         members[row["file_name"].replace(".png", ".txt")] = row["text"]
     shutil.rmtree(RAW)
-    write_tar(RAW / "00.tar", members)
+    write_tar(Path("data/shards/00.tar"), members)
+    import_shards()
+
+
+def import_shards() -> None:
+    args = commands.parse(["import", "data/shards", str(RAW)])
+    args.main(args)
 
 
 @pytest.mark.parametrize("convert", [as_pairs, as_csv, as_parquet, as_tar])

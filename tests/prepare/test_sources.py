@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lora_dag.core.console import UserError
+from stages.prepare.sources import UNFINISHED
 from tests.conftest import write_rows
-from tests.helpers.sources import listed, png, refusal, write_files, write_tar
+from tests.helpers.sources import listed, refusal, write_files
 
 # The kinds of sources
 
@@ -35,10 +36,10 @@ def test_metadata_folders_as_datasets_reads_them(here: Path) -> None:
     ("source", "message"),
     [
         ("data/none", "'data/none' is no folder; `dvc pull` brings tracked data, or name a folder of your own"),
-        ("acme/icons@main", "the lines `hub: acme/icons`, `revision: the commit's 40 hex digits`"),
-        ("acme/icons", "write a file such as data/pin.yaml with the lines `hub: acme/icons`"),
-        (f"acme/icons@{'ab' * 20}", f"`revision: {'ab' * 20}`"),
-        ("https://huggingface.co/datasets/acme/icons", "with the lines `hub: acme/icons`"),
+        ("acme/icons@main", "unpack it once: `lora-dag import acme/icons@main data/mine`"),
+        ("acme/icons", "unpack it once: `lora-dag import acme/icons data/mine`, and set dataset.source=data/mine"),
+        (f"acme/icons@{'ab' * 20}", f"unpack it once: `lora-dag import acme/icons@{'ab' * 20} data/mine`"),
+        ("https://huggingface.co/datasets/acme/icons", "unpack it once: `lora-dag import acme/icons data/mine`"),
     ],
 )
 def test_missing_source(here: Path, source: str, message: str) -> None:
@@ -48,19 +49,47 @@ def test_missing_source(here: Path, source: str, message: str) -> None:
 
 
 def test_source_of_another_kind(here: Path) -> None:
-    write_files(here, "a.zip", "b.md")
-    assert refusal(here / "a.zip") == (
-        "data/raw/a.zip: expected a folder, a .parquet or .tar file, or a .yaml file that pins a Hub dataset"
+    write_files(here, "a.zip", "b.md", "pin.yaml")
+    start = "params.yaml dataset.source: "
+    assert refusal(here / "a.zip") == f"{start}'data/raw/a.zip' is a file; name a folder"
+    assert refusal(here / "pin.yaml") == (
+        f"{start}'data/raw/pin.yaml' is a file; name a folder; of a Hub dataset, unpack it once: `lora-dag import"
+        " OWNER/NAME@COMMIT data/mine`, and set dataset.source=data/mine"
     )
     assert refusal(here) == (
-        "data/raw: no pictures, no metadata.jsonl and no .parquet or .tar files; the dataset is empty"
-        " (found 1 .md, 1 .zip)"
+        "data/raw: no pictures and no metadata.jsonl; the dataset is empty (found 1 .md, 1 .yaml, 1 .zip)"
     )
+
+
+@pytest.mark.parametrize("name", ["00.tar", "a.tar.gz", "a.parquet", "metadata.parquet"])
+def test_files_of_many_pictures_are_imported_first(here: Path, name: str) -> None:
+    write_files(here, name)
+    cure = "unpack it once: `lora-dag import {} data/mine`, and set dataset.source=data/mine"
+    assert refusal(here) == f"data/raw: {name} is not read by the stages; {cure.format('data/raw')}"
+    path = f"data/raw/{name}"
+    assert refusal(path) == (f"params.yaml dataset.source: '{path}' is a file of many pictures; {cure.format(path)}")
+    assert refusal(here, subsets=[{"path": name}]) == (
+        f"params.yaml dataset.subsets: path '{name}' is a file; {cure.format(path)}"
+    )
+    write_files(here, "b.png")
+    assert "is not read by the stages" in refusal(here, instance_prompt="x")
+    write_rows(here, [{"file_name": "b.png", "text": "x"}])
+    assert listed(here).warnings == ["1 .parquet or .tar file in data/raw is not read beside metadata.jsonl"]
+
+
+def test_an_import_that_did_not_finish_is_no_source(here: Path) -> None:
+    write_files(here / "images", "a.png", a="x")
+    write_files(here, UNFINISHED)
+    for folder in (here, here / "images"):
+        assert refusal(folder) == (
+            f"params.yaml dataset.source: '{folder}' is an import that did not finish; run the same `lora-dag import`"
+            " again, which goes on, and name the folder that it makes"
+        )
 
 
 def test_source_that_would_hang(here: Path) -> None:
     os.mkfifo("data/a.tar")
-    assert refusal("data/a.tar").startswith("data/a.tar: expected a folder, a .parquet or .tar file,")
+    assert refusal("data/a.tar").startswith("params.yaml dataset.source: 'data/a.tar' is no folder; ")
 
 
 def test_the_current_folder_as_source(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,17 +104,14 @@ def test_the_current_folder_as_source(here: Path, monkeypatch: pytest.MonkeyPatc
 def test_subsets_of_every_kind(here: Path) -> None:
     write_files(here / "mine", "a.png", a="cat")
     write_files(here / "class", "b.png")
-    write_tar(here / "00.tar", {"c.png": png(), "c.txt": "x"})
     subsets = [
         {"path": "./mine/", "repeats": 3},
         {"path": "class", "instance_prompt": "a dog", "regularization": True},
-        {"path": "00.tar"},
     ]
     listing = listed(here, subsets=subsets)
     assert [(entry.file_name, entry.captions, entry.subset) for entry in listing.entries] == [
         ("mine/a.png", ("cat",), 0),
         ("class/b.png", ("a dog",), 1),
-        ("00.tar::c.png", ("x",), 2),
     ]
 
 
@@ -103,7 +129,7 @@ def test_subsets_that_overlap(here: Path) -> None:
     [
         ("../other", "path '../other' leaves data/raw; expected a name relative to that folder"),
         ("/etc", "path '/etc' leaves data/raw; expected a name relative to that folder"),
-        ("none", "path 'none' is neither folder nor file in data/raw; add it or correct the path"),
+        ("none", "path 'none' is not in data/raw; add it or correct the path"),
         ("link", "path 'link' is a link that leaves data/raw; put the pictures themselves there"),
         ("a\n", 'path "a\\n" holds a control character; rename the file'),
     ],
@@ -113,13 +139,6 @@ def test_subset_that_leaves_the_source(here: Path, path: str, message: str) -> N
     write_files(Path("data/other"), "a.png", a="x")
     (here / "link").symlink_to("../other")
     assert refusal(here, subsets=[{"path": path}]) == f"params.yaml dataset.subsets: {message}"
-
-
-def test_subsets_below_a_file(here: Path) -> None:
-    write_tar(here / "00.tar", {"c.png": png(), "c.txt": "x"})
-    assert refusal(here / "00.tar", subsets=[{"path": "c"}]) == (
-        "params.yaml dataset.subsets: 'c' cannot be below data/raw/00.tar, which is a file"
-    )
 
 
 def test_every_bad_subset_and_every_problem_at_once(here: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_rows
-from tests.helpers.sources import listed, png, problems, refusal, splits, write_files, write_tar
+from tests.helpers.sources import listed, problems, refusal, splits, write_files
 
 
 @pytest.fixture
@@ -45,23 +45,6 @@ def test_other_folders_beside_a_held_out_one(here: Path) -> None:
     assert splits(listed(here, subsets=subsets, **held("ben"))) == {"anna/a.png": "anna", "ben/b.png": "ben"}
 
 
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
-        ("test-00000-of-00001.tar", "test"),
-        ("train_0.tar", "train"),
-        ("validation.tar", "validation"),
-        ("data/dev/00.tar", "dev"),
-        ("mine-00000-of-00001.tar", "mine"),
-        ("00.tar", None),
-        ("testimony-1.tar", None),
-    ],
-)
-def test_names_of_containers(here: Path, name: str, split: str | None) -> None:
-    write_tar(here / name, {"a.png": png(), "a.txt": "x"})
-    assert splits(listed(here)) == {f"{name}::a.png": split}
-
-
 def test_column_before_folder(here: Path) -> None:
     write_files(here, "train/a.png", "train/b.png")
     rows = [{"file_name": "train/a.png", "text": "x", "split": "test"}, {"file_name": "train/b.png", "text": "x"}]
@@ -90,7 +73,7 @@ def test_no_such_split(here: Path) -> None:
     write_files(here, "train/a.png", "val/b.png", "train/c.png")
     assert refusal(here, **held("test")) == (
         "params.yaml dataset.heldout_split: no picture is in split 'test'; name one of train, val, or make it by"
-        " folders such as train and test, a column 'split', or files such as test-00000-of-00001.parquet"
+        " folders such as train and test, or a column 'split'"
     )
     write_files(here.parent / "flat", "a.png")
     assert "no picture is in split 'test'; make splits by folders" in refusal(here.parent / "flat", **held("test"))

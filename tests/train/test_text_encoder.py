@@ -32,7 +32,7 @@ from lora_dag.families import sd
 from lora_dag.families.protocol import all_families, load_family
 from lora_dag.formats import AdapterKind
 from lora_dag.formats.comfyui import reader
-from lora_dag.pictures.pictures import load_view
+from lora_dag.pictures.decode import load_view
 from stages.export.params import format_refusals
 from stages.train.optimizers import make_optimizer
 from stages.train.params import TrainParams, cross_problems

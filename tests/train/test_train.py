@@ -20,7 +20,7 @@ from lora_dag.core.files import read_json
 from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_tensors
 from lora_dag.families import sd
-from lora_dag.pictures.pictures import load_view
+from lora_dag.pictures.decode import load_view
 from stages.train.optimizers import make_optimizer
 from tests.conftest import Workspace, outcome
 from tests.helpers.settings import train_params

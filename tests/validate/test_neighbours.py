@@ -22,7 +22,7 @@ from lora_dag.core import params
 from lora_dag.core.console import UserError
 from lora_dag.core.params import ModelParams
 from lora_dag.families import sd
-from lora_dag.pictures.pictures import load_view
+from lora_dag.pictures.decode import load_view
 from stages.report.page import in_words
 from stages.validate import neighbours, score_snapshots
 from stages.validate.heldout_loss import make_eval_set

@@ -1,0 +1,135 @@
+"""What was found in images, by content, so that a second run looks at the new ones alone.
+
+An SQLite file in <state>/store. Several processes may use it at once, and a kill loses nothing that was added. The
+cache is optional: a damaged file is set aside and begun anew, and where the disk cannot be written or carries no locks,
+the images are looked at again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import PIL
+
+from lora_dag.core.console import log
+from lora_dag.core.files import sha256_file, sha256_json, state_dir
+from lora_dag.pictures import checks
+
+T = TypeVar("T")
+
+MAX_OTHERS = 20_000
+"""Values that this run did not use and that are kept, the latest ones; about 1.3 KB each."""
+LOCK_SECONDS = 10.0
+"""To wait for another process that writes."""
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+TABLE = "CREATE TABLE IF NOT EXISTS found (kind TEXT, key TEXT, value TEXT, PRIMARY KEY (kind, key))"
+OTHERS = """DELETE FROM found WHERE rowid IN (
+    SELECT rowid FROM found WHERE kind = ? AND key NOT IN (SELECT key FROM temp.used)
+    ORDER BY rowid DESC LIMIT -1 OFFSET ?)"""
+
+
+class InspectionCache:
+    """JSON keys and values of one kind; threads may share it; closed at the end of ``with``."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.path = state_dir() / "store" / f"inspected-{code_version()}.sqlite"
+        self._used: set[str] = set()
+        self._added = False
+        self._is_off = False
+        self._lock = threading.Lock()
+        self._database: sqlite3.Connection | None = None
+
+    def __enter__(self) -> InspectionCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def find(self, key: Any) -> Any:
+        """The value, or None."""
+        text = json.dumps(key, sort_keys=True)
+        self._used.add(text)
+        if self._database is None and not self.path.exists():
+            return None
+        found = self._attempt(
+            lambda database: database.execute(
+                "SELECT value FROM found WHERE kind = ? AND key = ?", (self.kind, text)
+            ).fetchone()
+        )
+        return json.loads(found[0]) if found else None
+
+    def add(self, key: Any, value: Any) -> None:
+        row = (self.kind, json.dumps(key, sort_keys=True), json.dumps(value))
+        self._used.add(row[1])
+        self._added = True
+        self._attempt(lambda database: database.execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", row))
+
+    def close(self) -> None:
+        """If anything was added: forget what too old runs found, and what other versions of the code did."""
+        if self._added:
+            self._attempt(self._forget)
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def _forget(self, database: sqlite3.Connection) -> None:
+        database.execute("CREATE TEMP TABLE used (key TEXT PRIMARY KEY)")
+        database.execute("BEGIN")
+        database.executemany("INSERT INTO temp.used VALUES (?)", ((key,) for key in self._used))
+        database.execute(OTHERS, (self.kind, MAX_OTHERS))
+        database.execute("COMMIT")
+        for path in self.path.parent.glob("inspected-*.sqlite*"):
+            if not path.name.startswith(self.path.name):
+                path.unlink(missing_ok=True)
+
+    def _attempt(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
+        """What the work returns; None where the cache cannot be used."""
+        with self._lock:
+            if self._is_off:
+                return None
+            try:
+                if self._database is None:
+                    self._database = opened(self.path)
+                return work(self._database)
+            except (sqlite3.Error, OSError) as error:
+                self._database = None
+                self._set_aside_or_stop(error)
+                return None
+
+    def _set_aside_or_stop(self, error: Exception) -> None:
+        if getattr(error, "sqlite_errorcode", None) in DAMAGED:
+            log.warning("warning: %s is damaged (%s) and is begun anew", self.path, error)
+            self.path.replace(self.path.with_suffix(".sqlite-damaged"))
+        else:
+            log.warning("warning: %s cannot be used (%s); images are looked at again next time", self.path, error)
+            self._is_off = True
+
+
+def opened(path: Path) -> sqlite3.Connection:
+    """A database that commits each statement by itself.
+
+    Its rollback journal is SQLite's default: a write-ahead log needs memory that processes share, which network disks
+    do not have. Nothing waits for the disk, so that a power cut may damage the file; a kill cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))  # SQLite's own mode keeps a group from writing
+    database = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None, check_same_thread=False)
+    database.execute("PRAGMA synchronous = OFF")
+    database.execute(TABLE)
+    return database
+
+
+def code_version() -> str:
+    """Digest of the code that finds the values, ``lora_dag/pictures``, and of Pillow's version."""
+    sources = sorted(Path(checks.__file__).parent.glob("*.py"))
+    return sha256_json([[path.name, sha256_file(path)] for path in sources] + [PIL.__version__])[:12]
