@@ -26,12 +26,13 @@ from lora_dag.core.files import sha256_file, write_json, write_text
 from lora_dag.core.params import ModelParams, RuntimeParams
 from lora_dag.core.progress import Bar
 from lora_dag.core.took import Work
-from lora_dag.evaluation import bootstrap, heldout_table
+from lora_dag.evaluation import heldout_table
 from lora_dag.evaluation.heldout_table import Score
 from lora_dag.families.long_texts import warn_of_long_prompts
 from lora_dag.families.protocol import load_family
-from stages.validate import cost, curve, feature_files, features, neighbours, passes, sheets
+from stages.validate import curve, feature_files, features, neighbours, passes, sheets
 from stages.validate.heldout_loss import EvalSet, make_eval_set
+from stages.validate.measures import Results, measure
 from stages.validate.params import ValidateParams, prompt_problems
 from stages.validate.provenance import provenance
 from stages.validate.result_cache import ResultCache
@@ -98,14 +99,11 @@ def report(
     measured["val.table"] = heldout_table.digest(eval_set.rows, settings.seed, targets)
     cell = sheets.draw(args.reports, evidence, settings, sheets.trained_captions(cache))
     neighbours.write(args.reports / "validate", near, vae, cache, sheets.cells(evidence))
-    measured |= ink_measures(evidence, settings) | neighbours.metrics(near)
-    measured |= evidence.drift | {"cost.tflop_per_image": cost.tflop_per_image(eval_set, adapter, cache)}
+    measured |= measure(Results(settings, eval_set, cache, adapter, evidence, near, vae, feature_model))
     sizes = {"cell": cell, "picture": list(evidence.pictures[0][0][0].size)}  # in pixels; as the pictures were drawn
     came_from = provenance(settings, origin, base, cache, adapter, eval_set) | {"sheet": sizes}
     came_from["neighbours"] = neighbours.scale(near, space)
-    if feature_model:
-        measured |= features.measure(feature_model, eval_set, settings.prompts, drawn[0][0], drawn[1][0], vae)
-        came_from["feature_model"] = feature_model.name
+    came_from |= {"feature_model": feature_model.name} if feature_model else {}
     lineage.save(args.reports / "validate" / "lineage.json", came_from)
     metrics.save(args.reports / "metrics.json", measured)
     own = {"environment": environment(eval_set.device), "of": sha256_file(args.reports / "metrics.json")}
@@ -150,20 +148,6 @@ def write_losses(
     write_text(reports / "validate" / "heldout.csv", heldout_table.write_scores(scores))
     write_text(reports / "validate" / "curve.csv", curve.write(points))
     return {**heldout_table.metrics(scores, eval_set.num_train_timesteps, settings.seed), **curve.metrics(points)}
-
-
-def ink_measures(evidence: ScoresAndSamples, settings: ValidateParams) -> dict[str, metrics.Value]:
-    """Chroma (0 to 255) and dark share (0 to 1) of base and adapter, mean over pictures; empty where nobody asks."""
-    import numpy as np
-
-    from lora_dag.pictures.measures import chroma, dark_share
-
-    found: dict[str, metrics.Value] = {}
-    for suffix, step in (("_base", 0), ("", max(evidence.pictures))) if settings.ink_measures else ():
-        arrays = [np.asarray(picture) for picture in evidence.pictures[step][0]]
-        found[f"samples.chroma{suffix}"] = bootstrap.mean(map(chroma, arrays))
-        found[f"samples.dark_share{suffix}"] = bootstrap.mean(map(dark_share, arrays))
-    return found
 
 
 def used(device: torch.device, began: float) -> dict[str, float]:
