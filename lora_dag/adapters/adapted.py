@@ -68,7 +68,7 @@ class Adapted:
             for name, tensor in lora.state_dict(module).items()
         }
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill all adapters.
 
         Raises:

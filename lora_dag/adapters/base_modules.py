@@ -30,7 +30,7 @@ class BaseModules:
     def inject(self, adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
         """Put an adapter's layers on the modules, with these tensors of its file."""
         encoders = {name: self.adapted[name] for name in adapter.text_lora}
-        Adapted(self.denoiser, adapter.lora_config, adapter.text_lora, encoders).load(weights)
+        Adapted(self.denoiser, adapter.lora_config, adapter.text_lora, encoders).load_state_dict(weights)
 
 
 def load(model: ModelParams, family: Family, encoders: Collection[str], device: torch.device) -> BaseModules:

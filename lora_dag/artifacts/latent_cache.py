@@ -121,6 +121,11 @@ class LatentCache:
         """Mean and std of one view's posterior, float32 [C, H/f, W/f] each."""
         return self.tensors[f"{key}.mean"].float(), self.tensors[f"{key}.std"].float()
 
+    def size(self, key: str) -> tuple[int, int]:
+        """Height and width of one view's latents."""
+        height, width = self.tensors[f"{key}.mean"].shape[-2:]
+        return height, width
+
     def mask(self, key: str) -> torch.Tensor:
         """Weight of each latent pixel's loss, float32 [1, H/f, W/f], from dataset.unmasked_weight to 1."""
         return self.tensors[f"{key}.mask"].float()

@@ -338,10 +338,11 @@ def check_device(config: Config, configs: ModelParams | None) -> torch.device:
 
 def check_objective(config: Config, configs: ModelParams) -> None:
     from lora_dag.diffusion import objectives
-    from stages.train import noising, weighting
+    from stages.train import noising
+    from stages.train.loss import require_snr
 
     noise_scheduler = load_family(configs.family).load_scheduler(configs)
-    weighting.require_snr(noise_scheduler, config.section(TrainParams))
+    require_snr(objectives.make_objective(noise_scheduler), config.section(TrainParams))
     noising.make_timesteps(config.section(TrainParams), noise_scheduler)
     log.info("objective   %s", objectives.prediction_type(noise_scheduler))
 
@@ -361,11 +362,12 @@ def check_training(config: Config, configs: ModelParams, device: torch.device) -
     from lora_dag.adapters import lora
     from lora_dag.core import quiet
     from lora_dag.families import common
-    from stages.train import init_from, optimizers, processes, setup
+    from stages.train import init_from, launch, optimizers
+    from stages.train.build import require_tracker
 
     lora_params, train, runtime = config.section(LoraParams), config.section(TrainParams), config.section(RuntimeParams)
-    setup.require_tracker(runtime)
-    processes.require_share(train, runtime.num_processes)
+    require_tracker(runtime)
+    launch.require_share(train, runtime.num_processes)
     optimizers.try_out(train, device)
     family = load_family(configs.family)
     cls = getattr(diffusers, family.COMPONENTS[family.DENOISER])

@@ -206,7 +206,7 @@ class Painter:
         pipeline, layers = self.loaded
         if file is not None:
             try:
-                layers.load(self.training.tensors(file))
+                layers.load_state_dict(self.training.tensors(file))
             except FileNotFoundError:
                 return
         with layers.disabled() if file is None else nullcontext():

@@ -19,7 +19,7 @@ import torch
 from lora_dag.adapters import adapter_tensors, base_modules
 from lora_dag.core import seeding
 from lora_dag.core.console import log
-from lora_dag.diffusion import objectives
+from lora_dag.diffusion.objectives import make_objective
 from lora_dag.families import common
 from lora_dag.formats import Export, load_format
 from stages.export import header
@@ -133,11 +133,11 @@ def make_inputs(model: ModelParams, family: Family, params: ExportParams, device
     pixels = (side * factor, side * factor)
     views = family.view_conditioning(pixels, (0, 0), pixels)
     shape = (2, common.config(model, "vae")["latent_channels"], side, side)
-    scheduler = family.load_scheduler(model)
-    count = scheduler.config.num_train_timesteps
+    objective = make_objective(family.load_scheduler(model))
+    count = objective.noise_scheduler.config.num_train_timesteps
     return Inputs(
         torch.randn(shape, generator=seeding.generator(params.seed, "export")).to(device),
-        objectives.model_timesteps(scheduler, torch.tensor([count - 1, count // 10])).to(device),
+        objective.model_timesteps(torch.tensor([count - 1, count // 10])).to(device),
         {name: tensor.expand(2, *tensor.shape[1:]) for name, tensor in prompt.items()}
         | {name: tensor.expand(2, *tensor.shape).to(device) for name, tensor in views.items()},
     )

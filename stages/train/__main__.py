@@ -17,7 +17,7 @@ from lora_dag.core.console import UserError, log, parser, run
 from lora_dag.core.locks import writing
 from lora_dag.core.params import Config, ModelParams, RuntimeParams, load
 from lora_dag.families.protocol import load_family
-from stages.train import processes
+from stages.train import launch
 from stages.train.params import TrainParams, cross_problems
 
 
@@ -30,10 +30,10 @@ def main() -> None:
         found += init_from_pin.problems(lora.init_from.path, lora.init_from.sha256)
     if found:
         raise UserError(*found)
-    processes.require_share(config.section(TrainParams), config.section(RuntimeParams).num_processes)
+    launch.require_share(config.section(TrainParams), config.section(RuntimeParams).num_processes)
     with contextlib.ExitStack() as held:
-        held.enter_context(processes.sharing(config.section(RuntimeParams), sys.argv[1:]))
-        if processes.rank() == 0:
+        held.enter_context(launch.sharing(config.section(RuntimeParams), sys.argv[1:]))
+        if launch.rank() == 0:
             held.enter_context(writing(args.adapter))
         train(args, config)
 
@@ -44,25 +44,25 @@ def train(args: argparse.Namespace, config: Config) -> None:
     from lora_dag.bases import resolve
     from lora_dag.bases.layout import digests, require_same_base
     from lora_dag.core.locks import lock
-    from stages.train import outputs
-    from stages.train.trainer import Trainer
+    from stages.train import loop, results
+    from stages.train.build import build
 
-    is_first = processes.rank() == 0
+    is_first = launch.rank() == 0
     if not is_first:
         log.setLevel("WARNING")
     family = load_family(config.section(ModelParams).family)
     model = resolve.resolve(config.section(ModelParams), family).model
-    base = digests(model, family.COMPONENTS)
+    base_digests = digests(model, family.COMPONENTS)
     cache = LatentCache(args.latents)
-    require_same_base(cache.base, base, args.latents)
-    trainer = Trainer(config.replaced(model), family, cache, base)
-    with lock(trainer.folder) if is_first else contextlib.nullcontext():
+    require_same_base(cache.base, base_digests, args.latents)
+    training = build(config.replaced(model), family, cache, base_digests)
+    with lock(training.identity.folder) if is_first else contextlib.nullcontext():
         try:
-            trainer.train()
+            measured = loop.train(training)
             if is_first:
-                outputs.save(trainer, args.adapter, args.train_reports)
+                results.save(training, measured, args.adapter, args.train_reports)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(trainer.checkpoints.newest()) from None
+            raise KeyboardInterrupt(training.checkpoints.newest()) from None
 
 
 if __name__ == "__main__":

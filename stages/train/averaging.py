@@ -1,4 +1,4 @@
-"""Which weights of a run are kept: the trained ones, their moving average, or a schedule-free optimizer's own."""
+"""Which weights of a run are saved: the trained ones, their moving average, or a schedule-free optimizer's own."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from stages.train.params import TrainParams
 
 
-class Kept:
-    """Follows the trained parameters and, inside ``with kept.weights()``, puts into them what is to be saved."""
+class AveragedWeights:
+    """Follows the trained parameters and puts into them, inside ``with averaged.swapped_in()``, what is to be saved."""
 
     def __init__(self, params: TrainParams, parameters: list[torch.nn.Parameter], optimizer: Any) -> None:
         self.parameters = parameters
@@ -25,12 +25,12 @@ class Kept:
         self.schedule_free = optimizer if hasattr(optimizer, "eval") and hasattr(optimizer, "train") else None
 
     def step(self) -> None:
-        """After an optimizer step."""
+        """Follow the parameters after an optimizer step."""
         if self.ema is not None:
             self.ema.step(self.parameters)
 
     @contextlib.contextmanager
-    def weights(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Afterwards the trained weights are back, to the bit."""
         trained = [parameter.detach().clone() for parameter in self.parameters]
         if self.schedule_free is not None:
@@ -46,10 +46,11 @@ class Kept:
                 for parameter, own in zip(self.parameters, trained, strict=True):
                     parameter.copy_(own)
 
-    def state_dict(self) -> dict[str, Any] | None:
-        return None if self.ema is None else self.ema.state_dict()
+    def state_dict(self) -> dict[str, Any]:
+        """Empty without an average: a schedule-free optimizer has its own state."""
+        return {} if self.ema is None else self.ema.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.ema is not None:
             self.ema.load_state_dict(state)
             self.ema.to(self.parameters[0].device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -74,10 +74,16 @@ class Batches:
         device: torch.device,
         drops_to_zeros: bool = False,  # as the family says
     ) -> None:
-        self.cache, self.params, self.timesteps, self.device = cache, params, timesteps, device
+        self.cache, self.items, self.params = cache, items, params
+        self.timesteps, self.device, self.drops_to_zeros = timesteps, device, drops_to_zeros
         self.zeroed = cache.manifest["conditioning"] if drops_to_zeros else []
         self.order = Order(by_shape(cache, items), params.batch_size, params.seed)
         self.masked = any(item.masks for item in items)
+
+    def of(self, items: list[CachedItem], **changes: Any) -> Batches:
+        """Of other pictures, drawn in the same way but for ``changes`` of the parameters."""
+        params = self.params.model_copy(update=changes)
+        return Batches(self.cache, items, params, self.timesteps, self.device, self.drops_to_zeros)
 
     def batch(self, step: int, micro: int) -> Batch:
         """The micro-batch ``micro`` of an optimizer step."""
@@ -143,8 +149,7 @@ def by_shape(cache: LatentCache, items: Iterable[CachedItem]) -> list[Bucket]:
     """Buckets in order of height and width. All views of a picture have one shape."""
     found = defaultdict(list)
     for item in items:
-        height, width = cache.latents(item.views[0])[0].shape[-2:]
-        found[height, width].append(item)
+        found[cache.size(item.views[0])].append(item)
     return [Bucket(*shape, members) for shape, members in sorted(found.items())]
 
 

@@ -1,30 +1,24 @@
-"""An end before ``train.num_steps``: held-out loss, asked at every snapshot, has stopped falling.
+"""An end before ``train.num_steps``, where the held-out loss of every snapshot has stopped falling.
 
-The held-out pictures are asked as the training asks its own: view, caption, noise and timestep of every row are draws
-of the training's own, made once, so that each snapshot answers the same rows. When to end is all that they decide;
-the adapter has the bytes of the snapshot that an undisturbed run keeps at that step.
+The held-out pictures are scored as the training scores its own: view, caption, noise and timestep of every row are
+drawn in the training's way, once, so that each snapshot is scored on the same rows. They decide when to end and nothing
+else; the adapter has the bytes of the snapshot that an undisturbed run keeps at that step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from lora_dag.core.console import UserError, log
-from stages.train.batches import Batch, Batches, by_shape
+from stages.train.batches import Batch, Batches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
-    from stages.train.noising import Timesteps
-    from stages.train.params import TrainParams
-    from stages.train.trainer import Trainer
+    from lora_dag.artifacts.latent_cache import CachedItem
 
 MAX_PICTURES = 64
 NUM_DRAWS = 4
@@ -33,43 +27,53 @@ NO_STEP = -1
 """Keys the rows' draws: no training step has that number."""
 
 
-class EarlyStop:
-    """Held-out losses by step, and whether ``patience`` snapshots in a row were no better than the best before them.
+class HeldoutRows:
+    """Held-out pictures with their draws.
 
     Raises:
         UserError: no picture is held out.
     """
 
-    def __init__(
-        self,
-        patience: int,
-        cache: LatentCache,
-        params: TrainParams,
-        timesteps: Timesteps,
-        device: torch.device,
-        drops_to_zeros: bool,
-    ) -> None:
-        found = [item for item in cache.split("heldout") if not item.regularization]
+    def __init__(self, training: Batches) -> None:
+        found = [item for item in training.cache.split("heldout") if not item.regularization]
         if not found:
             none = "no picture is held out (dataset.heldout_fraction)"
             raise UserError(f"params.yaml train.early_stop_patience: {none}; hold some out, or set this to null")
         items = sorted(found, key=lambda item: (item.content, item.file_name))[:MAX_PICTURES]
-        asked = params.model_copy(update={"prompt_dropout": 0.0})
-        self.patience, self.batch_size = patience, params.batch_size
-        self.batches = Batches(cache, items, asked, timesteps, device, drops_to_zeros)
+        self.source = training.of(items, prompt_dropout=0.0)
         first = {item: index * NUM_DRAWS for index, item in enumerate(items)}
         self.rows: list[list[tuple[CachedItem, int]]] = [
             [(item, first[item] + draw) for item in bucket.items for draw in range(NUM_DRAWS)]
-            for bucket in by_shape(cache, items)
+            for bucket in self.source.order.buckets
         ]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows))
+
+    def batches(self) -> Iterator[Batch]:
+        """Made anew each time: prompt embeddings of all rows at once would fill the memory.
+
+        Every batch is full, as in training and as compiled blocks need it; the rows that fill one up have no weight.
+        """
+        size = self.source.params.batch_size
+        for rows in self.rows:
+            for start in range(0, len(rows), size):
+                samples = [self.source.sample(item, NO_STEP, slot) for item, slot in rows[start : start + size]]
+                filling = replace(samples[-1], weights=torch.zeros(1))
+                samples += [filling] * (size - len(samples))
+                yield Batch.cat(samples).to(self.source.device)
+
+
+class EarlyStop:
+    """Held-out losses by step, and whether ``patience`` snapshots in a row were no better than the best before them."""
+
+    def __init__(self, rows: HeldoutRows, patience: int) -> None:
+        self.rows, self.patience = rows, patience
         self.losses: dict[int, float] = {}
 
-    def is_over(self, trainer: Trainer, step: int) -> bool:
-        """Ask the adapter as it is kept at this step."""
-        loss = [total_loss(trainer, self.questions()) / self.num_rows]
-        if trainer.accelerator.num_processes > 1:
-            broadcast_object_list(loss)  # all end at the same step whatever their devices' last bits
-        self.losses[step] = loss[0] if math.isfinite(loss[0]) else math.inf
+    def is_over(self, step: int, loss: float) -> bool:
+        """Note the held-out loss of the snapshot of this step."""
+        self.losses[step] = loss if math.isfinite(loss) else math.inf
         best = min(self.losses, key=lambda known: (self.losses[known], known))
         log.info(
             "held-out    step %d: loss %.6f; lowest %.6f at step %d", step, self.losses[step], self.losses[best], best
@@ -79,39 +83,8 @@ class EarlyStop:
             log.info("early stop  at step %d; for the best: dvc exp run -S export.step=%d", step, best)
         return over
 
-    def questions(self) -> Iterator[Batch]:
-        """Made anew each time: prompt embeddings of all rows at once would fill the memory.
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses}
 
-        Every batch is full, as in training, which compiled blocks want; what fills one up has no weight.
-        """
-        for rows in self.rows:
-            for start in range(0, len(rows), self.batch_size):
-                samples = [
-                    self.batches.sample(item, NO_STEP, slot) for item, slot in rows[start : start + self.batch_size]
-                ]
-                filling = replace(samples[-1], weights=torch.zeros(1))
-                samples += [filling] * (self.batch_size - len(samples))
-                yield Batch.cat(samples).to(self.batches.device)
-
-    @property
-    def num_rows(self) -> int:
-        return sum(map(len, self.rows))
-
-
-def total_loss(trainer: Trainer, batches: Iterable[Batch]) -> float:
-    """Sum of the training's own loss over all rows, under the weights that would be saved, without dropout."""
-    with torch.no_grad(), trainer.kept.weights(), evaluating(trainer.adapted.modules.values()):
-        return math.fsum(float(trainer.loss(batch, NO_STEP, 0)) * len(batch.captions) for batch in batches)
-
-
-@contextlib.contextmanager
-def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has its own mode again."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    for module in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses = state["losses"]

@@ -1,82 +1,33 @@
-"""What a run is made of: its pictures, its accelerator, and everything that decides its bytes."""
+"""What a run is known by: everything that decides its bytes, and what its adapter records of its making."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import shutil
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
-
 from lora_dag.adapters.params import LoraParams
 from lora_dag.core import device
 from lora_dag.core.code import code_digest
-from lora_dag.core.console import UserError, log, plural
+from lora_dag.core.console import UserError, log
 from lora_dag.core.files import read_json, sha256_json, write_json
 from lora_dag.core.params import ModelParams
-from stages.train import RESULTS, checkpoint, optimizers
+from stages.train import RESULTS, checkpoints, optimizers
 from stages.train.params import TrainParams
-from stages.train.processes import require_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import torch
+
     from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
-    from lora_dag.core.params import Config, RuntimeParams
+    from lora_dag.core.params import Config
 
 INPUTS = "inputs.json"  # in a run's folder of the state directory
 PROGRESS = "progress.json"  # beside it: what code was at work there, and whether the run has ended
-MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-
-
-def training_items(cache: LatentCache, batch_size: int) -> list[CachedItem]:
-    """The pictures that are trained on, regularization pictures among them.
-
-    Raises:
-        UserError: an epoch of them, with repeats, does not fill a batch.
-    """
-    items = cache.split("train")
-    num_entries = sum(item.repeats for item in items)
-    if batch_size > num_entries:
-        repeated = f" and their repeats ({num_entries})" if num_entries > len(items) else ""
-        found = f"{batch_size} is more than the {plural(len(items), 'training picture')}{repeated}"
-        raise UserError(f"params.yaml train.batch_size: {found}")
-    return items
-
-
-def make_accelerator(runtime: RuntimeParams, model: ModelParams, params: TrainParams) -> Accelerator:
-    """On the device that ``runtime`` asks for, in the frozen base's dtype.
-
-    Raises:
-        UserError: the tracker is not installed, the device is not here, or the processes cannot share a step.
-    """
-    require_tracker(runtime)
-    where = device.setup(runtime, model)
-    num_threads = torch.get_num_threads()
-    accelerator = Accelerator(
-        cpu=where.type == "cpu",
-        mixed_precision=MIXED_PRECISION[model.dtype],
-        log_with=None if runtime.tracker == "none" else runtime.tracker,
-        project_dir="logs",
-        # Else variables that `accelerate launch` sets would decide: in no digest.
-        dynamo_backend="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )
-    torch.set_num_threads(num_threads)  # accelerate chooses its own for several processes on a CPU
-    require_share(params, accelerator.num_processes)
-    return accelerator
-
-
-def require_tracker(runtime: RuntimeParams) -> None:
-    if runtime.tracker != "none" and importlib.util.find_spec(runtime.tracker) is None:
-        missing = f"params.yaml runtime.tracker: {runtime.tracker} is not installed"
-        raise UserError(f"{missing}; pip install {runtime.tracker}, or use none")
 
 
 def may_go_on(params: TrainParams) -> bool:
@@ -107,7 +58,7 @@ def run_inputs(
     return {
         "base": base,
         "cache": cache.digest,
-        "checkpoint": checkpoint.FORMAT,
+        "checkpoint": checkpoints.FORMAT,
         "dtype": model.dtype,
         "environment": device.environment(where),
         "init_from": init_from,
@@ -166,7 +117,7 @@ def example_caption(items: Sequence[CachedItem]) -> str:
     return caption if count > 1 or not held_out else held_out[0]
 
 
-def made_from(config: Config, cache: LatentCache, items: list[CachedItem]) -> dict[str, Any]:
+def provenance(config: Config, cache: LatentCache, items: list[CachedItem]) -> dict[str, Any]:
     """Where an adapter comes from, for whoever meets its file: no path, host, time or git revision."""
     model, params = config.section(ModelParams), config.section(TrainParams)
     packages = {name: importlib.metadata.version(name) for name in device.RECORDED}

@@ -12,6 +12,7 @@ from lora_dag.core import seeding
 from lora_dag.core.console import UserError, log, plural
 from lora_dag.core.device import autocast, log_device
 from lora_dag.core.files import sha256_json
+from lora_dag.diffusion.objectives import make_objective, masked_mean, prediction_type
 from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Picture, Row
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
     from lora_dag.core.params import ModelParams
+    from lora_dag.diffusion.objectives import Objective
     from lora_dag.families.protocol import Family
     from stages.validate.params import ValidateParams
 
@@ -39,7 +41,7 @@ class EvalSet:
 
     rows: list[Row]
     cache: Latents
-    scheduler: Any
+    objective: Objective
     family: Family
     model: ModelParams
     device: torch.device
@@ -48,13 +50,11 @@ class EvalSet:
 
     @property
     def num_train_timesteps(self) -> int:
-        return self.scheduler.config.num_train_timesteps
+        return self.objective.noise_scheduler.config.num_train_timesteps
 
     @property
     def prediction_type(self) -> str:
-        from lora_dag.diffusion import objectives
-
-        return objectives.prediction_type(self.scheduler)
+        return prediction_type(self.objective.noise_scheduler)
 
     @property
     def picture_size(self) -> tuple[int, ...]:
@@ -119,8 +119,8 @@ def make_eval_set(
             f"params.yaml dataset.heldout_fraction: of {len(known)} pictures {counts['heldout']} are held out "
             f"and {counts['train']} left to probe; validate needs both: use more pictures or another fraction"
         )
-    scheduler = family.load_scheduler(model)
-    num_train_timesteps = scheduler.config.num_train_timesteps
+    objective = make_objective(family.load_scheduler(model))
+    num_train_timesteps = objective.noise_scheduler.config.num_train_timesteps
     if settings.num_timesteps > num_train_timesteps:
         raise UserError(
             f"params.yaml validate.num_timesteps: got {settings.num_timesteps}, "
@@ -130,7 +130,7 @@ def make_eval_set(
     log_device(device, model)
     log.info("pictures    %d held out, %d of the training set beside them", counts["heldout"], counts["train"])
     log.info("table       %s: %s per picture", plural(len(rows), "row"), plural(settings.num_timesteps, "timestep"))
-    return EvalSet(rows, cache, scheduler, family, model, device, settings.seed, settings.batch_size)
+    return EvalSet(rows, cache, objective, family, model, device, settings.seed, settings.batch_size)
 
 
 def as_picture(item: CachedItem) -> Picture:
@@ -150,8 +150,6 @@ def row_losses(eval_set: EvalSet, denoiser: Any, text: Any = None) -> list[float
     """
     import torch
 
-    from lora_dag.diffusion import objectives
-
     prompts = {} if text is None else encode(eval_set, text)
     losses = [0.0] * len(eval_set.rows)
     for indices in eval_set.batches():
@@ -160,7 +158,7 @@ def row_losses(eval_set: EvalSet, denoiser: Any, text: Any = None) -> list[float
         with torch.inference_mode(), autocast(eval_set.device, eval_set.model):
             model_pred = eval_set.family.predict(denoiser, batch.noisy_latents, batch.timesteps, batch.prompt)
         errors = (model_pred.float() - batch.target).square()
-        found = objectives.masked_mean(errors, batch.masks)  # [B]
+        found = masked_mean(errors, batch.masks)  # [B]
         for index, loss in zip(indices, found.tolist(), strict=False):  # without the repeated rows
             losses[index] = float(f"{loss:.6g}")
     return losses
@@ -218,8 +216,6 @@ def make_batch(eval_set: EvalSet, rows: list[Row], prompts: Prompts) -> EvalBatc
     """Latents are the posterior's mean: the VAE's sampling noise would only widen the intervals."""
     import torch
 
-    from lora_dag.diffusion import objectives
-
     latents = torch.stack([eval_set.cache.latents(row.picture.view)[0] for row in rows])
     noise = torch.stack([row_noise(eval_set.seed, row, latents[0].shape) for row in rows])
     timesteps = torch.tensor([row.timestep for row in rows])
@@ -230,10 +226,10 @@ def make_batch(eval_set: EvalSet, rows: list[Row], prompts: Prompts) -> EvalBatc
         everything = torch.ones_like(latents[0, :1])  # [1, h, w]
         masks = torch.stack([eval_set.cache.mask(row.picture.mask) if row.picture.mask else everything for row in rows])
     return EvalBatch(
-        objectives.add_noise(eval_set.scheduler, latents, noise, timesteps).to(eval_set.device),
-        objectives.model_timesteps(eval_set.scheduler, timesteps).to(eval_set.device),
+        eval_set.objective.add_noise(latents, noise, timesteps).to(eval_set.device),
+        eval_set.objective.model_timesteps(timesteps).to(eval_set.device),
         stack(asked, eval_set.device),
-        objectives.target(eval_set.scheduler, latents, noise, timesteps).to(eval_set.device),
+        eval_set.objective.target(latents, noise, timesteps).to(eval_set.device),
         None if masks is None else masks.to(eval_set.device),
     )
 

@@ -106,13 +106,13 @@ def score_snapshots(
         drifting = score_base(scorer, evidence, vae)
     log_step(eval_set, evidence, 0)
     for step in adapter.snapshots:
-        layers.load(adapter.weights(folder, step))
+        layers.load_state_dict(adapter.weights(folder, step))
         snapshot = scorer.of(adapter, snapshot_name(step))
         evidence.losses[step] = snapshot.losses(eval_set, f"the snapshot of step {step}")
         evidence.pictures[step] = [snapshot.draw(sampling)]
         log_step(eval_set, evidence, step)
     step = adapter.num_steps
-    layers.load(adapter.weights(folder))
+    layers.load_state_dict(adapter.weights(folder))
     final = scorer.of(adapter, FINAL)
     evidence.losses[step] = final.losses(eval_set, "the final adapter")
     evidence.pictures[step] = [final.draw(drawn) for drawn in final.by_seed]

@@ -162,13 +162,13 @@ def test_what_is_saved_is_loaded_by_component(
     assert longer in tensors and len(tensors) == len(one.trainable)
     assert {key.partition(".")[0] for key in tensors if ".self_attn." in key} == set(family.TEXT_ENCODERS)
     other, other_text = load(family, model)
-    other.load(tensors)
+    other.load_state_dict(tensors)
     found, expected = (family.encode_prompts(t, CAPTIONS, cached) for t in (other_text, text))
     assert all(torch.equal(tensor, expected[part]) for part, tensor in found.items())
     with pytest.raises(ValueError, match="adapter keys do not match"):
-        other.load({key: tensor for key, tensor in tensors.items() if key != longer})
+        other.load_state_dict({key: tensor for key, tensor in tensors.items() if key != longer})
     with pytest.raises(ValueError, match="adapter keys do not match"):
-        Adapted(family.load_denoiser(model, CPU), one.configs[""], {}, {}).load(tensors)
+        Adapted(family.load_denoiser(model, CPU), one.configs[""], {}, {}).load_state_dict(tensors)
 
 
 def test_two_encoders_start_apart_and_the_denoiser_as_without_them(bases: dict[str, Path]) -> None:

@@ -217,12 +217,12 @@ def test_an_adapter_of_another_mode_is_refused(workspace: Workspace) -> None:
 
 
 def test_a_bias_that_the_base_never_uses_is_a_warning(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
-    from stages.train.selfcheck import Watch
+    from stages.train.self_checks import GradientMonitor
 
-    watch = Watch({"unused.parametrizations.bias.0.delta": torch.nn.Parameter(torch.zeros(1))}, 1.0)
+    monitor = GradientMonitor({"unused.parametrizations.bias.0.delta": torch.nn.Parameter(torch.zeros(1))}, 1.0)
     for _ in range(4):
-        watch.gradients()
-    watch.end()
+        monitor.note_gradients()
+    monitor.check_end()
     assert "no gradient ever reached 1 trained bias, such as unused" in caplog.text
 
 

@@ -16,7 +16,7 @@ from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.manifest import Manifest
 from lora_dag.core.files import read_json
 from lora_dag.core.params import ModelParams
-from lora_dag.diffusion import objectives
+from lora_dag.diffusion.objectives import make_objective
 from lora_dag.families import sd
 from lora_dag.pictures import decode, masks
 from stages.cache_latents import entries
@@ -77,7 +77,7 @@ def test_cached_loss_equals_uncached_loss(cached: Workspace, tiny_base: Path) ->
         timesteps = torch.tensor([100 * seed + 50])
         noisy = scheduler.add_noise(latents, noise, timesteps)
         predicted = sd.predict(unet, noisy, timesteps, {"prompt_embeds": prompt})
-        return (predicted - objectives.target(scheduler, latents, noise, timesteps)).square().mean()
+        return (predicted - make_objective(scheduler).target(latents, noise, timesteps)).square().mean()
 
     for seed, row in enumerate(cache.items):
         mean, std = cache.latents(row.views[0])

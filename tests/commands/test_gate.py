@@ -90,7 +90,7 @@ TAMPERED: dict[str, tuple[Callable[[], Any], str]] = {
         r"reports/samples.png: not what stage validate wrote",
     ),
     "code": (
-        lambda: edit("stages/train/trainer.py", "from __future__", "#\nfrom __future__"),
+        lambda: edit("stages/train/loop.py", "from __future__", "#\nfrom __future__"),
         r"stages/train: changed since train ran, without a new dvc.lock; run `dvc repro`, or `lora-dag relock`",
     ),
     "no code": (
@@ -479,7 +479,7 @@ def test_code_that_dvc_yaml_and_dvc_lock_both_leave_out_is_named(clone: Clone) -
         text = re.sub(r"( +)- path: stages/train\n(?:\1  .*\n)+", "", text.replace(TRAINER, ""))
         assert "stages/train\n" not in text
         Path(path).write_text(text, encoding="utf-8")
-    edit("stages/train/trainer.py", "from __future__", "#\nfrom __future__")
+    edit("stages/train/loop.py", "from __future__", "#\nfrom __future__")
     assert differences() == []
     (line,) = lock.problems()
     assert line.startswith("dvc.yaml: stages/train is code of train, which does not list it; add it to its")
@@ -714,7 +714,7 @@ def test_a_commit_that_conflicts_has_a_page_that_says_so(clone: Clone, monkeypat
 def test_a_newer_base_is_merged_before_a_commit_is_judged(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own lock is whole, and the merge's is not: main has other code of train by now."""
     clone("main")
-    edit("stages/train/trainer.py", "from __future__", "#\nfrom __future__")
+    edit("stages/train/loop.py", "from __future__", "#\nfrom __future__")
     git("commit", "--quiet", "--all", "--message", "Newer main")
     assert run(monkeypatch, "--against", "origin/main", "--commit", "origin/rank-4", "--out", "page.md") == []
     (line,) = run(monkeypatch, "--against", "main", "--commit", "origin/rank-4", "--out", "page.md")

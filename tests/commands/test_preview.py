@@ -18,11 +18,11 @@ from lora_dag.core import seeding
 from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json
 from lora_dag.core.tensors import load_tensors
-from stages.train.trainer import Trainer
+from stages.train.run import Run
 from tests.conftest import Workspace
 from tests.helpers.trainings import broken_off
 
-Step = Callable[[Trainer, int], bool]
+Step = Callable[[Run, int], bool]
 SETTINGS = ("--set", "lora.dropout=0.5", "--set", "train.learning_rate=0.05")
 
 

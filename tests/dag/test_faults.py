@@ -18,9 +18,9 @@ import torch
 from lora_dag.core import console
 from lora_dag.core.locks import last_holder
 from lora_dag.core.tensors import save_tensors
-from stages.train import outputs, trainer
-from stages.train.ancestors import ancestors
-from stages.train.trainer import Trainer
+from stages.train import parent_processes, results
+from stages.train.parent_processes import parent_pids
+from stages.train.run import Run
 from tests.conftest import Workspace, outcome
 
 STAGES = ("prepare", "cache_latents", "train", "validate", "export", "report")
@@ -153,13 +153,13 @@ def test_a_run_taken_over_from_another_machine_is_left_to_it(
     """On a network disk without locks; here another name in the lock file."""
     for stage in ("prepare", "cache_latents"):
         workspace.run(stage)
-    save = Trainer.save_weights
+    save = Run.save_weights
 
-    def taken_over(trainer: Trainer, path: Path) -> None:
-        save(trainer, path)
-        (trainer.folder / "lock").write_text("7 node-b")
+    def taken_over(run: Run, path: Path) -> None:
+        save(run, path)
+        (run.identity.folder / "lock").write_text("7 node-b")
 
-    monkeypatch.setattr(Trainer, "save_weights", taken_over)
+    monkeypatch.setattr(Run, "save_weights", taken_over)
     line = outcome(workspace, "train", capsys)
     assert re.fullmatch(r"error: \S+: process 7 on node-b has taken this run over, since this disk .*", line)
     assert not Path("data/adapter").exists()
@@ -173,7 +173,7 @@ def test_a_run_that_another_machine_has_ended_is_one_line(
         workspace.run(stage)
     Path("data/adapter").mkdir()
     Path("data/adapter/mine").touch()
-    monkeypatch.setattr(outputs, "require_held", lambda folder: shutil.rmtree(folder / "snapshots"))
+    monkeypatch.setattr(results, "require_held", lambda folder: shutil.rmtree(folder / "snapshots"))
     line = outcome(workspace, "train", capsys)
     assert re.fullmatch(r"error: \S+: the snapshot of step 2 is gone; run the same command again", line)
     assert Path("data/adapter/mine").exists()
@@ -198,18 +198,18 @@ def test_an_orphan_keeps_its_last_checkpoint(workspace: Workspace, monkeypatch: 
     workspace.run("train")
     whole = workspace.tree("data/adapter")
     assert not list(Path(".state/runs").glob("*/checkpoints"))
-    seen = [ancestors()]
+    seen = [parent_pids()]
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "ancestors", lambda: seen.pop() if seen else [os.getppid(), 1])
+        patch.setattr(parent_processes, "parent_pids", lambda: seen.pop() if seen else [os.getppid(), 1])
         workspace.run("train")
     assert list(Path(".state/runs").glob("*/checkpoints/step-000004.pt"))
     assert "resumed from step 4" in workspace.run("train") and workspace.tree("data/adapter") == whole
     assert not list(Path(".state/runs").glob("*/checkpoints"))
 
 
-def test_ancestors_are_what_ps_says() -> None:
+def test_parent_pids_are_what_ps_says() -> None:
     found, pid = [], os.getpid()
     while pid > 1:
         pid = int(subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True).stdout)
         found.append(pid)
-    assert ancestors() == found
+    assert parent_pids() == found

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from lora_dag.diffusion import objectives
+from lora_dag.core.console import UserError
+from lora_dag.diffusion.objectives import FlowMatching, make_objective, masked_mean
 
 NUM_TRAIN_TIMESTEPS = 1000
 BETAS = (0.00085, 0.012)
@@ -50,7 +51,7 @@ def reference_target(kind: str, latents: np.ndarray, noise: np.ndarray, timestep
 @pytest.mark.parametrize("kind", KINDS)
 def test_target_is_the_formula(kind: str, timesteps: list[int]) -> None:
     latents, noise = draws(len(timesteps))
-    found = objectives.target(scheduler(kind), latents, noise, torch.tensor(timesteps))
+    found = make_objective(scheduler(kind)).target(latents, noise, torch.tensor(timesteps))
     expected = reference_target(kind, latents.double().numpy(), noise.double().numpy(), timesteps)
     assert found.dtype == torch.float32 and found.shape == latents.shape
     np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
@@ -59,7 +60,7 @@ def test_target_is_the_formula(kind: str, timesteps: list[int]) -> None:
 def test_v_is_what_diffusers_calls_velocity() -> None:
     timesteps = torch.tensor([0, 500, 999])
     latents, noise = draws(3)
-    found = objectives.target(scheduler("v_prediction"), latents, noise, timesteps)
+    found = make_objective(scheduler("v_prediction")).target(latents, noise, timesteps)
     assert torch.equal(found, scheduler("v_prediction").get_velocity(latents, noise, timesteps))
 
 
@@ -71,15 +72,15 @@ def test_a_scheduler_step_understands_the_target_as_a_perfect_prediction(kind: s
     noise_scheduler.register_to_config(clip_sample=False)
     latents, noise = draws(1)
     noisy_latents = noise_scheduler.add_noise(latents, noise, torch.tensor([timestep]))
-    target = objectives.target(noise_scheduler, latents, noise, torch.tensor([timestep]))
+    target = make_objective(noise_scheduler).target(latents, noise, torch.tensor([timestep]))
     found = noise_scheduler.step(target, timestep, noisy_latents).pred_original_sample
     torch.testing.assert_close(found, latents, atol=2e-4, rtol=1e-3)
 
 
 def test_unknown_prediction_type_is_named() -> None:
-    latents, noise = draws(1)
-    with pytest.raises(ValueError, match="prediction_type 'flow': expected epsilon, v_prediction, sample or flow"):
-        objectives.target(scheduler("flow"), latents, noise, torch.tensor([0]))
+    expected = "its scheduler has prediction_type 'flow'; expected one of epsilon, v_prediction, sample"
+    with pytest.raises(UserError, match=expected):
+        make_objective(scheduler("flow"))
 
 
 # Zero terminal SNR: data of the scheduler
@@ -94,8 +95,8 @@ def test_the_last_step_of_zero_terminal_snr_is_pure_noise_and_asks_for_minus_the
     latents, noise = draws(2)
     last = torch.tensor([999, 999])
     noise_scheduler = zero_snr("v_prediction")
-    assert torch.equal(objectives.add_noise(noise_scheduler, latents, noise, last), noise)
-    assert torch.equal(objectives.target(noise_scheduler, latents, noise, last), -latents)
+    assert torch.equal(make_objective(noise_scheduler).add_noise(latents, noise, last), noise)
+    assert torch.equal(make_objective(noise_scheduler).target(latents, noise, last), -latents)
 
 
 # Flow matching
@@ -118,11 +119,11 @@ def test_flow_matching_is_the_formula(timesteps: list[int], shift: float) -> Non
     noise_scheduler, asked = flow(shift), torch.tensor(timesteps)
     sigma = reference_sigma(timesteps, shift)
     x, eps, s = latents.double().numpy(), noise.double().numpy(), sigma[:, None, None, None]
-    np.testing.assert_allclose(objectives.sigmas(noise_scheduler, asked).numpy(), sigma, rtol=1e-6)
-    np.testing.assert_allclose(objectives.model_timesteps(noise_scheduler, asked).numpy(), 1000 * sigma, rtol=1e-6)
-    found = objectives.add_noise(noise_scheduler, latents, noise, asked)
+    np.testing.assert_allclose(FlowMatching(noise_scheduler).sigmas(asked).numpy(), sigma, rtol=1e-6)
+    np.testing.assert_allclose(make_objective(noise_scheduler).model_timesteps(asked).numpy(), 1000 * sigma, rtol=1e-6)
+    found = make_objective(noise_scheduler).add_noise(latents, noise, asked)
     np.testing.assert_allclose(found.numpy(), (1 - s) * x + s * eps, atol=1e-6)
-    target = objectives.target(noise_scheduler, latents, noise, asked)
+    target = make_objective(noise_scheduler).target(latents, noise, asked)
     assert found.dtype == target.dtype == torch.float32
     np.testing.assert_allclose(target.numpy(), eps - x, atol=1e-6)
 
@@ -131,9 +132,9 @@ def test_flow_matching_is_the_formula(timesteps: list[int], shift: float) -> Non
 def test_flow_matching_is_what_diffusers_scales_noise_by(shift: float) -> None:
     timesteps = torch.tensor([0, 1, 500, 998, 999])
     latents, noise = draws(5)
-    told = objectives.model_timesteps(flow(shift), timesteps)
+    told = make_objective(flow(shift)).model_timesteps(timesteps)
     expected = flow(shift).scale_noise(latents, told, noise)
-    assert torch.equal(objectives.add_noise(flow(shift), latents, noise, timesteps), expected)
+    assert torch.equal(make_objective(flow(shift)).add_noise(latents, noise, timesteps), expected)
 
 
 def test_an_euler_step_along_the_target_ends_at_the_picture() -> None:
@@ -141,7 +142,7 @@ def test_an_euler_step_along_the_target_ends_at_the_picture() -> None:
     latents, noise = draws(1)
     noise_scheduler = flow()
     noise_scheduler.set_timesteps(10)
-    target = objectives.target(noise_scheduler, latents, noise, torch.tensor([999]))
+    target = make_objective(noise_scheduler).target(latents, noise, torch.tensor([999]))
     sample = noise
     for timestep in noise_scheduler.timesteps:
         sample = noise_scheduler.step(target, timestep, sample).prev_sample
@@ -173,7 +174,7 @@ def test_masked_mean_is_the_formula(shape: tuple[int, int, int, int]) -> None:
     errors, masks = random_errors(*shape)
     masks[0, 0, 0, 0] = 1.0
     masks[masks < 0.4] = 0.0
-    found = objectives.masked_mean(errors, masks)
+    found = masked_mean(errors, masks)
     assert found.shape == shape[:1] and found.dtype == torch.float32
     expected = [masked_mean_by_hand(error, mask) for error, mask in zip(errors, masks, strict=True)]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
@@ -181,10 +182,10 @@ def test_masked_mean_is_the_formula(shape: tuple[int, int, int, int]) -> None:
 
 def test_a_mask_of_ones_or_of_any_constant_is_the_plain_mean() -> None:
     errors, masks = random_errors(4, 4, 8, 12)
-    plain = objectives.masked_mean(errors, None)
+    plain = masked_mean(errors, None)
     np.testing.assert_allclose(plain.numpy(), errors.double().mean((1, 2, 3)).numpy(), rtol=1e-5)
-    assert torch.equal(objectives.masked_mean(errors, torch.ones_like(masks)), plain)  # to the bit, on a CPU
-    torch.testing.assert_close(objectives.masked_mean(errors, torch.full_like(masks, 0.01)), plain)
+    assert torch.equal(masked_mean(errors, torch.ones_like(masks)), plain)  # to the bit, on a CPU
+    torch.testing.assert_close(masked_mean(errors, torch.full_like(masks, 0.01)), plain)
 
 
 def test_errors_under_black_do_not_count_and_a_small_mask_counts_in_full() -> None:
@@ -192,14 +193,14 @@ def test_errors_under_black_do_not_count_and_a_small_mask_counts_in_full() -> No
     errors[..., 2, 3] = 0.5
     masks = torch.zeros(1, 1, 8, 8)
     masks[..., 2, 3] = 1.0
-    assert objectives.masked_mean(errors, masks).tolist() == [0.5]
+    assert masked_mean(errors, masks).tolist() == [0.5]
     wide = torch.full((1, 4, 8, 8), 0.5)
-    assert objectives.masked_mean(wide, torch.ones_like(masks)).tolist() == [0.5]
+    assert masked_mean(wide, torch.ones_like(masks)).tolist() == [0.5]
 
 
 def test_gradient_is_zero_under_black() -> None:
     errors, masks = random_errors(2, 4, 6, 6)
     masks[:, :, :3] = 0.0
     errors.requires_grad_(True)
-    objectives.masked_mean(errors, masks).sum().backward()
+    masked_mean(errors, masks).sum().backward()
     assert errors.grad is not None and not errors.grad[:, :, :3].any() and errors.grad[:, :, 3:].all()

@@ -21,8 +21,9 @@ from lora_dag.diffusion.sampling import Sampling, draw
 from lora_dag.families import sdxl
 from stages.cache_latents.entries import geometry
 from stages.train.batches import Batches
+from stages.train.build import build
 from stages.train.noising import make_timesteps
-from stages.train.trainer import Trainer
+from stages.train.run import Run
 from tests.conftest import Workspace, picture, write_rows
 from tests.helpers.settings import train_params
 
@@ -139,8 +140,8 @@ def test_a_dropped_caption_is_what_the_pipeline_guides_away_from(workspace: Work
     overrides = ("--set", "model.family=sdxl", "--set", "train.prompt_dropout=1", "--set", "train.num_steps=2")
     for stage in ("prepare", "cache_latents"):
         workspace.run(stage, *overrides)
-    trainer = make_trainer(overrides)
-    given = trainer.batches.batch(0, 0).prompt
+    run = make_run(overrides)
+    given = run.batches.batch(0, 0).prompt
     pipe = StableDiffusionXLPipeline.from_pretrained("data/base")
     _, negative, _, pooled = pipe.encode_prompt(["red apple", "blue boat"], do_classifier_free_guidance=True)
     torch.testing.assert_close(given["prompt_embeds"], negative)
@@ -156,11 +157,11 @@ def test_dropped_captions_stay_it_where_text_encoders_are_trained(workspace: Wor
     overrides = tuple(word for change in changes for word in ("--set", change))
     for stage in ("prepare", "cache_latents"):
         workspace.run(stage, *overrides)
-    trainer = make_trainer(overrides)
-    batch = trainer.batches.batch(0, 0)
-    for parameter in trainer.adapted.text_trainable.values():
+    run = make_run(overrides)
+    batch = run.batches.batch(0, 0)
+    for parameter in run.adapter.text_trainable.values():
         parameter.data += 0.3
-    found, encoded = trainer.prompt(batch), sdxl.encode_prompts(trainer.text, batch.captions)
+    found, encoded = run.prompt(batch), sdxl.encode_prompts(run.base.text, batch.captions)
     assert {caption != "" for caption in batch.captions} == {True, False}
     for name, tensor in encoded.items():
         assert not torch.allclose(tensor, batch.prompt[name], atol=0.1)
@@ -170,10 +171,10 @@ def test_dropped_captions_stay_it_where_text_encoders_are_trained(workspace: Wor
     assert torch.equal(found["add_time_ids"], batch.prompt["add_time_ids"])
 
 
-def make_trainer(overrides: tuple[str, ...]) -> Trainer:
+def make_run(overrides: tuple[str, ...]) -> Run:
     config = params.load(Path("params.yaml"), overrides[1::2])
     base = layout.digests(model_params(), sdxl.COMPONENTS)
-    return Trainer(config, sdxl, LatentCache(Path("data/latents")), base)
+    return build(config, sdxl, LatentCache(Path("data/latents")), base)
 
 
 def test_a_run_of_the_other_kind_is_another_run(workspace: Workspace, bases: dict[str, Path]) -> None:
@@ -183,10 +184,10 @@ def test_a_run_of_the_other_kind_is_another_run(workspace: Workspace, bases: dic
     for stage in ("prepare", "cache_latents"):
         workspace.run(stage, *overrides)
     index = Path("data/base/model_index.json")
-    found = [make_trainer(overrides).digest]
+    found = [make_run(overrides).identity.digest]
     for value in (False, True):
         index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": value}))
-        found.append(make_trainer(overrides).digest)
+        found.append(make_run(overrides).identity.digest)
     assert found[0] == found[2] != found[1]
 
 

@@ -24,6 +24,7 @@ from lora_dag.core.tensors import load_tensors
 from lora_dag.families import sd
 from stages.train.batches import Batch, Batches
 from stages.train.noising import make_timesteps
+from stages.train.run import Run
 from tests.helpers.caches import write_mixed_cache
 from tests.helpers.settings import train_params
 from tests.helpers.workspace import TINY, Workspace, picture, write_params, write_rows
@@ -124,34 +125,34 @@ def mixed(workspace: Workspace) -> Workspace:
 @contextlib.contextmanager
 def broken_off(at: int) -> Iterator[None]:
     """A training inside breaks off in place of step ``at``; the test fails where it does not."""
-    from stages.train.trainer import Trainer
+    from stages.train import loop
 
-    original = Trainer.step
+    original = loop.training_step
 
-    def step(self: Trainer, number: int) -> bool:
-        if number == at:
+    def training_step(run: Run, step: int) -> bool:
+        if step == at:
             raise KeyboardInterrupt
-        return original(self, number)
+        return original(run, step)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", step)
+        patch.setattr(loop, "training_step", training_step)
         yield
 
 
 @contextlib.contextmanager
 def signalled(at: int, number: signal.Signals) -> Iterator[None]:
     """A training inside gets the signal before step ``at``."""
-    from stages.train.trainer import Trainer
+    from stages.train import loop
 
-    original = Trainer.step
+    original = loop.training_step
 
-    def step(self: Trainer, index: int) -> bool:
-        if index == at:
+    def training_step(run: Run, step: int) -> bool:
+        if step == at:
             os.kill(os.getpid(), number)
-        return original(self, index)
+        return original(run, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
+        patch.setattr(loop, "training_step", training_step)
         yield
 
 

@@ -67,8 +67,8 @@ def test_the_gate_says_once_that_line_ends_are_others(clone: Clone) -> None:
     assert re.match(r"line ends: \d{2,} files have CRLF where dvc.lock has LF \(core.autocrlf\?\), such as ", line), (
         line
     )
-    Path("stages/train/trainer.py").write_text("other")  # a change beside it is named as ever
-    assert [p.partition(":")[0] for p in lock.problems()] == ["line ends", "stages/train/trainer.py"]
+    Path("stages/train/loop.py").write_text("other")  # a change beside it is named as ever
+    assert [p.partition(":")[0] for p in lock.problems()] == ["line ends", "stages/train/loop.py"]
     Path(".git/info/attributes").unlink()
     (cure,) = re.findall("`(git config .*)`", line)
     subprocess.run(cure, shell=True, check=True, capture_output=True)

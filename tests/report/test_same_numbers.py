@@ -19,7 +19,7 @@ from tests.conftest import Workspace
 from tests.report.test_report import LINEAGE, MADE, MEASURED, TRAIN, write_reports
 
 TABLE = "row,file_name,split,timestep,base,adapter\nab,a.png,heldout,19,0.5,{}\n"
-CODE = Path("stages/train/trainer.py")
+CODE = Path("stages/train/loop.py")
 
 
 def git(*arguments: str) -> str:

@@ -6,78 +6,78 @@ import pytest
 import torch
 
 from stages.train import optimizers
-from stages.train.averaging import Kept
+from stages.train.averaging import AveragedWeights
 from tests.helpers.settings import train_params
 
 CPU = torch.device("cpu")
 
 
-def run(changes: list[str], steps: int) -> tuple[Kept, torch.nn.Parameter, list[torch.Tensor]]:
+def run(changes: list[str], steps: int) -> tuple[AveragedWeights, torch.nn.Parameter, list[torch.Tensor]]:
     """The weights that each step left behind, in float64."""
     asked = train_params("lr_scheduler=constant", "learning_rate=0.1", *changes)
     parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
     optimizer = optimizers.make_optimizer(asked, {"a.lora_A.default.weight": parameter}, {}, CPU)
-    kept = Kept(asked, [parameter], optimizer)
+    averaged = AveragedWeights(asked, [parameter], optimizer)
     passed = []
     for _ in range(steps):
         optimizer.zero_grad()
         parameter.square().sum().backward()
         optimizer.step()
-        kept.step()
+        averaged.step()
         passed.append(parameter.detach().double().clone())
-    return kept, parameter, passed
+    return averaged, parameter, passed
 
 
-def inside(kept: Kept, parameter: torch.nn.Parameter) -> torch.Tensor:
-    with kept.weights():
+def inside(averaged: AveragedWeights, parameter: torch.nn.Parameter) -> torch.Tensor:
+    with averaged.swapped_in():
         return parameter.detach().double().clone()
 
 
 @pytest.mark.parametrize("power", [None, 2 / 3])
 def test_the_average_is_the_formula_and_the_trained_weights_come_back(power: float | None) -> None:
     changes = ["ema_decay=0.6", *([] if power is None else [f"ema_power={power}"])]
-    kept, parameter, passed = run(changes, 12)
+    averaged, parameter, passed = run(changes, 12)
     average = torch.tensor([1.0, -2.0, 3.0]).double()
     for step, weights in enumerate(passed):
         ramp = (1 + step) / (10 + step) if power is None else 1 - (1 + step) ** -power
         decay = min(ramp, 0.6) if step else 0.0
         average = decay * average + (1 - decay) * weights
-    torch.testing.assert_close(inside(kept, parameter), average, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inside(averaged, parameter), average, rtol=1e-5, atol=1e-6)
     assert torch.equal(parameter.detach().double(), passed[-1])
 
 
-def test_without_an_average_the_last_weights_are_kept() -> None:
-    kept, parameter, passed = run([], 3)
-    assert torch.equal(inside(kept, parameter), passed[-1]) and kept.state_dict() is None
+def test_without_an_average_the_last_weights_are_saved() -> None:
+    averaged, parameter, passed = run([], 3)
+    assert torch.equal(inside(averaged, parameter), passed[-1]) and averaged.state_dict() == {}
 
 
 def test_schedule_free_keeps_its_averaged_weights_and_trains_on_as_if_never_looked_at() -> None:
-    kept, parameter, passed = run(["optimizer=schedule_free", "weight_decay=0"], 5)
-    seen = inside(kept, parameter)
+    averaged, parameter, passed = run(["optimizer=schedule_free", "weight_decay=0"], 5)
+    seen = inside(averaged, parameter)
     assert not torch.equal(seen, passed[-1]) and torch.equal(parameter.detach().double(), passed[-1])
-    assert kept.schedule_free.param_groups[0]["train_mode"]
-    state = kept.schedule_free.state[parameter]
+    assert averaged.schedule_free.param_groups[0]["train_mode"]
+    state = averaged.schedule_free.state[parameter]
     beta = 0.9  # y = (1 - beta) z + beta x (Defazio et al. 2024, arXiv:2405.15682, eq. 3); x is what is used
     torch.testing.assert_close((1 - beta) * state["z"].double() + beta * seen, passed[-1], rtol=1e-5, atol=1e-6)
 
 
 def test_a_resumed_average_goes_on_to_the_bit() -> None:
-    kept, parameter, _ = run(["ema_decay=0.6"], 4)
+    averaged, parameter, _ = run(["ema_decay=0.6"], 4)
     other, _, _ = run(["ema_decay=0.6"], 0)
     other.parameters = [torch.nn.Parameter(parameter.detach().clone())]
-    other.load_state_dict(kept.state_dict())
-    for each in (kept, other):
+    other.load_state_dict(averaged.state_dict())
+    for each in (averaged, other):
         with torch.no_grad():
             each.parameters[0].mul_(1.7)
         each.step()
-    assert torch.equal(inside(kept, kept.parameters[0]), inside(other, other.parameters[0]))
+    assert torch.equal(inside(averaged, averaged.parameters[0]), inside(other, other.parameters[0]))
 
 
 def test_a_resumed_average_stands_where_the_parameters_are() -> None:
     """A checkpoint is read to the CPU; meta stands for a GPU."""
-    kept, _, _ = run(["ema_decay=0.6"], 2)
+    averaged, _, _ = run(["ema_decay=0.6"], 2)
     elsewhere = torch.nn.Parameter(torch.empty(3, device="meta"))
-    other = Kept(train_params("ema_decay=0.6"), [elsewhere], None)
-    other.load_state_dict(kept.state_dict())
+    other = AveragedWeights(train_params("ema_decay=0.6"), [elsewhere], None)
+    other.load_state_dict(averaged.state_dict())
     other.step()
     assert other.ema is not None and other.ema.shadow_params[0].device.type == "meta"

@@ -1,4 +1,4 @@
-"""Gradients add up to the same bits whatever the order and the number of processes."""
+"""Gradients add up to the same bits whatever the order and the number of launch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lora_dag.core.console import UserError
-from stages.train import processes
+from stages.train import launch
+from stages.train.gradient_sum import GradientSum, require_same
 from tests.helpers.settings import train_params
 
 
@@ -25,14 +26,14 @@ def gradients(count: int, scale: float = 1.0) -> list[list[torch.Tensor | None]]
 
 def summed(parts: list[list[torch.Tensor | None]], order: tuple[int, ...]) -> list[torch.Tensor | None]:
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (2,))]
-    total = processes.GradientSum(parameters, len(parts))
+    total = GradientSum(parameters, len(parts))
     for index in order:
         for parameter, gradient in zip(parameters, parts[index], strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
         total.add()
         assert all(parameter.grad is None for parameter in parameters)
     losses = torch.tensor([1.0, 0.5])
-    assert not total.put(losses, False) and losses.tolist() == [1.0, 0.5]
+    assert not total.reduce(losses, False) and losses.tolist() == [1.0, 0.5]
     return [parameter.grad for parameter in parameters]
 
 
@@ -71,15 +72,15 @@ def test_what_does_not_fit_becomes_nan_and_not_a_wrong_number(bad: float) -> Non
 
 def test_the_first_process_that_ended_is_named_with_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    processes.LOGS.mkdir()
+    launch.LOGS.mkdir()
     for number, text in ((1, ""), (2, "step 1\nno such layer\n")):
-        processes.log_file(number).write_text(text)
+        launch.log_file(number).write_text(text)
     ended = [subprocess.Popen(["bash", "-c", script]) for script in ("exit 0", "exit 1", "kill -KILL $$")]
-    assert str(processes.failure(ended)) == ("train: process 2 ended (no such layer; see logs/train-process-2.log)")
-    assert str(processes.failure(ended[2:])) == (
+    assert str(launch.failure(ended)) == ("train: process 2 ended (no such layer; see logs/train-process-2.log)")
+    assert str(launch.failure(ended[2:])) == (
         "train: process 1 ended (killed by signal 9; 9 is often for want of memory)"
     )
-    assert processes.failure(ended[:1]) is None
+    assert launch.failure(ended[:1]) is None
 
 
 @pytest.mark.parametrize("theirs", [["digest", 2], ["another", 2], ["digest", None]])
@@ -93,9 +94,9 @@ def test_processes_that_would_start_from_different_states_are_refused(
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
     if theirs == ["digest", 2]:
-        return processes.require_same(["digest", 2])
+        return require_same(["digest", 2])
     with pytest.raises(UserError, match="use machines of one kind, with one state directory"):
-        processes.require_same(["digest", 2])
+        require_same(["digest", 2])
 
 
 @pytest.mark.parametrize(
@@ -103,9 +104,9 @@ def test_processes_that_would_start_from_different_states_are_refused(
 )
 def test_processes_that_do_not_divide_a_step_are_refused(accumulation: int, num_processes: int, use: str) -> None:
     with pytest.raises(UserError) as caught:
-        processes.require_share(train_params(f"gradient_accumulation_steps={accumulation}"), num_processes)
+        launch.require_share(train_params(f"gradient_accumulation_steps={accumulation}"), num_processes)
     assert f"the {accumulation} micro-batches of a step do not divide among {num_processes} processes" in str(
         caught.value
     )
     assert use in str(caught.value)
-    processes.require_share(train_params("gradient_accumulation_steps=4"), 2)
+    launch.require_share(train_params("gradient_accumulation_steps=4"), 2)

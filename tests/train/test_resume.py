@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,48 @@ from typing import Any
 import pytest
 
 from lora_dag.artifacts.adapter import FINAL
+from lora_dag.artifacts.latent_cache import LatentCache
+from lora_dag.bases import layout
+from lora_dag.core import params
 from lora_dag.core.locks import last_holder
+from lora_dag.core.params import ModelParams
+from lora_dag.families import sd
 from stages.train import setup
+from stages.train.build import build
+from stages.train.checkpoints import Checkpoints
+from stages.train.run import Run
 from tests.conftest import REPOSITORY, Workspace, picture
 from tests.helpers import forked
 from tests.helpers.caches import write_mixed_cache
 from tests.helpers.trainings import LONG, outputs, refusal, signalled, weights
+
+
+def make_run(*overrides: str) -> Run:
+    config = params.load(Path("params.yaml"), overrides)
+    digests = layout.digests(config.section(ModelParams), sd.COMPONENTS)
+    return build(config, sd, LatentCache(Path("data/latents")), digests)
+
+
+def test_a_checkpoint_holds_every_part_that_has_a_state(encoded: Workspace) -> None:
+    run = make_run("train.early_stop_patience=1", "train.snapshot_every_n_steps=1", "train.ema_decay=0.9")
+    parts = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    expected = {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
+    assert set(expected) >= {"adapter", "optimizer", "lr_scheduler", "averaged", "early_stop", "history", "monitor"}
+    assert run.stateful == expected and run.accelerator.scaler is None  # a scaler is float16's
+
+
+def test_a_checkpoint_with_other_parts_is_not_resumed(
+    encoded: Workspace, reference: Path, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an older version may have written it."""
+    interrupt(3, *LONG)
+    folder = make_run(*LONG[1::2]).checkpoints.folder
+    state = Checkpoints(folder).load(2)
+    assert state is not None and state.pop("step") == 2
+    Checkpoints(folder).save(2, {name: part for name, part in state.items() if name != "history"})
+    encoded.run("train", *LONG)
+    assert f"warning: starts over: the checkpoint of step 2 in {folder.parent} has other parts" in caplog.messages
+    assert (Path("data/adapter") / FINAL).read_bytes() == (reference / "data/adapter" / FINAL).read_bytes()
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -10,7 +10,7 @@ import torch
 
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.core.files import read_json
-from lora_dag.diffusion import objectives
+from lora_dag.diffusion.objectives import VPrediction
 from tests.conftest import Workspace
 from tests.helpers.caches import write_mixed_cache
 from tests.helpers.trainings import batches, history, refusal, squared_errors, weights
@@ -53,7 +53,7 @@ def test_first_loss_of_mixed_pictures_equals_an_independent_computation(mixed: W
 
 def test_what_the_target_is_under_black_does_not_matter(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """All masks are black in the upper half: two kinds of garbage there give one adapter, to the bit."""
-    original = objectives.target
+    original = VPrediction.target
 
     def trained(garbage: float, **every: Any) -> dict[str, torch.Tensor]:
         def target(*args: Any) -> torch.Tensor:
@@ -62,7 +62,7 @@ def test_what_the_target_is_under_black_does_not_matter(workspace: Workspace, mo
             return found
 
         write_mixed_cache(**every)
-        monkeypatch.setattr(objectives, "target", target)
+        monkeypatch.setattr(VPrediction, "target", target)
         workspace.run("train")
         return weights()
 

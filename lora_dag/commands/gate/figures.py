@@ -24,9 +24,9 @@ from lora_dag.commands.compare.sides import DAMAGED, LINEAGE, METRICS, PICTURES,
 from lora_dag.commands.gate import lock
 from lora_dag.core.console import UserError
 from lora_dag.core.params import read_yaml
-from lora_dag.core.progress import smoothed_loss
 from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Score
+from stages.train.progress import smoothed_loss
 from stages.validate import curve
 
 CURVE, NEAREST = "reports/validate/curve.csv", "reports/validate/nearest.csv"

@@ -1,7 +1,7 @@
-"""Several processes on one training, with the bytes that one process gives.
+"""Several processes on one training, with the bytes of one process: how they start and end.
 
-A micro-batch is never split: process r of W computes the micro-batches r, r + W, ... of each step. Gradients are added
-as integers, whose sum does not depend on the order; every process then takes the same optimizer step.
+A micro-batch is never split: process r of W computes the micro-batches r, r + W, ... of each step, and
+stages/train/gradient_sum.py adds up their gradients. Nothing here imports torch, for a quick --help.
 """
 
 from __future__ import annotations
@@ -16,18 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed
-
 from lora_dag.core.console import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from lora_dag.core.params import RuntimeParams
     from stages.train.params import TrainParams
 
-FRACTION_BITS = 44  # a gradient's smallest part is 6e-14; the largest sum is 2^18
 LOGS = Path("logs")
 PATIENCE = 10  # seconds that a process gets to end
 
@@ -114,68 +110,3 @@ def require_share(params: TrainParams, num_processes: int) -> None:
             f"params.yaml train.gradient_accumulation_steps: the {accumulation} micro-batches of a step do not divide "
             f"among {num_processes} processes; use {near}, or another runtime.num_processes"
         )
-
-
-def require_same(value: object) -> None:
-    """Of every process: they would train together from different states.
-
-    Raises:
-        UserError: on another machine something is otherwise.
-    """
-    if not torch.distributed.is_initialized():
-        return
-    found: list[object] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    if any(other != found[0] for other in found):
-        raise UserError(
-            "train: processes differ in the kind of processor, GPU or Python, in their files, or in the checkpoints "
-            "that they see; use machines of one kind, with one state directory ($LORA_STATE_DIR) on a disk of all"
-        )
-
-
-class GradientSum:
-    """Adds up the gradients of a step's micro-batches, over all processes."""
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], accumulation: int) -> None:
-        self.parameters = list(parameters)
-        self.limit = 2.0 ** (62 - FRACTION_BITS) / accumulation
-        self.clear()
-
-    def clear(self) -> None:
-        self.totals: list[torch.Tensor | None] = [None] * len(self.parameters)
-        self.overflow = torch.tensor(False)
-
-    def add(self) -> None:
-        """Take the gradients that a backward pass has left; None stays None."""
-        for index, parameter in enumerate(self.parameters):
-            if parameter.grad is None:
-                continue
-            self.overflow = self.overflow.to(parameter.device) | ~(parameter.grad.abs() < self.limit).all()  # or NaN
-            fixed = (parameter.grad * 2.0**FRACTION_BITS).round().long()  # exact: a power of two
-            total = self.totals[index]
-            self.totals[index] = fixed if total is None else total + fixed
-            parameter.grad = None
-
-    def put(self, losses: torch.Tensor, stop: bool) -> bool:
-        """Leave the sum over all processes as the parameters' gradients; NaN in all of them after an overflow.
-
-        Args:
-            losses: float32, of all micro-batches of the step, 0 where another process has computed it; filled here.
-            stop: whether this process was asked to stop.
-
-        Returns:
-            Whether any process is to stop.
-        """
-        used = [index for index, total in enumerate(self.totals) if total is not None]
-        flat = torch.cat([self.totals[index].flatten() for index in used])  # type: ignore[union-attr]
-        said = torch.cat([losses, torch.tensor([float(stop)]).to(losses), self.overflow.to(losses)[None]])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(flat)
-            torch.distributed.all_reduce(said)  # each is a sum of one number and zeros
-        losses.copy_(said[:-2])
-        values = torch.where(said[-1] > 0, torch.nan, flat.float() * 2.0**-FRACTION_BITS)
-        sizes = [self.parameters[index].numel() for index in used]
-        for index, value in zip(used, values.split(sizes), strict=True):
-            self.parameters[index].grad = value.view_as(self.parameters[index])
-        self.clear()
-        return bool(said[-2] > 0)

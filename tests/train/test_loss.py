@@ -10,8 +10,8 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from lora_dag.core.console import UserError
-from lora_dag.diffusion import objectives
-from stages.train import weighting
+from lora_dag.diffusion.objectives import Epsilon, FlowMatching, VPrediction, make_objective
+from stages.train.loss import Loss, elementwise_errors, require_snr
 from tests.diffusion.test_objectives import KINDS, TIMESTEPS, alpha_bar, draws, reference_target, scheduler, zero_snr
 from tests.helpers.settings import train_params
 
@@ -20,8 +20,12 @@ WEIGHTINGS = ("min_snr", "soft_min_snr", "debiased", "p2")
 
 
 def loss_weights(noise_scheduler: DDPMScheduler, timesteps: list[int], name: str) -> torch.Tensor:
-    gamma = GAMMA if "min_snr" in name else None
-    return weighting.loss_weights(noise_scheduler, torch.tensor(timesteps), name, gamma)  # type: ignore[arg-type]
+    gamma = [f"snr_gamma={GAMMA}"] if "min_snr" in name else []
+    return loss(noise_scheduler, f"loss_weighting={name}", *gamma).weights(torch.tensor(timesteps))
+
+
+def loss(noise_scheduler: DDPMScheduler, *changes: str) -> Loss:
+    return Loss(make_objective(noise_scheduler), train_params(*changes))
 
 
 def on_epsilon(name: str, ratio: float) -> float:
@@ -37,7 +41,7 @@ def on_epsilon(name: str, ratio: float) -> float:
 @pytest.mark.parametrize("timesteps", TIMESTEPS, ids=str)
 def test_snr_is_the_formula(timesteps: list[int]) -> None:
     signal = alpha_bar(timesteps)
-    found = weighting.snr(scheduler("epsilon"), torch.tensor(timesteps))
+    found = Epsilon(scheduler("epsilon")).snr(torch.tensor(timesteps))
     np.testing.assert_allclose(found.numpy(), signal / (1 - signal), rtol=1e-3)
 
 
@@ -63,7 +67,7 @@ def test_one_error_of_the_picture_counts_the_same_under_every_prediction_type(na
         wrong_latents = latents.double().numpy() + 0.1
         wrong_noise = (noisy_latents - np.sqrt(signal) * wrong_latents) / np.sqrt(1 - signal)
         model_pred = reference_target(kind, wrong_latents, wrong_noise, timesteps)
-        target = objectives.target(noise_scheduler, latents, noise, torch.tensor(timesteps)).numpy()
+        target = make_objective(noise_scheduler).target(latents, noise, torch.tensor(timesteps)).numpy()
         losses = ((model_pred - target) ** 2).mean((1, 2, 3))
         weighted.append(losses * loss_weights(noise_scheduler, timesteps, name).numpy())
     np.testing.assert_allclose(weighted[0], weighted[2], rtol=5e-3)
@@ -87,7 +91,7 @@ def test_what_has_no_signal_to_noise_ratio_is_refused() -> None:
     flow = FlowMatchEulerDiscreteScheduler(1000)
     asked = train_params("loss_weighting=p2", "huber_c=0.1", "huber_schedule=snr")
     with pytest.raises(UserError) as caught:
-        weighting.require_snr(flow, asked)
+        require_snr(FlowMatching(flow), asked)
     assert caught.value.problems == (
         "params.yaml train.loss_weighting: p2 weighs diffusion losses, and the base's FlowMatchEulerDiscreteScheduler "
         "is flow matching; use uniform",
@@ -95,9 +99,9 @@ def test_what_has_no_signal_to_noise_ratio_is_refused() -> None:
         "matching; use exponential or constant",
     )
     with pytest.raises(UserError, match="grows without bound at zero terminal SNR with epsilon; use soft_min_snr"):
-        weighting.require_snr(zero_snr("epsilon"), train_params("loss_weighting=debiased"))
-    weighting.require_snr(zero_snr("v_prediction"), train_params("loss_weighting=debiased"))
-    weighting.require_snr(flow, train_params())
+        require_snr(Epsilon(zero_snr("epsilon")), train_params("loss_weighting=debiased"))
+    require_snr(VPrediction(zero_snr("v_prediction")), train_params("loss_weighting=debiased"))
+    require_snr(FlowMatching(flow), train_params())
 
 
 # Pseudo-Huber
@@ -116,7 +120,8 @@ def reference_c(schedule: str, timestep: int, c: float) -> float:
 @pytest.mark.parametrize("timesteps", TIMESTEPS, ids=str)
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
 def test_huber_c_is_the_formula(schedule: str, timesteps: list[int]) -> None:
-    found = weighting.huber_c(scheduler("epsilon"), torch.tensor(timesteps), 0.1, schedule)  # type: ignore[arg-type]
+    settings = ("huber_c=0.1", f"huber_schedule={schedule}")
+    found = loss(scheduler("epsilon"), *settings).huber_c(torch.tensor(timesteps))
     assert found is not None and found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), [reference_c(schedule, t, 0.1) for t in timesteps], rtol=1e-3)
 
@@ -124,20 +129,20 @@ def test_huber_c_is_the_formula(schedule: str, timesteps: list[int]) -> None:
 def test_pseudo_huber_is_the_formula_square_near_zero_and_linear_far_away() -> None:
     model_pred, target = draws(2)
     c = torch.tensor([0.1, 0.7])
-    found = weighting.errors(model_pred, target, c).double().numpy()
+    found = elementwise_errors(model_pred, target, c).double().numpy()
     x = (model_pred - target).double().numpy()
     wide = np.array([0.1, 0.7])[:, None, None, None]
     np.testing.assert_allclose(found, 2 * wide * (np.sqrt(x**2 + wide**2) - wide), atol=1e-6)
     small, large = torch.full((1, 1, 1, 1), 1e-2), torch.full((1, 1, 1, 1), 1e3)
     zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1)
-    assert weighting.errors(small, zero, one).item() == pytest.approx(1e-4, rel=2e-2)
-    assert weighting.errors(large, zero, one).item() == pytest.approx(2e3, rel=2e-3)
+    assert elementwise_errors(small, zero, one).item() == pytest.approx(1e-4, rel=2e-2)
+    assert elementwise_errors(large, zero, one).item() == pytest.approx(2e3, rel=2e-3)
 
 
 def test_without_c_errors_are_squared() -> None:
     model_pred, target = draws(2)
-    assert weighting.huber_c(scheduler("epsilon"), torch.tensor([3]), None, "constant") is None
-    assert torch.equal(weighting.errors(model_pred, target, None), (model_pred - target).square())
+    assert loss(scheduler("epsilon")).huber_c(torch.tensor([3])) is None
+    assert torch.equal(elementwise_errors(model_pred, target, None), (model_pred - target).square())
 
 
 @pytest.mark.parametrize(

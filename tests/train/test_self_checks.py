@@ -12,9 +12,10 @@ import torch
 
 from lora_dag.adapters import lora
 from lora_dag.core.console import UserError
-from lora_dag.diffusion import objectives
-from stages.train.selfcheck import Watch
-from stages.train.trainer import Trainer
+from lora_dag.diffusion.objectives import VPrediction
+from stages.train import loop
+from stages.train.run import Run
+from stages.train.self_checks import GradientMonitor
 from tests.conftest import Workspace
 from tests.helpers.trainings import LONG, history, refusal, weights
 
@@ -33,12 +34,12 @@ def broken_targets(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None
     """``broken_targets({2})`` makes the loss of the second step NaN."""
 
     def make(steps: set[int]) -> None:
-        original, count = objectives.target, iter(range(1, 1000))
+        original, count = VPrediction.target, iter(range(1, 1000))
 
         def target(*args: Any) -> torch.Tensor:
             return original(*args) * (math.nan if next(count) in steps else 1)
 
-        monkeypatch.setattr(objectives, "target", target)
+        monkeypatch.setattr(VPrediction, "target", target)
 
     return make
 
@@ -85,37 +86,37 @@ def test_an_adapter_that_changes_step_zero_is_noticed(encoded: Workspace, monkey
 
 
 def test_a_changed_base_is_noticed(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Trainer.step
+    original = loop.training_step
 
-    def step(self: Trainer, number: int) -> None:
-        original(self, number)
-        next(p for p in self.denoiser.parameters() if not p.requires_grad).data.view(-1)[0] += 1e-3
+    def training_step(run: Run, step: int) -> None:
+        original(run, step)
+        next(p for p in run.base.denoiser.parameters() if not p.requires_grad).data.view(-1)[0] += 1e-3
 
-    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(loop, "training_step", training_step)
     with pytest.raises(RuntimeError, match="training changed the frozen base"):
         encoded.run("train")
     assert not Path("data/adapter").exists()
 
 
 def test_a_layer_without_gradient_is_noticed(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Watch.gradients
+    original = GradientMonitor.note_gradients
 
-    def gradients(self: Watch) -> None:
+    def note_gradients(self: GradientMonitor) -> None:
         next(iter(self.trainable.values())).grad = None
         original(self)
 
-    monkeypatch.setattr(Watch, "gradients", gradients)
+    monkeypatch.setattr(GradientMonitor, "note_gradients", note_gradients)
     with pytest.raises(RuntimeError, match=r"no gradient ever reached \['down_blocks.0.*to_q.lora_A"):
         encoded.run("train")
 
 
 def test_an_adapter_without_any_gradient_is_no_layer_that_nothing_reads() -> None:
     names = [f"{layer}.lora_{which}.default.weight" for layer in ("a.to_q", "b.to_q") for which in "AB"]
-    watch = Watch({name: torch.nn.Parameter(torch.zeros(1)) for name in names}, 1.0)
+    monitor = GradientMonitor({name: torch.nn.Parameter(torch.zeros(1)) for name in names}, 1.0)
     for _ in range(4):
-        watch.gradients()
+        monitor.note_gradients()
     with pytest.raises(UserError, match="no gradient was left for any layer; look at train.learning_rate"):
-        watch.end()
+        monitor.check_end()
 
 
 def test_weights_that_are_not_finite_are_not_delivered(encoded: Workspace) -> None:

@@ -13,7 +13,7 @@ from lora_dag.core.console import log
 from lora_dag.core.files import atomic, sha256_file, write_text
 
 KEEP = 2
-FORMAT = 1
+FORMAT = 2
 """Of a state's fields. Raise it with every change of theirs: code that is edited goes on from older checkpoints."""
 
 

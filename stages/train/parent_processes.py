@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def ancestors() -> list[int]:
+def parent_pids() -> list[int]:
     """Process ids from the parent upwards; the parent alone where there is no /proc.
 
     They change when one of them dies: between Snakemake and a training stands a shell, which outlives Snakemake.

@@ -60,23 +60,24 @@ def same_prompts(encoded: dict[str, torch.Tensor], cached: dict[str, torch.Tenso
             raise RuntimeError(f"the text encoders' {name} differs from the cached one by {distance:.3g} of {size:.3g}")
 
 
-class Watch:
-    """Looks at each step's gradients."""
+class GradientMonitor:
+    """Looks at each step's gradients, and refuses a training that would not be one."""
 
     def __init__(self, trainable: dict[str, torch.nn.Parameter], max_grad_norm: float) -> None:
         self.trainable, self.max_grad_norm = trainable, max_grad_norm
-        self.silent = set(trainable)
+        self.without_gradient = set(trainable)
         """Parameters that have had no gradient yet."""
         self.steps = 0
         self.clipping_seen = False
         self.non_finite = 0
 
-    def gradients(self) -> None:
+    def note_gradients(self) -> None:
         """Before clipping: note which parameters have a gradient."""
         self.steps += 1
-        self.silent -= {n for n in self.silent if (g := self.trainable[n].grad) is not None and bool(g.any())}
+        gradients = {name: self.trainable[name].grad for name in self.without_gradient}
+        self.without_gradient -= {name for name, grad in gradients.items() if grad is not None and bool(grad.any())}
 
-    def clipping(self, grad_norm: float) -> None:
+    def check_clipping(self, grad_norm: float) -> None:
         """After clipping, the first time that it was due: prove that it happened.
 
         Raises:
@@ -89,7 +90,7 @@ class Watch:
             raise RuntimeError(f"gradient norm is {clipped:.4g} after clipping to {self.max_grad_norm}")
         self.clipping_seen = True
 
-    def finite(self, loss: float, grad_norm: float, step: int, scaled: bool) -> bool:
+    def is_finite(self, loss: float, grad_norm: float, step: int, scaled: bool) -> bool:
         """Whether an update may be applied; ``scaled`` when a GradScaler looks for its scale.
 
         Raises:
@@ -107,7 +108,7 @@ class Watch:
             )
         return False
 
-    def end(self) -> None:
+    def check_end(self) -> None:
         """Every parameter has had a gradient; A's is zero until B has moved, which takes a step, and warmup one more.
 
         A layer or bias without any is one that the base has and never uses; that is warned of.
@@ -124,25 +125,31 @@ class Watch:
             )
         if self.steps <= 3:
             return
-        biases = sorted(name for name in self.silent if name.endswith(".delta"))
+        biases = sorted(name for name in self.without_gradient if name.endswith(".delta"))
         if biases:  # lora.bias all takes every one
             what = plural(len(biases), "trained bias", "trained biases")
             log.warning("warning: no gradient ever reached %s, such as %s", what, biases[0])
         layers = {name: layer(name) for name in self.trainable if not name.endswith(".delta")}
-        reached = {layers[name] for name in layers.keys() - self.silent}
+        reached = {layers[name] for name in layers.keys() - self.without_gradient}
         unused = sorted(set(layers.values()) - reached)
         if layers and not reached:
             raise UserError(
                 "train: no gradient was left for any layer; look at train.learning_rate, max_grad_norm, huber_c, "
                 "snr_gamma, lora.alpha and lora.dropout for values near zero (or one)"
             )
-        broken = sorted(name for name in self.silent & layers.keys() if layers[name] in reached)
+        broken = sorted(name for name in self.without_gradient & layers.keys() if layers[name] in reached)
         if broken:
             raise RuntimeError(f"no gradient ever reached {broken[:4]}")
         if unused:
             where = ", ".join(unused[:4]) + (f" and {len(unused) - 4} more" if len(unused) > 4 else "")
             what = "the base never uses their output; name them in lora.exclude_modules"
             log.warning("warning: no gradient ever reached %s: %s", where, what)
+
+    def state_dict(self) -> dict[str, list[str]]:
+        return {"without_gradient": sorted(self.without_gradient)}
+
+    def load_state_dict(self, state: dict[str, list[str]]) -> None:
+        self.without_gradient = set(state["without_gradient"])
 
 
 def layer(parameter: str) -> str:

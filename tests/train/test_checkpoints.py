@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.train.checkpoint import Checkpoints
+from stages.train.checkpoints import Checkpoints
 
 
 def state(step: int) -> dict[str, Any]:

@@ -1,0 +1,187 @@
+"""The parts of a training, each by its step; what does not fit is refused before the base is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+
+from lora_dag.adapters import lora
+from lora_dag.adapters.adapted import Adapted, frozen_digest, text_configs
+from lora_dag.adapters.params import LoraParams
+from lora_dag.core import device
+from lora_dag.core.console import UserError, plural
+from lora_dag.core.params import ModelParams, RuntimeParams
+from lora_dag.core.took import Work
+from lora_dag.diffusion.objectives import make_objective
+from stages.train import init_from, noising, optimizers, parent_processes
+from stages.train.averaging import AveragedWeights
+from stages.train.batches import Batches
+from stages.train.early_stop import EarlyStop, HeldoutRows
+from stages.train.gradient_sum import GradientSum
+from stages.train.launch import require_share
+from stages.train.loss import Loss
+from stages.train.params import TrainParams
+from stages.train.run import FrozenBase, Identity, Run
+from stages.train.self_checks import GradientMonitor
+from stages.train.setup import provenance, run_inputs
+
+if TYPE_CHECKING:
+    from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
+    from lora_dag.core.params import Config
+    from lora_dag.families.protocol import Family
+
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def build(config: Config, family: Family, cache: LatentCache, base_digests: dict[str, str]) -> Run:
+    """A training before its first step.
+
+    Args:
+        base_digests: component -> digest of the base's files.
+
+    Raises:
+        UserError: every setting that does not fit the cache, the base or this machine.
+    """
+    parents = parent_processes.parent_pids()
+    params, model = config.section(TrainParams), config.section(ModelParams)
+    loss = Loss(make_objective(family.load_scheduler(model)), params)
+    items = training_items(cache, params.batch_size)
+    accelerator = make_accelerator(config.section(RuntimeParams), model, params)
+    optimizers.try_out(params, accelerator.device)
+    timesteps = noising.make_timesteps(params, loss.objective.noise_scheduler)
+    batches = Batches(cache, items, params, timesteps, accelerator.device, family.drops_to_zeros(model))
+    early_stop = make_early_stop(batches)
+    work = expected_work(batches, accelerator, model, base_digests[family.DENOISER])
+    work.announce(what=f" for {plural(params.num_steps, 'step')}")
+    device.log_device(accelerator.device, model)
+
+    base = load_base(config, family, base_digests, accelerator.device)
+    adapter, init_from_line = inject_adapter(config, base)
+    denoiser_part = adapter.of("", adapter.trainable)
+    optimizer = optimizers.make_optimizer(params, denoiser_part, adapter.text_trainable, accelerator.device)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        # Not wrapped for several processes: gradients are summed by GradientSum, whose sum has no order.
+        base=replace(base, denoiser=accelerator.prepare_model(base.denoiser, evaluation_mode=True)),
+        adapter=adapter,
+        init_from=init_from_line,
+        loss=loss,
+        batches=batches,
+        early_stop=early_stop,
+        lr_scheduler=optimizers.make_lr_scheduler(params, optimizer),
+        averaged=AveragedWeights(params, list(adapter.trainable.values()), optimizer),
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        gradients=GradientSum(adapter.trainable.values(), params.gradient_accumulation_steps),
+        monitor=GradientMonitor(adapter.trainable, params.max_grad_norm),
+        identity=identify(config, base, adapter, cache, batches),
+        parents=parents,
+        work=work,
+    )
+
+
+def training_items(cache: LatentCache, batch_size: int) -> list[CachedItem]:
+    """The pictures that are trained on, regularization pictures among them.
+
+    Raises:
+        UserError: an epoch of them, with repeats, does not fill a batch.
+    """
+    items = cache.split("train")
+    num_entries = sum(item.repeats for item in items)
+    if batch_size > num_entries:
+        repeated = f" and their repeats ({num_entries})" if num_entries > len(items) else ""
+        found = f"{batch_size} is more than the {plural(len(items), 'training picture')}{repeated}"
+        raise UserError(f"params.yaml train.batch_size: {found}")
+    return items
+
+
+def make_accelerator(runtime: RuntimeParams, model: ModelParams, params: TrainParams) -> Accelerator:
+    """On the device of section ``runtime``, in the frozen base's dtype.
+
+    Raises:
+        UserError: the tracker is not installed, the device is not here, or the processes cannot share a step.
+    """
+    require_tracker(runtime)
+    own_device = device.setup(runtime, model)
+    num_threads = torch.get_num_threads()
+    accelerator = Accelerator(
+        cpu=own_device.type == "cpu",
+        mixed_precision=MIXED_PRECISION[model.dtype],
+        log_with=None if runtime.tracker == "none" else runtime.tracker,
+        project_dir="logs",
+        # Else variables that `accelerate launch` sets would decide: in no digest.
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+    torch.set_num_threads(num_threads)  # accelerate chooses its own for several processes on a CPU
+    require_share(params, accelerator.num_processes)
+    return accelerator
+
+
+def require_tracker(runtime: RuntimeParams) -> None:
+    """Raises UserError for a tracker that is not installed."""
+    if runtime.tracker != "none" and importlib.util.find_spec(runtime.tracker) is None:
+        missing = f"params.yaml runtime.tracker: {runtime.tracker} is not installed"
+        raise UserError(f"{missing}; pip install {runtime.tracker}, or use none")
+
+
+def make_early_stop(batches: Batches) -> EarlyStop | None:
+    patience = batches.params.early_stop_patience
+    return EarlyStop(HeldoutRows(batches), patience) if patience else None
+
+
+def expected_work(batches: Batches, accelerator: Accelerator, model: ModelParams, denoiser_digest: str) -> Work:
+    """In latent pixels, of which a picture has as many as the mean of all."""
+    area = sum(bucket.height * bucket.width * len(bucket.items) for bucket in batches.order.buckets)
+    params = batches.params
+    images = params.num_steps * params.batch_size * params.gradient_accumulation_steps
+    speed = device.speed_conditions(accelerator.device, model, denoiser_digest)
+    speed["num_processes"] = accelerator.num_processes
+    return Work("train", speed, images * area / len(batches.items))
+
+
+def load_base(config: Config, family: Family, digests: dict[str, str], where: torch.device) -> FrozenBase:
+    """The denoiser and, where they are trained too, the text encoders."""
+    model = config.section(ModelParams)
+    denoiser = family.load_denoiser(model, where)
+    text = family.load_trainable_text(model, where) if config.section(LoraParams).train_text_encoder else None
+    base = FrozenBase(family, denoiser, text, digests, "")
+    return replace(base, frozen_digest=frozen_digest({"": denoiser, **base.text_encoders}))
+
+
+def inject_adapter(config: Config, base: FrozenBase) -> tuple[Adapted, str]:
+    """An adapter in the base, its start keyed by the seed or read from ``lora.init_from``; and the line of that file.
+
+    Raises:
+        UserError: a target or pattern that matches no layer, a rank above a layer's size, or a file that does not fit.
+    """
+    settings, params = config.section(LoraParams), config.section(TrainParams)
+    encoders = base.text_encoders
+    text = text_configs(settings, base.family, encoders)
+    adapter = Adapted(base.denoiser, lora.make_config(settings, base.denoiser), text, encoders)
+    adapter.keyed_init(params.seed)
+    line = init_from.fill(settings, base.denoiser, base.digests)
+    if params.gradient_checkpointing:
+        base.denoiser.enable_gradient_checkpointing()
+    return adapter, line
+
+
+def identify(config: Config, base: FrozenBase, adapter: Adapted, cache: LatentCache, batches: Batches) -> Identity:
+    """What decides the run's bytes, and what adapter.json records."""
+    init_from = config.section(LoraParams).init_from
+    dropped = {"dropped caption": "zeros"} if batches.zeroed else {}  # in no component's files
+    inputs = run_inputs(
+        config.section(TrainParams),
+        config.section(ModelParams),
+        adapter.configs,
+        cache,
+        base.digests | dropped,
+        batches.device,
+        init_from.sha256 if init_from else None,
+    )
+    return Identity(inputs, provenance(config, cache, batches.items))

@@ -1,0 +1,111 @@
+"""How a prediction's errors become a loss: squared or pseudo-Huber, weighted by the timestep's noise.
+
+A weighting says how much an error in the clean latents counts at each signal-to-noise ratio. The same error has another
+size in the prediction (``squared_error`` of the objective), and the weight of the prediction's loss is divided by that.
+
+Sources: min-SNR, Hang et al. 2023 (arXiv:2303.09556) eq. 8 and section 3.4: min(SNR, gamma). Soft min-SNR, Crowson et
+al. 2024 (arXiv:2401.11605): 1 / (1 / SNR + 1 / gamma). Debiased estimation, Yu et al. 2023 (arXiv:2310.08442):
+SNR ** -0.5 on epsilon. P2, Choi et al. 2022 (arXiv:2204.00227) eq. 8 with k = gamma = 1: 1 / (1 + SNR) on epsilon.
+Pseudo-Huber and its schedules, Khrapov et al. 2024 (arXiv:2403.16728); the snr schedule as kohya's trainer has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_dag.core.console import UserError
+from lora_dag.diffusion.objectives import Epsilon, HasSnr, masked_mean
+
+if TYPE_CHECKING:
+    from lora_dag.diffusion.objectives import Objective
+    from stages.train.batches import Batch
+    from stages.train.params import TrainParams
+
+WEIGHTINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "min_snr": torch.minimum,
+    "soft_min_snr": lambda snr, gamma: snr * gamma / (snr + gamma),
+    "debiased": lambda snr, gamma: snr.sqrt(),
+    "p2": lambda snr, gamma: snr / (1 + snr),
+}
+"""SNR [B] and gamma [] -> weight of an error in the clean latents, [B]."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of section ``train`` on an objective.
+
+    Raises:
+        UserError: a setting needs a signal-to-noise ratio that the objective does not have.
+    """
+
+    objective: Objective
+    params: TrainParams
+
+    def __post_init__(self) -> None:
+        require_snr(self.objective, self.params)
+
+    def __call__(self, model_pred: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Loss of each sample, float32 [B]."""
+        target = self.objective.target(batch.latents, batch.noise, batch.timesteps)  # [B, C, h, w]
+        errors = elementwise_errors(model_pred.float(), target, self.huber_c(batch.timesteps))  # [B, C, h, w]
+        return masked_mean(errors, batch.masks) * self.weights(batch.timesteps)
+
+    def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Weight of each sample's loss, float32 [B], in the prediction's own units; 1 where ``uniform``."""
+        if self.params.loss_weighting == "uniform":
+            return torch.ones_like(timesteps, dtype=torch.float32)
+        assert isinstance(self.objective, HasSnr)  # by require_snr
+        snr = self.objective.snr(timesteps)
+        weights = WEIGHTINGS[self.params.loss_weighting](snr, torch.tensor(self.params.snr_gamma or 0.0))
+        return (weights / self.objective.squared_error(snr)).nan_to_num(1.0)  # 0 / 0: epsilon at zero terminal SNR
+
+    def huber_c(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        """Pseudo-Huber's c per sample, [B]: 1 without noise falling to ``huber_c``; throughout where ``constant``."""
+        c, schedule = self.params.huber_c, self.params.huber_schedule
+        if c is None:
+            return None
+        if schedule == "exponential":
+            return c ** (timesteps.float() / self.objective.noise_scheduler.config.num_train_timesteps)
+        if schedule == "snr":
+            assert isinstance(self.objective, HasSnr)  # by require_snr
+            noise_to_signal = self.objective.snr(timesteps).rsqrt()
+            return (1 - c) / (1 + noise_to_signal) ** 2 + c
+        return torch.full_like(timesteps, c, dtype=torch.float32)
+
+
+def elementwise_errors(model_pred: torch.Tensor, target: torch.Tensor, huber_c: torch.Tensor | None) -> torch.Tensor:
+    """(x - y)^2 of each value, or pseudo-Huber's 2 c (sqrt((x - y)^2 + c^2) - c), [B, C, h, w].
+
+    Args:
+        huber_c: [B]; None for squared errors.
+    """
+    squared = (model_pred - target).square()
+    if huber_c is None:
+        return squared
+    c = huber_c[:, None, None, None]
+    return 2 * c * ((squared + c**2).sqrt() - c)
+
+
+def require_snr(objective: Objective, params: TrainParams) -> None:
+    """Raises UserError for a setting that needs a signal-to-noise ratio which the objective does not have."""
+    found = []
+    noise_scheduler = objective.noise_scheduler
+    name = type(noise_scheduler).__name__
+    if not isinstance(objective, HasSnr):
+        if params.loss_weighting != "uniform":
+            line = f"{params.loss_weighting} weighs diffusion losses, and the base's {name} is flow matching"
+            found.append(f"params.yaml train.loss_weighting: {line}; use uniform")
+        if params.huber_schedule == "snr":
+            line = f"snr is of diffusion, and the base's {name} is flow matching"
+            found.append(f"params.yaml train.huber_schedule: {line}; use exponential or constant")
+    elif params.loss_weighting == "debiased" and isinstance(objective, Epsilon):
+        last = torch.tensor([noise_scheduler.config.num_train_timesteps - 1])
+        if not objective.snr(last).all():
+            line = "debiased grows without bound at zero terminal SNR with epsilon"
+            found.append(f"params.yaml train.loss_weighting: {line}; use soft_min_snr with snr_gamma")
+    if found:
+        raise UserError(*found)
