@@ -67,6 +67,22 @@ def test_help_names_the_command_as_it_is_started(workspace: Workspace, name: str
     assert workspace.process(name, "--help").stdout.startswith(f"usage: {started} [-h]")
 
 
+SLOW = {"accelerate", "datasets", "diffusers", "pandas", "peft", "torch", "transformers"}
+IMPORTED = """
+import atexit, runpy, sys
+atexit.register(lambda: print(*sys.modules))
+runpy.run_module(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_imports_nothing_that_is_slow(name: str) -> None:
+    command = [sys.executable, "-c", IMPORTED, f"stages.{name}", "--help"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    imported = set(done.stdout.splitlines()[-1].split())
+    assert "pydantic" in imported and not imported & SLOW
+
+
 def test_numbers_of_one_are_singular() -> None:
     assert plural(1, "caption") == "1 caption"
     assert plural(0, "caption") == "0 captions"
