@@ -11,27 +11,12 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from lora_dag.core.console import UserError, log
+from stages.train.optimizer_table import OPTIMIZERS, row_of
 
 if TYPE_CHECKING:
     from stages.train.params import TrainParams
 
 Parameters = dict[str, torch.nn.Parameter]
-
-NAMED = {
-    "adamw": "torch.optim.AdamW",
-    "adamw_8bit": "bitsandbytes.optim.AdamW8bit",
-    "adafactor": "torch.optim.Adafactor",
-    "lion": "lion_pytorch.Lion",
-    "prodigy": "prodigyopt.Prodigy",
-    "schedule_free": "schedulefree.AdamWScheduleFree",
-}
-PACKAGES = {
-    "bitsandbytes": "bitsandbytes",
-    "lion_pytorch": "lion-pytorch",
-    "prodigyopt": "prodigyopt",
-    "schedulefree": "schedulefree",
-}
-"""Module -> what pip calls it."""
 
 
 def make_optimizer(
@@ -71,9 +56,10 @@ def try_out(params: TrainParams, device: torch.device) -> None:
     except Exception as error:  # whatever a class raises that does not take its arguments, or a plain step
         what = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{where}: {what}; change train.optimizer_args, learning_rate or lr_scheduler") from None
-    if library(cls) == "prodigyopt" and params.learning_rate < 0.1:
-        found = "prodigy finds the rate itself, and learning_rate is a factor of it"
-        log.warning("warning: params.yaml train.learning_rate: %s; 1.0 is usual", found)
+    usual = row_of(params.optimizer).usual_rate
+    if usual is not None and params.learning_rate < usual / 10:
+        found = f"{params.optimizer} finds the rate itself, and learning_rate is a factor of it"
+        log.warning("warning: params.yaml train.learning_rate: %s; %s is usual", found, usual)
 
 
 def arguments(cls: type[torch.optim.Optimizer], params: TrainParams, device: torch.device) -> dict[str, Any]:
@@ -81,9 +67,8 @@ def arguments(cls: type[torch.optim.Optimizer], params: TrainParams, device: tor
     found: dict[str, Any] = {"lr": scaled(params.learning_rate, params), **params.optimizer_args}
     if "weight_decay" in inspect.signature(cls).parameters:
         found["weight_decay"] = params.weight_decay
-    if params.optimizer == "adamw" and device.type == "cuda":
-        found.setdefault("fused", True)
-    return found
+    defaults = row_of(params.optimizer).gpu_arguments if device.type == "cuda" else {}
+    return {**defaults, **found}
 
 
 def require_read(cls: type[torch.optim.Optimizer], params: TrainParams) -> None:
@@ -96,25 +81,20 @@ def require_read(cls: type[torch.optim.Optimizer], params: TrainParams) -> None:
         found.append(f"params.yaml train.optimizer_args: {what}")
     if params.weight_decay and "weight_decay" not in own:
         found.append(f"params.yaml train.weight_decay: {cls.__name__} has none; set it to 0")
-    if library(cls) == "schedulefree" and params.lr_scheduler != "constant":
-        found.append(f"{where} needs no schedule; set train.lr_scheduler to constant")
-    if library(cls) == "schedulefree" and params.ema_decay is not None:
-        found.append(f"{where} averages by itself; set train.ema_decay to null")
-    if library(cls) == "prodigyopt" and (params.lora_plus_ratio or params.text_encoder_lr):
-        found.append(f"{where} has one rate for all; set train.lora_plus_ratio and train.text_encoder_lr to null")
+    for rule in row_of(params.optimizer).rules:
+        if any(getattr(params, name) != rule.value for name in rule.settings):
+            settings = " and ".join(f"train.{name}" for name in rule.settings)
+            found.append(f"{where} {rule.reason}; set {settings} to {'null' if rule.value is None else rule.value}")
     if found:
         raise UserError(*found)
 
 
-def library(cls: type[torch.optim.Optimizer]) -> str:
-    return cls.__module__.partition(".")[0]
-
-
 def optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimizer]:
     """Raises UserError: not installed, no optimizer, or one that needs a GPU."""
-    module_name, _, class_name = NAMED.get(name, name).rpartition(".")
+    row = row_of(name)
+    module_name, _, class_name = row.path.rpartition(".")
     where = f"params.yaml train.optimizer: {name}"
-    if name == "adamw_8bit" and device.type != "cuda":
+    if row.needs_gpu and device.type != "cuda":
         raise UserError(f"{where} needs a GPU; use adamw")
     try:
         cls = getattr(importlib.import_module(module_name), class_name, None)
@@ -123,19 +103,17 @@ def optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimiz
     except BaseException as error:  # whatever a module does that is no optimizer's, sys.exit among it
         if not isinstance(error, ImportError):
             raise UserError(f"{where}: importing {module_name} fails ({error!r})") from None
-        package = PACKAGES.get(module_name.partition(".")[0], module_name.partition(".")[0])
-        raise UserError(f"{where} is not installed; pip install {package}") from None
+        raise UserError(f"{where} is not installed; pip install {row.package}") from None
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise UserError(f"{where} is no optimizer; use {', '.join(NAMED)}, or a subclass of torch.optim.Optimizer")
+        raise UserError(f"{where} is no optimizer; use {', '.join(OPTIMIZERS)}, or a subclass of torch.optim.Optimizer")
     return cls
 
 
 def package(name: str) -> dict[str, str]:
     """Package and version that an optimizer comes from; nothing for torch, whose version is recorded anyway."""
-    module = NAMED.get(name, name).partition(".")[0]
-    installed = PACKAGES.get(module, module)
+    installed = row_of(name).package
     try:
-        return {} if module == "torch" else {installed: importlib.metadata.version(installed)}
+        return {installed: importlib.metadata.version(installed)} if installed else {}
     except importlib.metadata.PackageNotFoundError:
         return {installed: "of unknown version"}
 

@@ -5,31 +5,28 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from lora_dag.adapters.params import LoraParams, or_empty
 from lora_dag.core.params import Params
 from lora_dag.families.protocol import all_families
+from stages.train.optimizer_table import OPTIMIZERS
 
 if TYPE_CHECKING:
     from lora_dag.families.protocol import Family
 
 LossWeighting = Literal["uniform", "min_snr", "soft_min_snr", "debiased", "p2"]
 HuberSchedule = Literal["constant", "exponential", "snr"]
-Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "lion", "prodigy", "schedule_free"]
 
 
-def dotted(name: str) -> str:
-    """Refuse what can be no class in a package."""
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
-        near = difflib.get_close_matches(name, get_args(Optimizer), n=1) or get_args(Optimizer)
+def known_or_dotted(name: str) -> str:
+    """Refuse what is neither an optimizer's name nor can be a class in a package."""
+    if name not in OPTIMIZERS and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
+        near = difflib.get_close_matches(name, OPTIMIZERS, n=1) or OPTIMIZERS
         raise ValueError(f"got '{name}'; use {', '.join(near)}, or a class such as torch.optim.RAdam")
     return name
-
-
-DottedName = Annotated[str, AfterValidator(dotted)]
 
 
 class TrainParams(Params):
@@ -41,8 +38,8 @@ class TrainParams(Params):
     gradient_accumulation_steps: int = Field(ge=1, le=10**6)
     """Forward passes per step."""
 
-    optimizer: Optimizer | DottedName
-    """One of these, or a class of torch.optim's kind in an installed package, such as ``torch.optim.RAdam``."""
+    optimizer: Annotated[str, AfterValidator(known_or_dotted)]
+    """A name of stages/train/optimizer_table.py, or a class of torch.optim's kind, such as ``torch.optim.RAdam``."""
     optimizer_args: dict[str, Any]
     """More arguments of that class, such as {betas: [0.9, 0.99]}."""
     learning_rate: float = Field(gt=0, le=1e6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 
 from lora_dag.core.console import UserError
 from stages.train import optimizers
+from stages.train.optimizer_table import OPTIMIZERS, Row, Rule, row_of
+from tests.helpers.checkout import REPOSITORY
 from tests.helpers.settings import train_params
 
 CPU = torch.device("cpu")
@@ -127,3 +131,31 @@ def test_refusals(changes: list[str], message: str) -> None:
 def test_a_rate_that_prodigy_does_not_expect_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     optimizers.try_out(train_params("optimizer=prodigy", "learning_rate=1e-4"), CPU)
     assert "prodigy finds the rate itself, and learning_rate is a factor of it; 1.0 is usual" in caplog.text
+
+
+def test_a_row_is_all_that_a_name_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row("torch.optim.NAdam", rules=(Rule("has no use for warmup", ("lr_warmup_steps",), 0),))
+    monkeypatch.setitem(OPTIMIZERS, "nadam", row)
+    with pytest.raises(UserError, match="train.optimizer: nadam has no use for warmup; set train.lr_warmup_steps to 0"):
+        optimizers.try_out(train_params("optimizer=nadam", "lr_warmup_steps=5"), CPU)
+    asked = train_params("optimizer=nadam", "lr_warmup_steps=0")
+    optimizers.try_out(asked, CPU)
+    assert type(optimizers.make_optimizer(asked, trainable(), {}, CPU)) is torch.optim.NAdam
+    with pytest.raises(UserError, match="got 'nadan'; use nadam, or a class"):
+        train_params("optimizer=nadan")
+
+
+def test_the_rules_of_a_package_hold_for_its_other_classes() -> None:
+    assert row_of("schedulefree.SGDScheduleFree").rules == OPTIMIZERS["schedule_free"].rules
+    assert row_of("lion_pytorch.Other").package == "lion-pytorch" and row_of("torch.optim.RAdam").package == ""
+    assert row_of("torch_optimizer.Yogi").package == "torch_optimizer"
+
+
+def test_every_row_is_written_where_people_look() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = {re.split(">|=", line)[0] for line in project["gpu"] + project["optimizers"]}
+    assert extras == {row.package for row in OPTIMIZERS.values() if row.package}
+    (comment,) = re.findall("^  optimizer: (.*)$", (REPOSITORY / "params.yaml").read_text(), re.M)
+    assert [name for name in OPTIMIZERS if not re.search(rf"\b{name}\b", comment)] == []
+    (line,) = (line for line in (REPOSITORY / "README.md").read_text().splitlines() if "`train.optimizer`: " in line)
+    assert [name for name in OPTIMIZERS if f"`{name}`" not in line] == []
