@@ -53,8 +53,9 @@ def t5_tokenizer() -> T5Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=special, unk_token="<unk>", show_progress=False)
     backend.train_from_iterator(CORPUS, trainer)
-    vocab = json.loads(backend.to_str())["model"]["vocab"]
-    return T5Tokenizer(vocab=[tuple(piece) for piece in vocab], extra_ids=0, model_max_length=512)
+    vocab = [(piece, round(score, 6)) for piece, score in json.loads(backend.to_str())["model"]["vocab"]]
+    pieces = sorted(vocab[len(special) :], key=lambda piece: (-piece[1], piece[0]))  # ties come in any order
+    return T5Tokenizer(vocab=vocab[: len(special)] + pieces, extra_ids=0, model_max_length=512)
 
 
 def t5(tokenizer: T5Tokenizer, d_model: int) -> T5EncoderModel:
