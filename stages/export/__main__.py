@@ -9,112 +9,86 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from lora_dag.core.console import UserError, log, parser, run
-from lora_dag.core.params import Config, ModelParams, RuntimeParams, load
-from lora_dag.formats import AdapterKind
-from stages.export.params import ExportParams, format_refusals, rank_refusals, step_refusals
+from lora_dag.core.console import log, parser, run
+from lora_dag.core.params import ModelParams, RuntimeParams, load
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from lora_dag.artifacts.adapter import Adapter
     from lora_dag.artifacts.metrics import Value
     from lora_dag.core.progress import Bar
-    from stages.export.params import Format
+    from stages.export.params import ExportParams, Format
     from stages.export.parity import ParityCheck
+    from stages.export.resize import Factors
 
 
 def main() -> None:
     args = parser(__doc__, ("adapter", "export", "export_reports")).parse_args()
     config = load(args.params, args.overrides)
-    model, params = config.section(ModelParams), config.section(ExportParams)
 
     from lora_dag.artifacts import lineage, metrics
-    from lora_dag.artifacts.adapter import Adapter
-    from lora_dag.bases import resolve
-    from lora_dag.bases.layout import digests, require_same_base
     from lora_dag.core import device as devices
     from lora_dag.core.files import replaced, write_text
     from lora_dag.core.progress import Bar
     from lora_dag.core.took import Work
-    from lora_dag.families.protocol import load_family
     from stages.export import resize
-    from stages.export.header import provenance
+    from stages.export.header import export_lineage
     from stages.export.parity import ParityCheck
+    from stages.export.source import read_source
 
-    family = load_family(model.family)
-    base = resolve.resolve(model, family)
-    adapter = Adapter.load(args.adapter)
-    require_same_base(adapter.base, digests(base.model, family.COMPONENTS), args.adapter)
-    require_possible(params, adapter, family.DENOISER)
-    params = params.with_words(source_of(config), str(adapter.made_from.get("caption", "")))
-    if params.step == adapter.num_steps:
-        params = params.model_copy(update={"step": None})
-    weights = adapter.weights(args.adapter, params.step)
-    if params.step:
-        log.info("snapshot    of step %d of %d", params.step, adapter.num_steps)
+    source = read_source(config, args.adapter)
+    model, params, denoiser = config.section(ModelParams), source.params, source.family.DENOISER
     device = devices.setup(config.section(RuntimeParams), model)
-
-    num_steps = 1 + 2 * len(params.formats) + len(params.resized_ranks) * (1 + 2 * len(params.resizable))
-    speed = devices.speed_conditions(device, model, adapter.base[family.DENOISER])
-    work = Work("export", speed | {"formats": params.formats, "resized_ranks": params.resized_ranks}, num_steps)
+    speed = devices.speed_conditions(device, model, source.adapter.base[denoiser])
+    files = {"formats": params.formats, "resized_ranks": params.resized_ranks}
+    work = Work("export", speed | files, num_steps(params))
     work.announce()
-    with replaced(args.export) as folder, Bar("export", num_steps) as bar:
-        parity = ParityCheck(base, family, params, device, adapter, weights)
+    with replaced(args.export) as folder, Bar("export", num_steps(params)) as bar:
+        parity = ParityCheck(source, device)
         bar.add()
-        measured: dict[str, Value] = {
-            "export.effect": parity.effect,
-            "export.megabytes": sum(t.nbytes for t in weights.values()) / 1e6,
-        }
+        measured: dict[str, Value] = {"export.effect": parity.effect, "export.megabytes": source.megabytes}
         for name in params.formats:
             measured |= write_and_check(parity, name, folder / name, bar)
-        svd = resize.factors(parity.export.tensors[family.DENOISER]) if "algo" not in adapter.lora_config else {}
+        svd = resize.factors(parity.export.tensors[denoiser]) if "algo" not in source.adapter.lora_config else {}
         for rank in params.resized_ranks:
-            log.info("rank %-6d keeping the largest singular values", rank)
-            copy = ParityCheck(base, family, params, device, *resize.resized(adapter, weights, svd, rank))
-            bar.add()
-            for name in params.resizable:
-                write_and_check(copy, name, folder / "resized" / f"rank-{rank}" / name, bar)
-            measured |= compared(parity, copy, rank, [layer.energy(rank) for layer in svd.values()])
+            measured |= write_copies(parity, svd, rank, folder / "resized" / f"rank-{rank}", bar)
     write_text(args.export_reports / "energy.csv", resize.energy_csv(svd, params.resized_ranks))
     metrics.save(args.export_reports / "metrics.json", measured)
     unfusable = parity.num_unfusable(params.formats)
-    made = provenance(base, family, params, adapter, args.export, unfusable)
-    lineage.save(args.export_reports / "lineage.json", made)
+    lineage.save(args.export_reports / "lineage.json", export_lineage(source, args.export, unfusable))
     work.record(bar.done, time.monotonic() - bar.began)
     warn_of_fusing(unfusable)
     log.info("wrote       %s (%s)", args.export, ", ".join(params.formats))
 
 
-def require_possible(params: ExportParams, adapter: Adapter, denoiser: str) -> None:
-    """Raises UserError with a line for each format, rank or step that this adapter has not."""
-    lora = adapter.lora_config
-    kind = AdapterKind(
-        algo=lora.get("algo", "lora"),
-        bias=lora.get("bias", "none") if adapter.biases else "none",
-        use_dora=lora.get("use_dora", False),
-        rank=max([lora["r"], *lora.get("rank_pattern", {}).values()]),
-        denoiser=denoiser,
-        trains_text=bool(adapter.text_lora),
-    )
-    found = format_refusals(params.formats, kind) + rank_refusals(params.resized_ranks, kind)
-    found += step_refusals(params.step, adapter.snapshots, adapter.num_steps)
-    if found:
-        raise UserError(*found)
-
-
-def source_of(config: Config) -> str:
-    """Of section dataset, whose class is no code of this stage."""
-    return str(config.sections["dataset"].model_dump()["source"])
+def num_steps(params: ExportParams) -> int:
+    """Steps of the bar: two per file, and one per adapter whose output is computed."""
+    return 1 + 2 * len(params.formats) + len(params.resized_ranks) * (1 + 2 * len(params.resizable))
 
 
 def write_and_check(parity: ParityCheck, name: Format, folder: Path, bar: Bar) -> dict[str, float]:
-    """Write a format and compare what it loads back as; two steps of the bar."""
+    """Write a format and compare what it loads back as."""
     parity.write(name, folder)
     bar.add()
     measured = parity.check(name, folder)
     bar.add()
     return measured
+
+
+def write_copies(
+    parity: ParityCheck, svd: Mapping[str, Factors], rank: int, folder: Path, bar: Bar
+) -> dict[str, Value]:
+    """Write the adapter at a smaller rank, and compare each copy with what it should be."""
+    from stages.export import resize
+    from stages.export.parity import ParityCheck
+
+    log.info("rank %-6d keeping the largest singular values", rank)
+    copy = ParityCheck(resize.resized(parity.source, svd, rank), parity.device)
+    bar.add()
+    for name in parity.source.params.resizable:
+        write_and_check(copy, name, folder / name, bar)
+    return compared(parity, copy, rank, [layer.energy(rank) for layer in svd.values()])
 
 
 def compared(parity: ParityCheck, copy: ParityCheck, rank: int, energies: list[float]) -> dict[str, Value]:

@@ -7,49 +7,47 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts.adapter import FINAL, snapshot_name
 from lora_dag.core.files import sha256_file
-from lora_dag.families.protocol import load_family
-from stages.export.load_snippet import load_base, shown
+from stages.export.load_snippet import load_snippet, public_path
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lora_dag.artifacts.adapter import Adapter
-    from lora_dag.bases.resolve import Base
-    from lora_dag.families.protocol import Family
-    from stages.export.params import ExportParams
+    from stages.export.source import Source
 
 PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
-def metadata(base: Base, params: ExportParams, adapter: Adapter, prediction_type: str) -> dict[str, str]:
+def metadata(source: Source) -> dict[str, str]:
     """For the header of every file; its writer adds rank and alpha, which are the file's own.
 
     ``modelspec.date`` is left out: it would change the bytes for the same inputs.
     """
-    config = adapter.lora_config
+    base, params, config = source.base, source.params, source.adapter.lora_config
+    prediction = getattr(source.family.load_scheduler(base.model).config, "prediction_type", None)
     fields = {
         "format": "pt",
-        "lora_dag": json.dumps(made_from(base, params, adapter), sort_keys=True, ensure_ascii=False),
+        "lora_dag": json.dumps(provenance(source), sort_keys=True, ensure_ascii=False),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{load_family(base.model.family).MODELSPEC}/lora",
+        "modelspec.architecture": f"{source.family.MODELSPEC}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": str(params.name),
         "ss_network_module": "lycoris.kohya" if "algo" in config else "networks.lora",
-        "ss_steps": str(params.step or adapter.num_steps),
+        "ss_steps": str(params.step or source.adapter.num_steps),
     }
     if base.file:  # kohya's names
         fields |= {"ss_sd_model_name": base.file.name, "ss_new_sd_model_hash": base.file_sha256}
     if "algo" in config:
         fields["ss_network_args"] = json.dumps({"algo": config["algo"]})
-    if prediction_type in PREDICTION:
-        fields["modelspec.prediction_type"] = PREDICTION[prediction_type]
+    if prediction in PREDICTION:
+        fields["modelspec.prediction_type"] = PREDICTION[prediction]
     if params.license:
         fields["modelspec.license"] = params.license
     return fields
 
 
-def made_from(base: Base, params: ExportParams, adapter: Adapter) -> dict[str, Any]:
+def provenance(source: Source) -> dict[str, Any]:
     """The adapter and everything that determined it; of a snapshot, ``adapter`` is the end of its training."""
+    base, params, adapter = source.base, source.params, source.adapter
     on_hub = base.name if base.revision else params.base_model
     return {
         "adapter": adapter.files[FINAL],
@@ -68,24 +66,23 @@ def made_from(base: Base, params: ExportParams, adapter: Adapter) -> dict[str, A
     }
 
 
-def provenance(
-    base: Base, family: Family, params: ExportParams, adapter: Adapter, folder: Path, unfusable: int
-) -> dict[str, Any]:
+def export_lineage(source: Source, folder: Path, unfusable: int) -> dict[str, Any]:
     """reports/export/lineage.json: what the files in ``folder`` were made from, how they are loaded, their digests.
 
     Args:
         unfusable: number of layers that keep diffusers and PEFT from fusing the adapter.
     """
+    base, family, params = source.base, source.family, source.params
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return made_from(base, params, adapter) | {
+    return provenance(source) | {
         "export": params.model_dump(exclude={"push_to_hub", "step", "datasets"}),
         "files": {n: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for n, path in files.items()},
         **({"unfusable": unfusable} if unfusable else {}),
         "pipeline": {
             "class": family.PIPELINE,
             "denoiser": family.DENOISER,
-            "load": load_base(base, family, params.base_model),
-            "pretrained": shown(base.pretrained),
+            "load": load_snippet(base, family, params.base_model),
+            "pretrained": public_path(base.pretrained),
             "variant": base.model.variant,
         },
     }

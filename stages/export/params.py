@@ -73,7 +73,7 @@ class ExportParams(Params):
     @model_validator(mode="after")
     def copies_have_a_format(self) -> ExportParams:
         if self.resized_ranks and not self.resizable:
-            others = any_of([name for name in FORMATS if not is_merged(name)])
+            others = any_of([name for name in FORMATS if not is_pipeline(name)])
             raise ValueError(f"resized_ranks: no copy of {self.formats[0]} is made; add {others} to formats")
         return self
 
@@ -86,12 +86,12 @@ class ExportParams(Params):
     @property
     def resizable(self) -> list[Format]:
         """The formats that the copies of resized_ranks are written in."""
-        return [name for name in self.formats if not is_merged(name)]
+        return [name for name in self.formats if not is_pipeline(name)]
 
 
 def format_refusals(formats: list[Format], adapter: AdapterKind) -> list[str]:
     """A line per format that would lose or change something of the adapter, with the formats that hold it."""
-    instead = sorted((name for name in FORMATS if not load_format(name).refuse(adapter)), key=is_merged)
+    instead = sorted((name for name in FORMATS if not load_format(name).refuse(adapter)), key=is_pipeline)
     return [
         f"params.yaml export.formats: {name} cannot hold this adapter: {reason}; use {any_of(instead)}"
         for name in formats
@@ -99,7 +99,7 @@ def format_refusals(formats: list[Format], adapter: AdapterKind) -> list[str]:
     ]
 
 
-def is_merged(name: Format) -> bool:
+def is_pipeline(name: Format) -> bool:
     """Whether a format holds a whole pipeline."""
     return not load_format(name).IS_ADAPTER
 

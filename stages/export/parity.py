@@ -28,11 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_dag.adapters.base_modules import BaseModules
-    from lora_dag.artifacts.adapter import Adapter
-    from lora_dag.bases.resolve import Base
-    from lora_dag.core.params import ModelParams
-    from lora_dag.families.protocol import Family
-    from stages.export.params import ExportParams, Format
+    from stages.export.params import Format
+    from stages.export.source import Source
 
 TOLERANCE = 1e-5  # of the largest output, float32; a file loaded by diffusers or PEFT usually differs by nothing at all
 LATENT_SIDE = 16  # at least; more latent pixels would use the same weights again
@@ -41,48 +38,41 @@ LATENT_SIDE = 16  # at least; more latent pixels would use the same weights agai
 class ParityCheck:
     """The outputs of the base and of the trained adapter, which every exported file is compared with."""
 
-    def __init__(
-        self,
-        base: Base,
-        family: Family,
-        params: ExportParams,
-        device: torch.device,
-        adapter: Adapter,
-        weights: dict[str, torch.Tensor],
-    ) -> None:
-        self.inputs = make_inputs(base.model, family, params, device)
-        self.family, self.prompt = family, str(params.prompt)
-        model = base.model.model_copy(update={"dtype": "float32"})
+    def __init__(self, source: Source, device: torch.device) -> None:
+        self.source, self.device = source, device
+        self.inputs = make_inputs(source, device)
+        adapter, family = source.adapter, source.family
+        model = source.base.model.model_copy(update={"dtype": "float32"})
         modules = base_modules.load(model, family, adapter.text_lora, device)
         self.base_output = self.output(modules)
-        modules.inject(adapter, weights)
+        modules.inject(adapter, source.weights)
         self.adapter_output = self.output(modules)
         self.effect = float((self.adapter_output - self.base_output).abs().max())
         """Largest change that the adapter makes to the output: 0 would make every comparison meaningless."""
         if self.effect == 0:
             raise RuntimeError("the adapter changes nothing: its weights were not loaded")
         configs = {family.DENOISER: adapter.lora_config} | adapter.text_lora
-        prediction_type = str(getattr(family.load_scheduler(model).config, "prediction_type", ""))
         self.export = Export(
-            name=str(params.name),
+            name=str(source.params.name),
             model=model,
             family=family,
             device=device,
             adapter=adapter,
-            weights=weights,
+            weights=source.weights,
             tensors={name: adapter_tensors.read(config, modules.adapted[name]) for name, config in configs.items()},
-            header=header.metadata(base, params, adapter, prediction_type),
+            header=header.metadata(source),
         )
 
     @torch.no_grad()
     def output(self, modules: BaseModules) -> torch.Tensor:
         """float32 [2, C, h, w]."""
-        inputs = self.inputs  # without TF32, convolutions on a GPU keep float32's bits too
+        inputs, family, params = self.inputs, self.source.family, self.source.params
+        # Without TF32, convolutions on a GPU keep float32's bits too.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             prompt = inputs.prompt
             if modules.text is not None:
-                prompt = prompt | self.family.encode_prompts(modules.text, [self.prompt] * 2, prompt)
-            return self.family.predict(modules.denoiser, inputs.noisy_latents, inputs.timesteps, prompt)
+                prompt = prompt | family.encode_prompts(modules.text, [str(params.prompt)] * 2, prompt)
+            return family.predict(modules.denoiser, inputs.noisy_latents, inputs.timesteps, prompt)
 
     def write(self, name: Format, folder: Path) -> None:
         load_format(name).write(self.export, folder)
@@ -111,7 +101,7 @@ class ParityCheck:
     def num_unfusable(self, formats: list[Format]) -> int:
         """Number of layers that keep diffusers and PEFT from fusing what they loaded."""
         is_loaded = any(load_format(name).LOADED_BY_PEFT for name in formats)
-        return len(self.export.tensors[self.family.DENOISER].unfusable) if is_loaded else 0
+        return len(self.export.tensors[self.source.family.DENOISER].unfusable) if is_loaded else 0
 
 
 @dataclass(frozen=True)
@@ -123,8 +113,9 @@ class Inputs:
     prompt: dict[str, torch.Tensor]  # name -> [2, ...]
 
 
-def make_inputs(model: ModelParams, family: Family, params: ExportParams, device: torch.device) -> Inputs:
+def make_inputs(source: Source, device: torch.device) -> Inputs:
     """Encode the prompt in the frozen dtype, and draw the rest; nothing but tensors is kept."""
+    model, family, params = source.base.model, source.family, source.params
     with torch.no_grad():
         prompt = family.encode_prompts(family.load_text(model, device), [str(params.prompt)])
     factor = family.vae_scale_factor(model)

@@ -1,7 +1,7 @@
 """Copies of the adapter at smaller ranks: of each layer's s B A, the largest singular values are kept.
 
 No matrix of that rank is nearer (Eckart & Young 1936). The share of the squared singular values that is kept, called
-energy, stands per layer in reports/export/energy.csv, also for ranks that were not asked for.
+energy, is in reports/export/energy.csv for each layer, at every power of two as well.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import torch
 from lora_dag.adapters.adapter_tensors import at_strength_1
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from lora_dag.adapters.adapter_tensors import AdapterTensors
-    from lora_dag.artifacts.adapter import Adapter
-
-Tensors = dict[str, torch.Tensor]
+    from stages.export.source import Source
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,14 @@ def factors(adapter: AdapterTensors) -> dict[str, Factors]:
     return found
 
 
-def resized(adapter: Adapter, weights: Tensors, svd: dict[str, Factors], rank: int) -> tuple[Adapter, Tensors]:
-    """The adapter at a rank, with an alpha of the same number: its strength of 1 is what any reader takes it for.
+def resized(source: Source, svd: Mapping[str, Factors], rank: int) -> Source:
+    """The adapter at a rank, with an alpha of the same number: any reader takes that for a strength of 1.
 
     Layers of a smaller rank keep theirs. Biases and DoRA's magnitudes stay as they are: rows keep the trained length,
     and what is cut is their direction. rsLoRA's root is in the factors.
     """
-    config = resized_config(adapter.lora_config, rank)
+    weights = source.weights
+    config = resized_config(source.adapter.lora_config, rank)
     tensors = dict(weights)
     for name, found in svd.items():
         keys = a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
@@ -68,7 +67,7 @@ def resized(adapter: Adapter, weights: Tensors, svd: dict[str, Factors], rank: i
         root = found.s[:kept].sqrt()
         tensors[a] = (root[:, None] * found.v[:kept]).reshape(kept, *shape_a[1:]).float()
         tensors[b] = (found.u[:, :kept] * root).reshape(shape_b[0], kept, *shape_b[2:]).float()
-    return replace(adapter, lora_config=config), tensors
+    return replace(source, adapter=replace(source.adapter, lora_config=config), weights=tensors)
 
 
 def resized_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -77,11 +76,11 @@ def resized_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
     return at_strength_1(config | {"r": min(config["r"], rank)} | ({"rank_pattern": pattern} if pattern else {}))
 
 
-def energy_csv(svd: dict[str, Factors], ranks: Iterable[int]) -> str:
-    """Layer, rank, energy: for each rank that was asked for, and each power of two, below the layer's own."""
+def energy_csv(svd: Mapping[str, Factors], ranks: Iterable[int]) -> str:
+    """Layer, rank, energy: for each rank of export.resized_ranks, and each power of two, below the layer's own."""
     rows = ["layer,rank,energy"]
     for name, found in svd.items():
         own = len(found.s)
-        asked = sorted({*ranks, *(2**power for power in range(own.bit_length()))})
-        rows += [f"{name},{rank},{found.energy(rank):.6g}" for rank in asked if rank < own]
+        all_ranks = sorted({*ranks, *(2**power for power in range(own.bit_length()))})
+        rows += [f"{name},{rank},{found.energy(rank):.6g}" for rank in all_ranks if rank < own]
     return "\n".join(rows) + "\n"

@@ -24,7 +24,7 @@ from stages.report.inputs import Inputs
 
 
 def write_page(title: str, inputs: Inputs, reports: Path, train: Path, export: Path) -> str:
-    """HTML of the page that stands in ``reports``.
+    """HTML of the page in ``reports``.
 
     Args:
         train: folder of train's reports.
@@ -58,7 +58,7 @@ def sliders(inputs: Inputs) -> Iterator[tuple[str, Markup]]:
         yield number + prompt, html.slider(png(row[0]), png(row[column]), labels)
 
 
-# Measured on this machine
+# Times and memory of this machine
 
 
 def measured_here(files: Mapping[str, Path], figures: Mapping[str, str]) -> str:
@@ -76,7 +76,7 @@ def measured_here(files: Mapping[str, Path], figures: Mapping[str, str]) -> str:
             with understood(path, f"stages.{stage}"):
                 run = read_json(path)
                 if run["of"] == figures[stage]:
-                    runs[stage] = told(run)
+                    runs[stage] = cells_of(run)
     if not runs:
         return ""
     rows = [(label, *cells) for label, *cells in zip(LABELS, *runs.values(), strict=True) if any(cells)]
@@ -86,20 +86,20 @@ def measured_here(files: Mapping[str, Path], figures: Mapping[str, str]) -> str:
 LABELS = ("Images per second", "Wall time", "Peak memory", "Peak memory of the GPU", "Device", "Went on from step")
 
 
-def told(run: Mapping[str, Any]) -> tuple[str, ...]:
+def cells_of(run: Mapping[str, Any]) -> tuple[str, ...]:
     """A cell for each of LABELS, empty where nothing was measured."""
     where = run["environment"]
     return (
-        shown(run.get("images_per_second"), "g"),
+        number_text(run.get("images_per_second"), "g"),
         duration(run["seconds"]),
-        shown(run.get("peak_memory_gb"), ".3g", " GB"),
-        shown(run.get("peak_gpu_memory_gb"), ".3g", " GB"),
+        number_text(run.get("peak_memory_gb"), ".3g", " GB"),
+        number_text(run.get("peak_gpu_memory_gb"), ".3g", " GB"),
         f"{where['device']}, {plural(where['num_threads'], 'thread')}",
-        shown(run.get("resumed_from_step") or None, ","),
+        number_text(run.get("resumed_from_step") or None, ","),
     )
 
 
-def shown(value: float | None, spec: str, unit: str = "") -> str:
+def number_text(value: float | None, spec: str, unit: str = "") -> str:
     return "" if value is None else f"{value:{spec}}{unit}"
 
 

@@ -19,6 +19,7 @@ from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.formats.comfyui import reader
 from stages.export import resize
 from stages.export.params import rank_refusals
+from stages.export.source import Source
 from tests.adapters.test_lora import predict
 from tests.conftest import Workspace
 from tests.export.test_formats import adapt, kind, unet
@@ -39,10 +40,12 @@ def copied(denoiser: Any, rank: int) -> Any:
     """A fresh denoiser with data/adapter's copy of this rank."""
     adapter = Adapter.load(Path("data/adapter"))
     svd = resize.factors(adapter_tensors.read(adapter, denoiser))
-    copy, weights = resize.resized(adapter, adapter.weights(Path("data/adapter")), svd, rank)
+    nothing: Any = None
+    source = Source(nothing, nothing, nothing, adapter, adapter.weights(Path("data/adapter")))
+    copy = resize.resized(source, svd, rank)
     fresh = unet()
-    lora.inject(fresh, copy.lora_config)
-    lora.load(fresh, weights)
+    lora.inject(fresh, copy.adapter.lora_config)
+    lora.load(fresh, copy.weights)
     return fresh
 
 

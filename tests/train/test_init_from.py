@@ -26,6 +26,7 @@ from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families.protocol import load_family
 from stages.export import header
 from stages.export.params import ExportParams
+from stages.export.source import Source
 from stages.train import init_from
 from tests.adapters.test_lora import params, predict
 from tests.conftest import Workspace
@@ -53,7 +54,7 @@ def write(workspace: Workspace, **changes: Any) -> torch.Tensor:
     base = resolve(model, family)
     parts, fields = (
         {"unet": adapter_tensors.read(adapter.lora_config, denoiser)},
-        header.metadata(base, export, adapter, "epsilon"),
+        header.metadata(Source(export, base, family, adapter, {})),
     )
     shutil.copytree("data/adapter", "data/start")
     if changes.get("bias", "none") != "all":
