@@ -410,7 +410,9 @@ def models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def describe(cls: type[BaseModel], field: str) -> str:
-    annotation = str(cls.__annotations__.get(field, "")).replace("Literal", "one of ")
+    kind = cls.model_fields[field].annotation if field in cls.model_fields else None
+    choices = f"one of {json.dumps(get_args(kind))}" if get_origin(kind) is Literal else ""  # of an alias such as Dtype
+    annotation = choices or str(cls.__annotations__.get(field, "")).replace("Literal", "one of ")
     return f"expected {annotation}" if annotation else "add it"
 
 

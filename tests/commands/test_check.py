@@ -15,6 +15,7 @@ import pytest
 from lora_dag.commands import check
 from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json
+from lora_dag.core.params import FAMILIES
 from lora_dag.pipeline import sharing
 from tests.conftest import Workspace, read_rows, write_rows
 
@@ -124,8 +125,8 @@ def test_problems_are_found_before_anything_slow_is_imported(workspace: Workspac
         ("lora.rank=eight", "params.yaml lora.rank: got 'eight'; input should be a valid integer"),
         (
             "model.family=sdd",
-            "params.yaml model.family: got 'sdd'; input should be 'flux', 'sd', 'sd3', 'sdxl' or 'z_image' "
-            "(near: sd, sd3)",
+            f"params.yaml model.family: got 'sdd'; input should be {', '.join(map(repr, FAMILIES[:-1]))} or "
+            f"{FAMILIES[-1]!r} (near: sd, sd3)",
         ),
     ],
 )

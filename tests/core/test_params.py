@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ from lora_dag.adapters import init_from_pin
 from lora_dag.adapters.params import LoraParams
 from lora_dag.core import params
 from lora_dag.core.console import UserError
+from lora_dag.core.params import FAMILIES
 from stages.train.params import TrainParams
 from tests.conftest import REPOSITORY
 
@@ -110,6 +112,18 @@ def test_missing_key_says_what_is_expected(file: Path) -> None:
     file.write_text(file.read_text().replace("  num_steps: 200", "  #"))
     (problem,) = problems(file)
     assert problem.startswith("params.yaml train.num_steps: missing; expected int")
+
+
+def test_a_family_is_one_of_the_files_there_are(file: Path) -> None:
+    names = {path.stem for path in (REPOSITORY / "lora_dag/families").glob("*.py")}
+    assert set(FAMILIES) == names - {"__init__", "common", "long_texts", "protocol", "unet"}
+    (problem,) = problems(file, "model.family=z_imag")
+    *first, last = map(repr, FAMILIES)
+    accepted = f"{', '.join(first)} or {last} (near: z_image)"
+    assert problem == f"params.yaml model.family: got 'z_imag'; input should be {accepted}"
+    file.write_text(re.sub("  family: .*", "  #", file.read_text()))
+    (problem,) = problems(file)
+    assert problem == f"params.yaml model.family: missing; expected one of {json.dumps(FAMILIES)}"
 
 
 def test_all_problems_at_once(file: Path) -> None:

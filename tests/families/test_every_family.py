@@ -24,8 +24,7 @@ from lora_dag.pictures.decode import load_view
 from stages.validate.heldout_loss import make_eval_set, row_losses, row_noise
 from stages.validate.params import ValidateParams
 from tests.conftest import Workspace
-from tests.helpers.families import case, stock_of
-from tests.helpers.stock import Stock
+from tests.helpers.families import Stock, case, stock_of
 
 CPU = torch.device("cpu")
 CAPTIONS = ["red apple", "blue boat", ""]

@@ -3,7 +3,7 @@
 A file here has, for the family of its name:
 
 ``build() -> pipeline``: random weights of the true classes, below 1 M parameters, built offline.
-``STOCK``: what the stock pipeline does, called without this project's families; see ``tests/helpers/stock.py``.
+``STOCK``: what the stock pipeline says and does, without this project's families: the reference for them.
 ``LOSSES``: the first three losses of a training of `tests/families/test_every_family.py`, float32 on a CPU.
 ``ENCODERS``: ``keys.FORMAT`` and digest of the family's code that decides what the store holds; see
 ``tests/cache_latents/test_store_keys.py``.
@@ -15,12 +15,33 @@ A file here has, for the family of its name:
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.helpers.stock import Stock
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Stock:
+    """One pipeline class."""
+
+    cls: str
+    encode: Callable[[Any, list[str]], Tensors]
+    """(pipeline, captions) -> what its own ``encode_prompt`` returns without guidance, named as here."""
+    call: Callable[[Any, torch.Tensor, torch.Tensor, Tensors], torch.Tensor]
+    """(pipeline, noisy latents, timesteps as the model counts them, conditioning) -> the denoiser's output."""
+    unpack: Callable[[Any, Any], torch.Tensor] = lambda pipeline, latents: latents
+    """(pipeline, what the denoiser takes and returns for a square picture) -> [B, C, h, w]."""
+    sign: int = 1
+    """What the pipeline multiplies the denoiser's output by."""
+    options: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    """Arguments of a call in which the denoiser sees the prompts alone, and sees what training sees."""
+    timesteps: Callable[[torch.Tensor], torch.Tensor] = lambda given: given
+    """What the denoiser is given -> timesteps as the model counts them."""
 
 
 def case(name: str) -> Any:

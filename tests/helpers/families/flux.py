@@ -8,8 +8,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextModel
 
+from tests.helpers.families import Stock, Tensors
 from tests.helpers.pipelines import clip, clip_tokenizer, t5, t5_tokenizer, vae
-from tests.helpers.stock import Stock, Tensors
 
 LOSSES = [1.72353, 1.67101, 1.56854]
 ENCODERS = (1, "b8b4542d662dd1f2")

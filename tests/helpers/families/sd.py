@@ -9,9 +9,9 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextModel
 
 from base.tokenizer import train
+from tests.helpers.families import Stock, Tensors
 from tests.helpers.pipelines import clip, vae
 from tests.helpers.single_files import checkpoint
-from tests.helpers.stock import Stock, Tensors
 
 LOSSES = [0.524272, 0.520498, 0.711396]
 ENCODERS = (1, "9c534467b2a4f816")

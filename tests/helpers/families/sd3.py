@@ -8,9 +8,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection
 
+from tests.helpers.families import Stock, Tensors
 from tests.helpers.pipelines import clip, clip_tokenizer, t5, t5_tokenizer, vae
 from tests.helpers.single_files import sd3_transformer
-from tests.helpers.stock import Stock, Tensors
 
 LOSSES = [1.69002, 1.71176, 1.66376]
 ENCODERS = (1, "0142be795761f09f")

@@ -8,9 +8,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from tests.helpers.families import Stock, Tensors
 from tests.helpers.pipelines import clip, clip_tokenizer, vae
 from tests.helpers.single_files import checkpoint
-from tests.helpers.stock import Stock, Tensors
 
 LOSSES = [1.17276, 1.21496, 1.09037]
 ENCODERS = (1, "ca76443bb64e0c06")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
+from tests.helpers.families import Stock, Tensors
 from tests.helpers.pipelines import qwen, qwen_tokenizer, vae
-from tests.helpers.stock import Stock, Tensors
 
 LOSSES = [1.63893, 1.70048, 1.58624]
 ENCODERS = (1, "ba35c8040ff18250")
