@@ -110,8 +110,8 @@ def measure(project: Project) -> list[Result]:
     results.append(
         Result("nothing changed: `dvc repro cache_latents`", seconds, f"start-up + {seconds - startup:.1f} s")
     )
-    seconds, said = project.run(sys.executable, "-m", "stages.cache_latents", "--status")
-    results.append(Result("`cache_latents --status`, every byte verified", seconds, said.strip().splitlines()[-1]))
+    seconds, said = project.run(sys.executable, "-m", "lora_dag", "status")
+    results.append(Result("`lora-dag status`, every byte verified", seconds, said.strip().splitlines()[-1]))
 
     before = project.shards()
     make_picture(project.path / "data/raw", index=7, seed=1_000_000)
@@ -128,8 +128,6 @@ def measure(project: Project) -> list[Result]:
     seconds, said = project.run(sys.executable, "-m", "stages.cache_latents")
     same = "same bytes" if project.shards() == after else "OTHER BYTES"
     results.append(Result("data/latents deleted: `python -m stages.cache_latents`", seconds, f"{counts(said)}; {same}"))
-    seconds, said = project.run(sys.executable, "-m", "stages.cache_latents", "--gc", "--force")
-    results.append(Result("`cache_latents --gc`", seconds, said.strip().splitlines()[-1]))
     return results
 
 

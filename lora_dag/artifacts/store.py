@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,11 @@ class Store:
     def load(self, kind: Kind, key: str) -> Entry | None:
         """None where there is no entry, or where its bytes are not what was saved under this kind and key."""
         return read(self.path(kind, key), f"{kind}/{key}")
+
+    def touch(self, kind: Kind, key: str) -> None:
+        """Note that a run used the entry now: ``lora-dag gc`` deletes what was not used for long."""
+        with contextlib.suppress(OSError):  # another person's, or on a disk that cannot be written
+            os.utime(self.path(kind, key))
 
     def entries(self) -> Iterator[tuple[Kind, Path]]:
         """Every file below the kinds' folders, leftovers of killed writes included; their names start with a dot."""

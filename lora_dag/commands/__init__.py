@@ -29,6 +29,7 @@ GROUPS = {
             "import_dataset.command", "unpack Parquet, WebDataset or a Hub dataset into the folder that the stages read"
         ),
         "check": Command("check", "check parameters, base, pictures, packages and disk before anything is computed"),
+        "status": Command("cache.status", "show which encoded pictures and captions are valid, and why others are not"),
     },
     "during a training": {
         "preview": Command("preview", "draw the prompts under every new snapshot"),
@@ -49,6 +50,9 @@ GROUPS = {
         "gate": Command("gate.command", "decide from its reports whether an experiment may be merged"),
         "verify": Command("verify", "check that this repository makes a file, and name the revision that made it"),
         "push": Command("push.command", "upload exports, model card and samples to the Hugging Face Hub"),
+    },
+    "to free space": {
+        "gc": Command("cache.gc", "delete encoded pictures and captions that no run has used for long"),
     },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dag.adapters.adapter_tensors import tensors_digest
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.bases import resolve
 from lora_dag.bases.layout import digests
@@ -73,6 +72,8 @@ def read(file: Path) -> dict[str, Any]:
         UserError: no such file, no safetensors, changed since it was written, or not one of ours.
     """
     from safetensors import SafetensorError
+
+    from lora_dag.adapters.adapter_tensors import tensors_digest
 
     if not file.is_file():
         raise UserError(f"{file}: no such file")

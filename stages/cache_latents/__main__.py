@@ -3,53 +3,35 @@
 In: data/prepared, the pictures, the base's VAE and text encoder.
 Out: data/latents, assembled from the store; reports/latents/metrics.json
 Run: ``python -m stages.cache_latents``
-     ``--status``  says per picture why its entries are not valid, and what a run would cost: exit code 0 whatever it
-                   finds, 2 where there is nothing to look at, such as no data/prepared
-     ``--gc``      frees what no committed experiment uses (``--dry-run`` only says how much)
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 from lora_dag.artifacts import latent_cache, metrics
 from lora_dag.artifacts.latent_cache import CachedItem
-from lora_dag.artifacts.manifest import Manifest
-from lora_dag.artifacts.store import Store
-from lora_dag.bases import layout, resolve
 from lora_dag.core import params
-from lora_dag.core.console import UserError, log, parser, run
-from lora_dag.core.device import environment, log_device, setup
+from lora_dag.core.console import log, parser, run
+from lora_dag.core.device import log_device
 from lora_dag.core.files import read_json
 from lora_dag.core.locks import writing
-from lora_dag.core.params import ModelParams, RuntimeParams
 from lora_dag.families.long_texts import warn_of_long
-from lora_dag.families.protocol import load_family
-from lora_dag.pictures.read import reader
-from stages.cache_latents import garbage, notes, status
-from stages.cache_latents.context import Context
+from stages.cache_latents import last_run
+from stages.cache_latents.context import Context, make_context
 from stages.cache_latents.encoding import Tensors
-from stages.cache_latents.entries import Captions, Masks, Views, attempts, complete, repair
+from stages.cache_latents.entries import Captions, Masks, Views, complete, repair
 from stages.cache_latents.environments import Origins
 from stages.cache_latents.keys import content
-from stages.cache_latents.params import CacheParams, flip_problems
 
 
 def main() -> None:
-    args = arguments()
-    if args.gc:
-        garbage.collect(args.latents, lambda: current_keys(args), dry_run=args.dry_run, force=args.force)
-        return
-    context = make_context(args)
-    if args.status:
-        status.show(context, args.prepared, args.latents)
-        return
+    args = parser(__doc__, ("prepared", "latents", "latents_reports")).parse_args()
+    context = make_context(params.load(args.params, args.overrides), args.prepared)
     if context.outdated:
         log.warning("warning: %s; run `python -m stages.prepare` first to use that", context.outdated)
-    status.announce(context)
     log_device(context.device, context.model)
     facts = caption_facts(context)
     with writing(args.latents), context.store.in_use():
@@ -57,73 +39,11 @@ def main() -> None:
         masks.fill([key for key in masks.jobs if not context.store.has(masks.kind, key)])
         views, captions = complete(Views, context), complete(Captions, context)
         origins = assemble(args.latents, views, captions, masks)
-        notes.remember(views, captions)
+        last_run.remember(views, captions)
     metrics.save(args.latents_reports / "metrics.json", facts | entry_facts(views, captions, masks))
     for line in origins.warnings(context.store):
         log.warning("warning: %s", line)
     log_end(args.latents, views, captions)
-
-
-def arguments() -> argparse.Namespace:
-    result = parser(__doc__, ("prepared", "latents", "latents_reports"))
-    instead = result.add_mutually_exclusive_group()
-    instead.add_argument("--status", action="store_true", help="say what is valid and what a run would cost")
-    instead.add_argument("--gc", action="store_true", help="free what no committed experiment uses")
-    result.add_argument("--dry-run", action="store_true", help="with --gc: free nothing, say how much it would be")
-    result.add_argument("--force", action="store_true", help="with --gc: also where the use cannot all be known")
-    args = result.parse_args()
-    if (args.dry_run or args.force) and not args.gc:
-        result.error("--dry-run and --force go with --gc")
-    return args
-
-
-def make_context(args: argparse.Namespace) -> Context:
-    """Everything checked that can be checked before a model is loaded.
-
-    Raises:
-        UserError: parameters, manifest, base, picture sizes or device.
-    """
-    config = params.load(args.params, args.overrides)
-    asked, cache, runtime = config.section(ModelParams), config.section(CacheParams), config.section(RuntimeParams)
-    manifest = Manifest.load(args.prepared)
-    outdated = status.made_otherwise(manifest, args.prepared, config)
-    family = load_family(asked.family)
-    model = resolve.resolve(asked, family, make=not (args.status or args.gc)).model
-    found = flip_problems(manifest.augmentation.flip, cache.num_variants)
-    sizes = {(item.width, item.height) for item in manifest.items}
-    found += layout.size_problems(model, family, sizes, asked.pretrained)
-    if found and outdated and not args.status:
-        raise UserError(f"{outdated}; run `python -m stages.prepare` first")
-    if found and not outdated:
-        raise UserError(*found)
-    warn_of_one_crop(manifest, cache)
-    base = layout.digests(model, (*family.VAE, *family.TEXT))
-    device = setup(runtime, model)
-    return Context(
-        manifest,
-        reader(manifest.source),
-        family,
-        model,
-        cache,
-        device,
-        base,
-        environment(device),
-        Store(),
-        outdated,
-    )
-
-
-def warn_of_one_crop(manifest: Manifest, cache: CacheParams) -> None:
-    if manifest.augmentation.crop == "random" and cache.num_variants == 1:
-        log.warning(
-            "warning: params.yaml dataset.crop: random with cache.num_variants 1 is one crop per picture for the whole "
-            "training; set cache.num_variants to 2 or more"
-        )
-    if manifest.augmentation.crop == "center" and not manifest.augmentation.flip and cache.num_variants > 1:
-        log.warning(
-            "warning: params.yaml cache.num_variants: %d changes nothing without dataset.crop random or dataset.flip",
-            cache.num_variants,
-        )
 
 
 def caption_facts(context: Context) -> dict[str, metrics.Value]:
@@ -211,19 +131,11 @@ def loader(works: dict[str, Views | Captions | Masks], origins: Origins) -> Call
             raise RuntimeError(
                 f"{store.path(work.kind, key)}: vanished while the cache was written; run the stage again"
             )
+        store.touch(work.kind, key)
         origins.add(work.kind, key, entry.made_by)
         return entry.tensors | (work.conditioning(key) if isinstance(work, Views) else {})
 
     return load
-
-
-def current_keys(args: argparse.Namespace) -> set[str]:
-    """Keys that a run with the present parameters and data/prepared would use, also where memory is short."""
-    context = make_context(args)
-    works: list[Views | Captions | Masks] = [Masks(context)]
-    for build in (Views, Captions):
-        works += [build(context, setting) for setting in attempts(context.setting(build.kind), build.kind)]
-    return {key for work in works for key in work.jobs}
 
 
 def log_end(folder: Path, views: Views, captions: Captions) -> None:

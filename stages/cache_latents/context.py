@@ -1,4 +1,4 @@
-"""What every kind of entry needs: the manifest, the base, the store, and the pictures as prepare saw them."""
+"""What every kind of entry needs, checked: the manifest, the base, the store, and the pictures as prepare saw them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts.manifest import Item, Manifest, View, natural_key
 from lora_dag.artifacts.store import Kind, Store
-from lora_dag.core.console import UserError
-from lora_dag.core.files import sha256_json
-from lora_dag.pictures.read import Read
+from lora_dag.bases import layout, resolve
+from lora_dag.core.console import UserError, log
+from lora_dag.core.device import environment, setup
+from lora_dag.core.params import Config, ModelParams, RuntimeParams
+from lora_dag.families.protocol import load_family
+from lora_dag.pictures.read import Read, reader
 from stages.cache_latents import environments
 from stages.cache_latents.encoding import NUM_READERS, Proofs, Tensors
 from stages.cache_latents.keys import Setting
-from stages.cache_latents.params import CacheParams
+from stages.cache_latents.outdated import made_otherwise
+from stages.cache_latents.params import CacheParams, flip_problems
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_dag.core.params import ModelParams
     from lora_dag.families.protocol import Family
 
 AGAIN = "run `python -m stages.prepare` again"
@@ -67,16 +70,68 @@ class Context:
             tiling=pictures and self.cache.tiling,
         )
 
-    def speed(self, kind: Kind) -> str:
-        """Names what the time of an entry depends on: base, dtype, processor, threads."""
+    def speed(self, kind: Kind) -> dict[str, Any]:
+        """What the time of an entry depends on: base, dtype, processor, threads."""
         setting, here = self.setting(kind), self.environment
-        return sha256_json([setting.components, setting.dtype, here["device"], here["num_threads"]])[:16]
+        own = {"components": setting.components, "dtype": setting.dtype}
+        return own | {"device": here["device"], "num_threads": here["num_threads"]}
 
     def proofs(self, kind: Kind, setting: Setting) -> Proofs:
         return Proofs(self.store.root / "proven.json", [kind, asdict(setting), self.environment])
 
     def save(self, kind: Kind, key: str, tensors: Tensors) -> None:
         self.store.save(kind, key, tensors, environments.made_by(kind, self.environment))
+
+
+def make_context(config: Config, prepared: Path, *, reads_only: bool = False) -> Context:
+    """Everything checked that can be checked before a model is loaded.
+
+    Args:
+        reads_only: make no base, and refuse no data/prepared that prepare would make otherwise.
+
+    Raises:
+        UserError: parameters, manifest, base, picture sizes or device.
+    """
+    asked, cache, runtime = config.section(ModelParams), config.section(CacheParams), config.section(RuntimeParams)
+    manifest = Manifest.load(prepared)
+    outdated = made_otherwise(manifest, prepared, config)
+    family = load_family(asked.family)
+    model = resolve.resolve(asked, family, make=not reads_only).model
+    found = flip_problems(manifest.augmentation.flip, cache.num_variants)
+    sizes = {(item.width, item.height) for item in manifest.items}
+    found += layout.size_problems(model, family, sizes, asked.pretrained)
+    if found and outdated and not reads_only:
+        raise UserError(f"{outdated}; run `python -m stages.prepare` first")
+    if found and not outdated:
+        raise UserError(*found)
+    warn_of_one_crop(manifest, cache)
+    base = layout.digests(model, (*family.VAE, *family.TEXT))
+    device = setup(runtime, model)
+    return Context(
+        manifest,
+        reader(manifest.source),
+        family,
+        model,
+        cache,
+        device,
+        base,
+        environment(device),
+        Store(),
+        outdated,
+    )
+
+
+def warn_of_one_crop(manifest: Manifest, cache: CacheParams) -> None:
+    if manifest.augmentation.crop == "random" and cache.num_variants == 1:
+        log.warning(
+            "warning: params.yaml dataset.crop: random with cache.num_variants 1 is one crop per picture for the whole "
+            "training; set cache.num_variants to 2 or more"
+        )
+    if manifest.augmentation.crop == "center" and not manifest.augmentation.flip and cache.num_variants > 1:
+        log.warning(
+            "warning: params.yaml cache.num_variants: %d changes nothing without dataset.crop random or dataset.flip",
+            cache.num_variants,
+        )
 
 
 class Changed(Exception):

@@ -20,6 +20,7 @@ from lora_dag.artifacts.manifest import Item, View, natural_key
 from lora_dag.artifacts.store import Kind
 from lora_dag.core.console import UserError, log, plural
 from lora_dag.core.progress import Bar
+from lora_dag.core.took import Work
 from lora_dag.pictures.decode import cut_view, decode
 from lora_dag.pictures.masks import cut_mask, decode_mask
 from stages.cache_latents.context import Context, mask_file, naming_changes, read_checked
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 NUM_MASKS = 256  # made and stored at a time
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,49 +42,15 @@ class Job:
     view: View
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What encoding took, for the estimate of ``--status``."""
-
-    units: int
-    """Pixels of views, or captions."""
-    seconds: float
-    """From the first picture read to the last entry stored."""
-    bytes: int
-    num_batches: int
-    source_units: int = 0
-    """Pixels of the pictures that the views were cut from, once per view."""
-    reading_seconds: float = 0.0
-    """The part of ``seconds`` that reading, decoding and cutting took, with all readers at it."""
-
-
-class Clock:
-    """Adds up what a function takes, in several threads at once."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def timed(self, function: Callable[[str], T]) -> Callable[[str], T]:
-        def call(key: str) -> T:
-            start = time.monotonic()
-            try:
-                return function(key)
-            finally:
-                self.seconds.append(time.monotonic() - start)
-
-        return call
-
-
 class Views:
     """Posterior mean and std of every view."""
 
     kind: Kind = "latents"
+    unit = "view"
 
     def __init__(self, context: Context, setting: Setting) -> None:
         self.context, self.setting = context, setting
         self.encoded: set[str] = set()
-        self.effort: Effort | None = None
-        self.clock = Clock()
         self.decoded = Recent(self.decode, NUM_READERS)
         self.keys, self.jobs = plan(context, lambda item, view: picture_key(item, view, context.manifest, setting))
 
@@ -134,10 +100,6 @@ class Views:
     def units(self, key: str) -> int:
         return math.prod(self.shape(key))
 
-    def source_units(self, key: str) -> int:
-        item = self.jobs[key].item
-        return item.source_width * item.source_height
-
 
 def geometry(item: Item, view: View) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """Original size, crop top left and target size, heights first, as SDXL's training counts them.
@@ -155,12 +117,11 @@ class Captions:
     """Conditioning of every caption that can occur, the empty one included."""
 
     kind: Kind = "text"
+    unit = "caption"
 
     def __init__(self, context: Context, setting: Setting) -> None:
         self.context, self.setting = context, setting
         self.encoded: set[str] = set()
-        self.effort: Effort | None = None
-        self.clock = Clock()
         items = context.manifest.items
         captions = {"", *(caption for item in items for caption in (item.caption, *context.captions(item)))}
         self.keys = {caption: caption_key(caption, setting) for caption in sorted(captions)}
@@ -188,9 +149,6 @@ class Captions:
 
     def units(self, key: str) -> int:
         return 1
-
-    def source_units(self, key: str) -> int:
-        return 0
 
 
 class Masks:
@@ -322,28 +280,23 @@ def attempts(asked: Setting, kind: Kind) -> list[Setting]:
 
 
 def fill_timed(work: Views | Captions, keys: list[str]) -> None:
+    """Encode these; say before what it will take, as far as it was measured here."""
+    amount = sum(map(work.units, keys))
+    known = Work(f"cache_latents-{work.kind}", work.context.speed(work.kind), amount)
+    known.announce(what=f" for {plural(len(keys), work.unit)}")
     _ = work.encoder  # loading is no part of the rate
+    start = time.monotonic()
     try:
-        start = time.monotonic()
         work.fill(keys)
-        seconds = time.monotonic() - start
     finally:
         del work.encoder  # frees its memory for what comes next
-    size = sum(work.context.store.path(work.kind, key).stat().st_size for key in keys)
-    work.effort = Effort(
-        units=sum(map(work.units, keys)),
-        seconds=seconds,
-        bytes=size,
-        num_batches=-(-len(keys) // work.setting.batch_size),
-        source_units=sum(map(work.source_units, keys)),
-        reading_seconds=min(seconds, sum(work.clock.seconds) / NUM_READERS),
-    )
+    if len(keys) > work.setting.batch_size:  # a single batch is mostly padding
+        known.record(amount, time.monotonic() - start)
 
 
 def encode_into_store(work: Views | Captions, encoder: Encoder[Any], keys: list[str]) -> None:
     context = work.context
     proofs = context.proofs(work.kind, work.setting)
-    encoder = replace(encoder, read=work.clock.timed(encoder.read))
     encode_all(encoder, keys, partial(context.save, work.kind), proofs)
     work.encoded |= set(keys)
 

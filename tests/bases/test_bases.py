@@ -172,7 +172,7 @@ def test_the_preflight_and_the_status_download_nothing(hub: Hub, workspace: Work
         " scheduler of acme/tiny at 0123456789ab"
     ) in lines
     assert not any(line.startswith("objective") for line in lines)  # its config is on the Hub
-    found = refusal(lambda: workspace.run("cache_latents", "--status", *changes()))
+    found = refusal(lambda: workspace.run("status", *changes()))
     assert found == "data/sd15.yaml: not fetched yet; run `python -m stages.cache_latents`"
     assert hub.calls == []
     resolve()

@@ -270,7 +270,7 @@ def test_the_preflight_and_the_status_convert_nothing(workspace: Workspace, tiny
     ]
     assert "objective   v_prediction" in lines
     with pytest.raises(UserError, match="data/mine/dreamshaper.safetensors: not converted to the diffusers layout yet"):
-        workspace.run("cache_latents", "--status", *changes())
+        workspace.run("status", *changes())
     assert not Path(".state/bases").exists()
     with pytest.raises(UserError, match="36 is no multiple of 8, which data/mine needs; use 32 or 40"):
         workspace.run("check", *changes(), "--set", "dataset.resolution=36")

@@ -109,7 +109,7 @@ def test_a_folder_in_place_of_the_notes_is_a_warning(cached: Workspace) -> None:
     path.mkdir()
     Path("reports/latents/metrics.json").unlink()
     lines = cached.run("cache_latents")
-    assert f"warning: {path.resolve()}: Is a directory; --status will not know what this run did" in lines
+    assert f"warning: {path.resolve()}: Is a directory; `lora-dag status` will not know what this run did" in lines
     assert Path("reports/latents/metrics.json").exists() and lines[-1] == "encoded 0, reused 8"
 
 

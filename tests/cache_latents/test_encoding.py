@@ -204,13 +204,13 @@ def test_what_was_used_stands_in_the_metrics(workspace: Workspace, short: ShortM
 def test_status_says_that_memory_was_short(workspace: Workspace, short: ShortMemory) -> None:
     short.fits = 2
     workspace.run("cache_latents")
-    assert workspace.run("cache_latents", "--status") == [
+    assert workspace.run("status") == [
         "8 pictures: 8 valid, 0 not",
         "warning: latents: cache.batch_size 4 did not fit into memory in the last run; the next one tries again, and "
         "encodes everything anew if it fits by then; set cache.batch_size: 2 to stay with what is valid here",
         "a run would encode nothing",
     ]
-    lines = workspace.run("cache_latents", "--status", "--set", "cache.batch_size=2")
+    lines = workspace.run("status", "--set", "cache.batch_size=2")
     assert not any("memory" in line for line in lines)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_dag.artifacts.store import Store
-from stages.cache_latents import __main__ as cache_latents
+from stages.cache_latents import context
 from tests.conftest import Workspace, picture
 from tests.helpers.encodings import encode
 
@@ -18,8 +18,8 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.changes: dict[str, str | int] = {}
-        environment = cache_latents.environment
-        monkeypatch.setattr(cache_latents, "environment", lambda device: environment(device) | self.changes)
+        environment = context.environment
+        monkeypatch.setattr(context, "environment", lambda device: environment(device) | self.changes)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_entries_of_several_environments_are_warned_of(workspace: Workspace, mac
         f"run; delete {Path('.state/store/latents').resolve()} to make them all anew"
     ]
     assert mixtures(workspace.run("cache_latents")) == expected
-    assert mixtures(workspace.run("cache_latents", "--status")) == expected
+    assert mixtures(workspace.run("status")) == expected
     shutil.rmtree(".state/store/latents")
     assert mixtures(workspace.run("cache_latents")) == []
 

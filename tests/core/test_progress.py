@@ -172,7 +172,7 @@ def test_every_long_stage_says_it_before_it_loads_anything(encoded: Workspace, m
     """Where all of what it has to do would take more than a minute; here, more than nothing."""
     monkeypatch.setattr(took, "SHORT", 0)
     again = {
-        "cache_latents": (r"time        about \d+ s, by the last run here", "cache.batch_size=3"),
+        "cache_latents": (r"time        about \d+ s for 8 views, by the last run here", "cache.batch_size=3"),
         "train": (r"time        about \d+ s for 8 steps, by the last run here", "train.num_steps=8"),
         "validate": (r"time        at most about \d+ s, by the last run here", "validate.num_timesteps=3"),
         "export": (r"time        about \d+ s, by the last run here", "export.name=other"),
@@ -183,6 +183,6 @@ def test_every_long_stage_says_it_before_it_loads_anything(encoded: Workspace, m
         assert not any(line.startswith("time") for line in first), stage
         (index,) = [index for index, line in enumerate(second) if re.fullmatch(expected, line)]
         assert index <= 3, stage
-    assert len(list(Path(os.environ["LORA_STATE_DIR"]).glob("took/*.json"))) == 3
+    assert len(list(Path(os.environ["LORA_STATE_DIR"]).glob("took/*.json"))) == 5
     other = encoded.run("train", "--set", "train.num_steps=9", "--set", "runtime.num_threads=2")
     assert not any(line.startswith("time") for line in other)  # nothing is known of two threads

@@ -11,7 +11,6 @@ from lora_dag.artifacts import metrics
 from lora_dag.commands.compare.command import read_sides
 from lora_dag.commands.verify import made_by
 from lora_dag.core.console import UserError
-from stages.cache_latents import garbage
 from stages.report import last_commit
 from tests.helpers import command
 from tests.helpers.checkout import Checkout
@@ -90,23 +89,6 @@ def test_compare_and_explain_read_this_project_s_revisions(here: Path) -> None:
 
 
 def test_what_was_committed_is_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By verify, the report's line, and --gc."""
+    """By verify, and the report's line."""
     assert [made_by(digest) for digest in DIGESTS] == [git("rev-parse", name) for name in ("HEAD~1", "HEAD")]
     assert last_commit.committed(Path("reports/metrics.json")) == Path("reports/metrics.json").read_bytes()
-    locks = garbage.History().versions("dvc.lock")
-    assert len(locks) == 2 and Path("dvc.lock").read_bytes() in locks.values()
-
-
-def test_an_experiment_at_work_keeps_its_entries(here: Path) -> None:
-    """DVC's copy of the repository has the project below it, too."""
-    folder = Path(".dvc/tmp/exps/standalone/tmp1") / PROJECT / "data/latents"
-    folder.mkdir(parents=True)
-    assert garbage.found(garbage.FOLDERS) == [folder]
-
-
-def test_a_store_at_the_top_may_serve_other_projects(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORA_STATE_DIR", "../../.state")
-    (problem,) = garbage.shared_problems(garbage.Store())
-    assert "stands outside of lora [dag] and may serve other repositories" in problem
-    monkeypatch.delenv("LORA_STATE_DIR")
-    assert garbage.shared_problems(garbage.Store()) == []

@@ -1,6 +1,6 @@
-"""<state>/store/last.json: what the last run asked for, what it used and what it took. It decides no result.
+"""<state>/store/last.json: what the last run asked for and what it used. It decides no result.
 
-``--status`` says from it why an entry is not valid any more, how long encoding takes here, and if memory was short.
+``lora-dag status`` says from it why an entry is not valid any more, and if memory was short.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lora_dag.artifacts.store import Kind, Store
 from lora_dag.core.console import log
 from lora_dag.core.files import write_json
 from stages.cache_latents.context import Context
-from stages.cache_latents.entries import Captions, Effort, Views
+from stages.cache_latents.entries import Captions, Views
 from stages.cache_latents.keys import Setting
 
 
@@ -33,7 +33,7 @@ class MadeOf:
 
 
 @dataclass
-class Notes:
+class LastRun:
     asked: dict[Kind, Setting] = field(default_factory=dict)
     """As params.yaml asked for it."""
     used: dict[Kind, Setting] = field(default_factory=dict)
@@ -42,12 +42,10 @@ class Notes:
     unmasked_weight: float = 0.0
     items: dict[str, MadeOf] = field(default_factory=dict)
     """By file name."""
-    efforts: dict[str, dict[Kind, Effort]] = field(default_factory=dict)
-    """``Context.speed`` -> kind -> the last measured effort."""
 
     @classmethod
-    def load(cls, store: Store) -> Notes:
-        """Empty ones where there are none, or where another version wrote what cannot be understood."""
+    def load(cls, store: Store) -> LastRun:
+        """An empty one where there is none, or where another version wrote what cannot be understood."""
         try:
             return TypeAdapter(cls).validate_json((store.root / "last.json").read_bytes())
         except (OSError, ValueError):
@@ -59,32 +57,22 @@ class Notes:
         """
         return self.used.get(kind, asked) if self.asked.get(kind) == asked else asked
 
-    def effort(self, context: Context, kind: Kind) -> Effort | None:
-        found = self.efforts.get(context.speed(kind), {}).get(kind)
-        return found if found and found.units else None
-
 
 def remember(views: Views, captions: Captions) -> None:
     """Write down what this run did."""
     context = views.context
-    before = Notes.load(context.store)
-    notes = Notes(
+    last = LastRun(
         asked={work.kind: context.setting(work.kind) for work in (views, captions)},
         used={work.kind: work.setting for work in (views, captions)},
         preprocessing=context.manifest.preprocessing,
         unmasked_weight=context.manifest.unmasked_weight,
         items={item.file_name: made_of(context, item) for item in context.manifest.items},
-        efforts=before.efforts,
     )
-    for work in (views, captions):
-        known = notes.efforts.setdefault(context.speed(work.kind), {})
-        if work.effort and (work.effort.num_batches > 1 or work.kind not in known):  # a single batch is mostly padding
-            known[work.kind] = work.effort
     path = context.store.root / "last.json"
     try:
-        write_json(path, asdict(notes))
+        write_json(path, asdict(last))
     except OSError as error:  # data/latents is whole without it
-        log.warning("warning: %s: %s; --status will not know what this run did", path, error.strerror)
+        log.warning("warning: %s: %s; `lora-dag status` will not know what this run did", path, error.strerror)
 
 
 def made_of(context: Context, item: Item) -> MadeOf:
