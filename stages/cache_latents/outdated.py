@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lora_dag.pictures.decode import preprocessing
-
 from lora_dag.artifacts.manifest import Manifest
 from lora_dag.core.params import Config
+from lora_dag.pictures.decode import preprocessing
 
 AUGMENTATION = ("crop", "flip", "seed")
 

@@ -3,6 +3,7 @@
 The stages read one form alone, a folder of images with metadata.jsonl or caption files. The bytes of images stay as
 they are, so that what was encoded of them before is used again. FOLDER/provenance.json has the commit of a Hub dataset,
 its license, and the SHA-256 of every file that was read. After a kill the same command goes on.
+Run: ``lora-dag import owner/name@main data/mine``
 """
 
 from __future__ import annotations
