@@ -1,4 +1,5 @@
-"""A local stand-in for the Hugging Face Hub: the HTTP requests that huggingface_hub makes to write a model repository.
+"""A local stand-in for the Hugging Face Hub: the HTTP requests that huggingface_hub makes to write a model repository,
+and to read a dataset.
 
 Spoken: model info with blobs, repository creation, metadata validation, preupload, Git LFS (batch, upload, verify) and
 commits. Not spoken: Xet, which the client would take for large files where it is not told otherwise.
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 from ruamel.yaml import YAML
 
@@ -27,6 +29,8 @@ class Repository:
     private: bool
     files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b"*.safetensors filter=lfs\n"})
     commits: list[str] = field(default_factory=lambda: ["initial commit"])
+    card: dict[str, Any] = field(default_factory=dict)
+    """Header of a dataset's README.md."""
 
     @property
     def sha(self) -> str:
@@ -43,6 +47,8 @@ class Hub:
     """Git LFS: sha256 -> bytes."""
     requests: list[str] = field(default_factory=list)
     """``METHOD path``, in order."""
+    lost: set[str] = field(default_factory=set)
+    """Files of datasets that are not served, though they are listed."""
     refusal: tuple[int, dict[str, str]] | None = None
     """Status and headers of the answer to every request that writes."""
 
@@ -86,6 +92,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.hub.requests.append(f"GET {self.path}")
+        if "/datasets/" in self.path:
+            return self.read()
         name = re.sub(r"^/api/models/|\?.*$", "", self.path)
         if not self.is_known():
             return
@@ -94,6 +102,47 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         siblings = [sibling(*item) for item in repository.files.items()]
         self.answer(200, {"id": name, "sha": repository.sha, "private": repository.private, "siblings": siblings})
+
+    def read(self) -> None:
+        """A dataset's info, tree or file; its name in ``Hub.repositories`` starts with ``datasets/``."""
+        info = re.fullmatch(r"/api/(datasets/[^/]+/[^/?]+)(?:/(?:revision|tree)/([^/?]+))?(?:\?.*)?", self.path)
+        file = re.fullmatch(r"/(datasets/[^/]+/[^/]+)/resolve/([^/]+)/([^?]+)", self.path)
+        name, revision = (info or file).groups()[:2] if info or file else ("", None)
+        repository = self.hub.repositories.get(name)
+        if repository is None:
+            return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        if revision not in (None, "main", repository.sha):
+            return self.answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+        if file:
+            return self.send_file(repository, file[3])
+        siblings = [sibling(*item) for item in repository.files.items()]
+        if "/tree/" in self.path:
+            rows = [{"path": each["rfilename"], "size": each["size"], "oid": each["blobId"]} for each in siblings]
+            return self.answer(200, [{"type": "file"} | row for row in rows])
+        fields = {"id": name.removeprefix("datasets/"), "sha": repository.sha, "private": False, "siblings": siblings}
+        self.answer(200, fields | {"cardData": repository.card})
+
+    def send_file(self, repository: Repository, name: str) -> None:
+        if name in self.hub.lost:
+            return self.answer(404, {"error": "no such entry"}, {"X-Error-Code": "EntryNotFound"})
+        data = repository.files[unquote(name)]
+        start = int((re.search(r"bytes=(\d+)-", self.headers.get("Range", "")) or ["", "0"])[1])
+        self.send_response(206 if start else 200)
+        for header, value in {
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Repo-Commit": repository.sha,
+            "Accept-Ranges": "bytes",
+            "Content-Length": str(len(data) - start),
+            **({"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}),
+        }.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[start:])
+
+    def do_HEAD(self) -> None:
+        self.hub.requests.append(f"HEAD {self.path}")
+        self.read()
 
     def do_PUT(self) -> None:
         self.hub.requests.append(f"PUT {self.path}")

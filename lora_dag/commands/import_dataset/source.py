@@ -75,8 +75,9 @@ def from_hub(name: str, revision: str | None, patterns: Sequence[str], download:
     from huggingface_hub.utils import filter_repo_objects
 
     wanted_revision = revision or "the default branch"
+    api = huggingface_hub.HfApi()
     with hub.explained(name, name, "dataset", wanted_revision):
-        info = huggingface_hub.dataset_info(name, revision=revision)
+        info = api.dataset_info(name, revision=revision)
     commit = str(info.sha)
     if revision != commit:
         log.info("revision    %s of %s is commit %s", wanted_revision, name, commit)
@@ -87,7 +88,7 @@ def from_hub(name: str, revision: str | None, patterns: Sequence[str], download:
         raise UserError(f"--files: no file of {name} matches {list(patterns) or ['*']}; it has {shown}")
     log.info("download    %s of %s at %s", plural(len(wanted), "file"), name, commit[:12])
     with hub.explained(name, name, "dataset", commit):
-        huggingface_hub.snapshot_download(
+        api.snapshot_download(
             name,
             repo_type="dataset",
             revision=commit,
