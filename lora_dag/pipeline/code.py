@@ -66,7 +66,7 @@ def imported(files: Iterable[Path], root: Path = ROOT) -> set[str]:
 
 
 def package(path: str) -> str:
-    """``stages/train`` of ``stages/train/setup.py``; a family's file, or one beside the packages, is itself."""
+    """``stages/train`` of ``stages/train/loop.py``; a family's file, or one beside the packages, is itself."""
     parts = path.split("/")
     return path if len(parts) < 3 or path.startswith(FAMILIES) else "/".join(parts[:2])
 

@@ -23,12 +23,12 @@ from stages.train.averaging import AveragedWeights
 from stages.train.batches import Batches
 from stages.train.early_stop import EarlyStop, HeldoutRows
 from stages.train.gradient_sum import GradientSum
+from stages.train.identity import identify
 from stages.train.launch import require_share
 from stages.train.loss import Loss
 from stages.train.params import TrainParams
-from stages.train.run import FrozenBase, Identity, Run
+from stages.train.run import FrozenBase, Run
 from stages.train.self_checks import GradientMonitor
-from stages.train.setup import provenance, run_inputs
 
 if TYPE_CHECKING:
     from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
@@ -79,7 +79,7 @@ def build(config: Config, family: Family, cache: LatentCache, base_digests: dict
         optimizer=accelerator.prepare_optimizer(optimizer),
         gradients=GradientSum(adapter.trainable.values(), params.gradient_accumulation_steps),
         monitor=GradientMonitor(adapter.trainable, params.max_grad_norm),
-        identity=identify(config, base, adapter, cache, batches),
+        identity=identify(config, batches, adapter, base_digests),
         parents=parents,
         work=work,
     )
@@ -169,19 +169,3 @@ def inject_adapter(config: Config, base: FrozenBase) -> tuple[Adapted, str]:
     if params.gradient_checkpointing:
         base.denoiser.enable_gradient_checkpointing()
     return adapter, line
-
-
-def identify(config: Config, base: FrozenBase, adapter: Adapted, cache: LatentCache, batches: Batches) -> Identity:
-    """What decides the run's bytes, and what adapter.json records."""
-    init_from = config.section(LoraParams).init_from
-    dropped = {"dropped caption": "zeros"} if batches.zeroed else {}  # in no component's files
-    inputs = run_inputs(
-        config.section(TrainParams),
-        config.section(ModelParams),
-        adapter.configs,
-        cache,
-        base.digests | dropped,
-        batches.device,
-        init_from.sha256 if init_from else None,
-    )
-    return Identity(inputs, provenance(config, cache, batches.items))

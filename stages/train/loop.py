@@ -19,7 +19,7 @@ from stages.train import eva, self_checks
 from stages.train.gradient_sum import require_same
 from stages.train.plan import log_plan
 from stages.train.progress import Progress
-from stages.train.setup import INPUTS, begin_run, end_run, log_start_over
+from stages.train.run_folder import INPUTS, begin_run, end_run, log_start_over
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_dag.adapters import bias
 from lora_dag.artifacts.adapter import bias_metadata
-from lora_dag.core.files import sha256_json, state_dir
 from lora_dag.core.params import ModelParams, RuntimeParams
 from lora_dag.core.tensors import save_tensors
 from stages.train import parent_processes
 from stages.train.checkpoints import Checkpoints
+from stages.train.identity import may_go_on
 from stages.train.interrupt import Interrupt
 from stages.train.params import TrainParams
 from stages.train.progress import History
-from stages.train.setup import may_go_on
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from stages.train.batches import Batch, Batches
     from stages.train.early_stop import EarlyStop
     from stages.train.gradient_sum import GradientSum
+    from stages.train.identity import Identity
     from stages.train.loss import Loss
     from stages.train.self_checks import GradientMonitor
 
@@ -62,25 +62,6 @@ class FrozenBase:
     def text_encoders(self) -> dict[str, Any]:
         """Component -> text encoder that carries an adapter."""
         return {} if self.text is None else self.family.text_encoders(self.text)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a run is known by."""
-
-    inputs: dict[str, Any]
-    """Everything that decides its bytes: a checkpoint is resumed by the run of the same inputs alone."""
-    provenance: dict[str, Any]
-    """What adapter.json says of its data, settings and packages."""
-
-    @property
-    def digest(self) -> str:
-        return sha256_json(self.inputs)
-
-    @property
-    def folder(self) -> Path:
-        """Where its checkpoints and snapshots are, in the state directory."""
-        return state_dir() / "runs" / self.digest[:16]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lora_dag.artifacts import lineage
 from lora_dag.core.params import read_yaml
 from lora_dag.pages import words
 from stages.export.params import ExportParams
-from stages.train.setup import example_caption
+from stages.train.identity import example_caption
 from tests.conftest import REPOSITORY, Workspace
 
 COMMITTED = read_yaml(REPOSITORY / "params.yaml")

@@ -20,7 +20,7 @@ from lora_dag.core import params
 from lora_dag.core.locks import last_holder
 from lora_dag.core.params import ModelParams
 from lora_dag.families import sd
-from stages.train import setup
+from stages.train import identity, run_folder
 from stages.train.build import build
 from stages.train.checkpoints import Checkpoints
 from stages.train.run import Run
@@ -132,7 +132,7 @@ def test_other_latents_or_results_are_no_resume(
 ) -> None:
     interrupt(3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "RESULTS", setup.RESULTS + 1)
+        patch.setattr(identity, "RESULTS", identity.RESULTS + 1)
         interrupt(3)
         assert "resumed from step 2" not in caplog.messages
     picture(50).save("data/raw/00.png")
@@ -149,7 +149,7 @@ def test_what_broke_off_goes_on_under_mended_code_and_what_ended_starts_over(
     argv = (*LONG, "--set", "train.lr_scheduler=constant")  # keeps its checkpoints, for a longer run to go on from
     interrupt(3, *argv)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "code_digest", lambda stage: "mended")
+        patch.setattr(run_folder, "code_digest", lambda stage: "mended")
         lines = encoded.run("train", *argv)
         assert "resumed from step 2" in lines
         assert any(line.startswith("warning: other code of train began this run, of the same RES") for line in lines)

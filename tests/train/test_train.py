@@ -54,7 +54,7 @@ def test_outputs(encoded: Workspace) -> None:
     assert metrics["train.grad_norm_max"] == pytest.approx(max(row["grad_norm"] for row in rows), rel=1e-4)
     assert lines[-1] == "next        python -m stages.validate"
     left = {path.name for path in Path(".state/runs").glob("*/*")}
-    assert left == {"inputs.json", "lock"}  # checkpoints and snapshots are gone
+    assert left == {"inputs.json", "lock", "progress.json"}  # checkpoints and snapshots are gone
 
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
