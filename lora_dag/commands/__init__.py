@@ -1,7 +1,7 @@
 """The commands of ``lora-dag``, in the order in which a person meets them.
 
 A command is one row below and one module with
-    a docstring              the text of ``lora-dag NAME --help``
+    a docstring              the text of ``lora-dag NAME --help``; its last line says how to run it
     add_arguments(parser)    its arguments; a path has ``type=as_path``, so that it is relative to the caller's folder
     main(args)               the work, in the clone's root; UserError for what a person can mend
 torch, diffusers, datasets and pandas are imported inside of functions: every ``--help`` takes less than a second.

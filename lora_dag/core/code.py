@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def code_digest(stage: str) -> str:
-    """Digest of all code that a stage may run: its folder, and lora_dag without the commands."""
-    commands = ROOT / "lora_dag/commands"
+    """Digest of all code that a stage may run: its folder, and lora_dag without the commands and their entry point."""
+    commands = (ROOT / "lora_dag/commands", ROOT / "lora_dag/__main__.py")
     files = [path for name in (f"stages/{stage}", "lora_dag") for path in files_in(ROOT / name)]
-    own = [path for path in files if not path.is_relative_to(commands)]
+    own = [path for path in files if not any(map(path.is_relative_to, commands))]
     return sha256_json({path.relative_to(ROOT).as_posix(): sha256_file(path) for path in own})
 
 

@@ -1,37 +1,23 @@
-"""Pictures of a comparison: the joined sheet, its labels, and thumbnails."""
+"""Pictures of a comparison: the joined sheet and its labels; and the list of what changed in the dataset."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-import pytest
 from PIL import Image
 
 from lora_dag.artifacts.lineage import load as load_lineage
-from lora_dag.commands.compare import sheets, sides
-from lora_dag.pages import thumbnails
 from lora_dag.pages.sheets import cut
-from tests.helpers.compared import COLOURS, Repository, change_lineage, commit, git, write_pictures, write_revision
+from tests.helpers.compared import COLOURS, Repository, change_lineage, commit, write_pictures, write_revision
 
 
-def test_dataset_changes_are_listed_with_the_thumbnails_that_are_kept(
-    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LORA_STATE_DIR", str(tmp_path / ".state"))
+def test_dataset_changes_are_listed(repository: Repository) -> None:
     write_pictures({"a": "apple", "b": "boat"})
     commit("Two pictures")
     write_pictures({"b": "blue boat", "c": "cat"})
     page = repository.run()
     assert "## Dataset\n\nFrom HEAD to workspace: 1 added, 1 removed, 1 recaptioned.\n\n**1 added**" in page
     assert "- `b.png`: `boat` → `blue boat`" in page
-    assert "dataset-workspace.png" not in page and not Path("compare/HEAD..workspace/dataset-workspace.png").exists()
-    thumbnails.save(f"{ord('a'):064x}", Image.new("RGB", (64, 64), "#ff0000"))
-    page = repository.run()
-    assert "![Thumbnails](dataset-workspace.png)\n\n## Samples" in page
-    with Image.open("compare/HEAD..workspace/dataset-workspace.png") as drawn:
-        pixels = np.asarray(drawn.convert("RGB"))
-    assert ((pixels[..., 0] > 240) & (pixels[..., 1:].max(-1) < 20)).sum() > 70 * 70
 
 
 def test_sheet_shows_both_bases_where_they_were_drawn_in_another_size(repository: Repository) -> None:
@@ -72,11 +58,3 @@ def test_sheets_without_a_common_prompt(repository: Repository) -> None:
     write_revision(rank=16, gain=0.2, prompts=["green tree"])
     assert "The sheets share no prompt." in repository.run()
     assert not list(Path("compare").glob("*/samples.png"))
-
-
-def test_names_alike_have_thumbnails_of_their_own(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    for branch in ("try/a", "try-a"):
-        git("branch", branch)
-    monkeypatch.setattr(sheets, "draw_thumbnails", lambda a, b, path: path)
-    found = sheets.draw_pictures([sides.read_side(name) for name in ("main", "try/a", "try-a")], Path())
-    assert found["dataset try/a"] != found["dataset try-a"]

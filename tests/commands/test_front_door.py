@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from lora_dag.__main__ import main as entry
 from lora_dag.commands import COMMANDS
 from lora_dag.core import clone
 from lora_dag.core.console import as_path
@@ -119,6 +122,18 @@ def test_an_unknown_command_is_one_line(installed: Path) -> None:
     done = run(REPOSITORY, installed, "explian", "HEAD")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: lora-dag explian: no such command (near: explain)\n"
+
+
+def test_the_readme_s_lines_install_the_command() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["scripts"] == {"lora-dag": f"{entry.__module__}:{entry.__name__}"}
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"<!-- ci: \w+ -->\n```sh\n(.*)\n", readme)
+    assert len(lines) == 2 and all(" pip install -q -r requirements.lock -e . " in line for line in lines)
+    found = project["tool"]["setuptools"]["packages"]["find"]
+    assert found == {
+        "include": ["lora_dag*", "stages*"]
+    }  # what `lora_dag` imports, and none of tests, base, benchmarks
 
 
 # What a shell completes

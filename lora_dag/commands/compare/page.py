@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from lora_dag.commands.compare.confounds import confounds
+from lora_dag.commands.compare.dataset_changes import Changes, compare_tables
 from lora_dag.commands.compare.settings import SEED, changed_inputs, differing, unexplained, went_in
 from lora_dag.commands.compare.sides import Side, shared_prompts
 from lora_dag.commands.compare.verdict import Verdict
@@ -16,7 +17,6 @@ from lora_dag.core.console import plural
 from lora_dag.core.files import from_json, sha256_file
 from lora_dag.evaluation.metrics import DETAILS, METRICS, arrow, find, key_of
 from lora_dag.pages import findings
-from lora_dag.pages.dataset_changes import Changes, compare_tables
 from lora_dag.pages.markdown import MINUS, code, codes, facts, image, numbered, signed, table
 
 MEASURED = {
@@ -48,7 +48,7 @@ def write_page(sides: Sequence[Side], verdicts: Sequence[Verdict], pictures: Map
         "## Metrics",
         metrics_table(sides, verdicts),
         *measured_cost(sides),
-        *dataset_section(sides, pictures, folder),
+        *dataset_section(sides),
         *samples_section(sides, pictures, folder),
     ]
     return "\n\n".join(sections) + "\n"
@@ -235,7 +235,7 @@ def measured_cost(sides: Sequence[Side]) -> list[str]:
 # Dataset
 
 
-def dataset_section(sides: Sequence[Side], pictures: Mapping[str, Path], folder: Path) -> list[str]:
+def dataset_section(sides: Sequence[Side]) -> list[str]:
     """What was done to the first one's pictures to get each of the others'; empty where nothing was."""
     first, *others = sides
     parts = []
@@ -243,8 +243,6 @@ def dataset_section(sides: Sequence[Side], pictures: Mapping[str, Path], folder:
         changes = changed_pictures(first, side)
         if changes:
             parts += [f"From {first.name} to {side.name}: {changes.summary()}.", changes.markdown()]
-            thumbnails = pictures.get(f"dataset {side.name}")
-            parts += [image("Thumbnails", thumbnails, folder)] if thumbnails else []
     return ["## Dataset", *parts] if parts else []
 
 

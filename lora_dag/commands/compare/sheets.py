@@ -1,4 +1,4 @@
-"""The pictures of a comparison: sample sheets side by side, thumbnails of what changed, sliders from one to another."""
+"""The pictures of a comparison: sample sheets side by side, and sliders from one to another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dag.commands.compare.page import changed_pictures
 from lora_dag.commands.compare.sides import SAMPLES, Side, how_to_report, shared_prompts
 from lora_dag.core.console import UserError
 from lora_dag.core.files import sha256_json
@@ -24,30 +23,15 @@ Cells = Mapping[str, tuple["Image.Image", "Image.Image"]]
 
 
 def draw_pictures(sides: Sequence[Side], folder: Path) -> dict[str, Path]:
-    """Write samples.png and, for each other dataset, dataset-NAME.png; the names of what there is, as a page asks."""
-    paths = {"samples": draw_sheet(sides, folder / "samples.png")}
-    for side in sides[1:]:
-        file = folder / f"dataset-{file_name(side.name)}.png"
-        paths[f"dataset {side.name}"] = draw_thumbnails(sides[0], side, file)
-    return {name: path for name, path in paths.items() if path}
+    """Write samples.png; the names of what there is, as a page asks."""
+    path = draw_sheet(sides, folder / "samples.png")
+    return {"samples": path} if path else {}
 
 
 def file_name(name: str) -> str:
     """The name, and a digest where it has what a file's cannot: ``try/a`` is not ``try-a``."""
     safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
     return safe if safe == name else f"{safe}-{sha256_json(name)[:6]}"
-
-
-def draw_thumbnails(a: Side, b: Side, path: Path) -> Path | None:
-    """Of pictures that changed, where prepare kept some on this machine."""
-    from lora_dag.pages import thumbnails
-    from lora_dag.pages.sheets import save_png
-
-    image = thumbnails.changes_sheet(changed_pictures(a, b))
-    if image is None:
-        return None
-    save_png(path, image, max_bytes=thumbnails.SHEET_MAX_BYTES)
-    return path
 
 
 def draw_sheet(sides: Sequence[Side], path: Path) -> Path | None:

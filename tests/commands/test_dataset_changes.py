@@ -8,7 +8,7 @@ import pytest
 
 from lora_dag.artifacts import picture_table
 from lora_dag.artifacts.picture_table import Row
-from lora_dag.pages.dataset_changes import MAX_LISTED, compare_tables
+from lora_dag.commands.compare.dataset_changes import MAX_LISTED, compare_tables
 from lora_dag.pages.markdown import code
 
 
