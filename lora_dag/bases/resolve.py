@@ -1,7 +1,7 @@
 """What ``model.pretrained`` names -> the folder that is loaded.
 
 It may name a folder in the diffusers layout; a YAML file that pins a model of the Hugging Face Hub to a commit
-(``core/hub.py``); or a folder with a checkpoint in one .safetensors file at its top (``core/single_file.py``).
+(``hub.py``); or a folder with a checkpoint in one .safetensors file at its top (``single_file.py``, ``conversion.py``).
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_dag.bases import hub, single_file
-from lora_dag.bases import layout as base_files
+from lora_dag.bases import conversion, hub, layout, single_file
 from lora_dag.core.console import UserError
-from lora_dag.families.protocol import SingleFile
 
 if TYPE_CHECKING:
     from lora_dag.bases.hub import Pin
@@ -61,18 +59,18 @@ def resolve(model: ModelParams, family: Family, make: bool = True) -> Base:
     path = Path(model.pretrained)
     if path.suffix in PINS:
         return pinned(path, model, family, make)
-    file = single_file_of(path, family)
+    file = single_file.find(path, family)
     if file is None:
-        base_files.require_base(model, family)
+        layout.require_base(model, family)
         return Base(model, model.pretrained, path.name)
-    require(single_file_problems(file, model, family))
-    folder, digest = single_file.convert(file, model, family, make)
-    inside = tuple(single_file.held(file, model, family))
+    require(single_file.problems(file, model, family))
+    folder, digest = conversion.convert(file, model, family, make)
+    inside = tuple(single_file.components_in_file(file, model, family))
     return Base(loaded_from(model, folder), model.pretrained, path.name, file=file, file_sha256=digest, inside=inside)
 
 
 @dataclass(frozen=True)
-class Preview:
+class BaseCheck:
     """What the preflight can know, which downloads and converts nothing."""
 
     problems: list[str]
@@ -82,33 +80,33 @@ class Preview:
     """A line on what is downloaded or converted before the base is first loaded."""
 
 
-def preview(model: ModelParams, family: Family) -> Preview:
+def check(model: ModelParams, family: Family) -> BaseCheck:
     path = Path(model.pretrained)
     try:
         if path.suffix not in PINS:
-            return preview_folder(path, model, family)
-        pin = chosen(path, model, family)
+            return check_folder(path, model, family)
+        pin = pin_with_files(path, model, family)
         if hub.is_fetched(pin):
-            return Preview([], pinned(path, model, family, make=False).model)
+            return BaseCheck([], pinned(path, model, family, make=False).model)
     except UserError as error:
-        return Preview(list(error.problems))
+        return BaseCheck(list(error.problems))
     parts = ", ".join(family.COMPONENTS)
     what = (
         f"{parts}{f' (variant {model.variant})' if model.variant else ''} of {pin.hub} at {pin.revision[:NUM_DIGITS]}"
     )
-    return Preview([], to_do=f"not fetched yet: `python -m stages.cache_latents` downloads {what}")
+    return BaseCheck([], to_do=f"not fetched yet: `python -m stages.cache_latents` downloads {what}")
 
 
-def preview_folder(path: Path, model: ModelParams, family: Family) -> Preview:
-    file = single_file_of(path, family)
+def check_folder(path: Path, model: ModelParams, family: Family) -> BaseCheck:
+    file = single_file.find(path, family)
     if file is None:
-        found = base_files.problems(model, family)
-        return Preview(found, None if found else model)
-    found = single_file_problems(file, model, family)
+        found = layout.problems(model, family)
+        return BaseCheck(found, None if found else model)
+    found = single_file.problems(file, model, family)
     if found:
-        return Preview(found)
-    inside, size = ", ".join(single_file.held(file, model, family)), file.stat().st_size / 1e6
-    return Preview([], model, f"{inside} of {file.name}, converted once: {size:,.0f} MB below the state directory")
+        return BaseCheck(found)
+    inside, size = ", ".join(single_file.components_in_file(file, model, family)), file.stat().st_size / 1e6
+    return BaseCheck([], model, f"{inside} of {file.name}, converted once: {size:,.0f} MB below the state directory")
 
 
 def require(problems: list[str]) -> None:
@@ -125,26 +123,26 @@ def loaded_from(model: ModelParams, folder: Path) -> ModelParams:
 
 def pinned(path: Path, model: ModelParams, family: Family, make: bool) -> Base:
     """The snapshot of a pinned commit, of which only what the family loads is fetched."""
-    pin = chosen(path, model, family)
+    pin = pin_with_files(path, model, family)
     if not hub.is_fetched(pin):
         if not make:
             raise UserError(f"{path}: not fetched yet; run `python -m stages.cache_latents`")
-        look(path, pin, model, family)
+        check_repository(path, pin, model, family)
     folder = hub.fetch(path, verify=make, pin=pin)  # else whoever asks takes digests anyway, or must be fast
-    require(base_files.problems(model, family, folder))
+    require(layout.problems(model, family, folder))
     return Base(loaded_from(model, folder), model.pretrained, pin.hub, revision=pin.revision)
 
 
-def chosen(path: Path, model: ModelParams, family: Family) -> Pin:
+def pin_with_files(path: Path, model: ModelParams, family: Family) -> Pin:
     """The pin with the files that the family loads: configs, tokenizers, and the variant's safetensors."""
     suffix = f".{model.variant}" if model.variant else ""
-    stems = sorted(base_files.WEIGHTS)
+    stems = sorted(layout.WEIGHTS)
     weights = [f"{stem}{suffix}{end}" for stem in stems for end in (".safetensors", "-0*.safetensors")]
     files = [f"{component}/{name}" for component in family.COMPONENTS for name in (*TEXTS, *weights)]
     return replace(hub.read_pin(path), files=("model_index.json", *files))
 
 
-def look(path: Path, pin: Pin, model: ModelParams, family: Family) -> None:
+def check_repository(path: Path, pin: Pin, model: ModelParams, family: Family) -> None:
     """Before gigabytes are fetched: is it a pipeline of the family, and are the weights there?
 
     Raises:
@@ -155,57 +153,17 @@ def look(path: Path, pin: Pin, model: ModelParams, family: Family) -> None:
         there = ", ".join(names[:5]) or "no files"
         raise UserError(f"{path} hub: {pin.hub} has no model_index.json, so not the diffusers layout; it has {there}")
     index = hub.fetch(path, pin=replace(pin, files=("model_index.json",)))
-    require(base_files.index_problems(model, family, index))
+    require(layout.index_problems(model, family, index))
     require([line for name in family.COMPONENTS if (line := without_weights(path, pin, name, names, model.variant))])
 
 
 def without_weights(path: Path, pin: Pin, component: str, names: list[str], variant: str | None) -> str:
     """A line, if a repository with these files has no safetensors weights of the variant for a component."""
     there = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
-    if "config.json" not in there or any(base_files.is_weight_file(name, variant) for name in there):
+    if "config.json" not in there or any(layout.is_weight_file(name, variant) for name in there):
         return ""  # schedulers and tokenizers have no weights
     others = ", ".join(name for name in there if not name.endswith((".json", ".txt"))) or "none at all"
     return (
         f"{path}: {pin.hub} has no {component} weights of model.variant '{variant or 'null'}' as safetensors; it has"
         f" {others}"
     )
-
-
-# A single file
-
-
-def single_file_of(path: Path, family: Family) -> Path | None:
-    """The checkpoint of a folder that has one.
-
-    Raises:
-        UserError: the checkpoint itself was named, or there are several.
-    """
-    if path.is_file():
-        folder = path.parent / path.stem
-        raise UserError(
-            f"params.yaml model.pretrained: '{path}' is a file; put it into a folder of its own beside the configs of"
-            f" its base, and name the folder: {single_file.how_to_get(SingleFile(), folder)}"
-        )
-    return single_file.find(path, family)
-
-
-def single_file_problems(file: Path, model: ModelParams, family: Family) -> list[str]:
-    """Of the file, and of what must stand beside it."""
-    found = single_file.problems(file, model, family)
-    if found:
-        return found
-    root = file.parent
-    if not (root / "model_index.json").exists():
-        how = single_file.how_to_get(family.SINGLE_FILE, root)
-        return [f"{file}: no model_index.json beside it; fetch the configs of its base: {how}"]
-    if base_files.index_problems(model, family, root):
-        how = single_file.how_to_get(family.SINGLE_FILE, root)
-        return [f"{root / 'model_index.json'}: of no {family.PIPELINE}, as {file.name} is; fetch its base's: {how}"]
-    lacking = single_file.nowhere(file, model, family)
-    found = [
-        f"{file}: holds no {name}, and {root / name} no weights of it for model.variant '{model.variant or 'null'}';"
-        f" fetch them: {single_file.how_to_get(family.SINGLE_FILE, root, f'{name}/*.safetensors')}"
-        for name in lacking
-    ]
-    weightless = {*single_file.held(file, model, family), *lacking}
-    return found + base_files.problems(model, family, weightless=weightless)

@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     runs = grid.plan(tree, args.params)
     model, dataset = config.section(ModelParams), config.section(DatasetParams)
     family = load_family(model.family)
-    base = resolve.preview(model, family)
+    base = resolve.check(model, family)
     found = package_problems() + base.problems + size_problems(config, base.configs)
     opened: list[str] = []
     found += dataset_problems(config, opened) + setting_problems(config) + disk_problems()

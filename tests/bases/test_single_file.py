@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from lora_dag.artifacts.lineage import load as load_lineage
+from lora_dag.bases import conversion
 from lora_dag.bases import layout as base_files
 from lora_dag.bases import resolve as bases
-from lora_dag.bases import single_file
 from lora_dag.core.console import UserError
 from lora_dag.core.files import sha256_file
 from lora_dag.core.params import FAMILIES, ModelParams
@@ -106,9 +106,9 @@ def test_configs_are_the_folder_s_own_to_the_byte(sd: Path) -> None:
 
 def test_once(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = resolve()
-    monkeypatch.setattr(single_file, "write", None)
+    monkeypatch.setattr(conversion, "write", None)
     assert resolve() == resolve(make=False) == folder
-    monkeypatch.setattr(single_file, "VERSION", 0)
+    monkeypatch.setattr(conversion, "VERSION", 0)
     with pytest.raises(UserError, match="not converted to the diffusers layout yet; run `python -m stages.cache_laten"):
         resolve(make=False)
 
@@ -160,7 +160,7 @@ def test_a_killed_conversion_is_done_again(sd: Path, monkeypatch: pytest.MonkeyP
         raise KeyboardInterrupt  # as of Ctrl-C; the signal itself is ignored in a background job
 
     with monkeypatch.context() as patch:
-        patch.setattr(single_file, "files_in", interrupted)
+        patch.setattr(conversion, "files_in", interrupted)
         with pytest.raises(KeyboardInterrupt):
             resolve()
     assert list(STATE.iterdir()) == []
@@ -180,7 +180,7 @@ def test_a_damaged_conversion_is_done_again(sd: Path) -> None:
 
 def test_of_two_at_once_one_waits(sd: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="lora-dag")
-    write, started, go_on, written = single_file.write, threading.Event(), threading.Event(), []
+    write, started, go_on, written = conversion.write, threading.Event(), threading.Event(), []
 
     def slow(folder: Path, *rest: object) -> None:
         started.set()
@@ -188,7 +188,7 @@ def test_of_two_at_once_one_waits(sd: Path, monkeypatch: pytest.MonkeyPatch, cap
         write(folder, *rest)  # type: ignore[arg-type]
         written.append(folder)
 
-    monkeypatch.setattr(single_file, "write", slow)
+    monkeypatch.setattr(conversion, "write", slow)
     threads = [threading.Thread(target=resolve) for _ in range(2)]
     threads[0].start()
     assert started.wait(60)
@@ -459,7 +459,7 @@ def test_what_the_checkpoint_says_it_predicts(sd: Path, mark: str, key: str, val
 
 def test_no_space(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(single_file.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
     assert refusal().startswith(
         "state: 0.0 GB free, dreamshaper.safetensors takes 0.0 GB once more in the diffusers layo"
     )
