@@ -3,7 +3,7 @@
 <state>/store/<kind>/<2 hex>/<key>.safetensors   kind: ``latents``, ``masks`` or ``text``; cache_latents/keys.py says
                                                  what keys are made of, its metadata what made an entry
 <state>/store/last.json, proven.json             what cache_latents wrote down; neither decides a result
-<state>/store/inspected-*.sqlite                what prepare remembers of pictures
+<state>/store/inspected-*.sqlite                 of prepare
 """
 
 from __future__ import annotations

@@ -1,23 +1,86 @@
-"""Pictures of a comparison: the joined sheet and its labels; and the list of what changed in the dataset."""
+"""Pictures of a comparison: the joined sheet, its labels, and thumbnails."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 from PIL import Image
+from ruamel.yaml import YAML
 
+from lora_dag.artifacts import picture_table
 from lora_dag.artifacts.lineage import load as load_lineage
+from lora_dag.commands.compare import sheets, sides
+from lora_dag.core.files import sha256_file, write_text
 from lora_dag.pages.sheets import cut
-from tests.helpers.compared import COLOURS, Repository, change_lineage, commit, write_pictures, write_revision
+from tests.helpers.compared import (
+    COLOURS,
+    PICTURE_TABLE,
+    Repository,
+    change_lineage,
+    commit,
+    git,
+    write_pictures,
+    write_revision,
+)
 
 
-def test_dataset_changes_are_listed(repository: Repository) -> None:
+def write_squares(colours: dict[str, str], captions: dict[str, str]) -> None:
+    """data/raw of squares, and its pictures.csv."""
+    shutil.rmtree("data/raw", ignore_errors=True)
+    Path("data/raw").mkdir(parents=True)
+    rows = []
+    for name, colour in colours.items():
+        Image.new("RGB", (64, 64), colour).save(f"data/raw/{name}.png")
+        sha256 = sha256_file(Path(f"data/raw/{name}.png"))
+        rows.append({"file_name": f"{name}.png", "split": "train", "captions": captions[name], "sha256": sha256})
+    picture_table.save(PICTURE_TABLE, rows)
+
+
+def dvc(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True)
+
+
+def num_pixels(path: Path, channel: int) -> int:
+    """Pixels that are nearly pure red (0), green (1) or blue (2)."""
+    with Image.open(path) as drawn:
+        pixels = np.asarray(drawn.convert("RGB")).astype(int)
+    others = np.delete(pixels, channel, axis=-1)
+    return int(((pixels[..., channel] > 240) & (others.max(-1) < 20)).sum())
+
+
+def test_changes_of_the_dataset_are_listed_with_the_images_that_are_here(repository: Repository) -> None:
+    """Removed ones from DVC's cache, by the commit's dvc.lock."""
+    write_text(Path("params.yaml"), "lora:\n  rank: 8\ndataset:\n  source: data/raw\n")
+    dvc("init", "--quiet")
+    write_squares({"a": "#ff0000", "b": "#00ff00"}, {"a": "apple", "b": "boat"})
+    dvc("add", "--quiet", "data/raw")
+    digest = YAML(typ="safe").load(Path("data/raw.dvc"))["outs"][0]["md5"]
+    lock = {"schema": "2.0", "stages": {"prepare": {"cmd": "x", "deps": [{"path": "data/raw", "md5": digest}]}}}
+    Path("dvc.lock").write_text(json.dumps(lock))
+    commit("Two pictures")
+    write_squares({"b": "#00ff00", "c": "#0000ff"}, {"b": "blue boat", "c": "cat"})
+    page = repository.run()
+    assert "## Dataset\n\nFrom HEAD to workspace: 1 added, 1 removed, 1 recaptioned.\n\n**1 added**" in page
+    assert "- `b.png`: `boat` → `blue boat`" in page and "![Thumbnails](dataset-workspace.png)\n\n## Samples" in page
+    sheet = Path("compare/HEAD..workspace/dataset-workspace.png")
+    assert all(num_pixels(sheet, channel) > 60 * 60 for channel in range(3))
+    shutil.rmtree(".dvc/cache")
+    repository.run()
+    assert [num_pixels(sheet, channel) > 60 * 60 for channel in range(3)] == [False, True, True]
+
+
+def test_no_sheet_where_no_image_is_here(repository: Repository) -> None:
     write_pictures({"a": "apple", "b": "boat"})
     commit("Two pictures")
     write_pictures({"b": "blue boat", "c": "cat"})
-    page = repository.run()
-    assert "## Dataset\n\nFrom HEAD to workspace: 1 added, 1 removed, 1 recaptioned.\n\n**1 added**" in page
-    assert "- `b.png`: `boat` → `blue boat`" in page
+    assert "dataset-workspace.png" not in repository.run()
+    assert not Path("compare/HEAD..workspace/dataset-workspace.png").exists()
 
 
 def test_sheet_shows_both_bases_where_they_were_drawn_in_another_size(repository: Repository) -> None:
@@ -58,3 +121,11 @@ def test_sheets_without_a_common_prompt(repository: Repository) -> None:
     write_revision(rank=16, gain=0.2, prompts=["green tree"])
     assert "The sheets share no prompt." in repository.run()
     assert not list(Path("compare").glob("*/samples.png"))
+
+
+def test_names_alike_have_thumbnails_of_their_own(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    for branch in ("try/a", "try-a"):
+        git("branch", branch)
+    monkeypatch.setattr(sheets, "draw_thumbnails", lambda a, b, path: path)
+    found = sheets.draw_pictures([sides.read_side(name) for name in ("main", "try/a", "try-a")], Path())
+    assert found["dataset try/a"] != found["dataset try-a"]

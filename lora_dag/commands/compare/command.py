@@ -1,7 +1,8 @@
 """Revisions side by side: what was set differently, what came of it, and whether the held-out pictures can tell.
 
 In: params.yaml and reports/ of two or more revisions (commit, branch, tag, DVC experiment, or the workspace).
-Out: compare/A..B/compare.md and compare.html, samples.png; the page on the terminal.
+Out: compare/A..B/compare.md and compare.html, samples.png and, where datasets differ, dataset-B.png with the images
+that changed; the page on the terminal.
 Run: `lora-dag compare [A] [B ...]`, such as `lora-dag compare main brave-owl`
 """
 

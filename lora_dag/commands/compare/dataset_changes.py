@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
+from lora_dag.commands.compare.sides import Side
 from lora_dag.pages.markdown import code, codes
 
 Row = Mapping[str, str]
@@ -68,6 +69,11 @@ class Changes:
             bullets("taken back", map(name_and_caption, self.taken_back)),
         ]
         return "\n\n".join(part for part in parts if part)
+
+
+def changes_between(a: Side, b: Side) -> Changes:
+    """None where a revision has no table of its pictures."""
+    return Changes() if a.pictures is None or b.pictures is None else compare_tables(a.pictures, b.pictures)
 
 
 def compare_tables(old: Iterable[Row], new: Iterable[Row]) -> Changes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from lora_dag.commands.compare.confounds import confounds
-from lora_dag.commands.compare.dataset_changes import Changes, compare_tables
+from lora_dag.commands.compare.dataset_changes import changes_between
 from lora_dag.commands.compare.settings import SEED, changed_inputs, differing, unexplained, went_in
 from lora_dag.commands.compare.sides import Side, shared_prompts
 from lora_dag.commands.compare.verdict import Verdict
@@ -48,7 +48,7 @@ def write_page(sides: Sequence[Side], verdicts: Sequence[Verdict], pictures: Map
         "## Metrics",
         metrics_table(sides, verdicts),
         *measured_cost(sides),
-        *dataset_section(sides),
+        *dataset_section(sides, pictures, folder),
         *samples_section(sides, pictures, folder),
     ]
     return "\n\n".join(sections) + "\n"
@@ -235,20 +235,17 @@ def measured_cost(sides: Sequence[Side]) -> list[str]:
 # Dataset
 
 
-def dataset_section(sides: Sequence[Side]) -> list[str]:
+def dataset_section(sides: Sequence[Side], pictures: Mapping[str, Path], folder: Path) -> list[str]:
     """What was done to the first one's pictures to get each of the others'; empty where nothing was."""
     first, *others = sides
     parts = []
     for side in others:
-        changes = changed_pictures(first, side)
+        changes = changes_between(first, side)
         if changes:
             parts += [f"From {first.name} to {side.name}: {changes.summary()}.", changes.markdown()]
+            thumbnails = pictures.get(f"dataset {side.name}")
+            parts += [image("Thumbnails", thumbnails, folder)] if thumbnails else []
     return ["## Dataset", *parts] if parts else []
-
-
-def changed_pictures(a: Side, b: Side) -> Changes:
-    """None where a revision has no table of its pictures."""
-    return Changes() if a.pictures is None or b.pictures is None else compare_tables(a.pictures, b.pictures)
 
 
 def samples_section(sides: Sequence[Side], pictures: Mapping[str, Path], folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: sample sheets side by side, and sliders from one to another."""
+"""The pictures of a comparison: sample sheets side by side, thumbnails of what changed, sliders from one to another."""
 
 from __future__ import annotations
 
@@ -23,15 +23,30 @@ Cells = Mapping[str, tuple["Image.Image", "Image.Image"]]
 
 
 def draw_pictures(sides: Sequence[Side], folder: Path) -> dict[str, Path]:
-    """Write samples.png; the names of what there is, as a page asks."""
-    path = draw_sheet(sides, folder / "samples.png")
-    return {"samples": path} if path else {}
+    """Write samples.png and, for each other dataset, dataset-NAME.png; the names of what there is, as a page asks."""
+    paths = {"samples": draw_sheet(sides, folder / "samples.png")}
+    for side in sides[1:]:
+        file = folder / f"dataset-{file_name(side.name)}.png"
+        paths[f"dataset {side.name}"] = draw_thumbnails(sides[0], side, file)
+    return {name: path for name, path in paths.items() if path}
 
 
 def file_name(name: str) -> str:
     """The name, and a digest where it has what a file's cannot: ``try/a`` is not ``try-a``."""
     safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
     return safe if safe == name else f"{safe}-{sha256_json(name)[:6]}"
+
+
+def draw_thumbnails(a: Side, b: Side, path: Path) -> Path | None:
+    """Of images that changed, where this machine has some."""
+    from lora_dag.commands.compare import changed_images
+    from lora_dag.pages.sheets import save_png
+
+    image = changed_images.changes_sheet(a, b)
+    if image is None:
+        return None
+    save_png(path, image, max_bytes=changed_images.MAX_BYTES)
+    return path
 
 
 def draw_sheet(sides: Sequence[Side], path: Path) -> Path | None:
