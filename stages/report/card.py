@@ -31,6 +31,8 @@ fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-communi
 lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by
 ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
 """
+WITHOUT_WEIGHTS = (".json", ".txt", ".model")
+"""Endings of a pipeline's other files: configs, and the vocabularies of tokenizers."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def dataset_facts(inputs: Inputs) -> Mapping[str, object]:
 def files(inputs: Inputs) -> str:
     """Weights and their digests; what they were made from."""
     made = inputs.made
-    weights = {name: file for name, file in made["files"].items() if name.endswith(".safetensors")}
+    weights = {name: file for name, file in made["files"].items() if not name.endswith(WITHOUT_WEIGHTS)}
     rows = [(f"`{name}`", size(file["bytes"]), sha(file["sha256"])) for name, file in weights.items()]
     base = {f"Base: {name}": sha(digest) for name, digest in sorted(made["base"].items())}
     known = {"Adapter as trained": sha(made["adapter"])} | base

@@ -87,11 +87,14 @@ def test_a_new_file_is_exported_checked_refused_and_described(workspace: Workspa
     assert "torch_file cannot hold this adapter: it has no place for biases; use comfyui, diffusers" in refused.stderr
 
     write_reports(Path("reports"))
-    save_lineage(Path("reports/export/lineage.json"), MADE | {"export": MADE["export"] | {"formats": ["torch_file"]}})
+    files = {"torch_file/adapter.pt": {"bytes": 2000, "sha256": "a" * 64}, "torch_file/config.json": {"bytes": 1}}
+    made = MADE | {"export": MADE["export"] | {"formats": ["torch_file"]}, "files": files}
+    save_lineage(Path("reports/export/lineage.json"), made)
     done = run(code, "-m", "stages.report")
     assert done.returncode == 0, done.stderr
     card = Path("reports/model_card.md").read_text(encoding="utf-8")
     assert "With torch: `torch.load('data/export/torch_file/adapter.pt')`" in card
+    assert f"| `torch_file/adapter.pt` | 0.002 MB | `{'a' * 16}` |" in card and "config.json" not in card
     assert "- A file of torch holds no record of its base." in card
 
 
