@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_dag.core.console import UserError
-from lora_dag.diffusion.objectives import Epsilon, HasSnr, masked_mean
+from lora_dag.diffusion.objectives import Epsilon, HasSnr, masked_mean, prediction_type
 
 if TYPE_CHECKING:
     from lora_dag.diffusion.objectives import Objective
@@ -94,14 +94,12 @@ def require_snr(objective: Objective, params: TrainParams) -> None:
     """Raises UserError for a setting that needs a signal-to-noise ratio which the objective does not have."""
     found = []
     noise_scheduler = objective.noise_scheduler
-    name = type(noise_scheduler).__name__
     if not isinstance(objective, HasSnr):
+        why = f"needs a signal-to-noise ratio, which {prediction_type(noise_scheduler)} does not have"
         if params.loss_weighting != "uniform":
-            line = f"{params.loss_weighting} weighs diffusion losses, and the base's {name} is flow matching"
-            found.append(f"params.yaml train.loss_weighting: {line}; use uniform")
+            found.append(f"params.yaml train.loss_weighting: {params.loss_weighting} {why}; use uniform")
         if params.huber_schedule == "snr":
-            line = f"snr is of diffusion, and the base's {name} is flow matching"
-            found.append(f"params.yaml train.huber_schedule: {line}; use exponential or constant")
+            found.append(f"params.yaml train.huber_schedule: snr {why}; use exponential or constant")
     elif params.loss_weighting == "debiased" and isinstance(objective, Epsilon):
         last = torch.tensor([noise_scheduler.config.num_train_timesteps - 1])
         if not objective.snr(last).all():

@@ -123,8 +123,8 @@ def test_min_snr_is_refused(workspace: Workspace, bases: dict[str, Path]) -> Non
         with pytest.raises(UserError) as error:
             workspace.run(stage, *overrides, *weighting)
         assert error.value.problems == (
-            "params.yaml train.loss_weighting: min_snr weighs diffusion losses, and the base's "
-            "FlowMatchEulerDiscreteScheduler is flow matching; use uniform",
+            "params.yaml train.loss_weighting: min_snr needs a signal-to-noise ratio, which flow_prediction "
+            "does not have; use uniform",
         )
 
 

@@ -93,10 +93,10 @@ def test_what_has_no_signal_to_noise_ratio_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         require_snr(FlowMatching(flow), asked)
     assert caught.value.problems == (
-        "params.yaml train.loss_weighting: p2 weighs diffusion losses, and the base's FlowMatchEulerDiscreteScheduler "
-        "is flow matching; use uniform",
-        "params.yaml train.huber_schedule: snr is of diffusion, and the base's FlowMatchEulerDiscreteScheduler is flow "
-        "matching; use exponential or constant",
+        "params.yaml train.loss_weighting: p2 needs a signal-to-noise ratio, which flow_prediction does not have; "
+        "use uniform",
+        "params.yaml train.huber_schedule: snr needs a signal-to-noise ratio, which flow_prediction does not have; "
+        "use exponential or constant",
     )
     with pytest.raises(UserError, match="grows without bound at zero terminal SNR with epsilon; use soft_min_snr"):
         require_snr(Epsilon(zero_snr("epsilon")), train_params("loss_weighting=debiased"))
