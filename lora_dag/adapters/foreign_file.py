@@ -1,14 +1,17 @@
 """A LoRA file of another program or an earlier run -> its layers by the denoiser's own names, with their strength.
 
 Read are our adapter.safetensors (with adapter.json), diffusers' and PEFT's files, and kohya's or ComfyUI's keys. Layers
-of the original checkpoint are taken apart into the denoiser's, by lora_dag/adapters/original_layout.py.
+of the original checkpoint are taken apart into the denoiser's, by lora_dag/adapters/original_layout.py. A key that has
+no place is refused, so that every tensor of a file counts.
+
+load_lora_weights of diffusers 0.42 is not used here: it leaves out a part of most such files without a word.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +89,8 @@ class AdapterFile:
     """Digest per component of the base that it was trained on, where one of our files says so."""
     says_alpha: bool = True
     """False where nothing names an alpha: the strength is taken as 1."""
+    num_tensors: int = 0
+    """How many the file has; all of them are in the layers and biases, or the file was refused."""
 
 
 def read(file: Path, denoiser: Any) -> AdapterFile:
@@ -125,7 +130,7 @@ def read(file: Path, denoiser: Any) -> AdapterFile:
         if "dora_scale" in named[name]:  # of ours, in the original checkpoint's order of rows
             named[name] = named[name] | {"dora_scale": swap_halves(named[name]["dora_scale"])}
     says_alpha = bool(config or record) or any("alpha" in group for group in groups.values())
-    return assembled(named, config, says_alpha, base)
+    return replace(assembled(named, config, base), says_alpha=says_alpha, num_tensors=len(tensors))
 
 
 def mapping(value: Any, file: Path, what: str) -> dict[str, Any]:
@@ -282,7 +287,7 @@ def taken_apart(group: Tensors, layers: list[Part], module: str, denoiser: Any, 
     return found
 
 
-def assembled(named: dict[str, Tensors], config: dict[str, Any], says_alpha: bool, base: dict[str, str]) -> AdapterFile:
+def assembled(named: dict[str, Tensors], config: dict[str, Any], base: dict[str, str]) -> AdapterFile:
     """The groups as layers and biases, each with the strength that the file or its config says."""
     layers, biases = {}, {}
     for name, group in named.items():
@@ -299,7 +304,7 @@ def assembled(named: dict[str, Tensors], config: dict[str, Any], says_alpha: boo
                 biases[name] = group["bias_of_b"] * scaling
         if "delta" in group:
             biases[name] = group["delta"]
-    return AdapterFile(layers, biases, base, says_alpha)
+    return AdapterFile(layers, biases, base)
 
 
 def strength(config: dict[str, Any], name: str, group: Tensors) -> float:

@@ -74,7 +74,8 @@ def summary(params: LoraParams, file: AdapterFile, base: dict[str, str], factors
         log.warning("warning: lora.init_from: '%s' was trained on another %s than model.pretrained holds", path, names)
     changed = sorted({f"{factor:.4g}" for factor in factors.values() if not math.isclose(factor, 1)}, key=float)
     rescaled = f"; B times {' and '.join(changed[:4])}, for the strength that lora.alpha gives" if changed else ""
-    return f"{path} ({str(params.init_from.sha256)[:12]}), at its own strength{rescaled}"
+    count = f"{plural(len(file.layers), 'layer')} from all {plural(file.num_tensors, 'tensor')}"
+    return f"{path} ({str(params.init_from.sha256)[:12]}), {count}, at its own strength{rescaled}"
 
 
 def magnitude(layer: Layer, target: Any) -> torch.Tensor:

@@ -107,7 +107,8 @@ def test_another_alpha_is_rescaled_into_b(workspace: Workspace) -> None:
         denoiser, plan = fill(FILES["comfyui"], alpha=alpha)
         torch.testing.assert_close(predict(denoiser), expected, atol=1e-5, rtol=1e-5)
         assert plan.endswith(f"at its own strength; B times {factor}, for the strength that lora.alpha gives")
-    assert fill(FILES["comfyui"])[1].endswith("), at its own strength")
+    assert fill(FILES["comfyui"])[1].endswith("), 32 layers from all 96 tensors, at its own strength")  # with alphas
+    assert fill(FILES["ours"])[1].endswith("), 32 layers from all 64 tensors, at its own strength")
 
 
 def test_a_snapshot_and_a_file_alone(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
@@ -614,7 +615,7 @@ def test_train_starts_there_and_goes_on_after_a_kill_with_the_same_bytes(workspa
 
     lines = workspace.run("train", *pinned(path))
     digest = init_from_pin.digest(Path(path))
-    assert f"start       {path} ({digest[:12]}), at its own strength" in lines
+    assert f"start       {path} ({digest[:12]}), 32 layers from all 64 tensors, at its own strength" in lines
     whole = workspace.tree("data/adapter")
     assert whole[FINAL] != fresh[FINAL]
     assert read_json(Path("data/adapter/adapter.json"))["made_from"]["lora"]["init_from"] == {"sha256": digest}
