@@ -255,7 +255,7 @@ def test_a_tampered_pull_request_is_red_and_says_which_files_and_why(clone: Clon
         "params.yaml lora.rank: 16, and dvc.lock has 4 (train): changed without a new dvc.lock",
         "reports/metrics.json: not what stage validate wrote",
         "reports/loss.png: not what stage report wrote",
-        "stages/train/loop.py: changed since train ran, without a new dvc.lock",
+        "stages/train: changed since train ran, without a new dvc.lock",
     ):
         assert f"error: {start}" in runner.stderr
         assert f"- `` {start}" in runner.page()  # the line quotes a command, so its own marks are longer
