@@ -105,7 +105,9 @@ def make_parser(name: str | None = None) -> argparse.ArgumentParser:
 def listing() -> str:
     """Every command with its line, in groups."""
     lines = [
-        "Commands around the six stages, which `dvc repro` and `snakemake` run. `lora-dag COMMAND --help` says more."
+        "Commands around the six stages, which `dvc repro` and `snakemake` run. `lora-dag COMMAND --help` says more.",
+        "They act on the clone that the current folder belongs to. Paths on the command line are relative to the",
+        "current folder, paths in params.yaml and `--set` to the root of the clone.",
     ]
     for group, rows in GROUPS.items():
         lines += ["", f"{group}:", *(f"  {name:<12} {command.help}" for name, command in rows.items())]
