@@ -89,7 +89,7 @@ def read(file: Path) -> dict[str, Any]:
     if any(mark in name for mark in BY_TRAIN for name in tensors):
         return {"adapter": sha256_file(file)}
     raise UserError(
-        f"{file}: no header of ours (lora_dag); diffusers, peft and comfyui files have one, merged has none"
+        f"{file}: has no header of this project (lora_dag), which exports of an adapter have and merged ones do not"
     )
 
 

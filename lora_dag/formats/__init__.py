@@ -1,8 +1,8 @@
 """The file formats that an adapter is exported in: one module each, named as ``export.formats`` names it.
 
-To add a format, add one file here that offers the names of ``Format``. The params class, the export stage with its
-parity check, the Snakefile, the model card, the tables of the report and the upload ask that file for the rest.
-Importing a format loads no torch: `lora-dag --help`, the Snakefile and the report read its constants.
+To add a format, add one file that defines everything in ``Format`` below. The params class, the export stage and its
+parity check, the Snakefile, the model card, the tables of the report and `lora-dag push` read this folder.
+Importing a format must not import torch: the Snakefile and the report read its constants.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from lora_dag.families.protocol import Family
 
 FORMATS = tuple(module.name for module in pkgutil.iter_modules(__path__))
-"""Their names, read from this folder."""
+"""Names of the formats: the modules in this folder."""
 
 
 class Format(Protocol):
-    """The names that ``lora_dag/formats/NAME.py`` offers; the module itself is the object."""
+    """What ``lora_dag/formats/NAME.py`` defines; the module itself is the object."""
 
     FILE: str
     """Main file below the format's folder; ``{name}`` in it is ``export.name``."""

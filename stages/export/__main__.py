@@ -1,6 +1,6 @@
 """Adapter -> files that other programs load, each loaded back by an independent reader and compared by output.
 
-In: data/adapter, the base.  Out: data/export/{diffusers,peft,comfyui,merged,resized}, reports/export.
+In: data/adapter, the base.  Out: data/export/FORMAT, data/export/resized, reports/export.
 Run: ``python -m stages.export [--set 'export.formats=[comfyui, merged]']``
 """
 

@@ -68,7 +68,7 @@ def test_changed_tensors_are_noticed(exported: Workspace) -> None:
 
 def test_files_of_others_are_refused(exported: Workspace) -> None:
     save_tensors(Path("other.safetensors"), {"x": next(iter(load_tensors(FILES[0]).values()))})
-    assert "no header of ours" in differences(exported, Path("other.safetensors"))[0]
+    assert "has no header of this project (lora_dag)" in differences(exported, Path("other.safetensors"))[0]
     Path("broken.safetensors").write_bytes(b"\0" * 100)
     assert "damaged, or no safetensors file" in differences(exported, Path("broken.safetensors"))[0]
     assert differences(exported, Path("none")) == ("none: no such file",)
