@@ -21,7 +21,8 @@ from ruamel.yaml.events import AliasEvent
 
 from lora_dag.core.console import REMEDIES, UserError, log, plural
 from lora_dag.core.files import from_json, sha256_file, sha256_json, state_dir, write_json
-from lora_dag.core.params import read_yaml, unknown
+from lora_dag.core.param_errors import unknown
+from lora_dag.core.params import read_yaml
 
 Kind = Literal["dataset", "model"]
 KEYS = ("hub", "revision")

@@ -6,25 +6,23 @@ stands beside the stage; SECTIONS names them all, so that a typo in any section 
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import itertools
 import json
 import os
 import re
 import sys
-import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from lora_dag.core.console import UserError
+from lora_dag.core.param_errors import explain, unknown
+from lora_dag.core.param_kinds import only_text, takes_null
 
 if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
+    pass
 
 # Modules are named, not imported: a stage's code must not depend on another stage's.
 SECTIONS = {
@@ -268,156 +266,8 @@ def quoted(text: str) -> str:
     return re.sub(r'([\\"$`])', r"\\\1", as_yaml)
 
 
-def explain(path: Path, section: str, cls: type[Params], error: ValidationError) -> list[str]:
-    """A validation error in the project's words: file, dotted key, value, what is accepted."""
-    lines = []
-    for _, alternatives in itertools.groupby(error.errors(), lambda detail: union(cls, detail["loc"])):
-        details = decisive(list(alternatives))
-        detail = details[0]
-        key = ".".join([section, *place(cls, detail["loc"])])
-        inner = innermost(cls, detail["loc"])
-        if detail["type"] == "extra_forbidden":
-            lines.append(unknown(str(path), key, inner.model_fields))
-        elif detail["type"] == "missing":
-            lines.append(f"{path} {key}: missing; {describe(inner, str(detail['loc'][-1]))}")
-        elif detail["type"] == "model_type":
-            example = ", ".join(f"{name}: ..." for name, field in inner.model_fields.items() if field.is_required())
-            lines.append(f"{path} {key}: got {detail['input']!r}; expected {{{example}}}")
-        elif detail["type"] == "value_error":
-            lines.append(f"{path} {key}: {detail['msg'].removeprefix('Value error, ')}")
-        else:
-            accepted = [detail["msg"], *(other["msg"].removeprefix("Input should be ") for other in details[1:])]
-            text = " or ".join(accepted)
-            hint = nearest(details) or unquoted(detail)
-            lines.append(f"{path} {key}: got {detail['input']!r}; {text[0].lower() + text[1:]}{hint}")
-    return lines
-
-
-def decisive(alternatives: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Of what the members of a union say: that of the one whose type the value has, else all of it."""
-    deepest = max(len(detail["loc"]) for detail in alternatives)
-    meant = [detail for detail in alternatives if len(detail["loc"]) == deepest]
-    of_its_type = [d for d in meant if not d["type"].endswith("_type") and d["type"] != "literal_error"]
-    return of_its_type[:1] or meant
-
-
-def nearest(details: list[ErrorDetails]) -> str:
-    """`` (near: cosine)`` for a choice that was misspelled."""
-    choices = [name for d in details if d["type"] == "literal_error" for name in re.findall("'(.*?)'", d["msg"])]
-    near = difflib.get_close_matches(str(details[0]["input"]), choices, n=2)
-    return f" (near: {', '.join(near)})" if near else ""
-
-
-def unquoted(detail: ErrorDetails) -> str:
-    """What YAML made of a text without quotes."""
-    signs = {type(None): "'#' begins a comment", dict: "': ' makes a mapping"}
-    sign = signs.get(type(detail["input"])) if detail["type"] == "string_type" else None
-    return f"; {sign} in YAML, so put the text in quotes" if sign else ""
-
-
-def place(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Names and indices of a location, without the tags by which pydantic tells the members of a union apart."""
-    found: list[str] = []
-    parts = iter(location)
-    for part in parts:
-        found.append(str(part))
-        field = cls.model_fields.get(str(part))
-        if field and is_union(field.annotation):
-            next(parts, None)
-        cls = innermost(cls, (part,))
-    return found
-
-
-def union(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A location up to the first union, whose members each have their say; the whole location where there is none."""
-    for depth, part in enumerate(location, start=1):
-        field = cls.model_fields.get(str(part))
-        if field and is_union(field.annotation):
-            return location[:depth]
-        cls = innermost(cls, (part,))
-    return location
-
-
 def kind_of(key: str) -> Any:
     """Annotation of ``section.key``; Any where there is no such setting, which is refused later."""
     section, _, name = key.partition(".")
     field = params_class(section).model_fields.get(name) if section in SECTIONS else None
     return field.annotation if field else Any
-
-
-def members(kind: Any) -> list[Any]:
-    """The types of a union, or the one type; without what Annotated adds."""
-    if get_origin(kind) is Annotated:
-        return members(get_args(kind)[0])
-    if get_origin(kind) in (Union, types.UnionType):
-        return [each for member in get_args(kind) for each in members(member)]
-    return [kind]
-
-
-def inside(kind: Any, key: str | None = None) -> Any:
-    """Type of a list's items; with ``key``, of a mapping's values or of a params class's field."""
-    for member in members(kind):
-        if key is None and get_origin(member) is list:
-            return get_args(member)[0]
-        if key is not None and get_origin(member) is dict:
-            return get_args(member)[1]
-        if key is not None and isinstance(member, type) and issubclass(member, BaseModel):
-            field = member.model_fields.get(key)
-            return field.annotation if field else Any
-    return Any
-
-
-def is_text(kind: Any) -> bool:
-    """Whether every scalar of it but null is text: a free one, or a choice of names."""
-    scalars = [m for m in members(kind) if get_origin(m) not in (list, dict) and m is not type(None)]
-    choices = [name for m in scalars if get_origin(m) is Literal for name in get_args(m)]
-    return (
-        bool(scalars)
-        and all(m is str or get_origin(m) is Literal for m in scalars)
-        and all(isinstance(name, str) for name in choices)
-    )
-
-
-def only_text(kind: Any) -> bool:
-    """Free text, or null."""
-    return set(members(kind)) <= {str, type(None)}
-
-
-def takes_null(kind: Any) -> bool:
-    return type(None) in members(kind)
-
-
-def is_union(annotation: Any) -> bool:
-    """Of several types; one type or null is none."""
-    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
-    return len([member for member in members if member is not type(None)]) > 1
-
-
-def innermost(cls: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The class that a location such as ``("subsets", 0, "path")`` leads into."""
-    for part in location:
-        field = cls.model_fields.get(str(part))
-        cls = next(models(field.annotation), cls) if field else cls
-    return cls
-
-
-def models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The params classes inside an annotation such as ``list[Subset] | None``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from models(argument)
-
-
-def describe(cls: type[BaseModel], field: str) -> str:
-    kind = cls.model_fields[field].annotation if field in cls.model_fields else None
-    choices = f"one of {json.dumps(get_args(kind))}" if get_origin(kind) is Literal else ""  # of an alias such as Dtype
-    annotation = choices or str(cls.__annotations__.get(field, "")).replace("Literal", "one of ")
-    return f"expected {annotation}" if annotation else "add it"
-
-
-def unknown(where: str, key: str, known: Any) -> str:
-    """``params.yaml lora.rnak: unknown key (near: rank)``"""
-    near = difflib.get_close_matches(key.rpartition(".")[2], list(known), n=2)
-    hint = f"near: {', '.join(near)}" if near else f"known: {', '.join(known)}"
-    return f"{where} {key}: unknown key ({hint})"

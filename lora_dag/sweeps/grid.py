@@ -24,19 +24,9 @@ from ruamel.yaml import YAML, YAMLError
 
 from lora_dag.core.console import UserError, plural
 from lora_dag.core.files import from_json
-from lora_dag.core.params import (
-    SECTIONS,
-    Config,
-    Params,
-    check,
-    check_section,
-    inside,
-    is_text,
-    kind_of,
-    params_class,
-    takes_null,
-    unknown,
-)
+from lora_dag.core.param_errors import unknown
+from lora_dag.core.param_kinds import inside, is_text, takes_null
+from lora_dag.core.params import SECTIONS, Config, Params, check, check_section, kind_of, params_class
 from lora_dag.core.took import duration
 from lora_dag.pipeline.yaml_edit import flow
 

@@ -21,6 +21,7 @@ from lora_dag.commands.gate.page import Place, write_page, write_unread
 from lora_dag.core import params
 from lora_dag.core.console import UserError, as_path, log, plural
 from lora_dag.core.files import write_text
+from lora_dag.core.param_errors import explain
 from lora_dag.pipeline import sharing
 from lora_dag.pipeline.git import git
 from stages.report.params import Gates
@@ -95,7 +96,7 @@ def gates() -> Gates:
     try:
         return Gates.model_validate(report.get("gates") if isinstance(report, dict) else None)
     except ValidationError as error:
-        raise UserError(*params.explain(path, "report.gates", Gates, error)) from None
+        raise UserError(*explain(path, "report.gates", Gates, error)) from None
 
 
 def require_free(out: Path) -> None:
