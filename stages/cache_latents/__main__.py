@@ -20,11 +20,14 @@ from lora_dag.core.files import read_json
 from lora_dag.core.locks import writing
 from lora_dag.families.long_texts import warn_of_long
 from stages.cache_latents import last_run
+from stages.cache_latents.captions import CaptionEncoder
 from stages.cache_latents.context import Context, make_context
 from stages.cache_latents.encoding import Tensors
-from stages.cache_latents.entries import Captions, Masks, Views, complete, repair
 from stages.cache_latents.environments import Origins
+from stages.cache_latents.filling import Entries, complete, repair
 from stages.cache_latents.keys import content
+from stages.cache_latents.latents import LatentEncoder
+from stages.cache_latents.masks import MaskBuilder
 
 
 def main() -> None:
@@ -35,9 +38,9 @@ def main() -> None:
     log_device(context.device, context.model)
     facts = caption_facts(context)
     with writing(args.latents), context.store.in_use():
-        masks = Masks(context)  # first: one that hides everything is found before anything is encoded
+        masks = MaskBuilder(context)  # first: one that hides everything is found before anything is encoded
         masks.fill([key for key in masks.jobs if not context.store.has(masks.kind, key)])
-        views, captions = complete(Views, context), complete(Captions, context)
+        views, captions = complete(LatentEncoder, context), complete(CaptionEncoder, context)
         origins = assemble(args.latents, views, captions, masks)
         last_run.remember(views, captions)
     metrics.save(args.latents_reports / "metrics.json", facts | entry_facts(views, captions, masks))
@@ -66,7 +69,7 @@ def caption_facts(context: Context) -> dict[str, metrics.Value]:
     }
 
 
-def entry_facts(views: Views, captions: Captions, masks: Masks) -> dict[str, metrics.Value]:
+def entry_facts(views: LatentEncoder, captions: CaptionEncoder, masks: MaskBuilder) -> dict[str, metrics.Value]:
     """Of what data/latents is put together. Where memory was short, the settings are not those of params.yaml, and git
     shows why two machines got other bytes.
     """
@@ -79,7 +82,7 @@ def entry_facts(views: Views, captions: Captions, masks: Masks) -> dict[str, met
     }
 
 
-def cached_items(views: Views, masks: Masks) -> list[CachedItem]:
+def cached_items(views: LatentEncoder, masks: MaskBuilder) -> list[CachedItem]:
     """The rows of data/latents, sorted by file name."""
     context = views.context
     return [
@@ -99,7 +102,7 @@ def cached_items(views: Views, masks: Masks) -> list[CachedItem]:
     ]
 
 
-def assemble(folder: Path, views: Views, captions: Captions, masks: Masks) -> Origins:
+def assemble(folder: Path, views: LatentEncoder, captions: CaptionEncoder, masks: MaskBuilder) -> Origins:
     """Write data/latents from the store. Its manifest goes first and comes last: without it the folder is not read."""
     origins = Origins()
     load = loader({"images": views, "text": captions, "masks": masks}, origins)
@@ -117,7 +120,7 @@ def assemble(folder: Path, views: Views, captions: Captions, masks: Masks) -> Or
     return origins
 
 
-def loader(works: dict[str, Views | Captions | Masks], origins: Origins) -> Callable[[str, str], Tensors]:
+def loader(works: dict[str, Entries], origins: Origins) -> Callable[[str, str], Tensors]:
     """Reads an entry, checksum included, makes it again if it is damaged, and counts what made it."""
 
     def load(kind: str, key: str) -> Tensors:
@@ -133,12 +136,12 @@ def loader(works: dict[str, Views | Captions | Masks], origins: Origins) -> Call
             )
         store.touch(work.kind, key)
         origins.add(work.kind, key, entry.made_by)
-        return entry.tensors | (work.conditioning(key) if isinstance(work, Views) else {})
+        return entry.tensors | (work.conditioning(key) if isinstance(work, LatentEncoder) else {})
 
     return load
 
 
-def log_end(folder: Path, views: Views, captions: Captions) -> None:
+def log_end(folder: Path, views: LatentEncoder, captions: CaptionEncoder) -> None:
     num_encoded = len({views.jobs[key].item.file_name for key in views.encoded})
     log.info("written     %s", folder / "manifest.json")
     log.info("next        python -m stages.train")

@@ -14,9 +14,10 @@ from lora_dag.artifacts.manifest import Item
 from lora_dag.artifacts.store import Kind, Store
 from lora_dag.core.console import log
 from lora_dag.core.files import write_json
+from stages.cache_latents.captions import CaptionEncoder
 from stages.cache_latents.context import Context
-from stages.cache_latents.entries import Captions, Views
 from stages.cache_latents.keys import Setting
+from stages.cache_latents.latents import LatentEncoder
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class LastRun:
         return self.used.get(kind, asked) if self.asked.get(kind) == asked else asked
 
 
-def remember(views: Views, captions: Captions) -> None:
+def remember(views: LatentEncoder, captions: CaptionEncoder) -> None:
     """Write down what this run did."""
     context = views.context
     last = LastRun(

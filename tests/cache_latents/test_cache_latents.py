@@ -15,8 +15,7 @@ from lora_dag.core import progress
 from lora_dag.core.tensors import load_tensors, save_tensors
 from lora_dag.pictures import decode
 from lora_dag.pictures.read import reader
-from stages.cache_latents import __main__ as command
-from stages.cache_latents import encoding, entries
+from stages.cache_latents import context, encoding, latents
 from tests.conftest import Workspace, picture, read_rows, write_rows
 from tests.helpers.encodings import LATENTS, Calls, changed_shards, encode, from_empty_store
 from tests.helpers.images import see_through
@@ -214,10 +213,10 @@ def test_pictures_are_read_in_the_order_of_rows(workspace: Workspace, monkeypatc
     write_rows(Path("data/raw"), [{"file_name": f"{i}.png", "text": f"thing {i}"} for i in range(12)])
     workspace.run("prepare")
     read: list[str] = []
-    for module in (encoding, entries):
+    for module in (encoding, latents):
         monkeypatch.setattr(module, "NUM_READERS", 1)
     original = reader("data/raw")
-    monkeypatch.setattr(command, "reader", lambda source: lambda name: read.append(name) or original(name))
+    monkeypatch.setattr(context, "reader", lambda source: lambda name: read.append(name) or original(name))
     workspace.run("cache_latents")
     assert read == [f"{index}.png" for index in range(12)]
     names = [item.file_name for item in LatentCache(LATENTS).items]

@@ -19,7 +19,7 @@ from lora_dag.core.params import ModelParams
 from lora_dag.diffusion.objectives import make_objective
 from lora_dag.families import sd
 from lora_dag.pictures import decode, masks
-from stages.cache_latents import entries
+from stages.cache_latents import masks as mask_entries
 from tests.conftest import Workspace, picture
 from tests.helpers.encodings import LATENTS, MASKED, Calls, changed_shards, encode, refusal, words
 
@@ -181,7 +181,7 @@ def test_a_mask_is_decoded_once_for_all_of_its_views(masked: Workspace, monkeypa
         decoded.append(blob)
         return masks.decode_mask(blob, kind)
 
-    monkeypatch.setattr(entries, "decode_mask", decode)
+    monkeypatch.setattr(mask_entries, "decode_mask", decode)
     encode(masked, *MASKED, "dataset.flip=true", "cache.num_variants=2")
     assert read_json(Path("reports/latents/metrics.json"))["latents.num_masks"] > 8
     assert len(decoded) == 8

@@ -16,7 +16,8 @@ from lora_dag.core.params import FAMILIES
 from lora_dag.families import common, z_image
 from lora_dag.families.protocol import load_family
 from lora_dag.pictures import decode, masks
-from stages.cache_latents import encoding, entries, keys
+from stages.cache_latents import captions, encoding, keys, latents
+from stages.cache_latents import masks as mask_entries
 from tests.helpers.families import case
 
 PIXELS = (
@@ -34,10 +35,10 @@ PIXELS = (
     decode.to_srgb,
 )
 ENTRIES = (
-    entries.Views.encoder.func,
-    entries.Views.read,
-    entries.Views.decode,
-    entries.Captions.encoder.func,
+    latents.LatentEncoder.encoder.func,
+    latents.LatentEncoder.read,
+    latents.LatentEncoder.decode,
+    captions.CaptionEncoder.encoder.func,
     encoding.encode_all,
     encoding.batched,
     encoding.forward,
@@ -59,7 +60,12 @@ ENTRIES = (
 )
 OF_A_FAMILY = ("COMPONENTS", "vae_dtype", "load_vae", "encode_images", "load_tokenizer", "load_text", "encode_prompts")
 """What each family decides of an entry; ``common`` is in the list above."""
-MASKS = (entries.Masks.read, entries.Masks.decode, entries.Masks._make, entries.mask_weights)
+MASKS = (
+    mask_entries.MaskBuilder.read,
+    mask_entries.MaskBuilder.decode,
+    mask_entries.MaskBuilder._make,
+    mask_entries.mask_weights,
+)
 RECORDED = {  # number, digest of the source that it stands for
     "decode.VERSION": (2, "39e58e20331494f5"),
     "keys.FORMAT": (1, "095a5a9044287c60"),

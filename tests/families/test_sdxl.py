@@ -19,7 +19,7 @@ from lora_dag.core.device import autocast
 from lora_dag.core.params import ModelParams
 from lora_dag.diffusion.sampling import Sampling, draw
 from lora_dag.families import sdxl
-from stages.cache_latents.entries import geometry
+from stages.cache_latents.latents import geometry
 from stages.train.batches import Batches
 from stages.train.build import build
 from stages.train.noising import make_timesteps

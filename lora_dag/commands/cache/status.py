@@ -15,11 +15,13 @@ from lora_dag.artifacts.manifest import Item
 from lora_dag.artifacts.store import Kind, Store
 from lora_dag.core.console import add_settings, log, plural
 from lora_dag.core.params import load
+from stages.cache_latents.captions import CaptionEncoder
 from stages.cache_latents.context import Context, changes, make_context
-from stages.cache_latents.entries import Captions, Masks, Views
 from stages.cache_latents.environments import Origins
 from stages.cache_latents.keys import Setting
 from stages.cache_latents.last_run import LastRun, MadeOf, made_of
+from stages.cache_latents.latents import LatentEncoder
+from stages.cache_latents.masks import MaskBuilder
 
 EMPTY = "(empty caption)"
 
@@ -37,9 +39,9 @@ def show(context: Context, prepared: Path, latents: Path) -> None:
     if context.outdated:
         log.info("%s: prepare runs first; what follows is for %s as it is", context.outdated, prepared)
     last, origins = LastRun.load(context.store), Origins()
-    views = Views(context, last.expected("latents", context.setting("latents")))
-    captions = Captions(context, last.expected("text", context.setting("text")))
-    masks = Masks(context)
+    views = LatentEncoder(context, last.expected("latents", context.setting("latents")))
+    captions = CaptionEncoder(context, last.expected("text", context.setting("text")))
+    masks = MaskBuilder(context)
     state = {work.kind: look(context.store, work.kind, work.jobs, origins) for work in (views, captions, masks)}
     edited = changes(context, context.manifest.items)
 
@@ -86,7 +88,7 @@ def look(store: Store, kind: Kind, keys: Iterable[str], origins: Origins) -> dic
     return found
 
 
-def fallbacks(*works: Views | Captions) -> list[str]:
+def fallbacks(*works: LatentEncoder | CaptionEncoder) -> list[str]:
     """A line for each kind for which the last run found too little memory; the next one will try again."""
     lines = []
     for work in works:
@@ -113,7 +115,12 @@ def on_disk(item: Item, edited: dict[str, str | None]) -> list[str]:
 
 
 def explain(
-    item: Item, last: LastRun, views: Views, captions: Captions, masks: Masks, state: dict[Kind, dict[str, str]]
+    item: Item,
+    last: LastRun,
+    views: LatentEncoder,
+    captions: CaptionEncoder,
+    masks: MaskBuilder,
+    state: dict[Kind, dict[str, str]],
 ) -> list[str]:
     """Why a picture's entries are not all valid; empty where they are."""
     context = views.context
