@@ -13,7 +13,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
-from stages.train.batches import Batch, Batches, Bucket, Order
+from stages.train.batches import Batch, Batches, Bucket, Order, by_shape
 from stages.train.noising import make_timesteps
 from tests.helpers.caches import write_cache
 from tests.helpers.settings import train_params
@@ -201,6 +201,14 @@ def order(repeats: list[list[int]], batch_size: int, seed: int = 0) -> Order:
 
 def names(source: Order, numbers: range) -> list[list[str]]:
     return [[item.file_name for item in source.items(number)] for number in numbers]
+
+
+def test_buckets_are_found_without_reading_a_latent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache in half precision would be copied to float32, all of it at once."""
+    cache = make_cache(tmp_path, shapes=((4, 8, 8), (4, 4, 12), (4, 8, 8)))
+    monkeypatch.setattr(LatentCache, "latents", None)
+    found = [(bucket.height, bucket.width, len(bucket.items)) for bucket in by_shape(cache, cache.items)]
+    assert found == [(4, 12, 1), (8, 8, 2)]
 
 
 def test_batches_of_mixed_shapes_are_full_and_of_one_shape(tmp_path: Path) -> None:
