@@ -6,6 +6,7 @@ commands -> stages -> formats -> {bases, adapters, pictures, sweeps} -> {pipelin
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,13 +29,18 @@ def package(module: str) -> str | None:
     return parts[1] if len(parts) > 1 and parts[0] in ("stages", "lora_dag") else None
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Packages of ours that a file imports, at any depth of its code and under ``TYPE_CHECKING`` too."""
+def names(path: Path) -> Iterator[str]:
+    """What a file imports, at any depth of its code and under ``TYPE_CHECKING`` too: modules and what is in them."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{name}" for name in names]
-        yield from (found for name in names if (found := package(name)))
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Packages of ours that a file imports."""
+    yield from (found for name in names(path) if (found := package(name)))
 
 
 def test_imports_go_down_only() -> None:
@@ -45,3 +51,11 @@ def test_imports_go_down_only() -> None:
             name = path.relative_to(REPOSITORY).as_posix()
             wrong |= {f"{name} -> {other}" for other in imports(path) if other != own and FLOOR[other] >= FLOOR[own]}
     assert wrong == EXCEPTIONS
+
+
+def test_no_module_imports_another_that_imports_it() -> None:
+    files = [path for folder in ("lora_dag", "stages") for path in (REPOSITORY / folder).rglob("[!_]*.py")]
+    modules = {path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", "."): path for path in files}
+    graph = {name: set(names(path)) & modules.keys() for name, path in modules.items()}
+    graph["stages.prepare.side_files"].remove("stages.prepare.inspection")  # for the type of a row
+    list(graphlib.TopologicalSorter(graph).static_order())

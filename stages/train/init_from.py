@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 MANY = 12  # names that a line still lists
 
 
-def fill(params: LoraParams, denoiser: Any, base: dict[str, str]) -> str:
+def fill(params: LoraParams, denoiser: Any, base_digests: dict[str, str]) -> str:
     """Fill an injected adapter from ``lora.init_from``; a line of what it starts from, empty where it starts fresh.
 
     Args:
-        base: digest per component of the base; one of our files that was made with another is warned of.
+        base_digests: of the base, by component; one of our files that was made with another is warned of.
 
     Raises:
         UserError: everything that does not fit.
@@ -47,7 +47,7 @@ def fill(params: LoraParams, denoiser: Any, base: dict[str, str]) -> str:
         if layer.is_dora:
             tensors[f"{name}.lora_magnitude_vector"] = magnitude(layer, shapes)
     lora.load(denoiser, tensors)
-    return summary(params, file, base, factors)
+    return summary(params, file, base_digests, factors)
 
 
 def read(params: LoraParams, denoiser: Any) -> AdapterFile:
@@ -63,13 +63,13 @@ def read(params: LoraParams, denoiser: Any) -> AdapterFile:
     return file
 
 
-def summary(params: LoraParams, file: AdapterFile, base: dict[str, str], factors: dict[str, float]) -> str:
+def summary(params: LoraParams, file: AdapterFile, base_digests: dict[str, str], factors: dict[str, float]) -> str:
     """For the plan; warns of an alpha that was guessed and of another base."""
     assert params.init_from is not None
     path = params.init_from.path
     if not file.says_alpha:
         log.warning("warning: lora.init_from: nothing beside '%s' says its alpha; taken as its rank, strength 1", path)
-    if other := [name for name, value in base.items() if file.base.get(name, value) != value]:
+    if other := [name for name, value in base_digests.items() if file.base.get(name, value) != value]:
         names = ", ".join(other)
         log.warning("warning: lora.init_from: '%s' was trained on another %s than model.pretrained holds", path, names)
     changed = sorted({f"{factor:.4g}" for factor in factors.values() if not math.isclose(factor, 1)}, key=float)
