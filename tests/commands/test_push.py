@@ -22,7 +22,7 @@ from lora_dag.core.files import sha256_file
 from tests.conftest import REPOSITORY, TINY, Workspace, write_params
 from tests.export.test_export import ADAPTER, write_adapter
 from tests.helpers.hub_server import TOKEN, Hub, Repository, serving
-from tests.report.test_report import LINEAGE, write_reports
+from tests.helpers.reports import LINEAGE, write_reports
 
 NAME = "someone/icons"
 PARAMS = TINY | {

@@ -12,7 +12,7 @@ from pathlib import Path
 from lora_dag.artifacts import lineage
 from tests.conftest import Workspace
 from tests.helpers.planted import Clone
-from tests.report.test_report import DATASET, MEASURED, TRAIN, write_reports
+from tests.helpers.reports import DATASET, MEASURED, TRAIN, write_reports
 
 
 def dvc(*words: str) -> subprocess.CompletedProcess[str]:

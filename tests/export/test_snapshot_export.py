@@ -88,7 +88,7 @@ def test_many_snapshots_are_shown_by_their_ends() -> None:
 @pytest.mark.parametrize(("best", "said"), [(2, True), (0, False), (4, False)])
 def test_validate_says_how_the_best_is_exported(caplog: pytest.LogCaptureFixture, best: int, said: bool) -> None:
     from stages.validate.__main__ import log_end
-    from tests.report.test_report import MEASURED
+    from tests.helpers.reports import MEASURED
 
     caplog.set_level("INFO", logger="lora-dag")
     none_copied = {"samples.copied_share": 0, "samples.copied_share_base": 0}
@@ -97,7 +97,7 @@ def test_validate_says_how_the_best_is_exported(caplog: pytest.LogCaptureFixture
 
 
 def test_the_card_and_the_report_say_which_step_the_files_hold(trained: Workspace) -> None:
-    from tests.report.test_report import MADE, MEASURED, write_reports
+    from tests.helpers.reports import MADE, MEASURED, write_reports
 
     write_reports(Path("reports"))
     trained.run("report")

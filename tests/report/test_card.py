@@ -13,7 +13,7 @@ from PIL import Image
 from lora_dag.artifacts import model_card
 from lora_dag.artifacts.lineage import save as save_lineage
 from tests.conftest import Workspace
-from tests.report.test_report import MADE, write_reports
+from tests.helpers.reports import MADE, write_reports
 
 CARD = Path("reports/model_card.md")
 

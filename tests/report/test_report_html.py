@@ -19,7 +19,7 @@ from lora_dag.pages.sheets import sheet
 from stages.report.html_page import duration
 from tests.conftest import Workspace
 from tests.helpers.browser import CHROMIUM, browser
-from tests.report.test_report import LINEAGE, MADE, MEASURED, write_reports
+from tests.helpers.reports import LINEAGE, MADE, MEASURED, write_reports
 
 EVIL = "</option><script>document.title = 'owned'</script>"
 COLOURS = {"red apple": ("red", "darkred", "black"), EVIL: ("blue", "navy", "gray")}

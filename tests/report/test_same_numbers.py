@@ -16,7 +16,7 @@ from lora_dag.artifacts.lineage import save as save_lineage
 from lora_dag.core.files import write_text
 from stages.report.same_numbers import relative
 from tests.conftest import Workspace
-from tests.report.test_report import LINEAGE, MADE, MEASURED, TRAIN, write_reports
+from tests.helpers.reports import LINEAGE, MADE, MEASURED, TRAIN, write_reports
 
 TABLE = "row,file_name,split,timestep,base,adapter\nab,a.png,heldout,19,0.5,{}\n"
 CODE = Path("stages/train/loop.py")
