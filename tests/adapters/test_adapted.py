@@ -16,7 +16,7 @@ from lora_dag.core import seeding
 from lora_dag.core.console import UserError
 from lora_dag.core.params import FAMILIES, ModelParams
 from lora_dag.families.protocol import Family, load_family
-from tests.adapters.test_lora import params
+from tests.helpers.adapters import params
 from tests.helpers.families import stock_of
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json, write_json
 from lora_dag.core.tensors import load_metadata, load_tensors
-from tests.adapters.test_lora import fill, inject, load, predict
 from tests.conftest import Workspace
+from tests.helpers.adapters import fill, inject, load, predict
 from tests.helpers.trainings import broken_off
 
 MODES = ["none", "all", "lora_only"]

@@ -2,75 +2,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from lora_dag.adapters import lora
-from lora_dag.adapters.params import LoraParams
-from lora_dag.core.console import UserError
-from lora_dag.core.params import ModelParams
-from lora_dag.families import sd
-
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-PLAIN: dict[str, Any] = {
-    "algo": "lora",
-    "rank": 2,
-    "alpha": 4.0,
-    "dropout": 0.0,
-    "target_modules": TARGETS,
-    "exclude_modules": [],
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_rslora": False,
-    "use_dora": False,
-    "init_lora_weights": "gaussian",
-    "bias": "none",
-    "init_from": None,
-    "decompose_factor": None,
-    "decompose_both": False,
-    "use_effective_conv2d": False,
-    "train_text_encoder": False,
-}
+from tests.helpers.adapters import TARGETS, fill, inject, load, params, predict, refusal
 
 
 @pytest.fixture
 def denoiser(tiny_base: Path) -> torch.nn.Module:
     return load(tiny_base)
-
-
-def load(base: Path, dtype: Any = "float32") -> torch.nn.Module:
-    model = ModelParams(family="sd", pretrained=str(base), variant=None, dtype=dtype)
-    return sd.load_denoiser(model, torch.device("cpu"))
-
-
-def params(**changes: Any) -> LoraParams:
-    return LoraParams(**PLAIN | changes)
-
-
-def inject(denoiser: torch.nn.Module, seed: int = 0, **changes: Any) -> dict[str, torch.nn.Parameter]:
-    config = lora.make_config(params(**changes), denoiser)
-    trainable = lora.inject(denoiser, config)
-    lora.keyed_init(denoiser, config, seed)
-    return trainable
-
-
-def fill(trainable: dict[str, torch.nn.Parameter]) -> None:
-    """As if it had been trained: B is no longer zero."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in trainable.values():
-        parameter.data = torch.randn(parameter.shape, generator=generator)
-
-
-@torch.no_grad()
-def predict(denoiser: torch.nn.Module) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(2)
-    dtype = next(p for name, p in denoiser.named_parameters() if "lora_" not in name).dtype
-    latents = torch.randn(2, 4, 8, 8, generator=generator)
-    prompt = {"prompt_embeds": torch.randn(2, 20, 32, generator=generator)}
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return sd.predict(denoiser, latents, torch.tensor([0, 999]), prompt)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -229,12 +171,6 @@ def test_unsound_adapters_are_named(denoiser: torch.nn.Module) -> None:
 
 
 # Refused
-
-
-def refusal(denoiser: torch.nn.Module, **changes: Any) -> tuple[str, ...]:
-    with pytest.raises(UserError) as caught:
-        lora.make_config(params(**changes), denoiser)
-    return caught.value.problems
 
 
 @pytest.mark.parametrize(

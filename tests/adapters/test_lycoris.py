@@ -11,18 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from lora_dag.adapters import bias, lora
-from tests.adapters.test_lora import fill, inject, load, params, predict, refusal
+from tests.helpers.adapters import ALGOS, ATTENTION, CONV, algo, fill, inject, load, params, predict, refusal
 
-ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"  # [32, 32]
-CONV = "up_blocks.0.resnets.0.conv1"  # [32, 64, 3, 3]
-ALGOS: dict[str, dict[str, Any]] = {
-    "lokr": {"algo": "lokr"},  # [4, 4] (x) [8, 8], the second of the rank
-    "lokr-both": {"algo": "lokr", "decompose_factor": 16, "decompose_both": True},
-    "lokr-whole": {"algo": "lokr", "rank": 4, "decompose_factor": 4},
-    "lokr-tucker": {"algo": "lokr", "use_effective_conv2d": True},
-    "loha": {"algo": "loha"},
-    "loha-tucker": {"algo": "loha", "use_effective_conv2d": True},
-}
 SHAPES = {
     "lokr": {"lokr_w1": (4, 4), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 8)},
     "lokr-both": {"lokr_w1_a": (16, 2), "lokr_w1_b": (2, 16), "lokr_w2": (2, 2)},
@@ -39,15 +29,6 @@ SHAPES = {
 @pytest.fixture
 def denoiser(tiny_base: Path) -> torch.nn.Module:
     return load(tiny_base)
-
-
-def algo(name: str, **changes: Any) -> dict[str, Any]:
-    """Section lora with an algorithm, on linear layers and convolutions."""
-    return (
-        {"init_lora_weights": "kaiming", "target_modules": ["to_q", "to_k", "to_out.0", "conv1"]}
-        | ALGOS[name]
-        | changes
-    )
 
 
 # The formulas, in NumPy

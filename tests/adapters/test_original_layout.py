@@ -17,12 +17,12 @@ from lora_dag.core.tensors import load_tensors
 from lora_dag.families.protocol import all_families, load_family
 from lora_dag.formats import comfyui
 from lora_dag.formats.comfyui import reader
-from tests.adapters.test_lycoris import algo
 from tests.conftest import Workspace
 from tests.export.test_format_matrix import adapt
-from tests.export.test_formats import adapt as adapt_sd
 from tests.helpers import comfyui as comfyui_itself
 from tests.helpers import single_files
+from tests.helpers.adapters import adapt as adapt_sd
+from tests.helpers.adapters import algo
 from tests.helpers.families import case
 
 TRANSFORMERS = [name for name, family in all_families().items() if family.DENOISER == "transformer"]

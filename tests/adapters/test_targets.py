@@ -12,8 +12,8 @@ from lora_dag.adapters import lora
 from lora_dag.adapters.targets import plan
 from lora_dag.core.console import UserError
 from lora_dag.core.params import load as load_params
-from tests.adapters.test_lora import inject, load, params
 from tests.conftest import REPOSITORY
+from tests.helpers.adapters import inject, load, params
 
 
 @pytest.fixture

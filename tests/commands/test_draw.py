@@ -16,7 +16,7 @@ from lora_dag.core.console import UserError
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.pages.sheets import cut
 from tests.conftest import Workspace
-from tests.export.test_formats import adapt
+from tests.helpers.adapters import adapt
 
 SHEET = Path("compare/adapters.png")
 

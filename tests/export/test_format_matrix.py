@@ -22,9 +22,8 @@ from lora_dag.core.params import FAMILIES, ModelParams
 from lora_dag.core.params import load as load_params
 from lora_dag.core.tensors import save_tensors
 from lora_dag.families.protocol import load_family
-from tests.adapters.test_lora import params
 from tests.conftest import Workspace
-from tests.export.test_formats import ADAPTER, FORMATS
+from tests.helpers.adapters import ADAPTER, FORMATS, params
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": "attention"},

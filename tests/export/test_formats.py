@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
-from lora_dag.adapters import bias, lora
+from lora_dag.adapters import lora
 from lora_dag.adapters.adapter_tensors import AdapterTensors
-from lora_dag.artifacts.adapter import FINAL, Adapter, bias_metadata
+from lora_dag.artifacts.adapter import Adapter
 from lora_dag.artifacts.lineage import load as load_lineage
-from lora_dag.bases import layout
-from lora_dag.core import seeding
 from lora_dag.core.console import UserError
-from lora_dag.core.files import read_json, sha256_file
-from lora_dag.core.params import ModelParams
-from lora_dag.core.params import load as load_params
-from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
-from lora_dag.families import sd
-from lora_dag.formats import AdapterKind, comfyui
+from lora_dag.core.files import read_json
+from lora_dag.core.tensors import load_metadata, load_tensors
+from lora_dag.formats import comfyui
 from lora_dag.formats.comfyui import reader
 from stages.export.params import format_refusals
-from tests.adapters.test_lora import params, predict
-from tests.adapters.test_lycoris import algo
 from tests.conftest import Workspace
+from tests.helpers.adapters import ADAPTER, COMFYUI, FORMATS, KINDS, adapt, algo, kind, loaded, predict, unet
 
-ADAPTER = Path("data/adapter")
-COMFYUI = Path("data/export/comfyui/ink-icons.safetensors")
-FORMATS = ["diffusers", "peft", "comfyui", "merged"]
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "rslora": {"use_rslora": True, "rank_pattern": {"to_k": 3}, "alpha_pattern": {"to_v": 5.0}},
-    "dora": {"use_dora": True},
-    "conv": {"target_modules": "all-linear+conv"},
-    "dora-conv": {"target_modules": "all-linear+conv", "use_dora": True},
-}
 CASES = [(kind, mode) for kind in KINDS for mode in ("none", "lora_only", "all")]
 DEFAULT = {("plain", mode) for mode in ("none", "lora_only", "all")} | {
     ("rslora", "none"),
@@ -51,43 +34,6 @@ DEFAULT = {("plain", mode) for mode in ("none", "lora_only", "all")} | {
     ("dora-conv", "all"),
 }
 """Each kind and each mode; a mode of biases asks no kind but DoRA."""
-
-
-def unet() -> Any:
-    model = load_params(Path("params.yaml")).section(ModelParams)
-    return sd.load_denoiser(model, torch.device("cpu"))
-
-
-def adapt(workspace: Workspace, **changes: Any) -> torch.nn.Module:
-    """data/adapter as if trained for long, alpha twice the rank; returns the denoiser that carries it."""
-    denoiser = unet()
-    config = lora.make_config(params(**changes), denoiser)
-    trainable = lora.inject(denoiser, config)
-    lora.keyed_init(denoiser, config, 0)
-    for name, parameter in trainable.items():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=seeding.generator(0, "test", name))
-    biases = list(bias.deltas(denoiser))
-    metadata = {"format": "pt"} | bias_metadata(config["bias"], biases)
-    save_tensors(ADAPTER / FINAL, lora.state_dict(denoiser), metadata)
-    base = layout.digests(load_params(Path("params.yaml")).section(ModelParams), sd.COMPONENTS)
-    Adapter(config, base, 4, [], {FINAL: sha256_file(ADAPTER / FINAL)}, biases).save(ADAPTER)
-    return denoiser
-
-
-def loaded(name: str) -> torch.Tensor:
-    """What a fresh base answers with the file, by other people's code where there is some."""
-    if name == "diffusers":
-        pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
-        pipeline.load_lora_weights("data/export/diffusers")
-        return predict(pipeline.unet)
-    if name == "peft":
-        return predict(PeftModel.from_pretrained(unet(), "data/export/peft").get_base_model())
-    if name == "merged":
-        return predict(UNet2DConditionModel.from_pretrained("data/export/merged", subfolder="unet"))
-    denoiser = unet()
-    with reader.patched(denoiser, COMFYUI) as unread:
-        assert unread == []
-        return predict(denoiser)
 
 
 @pytest.mark.parametrize(
@@ -117,11 +63,6 @@ def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace,
         assert any(line.startswith(f"{name:11} loaded back") for line in lines)
         assert metrics[f"export.{name}.unmapped_keys"] == 0
         assert (loaded(name) - expected).abs().max() <= 1e-5 * max(1, scale), name
-
-
-def kind(**changes: Any) -> AdapterKind:
-    """A LoRA of rank 4 in a UNet, but for ``changes``."""
-    return replace(AdapterKind("lora", "none", False, 4, "unet", False), **changes)
 
 
 def test_what_is_refused_names_the_reason_and_the_way_out() -> None:

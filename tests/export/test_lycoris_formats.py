@@ -20,10 +20,8 @@ from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families.protocol import load_family
 from lora_dag.formats.comfyui import reader
 from stages.export.params import format_refusals
-from tests.adapters.test_lora import predict
-from tests.adapters.test_lycoris import ATTENTION, CONV, algo
 from tests.conftest import Workspace
-from tests.export.test_formats import ADAPTER, COMFYUI, adapt, kind, loaded, unet
+from tests.helpers.adapters import ADAPTER, ATTENTION, COMFYUI, CONV, adapt, algo, kind, loaded, predict, unet
 from tests.helpers.trainings import broken_off
 
 

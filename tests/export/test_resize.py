@@ -20,9 +20,8 @@ from lora_dag.formats.comfyui import reader
 from stages.export import resize
 from stages.export.params import rank_refusals
 from stages.export.source import Source
-from tests.adapters.test_lora import predict
 from tests.conftest import Workspace
-from tests.export.test_formats import adapt, kind, unet
+from tests.helpers.adapters import adapt, kind, predict, unet
 
 COPY = Path("data/export/resized/rank-2")
 RESIZED = ("--set", "export.resized_ranks=[2]", "--set", "export.formats=[diffusers, comfyui]")

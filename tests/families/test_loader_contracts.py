@@ -20,7 +20,7 @@ from lora_dag.core import seeding
 from lora_dag.core.params import FAMILIES
 from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families.protocol import load_family
-from tests.adapters.test_lora import params
+from tests.helpers.adapters import params
 from tests.helpers.exports import write
 from tests.helpers.families import stock_of
 

@@ -14,8 +14,8 @@ from lora_dag.artifacts.lineage import save as save_lineage
 from lora_dag.core.files import read_json
 from lora_dag.formats import known_files
 from tests.conftest import REPOSITORY, Workspace
-from tests.export.test_formats import adapt
-from tests.report.test_report import MADE, write_reports
+from tests.helpers.adapters import adapt
+from tests.helpers.reports import MADE, write_reports
 
 NEW_FORMAT = '''
 """One file of torch's own, with the tensors as PEFT names them."""

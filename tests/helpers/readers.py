@@ -12,7 +12,7 @@ import torch
 
 from lora_dag.adapters import adapted, adapter_tensors, bias, lora
 from lora_dag.core import seeding
-from tests.adapters.test_lora import params
+from tests.helpers.adapters import params
 
 if TYPE_CHECKING:
     from lora_dag.families.protocol import Family

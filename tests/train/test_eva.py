@@ -14,8 +14,8 @@ from lora_dag.core.console import UserError
 from lora_dag.families import sd
 from stages.train import eva
 from stages.train.batches import Batch
-from tests.adapters.test_lora import inject, load, predict
 from tests.conftest import Workspace
+from tests.helpers.adapters import inject, load, predict
 from tests.helpers.trainings import broken_off
 
 

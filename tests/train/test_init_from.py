@@ -28,10 +28,9 @@ from stages.export import header
 from stages.export.params import ExportParams
 from stages.export.source import Source
 from stages.train import init_from
-from tests.adapters.test_lora import params, predict
 from tests.conftest import Workspace
-from tests.export.test_formats import KINDS, adapt, loaded, unet
 from tests.helpers import exports, single_files
+from tests.helpers.adapters import KINDS, adapt, loaded, params, predict, unet
 from tests.helpers.families import stock_of
 from tests.helpers.trainings import broken_off
 

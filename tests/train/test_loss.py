@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from lora_dag.core.console import UserError
 from lora_dag.diffusion.objectives import Epsilon, FlowMatching, VPrediction, make_objective
 from stages.train.loss import Loss, elementwise_errors, require_snr
-from tests.diffusion.test_objectives import KINDS, TIMESTEPS, alpha_bar, draws, reference_target, scheduler, zero_snr
+from tests.helpers.objectives import KINDS, TIMESTEPS, alpha_bar, draws, reference_target, scheduler, zero_snr
 from tests.helpers.settings import train_params
 
 GAMMA = 5.0
