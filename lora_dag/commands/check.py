@@ -32,10 +32,10 @@ from lora_dag.sweeps import grid
 from lora_dag.sweeps.grid import Run
 from stages.cache_latents.params import CacheParams, flip_problems
 from stages.export.params import ExportParams, format_refusals, rank_refusals, step_refusals
-from stages.prepare import split, variants
+from stages.prepare import caption_variants, split
 from stages.prepare.geometry import buckets
 from stages.prepare.inspection import Inspected, inspect
-from stages.prepare.listing import Listing, settle
+from stages.prepare.listing import Listing, leave_out_bad
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
 from stages.train.params import TrainParams, cross_problems
@@ -169,11 +169,11 @@ def dataset_problems(config: Config, opened: list[str]) -> list[str]:
         for text in sides.notes if sides else split_notes(listing, dataset):
             log.info("note: %s: %s", dataset.source, text)
         prefixes = [subset.caption_prefix or "" for subset in dataset.as_subsets()]
-        captions = [variants.joined(prefixes[entry.subset], entry.captions[0]) for entry in listing.entries]
+        captions = [caption_variants.joined(prefixes[entry.subset], entry.captions[0]) for entry in listing.entries]
         if text := words.strangers(config.section(ValidateParams).prompts, captions):
             log.warning("warning: %s", text)
         found = batch_problems(listing, config)
-        for reason in settle([*listing.problems, *looked_at.problems], listing.entries, dataset).values():
+        for reason in leave_out_bad([*listing.problems, *looked_at.problems], listing.entries, dataset).values():
             log.warning("warning: will be left out: %s", reason)
     except UserError as error:
         return list(error.problems)

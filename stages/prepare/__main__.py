@@ -17,9 +17,9 @@ from lora_dag.core.console import PATHS, UserError, log, parser, plural, run
 from lora_dag.core.locks import writing
 from lora_dag.pictures.decode import preprocessing
 from lora_dag.pictures.read import reader
-from stages.prepare import page, split, variants
+from stages.prepare import caption_variants, page, split
 from stages.prepare.inspection import CheckedPicture, inspect
-from stages.prepare.listing import settle
+from stages.prepare.listing import leave_out_bad
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
 
@@ -37,7 +37,7 @@ def prepare(dataset: DatasetParams, prepared: Path, reports: Path) -> None:
     read = reader(dataset.source)
     listing = list_entries(dataset)
     checked = inspect(listing.entries, dataset, read)
-    left_out = settle([*listing.problems, *checked.problems], listing.entries, dataset)
+    left_out = leave_out_bad([*listing.problems, *checked.problems], listing.entries, dataset)
     sides = split.assign(checked.rows, dataset, len(left_out))
     left_out |= sides.withheld
     items = [to_item(row, sides, dataset) for row in checked.rows if row.entry.file_name in sides.sides]
@@ -74,7 +74,7 @@ def require_apart(source: Path, outputs: Iterable[Path]) -> None:
 def to_item(row: CheckedPicture, sides: split.Assignment, dataset: DatasetParams) -> Item:
     entry = row.entry
     subset = dataset.as_subsets()[entry.subset]
-    caption, captions = variants.captions_of(entry.captions, subset.caption_prefix or "", dataset)
+    caption, captions = caption_variants.captions_of(entry.captions, subset.caption_prefix or "", dataset)
     return Item(
         file_name=entry.file_name,
         sha256=row.sha256,

@@ -65,7 +65,7 @@ class Listing:
     """What is allowed but seldom meant, one line each."""
 
 
-def settle(problems: list[Problem], entries: Sequence[Entry], dataset: DatasetParams) -> dict[str, str]:
+def leave_out_bad(problems: list[Problem], entries: Sequence[Entry], dataset: DatasetParams) -> dict[str, str]:
     """What is left out, file name -> reason, if ``dataset.on_bad`` allows it.
 
     Raises:

@@ -31,7 +31,7 @@ from stages.prepare.names import (
     short,
     stem,
 )
-from stages.prepare.scope import Scope, attempt, instance_prompt
+from stages.prepare.subset_reader import SubsetReader, collect_errors, instance_prompt
 from stages.prepare.tables import parse_object
 
 REPEATS = re.compile(r"\d+_")  # kohya's trainers read 10_name as: ten times per epoch
@@ -57,27 +57,27 @@ class Beside:
     """All caption files by ``folded`` name."""
 
 
-def read_loose(scope: Scope, tree: Tree) -> None:
+def read_loose(reader: SubsetReader, tree: Tree) -> None:
     in_case = {folded(name): name for name in tree.texts}
-    beside = Beside(files_beside(tree.pictures, tree.texts), *records_beside(scope, tree), in_case)
-    captioned = beside.texts.keys() | {name for name, record in beside.records.items() if scope.column in record}
-    side_files.refuse(scope, [name for name in tree.pictures if name not in captioned], tree.pictures)
+    beside = Beside(files_beside(tree.pictures, tree.texts), *records_beside(reader, tree), in_case)
+    captioned = beside.texts.keys() | {name for name, record in beside.records.items() if reader.column in record}
+    side_files.refuse(reader, [name for name in tree.pictures if name not in captioned], tree.pictures)
     used = {text for texts in beside.texts.values() for text in texts}
     suffixes = sorted({PurePosixPath(name).suffix.lower() for name in used}) or [".json"]
-    where = f"the {' and '.join(suffixes)} files of {scope.place}"
-    prompt = instance_prompt(scope, bool(captioned), where, missing_captions(scope, tree, beside.records))
+    where = f"the {' and '.join(suffixes)} files of {reader.place}"
+    prompt = instance_prompt(reader, bool(captioned), where, missing_captions(reader, tree, beside.records))
     seen: dict[str, str] = {}
     for name in tree.pictures:
-        add_loose(scope, name, prompt, beside, seen)
-    scope.problems += linked_folders(scope, tree)
+        add_loose(reader, name, prompt, beside, seen)
+    reader.problems += linked_folders(reader, tree)
     orphans = [name for name in tree.texts if name not in used and not is_about(name)]
-    scope.warn_about(
+    reader.warn_about(
         len(orphans),
-        f"caption file in {scope.place} belongs to no picture and is left out",
-        f"caption files in {scope.place} belong to no picture and are left out",
+        f"caption file in {reader.place} belongs to no picture and is left out",
+        f"caption files in {reader.place} belong to no picture and are left out",
     )
-    warn_of_lines(scope)
-    warn_of_kohya_repeats(scope)
+    warn_of_lines(reader)
+    warn_of_kohya_repeats(reader)
 
 
 def files_beside(pictures: list[str], files: list[str]) -> dict[str, list[str]]:
@@ -89,40 +89,40 @@ def files_beside(pictures: list[str], files: list[str]) -> dict[str, list[str]]:
     return {name: beside for name, beside in found.items() if beside}
 
 
-def records_beside(scope: Scope, tree: Tree) -> tuple[dict[str, dict[str, Any]], dict[str, UserError]]:
+def records_beside(reader: SubsetReader, tree: Tree) -> tuple[dict[str, dict[str, Any]], dict[str, UserError]]:
     """``Beside.records`` and ``Beside.broken``."""
     jsons = [name for name in tree.others if name.lower().endswith(".json")]
     records, broken = {}, {}
     for name, files in files_beside(tree.pictures, jsons).items():
         try:
-            records[name] = read_record(scope, files[0])
+            records[name] = read_record(reader, files[0])
         except UserError as error:
             broken[name] = error
     return records, broken
 
 
-def read_record(scope: Scope, name: str) -> dict[str, Any]:
-    path = scope.root.folder / checked_file(checked_name(name, scope.root), scope.root)
+def read_record(reader: SubsetReader, name: str) -> dict[str, Any]:
+    path = reader.root.folder / checked_file(checked_name(name, reader.root), reader.root)
     return parse_object(read_regular(path, name, captions.MAX_TEXT_BYTES), short(name))
 
 
-def missing_captions(scope: Scope, tree: Tree, records: dict[str, dict[str, Any]]) -> str:
+def missing_captions(reader: SubsetReader, tree: Tree, records: dict[str, dict[str, Any]]) -> str:
     """What to say where no picture has a caption; files that may hold captions come first."""
     cures = (
-        f'write metadata.jsonl with rows such as {{"file_name": "red-apple.png", "{scope.column}": "red apple"}}, or'
+        f'write metadata.jsonl with rows such as {{"file_name": "red-apple.png", "{reader.column}": "red apple"}}, or'
         " red-apple.txt beside red-apple.png, or set dataset.instance_prompt to one caption for all"
     )
-    return f"{scope.place}: pictures without captions; {'; '.join([*unread(scope, tree, records), cures])}"
+    return f"{reader.place}: pictures without captions; {'; '.join([*unread(reader, tree, records), cures])}"
 
 
-def unread(scope: Scope, tree: Tree, records: dict[str, dict[str, Any]]) -> list[str]:
+def unread(reader: SubsetReader, tree: Tree, records: dict[str, dict[str, Any]]) -> list[str]:
     """Files that may hold captions and are not read, each kind with what to do."""
     found = []
     keys = Counter(key for values in records.values() for key, value in values.items() if isinstance(value, str))
     if keys:
         shown = ", ".join(short(key) for key, _ in keys.most_common(5))
         found.append(
-            f"{len(records)} .json files beside them have no '{scope.column}' but {shown}: set dataset.caption_column"
+            f"{len(records)} .json files beside them have no '{reader.column}' but {shown}: set dataset.caption_column"
         )
     for suffix, names in other_suffixes(tree).items():
         found.append(
@@ -150,25 +150,27 @@ def other_suffixes(tree: Tree) -> dict[str, list[str]]:
     return found
 
 
-def add_loose(scope: Scope, name: str, prompt: tuple[str, ...] | None, beside: Beside, seen: dict[str, str]) -> None:
+def add_loose(
+    reader: SubsetReader, name: str, prompt: tuple[str, ...] | None, beside: Beside, seen: dict[str, str]
+) -> None:
     problems: list[str] = []
     record = beside.records.get(name, {})
-    safe = attempt(problems, lambda: checked_file(checked_name(name, scope.root), scope.root))
-    found = prompt or attempt(problems, lambda: caption_of(scope, name, beside))
-    split = attempt(problems, lambda: split_names.from_column(record.get("split"), scope.dataset.heldout_split))
+    safe = collect_errors(problems, lambda: checked_file(checked_name(name, reader.root), reader.root))
+    found = prompt or collect_errors(problems, lambda: caption_of(reader, name, beside))
+    split = collect_errors(problems, lambda: split_names.from_column(record.get("split"), reader.dataset.heldout_split))
     first = seen.setdefault(folded(name), name)
     if first != name:
         problems.append(clash(name, first))
-    place = scope.root.place(name)
-    scope.problems += [Problem(place, text, safe) for text in problems]
+    place = reader.root.place(name)
+    reader.problems += [Problem(place, text, safe) for text in problems]
     if not problems and found is not None:
-        scope.add(name, found, place, split)
+        reader.add(name, found, place, split)
 
 
-def caption_of(scope: Scope, name: str, beside: Beside) -> tuple[str, ...]:
+def caption_of(reader: SubsetReader, name: str, beside: Beside) -> tuple[str, ...]:
     record, texts = beside.records.get(name, {}), beside.texts.get(name, [])
-    if scope.column in record:
-        return captions.from_value(record, scope.column)
+    if reader.column in record:
+        return captions.from_value(record, reader.column)
     if not texts and name in beside.broken:
         raise beside.broken[name]
     if not texts:
@@ -176,7 +178,7 @@ def caption_of(scope: Scope, name: str, beside: Beside) -> tuple[str, ...]:
     if len(texts) > 1:
         shown = ", ".join(map(printable, texts))
         raise UserError(f"'{printable(name)}' has {len(texts)} caption files ({shown}); keep one")
-    path = scope.root.folder / checked_file(checked_name(texts[0], scope.root), scope.root)
+    path = reader.root.folder / checked_file(checked_name(texts[0], reader.root), reader.root)
     return captions.from_text(read_regular(path, texts[0], captions.MAX_TEXT_BYTES), texts[0])
 
 
@@ -191,34 +193,36 @@ def no_caption(name: str, beside: Beside) -> str:
     )
 
 
-def warn_of_lines(scope: Scope) -> None:
+def warn_of_lines(reader: SubsetReader) -> None:
     """A caption that was pasted with its line ends becomes several captions, each of a part of the picture."""
-    several = [entry.file_name for entry in scope.entries if len(entry.captions) > 1]
-    if several and len({len(entry.captions) for entry in scope.entries}) > 1:
+    several = [entry.file_name for entry in reader.entries if len(entry.captions) > 1]
+    if several and len({len(entry.captions) for entry in reader.entries}) > 1:
         shown = ", ".join(map(short, several[:NUM_EXAMPLES])) + (", ..." if len(several) > NUM_EXAMPLES else "")
         hold = plural(len(several), "picture has", "pictures have")
-        scope.warnings.append(MIXED_LINES.format(hold=hold, place=scope.place, shown=shown))
+        reader.warnings.append(MIXED_LINES.format(hold=hold, place=reader.place, shown=shown))
 
 
-def linked_folders(scope: Scope, tree: Tree) -> list[Problem]:
+def linked_folders(reader: SubsetReader, tree: Tree) -> list[Problem]:
     """Folders are not entered by links: their pictures would be listed twice, or come from elsewhere."""
     return [
         Problem(
-            scope.root.place(name),
+            reader.root.place(name),
             f"'{printable(name)}' is a link to a folder; put the pictures themselves there, or name the folder in"
             " dataset.subsets",
         )
         for name in tree.links
-        if os.path.isdir(scope.root.folder / name)
+        if os.path.isdir(reader.root.folder / name)
     ]
 
 
-def warn_of_kohya_repeats(scope: Scope) -> None:
-    folders = {scope.below_it(name).partition("/")[0] for name in scope.names if "/" in scope.below_it(name)}
+def warn_of_kohya_repeats(reader: SubsetReader) -> None:
+    folders = {
+        reader.relative_name(name).partition("/")[0] for name in reader.names if "/" in reader.relative_name(name)
+    }
     counted = sorted(folder for folder in folders if REPEATS.match(folder))
     if counted:
         times = counted[0].partition("_")[0]
-        scope.warnings.append(
+        reader.warnings.append(
             f"folder names such as '{counted[0]}' set no repeats here; write dataset.subsets:"
             f" [{{path: {counted[0]}, repeats: {times}}}]"
         )

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from lora_dag.core.console import UserError
 from stages.prepare.listing import Problem
 from stages.prepare.names import Root, Tree, checked_file, checked_name, nfc, printable, scan, stem
-from stages.prepare.scope import Scope
+from stages.prepare.subset_reader import SubsetReader
 
 
 def take_out(tree: Tree, mask: str | None) -> list[str]:
@@ -28,7 +28,7 @@ def ending_of(mask: str | None) -> str:
     return nfc(mask[1:]) if mask and mask.startswith("*") else ""
 
 
-def attach(scope: Scope, beside: list[str]) -> None:
+def attach(reader: SubsetReader, beside: list[str]) -> None:
     """Give each entry its mask; one that has none becomes a problem.
 
     Regularization pictures may do without masks: the loss then looks at all of them.
@@ -39,32 +39,32 @@ def attach(scope: Scope, beside: list[str]) -> None:
     Raises:
         UserError: there is no folder of masks, or it leaves the source.
     """
-    if scope.mask_folder is None:
+    if reader.mask_folder is None:
         return
-    optional = scope.subset.regularization
-    if ending := ending_of(scope.mask_folder):
+    optional = reader.subset.regularization
+    if ending := ending_of(reader.mask_folder):
         masks = (
             None if optional and not beside else by_picture((stem(name).removesuffix(ending), name) for name in beside)
         )
     else:
-        masks = masks_below(scope.root, scope.below, scope.mask_folder, optional)
+        masks = masks_below(reader.root, reader.below, reader.mask_folder, optional)
     if masks is None:
         return
-    of_pictures = {stem(name) for name in [*scope.names, *scope.unlisted]}
-    of_pictures |= {stem(problem.file_name) for problem in scope.problems if problem.file_name}
-    scope.warn_about(
+    of_pictures = {stem(name) for name in [*reader.names, *reader.unlisted]}
+    of_pictures |= {stem(problem.file_name) for problem in reader.problems if problem.file_name}
+    reader.warn_about(
         len(masks.keys() - of_pictures),
-        f"mask in {scope.place} belongs to no picture and is left out",
-        f"masks in {scope.place} belong to no picture and are left out",
+        f"mask in {reader.place} belongs to no picture and is left out",
+        f"masks in {reader.place} belong to no picture and are left out",
     )
-    listed, scope.entries = scope.entries, []
+    listed, reader.entries = reader.entries, []
     for entry in listed:
         try:
-            mask = mask_of(entry.file_name, masks, scope.root, scope.mask_folder)
+            mask = mask_of(entry.file_name, masks, reader.root, reader.mask_folder)
         except UserError as error:
-            scope.problems.append(Problem(entry.place, str(error), entry.file_name))
+            reader.problems.append(Problem(entry.place, str(error), entry.file_name))
         else:
-            scope.entries.append(replace(entry, mask=mask))
+            reader.entries.append(replace(entry, mask=mask))
 
 
 def masks_below(root: Root, below: str, mask: str, optional: bool) -> dict[str, list[str]] | None:

@@ -9,7 +9,7 @@ from lora_dag.core.console import UserError
 from stages.prepare import captions, split_names
 from stages.prepare.listing import Problem
 from stages.prepare.names import Tree, checked_file, checked_name, clash, folded, stem
-from stages.prepare.scope import Scope, all_of, attempt, instance_prompt, no_column
+from stages.prepare.subset_reader import SubsetReader, all_or_errors, collect_errors, instance_prompt, no_column
 from stages.prepare.tables import Row, Table, good, read_table
 
 OTHER_NAMES = {"file", "file_name", "file_path", "filename", "filepath", "image", "image_path", "img", "name", "path"}
@@ -18,46 +18,46 @@ Seen = dict[str, tuple[str, Table, Row]]
 """Folded name -> the name, and the row that it stands in."""
 
 
-def read_metadata(scope: Scope, tree: Tree) -> None:
-    refuse_two_kinds(scope, tree)
-    tables = all_of(lambda name: read_table(scope.root, name), tree.metadata)
-    prompt = require_columns(scope, tables)
+def read_metadata(reader: SubsetReader, tree: Tree) -> None:
+    refuse_two_kinds(reader, tree)
+    tables = all_or_errors(lambda name: read_table(reader.root, name), tree.metadata)
+    prompt = require_columns(reader, tables)
     seen: Seen = {}
     named = set()
     for table in tables:
         for row in table.rows:
             if isinstance(row, Problem):
-                scope.problems.append(row)
+                reader.problems.append(row)
             else:
-                named.add(add_row(scope, table, row, prompt, seen))
-    scope.unlisted = [name for name in tree.pictures if name not in named]
+                named.add(add_row(reader, table, row, prompt, seen))
+    reader.unlisted = [name for name in tree.pictures if name not in named]
     files = " and ".join(sorted({PurePosixPath(name).name for name in tree.metadata}))
-    place = scope.place
-    scope.warn_about(
-        len(scope.unlisted),
+    place = reader.place
+    reader.warn_about(
+        len(reader.unlisted),
         f"picture in {place} is not in {files} and is left out",
         f"pictures in {place} are not in {files} and are left out",
     )
     stems = {stem(name) for name in tree.pictures}
     num_texts = sum(stem(name) in stems for name in tree.texts)
-    scope.warn_about(
+    reader.warn_about(
         num_texts,
         f".txt file in {place} is not read, since {files} gives the captions",
         f".txt files in {place} are not read, since {files} gives the captions",
     )
-    scope.warn_about(
+    reader.warn_about(
         len(tree.to_import),
         f".parquet or .tar file in {place} is not read beside {files}",
         f".parquet or .tar files in {place} are not read beside {files}",
     )
 
 
-def refuse_two_kinds(scope: Scope, tree: Tree) -> None:
+def refuse_two_kinds(reader: SubsetReader, tree: Tree) -> None:
     folders: dict[str, list[str]] = {}
     for name in tree.metadata:
         folders.setdefault(str(PurePosixPath(name).parent), []).append(PurePosixPath(name).name)
     problems = [
-        f"{scope.root.place('' if folder == '.' else folder)}: {' and '.join(names)} in one folder; keep one"
+        f"{reader.root.place('' if folder == '.' else folder)}: {' and '.join(names)} in one folder; keep one"
         for folder, names in folders.items()
         if len(names) > 1
     ]
@@ -65,7 +65,7 @@ def refuse_two_kinds(scope: Scope, tree: Tree) -> None:
         raise UserError(*problems)
 
 
-def require_columns(scope: Scope, tables: list[Table]) -> tuple[str, ...] | None:
+def require_columns(reader: SubsetReader, tables: list[Table]) -> tuple[str, ...] | None:
     """The instance prompt if it is every picture's caption; None if each has its own.
 
     Raises:
@@ -81,21 +81,23 @@ def require_columns(scope: Scope, tables: list[Table]) -> tuple[str, ...] | None
     if "file_name" not in columns:
         other = next((f"; rename '{column}' to it" for column in columns if column.lower() in OTHER_NAMES), "")
         raise UserError(f"{place}: no column 'file_name'; it has {', '.join(columns) or 'no column at all'}{other}")
-    return instance_prompt(scope, scope.column in columns, place, no_column(scope, columns, place))
+    return instance_prompt(reader, reader.column in columns, place, no_column(reader, columns, place))
 
 
-def add_row(scope: Scope, table: Table, row: Row, prompt: tuple[str, ...] | None, seen: Seen) -> str | None:
+def add_row(reader: SubsetReader, table: Table, row: Row, prompt: tuple[str, ...] | None, seen: Seen) -> str | None:
     """List a row's picture, or say everything that is wrong with the row; the picture's name, if it is one."""
     texts: list[str] = []
-    found = prompt or attempt(texts, lambda: captions.from_value(row.values, scope.column))
-    split = attempt(texts, lambda: split_names.from_column(row.values.get("split"), scope.dataset.heldout_split))
-    name = attempt(texts, lambda: row_file(scope, table, row.values.get("file_name")))
+    found = prompt or collect_errors(texts, lambda: captions.from_value(row.values, reader.column))
+    split = collect_errors(
+        texts, lambda: split_names.from_column(row.values.get("split"), reader.dataset.heldout_split)
+    )
+    name = collect_errors(texts, lambda: row_file(reader, table, row.values.get("file_name")))
     twice = named_before(name, table, row, seen) if name is not None else None
     texts += [twice] if twice else []
     file_name = None if twice else name  # another row's picture is not this one's
-    scope.problems += [Problem(row.place, text, file_name) for text in texts]
+    reader.problems += [Problem(row.place, text, file_name) for text in texts]
     if name is not None and found is not None and not texts:
-        scope.add(name, found, row.place, split)
+        reader.add(name, found, row.place, split)
     return name
 
 
@@ -110,9 +112,9 @@ def named_before(name: str, table: Table, row: Row, seen: Seen) -> str | None:
     return clash(name, first, where)
 
 
-def row_file(scope: Scope, table: Table, name: Any) -> str:
+def row_file(reader: SubsetReader, table: Table, name: Any) -> str:
     folder = str(PurePosixPath(table.file).parent)
     try:
-        return checked_file(checked_name(name, scope.root, "" if folder == "." else folder), scope.root)
+        return checked_file(checked_name(name, reader.root, "" if folder == "." else folder), reader.root)
     except UserError as error:
         raise UserError(*(f"file_name: {problem}" for problem in error.problems)) from None

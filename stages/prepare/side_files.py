@@ -20,7 +20,7 @@ from stages.prepare.names import NUM_EXAMPLES, short, stem
 
 if TYPE_CHECKING:
     from stages.prepare.inspection import CheckedPicture
-    from stages.prepare.scope import Scope
+    from stages.prepare.subset_reader import SubsetReader
 
 MASKS = {"mask", "masks", "masklabel", "matte", "mattes", "alphamask", "alphamasks"}
 """``masklabel`` is OneTrainer's."""
@@ -59,7 +59,7 @@ LEAST_SHARE = 0.5
 """Of the pictures that have a side picture: fewer ``fox-pose.png`` may be pictures of their own. A mask never is."""
 
 
-def refuse(scope: Scope, bare: Iterable[str], names: Iterable[str]) -> None:
+def refuse(reader: SubsetReader, bare: Iterable[str], names: Iterable[str]) -> None:
     """Refuse pictures that seem to be of other tools' making.
 
     Args:
@@ -70,14 +70,14 @@ def refuse(scope: Scope, bare: Iterable[str], names: Iterable[str]) -> None:
         UserError: one line for each ending and folder.
     """
     problems = []
-    below = [scope.below_it(name) for name in names]
-    for (kind, word), sides in sorted(grouped([scope.below_it(name) for name in bare], below).items()):
+    below = [reader.relative_name(name) for name in names]
+    for (kind, word), sides in sorted(grouped([reader.relative_name(name) for name in bare], below).items()):
         shown = ", ".join(map(short, sides[:NUM_EXAMPLES])) + (", ..." if len(sides) > NUM_EXAMPLES else "")
         what = "masks" if word in MASKS else "side pictures, such as control pictures or thumbnails,"
         cure = f"set dataset.mask to '{kind}', or " if is_readable(kind, word, sides, below) else ""
         look = plural(len(sides), "picture looks", "pictures look")
         problems.append(
-            f"{scope.place}: {look} like {what} of others ({shown}); {cure}move them out of it;"
+            f"{reader.place}: {look} like {what} of others ({shown}); {cure}move them out of it;"
             " to train on them, write a caption for each"
         )
     if problems:

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from lora_dag.core.console import UserError, plural
-from stages.prepare import mask_files, split_names, variants
+from stages.prepare import caption_variants, mask_files, split_names
 from stages.prepare.listing import Listing, lines
 from stages.prepare.loose import files_beside, read_loose
 from stages.prepare.metadata import read_metadata
@@ -35,7 +35,7 @@ from stages.prepare.names import (
     short,
 )
 from stages.prepare.params import DatasetParams, Subset
-from stages.prepare.scope import Scope
+from stages.prepare.subset_reader import SubsetReader
 
 UNFINISHED = "unfinished-import.txt"
 """A file in the folder that `lora-dag import` is still writing."""
@@ -49,37 +49,37 @@ def list_entries(dataset: DatasetParams) -> Listing:
         UserError: a source is none, is empty or contradicts the parameters, or two subsets list one picture. Problems
             with single pictures and rows are in the listing; with on_bad error they stand in the UserError too.
     """
-    scopes: list[Scope] = []
+    readers: list[SubsetReader] = []
     refused: list[str] = []
     for index, subset in enumerate(dataset.as_subsets()):
         try:
-            scope = open_subset(dataset, subset, index)
-            scopes.append(scope)
-            read_folder(scope)
+            reader = open_subset(dataset, subset, index)
+            readers.append(reader)
+            read_folder(reader)
         except UserError as error:
             refused += error.problems
-    entries = [entry for scope in scopes for entry in scope.entries]
-    problems = [problem for scope in scopes for problem in scope.problems]
-    refused += overlaps(scopes)
+    entries = [entry for reader in readers for entry in reader.entries]
+    problems = [problem for reader in readers for problem in reader.problems]
+    refused += overlaps(readers)
     if refused:
         raise UserError(*refused, *(lines(problems) if dataset.on_bad == "error" else ()))
-    names = [scope.below_it(name) for scope in scopes for name in scope.names]
+    names = [reader.relative_name(name) for reader in readers for name in reader.names]
     entries, without_split = split_names.assign(entries, names, dataset)
     problems += without_split
-    unlisted = [name for scope in scopes for name in scope.unlisted]
-    warnings = [text for scope in scopes for text in scope.warnings] + variants.warnings(entries, dataset)
+    unlisted = [name for reader in readers for name in reader.unlisted]
+    warnings = [text for reader in readers for text in reader.warnings] + caption_variants.warnings(entries, dataset)
     return Listing(entries, problems, unlisted, warnings)
 
 
-def overlaps(scopes: list[Scope]) -> list[str]:
+def overlaps(readers: list[SubsetReader]) -> list[str]:
     """One line for each two subsets that list a picture twice."""
-    first: dict[str, Scope] = {}
+    first: dict[str, SubsetReader] = {}
     shared: dict[tuple[str, str], list[str]] = {}
-    for scope in scopes:
-        for entry in scope.entries:
-            other = first.setdefault(folded(entry.file_name), scope)
-            if other is not scope:
-                shared.setdefault((other.subset.path, scope.subset.path), []).append(entry.file_name)
+    for reader in readers:
+        for entry in reader.entries:
+            other = first.setdefault(folded(entry.file_name), reader)
+            if other is not reader:
+                shared.setdefault((other.subset.path, reader.subset.path), []).append(entry.file_name)
     return [
         f"params.yaml dataset.subsets: '{one}' and '{two}' both list {plural(len(names), 'picture')}, such as"
         f" '{names[0]}'; choose paths that do not overlap, and use repeats to show pictures more often"
@@ -90,7 +90,7 @@ def overlaps(scopes: list[Scope]) -> list[str]:
 # From a path to what stands there
 
 
-def open_subset(dataset: DatasetParams, subset: Subset, index: int) -> Scope:
+def open_subset(dataset: DatasetParams, subset: Subset, index: int) -> SubsetReader:
     """Where a subset's pictures are.
 
     Raises:
@@ -111,7 +111,7 @@ def open_subset(dataset: DatasetParams, subset: Subset, index: int) -> Scope:
             path = checked_path(path, root)
         except UserError as error:
             raise UserError(*(f"params.yaml dataset.subsets: path {problem}" for problem in error.problems)) from None
-    return Scope(dataset, subset, index, root, path)
+    return SubsetReader(dataset, subset, index, root, path)
 
 
 def label(folder: Path) -> str:
@@ -151,46 +151,46 @@ def import_first(source: Path | str) -> str:
     return f"unpack it once: `lora-dag import {source} data/mine`, and set dataset.source=data/mine"
 
 
-def read_folder(scope: Scope) -> None:
-    if scope.mask_folder:
-        if not PurePosixPath(scope.mask_folder).parts:
+def read_folder(reader: SubsetReader) -> None:
+    if reader.mask_folder:
+        if not PurePosixPath(reader.mask_folder).parts:
             raise UserError(
-                f"params.yaml dataset.mask: '{scope.mask_folder}' is the folder of the pictures themselves; name a"
+                f"params.yaml dataset.mask: '{reader.mask_folder}' is the folder of the pictures themselves; name a"
                 " folder below it that holds the masks alone"
             )
         try:
-            checked_name(scope.mask_folder, scope.root)
+            checked_name(reader.mask_folder, reader.root)
         except UserError as error:
             raise UserError(*(f"params.yaml dataset.mask: {problem}" for problem in error.problems)) from None
-    tree = scan(scope.root, scope.below, scope.mask_folder)
-    masks = mask_files.take_out(tree, scope.mask_folder)
+    tree = scan(reader.root, reader.below, reader.mask_folder)
+    masks = mask_files.take_out(tree, reader.mask_folder)
     if tree.metadata and (tree.pictures or not tree.to_import):
-        read_metadata(scope, tree)
+        read_metadata(reader, tree)
     elif tree.to_import:
         raise UserError(
-            f"{scope.place}: {short(tree.to_import[0])} is not read by the stages; {import_first(scope.place)}"
+            f"{reader.place}: {short(tree.to_import[0])} is not read by the stages; {import_first(reader.place)}"
         )
     elif tree.pictures:
-        read_loose(scope, tree)
+        read_loose(reader, tree)
     else:
-        raise UserError(nothing_there(scope, tree))
-    if not (scope.entries or scope.problems):
-        raise UserError(f"{scope.place}: no pictures; the dataset is empty")
-    warn_of_others(scope, tree)
-    mask_files.attach(scope, masks)
+        raise UserError(nothing_there(reader, tree))
+    if not (reader.entries or reader.problems):
+        raise UserError(f"{reader.place}: no pictures; the dataset is empty")
+    warn_of_others(reader, tree)
+    mask_files.attach(reader, masks)
 
 
-def nothing_there(scope: Scope, tree: Tree) -> str:
+def nothing_there(reader: SubsetReader, tree: Tree) -> str:
     counts = Counter(PurePosixPath(name).suffix.lower() or "without suffix" for name in [*tree.texts, *tree.others])
     there = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items())[:5]) or "nothing"
-    return f"{scope.place}: no pictures and no metadata.jsonl; the dataset is empty (found {there})"
+    return f"{reader.place}: no pictures and no metadata.jsonl; the dataset is empty (found {there})"
 
 
-def warn_of_others(scope: Scope, tree: Tree) -> None:
+def warn_of_others(reader: SubsetReader, tree: Tree) -> None:
     """Files that may be pictures under a suffix that is nobody's, such as a camera's own; or captions under another."""
-    told = {problem.file_name for problem in scope.problems if problem.file_name}
+    told = {problem.file_name for problem in reader.problems if problem.file_name}
     beside = {name for names in files_beside(tree.pictures, tree.others).values() for name in names}
-    used = told.union(scope.names)
+    used = told.union(reader.names)
     others = [name for name in tree.others if name not in used and not is_companion(name)]
     for names, one, many in (
         (
@@ -204,6 +204,6 @@ def warn_of_others(scope: Scope, tree: Tree) -> None:
             "files in {place} are no pictures by their suffix and are left out ({shown}); convert those that are",
         ),
     ):
-        found = [scope.below_it(name) for name in others if name in names and not name.endswith(".json")]
+        found = [reader.relative_name(name) for name in others if name in names and not name.endswith(".json")]
         shown = ", ".join(map(printable, found[:NUM_EXAMPLES])) + (", ..." if len(found) > NUM_EXAMPLES else "")
-        scope.warn_about(len(found), *(text.format(place=scope.place, shown=shown) for text in (one, many)))
+        reader.warn_about(len(found), *(text.format(place=reader.place, shown=shown) for text in (one, many)))

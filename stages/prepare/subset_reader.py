@@ -1,4 +1,4 @@
-"""One subset on its way into a Listing, and what every kind of source asks of it."""
+"""What is read of one subset: its entries and problems so far, and what every kind of folder checks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ T = TypeVar("T")
 
 
 @dataclass
-class Scope:
-    """One subset on its way into a Listing."""
+class SubsetReader:
+    """Collects what one subset adds to a Listing."""
 
     dataset: DatasetParams
     subset: Subset
     index: int
     root: Root
     below: str
-    """The subset's folder or file, relative to the root; "" is the root."""
+    """The subset's folder, relative to the root; "" is the root."""
     entries: list[Entry] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
@@ -47,11 +47,11 @@ class Scope:
         return None if self.dataset.mask == "alpha" else self.dataset.mask
 
     def key(self, name: str) -> str:
-        """Where the value of a setting stands in params.yaml."""
+        """The key of params.yaml that sets the value of a setting."""
         own = self.dataset.subsets and getattr(self.dataset.subsets[self.index], name) is not None
         return f"params.yaml dataset.subsets.{self.index}.{name}" if own else f"params.yaml dataset.{name}"
 
-    def below_it(self, name: str) -> str:
+    def relative_name(self, name: str) -> str:
         """A name relative to the root, as seen from the subset's folder."""
         return name.removeprefix(self.below + "/") if self.below else name
 
@@ -64,7 +64,7 @@ class Scope:
             self.warnings.append(plural(count, one, many))
 
 
-def attempt(problems: list[str], function: Callable[[], T]) -> T | None:
+def collect_errors(problems: list[str], function: Callable[[], T]) -> T | None:
     """The function's value; None where it raises, with what it says added to ``problems``."""
     try:
         return function()
@@ -73,7 +73,7 @@ def attempt(problems: list[str], function: Callable[[], T]) -> T | None:
         return None
 
 
-def all_of(function: Callable[[str], T], names: Iterable[str]) -> list[T]:
+def all_or_errors(function: Callable[[str], T], names: Iterable[str]) -> list[T]:
     """The function's value for each name.
 
     Raises:
@@ -91,7 +91,7 @@ def all_of(function: Callable[[str], T], names: Iterable[str]) -> list[T]:
     return values
 
 
-def instance_prompt(scope: Scope, has_captions: bool, where: str, missing: str) -> tuple[str, ...] | None:
+def instance_prompt(reader: SubsetReader, has_captions: bool, where: str, missing: str) -> tuple[str, ...] | None:
     """The instance prompt if it is every picture's caption; None if each has its own.
 
     Args:
@@ -101,18 +101,18 @@ def instance_prompt(scope: Scope, has_captions: bool, where: str, missing: str) 
     Raises:
         UserError: there are both, or neither.
     """
-    prompt = scope.subset.instance_prompt
+    prompt = reader.subset.instance_prompt
     if prompt is None and not has_captions:
         raise UserError(missing)
     if prompt is not None and has_captions:
         raise UserError(
-            f"{scope.key('instance_prompt')}: '{prompt}' would replace the captions in {where};"
+            f"{reader.key('instance_prompt')}: '{prompt}' would replace the captions in {where};"
             " set it to null, or in dataset.subsets for the folder without captions only"
         )
     return None if prompt is None else (prompt,)
 
 
-def no_column(scope: Scope, columns: list[str], place: str) -> str:
+def no_column(reader: SubsetReader, columns: list[str], place: str) -> str:
     found = sorted(set(columns) - {"file_name"})
     there = f"it has {', '.join(found)}" if found else "it has file_name only"
-    return f"{scope.key('caption_column')}: '{scope.column}' is no column of {place}; {there}"
+    return f"{reader.key('caption_column')}: '{reader.column}' is no column of {place}; {there}"

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from stages.prepare.caption_variants import captions_of, variant, warnings
 from stages.prepare.listing import Entry
-from stages.prepare.variants import captions_of, variant, warnings
 from tests.helpers.images import dataset
 
 TAGS = "a cat, sofa, window, red, night"
