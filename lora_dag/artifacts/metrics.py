@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json, write_json
@@ -26,6 +27,10 @@ def load(path: Path) -> dict[str, Value]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: damaged, no names and values; run `dvc repro`")
     return values
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def tidy(value: Value) -> Value:

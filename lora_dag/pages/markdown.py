@@ -29,6 +29,10 @@ def facts(head: str, pairs: Mapping[str, object], values: str = "") -> str:
     return table((head, values), [(label, str(value)) for label, value in pairs.items()], align=":---")
 
 
+def bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
 def link(text: str, path: Path, folder: Path) -> str:
     """To a file, from a page in ``folder``."""
     return f"[{text}]({quote(Path(os.path.relpath(path, folder)).as_posix())})"

@@ -12,7 +12,7 @@ from lora_dag.artifacts.picture_table import LEFT_OUT, MAX_CUT, Row
 from lora_dag.core.console import plural
 from lora_dag.pages import marks
 from lora_dag.pages.findings import number
-from lora_dag.pages.markdown import code, codes, facts, image, link, table
+from lora_dag.pages.markdown import bullets, code, codes, facts, image, link, table
 from stages.report.inputs import Inputs
 
 MAX_ROWS = 40  # of a table
@@ -284,10 +284,6 @@ def whole(value: object) -> object:
 
 def pair(first: object, second: object) -> str | None:
     return None if first is None or second is None else f"{whole(first)} and {whole(second)}"
-
-
-def bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def and_more(count: int, what: str) -> str:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_dag.pages.plots import INK, LOOK, style
 from stages.report.inputs import Inputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, FAINT, GRID = "#24292f", "#8c959f", "#d8dee4"
+FAINT = "#8c959f"
 TRAIN, HELDOUT, PROBE = "#9a6700", "#0969da", "#cf222e"
 SMOOTHED_SHARE = 0.05  # of the run's steps that a smoothed training loss averages over
 
@@ -28,7 +29,7 @@ def plot_losses(inputs: Inputs, path: Path) -> None:
 
     from lora_dag.pages.sheets import MAX_BYTES, save_png
 
-    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID}):
+    with mpl.rc_context(LOOK):
         figure, (above, below, rate) = plt.subplots(
             3, 1, figsize=(9, 6.4), sharex=True, layout="constrained", height_ratios=[3, 2, 1]
         )
@@ -63,10 +64,3 @@ def plot_training(axes: Axes, loss: list[dict[str, float]]) -> None:
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Mean of the last ``window`` values, of fewer at the start."""
     return [sum(part) / len(part) for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))]
-
-
-def style(axes: Axes, label: str) -> None:
-    axes.set_ylabel(label, color=INK)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(color=GRID, labelcolor=INK)

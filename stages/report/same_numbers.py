@@ -11,11 +11,11 @@ import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
 
 from lora_dag.artifacts import lineage
+from lora_dag.artifacts.metrics import is_number
 from lora_dag.core.files import from_json
 from lora_dag.pipeline.git import git
 from stages.report.inputs import Inputs
@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 """Of the larger of two values. Metrics have six significant digits: the last one is 1e-6 to 1e-5 of the value."""
 ROUNDING = 1 + 1e-9  # 1.00001 is 1 + 1e-5 and a little more, as binary numbers
 NOISE = "max_abs_error"  # of exports: rounding errors themselves, with no digit that two processors share
-METRICS = ("metrics.json", "dataset/metrics.json", "latents/metrics.json", "train/metrics.json", "export/metrics.json")
+FILES = ("metrics.json", "dataset/metrics.json", "latents/metrics.json", "train/metrics.json", "export/metrics.json")
 TABLE = "validate/heldout.csv"
 OTHERS = ("samples.png", "progress.png", "dataset", "latents", "train", "export", "validate")
 LOSS = "val.loss"
@@ -38,15 +38,15 @@ def line(inputs: Inputs, reports: Path) -> str:
     Args:
         reports: the folder of all reports; of a run of a sweep nothing is committed.
     """
-    shown = [(reports / name).as_posix() for name in (METRICS[0], *OTHERS)]
+    shown = [(reports / name).as_posix() for name in (FILES[0], *OTHERS)]
     commit = git("rev-parse", "--short", "HEAD", timeout=GIT_SECONDS)
     if commit is None or not git("diff", "--name-only", "HEAD", "--", *shown, timeout=GIT_SECONDS):
         return ""
     try:
         if not (same_inputs(inputs, reports) and same_code()):
             return ""
-        before = numbers({name: committed(reports / name) for name in (*METRICS, TABLE)})
-        after = numbers({name: (reports / name).read_bytes() for name in (*METRICS, TABLE)})
+        before = numbers({name: committed(reports / name) for name in (*FILES, TABLE)})
+        after = numbers({name: (reports / name).read_bytes() for name in (*FILES, TABLE)})
     except (AttributeError, KeyError, OSError, TypeError, ValueError, YAMLError, csv.Error):
         return ""  # not committed, or by a version that wrote it otherwise
     return compared(before, after, commit.decode().strip())
@@ -72,15 +72,15 @@ def same_code() -> bool:
 def numbers(texts: dict[str, bytes | None]) -> Numbers:
     """Every number of the metrics, and every loss of the table, by name; digests and other words are left out."""
     found: Numbers = {}
-    for name in METRICS:
-        found |= {key: float(value) for key, value in from_json(texts[name] or b"").items() if is_number(key, value)}
+    for name in FILES:
+        found |= {
+            key: float(value)
+            for key, value in from_json(texts[name] or b"").items()
+            if is_number(value) and not key.endswith(NOISE)
+        }
     for row in csv.DictReader(io.StringIO((texts[TABLE] or b"").decode())):
         found |= {f"{TABLE} {row['row']} {side}": float(row[side]) for side in ("base", "adapter")}
     return found
-
-
-def is_number(name: str, value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not name.endswith(NOISE)
 
 
 def compared(before: Numbers, after: Numbers, commit: str) -> str:

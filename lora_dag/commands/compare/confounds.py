@@ -10,8 +10,9 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
+from lora_dag.artifacts.metrics import is_number
 from lora_dag.commands.compare.settings import OF_TRAINING, SEED, differing, lora_section, unexplained
 from lora_dag.commands.compare.sides import Side
 from lora_dag.core.console import plural
@@ -54,10 +55,6 @@ def against(values: Iterable[str]) -> str:
     """``2 against 0.5``; of more than two ``2, 1, 0.5``, each once."""
     shown = list(values)
     return " against ".join(shown) if len(shown) == 2 else ", ".join(dict.fromkeys(shown))
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # Strength

@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeGuard
 
+from lora_dag.artifacts.metrics import is_number
 from lora_dag.commands.compare.confounds import confounds
 from lora_dag.commands.compare.dataset_changes import changes_between
 from lora_dag.commands.compare.settings import SEED, changed_inputs, differing, unexplained, went_in
@@ -23,8 +23,7 @@ MEASURED = {
     "train": (Path("reports/train/run.json"), Path("reports/train/metrics.json")),
     "validate": (Path("reports/validate/run.json"), Path("reports/metrics.json")),
 }
-"""What a stage took, and the figures that it is of."""
-"""What differs between equal runs; of the workspace alone, since neither git nor DVC has it."""
+"""What a stage took, and the figures that it is of; of the workspace alone, since neither git nor DVC has it."""
 ORDER = {name: index for index, name in enumerate(METRICS)}
 MAX_VALUE = 300  # characters of a parameter
 
@@ -205,10 +204,6 @@ def cell(key: str, first: Side, side: Side, mark: str | None) -> str:
     metric = find(key)
     agrees = metric is not None and metric.decides and (after < before) == (mark == " ✓")
     return f"{show_number(after)} ({signed(after - before, '.4g')}{mark if mark and agrees else ''})"
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def show_number(value: object) -> str:

@@ -58,11 +58,16 @@ class Verdict:
             return f"not comparable: {self.why}"
         if self.word == "equal":
             return "equal: the held-out losses are the same to the last digit"
-        mean, low, high = (100 * value / self.loss for value in (self.change.mean, self.change.low, self.change.high))
-        spec = decimals(mean, low, high, least=1)
-        bounds = f" {interval(low, high, spec)}" if self.df or not self.same_setting else ""
+        change = percent(self.change, self.loss, has_bounds=bool(self.df) or not self.same_setting)
         once = ", with one seed each" if self.word in ("better", "worse") and not self.df else ""
-        return f"{self.word}, {signed(mean, spec)} %{bounds}{once}"
+        return f"{self.word}, {change}{once}"
+
+
+def percent(change: Estimate, of: float, has_bounds: bool = True) -> str:
+    """``−3.1 % [−4.0, −2.2]``; without bounds where one picture has none."""
+    mean, low, high = (100 * value / of for value in (change.mean, change.low, change.high))
+    spec = decimals(mean, low, high, least=1)
+    return f"{signed(mean, spec)} %" + (f" {interval(low, high, spec)}" if has_bounds and low == low else "")
 
 
 def judge(a: Side, b: Side, others: Sequence[Side] = ()) -> Verdict:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from lora_dag.artifacts import metrics
 from lora_dag.commands.compare.revisions import find_commit
+from lora_dag.commands.compare.sides import METRICS_FILE, MORE_METRICS_FILES
 from lora_dag.commands.gate import against, figures, limits, lock, rules, tree
 from lora_dag.commands.gate.page import Place, write_page, write_unread
 from lora_dag.core import params
@@ -25,8 +26,6 @@ from lora_dag.core.param_errors import explain
 from lora_dag.pipeline import sharing
 from lora_dag.pipeline.git import git
 from stages.report.params import Gates
-
-METRICS = ("reports/metrics.json", "reports/train/metrics.json", "reports/export/metrics.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +139,6 @@ def measured() -> dict[str, metrics.Value]:
         UserError: a file is damaged.
     """
     found: dict[str, metrics.Value] = {}
-    for path in filter(Path.is_file, map(Path, METRICS)):
+    for path in filter(Path.is_file, map(Path, (METRICS_FILE, *MORE_METRICS_FILES))):
         found |= metrics.load(path)
     return found

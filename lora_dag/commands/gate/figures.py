@@ -20,7 +20,7 @@ import numpy as np
 
 from lora_dag.artifacts import lineage, metrics, picture_table
 from lora_dag.artifacts.metrics import Value, tidy
-from lora_dag.commands.compare.sides import DAMAGED, LINEAGE, METRICS, PICTURES, SCORES
+from lora_dag.commands.compare.sides import DAMAGED, LINEAGE, METRICS_FILE, PICTURES, SCORES
 from lora_dag.commands.gate import lock
 from lora_dag.core.console import UserError
 from lora_dag.core.params import read_yaml
@@ -103,7 +103,20 @@ def owned(reports: Reports) -> Iterator[str]:
     """Each file that the gate reads is an output of a stage: without one, dvc.lock has no digest of it."""
     pipeline = lock.Pipeline.read()
     outputs = {path for stage in pipeline.stages.values() for path in stage.outs}
-    for path in (METRICS, TRAIN, EXPORT, DATASET, HEADLINE, SCORES, CURVE, NEAREST, LOSSES, PICTURES, LINEAGE, MADE):
+    for path in (
+        METRICS_FILE,
+        TRAIN,
+        EXPORT,
+        DATASET,
+        HEADLINE,
+        SCORES,
+        CURVE,
+        NEAREST,
+        LOSSES,
+        PICTURES,
+        LINEAGE,
+        MADE,
+    ):
         if Path(path).exists() and path not in outputs:
             yield f"dvc.yaml: no stage has {path} among its outputs, so that dvc.lock has no digest of it; restore it"
 
@@ -111,7 +124,7 @@ def owned(reports: Reports) -> Iterator[str]:
 def heldout(reports: Reports) -> Iterator[str]:
     """heldout.csv has the very losses that the stage's figures are of."""
     seed, timesteps = reports.params["validate"]["seed"], reports.lineage["table"]["num_train_timesteps"]
-    yield from differing(METRICS, SCORES, heldout_table.metrics(reports.scores, timesteps, seed))
+    yield from differing(METRICS_FILE, SCORES, heldout_table.metrics(reports.scores, timesteps, seed))
 
 
 def asked(reports: Reports) -> Iterator[str]:
@@ -147,7 +160,7 @@ SPLITS = ("heldout", "train")
 def steps(reports: Reports) -> Iterator[str]:
     """curve.csv begins with the base's losses, ends with the adapter's, and tells which snapshot is best."""
     points, measured = curve.read(read(CURVE)), heldout_table.metrics(reports.scores, 1, 0)
-    yield from differing(METRICS, CURVE, curve.metrics(points))
+    yield from differing(METRICS_FILE, CURVE, curve.metrics(points))
     yield from differing(TRAIN, CURVE, {"train.num_steps": points[-1].step})
     ends = {"val.loss_base": points[0].heldout, "val.train_loss_base": points[0].train_probe}
     ends |= {"val.loss": points[-1].heldout, "val.train_loss": points[-1].train_probe}
@@ -176,7 +189,7 @@ def copies(reports: Reports) -> Iterator[str]:
         found = {f"samples.copied_share{suffix}": share, f"samples.nearest_distance{suffix}": middle}
         if far is not None and not any(math.isclose(distance, far, rel_tol=SIX_DIGITS) for distance in distances):
             found[f"samples.far_share{suffix}"] = bootstrap.mean(distance > far for distance in distances)
-        yield from differing(METRICS, NEAREST, found)
+        yield from differing(METRICS_FILE, NEAREST, found)
 
 
 def training(reports: Reports) -> Iterator[str]:
@@ -211,7 +224,7 @@ def dataset(reports: Reports) -> Iterator[str]:
 def headline(reports: Reports) -> Iterator[str]:
     """headline.json repeats what the stages measured."""
     measured: dict[str, Value] = {}
-    for path in (DATASET, TRAIN, METRICS, EXPORT):
+    for path in (DATASET, TRAIN, METRICS_FILE, EXPORT):
         measured |= metrics.load(Path(path))
     known = {name: measured[name] for name in metrics.load(Path(HEADLINE)) if name in measured}
     yield from differing(HEADLINE, "the stages' metrics.json", known)

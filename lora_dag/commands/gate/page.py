@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -12,7 +12,7 @@ from lora_dag.commands.gate.against import Comparison
 from lora_dag.commands.gate.figures import CHECKED
 from lora_dag.commands.gate.limits import Answer
 from lora_dag.commands.gate.rules import Change
-from lora_dag.pages.markdown import code, table
+from lora_dag.pages.markdown import bullets, code, table
 from lora_dag.pipeline.git import git
 
 MAX_FILES = 8  # named of a change
@@ -80,10 +80,6 @@ def title(place: Place, problems: Sequence[str], answers: Sequence[Answer], chan
 def write_unread(place: Place, problems: Sequence[str]) -> str:
     """The page of a commit whose files nobody could look at."""
     return "\n\n".join(["# Experiment: not passed", subject(place), bullets(in_line(line) for line in problems)]) + "\n"
-
-
-def bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def changed_rules(place: Place, changes: Sequence[Change]) -> list[str]:

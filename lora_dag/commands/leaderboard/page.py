@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_dag.commands.compare.confounds import confounds
 from lora_dag.commands.compare.page import crossed_by
+from lora_dag.commands.compare.verdict import percent
 from lora_dag.commands.leaderboard.board import MEASURED, SEED, SOURCE, Board, asked, runs_of, show, swept_keys
 from lora_dag.commands.leaderboard.ranking import Standing, Table
 from lora_dag.core.console import plural
@@ -16,7 +17,7 @@ from lora_dag.core.took import duration
 from lora_dag.evaluation.bootstrap import Estimate
 from lora_dag.evaluation.metrics import METRICS
 from lora_dag.pages.findings import BOOTSTRAP, FEW_PICTURES, cannot_tell
-from lora_dag.pages.markdown import code, decimals, image, interval, plain, signed, table
+from lora_dag.pages.markdown import code, image, plain, signed, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,10 +138,3 @@ def runs_table(board: Board) -> str:
 
 def base_loss(row: Standing) -> float:
     return float(row.base.mean())
-
-
-def percent(change: Estimate, of: float) -> str:
-    """``−3.1 % [−4.0, −2.2]``; without bounds where one picture has none."""
-    mean, low, high = (100 * value / of for value in (change.mean, change.low, change.high))
-    spec = decimals(mean, low, high, least=1)
-    return f"{signed(mean, spec)} %" + ("" if math.isnan(low) else f" {interval(low, high, spec)}")

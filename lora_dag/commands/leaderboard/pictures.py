@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lora_dag.artifacts.metrics import is_number
 from lora_dag.commands.compare.sheets import cut_cells
 from lora_dag.commands.compare.sides import shared_prompts
 from lora_dag.commands.leaderboard.board import SEED, SOURCE, Board, asked, runs_of, show, swept_keys
@@ -15,6 +16,7 @@ from lora_dag.commands.leaderboard.page import heading
 from lora_dag.commands.leaderboard.ranking import Standing
 from lora_dag.core.console import plural
 from lora_dag.core.files import atomic
+from lora_dag.pages.plots import INK, LOOK, style
 from lora_dag.sweeps.grid import Run
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
 
-INK, GRID = "#24292f", "#d8dee4"
 COLOURS = ("#0969da", "#9a6700", "#1a7f37", "#cf222e", "#8250df", "#57606a")
 """Of tables; they begin again after the last."""
 DPI = 110
@@ -50,8 +51,7 @@ def draw_effects(board: Board, path: Path) -> str:
     keys = swept[:MAX_KEYS]
     columns = min(3, 1 + len(keys))
     rows = -(-(1 + len(keys)) // columns)
-    look: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": GRID}
-    with mpl.rc_context(look | {"text.parse_math": False}):  # a dollar sign is one
+    with mpl.rc_context(LOOK | {"text.parse_math": False}):  # a dollar sign is one
         figure, grid = plt.subplots(
             rows, columns, figsize=(4.4 * columns, 3.8 * rows + 0.5), layout="constrained", squeeze=False, sharey=True
         )
@@ -135,21 +135,10 @@ def all_else(run: Run, key: str) -> str:
     return canonical({name: value for name, value in run.overrides.items() if name not in (key, SEED)})
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def draw_seeds(panel: Axes, x: float, percent: pd.Series, colour: str) -> None:
     """A dot for each run, and a line from the lowest to the highest."""
     panel.plot([x] * len(percent), percent, "o", color=colour, markersize=4, alpha=0.7, markeredgewidth=0)
     panel.plot([x, x], [percent.min(), percent.max()], "-", color=colour, linewidth=3, alpha=0.25)
-
-
-def style(axes: Axes, label: str) -> None:
-    axes.set_ylabel(label, color=INK)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(color=GRID, labelcolor=INK)
 
 
 def draw_contact(board: Board, path: Path) -> str:
