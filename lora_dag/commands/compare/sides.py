@@ -21,7 +21,7 @@ from lora_dag.evaluation.heldout_table import Score
 
 PARAMS = "params.yaml"
 METRICS_FILE = "reports/metrics.json"
-MORE_METRICS_FILES = ("reports/train/metrics.json", "reports/export/metrics.json")
+METRICS_FILES = (METRICS_FILE, "reports/train/metrics.json", "reports/export/metrics.json")
 SCORES = "reports/validate/heldout.csv"
 LINEAGE = "reports/validate/lineage.json"
 PICTURES = "reports/dataset/pictures.csv"
@@ -74,7 +74,7 @@ def read_commit(name: str, commit: str | None) -> Side:
     """The same of a commit, or of the workspace (None), that pages call ``name``."""
     parsers: dict[str, Callable[[bytes], Any]] = {
         PARAMS: parse_params,
-        **dict.fromkeys((METRICS_FILE, *MORE_METRICS_FILES), parse_metrics),
+        **dict.fromkeys(METRICS_FILES, parse_metrics),
         SCORES: parse_scores,
         LINEAGE: parse_lineage,
         SAMPLES: bytes,
@@ -90,7 +90,7 @@ def read_commit(name: str, commit: str | None) -> Side:
         except DAMAGED as error:
             what = " ".join(str(error).split())
             problems.append(f"{name}: {path} is damaged ({type(error).__name__}: {what}); {how_to_report(commit)}")
-    needed = [path for path in parsers if path not in (*MORE_METRICS_FILES, PICTURES, LOCK)]
+    needed = [path for path in parsers if path not in (*METRICS_FILES[1:], PICTURES, LOCK)]
     missing = [path for path in needed if path in found and found[path] is None]
     if missing:
         problems.append(f"{name}: has no {', '.join(missing)}; {how_to_report(commit)}")
@@ -100,9 +100,7 @@ def read_commit(name: str, commit: str | None) -> Side:
         name=name,
         commit=commit,
         params=found[PARAMS],
-        metrics={
-            key: value for path in (METRICS_FILE, *MORE_METRICS_FILES) for key, value in (found[path] or {}).items()
-        },
+        metrics={key: value for path in METRICS_FILES for key, value in (found[path] or {}).items()},
         scores=found[SCORES],
         lineage=found[LINEAGE],
         samples=found[SAMPLES],

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from lora_dag.artifacts import metrics
 from lora_dag.commands.compare.revisions import find_commit
-from lora_dag.commands.compare.sides import METRICS_FILE, MORE_METRICS_FILES
+from lora_dag.commands.compare.sides import METRICS_FILES
 from lora_dag.commands.gate import against, figures, limits, lock, rules, tree
 from lora_dag.commands.gate.page import Place, write_page, write_unread
 from lora_dag.core import params
@@ -139,6 +139,6 @@ def measured() -> dict[str, metrics.Value]:
         UserError: a file is damaged.
     """
     found: dict[str, metrics.Value] = {}
-    for path in filter(Path.is_file, map(Path, (METRICS_FILE, *MORE_METRICS_FILES))):
+    for path in filter(Path.is_file, map(Path, METRICS_FILES)):
         found |= metrics.load(path)
     return found
