@@ -6,6 +6,7 @@ Run: ``python -m lora_dag.pipeline.code [STAGE ...]`` prints the lines to paste 
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from collections.abc import Iterable
 from modulefinder import ModuleFinder
@@ -80,6 +81,20 @@ def digest(paths: Iterable[str], family: str = "") -> str:
     """Digest of the code among a stage's dependencies: equal exactly where DVC finds no change of code."""
     code = [path.replace("${model.family}", family) for path in paths if is_code(path)]
     return sha256_json({str(file): sha256_file(file) for path in code for file in files_in(Path(path))})
+
+
+def dvc_md5(path: Path) -> str:
+    """As dvc.lock has it of a file, or of a folder of code."""
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    if path.is_file():
+        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    tree = Tree()
+    for file in files_in(path):
+        tree.add(file.relative_to(path).parts, None, HashInfo("md5", dvc_md5(file)))
+    tree.digest()
+    return str(tree.hash_info.value)
 
 
 def results_of(stage: str, root: Path = Path()) -> int:

@@ -6,7 +6,6 @@ On another kind of processor the last bits differ, and `git status` shows change
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import math
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from ruamel.yaml import YAML, YAMLError
 from lora_dag.artifacts import lineage
 from lora_dag.artifacts.metrics import is_number
 from lora_dag.core.files import from_json
+from lora_dag.pipeline import code
 from lora_dag.pipeline.git import git
 from stages.report.inputs import Inputs
 from stages.report.last_commit import GIT_SECONDS, committed, compare
@@ -62,11 +62,11 @@ def same_inputs(inputs: Inputs, reports: Path) -> bool:
 
 
 def same_code() -> bool:
-    """Whether the files of code that the committed dvc.lock names have the digests that it names."""
+    """Whether the files and folders of code that the committed dvc.lock names have the digests that it names."""
     locked = YAML(typ="safe").load((committed(Path("dvc.lock")) or b"").decode())["stages"]
     stages = [stage for name, stage in locked.items() if name != "report"]
-    files = {dep["path"]: dep["md5"] for stage in stages for dep in stage["deps"] if dep["path"].endswith(".py")}
-    return all(hashlib.md5(Path(path).read_bytes()).hexdigest() == digest for path, digest in files.items())
+    digests = {dep["path"]: dep["md5"] for stage in stages for dep in stage["deps"] if code.is_code(dep["path"])}
+    return all(code.dvc_md5(Path(path)) == digest for path, digest in digests.items())
 
 
 def numbers(texts: dict[str, bytes | None]) -> Numbers:

@@ -17,11 +17,10 @@ from ruamel.yaml import YAML
 
 from lora_dag.artifacts import metrics, picture_table
 from lora_dag.artifacts.lineage import save as save_lineage
-from lora_dag.commands.gate.lock import folder_md5
 from lora_dag.core.files import sha256_json, write_text
 from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Score
-from lora_dag.pipeline.code import is_code
+from lora_dag.pipeline.code import dvc_md5, is_code
 from stages.validate import curve, neighbours
 from tests.helpers.checkout import Checkout
 from tests.helpers.workspace import REPOSITORY
@@ -208,7 +207,7 @@ def pin(root: Path, path: str) -> dict[str, Any]:
     else:
         digest = hashlib.md5(file.read_bytes() if file.is_file() else path.encode()).hexdigest()
         digest += "" if file.is_file() else ".dir"
-        digest = folder_md5(file) if file.is_dir() and is_code(path) else digest
+        digest = dvc_md5(file) if file.is_dir() and is_code(path) else digest
     return {"path": path, "hash": "md5", "md5": digest, "size": 1}
 
 

@@ -29,13 +29,14 @@ def git(*arguments: str) -> str:
 
 @pytest.fixture
 def committed(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """reports/ of a repository with a dvc.lock and a file of code, all committed."""
+    """reports/ of a repository with a dvc.lock and a folder of code, all committed."""
     reports = workspace.path / "reports"
     write_reports(reports)
     write_text(reports / "validate/heldout.csv", TABLE.format(0.25))
     CODE.parent.mkdir(parents=True)
     CODE.write_text("pass\n")
-    dep = {"path": CODE.as_posix(), "md5": hashlib.md5(b"pass\n").hexdigest()}
+    tree = json.dumps([{"md5": hashlib.md5(b"pass\n").hexdigest(), "relpath": CODE.name}])  # as DVC keeps a folder
+    dep = {"path": CODE.parent.as_posix(), "md5": hashlib.md5(tree.encode()).hexdigest() + ".dir"}
     Path("dvc.lock").write_text(json.dumps({"stages": {"train": {"deps": [dep]}}}))  # JSON is YAML
     monkeypatch.setattr("stages.report.__main__.plot_losses", lambda _, path: Image.new("RGB", (8, 8)).save(path))
     git("init", "--quiet")

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dag.core.code import files_in
 from lora_dag.core.console import UserError
 from lora_dag.core.params import read_yaml
 from lora_dag.pipeline import code, dvc_files
@@ -218,7 +217,7 @@ def used(pipeline: Pipeline, path: str, uses: list[File]) -> list[str]:
         stages = in_order(pipeline, (file.stage for file in uses))
         cure = "restore it" if code.is_code(path) else "restore it, or commit its .dvc file"
         return [] if pointer(path) else [f"{path}: missing, and a dependency of {stages}; {cure}"]
-    here = md5(Path(path)) if Path(path).is_file() else folder_md5(Path(path))
+    here = code.dvc_md5(Path(path))
     same = {file.locked for file in uses if file.locked == here or other_line_ends(Path(path), file.locked)}
     other = in_order(pipeline, (file.stage for file in uses if file.locked not in same))
     cure = RELOCK if code.is_code(path) else RUN
@@ -280,18 +279,6 @@ def in_order(pipeline: Pipeline, stages: Iterable[str]) -> str:
 
 def md5(path: Path) -> str:
     return digest(path.read_bytes())
-
-
-def folder_md5(folder: Path) -> str:
-    """As dvc.lock has it of a folder of code."""
-    from dvc_data.hashfile.hash_info import HashInfo
-    from dvc_data.hashfile.tree import Tree
-
-    tree = Tree()
-    for file in files_in(folder):
-        tree.add(file.relative_to(folder).parts, None, HashInfo("md5", md5(file)))
-    tree.digest()
-    return str(tree.hash_info.value)
 
 
 def digest(content: bytes) -> str:
