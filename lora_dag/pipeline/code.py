@@ -39,7 +39,8 @@ def dependencies(stage: str, root: Path = ROOT) -> list[str]:
     if f"{FAMILIES}/protocol.py" in found:  # it loads a family by its name
         files = families(root)
         found |= imported(files, root) - {path.relative_to(root).as_posix() for path in files} | {FAMILY}
-    return sorted({package(path) for path in found if path == FAMILY or has_code(root / path)})
+    own = filter(is_code, found)  # a numpy.py beside the packages is none of them
+    return sorted({package(path) for path in own if path == FAMILY or has_code(root / path)})
 
 
 def families(root: Path = ROOT) -> list[Path]:
