@@ -48,17 +48,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    require_lock()
+    if not LOCK.is_file() and not METADATA.is_dir():
+        raise UserError("dvc.lock: no such file, and Snakemake has run nothing here; run `dvc repro` or `snakemake`")
+    verdicts = relock_stages(args) if LOCK.is_file() else []
+    relock_runs(args)
+    warn_of_edits()
+    warn_of_merge()
+    if any(verdict.reasons for verdict in verdicts):
+        log.info("next        dvc repro")
+        sys.exit(MUST_RUN)
+
+
+def relock_stages(args: argparse.Namespace) -> list[Verdict]:
+    """Judge every stage of dvc.yaml, and accept those whose code alone differs."""
+    require_merged()
     with opened() as repo:
         verdicts = judge(repo, args.assume_results)
         if not args.dry_run:
             accept(repo, [verdict for verdict in verdicts if verdict.is_accepted])
     report(verdicts)
-    relock_runs(args)
-    warn_of_edits()
-    if any(verdict.reasons for verdict in verdicts):
-        log.info("next        dvc repro")
-        sys.exit(MUST_RUN)
+    return verdicts
 
 
 def report(verdicts: list[Verdict]) -> None:
@@ -93,9 +102,7 @@ class Verdict:
         return bool(self.code) and not self.reasons
 
 
-def require_lock() -> None:
-    if not LOCK.is_file():
-        raise UserError("dvc.lock: no such file; run `dvc repro`")
+def require_merged() -> None:
     if "\n<<<<<<< " in "\n" + LOCK.read_text(encoding="utf-8"):
         raise UserError(
             "dvc.lock: a merge left conflicts in it; `git checkout --ours dvc.lock`, or --theirs, takes the side whose "
@@ -123,7 +130,11 @@ def opened() -> Iterator[Repo]:
 def judge(repo: Repo, assumed: int | None) -> list[Verdict]:
     """In the order of dvc.yaml."""
     params = read_yaml(Path(PARAMS))
-    listed, locked = dvc_files.read_pipeline(params), dvc_files.read_lock()
+    try:
+        listed, locked = dvc_files.read_pipeline(params), dvc_files.read_lock()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"dvc.yaml or dvc.lock: not as DVC writes it ({what}); `git checkout` it") from None
     stages: dict[str, PipelineStage] = {each.name: each for each in repo.index.stages if hasattr(each, "name")}
     outputs = {out.fs_path: out for each in repo.index.stages for out in each.outs}
     found: list[Verdict] = []
@@ -213,7 +224,7 @@ def accept(repo: Repo, verdicts: list[Verdict]) -> None:
     stages = {each.name: each for each in repo.index.stages if hasattr(each, "name")}
     for stage in (stages[verdict.name] for verdict in verdicts):
         stage.save_deps(allow_missing=True)
-        if all(out.exists for out in stage.outs):
+        if all(each.exists for each in (*stage.deps, *stage.outs)):
             repo.stage_cache.save(stage)
         stage.dump(update_pipeline=False)
 
@@ -237,8 +248,7 @@ def relock_runs(args: argparse.Namespace) -> None:
         record = read_record(path) if not path.startswith("reports/sweep/") else None
         if record is None or record.rule not in stages:
             continue
-        family = record.sections.get("model", {}).get("family", "")
-        today, number = digest(record.rule, family), code.results_of(record.rule)
+        today, number = digest(record.rule, record.family), code.results_of(record.rule)
         then = record.results if record.results is not None else args.assume_results
         if then != number:
             other[f"{record.rule}: RESULTS {'not recorded' if then is None else then} → {number}"] += 1
@@ -261,3 +271,14 @@ def warn_of_edits() -> None:
     if changed:
         files = f"{changed[0][3:]}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''}"
         log.warning("warning: %s: not committed; `pytest tests/golden` says whether a result has changed", files)
+
+
+def warn_of_merge() -> None:
+    """git takes dvc.lock of one side whole (.gitattributes): lines of two runs are of none."""
+    if git("ls-files", "--unmerged", "--", str(LOCK)):
+        branch = (git("rev-parse", "--abbrev-ref", "HEAD") or b"HEAD").decode().strip()
+        log.warning(
+            "warning: dvc.lock: a merge has changed it on both sides, and this one is %s's; where the other side has "
+            "the runs, `git checkout --theirs dvc.lock` and run this again",
+            branch,
+        )

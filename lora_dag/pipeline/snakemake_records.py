@@ -46,6 +46,11 @@ class Record:
         return self.options[self.options.index(f"--{name.replace('_', '-')}") + 1]
 
     @property
+    def family(self) -> str:
+        """Of the model; empty for a stage that reads none."""
+        return self.sections.get("model.family") or self.sections.get("model", {}).get("family", "")
+
+    @property
     def overrides(self) -> list[str]:
         """``lora.rank=16``"""
         return [value for word, value in zip(self.options, self.options[1:], strict=False) if word == "--set"]

@@ -6,7 +6,6 @@ tests/dag/test_pipeline.py asks the same of the real stages, and tests/dag/test_
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,9 +17,9 @@ import pytest
 from tests.conftest import REPOSITORY, picture
 from tests.helpers.checkout import Checkout, ran
 from tests.helpers.planted import outputs, read
+from tests.helpers.stubbed import ALL, Stubbed, make_stubbed
 
 AFTER_TRAIN = {"train", "validate", "export", "report"}
-ALL = {"prepare", "cache_latents", *AFTER_TRAIN}
 CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"train__seed": 1}, AFTER_TRAIN),
     ({"validate__seed": 1}, {"validate", "report"}),
@@ -33,47 +32,11 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"runtime__log_every_n_steps": 2}, set()),
 ]
 
-# Writes the digest of all that a stage reads to each of its outputs; stages: name -> what it reads, what it writes.
-STUB = """#!{python}
-import hashlib, sys
-from pathlib import Path
-deps, outs = {stages!r}[sys.argv[2].partition(".")[2]]
-digest = hashlib.sha256(Path("params.yaml").read_bytes())
-for path in map(Path, deps):
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        digest.update(file.read_bytes() if file.is_file() else b"")
-for path in map(Path, outs):
-    path = path if path.suffix else path / "stub.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(digest.hexdigest())
-"""
-
-
-class Stubbed(Checkout):
-    """Where ``python`` is the stub."""
-
-    @property
-    def environment(self) -> dict[str, str]:
-        own = super().environment
-        return own | {"PATH": f"{self.path.parent / 'bin'}{os.pathsep}{own['PATH']}"}
-
 
 @pytest.fixture(scope="module")
 def stubbed(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Stubbed:
-    """After a first run of everything, committed. Tests that change it put it back."""
-    made = Stubbed(tmp_path_factory.mktemp("reruns") / "checkout", tiny_base)
-    stages = {
-        name: ([path for path in stage["deps"] if path.startswith(("data/", "reports/"))], list(outputs(stage)))
-        for name, stage in read(made.path / "dvc.yaml")["stages"].items()
-    }
-    stages["prepare"][0].append("data/raw")  # ${dataset.source}
-    program = made.path.parent / "bin/python"
-    program.parent.mkdir()
-    program.write_text(STUB.format(python=sys.executable, stages=stages))
-    program.chmod(0o755)
-    assert made.repro() == ALL
-    made.commit("reproduced")
-    return made
+    """Tests that change it put it back."""
+    return make_stubbed(tmp_path_factory.mktemp("reruns"), tiny_base)
 
 
 @pytest.fixture(autouse=True)

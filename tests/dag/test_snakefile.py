@@ -241,6 +241,34 @@ def test_edited_code_reruns_its_stage_and_a_comment_in_another_s_does_not(stubbe
     assert stubbed.plan() == {}
 
 
+def test_relock_accepts_edited_code_of_the_same_results_and_hides_no_other_change(stubbed: Stubbed) -> None:
+    def relock() -> str:
+        return stubbed.checkout.python("-m", "lora_dag", "relock").stdout
+
+    path, number = stubbed.path / "lora_dag/core/console.py", stubbed.path / "stages/validate/__init__.py"
+    original = path.read_text(), number.read_text()
+    path.write_text(original[0] + "\n# edited\n")
+    assert set(stubbed.plan()) == ALL
+    assert "accepted    runs/: 3 files of train" in relock()
+    assert stubbed.plan() == {}
+    stubbed.checkout.set(export__seed=1)
+    number.write_text("RESULTS = 2\n")
+    path.write_text(original[0])
+    said = relock()
+    assert "must run    runs/: validate: RESULTS 1 → 2 (8 files); `snakemake` runs what it plans of them" in said
+    assert "accepted    runs/: 3 files of train" in said
+    assert set(stubbed.plan()) == {"validate", "export", "report"}
+    stubbed.checkout.git("checkout", "--quiet", "params.yaml")
+    number.write_text(original[1])
+    relock()
+    assert stubbed.plan() == {}
+    lock = stubbed.path / ".snakemake/locks/0.input.lock"
+    lock.touch()
+    refused = stubbed.checkout.python("-m", "lora_dag", "relock", check=False)
+    lock.unlink()
+    assert refused.returncode == 2 and "snakemake is at work; wait for it, or after a kill run" in refused.stderr
+
+
 @pytest.mark.slow
 def test_parameters_edited_while_jobs_run_reach_none_of_them(stubbed: Stubbed) -> None:
     """Every job reads the copy that was made when the command started."""

@@ -11,7 +11,7 @@ import pytest
 from snakemake.persistence.file import FilePersistence
 
 from lora_dag.core.console import UserError
-from lora_dag.pipeline.snakemake_records import METADATA, read_record
+from lora_dag.pipeline.snakemake_records import METADATA, accept_code, read_record, recorded_paths
 
 CODE = "c" * 64
 JOB = {
@@ -87,3 +87,16 @@ def test_a_record_of_another_snakemake_is_one_line(changes: dict[str, Any]) -> N
     place.write_text("{")
     with pytest.raises(UserError, match=f"^{place}: not as Snakemake 9"):
         read_record("runs/a.json")
+
+
+def test_a_record_takes_other_code_and_nothing_else() -> None:
+    """Snakemake compares the parameters as a set of texts."""
+    path = "runs/" + "x" * 200 + "/adapter.json"
+    place = write(path)
+    assert list(recorded_paths()) == [path]
+    record = read_record(path)
+    assert record
+    accept_code(record, "b" * 64, 3)
+    changed = json.loads(place.read_text())
+    assert set(changed["params"]) == {JOB["params"][0], repr("b" * 64), "3", JOB["params"][-1]}
+    assert changed | {"params": 0} == JOB | {"params": 0}
