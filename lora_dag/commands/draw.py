@@ -104,9 +104,8 @@ def require_base(file: Path, base: dict[str, str]) -> None:
         raise UserError(f"{file}: made with lora.algo {algo}, which diffusers does not load; use validate.scales")
 
 
-def require_readable(pipeline: Any, entries: list[Entry]) -> None:
+def require_readable(denoiser: Any, entries: list[Entry]) -> None:
     """Raises UserError for a run's own file: of names without a component, diffusers takes none and says nothing."""
-    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     modules = {name for name, _ in denoiser.named_modules()}
     own = [
         entry.file for entry in entries if {name.partition(".lora_")[0] for name in read_header(entry.file)} & modules
@@ -153,7 +152,7 @@ def draw_grid(eval_set: EvalSet, settings: ValidateParams, entries: list[Entry])
 
     pipeline = eval_set.family.load_pipeline(eval_set.model, eval_set.device)
     sampling = make_sampling(eval_set, settings, pipeline.vae_scale_factor)
-    require_readable(pipeline, entries)
+    require_readable(getattr(pipeline, eval_set.family.DENOISER), entries)
     labels, columns = ["base"], [draw(pipeline, sampling, eval_set.model)]
     names = load(pipeline, entries)
     stems = [entry.file.stem for entry in entries]

@@ -1,7 +1,8 @@
 """``validate.feature_model``: the image-text model's files, before anything is imported that could load them.
 
 A folder in the transformers layout, or a YAML file that pins a model of the Hugging Face Hub to a commit
-(``core/hub.py``). Both are pinned in params.yaml by a digest, since no stage can depend on a path that may be null.
+(``lora_dag/bases/hub.py``). Both are pinned in params.yaml by a digest, since no stage can depend on a path that may
+be null.
 """
 
 from __future__ import annotations

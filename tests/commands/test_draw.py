@@ -105,9 +105,9 @@ def test_all_of_a_file_is_drawn_or_it_is_refused(workspace: Workspace) -> None:
         Path("data/adapter/adapter.safetensors"),
         Path("data/export/diffusers/pytorch_lora_weights.safetensors"),
     )
-    draw.require_readable(pipeline, [draw.Entry(export, (1.0,))])
+    draw.require_readable(pipeline.unet, [draw.Entry(export, (1.0,))])
     with pytest.raises(UserError, match=r"adapter.safetensors: the run's own file, which diffusers does not read; use"):
-        draw.require_readable(pipeline, [draw.Entry(export, (1.0,)), draw.Entry(own, (1.0,))])
+        draw.require_readable(pipeline.unet, [draw.Entry(export, (1.0,)), draw.Entry(own, (1.0,))])
     with pytest.raises(UserError, match=r"takes only 0 of 2,048 weights of its lora_A"):
         draw.load(pipeline, [draw.Entry(own, (1.0,))])
     more = {"lora_te_nowhere.lora_A.weight": torch.ones(2, 3)}
