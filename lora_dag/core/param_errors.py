@@ -16,10 +16,8 @@ from lora_dag.core.param_kinds import innermost, is_union
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-    from lora_dag.core.params import Params
 
-
-def explain(path: Path, section: str, cls: type[Params], error: ValidationError) -> list[str]:
+def explain(path: Path, section: str, cls: type[BaseModel], error: ValidationError) -> list[str]:
     """A validation error in the project's words: file, dotted key, value, what is accepted."""
     lines = []
     for _, alternatives in itertools.groupby(error.errors(), lambda detail: union(cls, detail["loc"])):
