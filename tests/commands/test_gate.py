@@ -536,6 +536,11 @@ RULES: dict[str, tuple[Callable[[], Any], str, str]] = {
         "the gate's code",
         "lora_dag/evaluation/heldout_table.py",
     ),
+    "lora-dag itself": (
+        lambda: edit("lora_dag/__main__.py", "import runpy", "import runpy  #"),
+        "the gate's code",
+        "lora_dag/__main__.py",
+    ),
     "a module of the gate removed": (
         lambda: Path("lora_dag/commands/compare/verdict.py").unlink(),
         "the gate's code",
