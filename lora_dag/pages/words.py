@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-OF_FILES = (".yaml", ".yml", ".parquet", ".tar")
-"""Suffixes of a dataset that is one file; a folder's name may have dots."""
 FEW_LETTERS = 3
 """Shorter words, such as "a" and "of", tie no prompt to a caption."""
 FIRST_IDEOGRAPH = "\u3040"
@@ -44,9 +42,8 @@ def of_dataset(export: Mapping[str, Any], source: str, caption: str) -> Mapping[
 
 
 def folder(source: str) -> str:
-    """Of data/foxes, and of data/foxes.yaml: foxes; of data/foxes-1.5: foxes-1.5."""
-    name = PurePosixPath(source)
-    return name.stem if name.suffix.lower() in OF_FILES else name.name
+    """Of data/foxes: foxes."""
+    return PurePosixPath(source).name
 
 
 def strangers(prompts: Iterable[str], captions: Iterable[str]) -> str:

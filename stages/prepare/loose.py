@@ -35,7 +35,7 @@ from stages.prepare.subset_reader import SubsetReader, collect_errors, instance_
 from stages.prepare.tables import parse_object
 
 REPEATS = re.compile(r"\d+_")  # kohya's trainers read 10_name as: ten times per epoch
-TABLES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"}
+TABLES = {".jsonl", ".json", ".csv", ".tsv", ".txt"}
 """Suffixes of files that may hold the captions of all pictures under a name that nobody reads."""
 MIXED_LINES = (
     "{hold} another number of captions than others in {place} ({shown}): each line of a caption file is one, so put a"

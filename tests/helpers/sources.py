@@ -1,4 +1,4 @@
-"""What the tests of sources share: dataset params, small pictures, containers, and the problems of a listing."""
+"""What the tests of sources share: dataset params, small pictures, Parquet and .tar files, problems of a listing."""
 
 from __future__ import annotations
 

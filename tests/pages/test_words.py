@@ -34,7 +34,6 @@ def test_the_committed_settings_hold_no_word_of_the_demo_but_beside_its_path() -
         ("data/raw", OWN, "raw", "Raw", OWN),  # other pictures in the demo's place
         ("data/foxes", OWN, "foxes", "Foxes", OWN),
         ("data/my_red-foxes", OWN, "my_red-foxes", "My red foxes", OWN),
-        ("data/name.yaml", OWN, "name", "Name", OWN),
         ("data/foxes-1.5", OWN, "foxes-1.5", "Foxes 1.5", OWN),
         ("data/été 1", OWN, "ete-1", "Été 1", OWN),
         ("data/лисы", OWN, "adapter", "Лисы", OWN),
