@@ -23,8 +23,7 @@ from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json, sha256_file
 from lora_dag.core.params import ModelParams
 from lora_dag.families.protocol import load_family
-from stages.validate import __main__ as validate
-from stages.validate import feature_files, features
+from stages.validate import feature_files, features, sheets
 from stages.validate.heldout_loss import EvalSet
 from stages.validate.params import FeatureModelParams
 from stages.validate.vae import Vae
@@ -281,8 +280,8 @@ def test_validate_measures_samples_against_prompts_and_heldout_pictures(
     assert "features    clip" in workspace.run("check", "--set", setting)
     drawn: dict[int, list[list[Image.Image]]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        sheets = validate.draw_sheets
-        patch.setattr(validate, "draw_sheets", lambda r, e, *rest: drawn.update(e.pictures) or sheets(r, e, *rest))
+        draw = sheets.draw
+        patch.setattr(sheets, "draw", lambda r, e, *rest: drawn.update(e.pictures) or draw(r, e, *rest))
         lines = workspace.run("validate", "--set", three, "--set", setting)
     assert "features    clip: 3 samples, 4 held-out pictures" in lines
     assert any(re.fullmatch(r"clip_score  [\d.]+, base [\d.]+", line) for line in lines)
