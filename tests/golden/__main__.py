@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lora_dag.core.params import FAMILIES
 from tests.golden import inputs, record
 from tests.golden.measures import measure
 from tests.golden.runs import RUNS
@@ -45,7 +46,7 @@ def main() -> int:
         parser.error(f"{', '.join(sorted(unknown))}: no stage; the stages are {', '.join(RUNS)}")
     found: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        bases = inputs.save_bases(Path(folder), {"sd", "sdxl", "sd3", "flux", "z_image"})
+        bases = inputs.save_bases(Path(folder), set(FAMILIES))
         for stage in args.stages or RUNS:
             new, problems = record.renewed(stage, record.read(stage), measure_all(stage, bases))
             found += problems

@@ -1,4 +1,4 @@
-"""The runs whose values are pinned: stage -> run -> its settings, over the five families and the options.
+"""The runs whose values are pinned: stage -> run -> its settings, over the families and the options.
 
 A run's settings are overrides of tests/helpers/workspace.py:TINY, as ``--set`` reads them. Keys without a section
 choose the run's inputs, which tests/golden/inputs.py makes.
@@ -6,7 +6,8 @@ choose the run's inputs, which tests/golden/inputs.py makes.
 
 from __future__ import annotations
 
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "z_image")
+from lora_dag.core.params import FAMILIES
+
 CONV = {"lora.target_modules": "all-linear+conv", "lora.init_lora_weights": "kaiming"}
 ALL_FORMATS = "[diffusers, peft, comfyui, merged]"
 
