@@ -9,7 +9,8 @@ To add a family, write two files; every list of families is read from the folder
 2. ``tests/helpers/families/NAME.py`` with a tiny random pipeline and the same two calls by the stock pipeline alone.
 
 Then run ``pytest tests/families/test_every_family.py -k NAME``: it compares prompts, latents, predictions and losses
-with the stock pipeline's, and runs the six stages. The first run prints the numbers to record in the second file.
+with the stock pipeline's, and runs the six stages. The first run prints the numbers to record in the second file;
+``python -m tests.golden --write`` records the values that the family's runs give.
 
 Stages call these functions and read these constants; no stage names a family. Where a pipeline needs something that
 no function here provides, add a function here, and its usual form to ``common.py``. Two things are outside this folder:
