@@ -9,7 +9,7 @@ import pytest
 
 from tests.golden import record
 
-RUN = {"losses": [1.0, 0.5], "adapter": {"count": 3, "norm": 2.0}, "names": "abc"}
+RUN = {"val.loss_change": 2e-3, "losses": [1.0, 0.5], "adapter": {"count": 3, "norm": 2.0}, "names": "abc"}
 MOVED = RUN | {"losses": [1.0, 0.51]}
 
 
@@ -30,6 +30,8 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ({"losses": [1.0, 0.5001]}, None),  # 2e-4 of it
         ({"losses": [1.0, 0.5002]}, "losses 1: 0.5002, recorded 0.5"),
+        ({"val.loss_change": 2.09e-3}, None),  # a difference of losses, which are near 1
+        ({"val.loss_change": 2.11e-3}, "val.loss_change: 0.00211, recorded 0.002"),
         ({"losses": [1.0]}, "losses 1: none, recorded 0.5"),
         ({"losses": [1.0, 0.5, 0.2]}, "losses 2: 0.2, recorded none"),
         ({"adapter": {"count": 4, "norm": 2.0}}, "adapter count: 4, recorded 3"),
