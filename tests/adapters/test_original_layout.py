@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
 from lora_dag.adapters import original_layout
-from lora_dag.adapters.original_layout import Part, parts, swap_halves
+from lora_dag.adapters.original_layout import Part, parts
 from lora_dag.adapters.targets import adaptable
 from lora_dag.core.tensors import load_tensors
 from lora_dag.families.protocol import all_families, load_family
@@ -24,6 +24,7 @@ from tests.helpers import single_files
 from tests.helpers.adapters import adapt as adapt_sd
 from tests.helpers.adapters import algo
 from tests.helpers.families import case
+from tests.helpers.stacked import stacked
 
 TRANSFORMERS = [name for name, family in all_families().items() if family.DENOISER == "transformer"]
 EVERY_ROW_SHOWS = {"target_modules": "all-linear", "use_dora": True}
@@ -35,17 +36,6 @@ def denoiser(family: str, base: Path) -> Any:
     module = load_family(family)
     cls = getattr(diffusers, module.COMPONENTS[module.DENOISER])
     return cls.from_pretrained(base, subfolder=module.DENOISER)
-
-
-def stacked(model: Any, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights and biases of the layers of the original checkpoint."""
-    found = {}
-    for layer, stack in parts(model).items():
-        for leaf in ("weight", "bias"):
-            rows = [(part.swapped, own.get(f"{part.name}.{leaf}")) for part in stack]
-            if all(tensor is not None for _, tensor in rows):
-                found[f"{layer}.{leaf}"] = torch.cat([swap_halves(t) if swapped else t for swapped, t in rows])
-    return found
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,24 +15,11 @@ from lora_dag.commands.compare.settings import differing, setting
 from lora_dag.commands.compare.sides import Side
 from lora_dag.commands.compare.verdict import judge
 from lora_dag.evaluation.bootstrap import Estimate, estimate
-from lora_dag.evaluation.heldout_table import Score
 from lora_dag.evaluation.t_distribution import t_quantile
+from tests.helpers.sides import side
 
 LOSS, PICTURES = 0.42, 0.15  # mean held-out loss, and how it varies between pictures: the demo's
 SEED, SEED_OF_PICTURE = 0.004, 0.009  # what a seed moves: the loss of all pictures (1 %), and of each
-BASE = {"vae": "v", "scheduler": "s"}
-INPUTS = {"base": BASE, "dataset": {"content": "c"}, "latents": "l", "validate": {"seed": 0, "num_timesteps": 2}}
-
-
-def side(losses: Sequence[float], alpha: int = 8, seed: int = 0, name: str = "") -> Side:
-    """A run with these losses of its held-out pictures."""
-    scores = [
-        Score(f"{index}-{t}", f"{index}.png", "heldout", t, 1.0, loss)
-        for index, loss in enumerate(losses)
-        for t in (1, 9)
-    ]
-    params = {"lora.alpha": alpha, "train.seed": seed}
-    return Side(name or f"alpha-{alpha}-{seed}", None, params, {}, scores, INPUTS, b"", None, None)
 
 
 def runs(rng: np.random.Generator, pictures: np.ndarray, alpha: int, worse: float, num_seeds: int) -> list[Side]:

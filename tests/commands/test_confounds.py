@@ -12,7 +12,7 @@ from lora_dag.commands.compare.page import paragraph
 from lora_dag.commands.compare.settings import differing, setting
 from lora_dag.commands.compare.sides import Side, flatten
 from lora_dag.commands.compare.verdict import judge
-from tests.commands.test_compare_verdict import side
+from tests.helpers.sides import side
 
 SETTINGS: dict[str, Any] = {
     "lora": {"rank": 8, "alpha": None, "use_rslora": False, "rank_pattern": None, "alpha_pattern": None},

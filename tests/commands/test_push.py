@@ -20,7 +20,7 @@ from lora_dag.core import params
 from lora_dag.core.console import UserError
 from lora_dag.core.files import sha256_file
 from tests.conftest import REPOSITORY, TINY, Workspace, write_params
-from tests.export.test_export import ADAPTER, write_adapter
+from tests.helpers.exported import ADAPTER, write_adapter
 from tests.helpers.hub_server import TOKEN, Hub, Repository, serving
 from tests.helpers.reports import LINEAGE, write_reports
 

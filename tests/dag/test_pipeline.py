@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY, picture
-from tests.dag.test_reruns import AFTER_TRAIN, CHANGES
+from tests.helpers.changes import AFTER_TRAIN, CHANGES
 from tests.helpers.checkout import Checkout, ran
 
 

@@ -15,22 +15,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY, picture
+from tests.helpers.changes import AFTER_TRAIN, CHANGES
 from tests.helpers.checkout import Checkout, ran
 from tests.helpers.planted import outputs, read
 from tests.helpers.stubbed import ALL, Stubbed, make_stubbed
-
-AFTER_TRAIN = {"train", "validate", "export", "report"}
-CHANGES: list[tuple[dict[str, Any], set[str]]] = [
-    ({"train__seed": 1}, AFTER_TRAIN),
-    ({"validate__seed": 1}, {"validate", "report"}),
-    ({"export__seed": 1}, {"export", "report"}),
-    ({"export__license": "mit"}, {"export", "report"}),
-    ({"export__push_to_hub": {"repo_id": "someone/icons", "private": True}}, {"report"}),
-    ({"report__title": "Another"}, {"report"}),
-    ({"dataset__heldout_fraction": 0.4}, ALL),
-    ({"model__dtype": "bfloat16"}, ALL - {"prepare"}),
-    ({"runtime__log_every_n_steps": 2}, set()),
-]
 
 
 @pytest.fixture(scope="module")

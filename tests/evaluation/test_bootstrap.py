@@ -7,7 +7,7 @@ import pytest
 
 from lora_dag.evaluation import bootstrap
 
-STRETCH_OF_TWO = 12.70620 / 1.959964 * 2**0.5
+STRETCH_OF_TWO = 12.70620 / 1.959964 * 2**0.5  # t over z at 1 degree of freedom, and the jackknife's
 
 
 def test_interval_equals_the_normal_one_for_many_pictures() -> None:

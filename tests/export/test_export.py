@@ -18,43 +18,20 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 from safetensors import safe_open
 
-from lora_dag.adapters import lora
 from lora_dag.adapters.adapter_tensors import tensors_digest
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.lineage import load as load_lineage
-from lora_dag.bases import layout
-from lora_dag.core import params, seeding
 from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json, sha256_file
-from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families import sd
 from tests.conftest import Workspace
+from tests.helpers.exported import ADAPTER, CONFIG, write_adapter
 
-ADAPTER = Path("data/adapter")
 DIFFUSERS = Path("data/export/diffusers")
 PEFT = Path("data/export/peft")
 COMFYUI = Path("data/export/comfyui/ink-icons.safetensors")
-CONFIG: dict[str, Any] = {
-    "r": 2,
-    "lora_alpha": 6.0,  # three times the rank: lost, the picture would be another
-    "lora_dropout": 0.0,
-    "target_modules": ["to_k", "to_out.0", "to_q", "to_v"],
-    "init_lora_weights": "gaussian",
-    "bias": "none",
-}
-
-
-def write_adapter() -> None:
-    """data/adapter, as if trained for long."""
-    model = params.load(Path("params.yaml")).section(ModelParams)
-    denoiser = sd.load_denoiser(model, torch.device("cpu"))
-    for name, parameter in lora.inject(denoiser, CONFIG).items():
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=seeding.generator(0, "test", name))
-    save_tensors(ADAPTER / FINAL, lora.state_dict(denoiser))
-    digests = layout.digests(model, sd.COMPONENTS)
-    Adapter(CONFIG, digests, 4, [], {FINAL: sha256_file(ADAPTER / FINAL)}).save(ADAPTER)
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from lora_dag.adapters.adapted import long_name
 from lora_dag.core.params import FAMILIES
 from lora_dag.core.tensors import load_tensors
 from lora_dag.families.protocol import load_family
-from tests.adapters.test_original_layout import stacked
 from tests.helpers import comfyui, single_files
 from tests.helpers.exports import write
 from tests.helpers.readers import KINDS, far, judged, states, train, verdict
+from tests.helpers.stacked import stacked
 
 pytestmark = [
     pytest.mark.peers,

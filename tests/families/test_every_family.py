@@ -21,9 +21,10 @@ from lora_dag.core.tensors import load_metadata
 from lora_dag.families import common
 from lora_dag.families.protocol import Family, all_families, load_family
 from lora_dag.pictures.decode import load_view
-from stages.validate.heldout_loss import make_eval_set, row_losses, row_noise
+from stages.validate.heldout_loss import make_eval_set, row_losses
 from stages.validate.params import ValidateParams
 from tests.conftest import Workspace
+from tests.helpers.every_family import overrides, stock_loss
 from tests.helpers.families import Stock, case, stock_of
 
 CPU = torch.device("cpu")
@@ -64,11 +65,6 @@ def trained(workspace: Workspace, name: str, bases: dict[str, Path]) -> Workspac
     Path("data/base").unlink()
     Path("data/base").symlink_to(bases[name])
     return workspace
-
-
-def overrides(name: str, *more: str) -> list[str]:
-    changes = (f"model.family={name}", "train.num_steps=3", *more)
-    return [word for change in changes for word in ("--set", change)]
 
 
 def test_a_family_is_a_file_and_params_take_its_name(family: Family, name: str, stock: Stock) -> None:
@@ -208,24 +204,6 @@ def test_loss_from_the_cache_is_the_stock_loss(
         image = load_view((Path("data/raw") / item.file_name).read_bytes(), item, view, manifest.preprocessing)
         with torch.no_grad():
             assert loss == pytest.approx(stock_loss(pipe, stock, image, row, settings.seed), rel=2e-5)
-
-
-def stock_loss(pipe: Any, stock: Stock, image: Any, row: Any, seed: int) -> float:
-    config = pipe.vae.config
-    latents = pipe.vae.encode(pipe.image_processor.preprocess(image)).latent_dist.mean
-    latents = (latents - (config.shift_factor or 0)) * config.scaling_factor
-    noise = row_noise(seed, row, latents.shape[1:])[None]
-    given = stock.encode(pipe, [row.picture.caption])
-    given["add_time_ids"] = torch.tensor([[48.0, 48, 0, 0, 32, 32]])
-    if hasattr(pipe.scheduler, "scale_noise"):  # flow matching; the schedule runs from noise to picture
-        timesteps = pipe.scheduler.timesteps[[-1 - row.timestep]]
-        noisy, target = pipe.scheduler.scale_noise(latents, timesteps, noise), noise - latents
-    else:
-        timesteps = torch.tensor([row.timestep])
-        noisy, target = pipe.scheduler.add_noise(latents, noise, timesteps), noise
-        if pipe.scheduler.config.prediction_type == "v_prediction":
-            target = diffusers.DDPMScheduler.from_config(pipe.scheduler.config).get_velocity(latents, noise, timesteps)
-    return float((stock.call(pipe, noisy, timesteps, given) - target).square().mean())
 
 
 def test_the_dag_end_to_end(trained: Workspace, name: str, family: Family, stock: Stock) -> None:

@@ -39,8 +39,8 @@ from stages.train.params import TrainParams, cross_problems
 from stages.validate.heldout_loss import make_eval_set
 from stages.validate.params import ValidateParams
 from tests.conftest import REPOSITORY, Workspace
-from tests.families.test_every_family import overrides, stock_loss
 from tests.helpers.adapters import params
+from tests.helpers.every_family import overrides, stock_loss
 from tests.helpers.families import stock_of
 from tests.helpers.trainings import broken_off
 

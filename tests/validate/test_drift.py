@@ -15,7 +15,7 @@ from lora_dag.core import params, seeding
 from lora_dag.evaluation import heldout_table
 from stages.validate.params import ValidateParams
 from tests.conftest import Workspace
-from tests.validate.test_validate import cached, write_adapter  # noqa: F401  (a fixture)
+from tests.helpers.validated import write_adapter
 
 
 def stock_losses(prompts: list[str]) -> list[float]:
@@ -43,7 +43,7 @@ def stock_losses(prompts: list[str]) -> list[float]:
     return found
 
 
-def test_the_base_is_asked_about_its_own_pictures(cached: Workspace) -> None:  # noqa: F811
+def test_the_base_is_asked_about_its_own_pictures(cached: Workspace) -> None:
     write_adapter(0.3)
     cached.run("validate")
     measured = metrics.load(Path("reports/metrics.json"))
@@ -54,7 +54,7 @@ def test_the_base_is_asked_about_its_own_pictures(cached: Workspace) -> None:  #
     assert measured["drift.loss_change_low"] <= change <= measured["drift.loss_change_high"]  # type: ignore[operator]
 
 
-def test_no_prompts_measure_no_drift(cached: Workspace) -> None:  # noqa: F811
+def test_no_prompts_measure_no_drift(cached: Workspace) -> None:
     write_adapter(0.3)
     lines = cached.run("validate", "--set", "validate.drift_prompts=[]", "--set", "validate.num_seeds=1")
     measured = metrics.load(Path("reports/metrics.json"))
@@ -64,7 +64,7 @@ def test_no_prompts_measure_no_drift(cached: Workspace) -> None:  # noqa: F811
     assert measured["samples.diversity"] is None and measured["samples.copied_share"] is not None
 
 
-def test_an_encoder_that_is_trained_drifts_too(cached: Workspace) -> None:  # noqa: F811
+def test_an_encoder_that_is_trained_drifts_too(cached: Workspace) -> None:
     """The denoiser's own adapter is untrained: what changes comes from the prompts, encoded anew under the adapter."""
     cached.run("train", "--set", "lora.train_text_encoder=true", "--set", "train.text_encoder_lr=0.1")
     cached.run("validate", "--set", "lora.train_text_encoder=true")

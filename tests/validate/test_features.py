@@ -31,7 +31,7 @@ from tests.conftest import Workspace, picture
 from tests.helpers import image_text
 from tests.helpers.caches import write_mixed_cache
 from tests.helpers.pipelines import clip, clip_tokenizer
-from tests.validate.test_validate import write_adapter
+from tests.helpers.validated import write_adapter
 
 COMMIT = "12" * 20
 CAPTIONS = ["red apple", "blue boat " * 9, "Green circle, ink icon"]

@@ -31,7 +31,7 @@ from stages.validate.params import ValidateParams
 from stages.validate.vae import Vae
 from tests.conftest import Workspace
 from tests.helpers.caches import write_mixed_cache
-from tests.validate.test_validate import cached, write_adapter  # noqa: F401  (a fixture)
+from tests.helpers.validated import write_adapter
 
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ def training_pictures() -> dict[str, Image.Image]:
     }
 
 
-def test_distances_are_those_of_the_stock_vae(cached: Workspace) -> None:  # noqa: F811
+def test_distances_are_those_of_the_stock_vae(cached: Workspace) -> None:
     space, pictures = make_space(), noise(4)
     found = neighbours.compare(space, ["a", "b"], [pictures[:2]], [pictures[2:]])
     vae, trained = AutoencoderKL.from_pretrained("data/base/vae"), training_pictures()
@@ -168,7 +168,7 @@ def test_diversity_is_the_mean_over_pairs_and_prompts() -> None:
 
 
 def test_planted_copies_fail_the_stage_and_the_base_does_not(
-    cached: Workspace,  # noqa: F811
+    cached: Workspace,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An adapter that draws training pictures, under a base that draws anything."""
@@ -197,7 +197,7 @@ def test_planted_copies_fail_the_stage_and_the_base_does_not(
 
 
 def test_a_broken_adapter_of_a_better_loss_is_no_unqualified_better(
-    cached: Workspace,  # noqa: F811
+    cached: Workspace,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A broken adapter draws black pictures, then noise; drift is checked apart from that."""

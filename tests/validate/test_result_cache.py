@@ -24,7 +24,7 @@ from stages.validate.result_cache import ResultCache
 from stages.validate.score_snapshots import SnapshotScorer
 from tests.conftest import Workspace
 from tests.helpers.caches import write_mixed_cache
-from tests.validate.test_validate import cached, reports, write_adapter  # noqa: F401  (a fixture)
+from tests.helpers.validated import reports, write_adapter
 
 
 def counted(result: Any) -> tuple[list[int], Any]:
@@ -109,7 +109,7 @@ def reused(lines: list[str]) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def test_what_was_answered_and_drawn_is_not_asked_again(cached: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_what_was_answered_and_drawn_is_not_asked_again(cached: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Base, one snapshot and the end: losses of each, drift of two; two seeds, of the snapshot one; drift prompts."""
     base, both = (2, 3), (5, 6)
     write_adapter(0.3)

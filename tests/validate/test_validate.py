@@ -13,25 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_dag.adapters import lora
 from lora_dag.artifacts import metrics
-from lora_dag.artifacts.adapter import FINAL, Adapter, snapshot_name
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.lineage import load as load_lineage
 from lora_dag.artifacts.lineage import parse as parse_lineage
-from lora_dag.bases import layout
 from lora_dag.core import params, seeding
 from lora_dag.core.console import UserError
-from lora_dag.core.files import read_json, sha256_file
+from lora_dag.core.files import read_json
 from lora_dag.core.params import ModelParams
-from lora_dag.core.tensors import save_tensors
 from lora_dag.evaluation import heldout_table
 from lora_dag.families import sd
 from stages.validate import score_snapshots
 from tests.conftest import Workspace, read_rows, write_rows
 from tests.helpers.caches import write_mixed_cache
+from tests.helpers.validated import reports, write_adapter
 
-CONFIG = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"], "init_lora_weights": True}
 SAMPLES = ("chroma", "dark_share", "copied_share", "far_share", "blank_share", "nearest_distance", "diversity")
 KEYS = {
     *(f"val.{name}" for name in ("best_step", "onset_step", "loss", "loss_base", "table")),
@@ -48,41 +44,12 @@ KEYS = {
 }
 
 
-def write_adapter(strength: float, rank: int = 2) -> None:
-    """data/adapter with a snapshot at step 2 and the final one at step 4; strength 0 leaves the base as it is."""
-    config = CONFIG | {"r": rank}
-    model = params.load(Path("params.yaml")).section(ModelParams)
-    denoiser = sd.load_denoiser(model, torch.device("cpu"))
-    trainable = lora.inject(denoiser, config)
-    files = {}
-    for step, name in ((2, snapshot_name(2)), (4, FINAL)):
-        for key, parameter in trainable.items():
-            noise = torch.randn(parameter.shape, generator=seeding.generator(0, "test", key))
-            parameter.data = noise * (step * strength if "lora_B" in key else 0.2)
-        save_tensors(Path("data/adapter") / name, lora.state_dict(denoiser))
-        files[name] = sha256_file(Path("data/adapter") / name)
-    Adapter(config, layout.digests(model, sd.COMPONENTS), 4, [2], files).save(Path("data/adapter"))
-
-
-@pytest.fixture
-def cached(workspace: Workspace) -> Workspace:
-    """A workspace with data/latents."""
-    workspace.run("prepare")
-    workspace.run("cache_latents")
-    return workspace
-
-
 @pytest.fixture
 def mixed(workspace: Workspace) -> Workspace:
     """A workspace with latents of three shapes, some with masks, and an adapter."""
     write_mixed_cache()
     write_adapter(0.3)
     return workspace
-
-
-def reports(workspace: Workspace) -> dict[str, bytes]:
-    """What DVC hashes or git versions; run.json holds time and memory."""
-    return {name: blob for name, blob in workspace.tree("reports").items() if name != "validate/run.json"}
 
 
 def heldout(workspace: Workspace) -> list[heldout_table.Score]:
