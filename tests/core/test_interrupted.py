@@ -26,7 +26,7 @@ MOMENTS = [
     (
         "prepare",
         "stages.prepare.inspection",
-        "",
+        "Inspector",
         "examine",
         4,
         STOPPED.format("what the checks of images found is kept"),
@@ -101,8 +101,8 @@ def begun(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return folder
 
 
-def stopped_at(holder: Any, name: str, number: int, stage: str) -> str:
-    """What a process of the stage says on stderr that gets SIGINT at a call of a function; it must end with 130."""
+def stopped_at(holder: Any, name: str, number: int, module: str, *argv: str) -> str:
+    """What a process of the module says on stderr that gets SIGINT at a call of a function; it must end with 130."""
     original, calls, errors = getattr(holder, name), [], Path("stderr.txt")
 
     def broken(*arguments: Any, **options: Any) -> Any:
@@ -114,10 +114,10 @@ def stopped_at(holder: Any, name: str, number: int, stage: str) -> str:
     def work() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
         setattr(holder, name, broken)
-        sys.argv = [stage]
+        sys.argv = [module, *argv]
         with errors.open("w") as sys.stderr:
             try:
-                runpy.run_module(f"stages.{stage}", run_name="__main__")
+                runpy.run_module(module, run_name="__main__")
             except SystemExit as ended:
                 assert ended.code == 130
 
@@ -140,7 +140,7 @@ def test_ctrl_c_ends_a_stage_in_one_line_and_the_same_command_resumes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     holder = importlib.import_module(module)
-    assert stopped_at(getattr(holder, owner) if owner else holder, name, number, stage) == f"{said}\n"
+    assert stopped_at(getattr(holder, owner) if owner else holder, name, number, f"stages.{stage}") == f"{said}\n"
     assert [path for path in begun.rglob(".*") if path.name != ".state"] == []  # no temporary file or folder
     if stage == "export":
         assert files(begun) == files(finished)
@@ -188,7 +188,7 @@ def test_ctrl_c_from_outside_while_a_stage_imports(begun: Path, library: str) ->
 
 def test_ctrl_c_in_another_command(workspace: Workspace) -> None:
     said = "stopped by Ctrl-C: no file is half-written; run the same command again\n"
-    assert stopped_at(params, "overridden", 1, "check") == said
+    assert stopped_at(params, "overridden", 1, "tests.helpers.command", "check") == said
 
 
 def test_ctrl_c_that_a_package_takes_for_another_fault(tmp_path: Path) -> None:
