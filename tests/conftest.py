@@ -32,6 +32,7 @@ from tests.helpers.workspace import (  # noqa: F401
     write_rows,
 )
 
+pytest_plugins = ("tests.helpers.unit_tier",)
 torch.set_num_threads(1)
 
 
