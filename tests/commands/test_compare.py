@@ -225,7 +225,8 @@ def test_one_parameter_is_not_credited_with_other_inputs(
 
 
 def test_other_results_of_train_are_named_and_no_repeat(repository: Repository) -> None:
-    lock = "stages:\n  train:\n    params:\n      stages/train/__init__.py:\n        RESULTS: {}\n"
+    train = "  train:\n    cmd: python -m stages.train\n"
+    lock = f"stages:\n{train}    params:\n      stages/train/__init__.py:\n        RESULTS: {{}}\n"
     write_text(Path("dvc.lock"), lock.format(1))
     commit("Lock")
     write_revision(rank=16, gain=0.15)
@@ -234,6 +235,71 @@ def test_other_results_of_train_are_named_and_no_repeat(repository: Repository) 
     assert "** More than parameters differs: RESULTS of train. Held-out" in repository.run()
     write_revision(rank=8, gain=0.11, seed=1)
     assert "Seed noise is not in the interval" in repository.run()
+
+
+def write_lock(code: str, adapter: str) -> None:
+    """dvc.lock of a run of train, in digits; RESULTS are the same for all."""
+    write_text(
+        Path("dvc.lock"),
+        f"""stages:
+  train:
+    cmd: python -m stages.train
+    deps:
+    - path: lora_dag/adapters
+      hash: md5
+      md5: {code}.dir
+      size: 1
+      nfiles: 1
+    params:
+      stages/train/__init__.py:
+        RESULTS: 1
+    outs:
+    - path: data/adapter
+      hash: md5
+      md5: {adapter}.dir
+  validate: {{}}
+""",
+    )
+
+
+def test_other_code_of_train_is_named_and_is_no_repeat(repository: Repository) -> None:
+    write_lock(code="a", adapter="0")
+    commit("Lock")
+    write_revision(rank=16, gain=0.15)
+    write_lock(code="a", adapter="1")
+    assert "workspace (lora.rank 16) against" in repository.run()
+    write_lock(code="b", adapter="1")
+    page = repository.run()
+    assert "**workspace against HEAD: better" in page
+    assert "** More than parameters differs: other code of train (of the same RESULTS). Held-out" in page
+    write_revision(rank=8, gain=0.11, seed=1)
+    page = repository.run()
+    assert "Seed noise is not in the interval" in page and "this is what a seed does" not in page
+
+
+def test_edited_code_of_train_under_the_same_parameters_has_a_verdict(repository: Repository) -> None:
+    write_lock(code="a", adapter="0")
+    commit("Lock")
+    write_revision(rank=8, gain=0.2)
+    write_lock(code="b", adapter="1")
+    page = repository.run()
+    assert "**workspace against HEAD: better, −25.2 % [−25.2, −25.2], with one seed each.**" in page
+    assert "other code of train (of the same RESULTS)" in page and "another machine" not in page
+
+
+def test_other_code_that_gave_the_same_adapter_is_the_same_setting(repository: Repository) -> None:
+    """As `lora-dag relock` leaves a committed experiment."""
+    write_lock(code="a", adapter="0")
+    commit("Lock")
+    write_lock(code="b", adapter="0")
+    page = repository.run()
+    assert "equal: the held-out losses are the same to the last digit." in page and "code of train" not in page
+    write_revision(rank=8, gain=0.2)
+    page = repository.run()
+    assert ": within noise, −25.2 %.**" in page and "code of train" not in page
+    write_revision(rank=16, gain=0.15)
+    write_lock(code="b", adapter="1")
+    assert "code of train (of the same RESULTS)" in repository.run()
 
 
 def test_inputs_that_the_parameter_moves_are_its_doing(repository: Repository) -> None:

@@ -42,7 +42,7 @@ def confounds(*sides: Side) -> list[str]:
 
 
 def changed(a: Side, b: Side) -> list[str]:
-    """What differs and decides the adapter: parameters but for the seed, inputs, code."""
+    """What differs and decides the adapter: parameters but for the seed, inputs, and other code of train."""
     keys = [key for key in differing(a, b) if key.partition(".")[0] in OF_TRAINING and key != SEED]
     return keys + unexplained(a, b)
 

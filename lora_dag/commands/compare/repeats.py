@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lora_dag.commands.compare.revisions import head_commit, list_experiments, parents, read_file
-from lora_dag.commands.compare.settings import SEED, setting, setting_params
+from lora_dag.commands.compare.settings import SEED, same_setting, setting, setting_params
 from lora_dag.commands.compare.sides import DAMAGED, PARAMS, Side, parse_params, read_commit
 from lora_dag.core.console import UserError
 
@@ -48,6 +48,6 @@ def repeats_of(side: Side, runs: Sequence[Side]) -> list[Side]:
     """``side`` and the runs of its setting under other seeds, one for each seed."""
     by_seed = {side.params.get(SEED): side}
     for run in runs:
-        if setting(run) == setting(side):
+        if same_setting(run, side):
             by_seed.setdefault(run.params.get(SEED), run)
     return list(by_seed.values())

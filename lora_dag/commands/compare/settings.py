@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import re
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from lora_dag.adapters.params import with_alphas
-from lora_dag.commands.compare.sides import Side
+from lora_dag.commands.compare.sides import DAMAGED, Side
 from lora_dag.core.files import sha256_json
+from lora_dag.pipeline.code import is_code
+from lora_dag.pipeline.dvc_files import Locked, parse_lock
 
 SEED = "train.seed"
 IGNORED_SECTIONS = ("runtime", "report", "sweep")  # they change no result
@@ -52,15 +58,39 @@ def unexplained(a: Side, b: Side) -> list[str]:
         for name in changed_inputs(a, b)
         if not (other_latents if name == LATENTS else other_base and name != PICTURES)
     ]
-    numbers = [train_results(side.lock) for side in (a, b)]
-    return found + ["RESULTS of train"] * (None not in numbers and numbers[0] != numbers[1])
+    return found + changed_training(a, b) * ("model.family" not in keys)
+
+
+def changed_training(a: Side, b: Side) -> list[str]:
+    """The code of stage train, where it differs and its outputs do not show that this changes nothing.
+
+    An equal number ``RESULTS`` is what today's code claims of its results; equal outputs are the proof.
+    """
+    numbers, code = [[get(trained(side.lock)) for side in (a, b)] for get in (lambda run: run.results, code_of)]
+    if None not in numbers and numbers[0] != numbers[1]:
+        return ["RESULTS of train"]
+    if not all(code) or code[0] == code[1] or same_outputs(a, b):
+        return []
+    return ["other code of train" + " (of the same RESULTS)" * (None not in numbers)]
+
+
+def same_setting(a: Side, b: Side) -> bool:
+    """Whether they differ in nothing but train.seed; code may differ too where it gave the same adapter."""
+    return setting(a) == setting(b) or (without_code(a) == without_code(b) and same_outputs(a, b))
 
 
 def setting(side: Side) -> str:
-    """The same for runs that differ in nothing but train.seed, as far as the adapter goes: hex digits."""
-    return sha256_json(
-        {"params": setting_params(side.params), "inputs": went_in(side), "results": train_results(side.lock)}
-    )
+    """The same for runs that differ in nothing but train.seed, as far as the adapter goes: hex digits.
+
+    Runs of other code of train are of two settings, whatever was edited, until `lora-dag relock` accepts the older one:
+    then both have today's code, and RESULTS is the claim that this is right.
+    """
+    return sha256_json(without_code(side) | {"code": code_of(trained(side.lock))})
+
+
+def without_code(side: Side) -> dict[str, Any]:
+    results = trained(side.lock).results
+    return {"params": setting_params(side.params), "inputs": went_in(side), "results": results}
 
 
 def setting_params(params: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +109,26 @@ def lora_section(params: dict[str, Any]) -> dict[str, Any]:
     return with_alphas(own)
 
 
-def train_results(lock: bytes | None) -> str | None:
-    """The number of the results that stage train gave, as dvc.lock has it; read as text: YAML takes 0.2 s."""
-    found = re.search(r"^ +stages/train/__init__\.py:\n +RESULTS: (\d+)$", (lock or b"").decode(errors="replace"), re.M)
-    return found[1] if found else None
+# Of dvc.lock
+
+
+@functools.cache
+def trained(lock: bytes | None) -> Locked:
+    """The last run of stage train; empty where dvc.lock has none. Its lines alone are read: all of them take 0.2 s."""
+    lines = re.search(rb"^  train:\n(?:    .*\n|\n)+", lock or b"", re.MULTILINE)
+    try:
+        tree = YAML(typ="safe", pure=True).load(io.BytesIO(b"stages:\n" + lines[0] if lines else b"stages: {}"))
+        return parse_lock(tree).get("train", Locked())
+    except DAMAGED:
+        return Locked()
+
+
+def code_of(run: Locked) -> dict[str, Any]:
+    """File or folder of code -> md5."""
+    return {path: dep.get("md5") for path, dep in run.deps.items() if is_code(path)}
+
+
+def same_outputs(a: Side, b: Side) -> bool:
+    """Whether both trainings wrote the same adapter and the same figures."""
+    outs = trained(a.lock).outs
+    return bool(outs) and outs == trained(b.lock).outs

@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_dag.commands.compare.interval import over_seeds, pooled_sd, widened
 from lora_dag.commands.compare.repeats import repeats_of
-from lora_dag.commands.compare.settings import setting
+from lora_dag.commands.compare.settings import same_setting, setting
 from lora_dag.commands.compare.sides import Side
 from lora_dag.evaluation import bootstrap
 from lora_dag.evaluation.bootstrap import Estimate
@@ -110,7 +110,7 @@ def weigh(a: Side, b: Side, runs: Sequence[Side], losses: Mapping[int, np.ndarra
         runs: A, B and all others with an answer to every shared row.
         losses: of each run, by its id: mean per shared picture, float64 [pictures].
     """
-    same = setting(a) == setting(b)
+    same = same_setting(a, b)
     of_a, of_b = ([a], [b]) if same else (repeats_of(a, runs), repeats_of(b, runs))
     mean_a, mean_b = (np.mean([losses[id(run)] for run in group], axis=0) for group in (of_a, of_b))
     change = bootstrap.estimate(mean_b - mean_a, seed=0)
