@@ -13,6 +13,7 @@ import sys
 
 from lora_dag.adapters import init_from_pin
 from lora_dag.adapters.params import LoraParams
+from lora_dag.core.code import code_digest
 from lora_dag.core.console import UserError, log, parser, run
 from lora_dag.core.locks import writing
 from lora_dag.core.params import Config, ModelParams, RuntimeParams, load
@@ -24,6 +25,7 @@ from stages.train.params import TrainParams, cross_problems
 def main() -> None:
     args = parser(__doc__, ("latents", "adapter", "train_reports")).parse_args()
     config = load(args.params, args.overrides)
+    code = code_digest("train")  # before the rest of it is imported
     lora = config.section(LoraParams)
     found = cross_problems(lora, config.section(TrainParams), load_family(config.section(ModelParams).family))
     if lora.init_from:
@@ -35,10 +37,10 @@ def main() -> None:
         held.enter_context(launch.sharing(config.section(RuntimeParams), sys.argv[1:]))
         if launch.rank() == 0:
             held.enter_context(writing(args.adapter))
-        train(args, config)
+        train(args, config, code)
 
 
-def train(args: argparse.Namespace, config: Config) -> None:
+def train(args: argparse.Namespace, config: Config, code: str) -> None:
     """As one of the processes; the first writes and speaks for all."""
     from lora_dag.artifacts.latent_cache import LatentCache
     from lora_dag.bases import resolve
@@ -58,7 +60,7 @@ def train(args: argparse.Namespace, config: Config) -> None:
     training = build(config.replaced(model), family, cache, base_digests)
     with lock(training.identity.folder) if is_first else contextlib.nullcontext():
         try:
-            measured = loop.train(training)
+            measured = loop.train(training, code)
             if is_first:
                 results.save(training, measured, args.adapter, args.train_reports)
         except KeyboardInterrupt:

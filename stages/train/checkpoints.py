@@ -49,8 +49,13 @@ class Checkpoints:
 
     def newest(self) -> str:
         """In words, for a person who breaks off."""
-        paths = self.paths(sys.maxsize)
-        return f"the checkpoint after step {int(paths[-1].stem[5:])} is kept" if paths else "no checkpoint was due yet"
+        step = self.newest_step
+        return f"the checkpoint after step {step} is kept" if step else "no checkpoint was due yet"
+
+    @property
+    def newest_step(self) -> int:
+        """0 where there is none."""
+        return max((int(path.stem[5:]) for path in self.paths(sys.maxsize)), default=0)
 
     def paths(self, last: int) -> list[Path]:
         """In the order of their steps, up to ``last``."""

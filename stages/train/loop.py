@@ -28,14 +28,17 @@ if TYPE_CHECKING:
     from stages.train.run import Run
 
 
-def train(run: Run) -> dict[str, float]:
+def train(run: Run, code: str) -> dict[str, float]:
     """Run or resume to ``train.num_steps`` or an early stop: checkpoints and snapshots first, then the step.
+
+    Args:
+        code: digest of the code that runs.
 
     Returns:
         Speed and time, which differ between runs of the same bytes.
     """
     params = run.params
-    start = begin(run)
+    start = begin(run, code)
     progress = Progress(
         run.accelerator,
         start=start,
@@ -65,7 +68,7 @@ def train(run: Run) -> dict[str, float]:
     if run.keep_checkpoints:
         save_checkpoint(run, len(run.history))
     if run.accelerator.is_main_process:
-        end_run(run.identity.folder)
+        end_run(run.identity.folder, len(run.history))
     return measured
 
 
@@ -109,12 +112,12 @@ def mean_loss(run: Run, batch: Batch) -> torch.Tensor:
 # --- the beginning ----------------------------------------------------------------------------------------------------
 
 
-def begin(run: Run) -> int:
+def begin(run: Run, code: str) -> int:
     """Resume, or check and start a fresh run; return the number of steps that are done."""
     folder = run.identity.folder
     if run.accelerator.is_main_process:
         drop_leftovers(folder)
-        begin_run(folder)
+        begin_run(folder, code, run.params.num_steps)
     start = resume(run)
     if start == 0:
         check_step_zero(run)

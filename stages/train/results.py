@@ -13,6 +13,7 @@ from lora_dag.core.files import sha256_file, write_json, write_text
 from lora_dag.core.locks import require_held
 from stages.train.plan import num_parameters
 from stages.train.progress import smoothed_loss
+from stages.train.run_folder import codes_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,4 +99,4 @@ def save_reports(run: Run, measured: dict[str, float], reports: Path, files: dic
         },
     )
     own = {"environment": device.environment(run.device), "of": sha256_file(reports / "metrics.json")}
-    write_json(reports / "run.json", own | measured)
+    write_json(reports / "run.json", own | {"code": codes_of(run.identity.folder)} | measured)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -17,10 +18,12 @@ from lora_dag.artifacts.adapter import FINAL
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.bases import layout
 from lora_dag.core import params
+from lora_dag.core.files import read_json
 from lora_dag.core.locks import last_holder
 from lora_dag.core.params import ModelParams
 from lora_dag.families import sd
-from stages.train import identity, run_folder
+from stages.train import __main__ as train_main
+from stages.train import identity, loop
 from stages.train.build import build
 from stages.train.checkpoints import Checkpoints
 from stages.train.run import Run
@@ -142,23 +145,78 @@ def test_other_latents_or_results_are_no_resume(
     assert "resumed from step 2" not in caplog.messages
 
 
+GOES_ON = ("--set", "train.lr_scheduler=constant")  # keeps its checkpoints, for a longer run to go on from
+EDITED = "starts over: the code of train has changed since this run ended"
+
+
+@pytest.fixture
+def edit(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """``edit("new")``: the code of train has this digest from now on."""
+    return lambda code: monkeypatch.setattr(train_main, "code_digest", lambda *args: code)
+
+
 def test_what_broke_off_goes_on_under_mended_code_and_what_ended_starts_over(
-    encoded: Workspace, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture
+    encoded: Workspace, interrupt: Callable[..., None], edit: Callable[[str], None]
 ) -> None:
     """An error in a message at step 9,000 costs no step; an edited loss does not get the adapter of the loss before."""
-    argv = (*LONG, "--set", "train.lr_scheduler=constant")  # keeps its checkpoints, for a longer run to go on from
+    argv = (*LONG, *GOES_ON)
+    edit("old")
     interrupt(3, *argv)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder, "code_digest", lambda stage: "mended")
-        lines = encoded.run("train", *argv)
-        assert "resumed from step 2" in lines
-        assert any(line.startswith("warning: other code of train began this run, of the same RES") for line in lines)
-        assert "resumed from step 6" in encoded.run("train", *argv)
-        ended = outputs(encoded)
+    edit("mended")
     lines = encoded.run("train", *argv)
-    assert "starts over: the code of train has changed since this run ended" in lines
-    assert not any("resumed" in line for line in lines)
+    assert "resumed from step 2" in lines
+    assert any(line.startswith("warning: other code of train began this run, of the same RES") for line in lines)
+    assert read_json(Path("reports/train/run.json"))["code"] == ["old", "mended"]
+    assert "resumed from step 6" in encoded.run("train", *argv)
+    ended = outputs(encoded)
+    edit("other")
+    lines = encoded.run("train", *argv)
+    assert EDITED in lines and not any("resumed" in line for line in lines)
+    assert read_json(Path("reports/train/run.json"))["code"] == ["other"]
     assert outputs(encoded) == ended
+
+
+def test_an_edit_while_a_run_is_at_work_is_of_the_next_run(
+    encoded: Workspace, edit: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter is the old loss's, so the new loss must not get its last checkpoint."""
+    original = loop.training_step
+
+    def training_step(run: Run, step: int) -> bool:
+        if step == 3:
+            edit("new")
+        return original(run, step)
+
+    monkeypatch.setattr(loop, "training_step", training_step)
+    edit("old")
+    encoded.run("train", *LONG, *GOES_ON)
+    assert read_json(Path("reports/train/run.json"))["code"] == ["old"]
+    lines = encoded.run("train", *LONG, *GOES_ON)
+    assert EDITED in lines and not any("resumed" in line for line in lines)
+
+
+def test_a_start_that_was_killed_does_not_hide_that_the_run_had_ended(
+    encoded: Workspace, interrupt: Callable[..., None], edit: Callable[[str], None]
+) -> None:
+    """Also of a longer run that broke off: what it trained since is the old code's too."""
+    edit("old")
+    encoded.run("train", *LONG, *GOES_ON)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "log_plan", Mock(side_effect=KeyboardInterrupt))
+        encoded.run("train", *LONG, *GOES_ON)
+    interrupt(9, *LONG, *GOES_ON, "--set", "train.num_steps=10")
+    edit("new")
+    assert EDITED in encoded.run("train", *LONG, *GOES_ON, "--set", "train.num_steps=10")
+
+
+def test_a_run_that_broke_off_after_its_last_step_is_delivered_by_no_other_code(
+    encoded: Workspace, interrupt: Callable[..., None], edit: Callable[[str], None]
+) -> None:
+    """Zero steps under the new loss would deliver the old one's adapter; nor does it matter to a shorter run."""
+    edit("old")
+    interrupt(5, *LONG, *GOES_ON)
+    edit("new")
+    assert EDITED in encoded.run("train", *LONG, *GOES_ON, "--set", "train.num_steps=4")
 
 
 HOLD = (
