@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from modulefinder import ModuleFinder
 from pathlib import Path
 
@@ -84,16 +84,20 @@ def digest(paths: Iterable[str], family: str = "") -> str:
     return sha256_json({str(file): sha256_file(file) for path in code for file in files_in(Path(path))})
 
 
-def dvc_md5(path: Path) -> str:
-    """As dvc.lock has it of a file, or of a folder of code."""
+def dvc_md5(path: Path, read: Callable[[Path], bytes] = Path.read_bytes) -> str:
+    """As dvc.lock has it of a file, or of a folder of code.
+
+    Args:
+        read: the content of a file, such as one with other line ends than the file's own.
+    """
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.tree import Tree
 
     if path.is_file():
-        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        return hashlib.md5(read(path), usedforsecurity=False).hexdigest()
     tree = Tree()
     for file in files_in(path):
-        tree.add(file.relative_to(path).parts, None, HashInfo("md5", dvc_md5(file)))
+        tree.add(file.relative_to(path).parts, None, HashInfo("md5", dvc_md5(file, read)))
     tree.digest()
     return str(tree.hash_info.value)
 

@@ -45,6 +45,8 @@ REPORTS = {{
 WRITES = {{"prepare": ["prepared", "dataset-reports"], "cache_latents": ["latents", "latents-reports"],
           "train": ["adapter", "train-reports"], "export": ["export", "export-reports"], "validate": [], "report": [],
           "leaderboard": []}}
+if sys.argv[2] == "lora_dag":  # python -m lora_dag leaderboard
+    sys.argv.pop(2)
 stage = sys.argv[2].rpartition(".")[2]
 options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 with open("ran.txt", "a") as file:

@@ -8,7 +8,6 @@ stages that are frozen.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import subprocess
 import sys
@@ -144,10 +143,11 @@ def changed_settings(pipeline: Pipeline) -> Iterator[str]:
 
 def line_ends(pipeline: Pipeline) -> list[str]:
     """One line for all files that differ from dvc.lock in their line ends alone: git can be set to convert them."""
-    found = sorted({file.path for file in pipeline.files() if other_line_ends(Path(file.path), file.locked)})
+    converted = {file.path for file in pipeline.files() if other_line_ends(Path(file.path), file.locked)}
+    found = sorted({file for path in converted for file in code.files_in(Path(path)) if b"\n" in file.read_bytes()})
     if not found:
         return []
-    here, there = ("CRLF", "LF") if b"\r\n" in Path(found[0]).read_bytes() else ("LF", "CRLF")
+    here, there = ("CRLF", "LF") if b"\r\n" in found[0].read_bytes() else ("LF", "CRLF")
     count = "1 file has" if len(found) == 1 else f"{len(found)} files have"
     cure = (
         "commit or stash your changes, run `git config core.autocrlf false && git rm -r -q --cached . && "
@@ -157,10 +157,18 @@ def line_ends(pipeline: Pipeline) -> list[str]:
 
 
 def other_line_ends(path: Path, locked: str | None) -> bool:
-    if locked is None or not path.is_file() or md5(path) == locked:
+    """Of a file, or of a folder of code."""
+    if locked is None or not (path.is_file() or code.is_code(str(path))) or code.dvc_md5(path) == locked:
         return False
-    lf = path.read_bytes().replace(b"\r\n", b"\n")
-    return locked in (digest(lf), digest(lf.replace(b"\n", b"\r\n")))
+    return locked in (code.dvc_md5(path, with_lf), code.dvc_md5(path, with_crlf))
+
+
+def with_lf(path: Path) -> bytes:
+    return path.read_bytes().replace(b"\r\n", b"\n")
+
+
+def with_crlf(path: Path) -> bytes:
+    return with_lf(path).replace(b"\n", b"\r\n")
 
 
 def changed_files(pipeline: Pipeline) -> Iterator[str]:
@@ -202,7 +210,7 @@ def written(output: File) -> list[str]:
     undo = "`git checkout` the committed one, or `dvc repro`"
     if not Path(output.path).is_file():
         return [f"{output.path}: missing, and stage {output.stage} wrote it; {undo}"]
-    here = md5(Path(output.path))
+    here = code.dvc_md5(Path(output.path))
     if here == output.locked or other_line_ends(Path(output.path), output.locked):
         return []
     digests = f"(md5 {here[:8]}, dvc.lock has {str(output.locked)[:8]})"
@@ -275,11 +283,3 @@ def in_order(pipeline: Pipeline, stages: Iterable[str]) -> str:
     """Names, as dvc.yaml orders them."""
     chosen = set(stages)
     return ", ".join(name for name in pipeline.stages if name in chosen)
-
-
-def md5(path: Path) -> str:
-    return digest(path.read_bytes())
-
-
-def digest(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
