@@ -36,9 +36,7 @@ GROUPS = {
     },
     "after a run": {
         "compare": Command("compare.command", "compare revisions: verdict, parameters, metrics, pictures"),
-        "explain": Command(
-            "explain", "show what changed between two revisions, and which stages ran again because of it"
-        ),
+        "explain": Command("explain", "show what changed between two revisions, and which stages that concerns"),
         "draw": Command("draw", "draw several adapter files on one sheet, at every combination of scales"),
         "leaderboard": Command("leaderboard.command", "rank the runs of a sweep"),
         "relock": Command("relock", "accept results that edits of code do not change; nothing runs again"),

@@ -1,8 +1,9 @@
-"""What changed between two revisions: data, base, code, parameters or environment, and what that ran anew.
+"""What changed between two revisions: data, base, code, parameters or environment, and which stages that concerns.
 
 From dvc.lock, which holds the digest of everything that a stage read and the parameters that it ran with; packages'
 versions are in reports/export/lineage.json. A stage that read what another one wrote anew is a consequence, and a
-stage that gave other bytes for the same inputs was run in another environment.
+stage that gave other bytes for the same inputs was run in another environment. A stage whose code alone differs, with
+the same RESULTS and outputs, ran again or was accepted by `lora-dag relock`: dvc.lock cannot tell.
 Run: `lora-dag explain [A] [B ...]`, such as `lora-dag explain HEAD rank-16`
 """
 
@@ -66,11 +67,13 @@ class Revision:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a stage ran anew."""
+    """Why a stage ran anew, or may have."""
 
     cause: str
     """One of CAUSES, or the stage whose output it read: then it is a consequence."""
     what: str
+    is_other_code: bool = False
+    """Code itself, which `lora-dag relock` accepts where the number of the results is the same."""
 
 
 def read_lock(name: str) -> Revision:
@@ -100,7 +103,7 @@ def read_lock(name: str) -> Revision:
 
 
 def write_page(a: Revision, b: Revision) -> str:
-    """Markdown: root causes, then stage by stage what ran anew and because of what."""
+    """Markdown: root causes, then stage by stage what ran anew, or has other code, and because of what."""
     reasons = {stage: list(reasons_for(stage, a, b)) for stage in dict.fromkeys([*a.stages, *b.stages])}
     found = {cause: roots(cause, reasons) for cause in CAUSES}
     found["environment"] = packages_that_differ(a, b) or found["environment"]
@@ -114,7 +117,7 @@ def write_page(a: Revision, b: Revision) -> str:
 
 
 def in_words(stage: str, reasons: Sequence[Reason], a: Revision, b: Revision) -> str:
-    """``ran anew: lora.rank 8 → 16``"""
+    """``ran anew: lora.rank 8 → 16``; of other code alone nobody can tell whether it ran or `relock` accepted it."""
     if not reasons:
         return "as before"
     if stage not in a.stages or stage not in b.stages:
@@ -125,6 +128,8 @@ def in_words(stage: str, reasons: Sequence[Reason], a: Revision, b: Revision) ->
     because = [f"{cause} ({', '.join(of_cause(cause, reasons))})" for cause in causes if cause in CAUSES]
     because += [f"{', '.join(of_cause(cause, reasons))} from {cause}" for cause in causes if cause not in CAUSES]
     same = a.stage(stage).outs == b.stage(stage).outs
+    if same and all(reason.is_other_code for reason in reasons):
+        return f"other code, of the same results: {', '.join(of_cause('code', reasons))}"
     return f"ran anew: {'; '.join(because)}" + (", and wrote the same bytes" if same else "")
 
 
@@ -183,7 +188,8 @@ def files(stage: str, a: Revision, b: Revision) -> Iterator[Reason]:
             counts = [side.get("nfiles", 0) for side in (old, new)]
             num_files = f" ({counts[0]} → {counts[1]} files)" if counts[0] != counts[1] else ""
             writer = a.writer(path) or b.writer(path)
-            yield Reason(writer or kind(path, a, b), path if writer else path + num_files)
+            cause = writer or kind(path, a, b)
+            yield Reason(cause, path if writer else path + num_files, is_other_code=cause == "code")
 
 
 def kind(path: str, a: Revision, b: Revision) -> str:

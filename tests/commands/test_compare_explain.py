@@ -119,8 +119,24 @@ def test_code_that_gives_the_same_bytes_goes_no_further(pipeline: Pipeline, expl
     pipeline.write()
     page = explained()
     assert "**code** (stages/prepare/split.py) changed;" in page
-    assert "| prepare | ran anew: code (stages/prepare/split.py), and wrote the same bytes |" in page
+    assert "| prepare | other code, of the same results: stages/prepare/split.py |" in page
     assert "| train | as before |" in page
+
+
+def test_code_and_a_parameter_that_give_the_same_bytes(pipeline: Pipeline, explained: Any) -> None:
+    pipeline.files["lora_dag/core/files.py"] = "1"
+    pipeline.params["lora"]["rank"] = 16
+    pipeline.write()
+    page = explained()
+    assert "| prepare | other code, of the same results: lora_dag/core/files.py |" in page
+    row = "ran anew: parameters (lora.rank 8 → 16); code (lora_dag/core/files.py), and wrote the same bytes |"
+    assert f"| train | {row}" in page
+
+
+def test_other_code_that_gives_other_bytes_ran(pipeline: Pipeline, explained: Any) -> None:
+    pipeline.files |= {"stages/prepare/split.py": "1", "data/prepared": "1"}
+    pipeline.write()
+    assert "| prepare | ran anew: code (stages/prepare/split.py) |" in explained()
 
 
 def test_a_raised_number_of_results(pipeline: Pipeline, explained: Any) -> None:
@@ -137,7 +153,8 @@ def test_of_many_files_the_first_are_named(pipeline: Pipeline, explained: Any, m
     pipeline.files |= dict.fromkeys(names, "1")
     pipeline.write()
     row = (
-        "| prepare | ran anew: code (stages/prepare/a.py, stages/prepare/b.py, stages/prepare/c.py, 3 more), and wrote"
+        "| prepare | other code, of the same results: stages/prepare/a.py, stages/prepare/b.py, stages/prepare/c.py, "
+        "3 more |"
     )
     assert row in explained()
 
