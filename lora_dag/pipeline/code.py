@@ -13,6 +13,7 @@ from modulefinder import ModuleFinder
 from pathlib import Path
 
 from lora_dag.core.code import ROOT, files_in
+from lora_dag.core.console import UserError
 from lora_dag.core.files import sha256_file, sha256_json
 
 FOLDERS = ("lora_dag/", "stages/")
@@ -103,10 +104,21 @@ def dvc_md5(path: Path, read: Callable[[Path], bytes] = Path.read_bytes) -> str:
 
 
 def results_of(stage: str, root: Path = Path()) -> int:
-    """``RESULTS`` of a stage, read and not imported: raised by whoever changes what the same inputs give."""
-    tree = ast.parse((root / "stages" / stage / "__init__.py").read_bytes())
-    numbers = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RESULTS"]
-    return int(ast.literal_eval(numbers[-1].value))
+    """``RESULTS`` of a stage, read as DVC reads it and not imported: raised by whoever changes what equal inputs give.
+
+    Raises:
+        UserError: the file has no such number.
+    """
+    from dvc.utils.serialize import ParseError, load_py
+
+    file = Path("stages", stage, "__init__.py")
+    try:
+        number = load_py(str(root / file)).get("RESULTS", "none that DVC can read")
+        if type(number) is int:
+            return number
+    except (OSError, ParseError) as error:
+        number = "no such file" if isinstance(error, OSError) else "no Python"
+    raise UserError(f"{file}: expected one line RESULTS = NUMBER, such as RESULTS = 1; got {number}; restore it")
 
 
 if __name__ == "__main__":

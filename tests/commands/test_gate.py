@@ -157,6 +157,28 @@ def test_a_raised_number_of_results_is_named(clone: Clone) -> None:
     assert code.startswith("stages/train: changed since train ran")
 
 
+NO_NUMBER = {"RESULTS = 'two'\n": "two", "": "none that DVC can read", "RESULTS = (\n": "no Python"}
+
+
+@pytest.mark.parametrize("text", NO_NUMBER)
+def test_a_stage_without_a_number_of_results_is_one_line(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    clone("main")
+    monkeypatch.setattr(lock, "ask_dvc", lambda: [])
+    Path("stages/train/__init__.py").write_text(text)
+    assert lock.problems() == [
+        "stages/train/__init__.py: expected one line RESULTS = NUMBER, such as RESULTS = 1; "
+        f"got {NO_NUMBER[text]}; restore it"
+    ]
+
+
+def test_a_number_of_results_with_a_type(clone: Clone) -> None:
+    clone("main")
+    Path("stages/train/__init__.py").write_text("RESULTS: int = 2\n")
+    assert differences()[0].startswith("stages/train/__init__.py: RESULTS is 2, and dvc.lock has 1: train has not run")
+
+
 def test_what_editors_and_python_leave_beside_code_is_no_change(clone: Clone) -> None:
     clone("main")
     for name in ("__pycache__/trainer.cpython-311.pyc", ".trainer.py.swp", ".ipynb_checkpoints/trainer.py"):

@@ -98,6 +98,21 @@ def test_a_raised_number_runs_its_stage_and_the_rest_is_accepted(checkout: Stubb
     assert read(checkout.path / "dvc.lock")["stages"]["train"]["params"]["stages/train/__init__.py"] == {"RESULTS": 2}
 
 
+def test_a_number_of_results_with_a_type_or_none(checkout: Stubbed) -> None:
+    path = checkout.path / "stages/train/__init__.py"
+    path.write_text("RESULTS: int = 1\n")
+    code, lines = relock(checkout)
+    assert code == 0 and "accepted    train: of stages/train alone" in lines
+    assert UP_TO_DATE in checkout.dvc("status")
+    lock = (checkout.path / "dvc.lock").read_text()
+    for text, found in (("", "none that DVC can read"), ("RESULTS = (\n", "no Python")):
+        path.write_text(text)
+        code, (line,) = relock(checkout)
+        expected = "stages/train/__init__.py: expected one line RESULTS = NUMBER, such as RESULTS = 1; got "
+        assert code == 2 and line.endswith(f"{expected}{found}; restore it")
+        assert (checkout.path / "dvc.lock").read_text() == lock
+
+
 def test_parameters_data_and_outputs_are_reasons(checkout: Stubbed) -> None:
     lock = (checkout.path / "dvc.lock").read_text()
     edit(checkout, *MESSAGE)
