@@ -17,6 +17,7 @@ from lora_dag.commands.gate import figures, limits, lock
 from lora_dag.commands.gate.against import Comparison
 from lora_dag.commands.gate.page import MAX_BYTES, Place, link, shortened
 from lora_dag.core.console import UserError
+from lora_dag.core.files import write_text
 from lora_dag.evaluation.bootstrap import Estimate
 from stages.report.params import Gates
 from tests.helpers import command
@@ -71,7 +72,10 @@ def test_a_worse_branch_is_closed_by_its_gate(clone: Clone, monkeypatch: pytest.
     assert closed.endswith("+19.90]; the limit is 0")
     page = Path("page.md").read_text(encoding="utf-8")
     assert page.startswith("# Experiment: not passed") and "**not passed**" in page
-    assert "dvc.lock and reports/ have the digests of one run" in page and "nothing was run again here" in page
+    assert (
+        "dvc.lock and reports/ have the digests of one run (its code may be older" in page
+        and "nothing was run again here" in page
+    )
     assert "passes unless the whole of it is worse than the limit" in page
     assert "![](reports/samples.png)" in page or "![Samples](reports/samples.png)" in page  # no address: by path
 
@@ -573,6 +577,21 @@ RULES: dict[str, tuple[Callable[[], Any], str, str]] = {
         "the gate's code",
         "stages/__init__.py",
     ),
+    "a number of results": (
+        lambda: edit("stages/report/__init__.py", "RESULTS = 1", "RESULTS = 2"),
+        "the numbers of results",
+        "stages/report/__init__.py",
+    ),
+    "code beside a number of results": (
+        lambda: edit("stages/report/__init__.py", "RESULTS = 1", "RESULTS = 1\nprint(1)"),
+        "the gate's code, the numbers of results",
+        "stages/report/__init__.py",
+    ),
+    "golden values": (
+        lambda: write_text(Path("tests/golden/train.json"), "{}"),
+        "the numbers of results",
+        "tests/golden/train.json",
+    ),
     "workflow": (
         lambda: edit(".github/workflows/experiment.yml", "contents: read", "contents: write"),
         "the workflows",
@@ -598,7 +617,7 @@ def test_a_changed_rule_is_on_the_page_and_in_its_title(
     run(monkeypatch, "--against", "origin/main", "--out", "page.md")
     page = Path("page.md").read_text(encoding="utf-8")
     assert page.splitlines()[0].endswith(f"; changes {rule}")
-    assert f"- **{rule}**: `{detail}`" in page
+    assert all(f"- **{each}**: `{detail}`" in page for each in rule.split(", "))
 
 
 def test_what_the_other_branch_has_changed_since_is_no_change_of_this_one(

@@ -1,5 +1,7 @@
 """Whether params.yaml, code, dvc.yaml, dvc.lock and reports/ are of one run; a clone without data can tell.
 
+Code is that of the run, or was accepted since by `lora-dag relock`: dvc.lock has the same digests either way.
+
 DVC gives the verdict (`dvc repro --dry --allow-missing`). What it does not say, which file and why, is read from
 dvc.lock here; and so is what it forgives: reports and code that are missing, code that dvc.yaml does not list, and
 stages that are frozen.

@@ -16,6 +16,10 @@ from lora_dag.pages.markdown import bullets, code, table
 from lora_dag.pipeline.git import git
 
 MAX_FILES = 8  # named of a change
+ONE_RUN = (
+    "Checked: parameters, code, dvc.lock and reports/ have the digests of one run (its code may be older: "
+    "`lora-dag relock` accepts edits where RESULTS is the same number, and runs nothing); and"
+)
 NOT_CHECKED = (
     "Not checked: nothing was run again here. Pictures, weights and tables are those that the branch brings. One that "
     "was invented, together with its digest in dvc.lock and all that follows from it, is found by a rerun alone "
@@ -59,7 +63,7 @@ def write_page(
         doubt = "The figures below are those of the files as they are; nobody can vouch for them."
         parts += ["## Not of one run", bullets(in_line(line) for line in problems), doubt]
     else:
-        parts += ["Checked: parameters, code, dvc.lock and reports/ have the digests of one run; and", bullets(CHECKED)]
+        parts += [ONE_RUN, bullets(CHECKED)]
     parts += [NOT_CHECKED, *(f"**Not shared:** {in_line(line)}" for line in unshared)]
     parts += ["## Gates", gates_table(answers)]
     parts += [re.sub("^#", "##", comparison.page, flags=re.MULTILINE)] if comparison else []

@@ -1,7 +1,12 @@
-"""What a branch changes of the rules that it is judged by: gates, the gate's code, workflows, packages, pipeline."""
+"""What a branch changes of the rules that it is judged by.
+
+Gates, the gate's code, the numbers of results, workflows, packages, pipeline.
+"""
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +21,7 @@ from lora_dag.pipeline.git import git
 GATES = "report.gates"
 GATE = ROOT / "lora_dag/commands/gate"
 FILES: dict[str, Callable[[str], bool]] = {
+    "the numbers of results": lambda path: path.startswith("tests/golden/") or is_stage_s_first(path),
     "the workflows": lambda path: path.startswith(".github/"),
     "the packages": lambda path: path in ("requirements.lock", "pyproject.toml"),
     "the pipeline": lambda path: path in ("dvc.yaml", ".dvc/config", ".dvcignore"),
@@ -35,7 +41,7 @@ def changes(revision: str) -> list[Change]:
     start = (git("merge-base", "HEAD", revision) or revision.encode()).decode().strip()
     paths = changed_paths(start)
     own = gate_code()
-    kinds = {"the gate's code": lambda path: path in own or is_gate(path), **FILES}
+    kinds = {"the gate's code": lambda path: (path in own or is_gate(path)) and not is_number(path), **FILES}
     found = {GATES: changed_gates(start)}
     found |= {rule: [path for path in paths if matches(path)] for rule, matches in kinds.items()}
     return [Change(rule, tuple(details)) for rule, details in found.items() if details]
@@ -66,6 +72,23 @@ def is_gate(path: str) -> bool:
     """Also what is removed, or what Python imports on the way."""
     return path.startswith(("lora_dag/__main__.py", "lora_dag/commands/gate/", "lora_dag/commands/compare/")) or (
         path.startswith(("lora_dag/", "stages/")) and path.endswith("__init__.py")
+    )
+
+
+def is_stage_s_first(path: str) -> bool:
+    """Such as stages/train/__init__.py, which has the number ``RESULTS``: `lora-dag relock` relies on it."""
+    return re.fullmatch(r"stages/\w+/__init__\.py", path) is not None
+
+
+def is_number(path: str) -> bool:
+    """Whether such a file has a number and nothing else that runs."""
+    try:
+        nodes = ast.parse(Path(path).read_bytes()).body if is_stage_s_first(path) else []
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return bool(nodes) and all(
+        isinstance(node, ast.Assign | ast.AnnAssign | ast.Expr) and isinstance(node.value, ast.Constant)
+        for node in nodes
     )
 
 
