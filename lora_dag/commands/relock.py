@@ -51,11 +51,13 @@ def main(args: argparse.Namespace) -> None:
     if not LOCK.is_file() and not METADATA.is_dir():
         raise UserError("dvc.lock: no such file, and Snakemake has run nothing here; run `dvc repro` or `snakemake`")
     verdicts = relock_stages(args) if LOCK.is_file() else []
-    relock_runs(args)
+    stale_runs = relock_runs(args)
     warn_of_edits()
     warn_of_merge()
-    if any(verdict.reasons for verdict in verdicts):
+    stale_stages = any(verdict.reasons for verdict in verdicts)
+    if stale_stages:
         log.info("next        dvc repro")
+    if stale_stages or stale_runs:
         sys.exit(MUST_RUN)
 
 
@@ -232,8 +234,11 @@ def accept(repo: Repo, verdicts: list[Verdict]) -> None:
 # Snakemake
 
 
-def relock_runs(args: argparse.Namespace) -> None:
+def relock_runs(args: argparse.Namespace) -> bool:
     """The same for what Snakemake has recorded of jobs below runs/; it finds every other change by itself.
+
+    Returns:
+        Whether some of these jobs have to run.
 
     Raises:
         UserError: Snakemake is at work.
@@ -260,6 +265,7 @@ def relock_runs(args: argparse.Namespace) -> None:
         log.info("accepted    runs/: %s of %s", plural(count, "file"), stage)
     for reason, count in other.items():
         log.info("must run    runs/: %s (%s); `snakemake` runs what it plans of them", reason, plural(count, "file"))
+    return bool(other)
 
 
 # What the command relies on

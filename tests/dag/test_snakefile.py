@@ -244,8 +244,10 @@ def test_edited_code_reruns_its_stage_and_a_comment_in_another_s_does_not(stubbe
 
 
 def test_relock_accepts_edited_code_of_the_same_results_and_hides_no_other_change(stubbed: Stubbed) -> None:
-    def relock() -> str:
-        return stubbed.checkout.python("-m", "lora_dag", "relock").stdout
+    def relock(code: int = 0) -> str:
+        done = stubbed.checkout.python("-m", "lora_dag", "relock", check=False)
+        assert done.returncode == code, done.stderr
+        return done.stdout
 
     path, number = stubbed.path / "lora_dag/core/console.py", stubbed.path / "stages/validate/__init__.py"
     original = path.read_text(), number.read_text()
@@ -256,7 +258,7 @@ def test_relock_accepts_edited_code_of_the_same_results_and_hides_no_other_chang
     stubbed.checkout.set(export__seed=1)
     number.write_text("RESULTS = 2\n")
     path.write_text(original[0])
-    said = relock()
+    said = relock(3)
     assert "must run    runs/: validate: RESULTS 1 → 2 (8 files); `snakemake` runs what it plans of them" in said
     assert "accepted    runs/: 3 files of train" in said
     assert set(stubbed.plan()) == {"validate", "export", "report"}
