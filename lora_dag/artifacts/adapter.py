@@ -1,6 +1,7 @@
 """data/adapter/: what train hands to validate and export.
 
-adapter.safetensors             the final adapter, float32; keys as PEFT names them, of text encoders as core/adapted.py
+adapter.safetensors             the final adapter, float32; keys as PEFT names them; lora_dag/adapters/adapted.py says
+                                how those of text encoders are named
 snapshots/step-000050.safetensors   the adapter on its way
 adapter.json                    PEFT's LoraConfig, base digests, steps, digest of every file
 """

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from modulefinder import ModuleFinder
 from pathlib import Path
 
-from lora_dag.core.code import ROOT, files_in
+from lora_dag.core import params
 from lora_dag.core.console import UserError
 from lora_dag.core.files import sha256_file, sha256_json
+from lora_dag.pipeline import dvc_files
 
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("lora_dag/", "stages/")
 FAMILIES = "lora_dag/families"
 FAMILY = f"{FAMILIES}/${{model.family}}.py"
@@ -46,8 +47,7 @@ def dependencies(stage: str, root: Path = ROOT) -> list[str]:
 
 def families(root: Path = ROOT) -> list[Path]:
     """One file each; none imports another."""
-    files = sorted((root / FAMILIES).glob("*.py"))
-    return [path for path in files if re.search("^PIPELINE = ", path.read_text(encoding="utf-8"), re.MULTILINE)]
+    return [root / FAMILIES / f"{name}.py" for name in params.FAMILIES]
 
 
 def imported(files: Iterable[Path], root: Path = ROOT) -> set[str]:
@@ -79,10 +79,26 @@ def has_code(path: Path) -> bool:
     return any(not isinstance(node, ast.Expr) for node in ast.parse(path.read_bytes()).body)
 
 
-def digest(paths: Iterable[str], family: str = "") -> str:
+def digest(paths: Iterable[str], family: str = "", root: Path = Path()) -> str:
     """Digest of the code among a stage's dependencies: equal exactly where DVC finds no change of code."""
     code = [path.replace("${model.family}", family) for path in paths if is_code(path)]
-    return sha256_json({str(file): sha256_file(file) for path in code for file in files_in(Path(path))})
+    files = (file for path in code for file in files_in(root / path))
+    return sha256_json({file.relative_to(root).as_posix(): sha256_file(file) for file in files})
+
+
+def stage_digest(stage: str, family: str) -> str:
+    """The same of the code that runs here, by the dvc.yaml beside it; the data may be in another folder."""
+    return digest(dvc_files.read_pipeline(root=ROOT)[stage].deps, family, ROOT)
+
+
+def files_in(path: Path) -> Iterator[Path]:
+    """A file, or those below a folder, but what .dvcignore leaves out: hidden files and what Python compiles."""
+    if path.is_file():
+        yield path
+    for file in sorted(path.rglob("*")):
+        own = file.relative_to(path).parts
+        if file.is_file() and "__pycache__" not in own and not any(part.startswith(".") for part in own):
+            yield file
 
 
 def dvc_md5(path: Path, read: Callable[[Path], bytes] = Path.read_bytes) -> str:

@@ -48,8 +48,8 @@ class Locked:
         return next((values[RESULTS] for values in self.params.values() if RESULTS in values), None)
 
 
-def read_pipeline(params: Mapping[str, Any] | None = None) -> dict[str, Stage]:
-    """The stages of dvc.yaml in the current folder, in the order of the file.
+def read_pipeline(params: Mapping[str, Any] | None = None, root: Path = Path()) -> dict[str, Stage]:
+    """The stages of dvc.yaml in ``root``, in the order of the file.
 
     Args:
         params: as in params.yaml; they take the place of ``${model.pretrained}`` and the like. None leaves these.
@@ -59,7 +59,7 @@ def read_pipeline(params: Mapping[str, Any] | None = None) -> dict[str, Stage]:
         AttributeError, KeyError, TypeError, ValueError: not as DVC reads it.
     """
     fill = filled(params) if params is not None else lambda value: value
-    return {name: parse_stage(fill(entry)) for name, entry in read_yaml(PIPELINE)["stages"].items()}
+    return {name: parse_stage(fill(entry)) for name, entry in read_yaml(root / PIPELINE)["stages"].items()}
 
 
 def read_lock() -> dict[str, Locked]:

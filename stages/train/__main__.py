@@ -13,11 +13,11 @@ import sys
 
 from lora_dag.adapters import init_from_pin
 from lora_dag.adapters.params import LoraParams
-from lora_dag.core.code import code_digest
 from lora_dag.core.console import UserError, log, parser, run
 from lora_dag.core.locks import writing
 from lora_dag.core.params import Config, ModelParams, RuntimeParams, load
 from lora_dag.families.protocol import load_family
+from lora_dag.pipeline.code import stage_digest
 from stages.train import launch
 from stages.train.params import TrainParams, cross_problems
 
@@ -25,7 +25,7 @@ from stages.train.params import TrainParams, cross_problems
 def main() -> None:
     args = parser(__doc__, ("latents", "adapter", "train_reports")).parse_args()
     config = load(args.params, args.overrides)
-    code = code_digest("train")  # before the rest of it is imported
+    code = stage_digest("train", config.section(ModelParams).family)  # before the rest of it is imported
     lora = config.section(LoraParams)
     found = cross_problems(lora, config.section(TrainParams), load_family(config.section(ModelParams).family))
     if lora.init_from:

@@ -19,7 +19,6 @@ from lora_dag.artifacts.adapter import Adapter
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.bases import layout, resolve
 from lora_dag.core import params
-from lora_dag.core.code import code_digest
 from lora_dag.core.console import UserError, log, parser, run
 from lora_dag.core.device import environment, setup, speed_conditions
 from lora_dag.core.files import sha256_file, write_json, write_text
@@ -30,6 +29,7 @@ from lora_dag.evaluation import heldout_table
 from lora_dag.evaluation.heldout_table import Score
 from lora_dag.families.long_texts import warn_of_long_prompts
 from lora_dag.families.protocol import load_family
+from lora_dag.pipeline.code import stage_digest
 from stages.validate import curve, feature_files, features, neighbours, passes, sheets
 from stages.validate.heldout_loss import EvalSet, make_eval_set
 from stages.validate.measures import Results, measure
@@ -118,7 +118,8 @@ def conditions(base: dict[str, str], eval_set: EvalSet) -> dict[str, Any]:
     """What decides losses and pictures beside what is asked, and an adapter."""
     return {
         "base": base,
-        "code": code_digest("validate"),  # not RESULTS: after an edit of its own, a rerun measures everything again
+        # Not RESULTS: after an edit of its code, a rerun measures everything again.
+        "code": stage_digest("validate", eval_set.model.family),
         "drops_to_zeros": eval_set.family.drops_to_zeros(eval_set.model),  # model_index.json's, in no component's files
         "dtype": eval_set.model.dtype,
         "environment": environment(eval_set.device),

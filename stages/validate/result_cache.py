@@ -32,7 +32,7 @@ class ResultCache:
     """Results under some conditions."""
 
     conditions: dict[str, Any]
-    """Base, family, dtype, code and environment: what moves last bits is part of the key, as in train's run digest."""
+    """Base, family, dtype, code and environment: what moves last bits is part of the key."""
     reused: Counter[str] = field(default_factory=Counter)
     """Kind -> number of those that were found."""
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from lora_dag.core.code import ROOT
 from lora_dag.core.console import PATHS
 from lora_dag.core.params import SECTIONS, load, read_yaml
-from lora_dag.pipeline.code import dependencies, digest, families, imported, is_code
+from lora_dag.pipeline import code
+from lora_dag.pipeline.code import ROOT, dependencies, digest, families, imported, is_code, stage_digest
 from lora_dag.sweeps.grid import Run, plan
 from stages.export.params import ExportParams
 from tests.helpers.checkout import Checkout
@@ -247,3 +247,24 @@ def test_snakemake_s_digest_is_of_the_code_that_dvc_lists(
         path.write_bytes((original or b"") + b"#")
         assert (digest(stages["train"]["deps"], "sd") != before) == changes, name
         path.unlink() if original is None else path.write_bytes(original)
+
+
+def test_a_stage_s_own_digest_is_of_the_code_that_dvc_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of train's ended runs and validate's evidence: an edit of sweeps/, which neither imports, leaves both valid."""
+    for path in ("lora_dag", "stages"):
+        shutil.copytree(ROOT / path, tmp_path / path)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    monkeypatch.setattr(code, "ROOT", tmp_path)  # which is not the current folder
+    for name in ("train", "validate"):
+        before = stage_digest(name, "sd")
+        for file, changes in (
+            ("lora_dag/sweeps/grid.py", False),
+            ("lora_dag/formats/peft.py", False),
+            ("lora_dag/families/flux.py", False),
+            ("lora_dag/families/sd.py", True),
+            (f"stages/{name}/params.py", True),
+        ):
+            original = (tmp_path / file).read_bytes()
+            (tmp_path / file).write_bytes(original + b"#")
+            assert (stage_digest(name, "sd") != before) == changes, (name, file)
+            (tmp_path / file).write_bytes(original)

@@ -152,7 +152,7 @@ EDITED = "starts over: the code of train has changed since this run ended"
 @pytest.fixture
 def edit(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """``edit("new")``: the code of train has this digest from now on."""
-    return lambda code: monkeypatch.setattr(train_main, "code_digest", lambda *args: code)
+    return lambda code: monkeypatch.setattr(train_main, "stage_digest", lambda *args: code)
 
 
 def test_what_broke_off_goes_on_under_mended_code_and_what_ended_starts_over(

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from lora_dag.commands.compare.revisions import read_file
 from lora_dag.commands.compare.sides import DAMAGED, PARAMS, parse_params
-from lora_dag.core.code import ROOT
-from lora_dag.pipeline.code import imported
+from lora_dag.pipeline.code import ROOT, imported
 from lora_dag.pipeline.dvc_files import ABSENT, show
 from lora_dag.pipeline.git import git
 
