@@ -75,6 +75,6 @@ rule leaderboard:
     conda:
         "../profiles/environment.yaml"
     params:
-        code=JOBS.leaderboard_code,
+        code=lambda wildcards: JOBS.leaderboard_code,
     shell:
         "python -m lora_dag leaderboard --params $LORA_PARAMS > {log} 2>&1"

@@ -18,6 +18,7 @@ from lora_dag.pipeline import dvc_files
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("lora_dag/", "stages/")
+COMMANDS = "lora_dag/commands/"
 FAMILIES = "lora_dag/families"
 FAMILY = f"{FAMILIES}/${{model.family}}.py"
 
@@ -41,7 +42,12 @@ def dependencies(stage: str, root: Path = ROOT) -> list[str]:
     if f"{FAMILIES}/protocol.py" in found:  # it loads a family by its name
         files = families(root)
         found |= imported(files, root) - {path.relative_to(root).as_posix() for path in files} | {FAMILY}
-    own = filter(is_code, found)  # a numpy.py beside the packages is none of them
+    return packages(found, root)
+
+
+def packages(files: Iterable[str], root: Path) -> list[str]:
+    """Of files that are code; those without any, such as an empty ``__init__.py``, count for nothing."""
+    own = filter(is_code, files)  # a numpy.py beside the packages is none of them
     return sorted({package(path) for path in own if path == FAMILY or has_code(root / path)})
 
 
@@ -70,8 +76,8 @@ def imported(files: Iterable[Path], root: Path = ROOT) -> set[str]:
 
 def package(path: str) -> str:
     """``stages/train`` of ``stages/train/loop.py``; a family's file, or one beside the packages, is itself."""
-    parts = path.split("/")
-    return path if len(parts) < 3 or path.startswith(FAMILIES) else "/".join(parts[:2])
+    parts, depth = path.split("/"), 3 if path.startswith(COMMANDS) else 2  # each command is a package of its own
+    return path if len(parts) <= depth or path.startswith(FAMILIES) else "/".join(parts[:depth])
 
 
 def has_code(path: Path) -> bool:
@@ -89,6 +95,11 @@ def digest(paths: Iterable[str], family: str = "", root: Path = Path()) -> str:
 def stage_digest(stage: str, family: str) -> str:
     """The same of the code that runs here, by the dvc.yaml beside it; the data may be in another folder."""
     return digest(dvc_files.read_pipeline(root=ROOT)[stage].deps, family, ROOT)
+
+
+def command_digest(command: str, root: Path = ROOT) -> str:
+    """The same of a command that Snakemake runs, over the packages that its imports reach; it loads no family."""
+    return digest(packages(imported([root / COMMANDS / command / "command.py"], root), root), root=root)
 
 
 def files_in(path: Path) -> Iterator[Path]:

@@ -22,7 +22,7 @@ from lora_dag.core.console import UserError
 from lora_dag.core.files import write_text
 from lora_dag.core.params import RuntimeParams, check, read_yaml
 from lora_dag.pipeline import dvc_files
-from lora_dag.pipeline.code import digest, results_of
+from lora_dag.pipeline.code import command_digest, digest, results_of
 from lora_dag.pipeline.yaml_edit import flow
 from lora_dag.sweeps import grid
 from lora_dag.sweeps.grid import Run
@@ -147,8 +147,8 @@ class Jobs:
 
     @property
     def leaderboard_code(self) -> str:
-        """Digest of the leaderboard's own code and what it shows of a comparison; it is no stage of dvc.yaml."""
-        return digest(["lora_dag/commands/compare", "lora_dag/commands/leaderboard", "lora_dag/evaluation"])
+        """Digest of the packages that the leaderboard's imports reach; it is no stage of dvc.yaml."""
+        return command_digest("leaderboard")
 
     def report_labels(self, wildcards: Any) -> dict[str, str]:
         """What the pages of ``snakemake --report`` are filtered by."""

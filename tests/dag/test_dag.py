@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from lora_dag.core.console import PATHS
 from lora_dag.core.params import SECTIONS, load, read_yaml
 from lora_dag.pipeline import code
-from lora_dag.pipeline.code import ROOT, dependencies, digest, families, imported, is_code, stage_digest
+from lora_dag.pipeline.code import ROOT, command_digest, dependencies, digest, families, imported, is_code, stage_digest
 from lora_dag.sweeps.grid import Run, plan
 from stages.export.params import ExportParams
 from tests.helpers.checkout import Checkout
@@ -268,3 +268,26 @@ def test_a_stage_s_own_digest_is_of_the_code_that_dvc_lists(tmp_path: Path, monk
             (tmp_path / file).write_bytes(original + b"#")
             assert (stage_digest(name, "sd") != before) == changes, (name, file)
             (tmp_path / file).write_bytes(original)
+
+
+def test_the_leaderboard_s_digest_is_of_all_that_its_imports_reach(tmp_path: Path) -> None:
+    """Of a package as a whole: a page's template is no import. Other commands and stages draw nothing of it."""
+    for path in ("lora_dag", "stages"):
+        shutil.copytree(ROOT / path, tmp_path / path)
+    before = command_digest("leaderboard", tmp_path)
+    for file, changes in (
+        ("lora_dag/commands/leaderboard/ranking.py", True),
+        ("lora_dag/commands/compare/verdict.py", True),
+        ("lora_dag/evaluation/bootstrap.py", True),
+        ("lora_dag/pages/templates/page.css", True),
+        ("lora_dag/sweeps/grid.py", True),
+        ("lora_dag/core/files.py", True),
+        ("lora_dag/commands/gate/rules.py", False),
+        ("lora_dag/commands/check.py", False),
+        ("lora_dag/families/sd.py", False),
+        ("stages/train/loop.py", False),
+    ):
+        original = (tmp_path / file).read_bytes()
+        (tmp_path / file).write_bytes(original + b"#")
+        assert (command_digest("leaderboard", tmp_path) != before) == changes, file
+        (tmp_path / file).write_bytes(original)
