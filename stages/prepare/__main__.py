@@ -18,7 +18,8 @@ from lora_dag.core.locks import writing
 from lora_dag.pictures.decode import preprocessing
 from lora_dag.pictures.read import reader
 from stages.prepare import caption_variants, page, split
-from stages.prepare.inspection import CheckedPicture, inspect
+from stages.prepare.checked_picture import CheckedPicture
+from stages.prepare.inspection import inspect
 from stages.prepare.listing import leave_out_bad
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries

@@ -20,6 +20,7 @@ from lora_dag.pictures import checks, formats, masks
 from lora_dag.pictures.checks import Checked
 from lora_dag.pictures.read import Read
 from stages.prepare import geometry, side_files
+from stages.prepare.checked_picture import CheckedPicture
 from stages.prepare.geometry import Size
 from stages.prepare.inspection_cache import InspectionCache
 from stages.prepare.listing import Entry, Problem
@@ -33,29 +34,6 @@ MAX_ASPECT_ERROR = 0.01  # between a mask's shape and its picture's
 NUM_EXAMPLES = 3
 ONE = {"are": "is", "have": "has", "state": "states", "hold": "holds"}
 NOTHING = "so that the loss would look at nothing; mend it, or set dataset.unmasked_weight above 0"
-
-
-@dataclass(frozen=True)
-class CheckedPicture:
-    """One picture that passed every check."""
-
-    entry: Entry
-    sha256: str
-    """Of its bytes."""
-    width: int
-    """After EXIF rotation, as is the height."""
-    height: int
-    target_width: int
-    """What the model sees."""
-    target_height: int
-    has_alpha: bool
-    """Some pixel lets the background through."""
-    thumbnail: str
-    """``Checked.thumbnail``"""
-    mask_sha256: str | None = None
-    """Of the bytes of its mask's file."""
-    detail: str = ""
-    """``Checked.detail``"""
 
 
 @dataclass(frozen=True)

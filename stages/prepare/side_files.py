@@ -19,7 +19,7 @@ from stages.prepare.mask_files import ending_of
 from stages.prepare.names import NUM_EXAMPLES, short, stem
 
 if TYPE_CHECKING:
-    from stages.prepare.inspection import CheckedPicture
+    from stages.prepare.checked_picture import CheckedPicture
     from stages.prepare.subset_reader import SubsetReader
 
 MASKS = {"mask", "masks", "masklabel", "matte", "mattes", "alphamask", "alphamasks"}

@@ -14,7 +14,7 @@ from stages.prepare import duplicates
 from stages.prepare.names import NUM_EXAMPLES
 
 if TYPE_CHECKING:
-    from stages.prepare.inspection import CheckedPicture
+    from stages.prepare.checked_picture import CheckedPicture
     from stages.prepare.params import DatasetParams
 
 

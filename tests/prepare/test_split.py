@@ -10,7 +10,7 @@ import pytest
 
 from lora_dag.core import seeding
 from lora_dag.core.console import UserError
-from stages.prepare.inspection import CheckedPicture
+from stages.prepare.checked_picture import CheckedPicture
 from stages.prepare.listing import Entry
 from stages.prepare.params import DatasetParams
 from stages.prepare.split import Assignment, assign
