@@ -21,9 +21,6 @@ from lora_dag.core.console import UserError
 from lora_dag.core.param_errors import explain, unknown
 from lora_dag.core.param_kinds import only_text, takes_null
 
-if TYPE_CHECKING:
-    pass
-
 # Modules are named, not imported: a stage's code must not depend on another stage's.
 SECTIONS = {
     "model": "lora_dag.core.params:ModelParams",

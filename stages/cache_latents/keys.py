@@ -1,8 +1,8 @@
 """What names an entry of the store: sha256 over what decides its tensors, but for some of their last bits.
 
-The file's name, the folder and the container of a picture decide nothing. Versions, processor model and thread count
-can move the last bits, and are left out all the same: they differ between the machines that share a store, and a
-library update would encode everything again. An entry records them, and a run warns of a mixture; see environments.py.
+The name and the folder of a picture's file decide nothing. Versions, processor model and thread count can move the
+last bits, and are left out all the same: they differ between the machines that share a store, and a library update
+would encode everything again. An entry records them, and a run warns of a mixture; see environments.py.
 """
 
 from __future__ import annotations

@@ -78,6 +78,9 @@ class InspectionCache:
         """If anything was added: forget what too old runs found, and what other versions of the code did."""
         if self._added:
             self._attempt(self._forget)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._database is not None:
             self._database.close()
             self._database = None
@@ -102,7 +105,7 @@ class InspectionCache:
                     self._database = opened(self.path)
                 return work(self._database)
             except (sqlite3.Error, OSError) as error:
-                self._database = None
+                self._disconnect()
                 self._set_aside_or_stop(error)
                 return None
 

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import PIL
 import pytest
@@ -53,6 +54,14 @@ def test_nothing_is_written_where_nothing_is_added(store: Path) -> None:
     with InspectionCache("checked") as cache:
         assert cache.find("x") is None
     assert not store.exists()
+
+
+def test_a_database_that_fails_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open one keeps its file, and its lock, until Python frees it."""
+    failing = Mock(execute=Mock(side_effect=sqlite3.OperationalError("disk I/O error")))
+    monkeypatch.setattr(inspection_cache, "opened", lambda path: failing)
+    add(1)
+    assert failing.close.call_count == 1
 
 
 KILLED = """
