@@ -10,12 +10,9 @@ Run: `lora-dag explain [A] [B ...]`, such as `lora-dag explain HEAD rank-16`
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from ruamel.yaml import YAML
 
 from lora_dag.artifacts import lineage
 from lora_dag.commands.compare.page import show_params
@@ -90,7 +87,7 @@ def read_lock(name: str) -> Revision:
     try:
         return Revision(
             name=name,
-            stages=parse_lock(YAML(typ="safe", pure=True).load(io.BytesIO(lock))),
+            stages=parse_lock(lock),
             params=parse_params(params),
             packages=mapping(lineage.parse(exported).get("packages", {})) if exported else {},
         )

@@ -5,11 +5,14 @@ Their one reader. Nothing here starts DVC or looks at the files that they name.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
 
 from lora_dag.core.params import read_yaml
 
@@ -64,7 +67,16 @@ def read_pipeline(params: Mapping[str, Any] | None = None, root: Path = Path()) 
 
 def read_lock() -> dict[str, Locked]:
     """The stages of dvc.lock in the current folder; none where there is no such file. Raises as ``read_pipeline``."""
-    return parse_lock(read_yaml(LOCK)) if LOCK.exists() else {}
+    return locked_stages(read_yaml(LOCK)) if LOCK.exists() else {}
+
+
+def parse_lock(content: bytes) -> dict[str, Locked]:
+    """The stages of dvc.lock, such as of a commit.
+
+    Raises:
+        YAMLError, AttributeError, KeyError, TypeError, ValueError: not as DVC writes it.
+    """
+    return locked_stages(YAML(typ="safe", pure=True).load(io.BytesIO(content)))
 
 
 def parse_stage(entry: Mapping[str, Any]) -> Stage:
@@ -78,8 +90,7 @@ def parse_stage(entry: Mapping[str, Any]) -> Stage:
     return Stage(str(entry["cmd"]), list(entry.get("deps", [])), keys, cached)
 
 
-def parse_lock(tree: Mapping[str, Any]) -> dict[str, Locked]:
-    """Of dvc.lock's content."""
+def locked_stages(tree: Mapping[str, Any]) -> dict[str, Locked]:
     return {
         str(name): Locked(
             cmd=entry["cmd"],

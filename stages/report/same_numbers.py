@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAMLError
 
 from lora_dag.artifacts import lineage
 from lora_dag.artifacts.metrics import is_number
 from lora_dag.core.files import from_json
 from lora_dag.pipeline import code
+from lora_dag.pipeline.dvc_files import parse_lock
 from lora_dag.pipeline.git import git
 from stages.report.inputs import Inputs
 from stages.report.last_commit import GIT_SECONDS, committed, compare
@@ -63,9 +64,9 @@ def same_inputs(inputs: Inputs, reports: Path) -> bool:
 
 def same_code() -> bool:
     """Whether the files and folders of code that the committed dvc.lock names have the digests that it names."""
-    locked = YAML(typ="safe").load((committed(Path("dvc.lock")) or b"").decode())["stages"]
+    locked = parse_lock(committed(Path("dvc.lock")) or b"")
     stages = [stage for name, stage in locked.items() if name != "report"]
-    digests = {dep["path"]: dep["md5"] for stage in stages for dep in stage["deps"] if code.is_code(dep["path"])}
+    digests = {path: dep["md5"] for stage in stages for path, dep in stage.deps.items() if code.is_code(path)}
     return all(code.dvc_md5(Path(path)) == digest for path, digest in digests.items())
 
 

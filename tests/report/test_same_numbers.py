@@ -37,7 +37,8 @@ def committed(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Path:
     CODE.write_text("pass\n")
     tree = json.dumps([{"md5": hashlib.md5(b"pass\n").hexdigest(), "relpath": CODE.name}])  # as DVC keeps a folder
     dep = {"path": CODE.parent.as_posix(), "md5": hashlib.md5(tree.encode()).hexdigest() + ".dir"}
-    Path("dvc.lock").write_text(json.dumps({"stages": {"train": {"deps": [dep]}}}))  # JSON is YAML
+    train = {"cmd": "python -m stages.train", "deps": [dep]}
+    Path("dvc.lock").write_text(json.dumps({"stages": {"train": train}}))  # JSON is YAML
     monkeypatch.setattr("stages.report.__main__.plot_losses", lambda _, path: Image.new("RGB", (8, 8)).save(path))
     git("init", "--quiet")
     git("add", "reports", CODE.parts[0], "dvc.lock")

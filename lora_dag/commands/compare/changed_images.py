@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from ruamel.yaml import YAML
 
 from lora_dag.commands.compare.dataset_changes import Row, changes_between
 from lora_dag.commands.compare.sides import DAMAGED, Side
@@ -98,7 +97,7 @@ def cached_files(lock: bytes, source: str) -> dict[str, Path]:
     from dvc.repo import Repo
 
     with contextlib.suppress(*DAMAGED, DvcException, OSError):
-        digest = parse_lock(YAML(typ="safe", pure=True).load(lock))["prepare"].deps[source]["md5"]
+        digest = parse_lock(lock)["prepare"].deps[source]["md5"]
         path_of: Callable[[str], Any] = Repo().cache.local.oid_to_path
         tree = json.loads(Path(path_of(digest)).read_bytes())
         return {row["relpath"]: Path(path_of(row["md5"])) for row in tree}

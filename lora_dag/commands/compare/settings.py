@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import io
 import re
 from typing import Any
-
-from ruamel.yaml import YAML
 
 from lora_dag.adapters.params import with_alphas
 from lora_dag.commands.compare.sides import DAMAGED, Side
@@ -117,8 +114,7 @@ def trained(lock: bytes | None) -> Locked:
     """The last run of stage train; empty where dvc.lock has none. Its lines alone are read: all of them take 0.2 s."""
     lines = re.search(rb"^  train:\n(?:    .*\n|\n)+", lock or b"", re.MULTILINE)
     try:
-        tree = YAML(typ="safe", pure=True).load(io.BytesIO(b"stages:\n" + lines[0] if lines else b"stages: {}"))
-        return parse_lock(tree).get("train", Locked())
+        return parse_lock(b"stages:\n" + lines[0])["train"] if lines else Locked()
     except DAMAGED:
         return Locked()
 
