@@ -42,7 +42,7 @@ def start(root: Path | None) -> None:
     Raises:
         UserError: the folder is in no clone, or there is no such command.
     """
-    if root is None:
+    if root is None and sys.argv[1:] not in ([], ["-h"], ["--help"]):
         raise UserError(
             f"{Path.cwd()}: neither this folder nor one above it is a clone of lora-dag ({', '.join(clone.MARKS)}); "
             "change into a clone"
@@ -50,7 +50,7 @@ def start(root: Path | None) -> None:
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
         completion.complete(os.environ["COMP_LINE"])
     args = commands.parse(sys.argv[1:])
-    if root != Path.cwd():
+    if root is not None and root != Path.cwd():
         print(f"clone       {root}", file=sys.stderr)
         os.chdir(root)
     args.main(args)

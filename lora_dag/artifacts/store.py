@@ -81,8 +81,9 @@ class Store:
     def entries(self) -> Iterator[tuple[Kind, Path]]:
         """Every file below the kinds' folders, leftovers of killed writes included; their names start with a dot."""
         for kind in KINDS:
-            for folder in sorted((self.root / kind).glob("*")):
-                yield from ((kind, path) for path in sorted(folder.iterdir()))
+            for path in sorted((self.root / kind).glob("*/*")):
+                if path.is_file():
+                    yield kind, path
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:

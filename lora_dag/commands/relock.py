@@ -10,6 +10,7 @@ Run: `lora-dag relock`; exit code 0 nothing has to run, 3 some stages have to, 2
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.core.console import UserError, log, plural
+from lora_dag.core.files import write_text
 from lora_dag.core.params import read_yaml
 from lora_dag.pipeline import code, dvc_files
 from lora_dag.pipeline.dvc_files import LOCK, PARAMS, Locked, Stage, show
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     if not LOCK.is_file() and not METADATA.is_dir():
         raise UserError("dvc.lock: no such file, and Snakemake has run nothing here; run `dvc repro` or `snakemake`")
+    require_python()
     verdicts = relock_stages(args) if LOCK.is_file() else []
     stale_runs = relock_runs(args)
     warn_of_edits()
@@ -59,6 +62,18 @@ def main(args: argparse.Namespace) -> None:
         log.info("next        dvc repro")
     if stale_stages or stale_runs:
         sys.exit(MUST_RUN)
+
+
+def require_python() -> None:
+    """Refuse code that no stage could run: its results cannot be those of any number."""
+    problems = []
+    for path in (path for folder in code.FOLDERS for path in sorted(Path(folder).rglob("*.py"))):
+        try:
+            ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError) as error:
+            problems.append(f"{path}:{getattr(error, 'lineno', None) or 1}: no Python ({error.args[0]}); correct it")
+    if problems:
+        raise UserError(*problems)
 
 
 def relock_stages(args: argparse.Namespace) -> list[Verdict]:
@@ -105,7 +120,7 @@ class Verdict:
 
 
 def require_merged() -> None:
-    if "\n<<<<<<< " in "\n" + LOCK.read_text(encoding="utf-8"):
+    if "\n<<<<<<< " in "\n" + LOCK.read_text(encoding="utf-8", errors="replace"):
         raise UserError(
             "dvc.lock: a merge left conflicts in it; `git checkout --ours dvc.lock`, or --theirs, takes the side whose "
             "runs have the parameters and data of the merge; then run `lora-dag relock`"
@@ -222,13 +237,22 @@ def is_parameters(dep: Dependency) -> bool:
 
 
 def accept(repo: Repo, verdicts: list[Verdict]) -> None:
-    """Write the digests of today's code into dvc.lock and into the run cache; no output is read or written."""
+    """Write the digests of today's code into dvc.lock and into the run cache; no output is read or written.
+
+    dvc.lock is replaced as a whole: DVC's own ``stage.dump`` empties the file first, and a kill then leaves it empty.
+    """
+    from dvc.stage.serialize import to_lockfile
+    from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
+
     stages = {each.name: each for each in repo.index.stages if hasattr(each, "name")}
+    lock = parse_yaml_for_update(LOCK.read_text(encoding="utf-8"), str(LOCK))
     for stage in (stages[verdict.name] for verdict in verdicts):
         stage.save_deps(allow_missing=True)
         if all(each.exists for each in (*stage.deps, *stage.outs)):
             repo.stage_cache.save(stage)
-        stage.dump(update_pipeline=False)
+        lock["stages"].update(to_lockfile(stage))
+    if verdicts:
+        write_text(LOCK, dumps_yaml(lock))
 
 
 # Snakemake

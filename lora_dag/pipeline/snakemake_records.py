@@ -6,6 +6,7 @@ Reads .snakemake/metadata of Snakemake 9 (requirements.lock pins it): what its o
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -93,7 +94,8 @@ def recorded_paths() -> Iterator[str]:
     for place in sorted(METADATA.rglob("*")):
         if place.is_file():
             parts = place.relative_to(METADATA).parts
-            yield urlsafe_b64decode("".join(part.removeprefix("@") for part in parts)).decode()
+            with contextlib.suppress(ValueError):  # a file that Snakemake did not write
+                yield urlsafe_b64decode("".join(part.removeprefix("@") for part in parts)).decode()
 
 
 def accept_code(record: Record, code: str, results: int) -> None:

@@ -228,8 +228,8 @@ def sort_in(tree: Tree, name: str, entry: os.DirEntry[str]) -> bool:
 
 
 def is_about(name: str) -> bool:
-    """A readme, a licence or the like, whatever its suffix."""
-    return PurePosixPath(name).stem.lower() in ABOUT
+    """A readme, a licence or the like, whatever its suffix, and what `lora-dag import` writes of the source."""
+    return PurePosixPath(name).stem.lower() in ABOUT or name == "provenance.json"
 
 
 def is_companion(name: str) -> bool:

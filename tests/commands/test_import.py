@@ -106,6 +106,33 @@ def test_a_folder_of_shards_becomes_a_source(here: Path, suffix: str, caplog: py
     assert not Path("data/mine.partial").exists()
 
 
+@pytest.mark.parametrize("way", ["dots", "link"])
+def test_a_folder_of_shards_by_another_path(here: Path, tmp_path: Path, way: str) -> None:
+    write_shards(here, "tar")
+    Path("link").symlink_to(here, target_is_directory=True)
+    imported(Path("data/../data/raw") if way == "dots" else Path("link"))
+    assert len(files()) == 7
+
+
+def test_a_mask_column_that_is_not_there(here: Path) -> None:
+    write_parquet(here / "a.parquet", {"image": embedded(1), "text": ["one"]})
+    (line,) = problems(here, "--mask-column", "nope")
+    assert "--mask-column 'nope' is no column of bytes of images; it has image" in line
+
+
+def test_a_member_that_is_a_folder_of_another(here: Path) -> None:
+    write_tar(here / "a.tar", {"a.png": png(0), "a.txt": "one", "a.png/b.png": png(1), "a.png/b.txt": "two"})
+    assert any("a file and a folder of this name are in the source; --number" in line for line in problems(here))
+
+
+@pytest.mark.parametrize("folder", [".", "/"])
+def test_a_folder_without_a_name(here: Path, folder: str) -> None:
+    write_shards(here, "tar")
+    args = commands.parse(["import", str(here), folder])
+    with pytest.raises(UserError, match="needs a name of its own|inside of"):
+        args.main(args)
+
+
 def test_datasets_reads_the_result_back(here: Path) -> None:
     from datasets import load_dataset
 

@@ -55,6 +55,26 @@ def recorded(checkout: Stubbed, kind: str) -> dict[str, dict[str, str]]:
     return {name: {each["path"]: each["md5"] for each in stage[kind]} for name, stage in stages.items()}
 
 
+def test_a_kill_at_the_replacement_leaves_the_lock_as_it_was(checkout: Stubbed) -> None:
+    """DVC's own way empties the file before it writes."""
+    edit(checkout, *MESSAGE)
+    before = (checkout.path / "dvc.lock").read_bytes()
+    code = (
+        "import os, sys; replace = os.replace; from lora_dag.commands import parse\n"
+        "def kill(source, target, **options):\n"
+        "    os._exit(9) if str(target).endswith('dvc.lock') else replace(source, target, **options)\n"
+        "os.replace = kill; args = parse(['relock']); args.main(args)"
+    )
+    assert checkout.python("-c", code, check=False).returncode == 9
+    assert (checkout.path / "dvc.lock").read_bytes() == before
+
+
+def test_code_that_is_no_python_is_not_accepted(checkout: Stubbed) -> None:
+    edit(checkout, "stages/train/loop.py", "from __future__", "def (\nfrom __future__")
+    status, lines = relock(checkout)
+    assert status == 2 and "stages/train/loop.py:" in lines[-1] and "no Python" in lines[-1]
+
+
 def test_an_edited_message_comment_and_progress_bar_run_nothing(checkout: Stubbed) -> None:
     outs, deps = recorded(checkout, "outs"), recorded(checkout, "deps")
     for change in (MESSAGE, COMMENT, PROGRESS_BAR):

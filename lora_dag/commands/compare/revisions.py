@@ -38,7 +38,7 @@ def find_commit(name: str) -> str | None:
     if shutil.which("git") is None:
         raise UserError("git: not found on PATH; install it")
     if git("rev-parse", "--git-dir") is None:
-        raise UserError("compare: this folder is in no git repository; run it from a clone's root")
+        raise UserError("this folder is in no git repository; run the command in a clone")
     commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     return commit.decode().strip() if commit else find_experiment(name)
 

@@ -9,6 +9,7 @@ Run: ``lora-dag import owner/name@main data/mine``
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="NAME", help="of a dataset that has several configurations")
     parser.add_argument("--files", nargs="+", default=[], metavar="PATTERN", help="files of a Hub dataset to download")
     parser.add_argument("--image-column", metavar="NAME", help="default: image, or the only column of images")
-    parser.add_argument("--mask-column", default="mask", metavar="NAME", help="default: mask, where there is one")
+    parser.add_argument("--mask-column", metavar="NAME", help="default: mask, where there is one")
     caption = parser.add_mutually_exclusive_group()
     caption.add_argument("--caption-column", default="text", metavar="NAME", help="default: text")
     caption.add_argument("--no-captions", action="store_true", help="for one dataset.instance_prompt")
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     for line in summary:
         log.info(line)
     log.info("written     %s, %s", args.folder, args.folder / PROVENANCE)
-    log.info("next        dvc add %s", args.folder)
+    log.info("next        dvc add %s", shlex.quote(str(args.folder)))
 
 
 def path_or_name(text: str) -> str:
@@ -94,7 +95,7 @@ def splits_by_datasets(source: Source, config: str | None) -> dict[str, str]:
     """By the names of files and folders, or by the ``configs`` in the header of README.md."""
     from datasets import load_dataset_builder
 
-    folder = source.folder.absolute()
+    folder = source.folder.resolve()  # as ``datasets`` names the files
     try:
         builder = load_dataset_builder(str(folder), name=config)
     except (ValueError, OSError) as error:
@@ -186,6 +187,8 @@ def summary_of(folder: ImageFolder, no_captions: bool) -> list[str]:
         said.append(f"splits      dataset.heldout_split={heldout} dataset.heldout_fraction=null holds one of them out")
     if folder.num_masks:
         said.append(f"masks       {folder.num_masks:,}; dataset.mask=masks uses them")
+        if folder.num_masks < sum(counts.values()):
+            log.warning("warning: the other images have no mask, and dataset.mask=masks requires one of each")
     if no_captions:
         said.append("captions    none; set dataset.instance_prompt to one caption for all")
     return said

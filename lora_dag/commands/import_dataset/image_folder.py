@@ -40,6 +40,8 @@ def unfinished(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: ``folder`` exists, or another import is writing it.
     """
+    if not folder.name:
+        raise UserError(f"'{folder}': the folder to write needs a name of its own, such as data/mine")
     partial = folder.with_name(f"{folder.name}.partial")
     with writing(folder):
         if folder.exists():
@@ -74,6 +76,8 @@ class ImageFolder:
         self.root = Root(folder, f"{shown}/")
         self.places: dict[str, tuple[str, str]] = {}
         """``folded`` file name -> the name, and the place of its sample."""
+        self.parents: set[str] = set()
+        """``folded`` folders of these files."""
         self.rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
         """Split -> rows of its metadata.jsonl."""
         self.written: set[str] = set()
@@ -89,6 +93,10 @@ class ImageFolder:
         name = self.name_of(sample, kind)
         file_name = f"{checked_name(sample.split, self.root)}/{name}"
         first, place = self.places.setdefault(folded(file_name), (file_name, sample.place))
+        parents = {folded(str(parent)) for parent in PurePosixPath(file_name).parents}
+        if folded(file_name) in self.parents or parents & self.places.keys():
+            raise UserError(f"'{name}': a file and a folder of this name are in the source; {BY_NUMBER}")
+        self.parents |= parents
         if place != sample.place:
             same = f"'{name}' is the name of {place} too" if first == file_name else clash(file_name, first, place)
             raise UserError(f"{same}; {BY_NUMBER}")

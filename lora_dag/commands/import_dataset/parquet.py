@@ -81,7 +81,9 @@ def open_parquet(path: Path, place: str, split: str, columns: Columns) -> Parque
         features = Features.from_arrow_schema(file.schema_arrow)
     there = ", ".join(f"{name} ({kind(feature)})" for name, feature in features.items())[:MAX_SHOWN]
     images = [name for name, feature in features.items() if holds_images(feature)]
-    mask = columns.mask if columns.mask in images else None
+    if columns.mask is not None and columns.mask not in images:
+        raise UserError(f"{place}: --mask-column '{columns.mask}' is no column of bytes of images; it has {there}")
+    mask = columns.mask or ("mask" if "mask" in images else None)
     image = image_column([name for name in images if name != mask], columns.image, place, there)
     if columns.caption is not None and columns.caption not in features:
         raise UserError(

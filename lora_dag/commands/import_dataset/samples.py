@@ -17,7 +17,7 @@ class Columns:
     """None for the only column of images."""
     caption: str | None
     """None where captions are not imported."""
-    mask: str
+    mask: str | None
 
 
 @dataclass(frozen=True)
