@@ -42,7 +42,7 @@ def start(root: Path | None) -> None:
     Raises:
         UserError: the folder is in no clone, or there is no such command.
     """
-    if root is None and sys.argv[1:] not in ([], ["-h"], ["--help"]):
+    if root is None and sys.argv[1:] not in (["-h"], ["--help"]):
         raise UserError(
             f"{Path.cwd()}: neither this folder nor one above it is a clone of lora-dag ({', '.join(clone.MARKS)}); "
             "change into a clone"

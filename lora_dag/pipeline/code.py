@@ -141,11 +141,19 @@ def results_of(stage: str, root: Path = Path()) -> int:
     file = Path("stages", stage, "__init__.py")
     try:
         number = load_py(str(root / file)).get("RESULTS", "none that DVC can read")
+        stored = [node for node in ast.walk(ast.parse((root / file).read_bytes())) if is_stored(node)]
+        if len(stored) > 1:  # DVC reads the first of them
+            number = f"{len(stored)} such lines"
         if type(number) is int:
             return number
     except (OSError, ParseError) as error:
         number = "no such file" if isinstance(error, OSError) else "no Python"
     raise UserError(f"{file}: expected one line RESULTS = NUMBER, such as RESULTS = 1; got {number}; restore it")
+
+
+def is_stored(node: ast.AST) -> bool:
+    """Whether the node gives ``RESULTS`` a value."""
+    return isinstance(node, ast.Name) and node.id == "RESULTS" and isinstance(node.ctx, ast.Store)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def test_outside_of_every_clone_it_is_one_line(tmp_path: Path, installed: Path) 
     (tmp_path / "stages").mkdir()
     (tmp_path / "dvc.yaml").touch()
     assert clone.find(tmp_path) is None
-    for words in (["check"], ["--help"], []):
+    assert "before a run:" in run(tmp_path, installed, "--help").stdout
+    for words in (["check"], ["check", "--help"], []):
         done = run(tmp_path, installed, *words)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == (

@@ -125,7 +125,12 @@ def test_a_number_of_results_with_a_type_or_none(checkout: Stubbed) -> None:
     assert code == 0 and "accepted    train: of stages/train alone" in lines
     assert UP_TO_DATE in checkout.dvc("status")
     lock = (checkout.path / "dvc.lock").read_text()
-    for text, found in (("", "none that DVC can read"), ("RESULTS = (\n", "no Python")):
+    for text, found in (
+        ("", "none that DVC can read"),
+        ("RESULTS = 1.5\n", "1.5"),
+        ("RESULTS = True\n", "True"),
+        ("RESULTS = 1\nRESULTS += 1\n", "2 such lines"),
+    ):
         path.write_text(text)
         code, (line,) = relock(checkout)
         expected = "stages/train/__init__.py: expected one line RESULTS = NUMBER, such as RESULTS = 1; got "
