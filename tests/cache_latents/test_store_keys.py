@@ -16,7 +16,7 @@ from lora_dag.core.params import FAMILIES
 from lora_dag.families import common, z_image
 from lora_dag.families.protocol import load_family
 from lora_dag.pictures import decode, masks
-from stages.cache_latents import captions, encoding, keys, latents
+from stages.cache_latents import RESULTS, captions, encoding, keys, latents
 from stages.cache_latents import masks as mask_entries
 from tests.helpers.families import case
 
@@ -71,6 +71,8 @@ RECORDED = {  # number, digest of the source that it stands for
     "keys.FORMAT": (1, "095a5a9044287c60"),
     "keys.MASK_FORMAT": (2, "814b583e7f75cddb"),
 }
+RECORDED_RESULTS = {1: (2, 1, 2)}
+"""``RESULTS`` of cache_latents -> decode.VERSION, keys.FORMAT and keys.MASK_FORMAT."""
 
 
 def needed(module: Any, names: Iterable[str]) -> str:
@@ -134,6 +136,31 @@ def test_code_that_decides_an_entry_changes_with_its_number(
         f"code that decides what the store holds has changed: raise {name} if bits can change, "
         f"then record {found} for it in this file"
     )
+
+
+def results_problem(recorded: dict[int, tuple[int, int, int]], results: int, numbers: tuple[int, int, int]) -> str:
+    """What is wrong with ``RESULTS`` and the store's numbers; empty where nothing is."""
+    if recorded.get(results - 1) == numbers:
+        return (
+            f"cache_latents has RESULTS = {results}, and the store's keys are those of {results - 1}: runs would read "
+            "old entries; raise decode.VERSION, keys.FORMAT or keys.MASK_FORMAT, whichever names what changed"
+        )
+    if list(recorded.items())[-1:] != [(results, numbers)]:
+        return f"record {results}: {numbers} as the last of RECORDED_RESULTS in this file"
+    return ""
+
+
+def test_results_rise_with_a_number_of_the_store() -> None:
+    assert results_problem(RECORDED_RESULTS, RESULTS, (decode.VERSION, keys.FORMAT, keys.MASK_FORMAT)) == ""
+
+
+def test_results_that_rise_alone_are_refused() -> None:
+    both = {1: (2, 1, 2), 2: (2, 1, 2)}
+    for recorded in (RECORDED_RESULTS, both):  # recorded or not
+        assert "raise decode.VERSION, keys.FORMAT or keys.MASK_FORMAT" in results_problem(recorded, 2, (2, 1, 2))
+    assert results_problem({1: (2, 1, 2)}, 2, (2, 2, 2)).startswith("record 2: (2, 2, 2)")
+    assert results_problem({1: (2, 1, 2)}, 1, (3, 1, 2)).startswith("record 1: (3, 1, 2)")
+    assert results_problem({1: (2, 1, 2), 2: (2, 2, 2)}, 2, (2, 2, 2)) == ""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
