@@ -18,11 +18,9 @@ from lora_dag.families.protocol import all_families, load_family
 from lora_dag.formats import comfyui
 from lora_dag.formats.comfyui import reader
 from tests.conftest import Workspace
-from tests.export.test_format_matrix import adapt
 from tests.helpers import comfyui as comfyui_itself
 from tests.helpers import single_files
-from tests.helpers.adapters import adapt as adapt_sd
-from tests.helpers.adapters import algo
+from tests.helpers.adapters import adapt, adapt_family, algo
 from tests.helpers.families import case
 from tests.helpers.stacked import stacked
 
@@ -83,7 +81,7 @@ def test_rows_that_are_not_swapped_stop_the_stage(
 ) -> None:
     """ComfyUI brings B A into the checkpoint's order of rows, and takes dora_scale for being in it."""
     argv = on_base(family, bases)
-    adapt(family, **EVERY_ROW_SHOWS, alpha=8.0, rank=4)
+    adapt_family(family, **EVERY_ROW_SHOWS, alpha=8.0, rank=4)
     workspace.run("export", *argv)
     monkeypatch.setattr(original_layout, "swapped_layers", lambda module: set())
     with pytest.raises(RuntimeError, match=r"the comfyui export makes \S+ other than training did: [01]\.\d+"):
@@ -92,7 +90,7 @@ def test_rows_that_are_not_swapped_stop_the_stage(
 
 def test_a_tucker_core_stops_the_stage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """ComfyUI logs an error for it, and leaves the layer as the base."""
-    adapt_sd(workspace, **algo("lokr-tucker", alpha=6.0))
+    adapt(workspace, **algo("lokr-tucker", alpha=6.0))
     original = comfyui.lycoris_tensors
 
     def as_trained(trained: Any, name: str) -> dict[str, torch.Tensor]:

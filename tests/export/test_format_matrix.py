@@ -10,20 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from lora_dag.adapters import bias, lora
-from lora_dag.artifacts.adapter import FINAL, Adapter, bias_metadata
-from lora_dag.bases import layout
-from lora_dag.core import seeding
 from lora_dag.core.console import UserError
-from lora_dag.core.files import read_json, sha256_file
-from lora_dag.core.params import FAMILIES, ModelParams
-from lora_dag.core.params import load as load_params
-from lora_dag.core.tensors import save_tensors
+from lora_dag.core.files import read_json
+from lora_dag.core.params import FAMILIES
 from lora_dag.families.protocol import load_family
 from tests.conftest import Workspace
-from tests.helpers.adapters import ADAPTER, FORMATS, params
+from tests.helpers.adapters import FORMATS, adapt_family
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": "attention"},
@@ -43,25 +36,6 @@ def holds(name: str, kind: str, mode: str, denoiser: str) -> bool:
     return name == "merged" or mode == "none" or denoiser == "unet"
 
 
-def adapt(family: str, **changes: Any) -> list[str]:
-    """data/adapter as if trained for long; the modules whose bias was (Z-Image's attention has none)."""
-    config = load_params(Path("params.yaml"), [f"model.family={family}"])
-    model, module = config.section(ModelParams), load_family(family)
-    denoiser = module.load_denoiser(model, torch.device("cpu"))
-    lora_config = lora.make_config(params(**changes), denoiser)
-    trainable = lora.inject(denoiser, lora_config)
-    lora.keyed_init(denoiser, lora_config, 0)
-    for name, parameter in trainable.items():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=seeding.generator(0, "test", name))
-    biases = list(bias.deltas(denoiser))
-    save_tensors(
-        ADAPTER / FINAL, lora.state_dict(denoiser), {"format": "pt"} | bias_metadata(lora_config["bias"], biases)
-    )
-    base = layout.digests(model, module.COMPONENTS)
-    Adapter(lora_config, base, 4, [], {FINAL: sha256_file(ADAPTER / FINAL)}, biases).save(ADAPTER)
-    return biases
-
-
 @pytest.mark.parametrize(
     ("family", "kind", "mode"),
     [pytest.param(*case, marks=[] if case in DEFAULT else [pytest.mark.slow]) for case in CASES],
@@ -71,7 +45,7 @@ def test_each_format_is_proven_or_refused(
 ) -> None:
     Path("data/base").unlink()
     Path("data/base").symlink_to(bases[family])
-    mode = mode if adapt(family, **KINDS[kind], bias=mode, alpha=8.0, rank=4) else "none"
+    mode = mode if adapt_family(family, **KINDS[kind], bias=mode, alpha=8.0, rank=4) else "none"
     argv = ("--set", f"model.family={family}", "--set", "export.prompt=red apple")
     written = [name for name in FORMATS if holds(name, kind, mode, load_family(family).DENOISER)]
     if refused := [name for name in FORMATS if name not in written]:

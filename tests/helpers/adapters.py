@@ -1,4 +1,4 @@
-"""Adapters of the tiny Stable Diffusion base: settings, layers, files as if trained for long."""
+"""Adapters of the tiny bases, most of them of Stable Diffusion: settings, layers, files as if trained for long."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lora_dag.core.params import ModelParams
 from lora_dag.core.params import load as load_params
 from lora_dag.core.tensors import save_tensors
 from lora_dag.families import sd
+from lora_dag.families.protocol import load_family
 from lora_dag.formats import AdapterKind
 from lora_dag.formats.comfyui import reader
 from tests.helpers.workspace import Workspace
@@ -139,6 +140,25 @@ def adapt(workspace: Workspace, **changes: Any) -> torch.nn.Module:
     base = layout.digests(load_params(Path("params.yaml")).section(ModelParams), sd.COMPONENTS)
     Adapter(config, base, 4, [], {FINAL: sha256_file(ADAPTER / FINAL)}, biases).save(ADAPTER)
     return denoiser
+
+
+def adapt_family(family: str, **changes: Any) -> list[str]:
+    """data/adapter as if trained for long; the modules whose bias was (Z-Image's attention has none)."""
+    config = load_params(Path("params.yaml"), [f"model.family={family}"])
+    model, module = config.section(ModelParams), load_family(family)
+    denoiser = module.load_denoiser(model, torch.device("cpu"))
+    lora_config = lora.make_config(params(**changes), denoiser)
+    trainable = lora.inject(denoiser, lora_config)
+    lora.keyed_init(denoiser, lora_config, 0)
+    for name, parameter in trainable.items():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=seeding.generator(0, "test", name))
+    biases = list(bias.deltas(denoiser))
+    save_tensors(
+        ADAPTER / FINAL, lora.state_dict(denoiser), {"format": "pt"} | bias_metadata(lora_config["bias"], biases)
+    )
+    base = layout.digests(model, module.COMPONENTS)
+    Adapter(lora_config, base, 4, [], {FINAL: sha256_file(ADAPTER / FINAL)}, biases).save(ADAPTER)
+    return biases
 
 
 def loaded(name: str) -> torch.Tensor:
