@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_dag.adapters import bias
+from lora_dag.adapters import bias, init_from_pin
 from lora_dag.adapters.adapted import Adapted, text_configs
 from lora_dag.adapters.lora import make_config
 from lora_dag.adapters.params import LoraParams
@@ -27,13 +27,15 @@ from lora_dag.artifacts.adapter import FINAL, Adapter, bias_metadata, snapshot_n
 from lora_dag.artifacts.latent_cache import CachedItem
 from lora_dag.artifacts.manifest import Augmentation, Item, Manifest
 from lora_dag.bases import layout
+from lora_dag.bases.resolve import resolve
 from lora_dag.core import params
 from lora_dag.core.files import sha256_file
 from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import save_tensors
 from lora_dag.families.protocol import Family, load_family
 from lora_dag.pictures.decode import preprocessing
-from tests.helpers import families, reports
+from stages.validate import feature_files
+from tests.helpers import families, image_text, reports, single_files
 from tests.helpers.caches import half_mask
 from tests.helpers.workspace import TINY, picture, write_params, write_rows
 
@@ -54,6 +56,8 @@ def workspace(folder: Path, settings: dict[str, str], bases: dict[str, Path]) ->
         shutil.copytree(base, folder / "data/base")
         config = folder / "data/base/scheduler/scheduler_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"rescale_betas_zero_snr": True}))
+    elif settings.get("base") == "one file":
+        single_files.lay_out(folder / "data/base", base, single_files.checkpoint(base))
     else:
         (folder / "data/base").symlink_to(base)
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +67,7 @@ def workspace(folder: Path, settings: dict[str, str], bases: dict[str, Path]) ->
 
 
 def make(stage: str, settings: dict[str, str], overrides: list[str]) -> None:
-    """All that the stage reads, in the current directory."""
+    """All that the stage reads, in the current directory; adds the overrides that name files by their digest."""
     if stage == "prepare":
         write_images(settings.get("pictures", "plain"))
     elif stage == "cache_latents":
@@ -73,13 +77,29 @@ def make(stage: str, settings: dict[str, str], overrides: list[str]) -> None:
         reports.write_reports(Path("reports"), overfit=settings.get("reports") == "overfit")
     else:
         config = params.load(Path("params.yaml"), overrides)
-        model = config.section(ModelParams)
-        family = load_family(model.family)
+        asked = config.section(ModelParams)
+        family = load_family(asked.family)
+        model = resolve(asked, family).model
         if stage != "export":
             shapes = SHAPES[settings.get("latents", "plain")]
             write_latents(family, model, shapes, encoded=config.section(LoraParams).train_text_encoder)
-        if stage != "train":
+        if stage != "train" or settings.get("start") == "adapter":
             write_adapter(family, model, config.section(LoraParams))
+        if settings.get("start") == "adapter":
+            overrides.append(pinned_start())
+        if settings.get("features") == "clip":
+            overrides.append(pinned_features())
+
+
+def pinned_start() -> str:
+    """The adapter as ``lora.init_from``, below data/start."""
+    folder = Path("data/adapter").rename("data/start")
+    return f"lora.init_from={{path: {folder / FINAL}, sha256: {init_from_pin.digest(folder / FINAL)}}}"
+
+
+def pinned_features() -> str:
+    folder = image_text.save("clip", Path("data/clip"))
+    return f"validate.feature_model={{path: {folder}, sha256: {feature_files.digest(folder)}}}"
 
 
 # Images

@@ -2,6 +2,7 @@
 
 Of tensors: how many, a digest of their names and shapes, their norm, and ``mix``, their mean product with a fixed
 pattern, which changes where values change places. Digests of bytes are left out: the last bits differ between machines.
+What is not a number, such as where an adapter came from, is a digest of its text, with digests of bytes masked.
 """
 
 from __future__ import annotations
@@ -90,12 +91,15 @@ def trained() -> dict[str, Any]:
         "adapter": file(Path("data/adapter/adapter.safetensors")),
         "snapshots": [file(path) for path in sorted(Path("data/adapter/snapshots").glob("*"))],
         "record": digest([record["lora_config"], record["biases"], record.get("text_lora"), record["num_steps"]]),
+        "files": [sorted(record[name]) for name in ("files", "base")],
+        "made from": masked(record["made_from"]),
         "metrics": numbers(read_json(REPORTS / "train/metrics.json")),
     }
 
 
 def validated() -> dict[str, Any]:
     rows = read_csv(REPORTS / "validate/heldout.csv")
+    nearest = read_csv(REPORTS / "validate/nearest.csv")
     origin = lineage.load(REPORTS / "validate/lineage.json")
     return {
         "metrics": numbers(read_json(REPORTS / "metrics.json")),
@@ -105,7 +109,16 @@ def validated() -> dict[str, Any]:
         "curve": [
             [float(value or "nan") for value in row.values()] for row in read_csv(REPORTS / "validate/curve.csv")
         ],
-        "table": text(origin["table"]),
+        "nearest": digest(
+            [row[name] for name in ("prompt", "seed", "nearest", "copied", "base_nearest", "base_copied")]
+            for row in nearest
+        ),
+        "distances": vector(float(row["distance"]) for row in nearest),
+        "base distances": vector(float(row["base_distance"]) for row in nearest),
+        "table": text(origin.pop("table")),
+        "neighbours": origin.pop("neighbours"),
+        "made from": masked(origin),
+        "nearest sheet": picture(REPORTS / "validate/nearest.png"),
         "samples": picture(REPORTS / "samples.png"),
         "progress": picture(REPORTS / "progress.png"),
     }
@@ -116,6 +129,8 @@ def exported() -> dict[str, Any]:
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     metrics = read_json(REPORTS / "export/metrics.json")
     energies = read_csv(REPORTS / "export/energy.csv")
+    origin = lineage.load(REPORTS / "export/lineage.json")
+    origin["files"] = sorted(origin["files"])
     adapters = {name: path for name, path in paths.items() if name.endswith(".safetensors")}
     return {
         "files": sorted(paths),
@@ -128,6 +143,7 @@ def exported() -> dict[str, Any]:
             if not re.search(r"(diffusers|peft|comfyui|merged).*error", name)
         },
         "energy": vector(float(row["energy"]) for row in energies),
+        "made from": masked(origin),
     }
 
 
@@ -171,14 +187,26 @@ def vector(values: Iterable[float]) -> dict[str, Any]:
 
 
 def picture(path: Path) -> dict[str, Any]:
-    """Width and height, and the mean of red, green and blue, 0 to 255."""
+    """Width and height, the mean of red, green and blue, 0 to 255, and the brightness of 8 x 8 tiles, 0 to 1."""
     with Image.open(path) as image:
-        return {"size": list(image.size), "mean": ImageStat.Stat(image.convert("RGB")).mean}
+        tiles = image.convert("L").convert("F").resize((8, 8), Image.Resampling.BOX)
+        grid = (torch.tensor(list(tiles.tobytes()), dtype=torch.uint8).view(torch.float32).double() / 255).view(8, 8)
+        return {
+            "size": list(image.size),
+            "mean": ImageStat.Stat(image.convert("RGB")).mean,
+            "grid": grid.tolist(),
+        }
 
 
 def header(metadata: dict[str, str]) -> str:
     """Digest of a header without digests of bytes and versions of packages."""
     return digest(stable(text(metadata)))
+
+
+def masked(made_from: dict[str, Any]) -> str:
+    """A digest for each name's value, without digests of bytes and versions of packages."""
+    kept = {name: sorted(value) if name == "packages" else value for name, value in made_from.items()}
+    return ", ".join(f"{name} {digest(stable(text(value)))[:6]}" for name, value in kept.items())
 
 
 def stable(written: str) -> str:

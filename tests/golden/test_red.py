@@ -17,7 +17,8 @@ from lora_dag.pictures import decode
 from stages.prepare import split
 from stages.report import page
 from stages.train import loss, noising
-from stages.validate import heldout_loss
+from stages.validate import heldout_loss, sheets
+from stages.validate.score_snapshots import ScoresAndSamples
 from tests.golden import record
 from tests.golden.__main__ import run
 from tests.golden.runs import RUNS
@@ -74,6 +75,17 @@ def heldout_noise(patch: Patch) -> None:
     change(patch, heldout_loss, "row_noise", lambda original, *args: -original(*args))
 
 
+def exchanged_columns(patch: Patch) -> None:
+    """On samples.png the adapter's images are below the name of the base, and the base's below the adapter's."""
+
+    def draw(original: Any, reports: Path, evidence: ScoresAndSamples, *args: Any) -> Any:
+        (base, *other_seeds), after = evidence.pictures[0], evidence.scaled[1.0]
+        pictures = evidence.pictures | {0: [after, *other_seeds]}
+        return original(reports, dataclasses.replace(evidence, pictures=pictures, scaled={1.0: base}), *args)
+
+    change(patch, sheets, "draw", draw)
+
+
 def verdict(patch: Patch) -> None:
     change(patch, page, "headline", lambda original, inputs: original(inputs).replace("fell", "sank"))
 
@@ -89,6 +101,7 @@ def verdict(patch: Patch) -> None:
         (split_draw, {"prepare"}, BUT_VALIDATE),
         (export_scaling, {"export"}, BUT_VALIDATE),
         (heldout_noise, {"validate"}, {"train", "validate"}),
+        (exchanged_columns, {"validate"}, {"train", "validate"}),
         (verdict, {"report"}, {"export", "report"}),
     ],
 )
