@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +60,33 @@ def test_no_module_imports_another_that_imports_it() -> None:
     modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
     graph = {name: set(names(path)) & modules.keys() - {name} for name, path in modules.items()}
     list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def readme_files() -> str:
+    """README's section that says where everything is."""
+    return (REPOSITORY / "README.md").read_text(encoding="utf-8").split("\n## Files\n")[1]
+
+
+def paths_in(tree: str) -> Iterator[str]:
+    """The first column of an indented tree, each with its folder before it."""
+    folder = ""
+    for line in tree.splitlines():
+        for name in line.strip().split("  ")[0].split(", "):
+            yield folder + name if line.startswith(" ") else name
+        folder = folder if line.startswith(" ") else line.split("  ")[0]
+
+
+def test_readme_names_every_package_and_nothing_that_is_gone() -> None:
+    shown = list(paths_in(readme_files().split("```")[1].strip()))
+    assert [name for name in shown if not (REPOSITORY / name).exists()] == []
+    modules = [path for root in ("lora_dag", "stages") for path in REPOSITORY.glob(f"{root}/*/__init__.py")]
+    packages = {f"{path.parent.relative_to(REPOSITORY)}/" for path in modules}
+    assert {name for name in shown if re.fullmatch("(lora_dag|stages)/.+/", name)} == packages
+    assert {"rules/", "profiles/", "docs/", "base/", "benchmarks/", "tests/dag/", "tests/golden/"} <= set(shown)
+
+
+def test_readme_shows_the_import_rule() -> None:
+    stages = {path.parent.name for path in REPOSITORY.glob("stages/*/__init__.py")}
+    line = next(line for line in readme_files().splitlines() if line.startswith("`commands -> "))
+    floors = [set(floor.split(", ")) for floor in line.strip("`.").split(" -> ")]
+    assert floors[::-1] == [{"stages"} if floor == stages else floor for floor in FLOORS]
