@@ -19,6 +19,7 @@ from lora_dag.commands.gate.page import MAX_BYTES, Place, link, shortened
 from lora_dag.core.console import UserError
 from lora_dag.core.files import write_text
 from lora_dag.evaluation.bootstrap import Estimate
+from lora_dag.pipeline.code import dvc_md5
 from stages.report.params import Gates
 from tests.helpers import command
 from tests.helpers.planted import Clone, git
@@ -345,11 +346,11 @@ def test_figures_of_another_kind_are_one_line(clone: Clone, monkeypatch: pytest.
 
 def forge(path: str, old: str, new: str) -> None:
     """Edit a report as one would who knows that dvc.lock has its digest."""
-    before = lock.md5(Path(path))
+    before = dvc_md5(Path(path))
     edit(path, old, new)
     text = Path("dvc.lock").read_text(encoding="utf-8")
     assert before in text
-    Path("dvc.lock").write_text(text.replace(before, lock.md5(Path(path))), encoding="utf-8")
+    Path("dvc.lock").write_text(text.replace(before, dvc_md5(Path(path))), encoding="utf-8")
 
 
 def set_metric(path: str, name: str, value: object) -> Callable[[], None]:

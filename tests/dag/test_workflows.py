@@ -17,6 +17,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from lora_dag.commands.gate import figures, lock
+from lora_dag.pipeline.code import dvc_md5
 from tests.conftest import REPOSITORY
 from tests.helpers.checkout import Checkout
 from tests.helpers.planted import Clone, git
@@ -382,8 +383,8 @@ def test_a_full_run_makes_a_branch_honest(
 def invent() -> None:
     """A report with its digest in dvc.lock: DVC takes it for up to date."""
     path = Path("reports/dataset.md")
-    before = lock.md5(path)
+    before = dvc_md5(path)
     path.write_text("invented\n", encoding="utf-8")
     text = Path("dvc.lock").read_text(encoding="utf-8")
-    Path("dvc.lock").write_text(text.replace(before, lock.md5(path)), encoding="utf-8")
+    Path("dvc.lock").write_text(text.replace(before, dvc_md5(path)), encoding="utf-8")
     git("commit", "--quiet", "--all", "--message", "Invent a page")
