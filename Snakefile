@@ -12,7 +12,7 @@ from pathlib import Path
 
 from snakemake.logging import logger
 
-from lora_dag.commands import check
+from lora_dag.commands.check_settings import sweep_problems
 from lora_dag.sweeps import grid
 from lora_dag.sweeps.snakemake import Jobs, read_runs, save_params, workflow_errors
 
@@ -28,7 +28,7 @@ envvars:
 
 
 with workflow_errors():
-    RUNS = read_runs(Path(os.environ["LORA_PARAMS"]), check.sweep_problems)
+    RUNS = read_runs(Path(os.environ["LORA_PARAMS"]), sweep_problems)
     JOBS = Jobs(RUNS)
     JOBS.require_sources()
 

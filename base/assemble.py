@@ -1,4 +1,4 @@
-"""The trained parts -> ``data/base``: a float16 pipeline in the diffusers layout, with the licences.
+"""The trained parts -> ``data/base``: a float16 pipeline in the diffusers layout, with the licenses.
 
 In: ``base/build``.  Out: ``data/base``, and ``base/samples.png`` for the model card.
 Run: ``python -m base.assemble [--out data/base]``
@@ -51,20 +51,23 @@ def main() -> None:
     for path in args.out.rglob("*.safetensors"):
         path.chmod(0o644)
     declare_float32(args.out / "text_encoder/config.json")
-    for licence in sorted((HERE / "licences").iterdir()):
-        shutil.copy(licence, args.out / licence.name)
+    for license in sorted((HERE / "licenses").iterdir()):
+        shutil.copy(license, args.out / license.name)
     draw_samples(args.out)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(f"{args.out}: {size / 1e6:.1f} MB, {len(concepts())} concepts")
 
 
 def declare_float32(config: Path) -> None:
-    """transformers loads in the dtype that a config names, diffusers in float32: they must agree without arguments."""
+    """Write float32 into a config, so that both libraries load the same dtype without arguments.
+
+    transformers loads in the dtype of the config, and diffusers in float32.
+    """
     write_json(config, read_json(config) | {"dtype": "float32"})
 
 
 def draw_samples(folder: Path) -> None:
-    """The pipeline as saved, loaded as a user would, asked for 32 common things; seeds 0 to 31, none chosen."""
+    """Draw 32 common things with the saved pipeline, as a user loads it. The seeds are 0 to 31; none was chosen."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     names = [slug.replace("-", " ") for slug in PROMPTS]

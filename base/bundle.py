@@ -1,4 +1,4 @@
-"""The demo's data -> ``.dvc/store``, the remote that comes with a clone: what dvc.lock and the demo's .dvc files name.
+"""Copy the demo's data into ``.dvc/store``, the DVC remote that comes with a clone.
 
 In: dvc.lock, the .dvc files with ``remote: bundled``, DVC's cache after ``dvc repro``.
 Out: ``data/demo.dvc``, ``.dvc/store``
@@ -19,13 +19,13 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from lora_dag.core.console import UserError, bare_parser, log, run
+from lora_dag.core.console import Problem, UserError, bare_parser, log, run
 from lora_dag.core.params import read_yaml
 from lora_dag.pipeline.sharing import STORE
 
 DEMO = Path("data/demo.dvc")
 PINNED = {"remote": "bundled", "push": False}
-"""Of every output in the store: `dvc push` writes nothing there."""
+"""All outputs in the store: `dvc push` writes nothing there."""
 
 
 def main() -> None:
@@ -42,23 +42,23 @@ def main() -> None:
 
 
 def cached(stage: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Outputs that DVC keeps: those below data/; git has the others."""
+    """Return the outputs that DVC keeps: the ones in data/. Git has the others."""
     return (out for out in stage["outs"] if out["path"].startswith("data/"))
 
 
 def pinned(pointer: Path) -> Iterator[dict[str, Any]]:
-    """Outputs of a .dvc file that belong to the demo."""
+    """Return the outputs of a .dvc file that belong to the demo."""
     return (out for out in read_yaml(pointer)["outs"] if PINNED.items() <= out.items())
 
 
 def demo_output(out: dict[str, Any]) -> dict[str, Any]:
-    """``data/adapter`` of dvc.lock as ``demo/adapter`` of data/demo.dvc."""
+    """Return an output of dvc.lock as data/demo.dvc lists it: ``data/adapter`` becomes ``demo/adapter``."""
     kept = {key: out[key] for key in ("md5", "size", "nfiles", "hash")}
     return kept | {"path": f"demo/{out['path'].removeprefix('data/')}"} | PINNED
 
 
 def fill(store: Path, cache: Path, digests: Iterable[str]) -> None:
-    """The store holds exactly the objects of these outputs.
+    """Make the store hold exactly the objects of these outputs.
 
     Raises:
         UserError: neither the store nor DVC's cache has some; nothing is changed.
@@ -72,7 +72,8 @@ def fill(store: Path, cache: Path, digests: Iterable[str]) -> None:
         if found and digest.endswith(".dir"):
             todo += [entry["md5"] for entry in json.loads(found.read_bytes())]
     if missing := [path.name for path, source in sources.items() if source is None]:
-        raise UserError(f"DVC's cache lacks {len(missing)} objects, such as {missing[0]}; run `dvc repro` first")
+        text = f"DVC's cache lacks {len(missing)} objects, such as {missing[0]}. Run `dvc repro` first."
+        raise UserError(Problem("cache-incomplete", text))
     there = {path for path in store.rglob("*") if path.is_file()}
     for path in there - sources.keys():
         path.unlink()
@@ -85,7 +86,7 @@ def fill(store: Path, cache: Path, digests: Iterable[str]) -> None:
 
 
 def cache_folder() -> Path:
-    """DVC's cache, wherever its configuration puts it."""
+    """Return the folder of DVC's cache, as its configuration sets it."""
     return Path(dvc("cache", "dir").strip())
 
 

@@ -1,4 +1,4 @@
-"""Rendered icons -> the two demo datasets: folders of pictures with captions, and the licence beside them.
+"""Make the two demo datasets of the rendered icons: folders of images with captions and the license.
 
 In: ``base/build/icons`` (``python -m base.render``).  Out: ``data/raw`` (ink style), ``data/raw-noto``.
 Run: ``python -m base.demo`` (seconds)
@@ -20,8 +20,8 @@ from base.icons import caption, concepts, load_icon
 from base.render import ICON_SETS
 
 PIXELS = 128
-NUM_PICTURES = 300
-# Concepts of the prompts that reports show: left out, so that their pictures are generalisation and not recall.
+NUM_IMAGES = 300
+# Concepts of the prompts that reports show: left out, so that their images are generalization and not recall.
 LEFT_OUT = {"red-apple", "sailboat", "owl", "pizza", "alarm-clock", "dog-face", "snowman", "rocket"}
 # Of apache.org/licenses/LICENSE-2.0.txt.
 APACHE_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
@@ -29,12 +29,12 @@ APACHE_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d3
 
 @dataclass(frozen=True)
 class Demo:
-    """One dataset: a style's pictures of the chosen concepts."""
+    """One dataset: the images of the chosen concepts in one style."""
 
     folder: Path
     style: str
-    colours: int
-    """Palette size that the pictures are stored with; 0 stores grey levels."""
+    colors: int
+    """Palette size that the images are stored with; 0 stores gray levels."""
 
 
 DEMOS = (Demo(Path("data/raw"), "ink", 0), Demo(Path("data/raw-noto"), "noto", 128))
@@ -46,39 +46,39 @@ def main() -> None:
     for demo in DEMOS:
         build(demo, slugs)
         size = sum(path.stat().st_size for path in demo.folder.iterdir())
-        print(f"{demo.folder}: {len(slugs)} pictures of the {demo.style} style, {size / 1e6:.1f} MB")
+        print(f"{demo.folder}: {len(slugs)} images of the {demo.style} style, {size / 1e6:.1f} MB")
 
 
 def chosen() -> list[str]:
-    """The demo's concepts, sorted: those with the lowest hash of their name, so that no eye picked them."""
+    """Return the demo's concepts, sorted: the ones with the lowest hash of their name, so that nobody selected them."""
     candidates = [slug for slug in concepts() if slug not in LEFT_OUT]
     by_hash = sorted(candidates, key=lambda slug: hashlib.sha256(slug.encode()).hexdigest())
-    return sorted(by_hash[:NUM_PICTURES])
+    return sorted(by_hash[:NUM_IMAGES])
 
 
 def build(demo: Demo, slugs: list[str]) -> None:
-    """Write one dataset anew; what was in the folder is removed."""
+    """Write one dataset. Files that were in the folder are removed."""
     if demo.folder.exists():
         shutil.rmtree(demo.folder)
     demo.folder.mkdir(parents=True)
     rows = []
     for slug in slugs:
         name = f"{slug}.png"
-        stored(load_icon(demo.style, slug, PIXELS), demo.colours).save(demo.folder / name, optimize=True)
+        stored(load_icon(demo.style, slug, PIXELS), demo.colors).save(demo.folder / name, optimize=True)
         rows.append(json.dumps({"file_name": name, "text": caption(slug, demo.style)}))
     (demo.folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    (demo.folder / "LICENSE").write_text(licence(demo.style), encoding="utf-8")
+    (demo.folder / "LICENSE").write_text(license(demo.style), encoding="utf-8")
 
 
-def stored(image: Image.Image, colours: int) -> Image.Image:
-    return image.quantize(colours, dither=Image.Dither.NONE) if colours else image.convert("L")
+def stored(image: Image.Image, colors: int) -> Image.Image:
+    return image.quantize(colors, dither=Image.Dither.NONE) if colors else image.convert("L")
 
 
-def licence(style: str) -> str:
-    """Where the pictures come from and the full text of their licence."""
+def license(style: str) -> str:
+    """Return the source of the images and the full text of their license."""
     source = next(icon_set for icon_set in ICON_SETS if icon_set.style == style)
     origin = f"Rendered from {source.package} {source.version} (npm)"
-    if source.licence == "MIT":
+    if source.license == "MIT":
         return f"Fluent Emoji high contrast. {origin}.\n\n{MIT.format(author=source.author)}"
     return (
         f"Noto Emoji, Copyright {source.author} {origin}, resized and reduced to a palette.\n"
@@ -88,7 +88,7 @@ def licence(style: str) -> str:
 
 
 def apache() -> str:
-    """The licence's text, from an installed package that ships the Apache Foundation's own file.
+    """Return the Apache license from an installed package that contains the original file.
 
     Raises:
         ValueError: the package ships another text.

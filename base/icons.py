@@ -1,4 +1,4 @@
-"""What the recipe's steps share: the concepts, their captions, and the rendered pictures as tensors."""
+"""Concepts, captions and rendered images as tensors, for all steps of the recipe."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ PIXELS = 64
 
 
 def concepts() -> list[str]:
-    """The icons' names, sorted: what the base model is taught to draw."""
+    """Return the names of the icons that the base model learns, sorted."""
     return [line for line in CONCEPTS.read_text().splitlines() if line and not line.startswith("#")]
 
 
 def caption(slug: str, style: str | None = None) -> str:
-    """``red-apple`` -> ``red apple`` or, with a style, ``red apple, flat icon``."""
+    """Return the caption of an icon: ``red-apple`` -> ``red apple``, or with a style ``red apple, flat icon``."""
     name = slug.replace("-", " ")
     return f"{name}, {style} icon" if style else name
 
 
 def load_icon(style: str, slug: str, pixels: int = PIXELS) -> Image.Image:
-    """One rendered icon, RGB, resized with Lanczos."""
+    """Load one rendered icon in RGB, resized with Lanczos."""
     with Image.open(BUILD / "icons" / style / f"{slug}.png") as image:
         return image.convert("RGB").resize((pixels, pixels), Image.Resampling.LANCZOS)
 
 
 def pixel_values(images: list[Image.Image]) -> torch.Tensor:
-    """Pictures -> float32 [N, 3, H, W] in [-1, 1]."""
+    """Convert images to float32 [N, 3, H, W] in [-1, 1]."""
     array = np.stack([np.asarray(image) for image in images])
     return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1

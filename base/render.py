@@ -1,4 +1,4 @@
-"""Icon packages of the npm registry -> one PNG per icon and style, 256 px on white.
+"""Render icon packages of the npm registry: one PNG per icon and style, 256 px on white.
 
 In: the pinned packages below (``npm pack``).  Out: ``base/build/icons/<style>/<slug>.png``.
 Run: ``python -m base.render``
@@ -31,7 +31,7 @@ class IconSet:
     package: str
     version: str
     integrity: str
-    licence: str
+    license: str
     author: str
 
 
@@ -79,7 +79,7 @@ def main() -> None:
             for job in jobs:
                 job.result()
         (BUILD / "icons" / f"{icon_set.style}.json").write_text(json.dumps(categories, indent=1, sort_keys=True))
-        print(f"{icon_set.style}: {len(bodies)} icons from {icon_set.package}@{icon_set.version} ({icon_set.licence})")
+        print(f"{icon_set.style}: {len(bodies)} icons from {icon_set.package}@{icon_set.version} ({icon_set.license})")
 
 
 def download(icon_set: IconSet, folder: Path) -> Path:
@@ -122,7 +122,7 @@ def read_bodies(archive: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
 
 
 def render(svg: str, path: Path) -> None:
-    """Rasterise one SVG to a square PNG of RENDER_PIXELS on white; an icon never touches the edge."""
+    """Render one SVG to a square PNG of RENDER_PIXELS on white. A margin keeps the icon away from the edge."""
     import resvg_py
 
     if path.exists():

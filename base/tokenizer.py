@@ -1,4 +1,4 @@
-"""A CLIP tokenizer trained on the icons' names.
+"""Train a CLIP tokenizer on the icons' names.
 
 In: ``base/build/icons``.  Out: ``base/build/tokenizer``.  Run: ``python -m base.tokenizer`` (seconds)
 """
@@ -26,7 +26,9 @@ def main() -> None:
 
 
 def train(texts: list[str]) -> CLIPTokenizer:
-    """Byte-level BPE with CLIP's own normaliser and pre-tokenizer, ids as in CLIP: bytes, merges, bos, eos."""
+    """Train a byte-level BPE with CLIP's own normalizer and pre-tokenizer. The ids are in CLIP's order: bytes, merges,
+    bos, eos.
+    """
     blank = CLIPTokenizer()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(

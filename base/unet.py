@@ -1,7 +1,7 @@
-"""The denoiser and, jointly at half the rate, the text encoder: captions -> latents of flat icons.
+"""Train the denoiser, and with it the text encoder at half the learning rate: captions -> latents of flat icons.
 
 In: ``base/build/{icons/flat,vae,tokenizer}``.  Out: ``base/build/{unet,text_encoder,scheduler}`` (averages).
-Run: ``python -m base.unet [--num-steps 6400]``; killed, the same command goes on from the last checkpoint.
+Run: ``python -m base.unet [--num-steps 6400]``; after a kill the same command resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def noise_schedule() -> DDIMScheduler:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """8.9 M parameters; the plain attention processor is the fastest one in bf16 on a CPU at this size."""
+    """Return a new UNet of 8.9 M parameters. The plain attention processor is the fastest one in bf16 on a CPU at this
+    size.
+    """
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 128, 192),
@@ -167,14 +169,14 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def encode(slugs: list[str]) -> torch.Tensor:
-    """The flat icons' posterior means, scaled: float32 [N, 4, 16, 16]."""
+    """Return the scaled posterior means of the flat icons, float32 [N, 4, 16, 16]."""
     vae = AutoencoderKL.from_pretrained(BUILD / "vae").eval()
-    pictures = pixel_values([load_icon("flat", slug) for slug in slugs])
-    return torch.cat([vae.encode(p).latent_dist.mean for p in pictures.split(64)]) * vae.config.scaling_factor
+    images = pixel_values([load_icon("flat", slug) for slug in slugs])
+    return torch.cat([vae.encode(p).latent_dist.mean for p in images.split(64)]) * vae.config.scaling_factor
 
 
 def batch_index(step: int, num_items: int, seed: int) -> torch.Tensor:
-    """Indices of one batch: every epoch a new order, a function of (seed, step) alone."""
+    """Return the indices of one batch. Every epoch has another order, a function of (seed, step) alone."""
     position = torch.arange(step * BATCH, (step + 1) * BATCH)
     orders = {
         epoch: torch.randperm(num_items, generator=torch.Generator().manual_seed(seed * 7919 + epoch))

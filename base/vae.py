@@ -1,7 +1,7 @@
-"""The autoencoder: pixels [-1, 1] of 64x64 -> latents 4x16x16.
+"""Train the autoencoder: pixels [-1, 1] of 64x64 -> latents 4x16x16.
 
 In: ``base/build/icons/{flat,noto}``.  Out: ``base/build/vae`` (float32).
-Run: ``python -m base.vae [--num-steps 2000]``; killed, the same command goes on from the last checkpoint.
+Run: ``python -m base.vae [--num-steps 2000]``; after a kill the same command resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
         mid_block_add_attention=False,
     ).to(args.device)
     icons = [(style, p.stem) for style in STYLES for p in sorted((BUILD / "icons" / style).glob("*.png"))]
-    pictures = pixel_values([load_icon(*icon) for icon in icons])
+    images = pixel_values([load_icon(*icon) for icon in icons])
     large = torch.stack([torch.from_numpy(np.array(load_icon(*icon, 128).convert("L")))[None] for icon in icons])
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=args.num_steps, pct_start=0.05)
@@ -59,7 +59,7 @@ def main() -> None:
     began = time.monotonic()
     for step in range(start, args.num_steps):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        pixels = augment(pictures, large, generator).to(args.device)
+        pixels = augment(images, large, generator).to(args.device)
         with torch.autocast(args.device, dtype=torch.bfloat16):
             posterior = vae.encode(pixels).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(args.device)
@@ -79,25 +79,25 @@ def main() -> None:
             checkpoint.with_suffix(".tmp").replace(checkpoint)
 
     vae.eval()
-    vae.register_to_config(scaling_factor=round(1 / latent_std(vae, pictures), 4))
+    vae.register_to_config(scaling_factor=round(1 / latent_std(vae, images), 4))
     vae.save_pretrained(BUILD / "vae")
     ink = pixel_values([load_icon("ink", p.stem) for p in sorted((BUILD / "icons" / "ink").glob("*.png"))[::8]])
     print(f"scaling factor {vae.config.scaling_factor}")
-    print(f"PSNR  seen styles {psnr(vae, pictures[::16]):.1f} dB   ink (never seen) {psnr(vae, ink):.1f} dB")
+    print(f"PSNR  seen styles {psnr(vae, images[::16]):.1f} dB   ink (never seen) {psnr(vae, ink):.1f} dB")
 
 
-def augment(pictures: torch.Tensor, large: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw a batch [BATCH, 3, 64, 64]: shifted and mirrored pictures, two fifths of them turned into line art.
+def augment(images: torch.Tensor, large: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw a batch [BATCH, 3, 64, 64]: shifted and mirrored images, two fifths of them turned into line art.
 
     Line art is thresholded on luminance of twice the size, then halved: black on white with the soft edges of an icon,
     so that a black-and-white style that was never seen is reconstructed too.
 
     Args:
-        pictures: [N, 3, 64, 64] in [-1, 1].
-        large: luminance of the same pictures, uint8 [N, 1, 128, 128].
+        images: [N, 3, 64, 64] in [-1, 1].
+        large: luminance of the same images, uint8 [N, 1, 128, 128].
     """
-    index = torch.randint(len(pictures), (BATCH,), generator=generator)
-    colour = pictures[index]
+    index = torch.randint(len(images), (BATCH,), generator=generator)
+    color = images[index]
     gray = large[index].float() / 127.5 - 1
     contrast = F.max_pool2d(gray, 3, 1, 1) + F.max_pool2d(-gray, 3, 1, 1)
     lines = (contrast > 0.35).float()
@@ -107,36 +107,32 @@ def augment(pictures: torch.Tensor, large: torch.Tensor, generator: torch.Genera
     both = (solid - outline).abs()  # white lines inside black shapes
     kind = torch.rand(BATCH, 1, 1, 1, generator=generator)
     for low, high, art in ((0.0, 0.14, outline), (0.14, 0.28, solid), (0.28, 0.42, both)):
-        colour = torch.where((kind >= low) & (kind < high), 1 - 2 * F.avg_pool2d(art, 2), colour)
+        color = torch.where((kind >= low) & (kind < high), 1 - 2 * F.avg_pool2d(art, 2), color)
     flip = torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.5
-    colour = torch.where(flip, colour.flip(-1), colour)
+    color = torch.where(flip, color.flip(-1), color)
     dy, dx = torch.randint(-4, 5, (2,), generator=generator).tolist()
-    return colour.roll((dy, dx), (-2, -1))
+    return color.roll((dy, dx), (-2, -1))
 
 
 def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """L1 + 0.5 gradient + 0.5 MSE: the gradient term keeps lines sharp."""
+    """Return L1 + 0.5 gradient + 0.5 MSE. The gradient term keeps lines sharp."""
     dx = (decoded.diff(dim=-1) - pixels.diff(dim=-1)).abs().mean()
     dy = (decoded.diff(dim=-2) - pixels.diff(dim=-2)).abs().mean()
     return F.l1_loss(decoded, pixels) + 0.5 * (dx + dy) + 0.5 * F.mse_loss(decoded, pixels)
 
 
 @torch.no_grad()
-def latent_std(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
+def latent_std(vae: AutoencoderKL, images: torch.Tensor) -> float:
     return (
-        torch.cat([vae.encode(p.to(vae.device)).latent_dist.sample().cpu() for p in pictures[::8].split(64)])
-        .std()
-        .item()
+        torch.cat([vae.encode(p.to(vae.device)).latent_dist.sample().cpu() for p in images[::8].split(64)]).std().item()
     )
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
-    """Mean PSNR in dB of the reconstructions from posterior means, for pixels of range 2."""
-    out = torch.cat(
-        [vae.decode(vae.encode(p.to(vae.device)).latent_dist.mean).sample.cpu() for p in pictures.split(64)]
-    )
-    return (10 * torch.log10(4 / ((out - pictures) ** 2).flatten(1).mean(1))).mean().item()
+def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
+    """Return the mean PSNR in dB of the reconstructions from posterior means, for pixels of range 2."""
+    out = torch.cat([vae.decode(vae.encode(p.to(vae.device)).latent_dist.mean).sample.cpu() for p in images.split(64)])
+    return (10 * torch.log10(4 / ((out - images) ** 2).flatten(1).mean(1))).mean().item()
 
 
 if __name__ == "__main__":

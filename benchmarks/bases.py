@@ -1,7 +1,7 @@
 """Random bases in the diffusers layout: Stable Diffusion 1.5 and XL by their published configs, and small ones.
 
-Weights are torch's own initialisation under seed 0, so that nothing is downloaded and every machine builds the same;
-speed does not depend on what a model has learned. Sources: the config.json files of
+Weights are torch's initialization with seed 0, so nothing is downloaded and every machine builds the same base. Speed
+does not depend on the values of weights. Sources: the config.json files of
 stable-diffusion-v1-5/stable-diffusion-v1-5 and stabilityai/stable-diffusion-xl-base-1.0.
 """
 
@@ -18,7 +18,7 @@ from lora_dag.core import quiet
 if TYPE_CHECKING:
     import torch
 
-CAPTIONS = [f"picture {index}" for index in range(10)]  # what the tokenizer has seen
+CAPTIONS = [f"image {index}" for index in range(10)]  # what the tokenizer has seen
 CLIP_TOKENS = 77
 
 
@@ -31,21 +31,21 @@ class Base:
     vae_scale_factor: int
     """Pixels per latent pixel, in each direction."""
     rank: int
-    """Of the adapter."""
+    """Rank of the adapter."""
     parts: Callable[[], dict[str, Any]]
     """Components that have weights."""
 
     def modules(self) -> dict[str, torch.nn.Module]:
-        """Random components; on the current default device, so that FLOPs can be counted on ``meta``."""
+        """Return random components on the current default device, so that FLOPs can be counted on ``meta``."""
         import torch
 
         torch.manual_seed(0)
         return self.parts()
 
     def build(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write the pipeline's folder, weights in ``dtype``."""
+        """Write the pipeline's folder, with weights in ``dtype``."""
         quiet.disable_progress_bars()
-        with quiet.no_warnings():  # image processors that ask for torchvision, modules without a float32 part
+        with quiet.without_warnings():  # image processors that need torchvision, modules without a float32 part
             from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
             modules = {name: module.to(dtype) for name, module in self.modules().items()}
@@ -63,7 +63,7 @@ class Base:
 
 
 def sd15(resolution: int, thinner: int = 1) -> dict[str, Any]:
-    """Stable Diffusion 1.5, its widths divided by ``thinner``; its sizes are those for 512 pixels."""
+    """Return Stable Diffusion 1.5 with its widths divided by ``thinner``, for 512 pixels."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -82,7 +82,7 @@ def sd15(resolution: int, thinner: int = 1) -> dict[str, Any]:
 
 
 def sdxl(resolution: int, thinner: int = 1) -> dict[str, Any]:
-    """Stable Diffusion XL, its widths divided by ``thinner``; its sizes are those for 1024 pixels."""
+    """Return Stable Diffusion XL with its widths divided by ``thinner``, for 1024 pixels."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -109,7 +109,7 @@ def sdxl(resolution: int, thinner: int = 1) -> dict[str, Any]:
 
 
 def tiny() -> dict[str, Any]:
-    """The embedded base's UNet; a VAE and a text encoder that take beside it what SD 1.5's take in FLOPs."""
+    """Return the embedded base's UNet with a VAE and a text encoder whose share of the FLOPs is the share in SD 1.5."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -139,7 +139,7 @@ def tiny() -> dict[str, Any]:
 SD15 = Base("SD 1.5", "sd", 512, 8, 16, partial(sd15, 512))
 SDXL = Base("SDXL", "sdxl", 1024, 8, 16, partial(sdxl, 1024))
 QUARTER = Base("quarter", "sd", 128, 8, 4, partial(sd15, 128, thinner=4))
-"""SD 1.5 at a quarter of its width and of its side: a step's parts take in FLOPs what they take there."""
+"""SD 1.5 at a quarter of its width and of its side: a step's parts take the same shares of its FLOPs."""
 TINY = Base("tiny", "sd", 64, 4, 8, tiny)
 """The embedded base's UNet, and a VAE so wide that its encode takes, in time on a CPU, 1.4 of the UNet's forward."""
 DRY_SD15 = Base("SD 1.5, thin", "sd", 64, 8, 2, partial(sd15, 64, thinner=16))
@@ -161,7 +161,7 @@ def sd_vae(resolution: int, thinner: int, **options: Any) -> Any:
 
 
 def num_groups(thinner: int) -> int:
-    """Of group normalisation: 32, or fewer where thin layers are no multiples of it."""
+    """Return the number of groups of a group normalization: 32, or fewer if 32 does not divide the channels."""
     return min(32, 64 // thinner)
 
 

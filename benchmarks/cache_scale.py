@@ -1,6 +1,6 @@
-"""How prepare, cache_latents and DVC scale with the number of pictures, and what a change costs.
+"""Measure how prepare, cache_latents and DVC scale with the number of images, and the cost of one changed image.
 
-Run: ``python -m benchmarks.cache_scale [--num-pictures 10000] [--write]``; works in a temporary folder.
+Run: ``python -m benchmarks.cache_scale [--num-images 10000] [--write]``; works in a temporary folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from benchmarks import readme
-from benchmarks.stand_in import make_base, make_picture, make_pictures
+from benchmarks.stand_in import make_base, make_image, make_images
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COPIED = ("lora_dag", "stages", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore")
@@ -37,21 +37,21 @@ class Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-pictures", type=int, default=10_000)
+    parser.add_argument("--num-images", type=int, default=10_000)
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         project = Project(Path(name) / "project")
-        project.create(args.num_pictures)
+        project.create(args.num_images)
         results = measure(project)
-    text = table(args.num_pictures, results)
+    text = table(args.num_images, results)
     print(text)
     if args.write:
         readme.write("cache_scale", text)
 
 
 class Project:
-    """A git and DVC repository with the real stages, the stand-in base and synthetic pictures."""
+    """A git and DVC repository with the real stages, the stand-in base and synthetic images."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,12 +59,12 @@ class Project:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
         self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{self.environment['PATH']}"
 
-    def create(self, num_pictures: int) -> None:
+    def create(self, num_images: int) -> None:
         self.path.mkdir()
         for name in COPIED:
             copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
             copy(REPOSITORY / name, self.path / name)
-        make_pictures(self.path / "data/raw", num_pictures)
+        make_images(self.path / "data/raw", num_images)
         make_base(self.path / "data/base")
         yaml = YAML()
         params = yaml.load((self.path / "params.yaml").read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ class Project:
         self.dvc("add", "--quiet", "data/raw", "data/base")
 
     def run(self, *words: str) -> tuple[float, str]:
-        """Wall seconds, and what it said."""
+        """Run a command; return its wall seconds and its output."""
         start = time.monotonic()
         done = subprocess.run(words, cwd=self.path, env=self.environment, capture_output=True, text=True)
         seconds = time.monotonic() - start
@@ -90,7 +90,7 @@ class Project:
         return self.run(sys.executable, "-m", "dvc", *words)
 
     def shards(self) -> dict[str, str]:
-        """Name -> digest of every shard of data/latents."""
+        """Return name -> digest of every shard of data/latents."""
         folder = self.path / "data/latents"
         return {
             path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -114,15 +114,15 @@ def measure(project: Project) -> list[Result]:
     results.append(Result("`lora-dag status`, every byte verified", seconds, said.strip().splitlines()[-1]))
 
     before = project.shards()
-    make_picture(project.path / "data/raw", index=7, seed=1_000_000)
-    results.append(Result("one picture changed: `dvc repro prepare`", project.dvc("repro", "prepare")[0]))
+    make_image(project.path / "data/raw", index=7, seed=1_000_000)
+    results.append(Result("one image changed: `dvc repro prepare`", project.dvc("repro", "prepare")[0]))
     seconds, said = project.dvc("repro", "cache_latents")
     after = project.shards()
     num_rewritten = sum(after.get(name) != digest for name, digest in before.items()) + len(
         after.keys() - before.keys()
     )
     note = f"{counts(said)}; {num_rewritten} of {len(after)} shards differ"
-    results.append(Result("one picture changed: `dvc repro cache_latents`", seconds, note))
+    results.append(Result("one image changed: `dvc repro cache_latents`", seconds, note))
 
     shutil.rmtree(project.path / "data/latents")
     seconds, said = project.run(sys.executable, "-m", "stages.cache_latents")
@@ -133,15 +133,15 @@ def measure(project: Project) -> list[Result]:
 
 def counts(said: str) -> str:
     found = re.findall(r"encoded \d+, reused \d+", said)
-    return f"captions {found[-2]}; pictures {found[-1]}"
+    return f"captions {found[-2]}; images {found[-1]}"
 
 
-def table(num_pictures: int, results: list[Result]) -> str:
+def table(num_images: int, results: list[Result]) -> str:
     lines = [
-        f"`python -m benchmarks.cache_scale --num-pictures {num_pictures}` on {readme.machine()}, "
+        f"`python -m benchmarks.cache_scale --num-images {num_images}` on {readme.machine()}, "
         f"{readme.versions('dvc', 'torch', 'diffusers', 'pillow')}:",
         "",
-        f"| {num_pictures:,} pictures | wall seconds | |",
+        f"| {num_images:,} images | wall seconds | |",
         "|---|---:|---|",
         *(f"| {result.what} | {result.seconds:.1f} | {result.note} |" for result in results),
     ]

@@ -1,8 +1,8 @@
-"""One side of a comparison: a training that runs a few steps when told to, says what they took, and waits again.
+"""One training of a comparison: it runs a few steps on command, reports their time, and waits for the next command.
 
 Run by benchmarks/players.py: ``python -m benchmarks.child --channel FD --warm-up 3 -- stages.train --params ...``, or a
-script's path in place of the module. Neither training is changed: both end a step in ``AdamW.zero_grad``, where a
-subclass counts and stops, and what is timed is wrapped in the class that defines it.
+script's path in place of the module. Neither training is changed. Both end a step in ``AdamW.zero_grad``, where a
+subclass counts and stops. A timed method is wrapped in the class that defines it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ PARTS = {
     "VAE encode": ("diffusers:AutoencoderKL", "encode"),
     "text encoder": ("transformers:CLIPTextModel", "forward"),
     "optimizer step": ("torch.optim:AdamW", "step"),
-    "pictures from files": ("torch.utils.data.dataloader:_SingleProcessDataLoaderIter", "__next__"),
+    "images from files": ("torch.utils.data.dataloader:_SingleProcessDataLoaderIter", "__next__"),
     "batch from the cache": ("stages.train.batches:Batches", "batch"),
 }
-"""What a step is made of -> the method that does it."""
+"""Part of a step -> the method that does it."""
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def parse() -> argparse.Namespace:
 
 
 def start(command: list[str], clip: bool) -> None:
-    """Run a module by its name or a script by its path, as Python itself would.
+    """Run a module by its name or a script by its path, as Python itself does.
 
     Args:
         clip: the diffusers script passes ``filter(...)`` to AdamW, which leaves nothing to clip; a list does.
@@ -88,7 +88,7 @@ def start(command: list[str], clip: bool) -> None:
 
 
 class Turns:
-    """Steps of this process's training, in turns as long as the parent asks for."""
+    """Steps of this process's training, in turns whose length the parent process sets."""
 
     def __init__(self, channel: TextIO, warm_up: int) -> None:
         self.channel = channel
@@ -102,7 +102,7 @@ class Turns:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def step_done(self, optimizer: torch.optim.Optimizer) -> None:
-        """At the end of a step: go on, or report and wait. CPU seconds are those of all threads."""
+        """Continue at the end of a step, or report and wait. CPU seconds include all threads."""
         self.num_steps += 1
         if self.num_steps < self.turn_ends:
             return
@@ -134,7 +134,7 @@ class Turns:
 
 
 def hooked_adamw(at_start: list[Hook], at_step: list[Hook]) -> type[torch.optim.AdamW]:
-    """AdamW that calls these when it has been made, and at the end of each step."""
+    """Return an AdamW class that calls these functions after its construction and at the end of each step."""
 
     class AdamW(torch.optim.AdamW):
         @functools.wraps(torch.optim.AdamW.__init__)  # our trainer reads its signature
@@ -152,7 +152,7 @@ def hooked_adamw(at_start: list[Hook], at_step: list[Hook]) -> type[torch.optim.
 
 
 def attribute(dotted: str) -> Any:
-    """``module:Name``."""
+    """Return the object that ``module:Name`` names."""
     module, name = dotted.split(":")
     return getattr(importlib.import_module(module), name)
 

@@ -1,4 +1,4 @@
-"""Where the time of the demo goes: CPU seconds of each stage in a fresh clone, under two sets of instructions.
+"""Measure the CPU seconds of each stage of the demo in a fresh clone, under two sets of instructions.
 
 Run: ``python -m benchmarks.demo [--write]``; measures the last commit, not the workspace.
 """
@@ -43,14 +43,14 @@ def main() -> None:
 
 
 def capability(extra: dict[str, str]) -> str:
-    """What PyTorch calls the instructions that it uses, such as AVX512."""
+    """Return PyTorch's name of the instructions that it uses, such as AVX512."""
     code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | extra, capture_output=True, text=True)
     return done.stdout.strip()
 
 
 def measure(extra: dict[str, str]) -> dict[str, Cost]:
-    """Stage -> cost of its `dvc repro`, in order, from a clone that has computed nothing yet.
+    """Return stage -> cost of its `dvc repro`, in order, in a clone without any results.
 
     Args:
         extra: environment variables on top of this process's own.
@@ -65,7 +65,7 @@ def measure(extra: dict[str, str]) -> dict[str, Cost]:
 
 
 def run(words: list[str], folder: Path, environment: dict[str, str]) -> Cost:
-    """What the command cost.
+    """Run a command and return its cost.
 
     Raises:
         SystemExit: it failed; the message holds what it printed.
@@ -80,7 +80,7 @@ def run(words: list[str], folder: Path, environment: dict[str, str]) -> Cost:
 
 
 def table(sides: dict[str, dict[str, Cost]]) -> str:
-    """Markdown; a row for each stage and one for their sum."""
+    """Return Markdown with a row for each stage and one for their sum."""
     sums = {
         name: Cost(sum(c.cpu for c in side.values()), sum(c.wall for c in side.values()))
         for name, side in sides.items()

@@ -1,7 +1,7 @@
-"""Floating-point operations per picture, counted on the meta device: nothing is computed.
+"""Count floating-point operations per image on the meta device, without computing anything.
 
-Matrix products, convolutions and attention, a multiplication and an addition counted as two: what arithmetic units
-bound. The frozen denoiser's backward passes gradients on and makes none for its own weights.
+Matrix products, convolutions and attention are counted; a multiplication and an addition are two operations. The
+backward pass of the frozen denoiser computes gradients of its inputs, and none of its weights.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 @dataclass(frozen=True)
 class Flops:
     encode: int
-    """One picture to its latents."""
+    """One image to its latents."""
     forward: int
-    """The denoiser with its adapter, on one picture's latents,"""
+    """The denoiser with its adapter, on one image's latents,"""
     step: int
     """and with its backward."""
 

@@ -1,8 +1,9 @@
-"""Speed on a GPU with Stable Diffusion 1.5 and XL as published, weights random: images/s, memory, and how near to what
-the GPU's arithmetic allows.
+"""Measure the speed on a GPU with Stable Diffusion 1.5 and XL of full size and random weights.
+
+The table has images/s, memory, and the share of the GPU's own matrix speed.
 
 Run: ``python -m benchmarks.gpu [--script train_text_to_image_lora.py] [--sdxl-script train_text_to_image_lora_sdxl.py]
-[--write]``; nothing is downloaded, 64 GiB of disk are enough. ``--dry`` goes the same way on a CPU with thin models.
+[--write]``. Nothing is downloaded; 64 GiB of disk are enough. ``--dry`` runs the code on a CPU with thin models.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from benchmarks.workplace import Workplace
 BATCH_SIZES = (1, 4, 16, 32)
 WARM_UP, ROUNDS, NUM_STEPS = 10, 5, 10
 SHAPE = 8192
-"""Side of the square matrices whose product is timed."""
+"""RevisionReport of the square matrices whose product is timed."""
 EAGER, COMPILED, SCRIPT = "ours", "ours, compiled", "the script"
 
 
@@ -37,7 +38,7 @@ class Row:
     batch_size: int
     what: str
     seconds: float | None
-    """Of a step, the median of the turns; None where memory did not do."""
+    """Median time of a step over the turns; None if it does not fit into memory."""
     peak_bytes: int
 
 
@@ -76,9 +77,9 @@ def parse() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, base: Base, script: Path | None) -> list[Row]:
-    """Build base, pictures and cache once; then each side at each batch size."""
+    """Build base, images and cache once, then measure each side at each batch size."""
     with tempfile.TemporaryDirectory() as name:
-        workplace = Workplace(Path(name), base, num_pictures=2 * max(args.batch_sizes) + 8)
+        workplace = Workplace(Path(name), base, num_images=2 * max(args.batch_sizes) + 8)
         workplace.create(dtype(args), dtype(args))
         for stage_name in ("prepare", "cache_latents"):
             workplace.cpu_seconds(*stage(stage_name))
@@ -86,7 +87,7 @@ def measure(args: argparse.Namespace, base: Base, script: Path | None) -> list[R
 
 
 def sides(args: argparse.Namespace, workplace: Workplace, script: Path | None, batch_size: int) -> list[Row]:
-    """One side after another: two at once would halve each one's memory.
+    """Measure the sides one after another. Two at once would halve the memory of each.
 
     Raises:
         Failed: a side ended for another reason than memory.
@@ -122,7 +123,7 @@ def step_seconds(turns: list[Turn], num_steps: int) -> float:
 
 
 def matmul_rate(args: argparse.Namespace) -> float:
-    """FLOPs per second of a product of bfloat16 matrices of random numbers: zeros would run faster."""
+    """Return the FLOPs per second of a product of bfloat16 matrices of random numbers. Zeros would be faster."""
     side = 64 if args.dry else SHAPE
     where = "cpu" if args.dry else "cuda"
     a, b = (torch.randn(side, side, device=where, dtype=torch.bfloat16) for _ in range(2))

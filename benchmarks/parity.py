@@ -1,8 +1,8 @@
-"""Whether two trainings compute the same: one records what it draws and loses, the other draws the same.
+"""Check that two trainings compute the same: one records its random draws and losses, the other replays the draws.
 
-The same are: the adapter at the start, and each step's pictures, noise and timesteps. Latents are the posterior's mean
-on both sides. All else is each side's own: how a picture is decoded, cut and encoded, captions, the noisy latents, the
-target, the loss, its gradients and the optimizer's step.
+Both use the same adapter at the start and the same images, noise and timesteps at each step. Latents are the
+posterior's mean on both sides. Each side computes everything else itself: decoding, crop and encoding of an image,
+captions, noisy latents, target, loss, gradients and the optimizer's step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Recorder:
-    """What a training draws and computes; the file is written anew at every step."""
+    """Draws and results of a training. The file is rewritten at every step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,7 +42,7 @@ def trained(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def record(path: Path, draws: bool) -> Recorder:
-    """Of the training that this process starts next.
+    """Record the training that this process starts next.
 
     Args:
         draws: also what our trainer draws, one micro-batch per step; its latents lose their spread.
@@ -90,7 +90,7 @@ def record_draws(recorder: Recorder) -> None:
 
 
 def replay(path: Path) -> Callable[[torch.optim.Optimizer], None]:
-    """The script that this process starts next draws what stands in ``path``.
+    """Make the script that this process starts next use the draws recorded in ``path``.
 
     Returns:
         What gives its optimizer's parameters their recorded start.
@@ -98,7 +98,7 @@ def replay(path: Path) -> Callable[[torch.optim.Optimizer], None]:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
         captions = json.loads(file.metadata()["captions"])
-    replay_pictures(captions)
+    replay_images(captions)
     replay_noise(tensors)
 
     def start(optimizer: torch.optim.Optimizer) -> None:
@@ -109,8 +109,8 @@ def replay(path: Path) -> Callable[[torch.optim.Optimizer], None]:
     return start
 
 
-def replay_pictures(captions: list[list[str]]) -> None:
-    """Each picture has a caption of its own; the sampler yields them in the recorded order, once through."""
+def replay_images(captions: list[list[str]]) -> None:
+    """Yield the images in the recorded order, once. Each image has its own caption."""
     from torch.utils.data import RandomSampler
 
     def in_order(self: RandomSampler) -> Iterator[int]:
@@ -121,7 +121,7 @@ def replay_pictures(captions: list[list[str]]) -> None:
 
 
 def replay_noise(tensors: Tensors) -> None:
-    """``randn_like`` of the latents and ``randint`` of the timesteps are the script's only draws in a step."""
+    """Replace the script's only draws in a step: ``randn_like`` of the latents and ``randint`` of the timesteps."""
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     num_steps = sum(name.startswith("noise.") for name in tensors)
@@ -133,7 +133,9 @@ def replay_noise(tensors: Tensors) -> None:
 
 
 def differences(ours: Path, other: Path) -> tuple[float, float]:
-    """Largest difference of a step's loss, and of the adapters at the end relative to how far ours has moved."""
+    """Return the largest difference of a step's loss, and of the final adapters relative to the distance that ours
+    moved.
+    """
     with safe_open(ours, "pt") as a, safe_open(other, "pt") as b:
         losses = [json.loads(file.metadata()["losses"]) for file in (a, b)]
         names = [name.removeprefix("end.") for name in a.keys() if name.startswith("end.")]  # noqa: SIM118

@@ -1,7 +1,8 @@
-"""Trainings in processes of their own that take turns: one runs a few steps while the others wait, in shuffled order.
+"""Run trainings in processes of their own that take turns: one runs a few steps while the others wait, in shuffled
+order.
 
-Separate processes keep each side's threads, allocator, flags and compiled code its own; taking turns lets a busy
-machine slow all of them alike, so that the ratios of one round hold what the seconds do not.
+In separate processes, threads, allocator, flags and compiled code of the sides do not mix. A busy machine slows all
+sides of a round alike, so the ratios within a round are comparable although the seconds are not.
 """
 
 from __future__ import annotations
@@ -22,37 +23,37 @@ DROPPED = ("ACCELERATE_", "DVC_", "GIT_", "HF_", "LORA_", "MKL_", "OMP_", "PYTHO
 
 @dataclass(frozen=True)
 class Variant:
-    """How one side is started."""
+    """Command and environment of one side."""
 
     name: str
     command: tuple[str, ...]
     """A module or a script's path, and its arguments."""
     options: tuple[str, ...] = ()
-    """Of benchmarks/child.py."""
+    """Arguments of benchmarks/child.py."""
     python: str = sys.executable
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a few steps took."""
+    """Time of a few steps."""
 
     wall: float
     cpu: float
     """Seconds of all threads."""
     parts: dict[str, float]
     peak_bytes: int
-    """Of the GPU's memory, or of the process without one, since the start."""
+    """Peak of the GPU's memory since the start; without a GPU, of the process's memory."""
     num_graphs: int
-    """That torch.compile has made."""
+    """Graphs that torch.compile has made."""
     versions: dict[str, str]
 
 
 class Failed(Exception):
-    """A side ended before it was told to; the text is the end of what it said."""
+    """A side ended too early. The text is the end of its output."""
 
 
 class Player:
-    """A side's process; its output goes to ``<folder>/<name>.log``."""
+    """Process of a side. Its output goes to ``<folder>/<name>.log``."""
 
     def __init__(self, variant: Variant, folder: Path, warm_up: int) -> None:
         self.variant = variant
@@ -75,7 +76,7 @@ class Player:
         return self.report()
 
     def report(self) -> Turn:
-        """Wait for the end of the turn that runs.
+        """Wait for the end of the current turn.
 
         Raises:
             Failed: the process ended instead.
@@ -93,7 +94,9 @@ class Player:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """One thread on a CPU, no network, caches below ``folder``, nothing of the surrounding run."""
+    """Return the environment of a side: one thread on a CPU, no network, caches in ``folder``, nothing of the
+    surrounding run.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED)}
     return kept | {
         "HF_HOME": str(folder / "hf"),
@@ -105,7 +108,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def in_turns(variants: list[Variant], folder: Path, warm_up: int, rounds: int, num_steps: int) -> dict[str, list[Turn]]:
-    """Name -> a turn of ``num_steps`` for each round."""
+    """Return name -> a turn of ``num_steps`` for each round."""
     players: list[Player] = []
     expected: dict[str, str] = {}
     try:
@@ -130,11 +133,11 @@ def tail(log: Path) -> str:
 
 
 def paired(reference: list[Turn], other: list[Turn], measure: str = "cpu") -> list[float]:
-    """How many times as long the reference took, round by round."""
+    """Return the time of the reference divided by the time of a side, round by round."""
     return [getattr(a, measure) / getattr(b, measure) for a, b in zip(reference, other, strict=True)]
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Median and range, such as ``1.61 [1.54, 1.66]``."""
+    """Return median and range, such as ``1.61 [1.54, 1.66]``."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

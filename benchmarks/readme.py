@@ -1,4 +1,4 @@
-"""The tables of benchmarks/README.md: what a run was made with, and where its block stands."""
+"""Write tables into benchmarks/README.md, each with the command that made it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def versions(*packages: str) -> str:
 
 
 def command(module: str, words: list[str]) -> str:
-    """As it was typed, without the places of this machine."""
+    """Return the command line of this process, without the folders of this machine."""
     return f"`{' '.join(['python -m', module, *(Path(word).name for word in words if word != '--write')])}`"
 
 
 def write(block: str, text: str) -> None:
-    """Put ``text`` between the block's two markers."""
+    """Put ``text`` between the two markers of a block."""
     start, end = f"<!-- {block} -->", f"<!-- /{block} -->"
     before, found, rest = README.read_text(encoding="utf-8").partition(start)
     if not found:

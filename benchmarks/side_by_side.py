@@ -1,4 +1,4 @@
-"""Our trainer and diffusers' text_to_image LoRA script, in turns: the same base, pictures, batch, rank and rate.
+"""Compare our trainer with diffusers' text_to_image LoRA script, in turns: same base, images, batch, rank and rate.
 
 Run: ``python -m benchmarks.side_by_side --script train_text_to_image_lora.py [--write]``; works in a temporary folder,
 on the CPU, one thread per process. On a busy machine pin it: ``taskset -c 1 python -m benchmarks.side_by_side ...``.
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--num-steps", type=int, default=3, help="of a turn")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--num-pictures", type=int, default=400)
+    parser.add_argument("--num-images", type=int, default=400)
     parser.add_argument("--cold-runs", type=int, default=3, help="pairs of whole trainings; 0 for none")
     parser.add_argument("--parity-steps", type=int, default=20, help="with the same draws; 0 for none")
     parser.add_argument("--only-fp32", action="store_true", help="only the script and ours, in float32")
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Results:
-    workplace = Workplace(folder, BASES[args.base], args.num_pictures)
+    workplace = Workplace(folder, BASES[args.base], args.num_images)
     workplace.create("float32", "float32")
     prepare, cache, recache = (workplace.cpu_seconds(*stage(name)) for name in ("prepare", *("cache_latents",) * 2))
     return Results(
@@ -112,10 +112,10 @@ def variants(args: argparse.Namespace, workplace: Workplace) -> list[Variant]:
 
 
 def cold(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
-    """Whole processes, imports included, over one epoch: the script; and prepare, cache_latents and train."""
-    workplace = Workplace(folder, BASES[args.base], args.num_pictures)
+    """Measure whole processes with imports over one epoch: the script, and our prepare, cache_latents and train."""
+    workplace = Workplace(folder, BASES[args.base], args.num_images)
     workplace.create("float32", "float32")
-    num_steps = args.num_pictures // args.batch_size
+    num_steps = args.num_images // args.batch_size
     script = workplace.script(REFERENCE, args.script, num_steps, args.batch_size, "float32", python=args.script_python)
     ours = workplace.ours(OURS, num_steps, args.batch_size)
     theirs = workplace.cpu_seconds(script.python, *script.command)
@@ -128,7 +128,7 @@ def stage(name: str) -> tuple[str, str, str]:
 
 
 def compare(args: argparse.Namespace, workplace: Workplace) -> tuple[float, float]:
-    """Both trainings from the same adapter with the same draws; ours does not clip, as the script does not."""
+    """Run both trainings from the same adapter with the same draws. Ours does not clip, because the script does not."""
     num_steps, folder = args.parity_steps, workplace.folder
     record, own = folder / "ours.safetensors", folder / "script.safetensors"
     ours = workplace.ours(
@@ -173,7 +173,7 @@ def table(args: argparse.Namespace, results: Results) -> str:
         loss, adapter = results.parity
         apart = f"by {adapter:.1g} of the way they went" if adapter else "in no bit"
         lines += [
-            f"| the same adapter, pictures, noise and timesteps, {args.parity_steps} steps | losses differ by at most "
+            f"| the same adapter, images, noise and timesteps, {args.parity_steps} steps | losses differ by at most "
             f"{loss:.1g}, the trained adapters {apart} |"
         ]
     return "\n".join(lines) + "\n"
@@ -184,7 +184,7 @@ def digest(path: Path) -> str:
 
 
 def parts_table(turns: dict[str, list[Turn]], num_steps: int) -> list[str]:
-    """CPU milliseconds of a step by part, the median of the turns; and the denoiser's share of it."""
+    """Return the CPU milliseconds of a step by part, as medians over turns, and the denoiser's share of them."""
     totals = {name: [1000 * turn.cpu / num_steps for turn in own] for name, own in turns.items()}
     parts = list(dict.fromkeys(part for own in turns.values() for turn in own for part in turn.parts))
     rows = {
@@ -204,7 +204,7 @@ def parts_table(turns: dict[str, list[Turn]], num_steps: int) -> list[str]:
 
 
 def proportions(base: Base, turns: dict[str, list[Turn]]) -> str:
-    """In FLOPs, and in the script's time; SD 1.5's is 1.39 in FLOPs."""
+    """Return VAE encode over denoiser forward, in FLOPs and in the script's time. SD 1.5 has 1.39 in FLOPs."""
     counted = flops.count(base, base.rank)
     seconds = [turn.parts["VAE encode"] / turn.parts["denoiser forward"] for turn in turns[REFERENCE]]
     return f"{counted.encode / counted.forward:.2f} in FLOPs, {spread(seconds)} in time"
@@ -215,10 +215,10 @@ def share(turn: Turn) -> float:
 
 
 def cold_rows(args: argparse.Namespace, results: Results) -> list[str]:
-    num = args.num_pictures
-    each = f"{1000 * results.cache / num:.1f} ms per picture"
+    num = args.num_images
+    each = f"{1000 * results.cache / num:.1f} ms per image"
     rows = [
-        f"| `prepare`, {num} pictures | {results.prepare:.1f} CPU seconds |",
+        f"| `prepare`, {num} images | {results.prepare:.1f} CPU seconds |",
         f"| `cache_latents`, once | {results.cache:.1f} CPU seconds, {each}; {results.recache:.1f} from the store |",
     ]
     if results.cold:
@@ -234,12 +234,12 @@ def cold_rows(args: argparse.Namespace, results: Results) -> list[str]:
 
 
 def break_even(args: argparse.Namespace, results: Results) -> float:
-    """Epochs after which ours has taken no more CPU time than the script, the cache included."""
+    """Return the epochs after which ours, with its cache, has used no more CPU time than the script."""
     behind = statistics.median(own - theirs for theirs, own in results.cold)
     step = {
         name: statistics.median(turn.cpu for turn in results.turns[name]) / args.num_steps for name in (REFERENCE, OURS)
     }
-    return max(0.0, 1 + behind / ((step[REFERENCE] - step[OURS]) * (args.num_pictures // args.batch_size)))
+    return max(0.0, 1 + behind / ((step[REFERENCE] - step[OURS]) * (args.num_images // args.batch_size)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A base that costs next to nothing, and pictures to cache: what is left to measure is everything around the encoder.
+"""Make a base that costs almost nothing, and images: the measured time is then the time around the encoder.
 
-With a real VAE, 10,000 pictures take minutes on a GPU and a day on two CPU cores, and waiting for it says nothing about
-DVC, the store, hashing, decoding and shards. The stand-in has the layout, the verbs and the latent channels of SD 1.5.
+With a real VAE, 10,000 images take minutes on a GPU and a day on two CPU cores. That time would hide the time of DVC,
+the store, hashing, decoding and shards. The stand-in has the folder layout and the latent channels of SD 1.5.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from PIL import Image
 from lora_dag.core import quiet
 
 SIDE = 96
-"""Pixels of the pictures, before prepare brings them to 64."""
+"""Pixels of the images, before prepare brings them to 64."""
 
 
 def make_base(folder: Path) -> None:
-    """A random StableDiffusionPipeline of 0.1 M parameters, 8 pixels per latent pixel."""
+    """Write a random StableDiffusionPipeline of 0.1 M parameters, with 8 pixels per latent pixel."""
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -28,7 +28,7 @@ def make_base(folder: Path) -> None:
 
     quiet.disable_progress_bars()
     torch.manual_seed(0)
-    tokenizer = train([f"picture {index}" for index in range(10)])
+    tokenizer = train([f"image {index}" for index in range(10)])
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -72,17 +72,17 @@ def make_base(folder: Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def make_pictures(folder: Path, count: int, side: int = SIDE) -> None:
-    """An imagefolder of distinct JPEGs, about 4 KB at 96 pixels, each with its own caption."""
+def make_images(folder: Path, count: int, side: int = SIDE) -> None:
+    """Write an imagefolder of distinct JPEGs, about 4 KB each at 96 pixels, each with its own caption."""
     folder.mkdir(parents=True)
     for index in range(count):
-        make_picture(folder, index, seed=index, side=side)
-    rows = [{"file_name": file_name(index), "text": f"picture {index}"} for index in range(count)]
+        make_image(folder, index, seed=index, side=side)
+    rows = [{"file_name": file_name(index), "text": f"image {index}"} for index in range(count)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_picture(folder: Path, index: int, seed: int, side: int = SIDE) -> None:
-    """Coarse noise: any two differ in about half of the bits of a difference hash."""
+def make_image(folder: Path, index: int, seed: int, side: int = SIDE) -> None:
+    """Return coarse noise. Two such images differ in about half of the bits of a difference hash."""
     coarse = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
     image.save(folder / file_name(index), quality=90)

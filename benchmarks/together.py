@@ -1,4 +1,4 @@
-"""Several adapters on one frozen base in one process, beside the same adapters one by one: gradients and CPU time.
+"""Train several adapters on one frozen base in one process, and the same adapters one by one: gradients and CPU time.
 
 Run: ``taskset -c 1 python -m benchmarks.together [--write]``; one thread, on the CPU. ``--dry`` takes seconds.
 One pass holds the batches of all adapters: the frozen layers see them joined, each adapter's product its own rows. What
@@ -43,7 +43,7 @@ MakeForward = Callable[[Any], Forward]
 class Row:
     dtype: str
     batch_size: int
-    """Of each adapter."""
+    """Images per batch, for each adapter."""
     what: str
     ratios: list[float]
     """How many times as long the adapters take one by one, round by round."""
@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-adapters", type=int, default=4)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8, 16], help="of each adapter")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dry", action="store_true", help="two adapters of one picture, one round")
+    parser.add_argument("--dry", action="store_true", help="two adapters of one image, one round")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
     args = parser.parse_args()
     if args.dry:
@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, dtype: str, batch_size: int) -> list[Row]:
-    """The three ways in turns, in shuffled order, each round's ratio taken within it."""
+    """Run the three ways in turns, in shuffled order. Ratios are taken within a round."""
     pack = Pack(DTYPES[dtype], args.num_adapters, batch_size)
     ways = {ONE_BY_ONE: pack.one_by_one, TOGETHER: pack.together, APART: pack.apart}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -112,8 +112,8 @@ def measure(args: argparse.Namespace, dtype: str, batch_size: int) -> list[Row]:
 class Pack:
     """K adapters and their batches on one UNet.
 
-    Each adapter's parameters stand twice: as slices of ``lora_A`` [K, r, in] and ``lora_B`` [K, out, r] of all, and,
-    while it is trained alone, in PEFT's own layers.
+    Each adapter's parameters exist twice: as slices of ``lora_A`` [K, r, in] and ``lora_B`` [K, out, r], and in PEFT's
+    own layers while it is trained alone.
     """
 
     def __init__(self, dtype: torch.dtype, num_adapters: int, batch_size: int) -> None:
@@ -139,7 +139,9 @@ class Pack:
         self.prompt_embeds = torch.randn(count, CLIP_TOKENS, self.unet.config.cross_attention_dim)
 
     def one_by_one(self) -> tuple[float, torch.Tensor]:
-        """PEFT's own layers, a pass for each adapter; CPU seconds and the gradients, float32 [K, parameters]."""
+        """Run a pass for each adapter with PEFT's own layers; return CPU seconds and gradients, float32 [K,
+        parameters].
+        """
         seconds, found = 0.0, []
         for index in range(self.num_adapters):
             for layer in self.layers:
@@ -155,7 +157,7 @@ class Pack:
         return seconds, torch.stack(found)
 
     def together(self, make_forward: MakeForward | None = None) -> tuple[float, torch.Tensor]:
-        """One pass; the same in return."""
+        """Run one pass for all adapters; return CPU seconds and gradients."""
         parameters = [parameter for layer in self.layers for parameter in layer.pack]
         for parameter in parameters:
             parameter.grad = None
@@ -166,12 +168,12 @@ class Pack:
         return seconds, torch.cat([parameter.grad.flatten(1) for parameter in parameters], dim=1)
 
     def apart(self) -> tuple[float, torch.Tensor]:
-        """One pass in which every matrix product and convolution sees one adapter's rows at a time."""
+        """Run one pass in which each matrix product and convolution gets the rows of one adapter at a time."""
         with replaced(self.frozen, self.forward_by_adapter):
             return self.together(self.packed_forward_by_adapter)
 
     def errors(self, rows: slice) -> torch.Tensor:
-        """Squared errors, float32 [B, C, h, w]."""
+        """Return squared errors, float32 [B, C, h, w]."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype != torch.float32):
             asked = self.noisy_latents[rows], self.timesteps[rows], self.prompt_embeds[rows]
             return (self.unet(*asked).sample.float() - self.target[rows]).square()
@@ -204,7 +206,7 @@ def peft_parameters(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]
 
 @contextlib.contextmanager
 def replaced(modules: list[Any], make: MakeForward) -> Iterator[None]:
-    """Inside, every module has another forward."""
+    """Replace the forward of every module inside the context."""
     for module in modules:
         module.forward = make(module)
     try:

@@ -1,4 +1,4 @@
-"""A folder with a random base, synthetic pictures and params.yaml, and the command lines that train there."""
+"""Make a folder with a random base, synthetic images and params.yaml, and the command lines that train there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from benchmarks.bases import Base
 from benchmarks.players import REPOSITORY, Failed, Variant, environment, tail
-from benchmarks.stand_in import make_pictures
+from benchmarks.stand_in import make_images
 
 LEARNING_RATE = 1e-4
 NEVER = 1_000_000  # checkpoints: neither side writes any while it is measured
@@ -24,21 +24,21 @@ MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16"}
 class Workplace:
     folder: Path
     base: Base
-    num_pictures: int
+    num_images: int
 
     def create(self, weights: str, dtype: str) -> None:
-        """Pictures of 1.5 times the resolution, the base with weights stored as ``weights``, params.yaml.
+        """Write images of 1.5 times the resolution, the base with weights stored as ``weights``, and params.yaml.
 
         Args:
             dtype: what our stages run in.
         """
         import torch
 
-        make_pictures(self.folder / "data/raw", self.num_pictures, side=self.base.resolution * 3 // 2)
+        make_images(self.folder / "data/raw", self.num_images, side=self.base.resolution * 3 // 2)
         self.base.build(self.folder / "data/base", getattr(torch, weights))
         changes: dict[str, dict[str, Any]] = {
             "model": {"family": self.base.family, "dtype": dtype},
-            "dataset": {"resolution": self.base.resolution, "heldout_fraction": max(0.02, 3 / self.num_pictures)},
+            "dataset": {"resolution": self.base.resolution, "heldout_fraction": max(0.02, 3 / self.num_images)},
             "lora": {"rank": self.base.rank, "alpha": self.base.rank},
             "train": {
                 "learning_rate": LEARNING_RATE,
@@ -59,7 +59,7 @@ class Workplace:
     def ours(
         self, name: str, num_steps: int, batch_size: int, *settings: str, options: tuple[str, ...] = ()
     ) -> Variant:
-        """``settings`` such as ``model.dtype=bfloat16``."""
+        """Return our command line. ``settings`` are overrides such as ``model.dtype=bfloat16``."""
         asked = (f"train.num_steps={num_steps}", f"train.batch_size={batch_size}", *settings)
         outputs = ("--adapter", f"out/{name}/adapter", "--train-reports", f"out/{name}/reports")
         return Variant(name, ("stages.train", *(f"--set={setting}" for setting in asked), *outputs), options)
@@ -74,7 +74,9 @@ class Workplace:
         options: tuple[str, ...] = (),
         python: str = sys.executable,
     ) -> Variant:
-        """One of diffusers' text_to_image LoRA scripts, on the same base, pictures, resolution, rank and rate."""
+        """Return the command line of a diffusers text_to_image LoRA script on the same base, images, resolution, rank
+        and rate.
+        """
         arguments = {
             "pretrained_model_name_or_path": "data/base",
             "train_data_dir": "data/raw",
@@ -95,7 +97,7 @@ class Workplace:
         return Variant(name, (str(path.resolve()), "--center_crop", *words), options, python)
 
     def cpu_seconds(self, *command: str) -> float:
-        """Of a whole process, from its start to its end.
+        """Run a whole process and return its CPU seconds.
 
         Raises:
             Failed: with the end of what it said.

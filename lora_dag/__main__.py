@@ -1,6 +1,6 @@
 """``lora-dag COMMAND``, or ``python -m lora_dag COMMAND`` in the root of a clone.
 
-It acts on the clone that the current folder belongs to, with the code of that clone, whatever clone is installed.
+It works on the clone of the current folder, with the code of that clone, whichever clone is installed.
 Paths on the command line are relative to the current folder; the command itself works in the root.
 """
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from lora_dag import commands
 from lora_dag.commands import completion
 from lora_dag.core import clone, console
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 
 
 def main() -> None:
-    """The entry point that pyproject.toml names."""
-    console.listen()
+    """Entry point in pyproject.toml."""
+    console.handle_interrupts()
     root = clone.find(Path.cwd())
     if root is None or (root / "lora_dag").samefile(Path(__file__).parent):
         console.run(lambda: start(root))
@@ -40,14 +40,12 @@ def start(root: Path | None) -> None:
     """Parse the command line in the current folder, then run the command in the root.
 
     Raises:
-        UserError: the folder is in no clone, or there is no such command.
+        UserError: the folder is outside of a clone, or the command is unknown.
     """
     if root is None and sys.argv[1:] not in (["-h"], ["--help"]):
-        raise UserError(
-            f"{Path.cwd()}: neither this folder nor one above it is a clone of lora-dag ({', '.join(clone.MARKS)}); "
-            "change into a clone"
-        )
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+        text = f"{Path.cwd()}: not in a clone of lora-dag (a folder with {', '.join(clone.MARKS)})."
+        raise UserError(Problem("outside-clone", f"{text} Change into a clone."))
+    if "_ARGCOMPLETE" in os.environ:  # a shell completes a command line
         completion.complete(os.environ["COMP_LINE"])
     args = commands.parse(sys.argv[1:])
     if root is not None and root != Path.cwd():

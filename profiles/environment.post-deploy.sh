@@ -1,4 +1,4 @@
 #!/bin/sh
-# Run by Snakemake inside the new environment, at the repository's root. `- pip: [-r ...]` in environment.yaml would not
-# be found: conda looks beside the file, and Snakemake gives it a copy in .snakemake/conda.
+# Snakemake runs this in the new environment, in the repository's root. `- pip: [-r ...]` in environment.yaml would fail:
+# conda searches the file's folder, and Snakemake passes a copy of the file in .snakemake/conda.
 exec python -m pip install --requirement requirements.lock

@@ -1,4 +1,4 @@
-# Pictures and captions -> a checked manifest -> latents and embeddings.
+# Images and captions -> a checked manifest -> latents and embeddings.
 # The messages replace Snakemake's lists of inputs, which here are all images by name.
 
 
@@ -10,7 +10,7 @@ rule prepare:
         dataset="runs/{dataset}/prepared/dataset.json",
         metrics="runs/{dataset}/reports/dataset/metrics.json",
         contact="runs/{dataset}/reports/dataset/contact.png",
-        pictures="runs/{dataset}/reports/dataset/pictures.csv",
+        images="runs/{dataset}/reports/dataset/images.csv",
     log:
         "runs/{dataset}/logs/prepare.log",
     conda:

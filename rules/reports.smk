@@ -13,9 +13,9 @@ rule validate:
         heldout="runs/{dataset}/{run}/reports/validate/heldout.csv",
         curve="runs/{dataset}/{run}/reports/validate/curve.csv",
         nearest=report(
-            "runs/{dataset}/{run}/reports/validate/nearest.png", category="Nearest pictures", labels=JOBS.report_labels
+            "runs/{dataset}/{run}/reports/validate/nearest.png", category="Nearest images", labels=JOBS.report_labels
         ),
-        neighbours="runs/{dataset}/{run}/reports/validate/nearest.csv",
+        neighbors="runs/{dataset}/{run}/reports/validate/nearest.csv",
         lineage="runs/{dataset}/{run}/reports/validate/lineage.json",
     log:
         "runs/{dataset}/{run}/logs/validate.log",
@@ -32,7 +32,7 @@ rule validate:
 
 rule report:
     input:
-        dataset=JOBS.upstream_files("report", "dataset_reports", "metrics.json", "contact.png", "pictures.csv"),
+        dataset=JOBS.upstream_files("report", "dataset_reports", "metrics.json", "contact.png", "images.csv"),
         latents=JOBS.upstream_files("report", "latents_reports", "metrics.json"),
         train=JOBS.upstream_files("report", "train_reports", "metrics.json", "loss.csv"),
         validate=JOBS.upstream_files("report", "reports", "metrics.json", "samples.png", "progress.png"),

@@ -17,16 +17,14 @@ from tests.helpers.encodings import cached, calls, masked  # noqa: F401
 from tests.helpers.planted import clone, published  # noqa: F401
 from tests.helpers.sources import here  # noqa: F401
 from tests.helpers.trainings import encoded, interrupt, mixed, reference  # noqa: F401
-from tests.helpers.workspace import (  # noqa: F401
+from tests.helpers.workspace import (
     REPOSITORY,
     TINY,
-    Pictures,
+    Images,
     Workspace,
     forget_precision,
     is_stage,
-    outcome,
-    picture,
-    read_rows,
+    make_image,
     run_stage,
     write_params,
     write_rows,
@@ -54,13 +52,13 @@ def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.fixture
-def pictures() -> Pictures:
-    """``pictures(folder, count=8)`` writes an imagefolder of distinct PNGs, captions and metadata.jsonl."""
+def images() -> Images:
+    """``images(folder, count=8)`` writes an imagefolder of distinct PNGs, captions and metadata.jsonl."""
 
     def make(folder: Path, count: int = 8, size: int = 48) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            picture(index, size).save(folder / f"{index:02}.png")
+            make_image(index, size).save(folder / f"{index:02}.png")
         write_rows(folder, [{"file_name": f"{index:02}.png", "text": f"thing {index}"} for index in range(count)])
         return folder
 
@@ -71,12 +69,12 @@ def pictures() -> Pictures:
 def workspace(
     tmp_path: Path,
     tiny_base: Path,
-    pictures: Pictures,
+    images: Images,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> Workspace:
     write_params(tmp_path / "params.yaml", TINY)
-    pictures(tmp_path / "data" / "raw")
+    images(tmp_path / "data" / "raw")
     (tmp_path / "data" / "base").symlink_to(tiny_base)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_STATE_DIR", str(tmp_path / ".state"))

@@ -1,6 +1,6 @@
 """The import rule: only down, never sideways.
 
-commands -> stages -> formats -> {bases, adapters, pictures, sweeps} -> {pipeline ... pages} -> core.
+commands -> stages -> formats -> {bases, adapters, images, sweeps} -> {pipeline ... pages} -> core.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.conftest import REPOSITORY
+from tests.helpers.workspace import REPOSITORY
 
 FLOORS = (
     {"core"},
     {"pipeline", "artifacts", "families", "diffusion", "evaluation", "pages"},
-    {"bases", "adapters", "pictures", "sweeps"},
+    {"bases", "adapters", "images", "sweeps"},
     {"formats"},
     {"prepare", "cache_latents", "train", "validate", "export", "report"},
     {"commands"},
@@ -62,9 +62,14 @@ def test_no_module_imports_another_that_imports_it() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-def readme_files() -> str:
-    """README's section that says where everything is."""
-    return (REPOSITORY / "README.md").read_text(encoding="utf-8").split("\n## Files\n")[1]
+PAGES = {"README.md": "Files", "CONTRIBUTING.md": "Layout and import rule"}
+"""Page -> the heading below which it shows the layout: the first level, and the packages."""
+
+
+def layout(page: str) -> str:
+    """Return the section of a page that shows the layout."""
+    section = (REPOSITORY / page).read_text(encoding="utf-8").split(f"\n## {PAGES[page]}\n")[1]
+    return section.split("\n## ")[0]
 
 
 def paths_in(tree: str) -> Iterator[str]:
@@ -76,8 +81,8 @@ def paths_in(tree: str) -> Iterator[str]:
         folder = folder if line.startswith(" ") else line.split("  ")[0]
 
 
-def test_readme_names_every_package_and_nothing_that_is_gone() -> None:
-    shown = list(paths_in(readme_files().split("```")[1].strip()))
+def test_the_pages_name_every_package_and_nothing_that_is_gone() -> None:
+    shown = [path for page in PAGES for path in paths_in(layout(page).split("```")[1].strip())]
     assert [name for name in shown if not (REPOSITORY / name).exists()] == []
     modules = [path for root in ("lora_dag", "stages") for path in REPOSITORY.glob(f"{root}/*/__init__.py")]
     packages = {f"{path.parent.relative_to(REPOSITORY)}/" for path in modules}
@@ -85,8 +90,8 @@ def test_readme_names_every_package_and_nothing_that_is_gone() -> None:
     assert {"rules/", "profiles/", "docs/", "base/", "benchmarks/", "tests/dag/", "tests/golden/"} <= set(shown)
 
 
-def test_readme_shows_the_import_rule() -> None:
+def test_the_import_rule_is_written_down() -> None:
     stages = {path.parent.name for path in REPOSITORY.glob("stages/*/__init__.py")}
-    line = next(line for line in readme_files().splitlines() if line.startswith("`commands -> "))
+    line = next(line for line in layout("CONTRIBUTING.md").splitlines() if line.startswith("`commands -> "))
     floors = [set(floor.split(", ")) for floor in line.strip("`.").split(" -> ")]
     assert floors[::-1] == [{"stages"} if floor == stages else floor for floor in FLOORS]

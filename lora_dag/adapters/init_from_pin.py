@@ -1,6 +1,6 @@
-"""The pin of ``lora.init_from``: a file by the digest of its content, so that no edited one is ever trained from.
+"""Pin of ``lora.init_from``: the sha256 of the file's content, so that a run never starts from an edited file.
 
-Names and bytes only; nothing is loaded.
+Only paths and bytes are read; no tensor is loaded.
 """
 
 from __future__ import annotations
@@ -10,41 +10,56 @@ import re
 import shlex
 from pathlib import Path
 
-from lora_dag.core.console import PATHS
+from lora_dag.core.console import PATHS, Problem
 from lora_dag.core.files import sha256_file
 
 SETTING = "params.yaml lora.init_from"
 
 
-def problems(path: str, pinned: str | None) -> list[str]:
-    """A line if the file is not there, no safetensors, or not the pinned one; then with the digest to pin."""
+def problems(path: str, pinned: str | None, setting: str = SETTING) -> list[Problem]:
+    """Return the problem of a file that is missing, no safetensors file, or not the pinned one.
+
+    Args:
+        pinned: sha256 in the settings; None if there is none yet.
+        setting: the setting's name for the message, with the file it was read from.
+    """
     if "\0" in path:
-        return [f"{SETTING}: {path!r} has a NUL character, which no path has"]
-    file, where = Path(path), f"{SETTING}: '{path}'"
-    written = next((own for own in (PATHS["adapter"], PATHS["export"], "runs") if inside(file, Path(own))), None)
-    if written:
-        copy = f"mkdir -p data/start && cp {file.parent}/*.* data/start/ && dvc add data/start"
-        return [f"{where} lies in {written}, which a run deletes or writes anew; copy it: {copy}"]
+        text = f"{setting}: {path!r} contains a NUL character, which is not allowed in a path. Correct the path."
+        return [Problem("invalid-path", text)]
+    file, place = Path(path), f"{setting}: '{path}'"
+    outputs = (PATHS["adapter"], PATHS["export"], "runs")
+    output = next((folder for folder in outputs if is_inside(file, Path(folder))), None)
+    if output:
+        command = f"mkdir -p data/start && cp {file.parent}/*.* data/start/ && dvc add data/start"
+        text = f"{place} is in {output}, which a run deletes or overwrites. Copy it first: {command}"
+        return [Problem("file-in-output-folder", text)]
     if file.is_dir():
-        found = ", ".join(sorted(p.relative_to(file).as_posix() for p in file.rglob("*.safetensors"))[:4])
-        return [f"{where} is a folder; name a file in it ({found or 'there is no .safetensors'})"]
+        names = ", ".join(sorted(p.relative_to(file).as_posix() for p in file.rglob("*.safetensors"))[:4])
+        text = f"{place} is a folder. Name a .safetensors file in it ({names or 'it contains none'})."
+        return [Problem("path-is-folder", text)]
     if not file.is_file():
-        return [f"{where}: no such file; it has to be tracked by DVC (dvc add, dvc pull) or git"]
+        text = f"{place}: no such file. Fetch it with dvc pull or git, or correct the path."
+        return [Problem("file-missing", text)]
     if file.suffix != ".safetensors":
-        return [f"{where} is no .safetensors file; convert it: other formats can run code when they are loaded"]
+        text = f"{place} is no .safetensors file. Convert it: other formats can run code when they are loaded."
+        return [Problem("no-safetensors", text)]
     found = digest(file)
     if pinned == found:
         return []
-    says = f"params.yaml pins {pinned}" if pinned else "params.yaml pins no sha256"
-    return [f"{where} has the digest {found}, {says}; to start from it: {override('lora.init_from', path, found)}"]
+    command = override("lora.init_from", path, found)
+    if pinned is None:
+        text = f"{place} has no pinned sha256. To start from this file: {command}"
+        return [Problem("pin-missing", text)]
+    text = f"{place} has the sha256 {found}, but {pinned} is pinned. To start from this file: {command}"
+    return [Problem("pin-differs", text)]
 
 
-def inside(file: Path, folder: Path) -> bool:
+def is_inside(file: Path, folder: Path) -> bool:
     return file.resolve().is_relative_to(folder.resolve())
 
 
 def digest(file: Path) -> str:
-    """sha256 of the file; with a config beside it that says its alpha, of what ``sha256sum`` prints for both."""
+    """Return the sha256 of a file; with a config beside it that sets alpha, of the lines of ``sha256sum`` for both."""
     config = config_beside(file)
     if config is None:
         return sha256_file(file)
@@ -52,16 +67,16 @@ def digest(file: Path) -> str:
 
 
 def config_beside(file: Path) -> Path | None:
-    """PEFT's adapter_config.json, or our adapter.json, where the file's name asks for one and it is there."""
+    """Return the path of PEFT's adapter_config.json or our adapter.json if it exists and belongs to a file."""
     folder = file.parent.parent if file.parent.name == "snapshots" else file.parent
     config = folder / "adapter_config.json" if file.name == "adapter_model.safetensors" else folder / "adapter.json"
-    ours = file.name == "adapter.safetensors" or file.parent.name == "snapshots"
-    return config if config.is_file() and (ours or config.name == "adapter_config.json") else None
+    is_ours = file.name == "adapter.safetensors" or file.parent.name == "snapshots"
+    return config if config.is_file() and (is_ours or config.name == "adapter_config.json") else None
 
 
-def override(setting: str, path: str, found: str) -> str:
-    """The argument of ``dvc exp run`` and ``--set`` that pins a digest, in quotes where the path needs them."""
+def override(setting: str, path: str, digest: str) -> str:
+    """Return the argument of ``dvc exp run`` that pins a digest, in quotes if the path needs them."""
     mark = '"' if "'" in path else "'"
     name = path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else f"{mark}{path}{mark}"
-    text = f"{setting}={{path: {name}, sha256: {found}}}"
+    text = f"{setting}={{path: {name}, sha256: {digest}}}"
     return f'-S "{text}"' if not set('"$`\\') & set(text) else f"-S {shlex.quote(text)}"

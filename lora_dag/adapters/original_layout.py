@@ -1,6 +1,6 @@
-"""How the original checkpoint of a denoiser, which ComfyUI and kohya's scripts load, names and stacks its layers.
+"""Names and stacking of a denoiser's layers in its original checkpoint, which ComfyUI and kohya's scripts load.
 
-The facts are each family's ORIGINAL_LAYERS; `pytest -m peers` compares them with a ComfyUI at hand.
+Each family defines them in ORIGINAL_LAYERS. `pytest -m peers` compares them with an installed ComfyUI.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A layer of the denoiser, as rows of a layer of its original checkpoint."""
+class StackedLayer:
+    """Layer of the denoiser whose rows are part of a layer of the original checkpoint."""
 
     name: str
     swapped: bool
-    """Whether the halves of its rows are in the other order there."""
+    """Whether the original checkpoint has the two halves of its rows in the opposite order."""
 
 
-def parts(denoiser: Any) -> dict[str, list[Part]]:
-    """Layer of the original checkpoint -> the denoiser's layers whose rows are stacked there, in order."""
+def original_layers(denoiser: Any) -> dict[str, list[StackedLayer]]:
+    """Map each layer of the original checkpoint to the denoiser's layers whose rows it stacks, in order."""
     family = family_of(denoiser)
     names = dict.fromkeys(name for name, _ in denoiser.named_modules())
     last = max((int(name.split(".")[1]) for name in names if re.match(r"transformer_blocks\.\d+$", name)), default=0)
-    each = sum(re.fullmatch(r"up_blocks\.0\.resnets\.\d+", name) is not None for name in names)
-    found: dict[str, list[Part]] = {}
-    taken: set[str] = set()
-    for there, here in (family.ORIGINAL_LAYERS if family else {}).items():
-        swapped = here.startswith(SWAPPED)
-        for numbers, stacked in matching(here.removeprefix(SWAPPED).replace("{last}", str(last)), names):
-            if not taken.intersection(stacked):
-                taken.update(stacked)
+    num_resnets = sum(re.fullmatch(r"up_blocks\.0\.resnets\.\d+", name) is not None for name in names)
+    layers: dict[str, list[StackedLayer]] = {}
+    assigned: set[str] = set()
+    for original, pattern in (family.ORIGINAL_LAYERS if family else {}).items():
+        swapped = pattern.startswith(SWAPPED)
+        for numbers, stacked in matching_layers(pattern.removeprefix(SWAPPED).replace("{last}", str(last)), names):
+            if not assigned.intersection(stacked):
+                assigned.update(stacked)
                 place = 2 if f"up_blocks.{numbers.get('i')}.attentions.0" in names else 1
-                layer = there.format(last=last, place=place, **counted(each, **numbers))
-                found[layer] = [Part(name, swapped) for name in stacked]
-    return found
+                layer = original.format(last=last, place=place, **block_numbers(num_resnets, **numbers))
+                layers[layer] = [StackedLayer(name, swapped) for name in stacked]
+    return layers
 
 
-def matching(pattern: str, names: dict[str, None]) -> Iterator[tuple[dict[str, int], list[str]]]:
-    """Each choice of the pattern's numbers for which the denoiser has all of its layers; and those layers."""
+def matching_layers(pattern: str, names: dict[str, None]) -> Iterator[tuple[dict[str, int], list[str]]]:
+    """Yield each choice of the pattern's numbers for which the denoiser has all of its layers, with these layers."""
     start, *endings = pattern.split()
     first = re.escape(start + (endings[0] if endings else ""))
     regex = re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", first))
@@ -58,23 +58,24 @@ def matching(pattern: str, names: dict[str, None]) -> Iterator[tuple[dict[str, i
                 yield numbers, stacked
 
 
-def counted(each: int, i: int = 0, j: int = 0, k: int = 0) -> dict[str, int]:
-    """These numbers, and those that a UNet's blocks have there, where inputs and outputs are counted through.
+def block_numbers(num_resnets: int, i: int = 0, j: int = 0, k: int = 0) -> dict[str, int]:
+    """Return i, j and k, and the numbers of a UNet's blocks in the original checkpoint, which counts them in one list.
 
     Args:
-        each: number of resnets of an output block; an input block has a downsampler in place of the last.
+        num_resnets: resnets of an output block; an input block has a downsampler instead of the last one.
     """
-    numbers = {"i": i, "j": j, "k": k, "input": 1 + each * i + j, "output": each * i + j, "middle": 2 * j}
-    return numbers | {"down": each * (i + 1), "up": each * (i + 1) - 1}
+    numbers = {"i": i, "j": j, "k": k, "input": 1 + num_resnets * i + j}
+    numbers |= {"output": num_resnets * i + j, "middle": 2 * j}
+    return numbers | {"down": num_resnets * (i + 1), "up": num_resnets * (i + 1) - 1}
 
 
 def swapped_layers(denoiser: Any) -> set[str]:
-    """Names of the denoiser's layers whose rows are in the other order in the original checkpoint."""
-    return {part.name for layer in parts(denoiser).values() for part in layer if part.swapped}
+    """Return the denoiser's layers whose halves of rows have the opposite order in the original checkpoint."""
+    return {layer.name for stack in original_layers(denoiser).values() for layer in stack if layer.swapped}
 
 
 def swap_halves(rows: torch.Tensor) -> torch.Tensor:
-    """The second half of the rows, then the first; twice gives them back."""
+    """Return the second half of the rows, then the first half. Applied twice, it changes nothing."""
     import torch
 
     return torch.cat([*reversed(rows.chunk(2))])

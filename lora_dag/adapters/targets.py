@@ -1,4 +1,4 @@
-"""Which layers an adapter goes on: presets, endings or a regex, patterns of rank and alpha; and what that will cost."""
+"""Choice of the adapted layers: presets, endings or a regex, patterns of rank and alpha; and the memory they need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_dag.adapters import lycoris
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.families.protocol import family_of
 
 if TYPE_CHECKING:
@@ -21,52 +21,51 @@ if TYPE_CHECKING:
 
 ATTENTION = r"to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv|to_qkv_mlp_proj"
 FEED_FORWARD = r"(ff|ff_context)\.(net\.0\.proj|net\.2)|ff\.linear_(in|out)"
-"""Names of diffusers' Attention and FeedForward; a family with others says so in PRESET_LAYERS."""
+"""Layers of diffusers' Attention and FeedForward. A family with other names lists them in PRESET_LAYERS."""
 PRESETS = ("attention", "attention+ff", "all-linear", "all-linear+conv")
 EDGES = ("conv_in", "conv_out")
-"""The convolutions to and from latents: a preset leaves them alone, as kohya's conv LoRA does (out: 4 channels)."""
-A_TEXT = "; a text is a preset or a regex over whole names, a list holds endings"
-BYTES_PER_PARAMETER = 16  # float32: the parameter, its gradient, and AdamW's two moments
+"""First and last convolution. Presets exclude them, as kohya's conv LoRA does (conv_out has 4 channels)."""
+STRING_HINT = " A string is a preset or a regex over whole names. Write endings as a list."
+BYTES_PER_PARAMETER = 16  # float32: parameter, gradient and two moments of AdamW
 
 Layers = dict[str, torch.nn.Module]
 
 
 def lora_settings(params: LoraParams, denoiser: torch.nn.Module) -> dict[str, Any]:
-    """What ``params`` say about layers, as arguments of peft.LoraConfig; a setting at its default is left out.
+    """Return the settings of layers as arguments of peft.LoraConfig, without settings at their default.
 
     Raises:
-        UserError: targets and patterns that match no layer, with the nearest names; ranks above a layer's size.
+        UserError: a target or pattern matches no layer, or a rank is above a layer's size.
     """
     layers = adaptable(denoiser)
     groups = matched_groups(params.target_modules, layers, presets(denoiser))
-    targets = list(dict.fromkeys(name for names in groups.values() for name in names))
-    problems, excluded = [], set()
-    for target in params.exclude_modules:
-        names = [name for name in targets if has_ending(name, target)]
-        excluded.update(names)
-        if not names:
-            problems.append(nothing("exclude_modules", target, "none of the targets", targets))
-    targets = [name for name in targets if name not in excluded]
-    for setting, pattern in (("rank_pattern", params.rank_pattern), ("alpha_pattern", params.alpha_pattern)):
-        for key in pattern:
-            if not any(matches(key, name) for name in targets) and not is_of_rank(params, setting, key):
-                problems.append(nothing(setting, key, "none of the targets", targets))
-        problems += ambiguous(params, setting, targets)
+    matched = list(dict.fromkeys(name for names in groups.values() for name in names))
+    excluded = {name for name in matched if any(has_ending(name, target) for target in params.exclude_modules)}
+    targets = [name for name in matched if name not in excluded]
+    problems = [
+        no_match_problem(params, "exclude_modules", target, "none of the targets", matched)
+        for target in params.exclude_modules
+        if not any(has_ending(name, target) for name in matched)
+    ]
+    problems += pattern_problems(params, targets)
     for label, names in groups.items():
         if not names:
-            problem = nothing("target_modules", label, f"no layer of {type(denoiser).__name__}", layers)
-            problems.append(problem if isinstance(params.target_modules, list) else problem + A_TEXT)
+            hint = "" if isinstance(params.target_modules, list) else STRING_HINT
+            scope = f"no layer of {type(denoiser).__name__}"
+            problems.append(no_match_problem(params, "target_modules", label, scope, layers, hint))
         problems += rank_problems(params, label, [name for name in names if name not in excluded], layers)
     problems += dora_problems(params, [name for name in targets if isinstance(layers[name], torch.nn.Conv2d)], layers)
     weights: dict[str, Any] = {name: layers[name].weight for name in targets}
-    problems += lycoris.idle_settings(params, weights, {name: rank(params, name)[0] for name in targets})
+    ranks = {name: rank_and_setting(params, name)[0] for name in targets}
+    problems += lycoris.settings_without_effect(params, weights, ranks)
     if excluded and not targets:
-        problems.append("params.yaml lora.exclude_modules: nothing is left of lora.target_modules")
-    plain_endings = isinstance(params.target_modules, list) and not excluded
-    problems += [] if plain_endings else not_alone(targets, layers)
+        text = f"{params.setting('exclude_modules')}: excludes every layer of lora.target_modules. Exclude fewer."
+        problems.append(Problem("no-targets-left", text))
+    only_endings = isinstance(params.target_modules, list) and not excluded
+    problems += [] if only_endings else inseparable_targets(params, targets, layers)
     if problems:
         raise UserError(*problems)
-    settings: dict[str, Any] = {"target_modules": sorted(params.target_modules if plain_endings else targets)}
+    settings: dict[str, Any] = {"target_modules": sorted(params.target_modules if only_endings else targets)}
     for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "decompose_both", "use_effective_conv2d"):
         if value := getattr(params, name):
             settings[name] = value
@@ -74,7 +73,7 @@ def lora_settings(params: LoraParams, denoiser: torch.nn.Module) -> dict[str, An
 
 
 def adaptable(denoiser: torch.nn.Module) -> Layers:
-    """Linear and ungrouped Conv2d layers by name."""
+    """Return the Linear and ungrouped Conv2d layers by name."""
     return {
         name: module
         for name, module in denoiser.named_modules()
@@ -83,7 +82,7 @@ def adaptable(denoiser: torch.nn.Module) -> Layers:
 
 
 def presets(denoiser: torch.nn.Module) -> dict[str, str]:
-    """Preset -> regex over the whole names of the layers of this denoiser."""
+    """Return each preset's regex over whole layer names of this denoiser."""
     family = family_of(denoiser)
     own = family.PRESET_LAYERS if family else {}
     attention = "|".join(filter(None, (ATTENTION, own.get("attention"))))
@@ -93,7 +92,7 @@ def presets(denoiser: torch.nn.Module) -> dict[str, str]:
 
 
 def matched_groups(target_modules: str | list[str], layers: Layers, presets: Mapping[str, str]) -> dict[str, list[str]]:
-    """Ending given, or the layer's own under a preset or regex -> names of its layers, in the model's order."""
+    """Group the targets by the given ending, or under a preset or regex by their own ending, in the model's order."""
     if isinstance(target_modules, list):
         return {target: [name for name in layers if has_ending(name, target)] for target in target_modules}
     groups: dict[str, list[str]] = {}
@@ -105,69 +104,94 @@ def matched_groups(target_modules: str | list[str], layers: Layers, presets: Map
 
 
 def in_preset(preset: str, name: str, layers: Layers) -> bool:
-    """Whether a preset takes a layer that its regex names: no convolution unless it says so, no unread one."""
+    """Return whether a preset includes a layer that its regex matches."""
     if isinstance(layers[name], torch.nn.Conv2d) and (not preset.endswith("+conv") or name in EDGES):
         return False
-    return not is_unread(name, layers)
+    return not is_unused_query(name, layers)
 
 
-def is_unread(name: str, layers: Layers) -> bool:
-    """Of diffusers' Attention, the captions' query where captions end: nothing reads its output (SD3's last block)."""
+def is_unused_query(name: str, layers: Layers) -> bool:
+    """Return whether a layer is the captions' query of a block that drops the captions' output (SD3's last block)."""
     return has_ending(name, "add_q_proj") and f"{name.removesuffix('add_q_proj')}to_add_out" not in layers
 
 
-def rank_problems(params: LoraParams, label: str, names: list[str], layers: Layers) -> list[str]:
-    """A line where a layer of this label has fewer inputs or outputs than its rank."""
-    found: dict[str, tuple[int, str]] = {}
+def pattern_problems(params: LoraParams, targets: list[str]) -> list[Problem]:
+    """Return the problems of keys of rank_pattern and alpha_pattern that match no target or the same one."""
+    problems: list[Problem] = []
+    for setting, pattern in (("rank_pattern", params.rank_pattern), ("alpha_pattern", params.alpha_pattern)):
+        for key in pattern:
+            if not any(matches(key, name) for name in targets) and not is_alpha_from_rank(params, setting, key):
+                problems.append(no_match_problem(params, setting, key, "none of the targets", targets))
+        problems += ambiguous_patterns(params, setting, targets)
+    return problems
+
+
+def rank_problems(params: LoraParams, label: str, names: list[str], layers: Layers) -> list[Problem]:
+    """Return a problem per setting that gives a layer of this label more ranks than inputs or outputs."""
+    smallest_sizes: dict[str, tuple[int, int]] = {}
     for name in names:
-        number, setting = rank(params, name)
+        number, setting = rank_and_setting(params, name)
         weight: Any = layers[name].weight
         smallest = min(weight.shape[:2] if lycoris.is_tucker(params, weight) else weight.flatten(1).shape)
         if number > smallest:
-            line = f"params.yaml {setting}: {number} is above {smallest}, the size of a '{label}' layer"
-            found[setting] = min(found.get(setting, (smallest, line)), (smallest, line))
-    return [line for _, line in found.values()]
+            smallest_sizes[setting] = min(smallest_sizes.get(setting, (smallest, number)), (smallest, number))
+    problems = []
+    for setting, (size, number) in smallest_sizes.items():
+        text = f"{params.setting(setting)}: got {number}, but a '{label}' layer has size {size}. Use at most {size}."
+        problems.append(Problem("rank-too-high", text))
+    return problems
 
 
-def rank(params: LoraParams, name: str) -> tuple[int, str]:
-    """A target's rank, and the setting that says so."""
+def rank_and_setting(params: LoraParams, name: str) -> tuple[int, str]:
+    """Return a target's rank and the setting that contains it."""
     key = next((key for key in params.rank_pattern if matches(key, name)), None)
-    return (params.rank, "lora.rank") if key is None else (params.rank_pattern[key], f"lora.rank_pattern.{key}")
+    return (params.rank, "rank") if key is None else (params.rank_pattern[key], f"rank_pattern.{key}")
 
 
-def dora_problems(params: LoraParams, convolutions: list[str], layers: Layers) -> list[str]:
-    """Under autocast PEFT takes a convolution's norms in the frozen dtype: step 0 would not equal the base."""
+def dora_problems(params: LoraParams, convolutions: list[str], layers: Layers) -> list[Problem]:
+    """Return a problem for DoRA on half-precision convolutions.
+
+    Under autocast PEFT computes their norms in the frozen dtype, and step 0 would differ from the base.
+    """
     if not params.use_dora or all(layers[name].weight.dtype == torch.float32 for name in convolutions):
         return []
     kinds = ", ".join(sorted({ending(name) for name in convolutions}))
-    return [f"params.yaml lora.use_dora: needs model.dtype float32 on convolutions ({kinds}); or leave them out"]
+    text = (
+        f"{params.setting('use_dora')}: needs model.dtype float32 for convolutions ({kinds}). Set it, or exclude them."
+    )
+    return [Problem("dora-needs-float32", text)]
 
 
-def is_of_rank(params: LoraParams, setting: str, key: str) -> bool:
-    """Whether a key of alpha_pattern may have come from rank_pattern, as all of those do under ``lora.alpha: null``."""
+def is_alpha_from_rank(params: LoraParams, setting: str, key: str) -> bool:
+    """Return whether a key of alpha_pattern may come from rank_pattern, as with ``lora.alpha: null``."""
     return setting == "alpha_pattern" and params.alpha_pattern[key] == params.rank_pattern.get(key)
 
 
-def ambiguous(params: LoraParams, setting: str, targets: list[str]) -> list[str]:
-    """A line for each two keys that match one layer with two values: PEFT would take whichever stands first."""
-    found: list[str] = []
+def ambiguous_patterns(params: LoraParams, setting: str, targets: list[str]) -> list[Problem]:
+    """Return a problem for each two keys that give one layer different values: PEFT would use the first one."""
+    problems: list[Problem] = []
     pattern: Mapping[str, float] = getattr(params, setting)
     for one, other in itertools.combinations(pattern, 2):
-        of_rank = [key for key in (one, other) if is_of_rank(params, setting, key)]
+        of_rank = [key for key in (one, other) if is_alpha_from_rank(params, setting, key)]
         both = [name for name in targets if matches(one, name) and matches(other, name)]
-        if both and pattern[one] != pattern[other] and len(of_rank) < 2:  # of two ranks rank_pattern has the line
-            cure = "make one narrower"
+        if both and pattern[one] != pattern[other] and len(of_rank) < 2:  # two ranks are reported for rank_pattern
+            fix = "Make one of them narrower."
             if of_rank:
-                cure = f"with lora.alpha null, '{of_rank[0]}' of rank_pattern is an alpha too: name it in alpha_pattern"
-            found.append(f"params.yaml lora.{setting}: '{one}' and '{other}' both match {both[0]}; {cure}")
-    return found
+                fix = f"With lora.alpha null, '{of_rank[0]}' of rank_pattern sets alpha too. Add it to alpha_pattern."
+            text = f"{params.setting(setting)}: '{one}' and '{other}' both match {both[0]}. {fix}"
+            problems.append(Problem("patterns-overlap", text))
+    return problems
 
 
-def not_alone(targets: list[str], layers: Layers) -> list[str]:
-    """A line for a target whose whole name is also the ending of a layer that was not chosen: PEFT would take both."""
+def inseparable_targets(params: LoraParams, targets: list[str], layers: Layers) -> list[Problem]:
+    """Return a problem for a target whose whole name is the ending of another layer: PEFT would adapt both."""
     chosen = set(targets)
-    others = ((name, t) for name in layers if name not in chosen for t in targets if name.endswith(f".{t}"))
-    return [f"params.yaml lora.target_modules: {t} cannot be chosen without {name}; add it" for name, t in others][:1]
+    for name in layers:
+        target = next((target for target in targets if name.endswith(f".{target}")), None)
+        if target is not None and name not in chosen:
+            text = f"{params.setting('target_modules')}: PEFT cannot adapt {target} without {name}. Add {name}."
+            return [Problem("targets-inseparable", text)]
+    return []
 
 
 def has_ending(name: str, target: str) -> bool:
@@ -175,29 +199,39 @@ def has_ending(name: str, target: str) -> bool:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """As PEFT reads the keys of rank_pattern and alpha_pattern: an ending, or a regex over one."""
+    """Return whether PEFT applies a key of rank_pattern or alpha_pattern, an ending or a regex, to a layer."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def ending(name: str) -> str:
-    """``down_blocks.0.attn1.to_out.0`` -> ``to_out.0``: what a person writes in target_modules."""
+    """Return the end of a name for target_modules: ``down_blocks.0.attn1.to_out.0`` -> ``to_out.0``."""
     parts = name.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
-def nothing(setting: str, given: str, where: str, names: Iterable[str]) -> str:
+def no_match_problem(
+    params: LoraParams, setting: str, given: str, scope: str, names: Iterable[str], hint: str = ""
+) -> Problem:
+    """Return the problem of a target or pattern that matches nothing, with near names.
+
+    Args:
+        scope: subject of the message's negation, such as "none of the targets".
+        names: layers that it could have matched.
+        hint: sentence to add.
+    """
     endings = sorted({ending(name) for name in names})
     near = difflib.get_close_matches(given, [*endings, *PRESETS], n=3, cutoff=0.3) or endings[:8]
-    return f"params.yaml lora.{setting}: '{given}' matches {where} (near: {', '.join(near)})"
+    text = f"{params.setting(setting)}: '{given}' matches {scope}. Near: {', '.join(near)}.{hint}"
+    return Problem("no-layer-matches", text)
 
 
-def plan(names: list[str], num_trainable: int, num_base: int) -> list[str]:
-    """Lines for the log: the targets by kind, and the memory that training them takes beside the base's own."""
+def plan_lines(names: list[str], num_trainable: int, num_base: int) -> list[str]:
+    """Return lines for the log: number of targets of each kind, and memory of the trained parameters."""
     kinds = Counter(ending(name) for name in names)
     return [
         "targets     " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
-        f"memory      {megabytes(num_trainable)} for adapter, gradients and optimizer (16 bytes a parameter, as AdamW "
-        f"takes in float32); full fine-tuning {megabytes(num_base)}; base and activations come on top",
+        f"memory      {megabytes(num_trainable)} for adapter, gradients and AdamW (full fine-tuning: "
+        f"{megabytes(num_base)}), plus base and activations",
     ]
 
 

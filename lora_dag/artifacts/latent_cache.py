@@ -1,18 +1,18 @@
-"""data/latents/: what cache_latents hands to train and validate.
+"""data/latents/: the output of cache_latents, the input of train and validate.
 
 manifest.json       items (file name, split, captions, content id, keys), captions -> keys, digests (shards, base)
 images/<p>.safetensors   per view key: ``<key>.mean`` and ``<key>.std``, float32 [C, H/f, W/f]; conditioning by the
-                         view where the model has some, such as ``<key>.add_time_ids`` [6]
+                         view for some models, such as ``<key>.add_time_ids`` [6]
 masks/<p>.safetensors    per mask key: ``<key>.mask``, float32 [1, H/f, W/f]
 text/<p>.safetensors     per text key: one tensor per conditioning input, such as ``<key>.prompt_embeds`` [L, D]
 
-Latents are in the denoiser's own space: shifted and scaled by the VAE's config. An entry stands in the shard of the
-picture that owns it, the first by file name that uses it, and shards are named by the digest of their owners' names: an
-edited picture rewrites one shard of images, an edited caption one of text (a second one where the owner changes).
-More than 2048 pictures take 256 shards of each kind in place of 16: the picture that crosses it rewrites all, once.
+Latents are in the denoiser's space: shifted and scaled by the VAE's config. An entry is in the shard of its owner, the
+first image by file name that uses it. Shards are named by the digest of their owners' names: an edited image rewrites
+one shard of images, an edited caption one shard of text (two, if the owner changes). Datasets of more than 2048 images
+have 256 shards of each kind instead of 16: image 2049 rewrites all shards once.
 
-On the disk every entry stands twice, in the store and here. A caption of SD 1.5 takes 237 KB, a view of 512 x 512
-pixels 131 KB: 10,000 pictures with one caption and one view take 3.7 GB here, with eight caption variants each 20 GB.
+Every entry is on the disk twice, in the store and here. A caption of SD 1.5 takes 237 KB, a view of 512 x 512
+pixels 131 KB: 10,000 images with one caption and one view take 3.7 GB here, with eight caption variants each 20 GB.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from lora_dag.artifacts.manifest import Split
-from lora_dag.core.console import UserError
-from lora_dag.core.files import from_json, sha256_file, sha256_json, understood, write_json
+from lora_dag.core.console import Problem, UserError
+from lora_dag.core.files import artifact_errors, from_json, sha256_file, sha256_json, write_json
 from lora_dag.core.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
 
-MANY = 2048  # above this many pictures, shards go by two hex digits of their owners' digests instead of one
+MANY = 2048  # above this many images, shards go by two hex digits of their owners' digests instead of one
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 ShardName = Annotated[str, Field(pattern=r"^(images|masks|text)/[0-9a-f]{1,2}\.safetensors$")]
 
@@ -46,25 +46,25 @@ class CachedItem:
     file_name: str
     split: Split
     caption: str
-    """What evidence is measured with."""
+    """The caption that validate uses."""
     captions: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Training draws one per step."""
+    """Captions that training draws from, one per step."""
     content: str
-    """Names the first view, and its mask, by what they show: the same under every VAE, dtype, device and batch size."""
+    """Content id of the first view and its mask, independent of VAE, dtype, device and batch size."""
     views: Annotated[tuple[str, ...], Field(min_length=1)]
     """Key of each view; training draws one per step."""
     masks: tuple[str, ...] = ()
-    """Key of each view's mask; empty where the loss looks at everything."""
+    """Key of each view's mask; empty without masks."""
     repeats: Annotated[int, Field(ge=1)] = 1
-    """How often it comes up per epoch."""
+    """Number of uses per epoch."""
     loss_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     regularization: bool = False
-    """Trained on, and no part of any evidence."""
+    """Whether the image is used in training only, not in validate."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """manifest.json."""
+    """Content of manifest.json."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     base: dict[str, str]
@@ -79,9 +79,9 @@ CONTENTS = TypeAdapter(Contents)
 
 
 class LatentCache:
-    """The whole cache, mapped into memory: pages are read as they are asked for, and the system may drop them again.
+    """The whole cache, mapped into memory: the system reads pages when they are used, and may drop them again.
 
-    So what is looked at should fit: for SD 1.5, in float32, 10,000 views take 1.3 GB and as many captions 2.4 GB.
+    The used part should fit into memory: for SD 1.5 in float32, 10,000 views take 1.3 GB and as many captions 2.4 GB.
 
     Raises:
         UserError: a shard is missing or does not match its recorded digest.
@@ -90,8 +90,9 @@ class LatentCache:
     def __init__(self, folder: Path) -> None:
         path = folder / "manifest.json"
         if not path.exists():
-            raise UserError(f"{path}: no such file; run `python -m stages.cache_latents` first")
-        with understood(path, "stages.cache_latents"):
+            text = f"{path}: no such file. Run `python -m stages.cache_latents` first."
+            raise UserError(Problem("artifact-missing", text))
+        with artifact_errors(path, "stages.cache_latents"):
             text = path.read_text(encoding="utf-8")
             contents = CONTENTS.validate_json(text, strict=True)
             self.manifest: dict[str, Any] = from_json(text)
@@ -99,42 +100,42 @@ class LatentCache:
         self.tensors: dict[str, torch.Tensor] = {}
         for name, digest in contents.shards.items():
             self.tensors |= load_shard(folder / name, digest)
-        with understood(path, "stages.cache_latents"):
-            for item in self.items:  # every entry that a stage can ask for is there
+        with artifact_errors(path, "stages.cache_latents"):
+            for item in self.items:  # check all entries that stages use
                 self._require(item)
             self.prompt("")
 
     @property
     def base(self) -> dict[str, str]:
-        """Digest per component of the base that encoded this cache."""
+        """Component -> digest of the base model that encoded this cache."""
         return self.manifest["base"]
 
     @property
     def digest(self) -> str:
-        """Digest of everything in the cache."""
+        """Digest of the whole cache."""
         return sha256_json(self.manifest)
 
     def split(self, split: Split) -> list[CachedItem]:
         return [item for item in self.items if item.split == split]
 
     def latents(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and std of one view's posterior, float32 [C, H/f, W/f] each."""
+        """Return mean and std of one view's posterior, float32 [C, H/f, W/f] each."""
         return self.tensors[f"{key}.mean"].float(), self.tensors[f"{key}.std"].float()
 
     def size(self, key: str) -> tuple[int, int]:
-        """Height and width of one view's latents."""
+        """Return height and width of one view's latents."""
         height, width = self.tensors[f"{key}.mean"].shape[-2:]
         return height, width
 
     def mask(self, key: str) -> torch.Tensor:
-        """Weight of each latent pixel's loss, float32 [1, H/f, W/f], from dataset.unmasked_weight to 1."""
+        """Return the weight of each latent pixel's loss, float32 [1, H/f, W/f], from dataset.unmasked_weight to 1."""
         return self.tensors[f"{key}.mask"].float()
 
     def prompt(self, caption: str, view: str | None = None) -> dict[str, torch.Tensor]:
-        """Conditioning without a batch dimension, such as ``{"prompt_embeds": [L, D]}``.
+        """Return conditioning without a batch dimension, such as ``{"prompt_embeds": [L, D]}``.
 
         Args:
-            view: key of the view that is asked about, for conditioning by the view.
+            view: key of the view, for conditioning by the view.
         """
         key = self.manifest["captions"][caption]
         found = {name: self.tensors[f"{key}.{name}"] for name in self.manifest["conditioning"]}
@@ -142,7 +143,7 @@ class LatentCache:
 
     @property
     def by_view(self) -> list[str]:
-        """Names of the conditioning that goes by the view."""
+        """Names of the conditioning inputs that depend on the view."""
         return self.manifest.get("view_conditioning", [])
 
     def _require(self, item: CachedItem) -> None:
@@ -159,10 +160,11 @@ class LatentCache:
 def load_shard(path: Path, digest: str) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
 
-    with contextlib.suppress(SafetensorError):  # of a digest that was edited too
+    with contextlib.suppress(SafetensorError):  # if the digest was edited too
         if path.is_file() and sha256_file(path) == digest:
             return load_tensors(path)
-    raise UserError(f"{path}: missing or damaged; run `python -m stages.cache_latents` again")
+    text = f"{path}: missing or damaged. Run `python -m stages.cache_latents` again."
+    raise UserError(Problem("shard-damaged", text))
 
 
 def write(
@@ -174,11 +176,11 @@ def write(
     load: Callable[[str, str], dict[str, torch.Tensor]],
     view_conditioning: Sequence[str] = (),
 ) -> None:
-    """Assemble the cache from entries that ``load(kind, key)`` returns, kind being ``images``, ``masks`` or ``text``.
+    """Write the cache from entries that ``load(kind, key)`` returns, where kind is ``images``, ``masks`` or ``text``.
 
     Args:
-        captions: caption -> key; holds the empty caption too.
-        base: digest per component of the base.
+        captions: caption -> key, including the empty caption.
+        base: component -> digest of the base model.
         conditioning: sorted names of a text entry's tensors.
         view_conditioning: sorted names of a view's tensors beside mean and std.
     """
@@ -192,7 +194,7 @@ def write(
         for prefix, keys in sorted(by_shard.items()):
             name = f"{kind}/{prefix}.safetensors"
             tensors = {f"{key}.{part}": value for key in keys for part, value in load(kind, key).items()}
-            save_tensors(folder / name, tensors, sync=False)  # its digest stands in the manifest
+            save_tensors(folder / name, tensors, sync=False)  # its digest is in the manifest
             shards[name] = sha256_file(folder / name)
     manifest = contents(rows, captions, base, conditioning, view_conditioning)
     write_json(folder / "manifest.json", manifest | {"shards": shards})
@@ -205,14 +207,14 @@ def contents(
     conditioning: list[str],
     view_conditioning: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The manifest without the shards' digests; rows sorted by file name."""
-    found = {"base": base, "captions": captions, "conditioning": conditioning, "items": [asdict(row) for row in rows]}
-    return found | ({"view_conditioning": list(view_conditioning)} if view_conditioning else {})
+    """Return the manifest without digests of shards, for rows sorted by file name."""
+    fields = {"base": base, "captions": captions, "conditioning": conditioning, "items": [asdict(row) for row in rows]}
+    return fields | ({"view_conditioning": list(view_conditioning)} if view_conditioning else {})
 
 
 def owners(rows: list[CachedItem], captions: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Kind -> key -> file name of the first row that uses it; the empty caption is owned by the empty name."""
-    found: dict[str, dict[str, str]] = {"images": {}, "masks": {}, "text": {captions[""]: ""}}
+    """Return kind -> key -> file name of the first row that uses it; the empty caption has the empty owner."""
+    owner: dict[str, dict[str, str]] = {"images": {}, "masks": {}, "text": {captions[""]: ""}}
     for row in rows:
         for kind, keys in (
             ("images", row.views),
@@ -220,5 +222,5 @@ def owners(rows: list[CachedItem], captions: dict[str, str]) -> dict[str, dict[s
             ("text", (captions[caption] for caption in (row.caption, *row.captions))),
         ):
             for key in keys:
-                found[kind].setdefault(key, row.file_name)
-    return found
+                owner[kind].setdefault(key, row.file_name)
+    return owner

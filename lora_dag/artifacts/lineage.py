@@ -1,7 +1,7 @@
-"""reports/{validate,export}/lineage.json: what the results were made from, as a list of names and values.
+"""reports/{validate,export}/lineage.json: provenance of the results, as a list of names and values.
 
-A list and no object, so that no table and no page of DVC's shows it: DVC makes a column of every value that an object
-in a metric holds, and looks for a series of points in an object among the plots (3.67 warns of every empty list).
+It is a list, as DVC would show every value of an object as a column of its tables, and look for points of a plot in it
+(DVC 3.67 warns about every empty list).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ def save(path: Path, made_from: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Names and values.
+    """Return names and values.
 
     Raises:
-        TypeError, ValueError: it holds something else.
-        UserError: it is no JSON.
+        TypeError, ValueError: the file has other content.
+        UserError: the file is invalid JSON.
     """
     return dict(read_json(path))
 
 
 def parse(text: str | bytes) -> dict[str, Any]:
-    """The same of a text; also of an older version, which was an object.
+    """Return names and values of a text; also of an older version, which was an object.
 
     Raises:
-        TypeError, ValueError: it holds something else.
+        TypeError, ValueError: the text has other content.
     """
     return dict(from_json(text))

@@ -1,7 +1,7 @@
-"""reports/model_card.md: what report hands to a push, with a mark of what it was made from.
+"""reports/model_card.md: the model card that report writes and push uploads, with a fingerprint of its sources.
 
-The mark is a comment that neither GitHub nor the Hub shows; a push compares it, so that no card goes up beside another
-sample sheet, other metrics or other files than it tells of.
+The fingerprint is a comment that neither GitHub nor the Hub shows. Push compares it, so that a card is uploaded only
+with the samples, metrics and files that it describes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 from lora_dag.core.files import sha256_file, sha256_json
 
 NAME = "model_card.md"
-OF_REPORTS = ("metrics.json", "samples.png", "validate/lineage.json")
-OF_EXPORT = ("metrics.json", "lineage.json")
+REPORT_FILES = ("metrics.json", "samples.png", "validate/lineage.json")
+EXPORT_FILES = ("metrics.json", "lineage.json")
 
 
-def mark(reports: Path, export_reports: Path, title: str, repo_id: str | None) -> str:
-    """Of the reports that stand there and of the settings that the card repeats."""
-    paths = [reports / name for name in OF_REPORTS] + [export_reports / name for name in OF_EXPORT]
+def fingerprint(reports: Path, export_reports: Path, title: str, repo_id: str | None) -> str:
+    """Return the fingerprint of the reports and settings that the model card was generated from."""
+    paths = [reports / name for name in REPORT_FILES] + [export_reports / name for name in EXPORT_FILES]
     return f"<!-- made from {sha256_json([title, repo_id, [sha256_file(path) for path in paths]])[:16]} -->"

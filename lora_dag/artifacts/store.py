@@ -1,9 +1,9 @@
-"""The content-addressed store: encoded pictures and captions under the state directory, where no DAG tool deletes them.
+"""The content-addressed store: encoded images and captions in the state directory, where no DAG tool deletes them.
 
-<state>/store/<kind>/<2 hex>/<key>.safetensors   kind: ``latents``, ``masks`` or ``text``; cache_latents/keys.py says
-                                                 what keys are made of, its metadata what made an entry
-<state>/store/last.json, proven.json             what cache_latents wrote down; neither decides a result
-<state>/store/inspected-*.sqlite                 of prepare
+<state>/store/<kind>/<2 hex>/<key>.safetensors   kind: ``latents``, ``masks`` or ``text``; cache_latents/keys.py defines
+                                                 keys; the metadata has the environment of an entry
+<state>/store/last.json, proven.json             notes of cache_latents; no result depends on them
+<state>/store/inspected-*.sqlite                 inspection cache of prepare
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO, get_args
 
-from lora_dag.core.console import UserError, log
+from lora_dag.core.console import Problem, UserError, warn
 from lora_dag.core.files import state_dir
 from lora_dag.core.locks import flock
 from lora_dag.core.tensors import save_tensors
@@ -34,11 +34,11 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 class Entry:
     tensors: dict[str, torch.Tensor]
     made_by: str
-    """The environment that made it, as sorted JSON; empty where it was not recorded."""
+    """Environment that encoded the entry, as sorted JSON; empty if unknown."""
 
 
 class Store:
-    """Entries are written whole, and read only if their checksum holds; so no write waits for the disk."""
+    """Store of entries with checksums. Damaged entries count as missing, so writes need not wait for the disk."""
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or state_dir() / "store"
@@ -52,7 +52,7 @@ class Store:
         save_tensors(self.path(kind, key), tensors, metadata, sync=False)
 
     def has(self, kind: Kind, key: str) -> bool:
-        """Whether an entry stands there in its full length: 20 microseconds; ``load`` looks at the bytes."""
+        """Return whether an entry exists in its full length, in 20 microseconds; ``load`` checks the bytes."""
         path = self.path(kind, key)
         try:
             with path.open("rb") as file:
@@ -66,20 +66,20 @@ class Store:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             whole = False
         if not whole:
-            log.warning("warning: %s is damaged and is made again", path)
+            warn("store-entry-damaged", f"{path}: damaged. It is encoded again.")
         return whole
 
     def load(self, kind: Kind, key: str) -> Entry | None:
-        """None where there is no entry, or where its bytes are not what was saved under this kind and key."""
-        return read(self.path(kind, key), f"{kind}/{key}")
+        """Return the entry; None if it is missing or its bytes are not those saved under this kind and key."""
+        return read_entry(self.path(kind, key), f"{kind}/{key}")
 
     def touch(self, kind: Kind, key: str) -> None:
-        """Note that a run used the entry now: ``lora-dag gc`` deletes what was not used for long."""
-        with contextlib.suppress(OSError):  # another person's, or on a disk that cannot be written
+        """Set the time of last use: ``lora-dag gc`` deletes entries that are unused for long."""
+        with contextlib.suppress(OSError):  # of another user, or on a read-only disk
             os.utime(self.path(kind, key))
 
     def entries(self) -> Iterator[tuple[Kind, Path]]:
-        """Every file below the kinds' folders, leftovers of killed writes included; their names start with a dot."""
+        """Yield every file of each kind, including temporary files of killed writes, whose names start with a dot."""
         for kind in KINDS:
             for path in sorted((self.root / kind).glob("*/*")):
                 if path.is_file():
@@ -87,21 +87,22 @@ class Store:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Held by any number of runs that read and write; waits while another process has it alone."""
+        """Hold a lock that any number of runs share; wait while another process holds the store exclusively."""
         with self._lock_file() as file:
             flock(file, fcntl.LOCK_SH)
             yield
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Held by one process, to delete.
+    def exclusive(self) -> Iterator[None]:
+        """Hold the store exclusively, to delete entries.
 
         Raises:
-            UserError: a run is at work.
+            UserError: a run uses the store.
         """
         with self._lock_file() as file:
             if not flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                raise UserError(f"{self.root}: a run of cache_latents is at work here; wait for its end")
+                text = f"{self.root}: a run of cache_latents uses this store. Wait until it ends."
+                raise UserError(Problem("store-in-use", text))
             yield
 
     def _lock_file(self) -> TextIO:
@@ -109,8 +110,8 @@ class Store:
         return (self.root / "lock").open("a")
 
 
-def read(path: Path, name: str) -> Entry | None:
-    """An entry, if its checksum holds and it was saved as ``name``; those of the first version do not say as what."""
+def read_entry(path: Path, name: str) -> Entry | None:
+    """Return the entry if its checksum is right and it was saved as ``name``; entries of version 1 have no name."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -125,7 +126,7 @@ def read(path: Path, name: str) -> Entry | None:
 
 
 def checksum(tensors: dict[str, torch.Tensor], made_by: str, entry: str) -> str:
-    """sha256 over what made them, the entry's kind and key, names, dtypes, shapes and bytes."""
+    """Return the sha256 over environment, kind and key, and each tensor's name, dtype, shape and bytes."""
     import torch
 
     total = hashlib.sha256((made_by + entry).encode())

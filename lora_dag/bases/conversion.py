@@ -1,7 +1,7 @@
-"""A checkpoint in one file brought into the diffusers layout, once, by diffusers' own ``from_single_file``.
+"""Converts a checkpoint in one file to the diffusers layout, once, with diffusers' ``from_single_file``.
 
-In: the file, beside model_index.json, configs and tokenizers of its base (``single_file.py``).
-Out: <state>/bases/<digest>, the same folder with the file's weights in it; the digest is of all that decides them.
+In: the file, beside model_index.json, configs and tokenizers of its base model (``single_file.py``).
+Out: <state>/bases/<digest>, the same folder with the file's weights; the digest covers all inputs of the conversion.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dag.bases.component_files import loaded_files, weight_files
 from lora_dag.bases.hub import is_whole, state_of
-from lora_dag.bases.layout import component_files, weight_files
-from lora_dag.bases.single_file import FLOATS, components_in_file, names_of
+from lora_dag.bases.single_file import FLOATS, components_in_file, tensor_names
 from lora_dag.core import quiet
-from lora_dag.core.console import UserError, log
+from lora_dag.core.console import Problem, UserError, log
 from lora_dag.core.files import from_json, replaced, sha256_file, sha256_json, state_dir, write_json
 from lora_dag.core.locks import lock
 from lora_dag.core.tensors import read_header
@@ -31,67 +31,68 @@ if TYPE_CHECKING:
     from lora_dag.core.params import ModelParams
     from lora_dag.families.protocol import Family
 
-TRAINING = r"^first_stage_model\.(loss|model_ema)\."
-"""Names in a VAE's part that only its own training read."""
-OWN_CONFIGS = "use the configs of its own base"
+TRAINING_ONLY = r"^first_stage_model\.(loss|model_ema)\."
+"""Tensors of a VAE that only its own training uses."""
+OWN_CONFIGS = "Use the configs of its own base model."
 PACKAGES = ("diffusers", "transformers", "safetensors")
 VERSION = 1
 """Raise it when the same inputs are converted to other bytes."""
 MAX_SHOWN = 160
-"""Characters of a library's own message."""
+"""Characters of a quoted library message."""
 
 
 def convert(file: Path, model: ModelParams, family: Family, make: bool = True) -> tuple[Path, str]:
-    """The folder in the diffusers layout, made unless it is complete already, and the file's sha256.
+    """Return the folder in the diffusers layout and the file's sha256; convert the file unless that was done.
 
-    A process that finds another at work on the same one waits for it.
+    Waits for another process that converts the same file.
 
     Raises:
-        UserError: diffusers cannot convert the file, there is no space, or it was not done and ``make`` is False.
+        UserError: diffusers cannot convert the file, the disk is full, or ``make`` is False and nothing was converted.
     """
-    made_from = inputs(file, model, family)
-    target = state_dir() / "bases" / sha256_json(made_from)[:16]
+    inputs = conversion_inputs(file, model, family)
+    target = state_dir() / "bases" / sha256_json(inputs)[:16]
     if not is_complete(target):
         if not make:
-            raise UserError(f"{file}: not converted to the diffusers layout yet; run `python -m stages.cache_latents`")
-        with lock(state_dir() / "writing" / target.name, shown=file, wait=True):
+            text = f"{file}: not converted to the diffusers layout yet. Run `python -m stages.cache_latents`."
+            raise UserError(Problem("checkpoint-not-converted", text))
+        with lock(state_dir() / "writing" / target.name, shown_as=file, wait=True):
             if not is_complete(target):
                 log.info("convert     %s to the diffusers layout, once", file)
                 require_space(file)
                 with replaced(target) as folder:
-                    write(folder, file, model, family)
+                    write_folder(folder, file, model, family)
                     record = {path.relative_to(folder).as_posix(): state_of(path) for path in files_in(folder)}
-                    write_json(folder / "conversion.json", {"made_from": made_from, "files": record})
-    return target, made_from["checkpoint"]
+                    write_json(folder / "conversion.json", {"made_from": inputs, "files": record})
+    return target, inputs["checkpoint"]
 
 
-def inputs(file: Path, model: ModelParams, family: Family) -> dict[str, Any]:
-    """All that decides the bytes of the converted folder; no path."""
-    kept = kept_files(file, model, family)
+def conversion_inputs(file: Path, model: ModelParams, family: Family) -> dict[str, Any]:
+    """Return all inputs that determine the bytes of the converted folder; paths are no part of them."""
+    copied = files_to_copy(file, model, family)
     return {
         "checkpoint": sha256_file(file),
         "family": model.family,
-        "files": {path.relative_to(file.parent).as_posix(): sha256_file(path) for path in kept},
+        "files": {path.relative_to(file.parent).as_posix(): sha256_file(path) for path in copied},
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "variant": model.variant,
         "version": VERSION,
     }
 
 
-def kept_files(file: Path, model: ModelParams, family: Family) -> list[Path]:
-    """What is copied as it is: texts, and the weights of components that are not in the file."""
+def files_to_copy(file: Path, model: ModelParams, family: Family) -> list[Path]:
+    """Return the files to copy: configs, vocabularies, and weights of components that are not in the file."""
     root, inside = file.parent, components_in_file(file, model, family)
-    found = [root / "model_index.json"]
+    copied = [root / "model_index.json"]
     for name in family.COMPONENTS:
         if (root / name).is_dir():
             weights = {*weight_files(root / name, model.variant)} if name in inside else set()
-            there = [path for path in component_files(root / name, model.variant) if path not in weights]
-            found += [path for path in there if name not in inside or ".index." not in path.name]
-    return found
+            files = [path for path in loaded_files(root / name, model.variant) if path not in weights]
+            copied += [path for path in files if name not in inside or ".index." not in path.name]
+    return copied
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether it is whole, to the byte."""
+    """Return whether the folder has all files that were written, with the same bytes."""
     try:
         record = from_json((folder / "conversion.json").read_text(encoding="utf-8"))["files"]
         return all(is_whole(folder / name, state, verify=True) for name, state in record.items())
@@ -104,51 +105,49 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def require_space(file: Path) -> None:
-    """Raises UserError where the state directory has no room for the weights."""
+    """Raise UserError if the state directory has no space for the weights."""
     folder = state_dir()
     folder.mkdir(parents=True, exist_ok=True)
     free, need = shutil.disk_usage(folder).free, file.stat().st_size
     if free < need:
-        raise UserError(
-            f"{folder}: {free / 1e9:.1f} GB free, {file.name} takes {need / 1e9:.1f} GB once more in the diffusers"
-            " layout; set LORA_STATE_DIR to another disk"
-        )
+        text = f"{folder}: {free / 1e9:.1f} GB free, but the converted {file.name} needs {need / 1e9:.1f} GB."
+        raise UserError(Problem("disk-full", f"{text} Set LORA_STATE_DIR to another disk."))
 
 
-def write(folder: Path, file: Path, model: ModelParams, family: Family) -> None:
-    """The file's weights as diffusers converts them, a component in memory at a time; then all else as it stands."""
-    with quiet.no_warnings():  # image processors that ask for torchvision, which nothing here needs
+def write_folder(folder: Path, file: Path, model: ModelParams, family: Family) -> None:
+    """Write the weights as diffusers converts them, one component in memory at a time, and copy all other files."""
+    with quiet.without_warnings():  # on torchvision, which nothing here needs
         quiet.disable_progress_bars()
-        require_all_of(family.DENOISER, file, model, family)
+        require_all_weights(family.DENOISER, file, model, family)
         for name in components_in_file(file, model, family):
-            load(name, file, model, family).save_pretrained(folder / name, variant=model.variant)
+            load_component(name, file, model, family).save_pretrained(folder / name, variant=model.variant)
             if name == "vae":
-                require_all_of(name, file, model, family)
+                require_all_weights(name, file, model, family)
             elif name != family.DENOISER:
                 require_depth(name, file, model, family)
-    for path in kept_files(file, model, family):
-        place = folder / path.relative_to(file.parent)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.unlink(missing_ok=True)  # a config as the library wrote it, with its own version in it
+    for path in files_to_copy(file, model, family):
+        target = folder / path.relative_to(file.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a config that the library wrote, with its own version in it
         if path.suffix == ".safetensors":
-            link(path, place)
+            link_or_copy(path, target)
         else:
-            shutil.copyfile(path, place)
+            shutil.copyfile(path, target)
 
 
-def link(path: Path, place: Path) -> None:
-    """The same bytes on the disk, not twice; another disk gets a copy."""
+def link_or_copy(path: Path, target: Path) -> None:
+    """Link the file, or copy it to another disk."""
     try:
-        os.link(path.resolve(), place)
+        os.link(path.resolve(), target)
     except OSError:
-        shutil.copyfile(path, place)
+        shutil.copyfile(path, target)
 
 
-def load(name: str, file: Path, model: ModelParams, family: Family) -> Any:
-    """A component with the file's weights, in their own dtype, by diffusers' ``from_single_file``.
+def load_component(name: str, file: Path, model: ModelParams, family: Family) -> Any:
+    """Return a component with the file's weights, in their own dtype, by diffusers' ``from_single_file``.
 
     Raises:
-        UserError: the file lacks tensors, or has others than the configs beside it describe.
+        UserError: the file's tensors differ from those that the configs beside it describe.
     """
     listed = from_json((file.parent / "model_index.json").read_text(encoding="utf-8"))
     others = [other for other, entry in listed.items() if isinstance(entry, list) and other != name]
@@ -161,23 +160,25 @@ def load(name: str, file: Path, model: ModelParams, family: Family) -> Any:
             **dict.fromkeys(others),
         )
         module = getattr(pipeline, name)
-        if hasattr(module, "tie_weights"):  # T5's embeddings, which a file may hold once
+        if hasattr(module, "tie_weights"):  # T5's embeddings, which a file may have once
             module.tie_weights()
         if any(tensor.is_meta for tensor in module.state_dict().values()):
-            raise NotImplementedError  # as most components do by themselves
+            raise NotImplementedError  # most components raise it themselves
     except NotImplementedError:
-        raise UserError(f"{file}: lacks tensors that {name}/config.json describes; {OWN_CONFIGS}") from None
+        text = f"{file}: it lacks tensors that {name}/config.json describes. {OWN_CONFIGS}"
+        raise UserError(Problem("checkpoint-mismatch", text)) from None
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # of many kinds, where a tensor has another shape or a block is not there
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        what = f"{type(error).__name__}: {said}"[:MAX_SHOWN]
-        raise UserError(f"{file}: does not fit {name}/config.json beside it ({what}); {OWN_CONFIGS}") from None
+    except Exception as error:  # many types, for a tensor of another shape or a missing block
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        cause = f"{type(error).__name__}: {first}"[:MAX_SHOWN]
+        text = f"{file}: it does not fit {name}/config.json beside it ({cause}). {OWN_CONFIGS}"
+        raise UserError(Problem("checkpoint-mismatch", text)) from None
     return module
 
 
-def require_all_of(name: str, file: Path, model: ModelParams, family: Family) -> None:
-    """Raises UserError where the file has more or less of it than its config describes: diffusers leaves the rest."""
+def require_all_weights(name: str, file: Path, model: ModelParams, family: Family) -> None:
+    """Raise UserError if file and config differ in their number of weights: diffusers ignores additional ones."""
     import diffusers
     import torch
 
@@ -186,32 +187,32 @@ def require_all_of(name: str, file: Path, model: ModelParams, family: Family) ->
     with torch.device("meta"):
         module = cls.from_config(cls.load_config(str(file.parent), subfolder=name, local_files_only=True))
     described = sum(tensor.numel() for tensor in module.state_dict().values())
-    names = [key for key in names_of(name, header, family) if not re.search(TRAINING, key)]
-    there = sum(math.prod(header[key]["shape"]) for key in names)
-    if there != described:
-        what = f"has {there:,} weights of {name}, {name}/config.json describes {described:,}"
-        raise UserError(f"{file}: {what}; {OWN_CONFIGS}")
+    names = [key for key in tensor_names(name, header, family) if not re.search(TRAINING_ONLY, key)]
+    present = sum(math.prod(header[key]["shape"]) for key in names)
+    if present != described:
+        text = f"{file}: it has {present:,} weights of {name}, but {name}/config.json describes {described:,}."
+        raise UserError(Problem("checkpoint-mismatch", f"{text} {OWN_CONFIGS}"))
 
 
 def require_depth(name: str, file: Path, model: ModelParams, family: Family) -> None:
-    """Raises UserError where a text encoder has more layers than its config describes.
+    """Raise UserError if a text encoder has more layers than its config describes.
 
-    OpenCLIP's (``resblocks``) may have one: Stable Diffusion 2 leaves its last layer out.
+    OpenCLIP's ``resblocks`` are not counted: Stable Diffusion 2 leaves its last layer out.
     """
-    found = [re.search(r"\.(?:layers|block)\.(\d+)\.", key) for key in names_of(name, read_header(file), family)]
-    there = max((int(match[1]) + 1 for match in found if match), default=0)
+    matches = [re.search(r"\.(?:layers|block)\.(\d+)\.", key) for key in tensor_names(name, read_header(file), family)]
+    present = max((int(match[1]) + 1 for match in matches if match), default=0)
     config = from_json((file.parent / name / "config.json").read_text(encoding="utf-8"))
-    described = config.get("num_hidden_layers", config.get("num_layers", there))
-    if there > described:
-        what = f"has {there} layers of {name}, {name}/config.json describes {described}"
-        raise UserError(f"{file}: {what}; {OWN_CONFIGS}")
+    described = config.get("num_hidden_layers", config.get("num_layers", present))
+    if present > described:
+        text = f"{file}: it has {present} layers of {name}, but {name}/config.json describes {described}."
+        raise UserError(Problem("checkpoint-mismatch", f"{text} {OWN_CONFIGS}"))
 
 
 def own_dtype(name: str, file: Path, model: ModelParams, family: Family) -> torch.dtype:
-    """The dtype of a component's weights; of several, the one that holds all without loss."""
+    """Return the dtype of a component's weights; of several, the one that holds all without loss."""
     import torch
 
     header = read_header(file)
-    names = names_of(name, header, family)
+    names = tensor_names(name, header, family)
     dtypes = {getattr(torch, FLOATS[header[key]["dtype"]]) for key in names if header[key]["dtype"] in FLOATS}
     return functools.reduce(torch.promote_types, dtypes)

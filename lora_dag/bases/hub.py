@@ -3,8 +3,8 @@
     hub: owner/name
     revision: 0123456789abcdef0123456789abcdef01234567
 
-The snapshot is downloaded once, into the state directory, and then needs no network. The model's family decides which
-files are fetched (``resolve.py``). Datasets are imported by `lora-dag import`.
+The snapshot is downloaded once into the state directory; later runs need no network. Only the files of the model's
+family are fetched (``resolve.py``). `lora-dag import` fetches datasets.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any, Literal, TypedDict
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.events import AliasEvent
 
-from lora_dag.core.console import REMEDIES, UserError, log, plural
+from lora_dag.core.console import REMEDIES, Problem, UserError, log, plural, warn
 from lora_dag.core.files import from_json, sha256_file, sha256_json, state_dir, write_json
-from lora_dag.core.param_errors import unknown
+from lora_dag.core.param_errors import unknown_setting
 from lora_dag.core.params import read_yaml
 
 Kind = Literal["dataset", "model"]
@@ -29,14 +29,16 @@ KEYS = ("hub", "revision")
 NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 COMMIT = r"[0-9a-f]{40}"
 MAX_BYTES = 64 * 2**10
-"""Of a pin file."""
+"""Limit on the size of a pin file."""
 MAX_SHOWN = 120
-"""Characters of a value in a message."""
-NEVER_FETCHED = ["*.py", "*.pkl", "*.pickle"]  # code, which no stage would run anyway
+"""Characters of a quoted value in a message."""
+NEVER_FETCHED = ["*.py", "*.pkl", "*.pickle"]  # code, which no stage runs
 
 
 @dataclass(frozen=True)
 class Pin:
+    """A repository of the Hub at one commit."""
+
     hub: str
     """owner/name"""
     revision: str
@@ -46,46 +48,45 @@ class Pin:
 
     @property
     def folder(self) -> Path:
-        """Where its snapshot stands; another choice of files is another folder."""
-        chosen = "" if self.files is None else "-" + sha256_json(sorted(self.files))[:8]
-        return state_dir() / "hub" / "models" / self.hub.replace("/", "--") / (self.revision + chosen)
+        """Folder of the snapshot; another selection of files has another folder."""
+        selection = "" if self.files is None else "-" + sha256_json(sorted(self.files))[:8]
+        return state_dir() / "hub" / "models" / self.hub.replace("/", "--") / (self.revision + selection)
 
     @property
     def marker(self) -> Path:
-        """Says that the snapshot is whole; beside it, since a snapshot holds what the Hub holds and nothing else."""
+        """File that marks a complete snapshot, beside its folder, which has only the repository's files."""
         return self.folder.with_name(self.folder.name + ".json")
 
 
 class FileState(TypedDict):
-    """What a downloaded file was."""
+    """Size and digest of a downloaded file."""
 
     bytes: int
     sha256: str
 
 
 def fetch(path: Path, verify: bool = True, pin: Pin | None = None) -> Path:
-    """Folder with the snapshot that a pin file names, downloaded unless it is whole already.
+    """Return the folder with the snapshot of a pin file, and download it unless it is complete.
 
     Args:
-        verify: read every file and compare its SHA-256 with that of what was downloaded; else its size alone.
-        pin: what the file says, where that is not all: such as a choice of files.
+        verify: compare the SHA-256 of every file with the downloaded one; otherwise only its size.
+        pin: the pin, such as one with a selection of files; None to read it from the file.
 
     Raises:
-        UserError: the pin is none, the Hub does not give the files, or other files were put beside them.
+        UserError: the pin file is invalid, the download fails, or the folder has extra files.
     """
     pin = pin or read_pin(path)
-    stated = read_marker(pin)
-    spoiled = [name for name, state in stated.items() if not is_whole(pin.folder / name, state, verify)]
-    if stated and not spoiled:
+    recorded = read_marker(pin)
+    changed = [name for name, state in recorded.items() if not is_whole(pin.folder / name, state, verify)]
+    if recorded and not changed:
         if verify:
-            refuse_strangers(path, pin, stated)
+            refuse_extra_files(path, pin, recorded)
         return pin.folder
-    if spoiled:
-        log.warning(
-            "warning: the snapshot of %s has %s changed or lost since the download, such as %s; fetching again",
-            *(path, plural(len(spoiled), "file that was", "files that were"), spoiled[0]),
-        )
-    for name in spoiled:  # the client could take it for what the Hub holds
+    if changed:
+        files = plural(len(changed), "file was", "files were")
+        text = f"{path}: {files} changed or deleted in its snapshot, such as {changed[0]}. They are downloaded again."
+        warn("snapshot-changed", text)
+    for name in changed:  # otherwise the client could keep the changed file
         (pin.folder / name).unlink(missing_ok=True)
     log.info("download    %s at %s from the Hugging Face Hub", pin.hub, pin.revision[:12])
     names = download(path, pin)
@@ -94,39 +95,39 @@ def fetch(path: Path, verify: bool = True, pin: Pin | None = None) -> Path:
 
 
 def is_fetched(pin: Pin) -> bool:
-    """Whether ``fetch`` would not ask the Hub, by the sizes of the files."""
-    stated = read_marker(pin)
-    return bool(stated) and all(is_whole(pin.folder / name, state, verify=False) for name, state in stated.items())
+    """Return whether ``fetch`` needs no network, judged by the sizes of the files."""
+    recorded = read_marker(pin)
+    return bool(recorded) and all(is_whole(pin.folder / name, state, verify=False) for name, state in recorded.items())
 
 
 def read_marker(pin: Pin) -> dict[str, FileState]:
-    """Files of a download that came to its end; empty where none did."""
+    """Return the files of a completed download; empty if there is none."""
     try:
-        stated = from_json(pin.marker.read_text(encoding="utf-8"))
-        return {name: {"bytes": int(state["bytes"]), "sha256": str(state["sha256"])} for name, state in stated.items()}
+        files = from_json(pin.marker.read_text(encoding="utf-8"))
+        return {name: {"bytes": int(state["bytes"]), "sha256": str(state["sha256"])} for name, state in files.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return {}
 
 
 def is_whole(path: Path, state: FileState, verify: bool) -> bool:
+    """Return whether a file has the recorded size and, with ``verify``, the recorded digest."""
     try:
         return path.stat().st_size == state["bytes"] and (not verify or sha256_file(path) == state["sha256"])
     except (FileNotFoundError, NotADirectoryError):
         return False
 
 
-def refuse_strangers(path: Path, pin: Pin, stated: dict[str, FileState]) -> None:
-    """What else stands in the snapshot would be taken for a part of the pinned commit."""
-    there = {file.relative_to(pin.folder) for file in pin.folder.rglob("*") if not file.is_dir()}
-    strangers = sorted(str(name) for name in there if str(name) not in stated and not hidden(name))
-    if strangers:
-        files = plural(len(strangers), f"file in {pin.folder} is", f"files in {pin.folder} are")
-        found = f"{files} none of {pin.hub}, such as {strangers[0]}"
-        raise UserError(f"{path}: {found}; move them to a folder of your own")
+def refuse_extra_files(path: Path, pin: Pin, recorded: dict[str, FileState]) -> None:
+    """Raise UserError for other files in the snapshot, which would be loaded as a part of the pinned commit."""
+    files = {file.relative_to(pin.folder) for file in pin.folder.rglob("*") if not file.is_dir()}
+    extra = sorted(str(name) for name in files if str(name) not in recorded and not is_hidden(name))
+    if extra:
+        text = f"{path}: {plural(len(extra), 'file')} in {pin.folder} not from {pin.hub}, such as {extra[0]}."
+        raise UserError(Problem("snapshot-extra-files", f"{text} Move them to another folder."))
 
 
-def hidden(name: Path) -> bool:
-    """As the client's own ``.cache``; no listing looks at those."""
+def is_hidden(name: Path) -> bool:
+    """Return whether a path has a part such as the client's ``.cache``, which no loader reads."""
     return any(part.startswith(".") for part in name.parts)
 
 
@@ -135,83 +136,90 @@ def state_of(path: Path) -> FileState:
 
 
 def read_pin(path: Path) -> Pin:
-    """A checked pin file.
+    """Read and check a pin file.
 
     Raises:
-        UserError: every problem with it, one line each.
+        UserError: every problem of the file.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a YAML file with the keys hub and revision")
-    refuse_bombs(path)
+        text = f"{path}: no such file, but a YAML file with the keys hub and revision is expected."
+        raise UserError(Problem("pin-missing", text))
+    refuse_aliases(path)
     tree = read_yaml(path)
-    problems = [unknown(str(path), str(key)[:MAX_SHOWN], KEYS) for key in tree if key not in KEYS]
-    problems += [f"{path} {text}" for text in (hub_problem(tree), revision_problem(tree)) if text]
+    problems: list[Problem] = [
+        unknown_setting(str(path), str(key)[:MAX_SHOWN], KEYS, "key") for key in tree if key not in KEYS
+    ]
+    problems += [problem.about(str(path)) for problem in (hub_problem(tree), revision_problem(tree)) if problem]
     if problems:
         raise UserError(*problems)
     return Pin(tree["hub"], tree["revision"], None)
 
 
 def page(name: str, kind: Kind) -> str:
+    """Return the address of a repository's page."""
     return f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
 
 
-def refuse_bombs(path: Path) -> None:
-    """A few lines of YAML whose aliases name aliases are gigabytes when written out."""
+def refuse_aliases(path: Path) -> None:
+    """Raise UserError for a large file or one with aliases, whose few lines can expand to gigabytes."""
     if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes; a file that pins a model has at most {MAX_BYTES:,}")
-    with contextlib.suppress(YAMLError, ValueError, RecursionError):  # read_yaml says what is wrong
+        text = f"{path}: {path.stat().st_size:,} bytes, but a file that pins a model has at most {MAX_BYTES:,}."
+        raise UserError(Problem("pin-too-large", text))
+    with contextlib.suppress(YAMLError, ValueError, RecursionError):  # read_yaml reports these
         for event in YAML(typ="safe", pure=True).parse(path.read_text(encoding="utf-8")):
             if isinstance(event, AliasEvent):
-                raise UserError(
-                    f"{path}:{event.start_mark.line + 1}: an alias (*{event.anchor[:MAX_SHOWN]}); write the value"
-                    " itself"
-                )
+                place, alias = f"{path}:{event.start_mark.line + 1}", event.anchor[:MAX_SHOWN]
+                raise UserError(Problem("pin-alias", f"{place}: got the alias *{alias}. Write the value itself."))
 
 
-def hub_problem(tree: dict[str, Any]) -> str:
+def hub_problem(tree: dict[str, Any]) -> Problem | None:
     name = tree.get("hub")
     if isinstance(name, str) and re.fullmatch(NAME, name):
-        return ""
-    return f"hub: got {shown(name)}; expected owner/name, as in {page('owner/name', 'model')}"
+        return None
+    text = f"hub: got {short_repr(name)}, but owner/name is expected, as in {page('owner/name', 'model')}."
+    return Problem("pin-hub", text)
 
 
-def revision_problem(tree: dict[str, Any]) -> str:
+def revision_problem(tree: dict[str, Any]) -> Problem | None:
     revision = tree.get("revision")
     if isinstance(revision, str) and re.fullmatch(COMMIT, revision):
-        return ""
+        return None
     if isinstance(revision, int | float):
-        return f"revision: got the number {shown(revision)}; put the commit in quotes"
-    got = "missing" if revision is None else f"got {shown(revision)}"
+        return Problem("pin-revision", f"revision: got the number {short_repr(revision)}. Put the commit in quotes.")
+    got = "missing" if revision is None else f"got {short_repr(revision)}"
     name = str(tree.get("hub")) if not hub_problem(tree) else "owner/name"
-    return (
-        f"revision: {got}; expected a commit of 40 hex digits, since what a branch, a tag or nothing names can change"
-        f" and no run could be repeated; find it at {page(name, 'model')}/commits/main, or with"
-        f" python -c \"import huggingface_hub as h; print(h.model_info('{name}').sha)\""
+    return Problem(
+        "pin-revision",
+        f"revision: {got}, but a commit of 40 hex digits is expected, because branches and tags can change. "
+        f"Find it at {page(name, 'model')}/commits/main, or run "
+        f"python -c \"import huggingface_hub as h; print(h.model_info('{name}').sha)\"",
     )
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
+    """Return the value as Python writes it, cut after MAX_SHOWN characters."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def download(path: Path, pin: Pin) -> list[str]:
-    """Fetch the snapshot, going on where an earlier download was killed; the names of its files.
+    """Download the snapshot, resuming an earlier download, and return the names of its files.
 
     Raises:
-        UserError: the Hub cannot be reached, or has no such repository, commit or files, or not for this person.
+        UserError: the Hub cannot be reached, or this user cannot read such a repository, commit or files.
     """
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
     patterns = list(pin.files) if pin.files else None
-    # Asked first, since snapshot_download takes a folder half full for the snapshot where it cannot reach the Hub.
-    there = list_files(path, pin)
-    wanted = list(filter_repo_objects(there, allow_patterns=patterns, ignore_patterns=NEVER_FETCHED))
+    # First, because snapshot_download returns a half-filled folder as the snapshot if it cannot reach the Hub.
+    available = list_files(path, pin)
+    wanted = list(filter_repo_objects(available, allow_patterns=patterns, ignore_patterns=NEVER_FETCHED))
     if not wanted:
-        shown = ", ".join(there[:5]) or "no files"
-        raise UserError(f"{path} files: no file of {pin.hub} matches {patterns or ['*']}; it has {shown}")
-    with explained(path, pin.hub, "model", pin.revision):
+        examples = ", ".join(available[:5]) or "no files"
+        text = f"{path} files: no file of {pin.hub} matches {patterns or ['*']}. It has {examples}."
+        raise UserError(Problem("hub-no-match", text))
+    with user_errors(path, pin.hub, "model", pin.revision):
         huggingface_hub.snapshot_download(
             pin.hub,
             repo_type="model",
@@ -222,48 +230,47 @@ def download(path: Path, pin: Pin) -> list[str]:
         )
     missing = [name for name in wanted if not (pin.folder / name).is_file()]
     if missing:
-        raise UserError(
-            f"{path}: {plural(len(missing), 'file')} of {pin.hub} did not arrive, such as {missing[0]}; run again"
-        )
+        text = f"{path}: {plural(len(missing), 'file')} of {pin.hub} did not arrive, such as {missing[0]}."
+        raise UserError(Problem("hub-incomplete", f"{text} Run the same command to resume."))
     return wanted
 
 
 def list_files(path: Path, pin: Pin) -> list[str]:
-    """Names of all files of the pinned commit, as the Hub says.
+    """Return the names of all files of the pinned commit.
 
     Raises:
-        UserError: as ``download``.
+        UserError: the same as for ``download``.
     """
     import huggingface_hub
 
-    with explained(path, pin.hub, "model", pin.revision):
+    with user_errors(path, pin.hub, "model", pin.revision):
         info = huggingface_hub.model_info(pin.hub, revision=pin.revision)
     return sorted(sibling.rfilename for sibling in info.siblings or [])
 
 
 @contextlib.contextmanager
-def explained(where: str | Path, name: str, kind: Kind, revision: str) -> Iterator[None]:
-    """Inside, the Hub is asked for a repository; what goes wrong there becomes a UserError.
+def user_errors(place: str | Path, name: str, kind: Kind, revision: str) -> Iterator[None]:
+    """Turn failures of requests to the Hub into a UserError.
 
     Args:
-        where: the pin file or the argument that names the repository, for messages.
+        place: the pin file or the argument that names the repository, for messages.
     """
     from huggingface_hub import errors
 
     try:
         yield
     except errors.GatedRepoError:
-        cure = f"accept its terms at {page(name, kind)} and run `hf auth login`"
-        raise UserError(f"{where} hub: {name} is gated; {cure}") from None
+        text = f"{place} hub: {name} is gated. Accept its terms at {page(name, kind)} and run `hf auth login`."
+        raise UserError(Problem("hub-gated", text)) from None
     except errors.RevisionNotFoundError:
-        raise UserError(
-            f"{where} revision: {name} has no commit {revision}; see {page(name, kind)}/commits/main"
-        ) from None
+        text = f"{place} revision: {name} has no commit {revision}. See {page(name, kind)}/commits/main."
+        raise UserError(Problem("hub-no-revision", text)) from None
     except errors.RepositoryNotFoundError:
-        cure = "check the name, or run `hf auth login` if it is private"
-        raise UserError(f"{where} hub: no {kind} {page(name, kind)}; {cure}") from None
-    except Exception as error:  # whatever the client's HTTP library raises
-        if getattr(error, "errno", None) in REMEDIES:  # the disk's fault, such as no space left
+        text = f"{place} hub: {page(name, kind)} does not exist or is private."
+        raise UserError(Problem("hub-no-repository", f"{text} Check the name, or run `hf auth login`.")) from None
+    except Exception as error:  # the client's HTTP library has many
+        if getattr(error, "errno", None) in REMEDIES:  # such as no space left
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(f"{where}: {name} cannot be downloaded ({reason}); run again, it goes on from there") from None
+        text = f"{place}: {name} cannot be downloaded ({reason}). Run the same command to resume."
+        raise UserError(Problem("hub-failed", text)) from None

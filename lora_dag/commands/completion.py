@@ -1,4 +1,4 @@
-"""What a shell offers after ``lora-dag``: commands, options and files, settings, revisions and runs.
+"""Shell completion of ``lora-dag``: commands, options, files, settings, revisions and runs.
 
 In bash or zsh: ``eval "$(register-python-argcomplete lora-dag)"``.
 """
@@ -15,7 +15,7 @@ from lora_dag.core import clone
 
 
 def complete(line: str) -> None:
-    """Print what may come next on the command line, and exit."""
+    """Print the possible completions of the command line, and exit."""
     import argcomplete
 
     parser = make_parser(*line.split()[1:2])
@@ -25,7 +25,7 @@ def complete(line: str) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:
-    """Of all commands that the parser knows."""
+    """Return the arguments of all commands in the parser."""
     (choices,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
     return (action for own in choices.values() for action in own._actions)
 
@@ -35,7 +35,7 @@ def root() -> Path:
 
 
 def settings(**_: Any) -> list[str]:
-    """``lora.rank=`` and every other key of params.yaml."""
+    """Return ``lora.rank=`` and every other key of params.yaml."""
     from lora_dag.core.params import read_yaml
 
     tree = read_yaml(root() / "params.yaml")
@@ -43,7 +43,7 @@ def settings(**_: Any) -> list[str]:
 
 
 def revisions(**_: Any) -> list[str]:
-    """Branches, tags and DVC experiments."""
+    """Return branches, tags and DVC experiments."""
     from lora_dag.commands.compare.revisions import WORKSPACE, list_experiments
     from lora_dag.pipeline.git import git
 
@@ -52,10 +52,10 @@ def revisions(**_: Any) -> list[str]:
 
 
 def runs(**_: Any) -> list[str]:
-    """Runs of sweeps, such as ``raw/rank-16-s0``."""
+    """Return runs of sweeps, such as ``raw/rank-16-s0``."""
     folder = root() / "runs"
     return [path.parent.relative_to(folder).as_posix() for path in folder.glob("*/*-s*/reports")]
 
 
 COMPLETERS = {"overrides": settings, "revisions": revisions, "against": revisions, "commit": revisions, "run": runs}
-"""By the destination of an argument."""
+"""Argument destination -> completer."""

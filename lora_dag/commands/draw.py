@@ -1,6 +1,6 @@
-"""Several adapter files on one sheet, alone and together, at every combination of the scales given.
+"""Draws several adapter files on one sheet, at every combination of the given scales.
 
-In: files that diffusers' ``load_lora_weights`` reads, each with one or more scales; data/latents, the base.
+In: files that diffusers' ``load_lora_weights`` reads, each with one or more scales; data/latents, the base model.
 Out: compare/adapters.png, a row per prompt of section ``validate``, a column for the base and for each combination.
 Run: ``lora-dag draw a.safetensors:0.8 b.safetensors:0,0.5,1``
 """
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts.latent_cache import LatentCache
-from lora_dag.bases import layout, resolve
+from lora_dag.bases import component_files, resolve
 from lora_dag.core import params
-from lora_dag.core.console import UserError, add_settings, as_path, log
+from lora_dag.core.console import Problem, UserError, add_settings, as_path, log
 from lora_dag.core.device import setup
 from lora_dag.core.files import from_json
-from lora_dag.core.labels import exact, numbers
+from lora_dag.core.labels import exact_number, numbered_heads
 from lora_dag.core.params import ModelParams, RuntimeParams
 from lora_dag.core.tensors import load_metadata, read_header
 from lora_dag.families.long_texts import warn_of_long_prompts
@@ -33,15 +33,17 @@ if TYPE_CHECKING:
     from stages.validate.heldout_loss import EvalSet
 
 OUTPUT = Path("compare/adapters.png")
-SHEET_BYTES = 2_000_000  # in no git history
+SHEET_BYTES = 2_000_000  # larger than reports: git ignores compare/
 MAX_SCALE = 1000.0
-"""Of either sign; what is drawn far below it is noise already."""
-DOWN = (".lora_A.", ".lora_down.", ".down.")
-"""In the names of the tensors that every converter of diffusers keeps, split or repeated, but no smaller."""
+"""Limit of a scale's absolute value; far smaller ones already give noise."""
+LORA_A_MARKS = (".lora_A.", ".lora_down.", ".down.")
+"""Parts of tensor names of lora_A, of which diffusers' converters drop no weights."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class ScaledFile:
+    """An adapter file and the scales to draw it at."""
+
     file: Path
     scales: tuple[float, ...]
 
@@ -49,20 +51,20 @@ class Entry:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, ["latents"])
     parser.add_argument(
-        "entries", nargs="+", type=read_entry, metavar="FILE:SCALE", help="such as a.safetensors:0,0.5,1"
+        "entries", nargs="+", type=parse_entry, metavar="FILE:SCALE", help="such as a.safetensors:0,0.5,1"
     )
 
 
 def main(args: argparse.Namespace) -> None:
     config = params.load(args.params, args.overrides)
-    settings, asked = config.section(ValidateParams), config.section(ModelParams)
-    family = load_family(asked.family)
-    if found := prompt_problems(settings, family):
-        raise UserError(*found)
-    model = resolve.resolve(asked, family).model
-    base = layout.digests(model, family.COMPONENTS)
+    settings, requested = config.section(ValidateParams), config.section(ModelParams)
+    family = load_family(requested.family)
+    if problems := prompt_problems(settings, family):
+        raise UserError(*problems)
+    model = resolve.resolve(requested, family).model
+    base = component_files.digests(model, family.COMPONENTS)
     cache = LatentCache(args.latents)
-    layout.require_same_base(cache.base, base, args.latents)
+    component_files.require_same_base(cache.base, base, args.latents)
     for entry in args.entries:
         require_base(entry.file, base)
     eval_set = make_eval_set(settings, model, family, cache, setup(config.section(RuntimeParams), model))
@@ -70,82 +72,98 @@ def main(args: argparse.Namespace) -> None:
     draw_grid(eval_set, settings, args.entries)
 
 
-def read_entry(text: str) -> Entry:
-    """``FILE:SCALE[,SCALE...]``, or FILE for a scale of 1.
+def parse_entry(text: str) -> ScaledFile:
+    """Parse ``FILE:SCALE[,SCALE...]``, or FILE for a scale of 1.
 
     Raises:
-        UserError: a scale that is no number or too large, or no such file.
+        UserError: a scale is no number or too large, or the file does not exist.
     """
-    name, colon, given = text.rpartition(":")
+    name, colon, numbers_text = text.rpartition(":")
     try:
-        scales = tuple(float(scale) for scale in given.split(",")) if colon else (1.0,)
+        scales = tuple(float(scale) for scale in numbers_text.split(",")) if colon else (1.0,)
     except ValueError:
-        raise UserError(f"{text}: '{given}' is no scale; expected FILE:SCALE, such as a.safetensors:0.8") from None
+        message = f"{text}: got '{numbers_text}', but numbers are expected. Write a.safetensors:0.8, for example."
+        raise UserError(Problem("invalid-scale", message)) from None
     for scale in scales:
         if not abs(scale) <= MAX_SCALE:  # nan too
-            raise UserError(f"{text}: {scale:g} is no scale; expected -{MAX_SCALE:g} to {MAX_SCALE:g}")
+            message = f"{text}: got {scale:g}, but -{MAX_SCALE:g} to {MAX_SCALE:g} is expected."
+            raise UserError(Problem("invalid-scale", message))
     file = as_path(name if colon else text)
     if not file.is_file():
-        raise UserError(f"{text}: no such file")
-    return Entry(file, scales)
+        raise UserError(Problem("file-missing", f"{text}: no such file."))
+    return ScaledFile(file, scales)
 
 
 def require_base(file: Path, base: dict[str, str]) -> None:
-    """Raises UserError for a damaged file, or one of ours made on another base or not LoRA; others' are not known."""
+    """Raise UserError for a damaged file, or an export made on another base model or not LoRA.
+
+    For files of other programs, the base model is unknown and not checked.
+    """
     from safetensors import SafetensorError
 
     try:
         record = from_json(load_metadata(file).get("lora_dag", "{}"))
         recorded, config = dict(record.get("base", {})), dict(record.get("lora_config", {}))
     except (SafetensorError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: damaged, or no safetensors file ({error})") from None
-    layout.require_same_base(recorded, base, file)
+        text = f"{file}: damaged, or no safetensors file ({error})."
+        raise UserError(Problem("adapter-damaged", text)) from None
+    component_files.require_same_base(recorded, base, file)
     if algo := config.get("algo"):
-        raise UserError(f"{file}: made with lora.algo {algo}, which diffusers does not load; use validate.scales")
+        text = f"{file}: made with lora.algo {algo}, which diffusers does not load. Set validate.scales instead."
+        raise UserError(Problem("adapter-not-loadable", text))
 
 
-def require_readable(denoiser: Any, entries: list[Entry]) -> None:
-    """Raises UserError for a run's own file: of names without a component, diffusers takes none and says nothing."""
+def require_readable(denoiser: Any, entries: list[ScaledFile]) -> None:
+    """Raise UserError for files of data/adapter: diffusers silently ignores tensor names without a component."""
     modules = {name for name, _ in denoiser.named_modules()}
     own = [
         entry.file for entry in entries if {name.partition(".lora_")[0] for name in read_header(entry.file)} & modules
     ]
     if own:
-        raise UserError(*(f"{file}: the run's own file, which diffusers does not read; use its export" for file in own))
+        raise UserError(
+            *(
+                Problem(
+                    "adapter-not-exported",
+                    f"{file}: written by train, and diffusers does not read it. Use the file in data/export.",
+                )
+                for file in own
+            )
+        )
 
 
-def load(pipeline: Any, entries: list[Entry]) -> list[str]:
-    """Stock ``load_lora_weights``; the adapters' names.
+def load_adapters(pipeline: Any, entries: list[ScaledFile]) -> list[str]:
+    """Load the files with diffusers' ``load_lora_weights`` and return the adapters' names.
 
     Raises:
-        UserError: a file that diffusers does not read, or of which it leaves a part.
+        UserError: diffusers does not read a file, or only a part of it.
     """
     from lora_dag.core import quiet
 
     names = [f"adapter_{index}" for index in range(len(entries))]
     for name, entry in zip(names, entries, strict=True):
         try:
-            with quiet.no_warnings():
+            with quiet.without_warnings():
                 pipeline.load_lora_weights(entry.file.parent, weight_name=entry.file.name, adapter_name=name)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            what = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{entry.file}: diffusers does not load it ({what}); use the diffusers export") from None
+            cause = (str(error).splitlines() or [type(error).__name__])[0]
+            text = f"{entry.file}: diffusers does not load it ({cause}). Use the diffusers export."
+            raise UserError(Problem("adapter-not-loadable", text)) from None
         header = read_header(entry.file)
-        there = sum(math.prod(header[key]["shape"]) for key in header if any(mark in key for mark in DOWN))
-        if (found := taken(pipeline, name)) < max(1, there):
-            what = f"{found:,} of {there:,} weights of its lora_A"
-            raise UserError(f"{entry.file}: diffusers takes only {what}; use the diffusers export")
+        expected = sum(math.prod(header[key]["shape"]) for key in header if any(mark in key for mark in LORA_A_MARKS))
+        if (loaded := num_loaded_weights(pipeline, name)) < max(1, expected):
+            text = f"{entry.file}: diffusers loads only {loaded:,} of the {expected:,} weights of its lora_A."
+            raise UserError(Problem("adapter-not-loadable", f"{text} Use the diffusers export."))
     return names
 
 
-def taken(pipeline: Any, name: str) -> int:
-    """Weights in the lora_A of an adapter, in all components."""
+def num_loaded_weights(pipeline: Any, name: str) -> int:
+    """Return the number of weights in the lora_A of an adapter, in all components."""
     modules = [part for part in pipeline.components.values() if hasattr(part, "named_parameters")]
-    named = [item for module in modules for item in module.named_parameters()]
-    return sum(parameter.numel() for key, parameter in named if f".lora_A.{name}." in key)
+    parameters = [item for module in modules for item in module.named_parameters()]
+    return sum(parameter.numel() for key, parameter in parameters if f".lora_A.{name}." in key)
 
 
-def draw_grid(eval_set: EvalSet, settings: ValidateParams, entries: list[Entry]) -> None:
+def draw_grid(eval_set: EvalSet, settings: ValidateParams, entries: list[ScaledFile]) -> None:
     """Draw the base and every combination of scales, and write the sheet."""
     from lora_dag.diffusion.sampling import draw
     from lora_dag.pages.sheets import save_png, sheet
@@ -154,16 +172,16 @@ def draw_grid(eval_set: EvalSet, settings: ValidateParams, entries: list[Entry])
     sampling = make_sampling(eval_set, settings, pipeline.vae_scale_factor)
     require_readable(getattr(pipeline, eval_set.family.DENOISER), entries)
     labels, columns = ["base"], [draw(pipeline, sampling, eval_set.model)]
-    names = load(pipeline, entries)
+    names = load_adapters(pipeline, entries)
     stems = [entry.file.stem for entry in entries]
-    shown = stems if len({*stems}) == len(stems) else [str(entry.file) for entry in entries]
+    titles = stems if len({*stems}) == len(stems) else [str(entry.file) for entry in entries]
     for scales in itertools.product(*(entry.scales for entry in entries)):
         pipeline.set_adapters(names, list(scales))
-        labels.append(", ".join(f"{name} {exact(scale)}" for name, scale in zip(shown, scales, strict=True)))
+        labels.append(", ".join(f"{name} {exact_number(scale)}" for name, scale in zip(titles, scales, strict=True)))
         columns.append(draw(pipeline, sampling, eval_set.model))
         log.info("drawn       %s", labels[-1])
     cell = min(256, max(128, *columns[0][0].size))
     rows = [list(row) for row in zip(*columns, strict=True)]
-    heads = numbers(len(settings.prompts))
+    heads = numbered_heads(len(settings.prompts))
     save_png(OUTPUT, sheet(rows, settings.prompts, labels, cell, row_heads=heads), max_bytes=SHEET_BYTES)
-    log.info("wrote       %s", OUTPUT)
+    log.info("written     %s", OUTPUT)

@@ -1,9 +1,11 @@
-"""A run of a sweep becomes the workspace's experiment: its settings, data and reports, known to DVC, nothing retrained.
+"""Make a run of a sweep the experiment of the workspace: its settings, data and reports. Nothing is trained again.
 
-In: a folder below runs/, and what Snakemake recorded of the jobs that filled it.
-Out: params.yaml with the run's overrides, the outputs at DVC's paths, in its cache, run cache and dvc.lock.
-Refused: a run that is unfinished, or that the workspace's code, data, base and other parameters would not make again.
-Stopped in the middle, the same command finishes. Run: `lora-dag promote raw/rank-16-s0`
+In: a folder below runs/, and Snakemake's records of the jobs that filled it.
+Out: params.yaml with the overrides of the run; the outputs at DVC's paths, in its cache, run cache and dvc.lock.
+Run: `lora-dag promote raw/rank-16-s0`; after an interruption, the same command finishes.
+
+A run is rejected if it is unfinished, or if the code, data, base model or other settings of the workspace have changed
+since it was made.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from typing import Any
 
 from lora_dag.artifacts import lineage
 from lora_dag.bases import resolve
-from lora_dag.bases.layout import digests
+from lora_dag.bases.component_files import digests
 from lora_dag.core import params
-from lora_dag.core.console import PATHS, UserError, log
+from lora_dag.core.console import PATHS, Problem, UserError, log
 from lora_dag.core.files import atomic, read_json, replaced, sha256_file, state_dir, write_json, write_text
 from lora_dag.core.locks import lock
 from lora_dag.core.params import ModelParams
@@ -32,12 +34,12 @@ from lora_dag.pipeline.dvc_files import read_pipeline
 from lora_dag.pipeline.snakemake_records import Record, read_record
 from lora_dag.pipeline.yaml_edit import with_values
 from lora_dag.sweeps import grid
-from lora_dag.sweeps.stale import AGAIN, WITNESS, lies_in, outdated
+from lora_dag.sweeps.stale import AGAIN, FINAL_OUTPUT, is_within, reasons_outdated
 
 PARAMS = Path("params.yaml")
-COMMITTED = ("prepare", "cache_latents", "train", "validate", "export")
-"""Stages whose outputs are copied. The report names the folders that it was made from, so it is written anew: 2 s."""
-MAKER = {
+COPIED_STAGES = ("prepare", "cache_latents", "train", "validate", "export")
+"""Stages whose outputs are copied. The report has links to folders, so it is written again, which takes 2 s."""
+WRITING_STAGE = {
     "prepared": "prepare",
     "dataset_reports": "prepare",
     "latents": "cache_latents",
@@ -48,9 +50,9 @@ MAKER = {
     "export_reports": "export",
     "reports": "validate",
 }
-"""Folder -> the stage whose job names it."""
-MEASURED = ("reports/train/run.json", "reports/validate/run.json")
-"""Time and memory, for report.html; neither git nor DVC has them."""
+"""Artifact -> the stage whose job writes it."""
+UNTRACKED = ("reports/train/run.json", "reports/validate/run.json")
+"""Time and memory for report.html, tracked by neither git nor DVC."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,18 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     name = args.run.removeprefix("./").removeprefix("runs/").strip("/")
-    with lock(state_dir() / "promote", shown=Path("promote")):
+    with lock(state_dir() / "promote", shown_as=Path("promote")):
         records = read_records(name)
         overrides = {key: value for record in records.values() for key, value in assignments(record)}
         tree = params.read_yaml(PARAMS)
-        wanted = applied(tree, overrides)
+        wanted = with_overrides(tree, overrides)
         journal = state_dir() / "promote" / "journal.json"
-        base = wanted.value("model.pretrained")  # told by its digests, not by the times of large files
-        changed = [problem for stage, record in records.items() for problem in outdated(stage, record, wanted, base)]
-        problems = [f"{problem}; {AGAIN}" for problem in [*changed, *changed_base(records, wanted)]]
-        problems += [*damaged(records), *at_risk(name, journal)]
+        base = wanted.value("model.pretrained")  # compared by its digests, not by the times of large files
+        changed = [
+            problem for stage, record in records.items() for problem in reasons_outdated(stage, record, wanted, base)
+        ]
+        changed += changed_base(records, wanted)
+        problems = [Problem("run-out-of-date", f"{text}. {AGAIN}") for text in changed]
+        problems += [*damaged(records), *unsaved_outputs(name, journal)]
         if problems:
-            raise UserError(*dict.fromkeys(f"{name}: {problem}" for problem in problems))
+            raise UserError(*dict.fromkeys(problem.at(name) for problem in problems))
         write_json(journal, {"run": name})
         adopt(records, {key: v for key, v in overrides.items() if value_in(tree, key) != v})
         journal.unlink()
@@ -78,30 +83,32 @@ def main(args: argparse.Namespace) -> None:
     log.info("next        git add params.yaml dvc.lock reports && git commit")
 
 
-# What the run was made with
+# The run
 
 
 def read_records(name: str) -> dict[str, Record]:
-    """Stage -> its job's record.
+    """Return stage -> record of its job.
 
     Raises:
-        UserError: there is no such run, or it is not finished.
+        UserError: the run does not exist or is not finished.
     """
     known = sorted(p.relative_to("runs").as_posix()[: -len("/reports")] for p in Path("runs").glob("*/*-s*/reports"))
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5] or ["none; run `snakemake` first"]
-        raise UserError(f"{name}: no such run below runs/ (near: {', '.join(near)})")
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5]
+        hint = f"Did you mean {' or '.join(near)}?" if near else "Run `snakemake` first."
+        raise UserError(Problem("run-missing", f"{name}: no such run in runs/. {hint}"))
     folders = {"reports": f"runs/{name}/reports"}
     found: dict[str, Record] = {}
-    for stage in reversed(WITNESS):  # each names folders of those before it
-        at, file = WITNESS[stage]
+    for stage in reversed(FINAL_OUTPUT):  # the record of each stage has the folders of earlier stages
+        at, file = FINAL_OUTPUT[stage]
         record = read_record(f"{folders[at]}/{file}") if at in folders else None
         if record is None:
-            raise UserError(f"{name}: not finished, {stage} has not written {file}; run `snakemake` again")
+            text = f"{name}: not finished, as {stage} has not written {file}. Run `snakemake` again."
+            raise UserError(Problem("run-unfinished", text))
         found[stage] = record
         names = [word[2:].replace("-", "_") for word in record.options if word.startswith("--") and word != "--set"]
         folders |= {option: record.folder(option) for option in names}
-    return {stage: found[stage] for stage in WITNESS}
+    return {stage: found[stage] for stage in FINAL_OUTPUT}
 
 
 def assignments(record: Record) -> Iterator[tuple[str, Any]]:
@@ -112,8 +119,8 @@ def assignments(record: Record) -> Iterator[tuple[str, Any]]:
         yield key, tree[key.partition(".")[0]][key.partition(".")[2]]
 
 
-def applied(tree: dict[str, Any], overrides: dict[str, Any]) -> grid.Run:
-    """params.yaml with the run's overrides, checked."""
+def with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> grid.Run:
+    """Return params.yaml with the run's overrides, checked."""
     changed = {section: dict(values) for section, values in tree.items()}
     for key, value in overrides.items():
         section, _, name = key.partition(".")
@@ -127,21 +134,21 @@ def value_in(tree: dict[str, Any], key: str) -> Any:
     return tree[section].get(name)
 
 
-# Why it cannot be adopted
+# Problems
 
 
 def changed_base(records: dict[str, Record], wanted: grid.Run) -> Iterator[str]:
-    """By the digests that the export recorded."""
+    """Yield that the base model has changed, by the digests in the export."""
     family = load_family(wanted.value("model.family"))
     origin = resolve.resolve(wanted.config.section(ModelParams), family, make=False)
     recorded = entries(Path(records["export"].path), "base")
     parts = [name for name, digest in digests(origin.model, family.COMPONENTS).items() if recorded.get(name) != digest]
     if parts:
-        yield f"made on another base than {wanted.value('model.pretrained')} ({', '.join(parts)})"
+        yield f"made with another base model than {wanted.value('model.pretrained')} ({', '.join(parts)})"
 
 
-def damaged(records: dict[str, Record]) -> Iterator[str]:
-    """Weights that are not what was written."""
+def damaged(records: dict[str, Record]) -> Iterator[Problem]:
+    """Yield weights that have changed since they were written."""
     adapter = Path(records["train"].path)
     exported = Path(records["export"].folder("export"))
     files = {adapter.parent / name: digest for name, digest in entries(adapter, "files").items()}
@@ -149,74 +156,78 @@ def damaged(records: dict[str, Record]) -> Iterator[str]:
     files |= {exported / n: each.get("sha256") if isinstance(each, dict) else None for n, each in written.items()}
     for path, digest in files.items():
         if not path.is_file() or sha256_file(path) != digest:
-            yield f"{path} is missing or damaged; delete {path.parent} and run `snakemake` again"
+            text = f"{path} is missing or damaged. Delete {path.parent} and run `snakemake` again."
+            yield Problem("adapter-damaged", text)
 
 
 def entries(path: Path, key: str) -> dict[str, Any]:
-    """What a run's file has below ``key``.
+    """Return the mapping ``key`` of a run's file.
 
     Raises:
-        UserError: nothing of that kind.
+        UserError: there is no such mapping.
     """
     with contextlib.suppress(TypeError, ValueError):
         if isinstance(found := lineage.load(path).get(key), dict):
             return found
-    raise UserError(f"{path}: damaged, no {key} in it; delete it and run `snakemake` again")
+    text = f"{path}: damaged, it has no '{key}'. Delete it and run `snakemake` again."
+    raise UserError(Problem("artifact-damaged", text))
 
 
-def at_risk(name: str, journal: Path) -> Iterator[str]:
-    """Outputs of the workspace that DVC has no copy of; of a promotion that was stopped, its own are none."""
+def unsaved_outputs(name: str, journal: Path) -> Iterator[Problem]:
+    """Yield outputs of the workspace without a copy in DVC, except those of the same promotion if it was stopped."""
     stopped = read_json(journal) if journal.exists() else {"run": None}
     if not isinstance(stopped, dict) or "run" not in stopped:
-        raise UserError(f"{journal}: damaged, names no run; delete it, and `dvc checkout` puts back what was")
+        text = f"{journal}: damaged, it has no run. Delete it. `dvc checkout` restores the outputs."
+        raise UserError(Problem("journal-damaged", text))
     begun = stopped["run"]
     if begun == name:
         log.info("resumed     a promotion that was stopped")
         return
     if begun:
-        cure = f"`lora-dag promote {begun}` finishes it"
-        yield f"the promotion of {begun} was stopped in the middle; {cure}"
+        text = f"the promotion of {begun} was stopped before its end. Finish it with `lora-dag promote {begun}`."
+        yield Problem("promotion-unfinished", text)
         return
     for stage, entries in json.loads(dvc("status", "--json")).items():
         changes = [e["changed outs"] for e in (entries if isinstance(entries, list) else []) if "changed outs" in e]
-        lost = [path for outs in changes for path, state in outs.items() if state != "deleted" and Path(path).exists()]
-        if lost:
-            yield (
-                f"the workspace's {', '.join(lost)} would be lost: not what dvc.lock has of {stage}; "
-                "`dvc commit` keeps it, `dvc checkout` or `git checkout` puts back what was"
-            )
+        unsaved = [
+            path for outs in changes for path, state in outs.items() if state != "deleted" and Path(path).exists()
+        ]
+        if unsaved:
+            text = f"{', '.join(unsaved)} of {stage} would be lost, as dvc.lock has other outputs."
+            remedy = "Keep it with `dvc commit`, or restore the last version with `dvc checkout` or `git checkout`."
+            yield Problem("outputs-unsaved", f"{text} {remedy}")
 
 
-# Adoption
+# Copying
 
 
 def adopt(records: dict[str, Record], overrides: dict[str, Any]) -> None:
-    """Settings first, so that DVC records the run under them; every step may be repeated."""
+    """Write settings first, as DVC records the run with them; every step can be repeated."""
     if overrides:
         write_text(PARAMS, with_values(PARAMS.read_text(encoding="utf-8"), overrides))
         shown = (f"{key} {json.dumps(value)}" for key, value in overrides.items())
         log.info("params      %s", ", ".join(shown))
-    folders = {name: records[stage].folder(name) for name, stage in MAKER.items()}
+    folders = {name: records[stage].folder(name) for name, stage in WRITING_STAGE.items()}
     stages = read_pipeline()
-    for stage in COMMITTED:
+    for stage in COPIED_STAGES:
         for path in stages[stage].outs:
-            copy(Path(moved(path, folders)), Path(path))
-    for path in MEASURED:
+            copy(Path(path_in_run(path, folders)), Path(path))
+    for path in UNTRACKED:
         Path(path).unlink(missing_ok=True)
-        if Path(moved(path, folders)).is_file():
-            copy(Path(moved(path, folders)), Path(path))
-    dvc("commit", "--force", *COMMITTED)
+        if Path(path_in_run(path, folders)).is_file():
+            copy(Path(path_in_run(path, folders)), Path(path))
+    dvc("commit", "--force", *COPIED_STAGES)
     dvc("repro", "--single-item", "report")
 
 
-def moved(path: str, folders: dict[str, str]) -> str:
-    """One of DVC's paths where the run has it."""
-    name = max((name for name, place in PATHS.items() if lies_in(path, place)), key=lambda name: len(PATHS[name]))
+def path_in_run(path: str, folders: dict[str, str]) -> str:
+    """Return the path in the run's folders of one of DVC's paths."""
+    name = max((name for name, folder in PATHS.items() if is_within(path, folder)), key=lambda name: len(PATHS[name]))
     return folders[name] + path.removeprefix(PATHS[name])
 
 
 def copy(source: Path, target: Path) -> None:
-    """In the place of what was there, whole; DVC's links into its cache are replaced, never written through."""
+    """Replace the target as a whole; DVC's links into its cache are replaced, not written through."""
     if source.is_dir():
         with replaced(target) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".snakemake_timestamp"))
@@ -226,14 +237,17 @@ def copy(source: Path, target: Path) -> None:
 
 
 def dvc(*words: str) -> str:
-    """Standard output.
+    """Return the standard output of a DVC command.
 
     Raises:
-        UserError: what DVC said.
+        UserError: DVC's errors.
     """
     command = [sys.executable, "-m", "dvc", *words]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
-        raise UserError(*(f"`dvc {' '.join(words)}`: {line.removeprefix('ERROR: ')}" for line in said))
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[
+            -1:
+        ]
+        texts = (f"`dvc {' '.join(words)}`: {line.removeprefix('ERROR: ')}" for line in errors)
+        raise UserError(*(Problem("dvc-failed", text) for text in texts))
     return done.stdout

@@ -1,7 +1,7 @@
-"""Whether a file is what this repository makes now, what differs, and which revision makes it.
+"""Compares a file with data/adapter and params.yaml, and finds the revision that made it.
 
 In: an exported file or an adapter.safetensors; params.yaml, data/, the base; git's history and DVC's experiments.
-Out: lines on the terminal. Exit code 0 when the file is that of data/adapter and of params.yaml, else 2.
+Out: lines on the terminal. Exit code 0 if the file matches data/adapter and params.yaml, otherwise 2.
 Run: ``lora-dag verify FILE``
 """
 
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts.adapter import FINAL, Adapter
-from lora_dag.bases import resolve
-from lora_dag.bases.layout import digests
-from lora_dag.core.console import UserError, add_settings, as_path, log
-from lora_dag.core.files import from_json, sha256_file, understood
+from lora_dag.bases import component_files, resolve
+from lora_dag.core.console import Problem, UserError, add_settings, as_path, log
+from lora_dag.core.files import artifact_errors, from_json, sha256_file
 from lora_dag.core.params import Config, ModelParams, load
 from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families.protocol import load_family
@@ -27,15 +26,15 @@ if TYPE_CHECKING:
     from lora_dag.core.params import Params
 
 METRICS = "reports/train/metrics.json"
-"""Names the adapter of a revision by the first 16 digits of its sha256."""
-BY_TRAIN = (".lora_A.", ".lokr_", ".hada_")
-"""In the names of an adapter's tensors as train writes them, in a file without a header of ours."""
-OF_TRAINING = ("lora", "train")
+"""Metrics of train, with the first 16 digits of the adapter's sha256."""
+ADAPTER_MARKS = (".lora_A.", ".lokr_", ".hada_")
+"""Parts of the tensor names of an adapter that train wrote; such a file has no header of lora-dag."""
+TRAINING_SECTIONS = ("lora", "train")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, ["adapter"])
-    parser.add_argument("file", type=as_path, metavar="FILE", help="an exported file, or an adapter.safetensors")
+    parser.add_argument("file", type=as_path, metavar="FILE", help="an exported file or an adapter.safetensors")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -43,93 +42,100 @@ def main(args: argparse.Namespace) -> None:
 
 
 def verify(file: Path, config: Config, adapter_folder: Path) -> None:
-    """Log what the file was made from.
+    """Log the provenance of the file.
 
     Raises:
-        UserError: it is damaged, not one of ours, or of another state: a line per difference, and who makes it.
+        UserError: the file is damaged, not from lora-dag, or differs from data/adapter and params.yaml: a problem per
+            difference.
     """
-    record = read(file)
+    record = read_provenance(file)
     digest = record["adapter"]
-    found = differences(record, config, adapter_folder)
-    revision = made_by(digest)
+    problems = differences(record, config, adapter_folder)
+    revision = find_revision(digest)
     log.info("file        %s: adapter %s", file, digest[:16])
-    for name in ("step", "num_steps", "num_pictures", "family"):
+    for name in ("step", "num_steps", "num_images", "family"):
         if name in record:
             log.info("%-11s %s", name, record[name])
-    where = (
+    origin = (
         f"{revision[:12]}: git checkout {revision[:12]} && dvc repro" if revision else "no commit or experiment here"
     )
-    log.info("made by     %s", where)
-    if found:
-        raise UserError(*(f"{file}: {line}" for line in found))
-    log.info("verified    the file is that of %s and of params.yaml", adapter_folder)
+    log.info("made by     %s", origin)
+    if problems:
+        raise UserError(*(problem.at(str(file)) for problem in problems))
+    log.info("verified    the file matches %s and %s", adapter_folder, config.source)
 
 
-def read(file: Path) -> dict[str, Any]:
-    """What the header says, its tensors checked.
+def read_provenance(file: Path) -> dict[str, Any]:
+    """Return the provenance record in the file's header, after a check of its tensors.
 
     Raises:
-        UserError: no such file, no safetensors, changed since it was written, or not one of ours.
+        UserError: the file is missing, damaged, changed since it was written, or not from lora-dag.
     """
     from safetensors import SafetensorError
 
     from lora_dag.adapters.adapter_tensors import tensors_digest
 
     if not file.is_file():
-        raise UserError(f"{file}: no such file")
+        raise UserError(Problem("file-missing", f"{file}: no such file."))
     try:
         fields, tensors = load_metadata(file), load_tensors(file)
     except SafetensorError as error:
-        raise UserError(f"{file}: damaged, or no safetensors file ({error})") from None
+        raise UserError(Problem("adapter-damaged", f"{file}: damaged, or no safetensors file ({error}).")) from None
     if "lora_dag" in fields:
         if fields.get("modelspec.hash_sha256") != f"0x{tensors_digest(tensors)}":
-            raise UserError(f"{file}: its tensors were changed after it was written")
-        with understood(file, "stages.export"):
+            text = f"{file}: its tensors were changed after it was written. Export the adapter again."
+            raise UserError(Problem("adapter-changed", text))
+        with artifact_errors(file, "stages.export"):
             return dict(from_json(fields["lora_dag"]))
-    if any(mark in name for mark in BY_TRAIN for name in tensors):
+    if any(mark in name for mark in ADAPTER_MARKS for name in tensors):
         return {"adapter": sha256_file(file)}
-    raise UserError(
-        f"{file}: has no header of this project (lora_dag), which exports of an adapter have and merged ones do not"
-    )
+    text = f"{file}: no lora_dag header, so its origin is unknown. Choose an exported adapter; merged models have none."
+    raise UserError(Problem("no-provenance", text))
 
 
-def differences(record: dict[str, Any], config: Config, adapter_folder: Path) -> list[str]:
-    """A line for each thing that is not as the file says, the nearest causes last."""
-    found = []
+def differences(record: dict[str, Any], config: Config, adapter_folder: Path) -> list[Problem]:
+    """Return a problem per difference between a file's record and the present files and settings."""
+    problems = []
     if (adapter_folder / "adapter.json").exists():
         own = Adapter.load(adapter_folder).files[FINAL]
         if own != record["adapter"]:
-            found.append(f"its adapter is {record['adapter'][:16]}, {adapter_folder} holds {own[:16]}")
+            text = f"its adapter is {record['adapter'][:16]}, but {adapter_folder} holds {own[:16]}."
+            problems.append(Problem("other-adapter", text))
     else:
-        found.append(f"{adapter_folder} is empty; run `dvc repro`, then compare again")
+        problems.append(Problem("adapter-missing", f"{adapter_folder} is empty. Run `dvc repro`, then compare again."))
     model = config.section(ModelParams)
     if "base" in record:
         family = load_family(model.family)
-        base = digests(resolve.resolve(model, family, make=False).model, family.COMPONENTS)
+        base = component_files.digests(resolve.resolve(model, family, make=False).model, family.COMPONENTS)
         changed = sorted(name for name, digest in base.items() if record["base"].get(name) != digest)
         if changed:
-            found.append(f"made with another {', '.join(changed)} than model.pretrained holds now")
+            text = f"made with another {', '.join(changed)} than {model.setting('pretrained')} has now."
+            problems.append(Problem("base-changed", text))
     if "num_steps" in record:
-        made, asked = (step or record["num_steps"] for step in (record.get("step"), config.section(ExportParams).step))
-        if made != asked:
-            found.append(f"made of the adapter at step {made}, params.yaml export.step asks for {asked}")
-    for name in OF_TRAINING:
+        export = config.section(ExportParams)
+        made, requested = (step or record["num_steps"] for step in (record.get("step"), export.step))
+        if made != requested:
+            text = f"made of the adapter at step {made}, but {export.setting('step')} selects {requested}."
+            problems.append(Problem("other-step", text))
+    for name in TRAINING_SECTIONS:
         if name in record:
-            found += setting_differences(name, record[name], config.sections[name])
-    return found
+            problems += setting_differences(name, record[name], config.sections[name])
+    return problems
 
 
-def setting_differences(section: str, recorded: Mapping[str, Any], own: Params) -> Iterator[str]:
+def setting_differences(section: str, recorded: Mapping[str, Any], own: Params) -> Iterator[Problem]:
+    """Yield a problem per setting of a section whose value differs from the recorded one."""
     values = own.model_dump()
     for key, value in sorted(recorded.items()):
         if key in values and values[key] != value:
-            yield f"made with {section}.{key} {value}, params.yaml says {values[key]}"
+            text = f"made with {section}.{key} {value}, but {own.setting(key)} is {values[key]}."
+            yield Problem("other-setting", text)
 
 
-def made_by(digest: str) -> str:
-    """The newest commit or experiment whose metrics name the adapter; empty where there is none."""
-    refs = words("for-each-ref", "--format=%(objectname)", "refs/heads", "refs/tags", "refs/remotes", "refs/exps")
-    for revision in words("log", "--format=%H", *dict.fromkeys(refs), "--", METRICS) if refs else []:
+def find_revision(digest: str) -> str:
+    """Return the newest commit or experiment whose metrics have the adapter's digest; empty for none."""
+    refs = git_words("for-each-ref", "--format=%(objectname)", "refs/heads", "refs/tags", "refs/remotes", "refs/exps")
+    for revision in git_words("log", "--format=%H", *dict.fromkeys(refs), "--", METRICS) if refs else []:
         try:
             recorded = dict(from_json(git("show", f"{revision}:./{METRICS}") or "{}"))
         except (TypeError, ValueError):
@@ -139,5 +145,6 @@ def made_by(digest: str) -> str:
     return ""
 
 
-def words(*arguments: str) -> list[str]:
+def git_words(*arguments: str) -> list[str]:
+    """Return the words of git's output; empty if git fails."""
     return (git(*arguments) or b"").decode().split()

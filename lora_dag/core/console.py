@@ -1,4 +1,4 @@
-"""The command line that every stage shares: ``--set``, artifact paths, logging, errors a person can cause.
+"""The command line that all stages share: ``--set``, artifact paths, logging, errors that a user can correct.
 
 ``run(main)`` is the last line of a stage: it turns UserError into lines on stderr and exit code 2.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import logging
 import os
@@ -18,11 +19,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn, TextIO
 
-from lora_dag.core import clone
+from lora_dag.core import clone, terminal
+from lora_dag.core.help_text import HelpFormatter
 
 log = logging.getLogger("lora-dag")
 
-# Where dvc.yaml puts each artifact; Snakemake passes other places.
+# Paths of the artifacts in dvc.yaml; Snakemake passes others.
 PATHS = {
     "prepared": "data/prepared",
     "latents": "data/latents",
@@ -36,66 +38,107 @@ PATHS = {
 }
 
 
-# What a machine or a person did to a path: never our fault, and the path says enough.
-REMEDIES = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose another disk",
-    errno.EROFS: "choose a place that can be written",
-    errno.EACCES: "change its permissions",
-    errno.EPERM: "change its permissions",
-    errno.ENOTDIR: "remove or rename what stands in the place of a folder",
-    errno.EEXIST: "remove or rename what stands in the place of a folder",
-    errno.EISDIR: "remove or rename the folder that stands in the place of a file",
-    errno.ELOOP: "remove the link",
-    errno.ENAMETOOLONG: "use a shorter name",
-    errno.EIO: "check the disk or network drive, and run again",
-    errno.ESTALE: "check the disk or network drive, and run again",
-}
-LONGEST_LINE = 1000  # characters of a problem; what was got may be a list of thousands
+LONGEST_LINE = 1000  # characters of a problem; the value in it may be a list of thousands
+RAW_BYTES = re.compile(r"((?:\\x[0-9a-f]{2}){8})(?:\\x[0-9a-f]{2})+")  # of a binary file: the first few are enough
+RESUME, AGAIN = "Run the same command to resume.", "Run the same command again."
 CPU_ALLOCATOR = "DefaultCPUAllocator: "  # before what torch says where memory is short
 
 
-class UserError(Exception):
-    """Input that a person can mend. One line per problem: where, what we got, what we accept, what to do."""
+class Problem(str):
+    """One line about an input that a person can correct: where, what was found, what is expected, what to do.
 
-    def __init__(self, *problems: str) -> None:
-        self.problems = tuple(map(one_line, problems))
+    Attributes:
+        code: identity of the problem, such as ``unknown-setting``. It is printed behind the text. Tests check the
+            code, the place and the suggested value; tests/messages.txt has all texts.
+    """
+
+    code: str
+
+    def __new__(cls, code: str, text: str) -> Problem:
+        problem = super().__new__(cls, one_line(text))
+        problem.code = code
+        return problem
+
+    def at(self, place: str, glue: str = ": ") -> Problem:
+        """Return the same problem with ``place`` before its text."""
+        return Problem(self.code, f"{place}{glue}{self}")
+
+    def about(self, subject: str) -> Problem:
+        """Return the same problem, whose text is a predicate, with its subject, such as the name of an image."""
+        return Problem(self.code, f"{subject} {self}")
+
+
+class UserError(Exception):
+    """Raised for input that a person can correct. ``run`` prints one line per problem and exits with code 2."""
+
+    def __init__(self, *problems: Problem) -> None:
+        if uncoded := [problem for problem in problems if not isinstance(problem, Problem)]:
+            raise TypeError(f"a Problem with a code is expected, got {uncoded[0]!r}")
+        self.problems = problems
         super().__init__("\n".join(self.problems))
+
+    def at(self, place: str) -> UserError:
+        """Return the same error with ``place`` before each problem."""
+        return UserError(*(problem.at(place) for problem in self.problems))
+
+    def about(self, subject: str) -> UserError:
+        """Return the same error with ``subject`` before each problem, whose text is a predicate."""
+        return UserError(*(problem.about(subject) for problem in self.problems))
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """Code of each problem."""
+        return tuple(problem.code for problem in self.problems)
+
+
+def warn(code: str, text: str) -> None:
+    """Log a warning with its code, as errors have one."""
+    log.warning("warning: %s [%s]", one_line(text), code)
 
 
 def one_line(text: str) -> str:
-    """Printable: a value that we quote may hold ends of lines, and anything else that moves a terminal's cursor."""
+    """Return the text in one printable line of limited length, with escapes for what moves a terminal's cursor."""
+    text = text[: LONGEST_LINE * 2] + text[LONGEST_LINE * 2 :][-LONGEST_LINE:]
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = RAW_BYTES.sub(r"\1...", text)
     if len(text) > LONGEST_LINE:
         text = f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 3 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:
-    """``1 caption``, ``2,000 captions``; the words may hold a verb: ``plural(1, "caption has", "captions have")``."""
+    """Return ``1 caption`` or ``2,000 captions``; with a verb: ``plural(1, "caption has", "captions have")``."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def as_path(text: str) -> Path:
-    """Of an argument, ``~`` expanded: a shell leaves it alone behind ``=`` and inside of quotes.
+    """Return the path of an argument with ``~`` expanded, which a shell does not do after ``=`` and in quotes.
 
-    Absolute where the current folder is below a clone's root: ``lora-dag`` works in the root.
+    The path is absolute if the current folder is below a clone's root, as ``lora-dag`` changes into the root.
     """
     path, here = Path(os.path.expanduser(text)), Path.cwd()
     return path if clone.find(here) in (here, None) else path.absolute()
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=2) if unknown else []
+        hint = f" (near: {', '.join(near)})" if near else ""
+        raise UserError(Problem("wrong-arguments", f"{self.prog}: {message}{hint}. Read `{self.prog} --help`."))
+
+
 def bare_parser(description: str | None) -> argparse.ArgumentParser:
-    """Named as a person starts it; for a package, Python's own guess is ``__main__.py``."""
+    """Return a parser that is named as a person starts it; for a package, Python's own guess is ``__main__.py``."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
-    return argparse.ArgumentParser(
-        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return Parser(prog=name, description=description, formatter_class=HelpFormatter)
 
 
 def parser(description: str | None, paths: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """The parser of a stage."""
+    """Return the parser of a stage."""
     result = bare_parser(description)
     add_settings(result, paths)
     return result
@@ -122,58 +165,59 @@ def add_settings(parser: argparse.ArgumentParser, paths: Iterable[str] = ()) -> 
 def run(main: Callable[[], None], kept: str = "") -> None:
     """Run a stage: exit code 0 done, 2 the user's input (one line each on stderr), 1 our fault (traceback), 130 Ctrl-C.
 
-    141, and not a word, where the reader of the output has gone, as ``head`` does after its ten lines.
+    Exit code 141 without a message if the reader of the output has closed it, as ``head`` does after ten lines.
 
     Args:
-        kept: what Ctrl-C leaves for the next run, where the KeyboardInterrupt itself has no text that says more.
+        kept: results that the next run reuses after Ctrl-C; a text of the KeyboardInterrupt itself replaces it.
     """
-    logging.basicConfig(format="%(message)s", handlers=[Lines(sys.stdout)])
+    handler = LogHandler(sys.stdout)
+    handler.setFormatter(terminal.Formatter(sys.stdout))
+    logging.basicConfig(handlers=[handler])
     log.setLevel("INFO")
-    listen()
+    handle_interrupts()
     try:
         try:
-            ended(main, kept)
+            run_main(main, kept)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
         if not reader_has_gone():
             raise
-        sys.exit(128 + 13)  # as where SIGPIPE ends a program
+        sys.exit(128 + 13)  # as if SIGPIPE had ended the program
 
 
-def ended(main: Callable[[], None], kept: str) -> None:
+def run_main(main: Callable[[], None], kept: str) -> None:
     try:
         main()
     except SystemExit:
         raise
     except BaseException as error:
         if interrupts or isinstance(error, KeyboardInterrupt):
-            said = str(error) if isinstance(error, KeyboardInterrupt) and str(error) else kept
-            leave(
-                f"{said}; the same command resumes" if said else "no file is half-written; run the same command again"
-            )
-        problems = error.problems if isinstance(error, UserError) else (machine_fault(error),)
-        if not any(problems):
+            progress = str(error) if isinstance(error, KeyboardInterrupt) and str(error) else kept
+            exit_interrupted(f"{progress}. {RESUME}" if progress else f"no file is half-written. {AGAIN}")
+        problems = error.problems if isinstance(error, UserError) else tuple(filter(None, [machine_fault(error)]))
+        if not problems:
             raise
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+            terminal.write_line(f"error: {problem} [{problem.code}]")
         sys.exit(2)
 
 
-def leave(what: str) -> NoReturn:
-    """Exit as a process does that died of Ctrl-C, with one line: DVC and Snakemake see that nothing was finished."""
+def exit_interrupted(text: str) -> NoReturn:
+    """Print one line and exit with the code of Ctrl-C, so that DVC and Snakemake know that the stage is unfinished."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would break the line
-    start = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C on its last line
-    print(f"{start}stopped by Ctrl-C: {what}", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # the terminal has written ^C on its last line
+    terminal.write_line(f"stopped by Ctrl-C: {text}")
     sys.exit(128 + signal.SIGINT)
 
 
 interrupts: list[int] = []
-"""Filled by Ctrl-C: packages in C and Rust turn a KeyboardInterrupt into exceptions of their own."""
+"""Filled by Ctrl-C, as packages in C and Rust turn a KeyboardInterrupt into other exceptions."""
 
 
-def listen() -> None:
-    """From here on Ctrl-C ends this process by ``leave``; not where it is ignored, as in a background job."""
+def handle_interrupts() -> None:
+    """Let Ctrl-C end this process by ``exit_interrupted``, unless it is ignored, as in a background job."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, on_interrupt)
         sys.excepthook = on_uncaught
@@ -185,14 +229,14 @@ def on_interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def on_uncaught(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
-    """Ctrl-C while a stage still imports its packages, which takes seconds, leaves no traceback."""
+    """Print no traceback for Ctrl-C while a stage imports its packages, which takes seconds."""
     if interrupts:
-        leave("nothing was written yet; run the same command again")
+        exit_interrupted(f"nothing was written yet. {AGAIN}")
     sys.__excepthook__(kind, error, at)
 
 
-class Lines(logging.StreamHandler[TextIO]):
-    """The log on a stream; logging's own would print a traceback for each line where nobody reads any more."""
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Log handler of a stream that raises BrokenPipeError; logging's own prints a traceback for each line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -202,7 +246,7 @@ class Lines(logging.StreamHandler[TextIO]):
 
 
 def reader_has_gone() -> bool:
-    """Of stdout or stderr, and not that of a socket; what is left for them goes nowhere, also at the end."""
+    """Return whether the reader of stdout or stderr has closed it; further output is discarded."""
     gone = False
     for descriptor in (1, 2):
         poll = select.poll()
@@ -213,25 +257,48 @@ def reader_has_gone() -> bool:
     return gone
 
 
-def machine_fault(error: BaseException) -> str:
-    """What a disk or the memory refused, and what to do; empty for what is our fault."""
-    refused = refusal(error)
-    if refused and refused.errno in REMEDIES:
-        path = refused.filename2 or refused.filename  # of a rename, the second is the one that a person knows
-        return f"{f'{path}: ' if path else ''}{refused.strerror}; {REMEDIES[refused.errno]}"
+_FULL = Problem("disk-full", "Free some space.")
+_PERMISSION = Problem("no-permission", "Change its permissions.")
+_NO_FOLDER = Problem("path-occupied", "Remove or rename the file that has the folder's name.")
+_DISK = Problem("disk-error", "Check the disk or network drive, and run again.")
+REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: Problem("file-size-limit", "Raise the limit on file sizes (ulimit -f), or choose another disk."),
+    errno.EROFS: Problem("disk-read-only", "Choose a folder that can be written."),
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.ENOTDIR: _NO_FOLDER,
+    errno.EEXIST: _NO_FOLDER,
+    errno.EISDIR: Problem("path-occupied", "Remove or rename the folder that has the file's name."),
+    errno.ELOOP: Problem("link-loop", "Remove the link."),
+    errno.ENAMETOOLONG: Problem("name-too-long", "Use a shorter name."),
+    errno.EIO: _DISK,
+    errno.ESTALE: _DISK,
+}
+"""Error numbers that a machine or a person causes, never our code: the code of the problem and what to do."""
+
+
+def machine_fault(error: BaseException) -> Problem | None:
+    """Return the problem of a disk or of memory that is short; None where the fault is ours."""
+    system_error = as_os_error(error)
+    if system_error and system_error.errno in REMEDIES:
+        path = system_error.filename2 or system_error.filename  # of a rename, the second is the one that a person knows
+        remedy = REMEDIES[system_error.errno]
+        return Problem(remedy.code, f"{f'{path}: ' if path else ''}{system_error.strerror}. {remedy}")
     if isinstance(error, MemoryError):
-        return f"{str(error) or 'out of memory'}; end other programs, or use a machine with more of it"
+        cause = str(error) or "out of memory"
+        return Problem("out-of-memory", f"{cause}. End other programs, or use a machine with more memory.")
     text = (str(error).splitlines() or [""])[0]
     if type(error).__name__ == "OutOfMemoryError" or CPU_ALLOCATOR in text:  # torch's, without importing torch
-        cure = (
-            "lower the stage's batch_size; in train, raise gradient_accumulation_steps, or set gradient_checkpointing"
-        )
-        return f"{text.rpartition(CPU_ALLOCATOR)[2].rstrip('.')}; {cure}"
-    return ""
+        cause = text.rpartition(CPU_ALLOCATOR)[2].rstrip(".")
+        in_train = "In train, raise gradient_accumulation_steps or set gradient_checkpointing."
+        return Problem("out-of-memory", f"{cause}. Lower the stage's batch_size. {in_train}")
+    return None
 
 
-def refusal(error: BaseException) -> OSError | None:
-    """The system's own error; safetensors says it as text."""
+def as_os_error(error: BaseException) -> OSError | None:
+    """Return the operating system's error; safetensors reports it as text."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"\(os error (\d+)\)", str(error))

@@ -1,4 +1,4 @@
-"""The device, thread count and determinism flags of a run, and what of it is recorded."""
+"""The device, thread count and determinism flags of a run, and the record of its environment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import platform
 from typing import TYPE_CHECKING
 
 from lora_dag.core import slow_dtype
-from lora_dag.core.console import UserError, log, plural
+from lora_dag.core.console import Problem, UserError, log, plural
 
 if TYPE_CHECKING:
     import torch
@@ -23,10 +23,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def setup(runtime: RuntimeParams, model: ModelParams) -> torch.device:
-    """Choose the device, set threads, ask for deterministic kernels. Call before any tensor is made.
+    """Choose the device, set threads and deterministic kernels. Call before any tensor is made.
 
     Raises:
-        UserError: the device is not here, or it cannot compute in ``model.dtype``.
+        UserError: the device is not available, or cannot compute in ``model.dtype``.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     import torch
@@ -36,9 +36,11 @@ def setup(runtime: RuntimeParams, model: ModelParams) -> torch.device:
     if name == "auto":
         name = next(candidate for candidate in ("cuda", "mps", "cpu") if available[candidate])
     if not available[name]:
-        raise UserError(f"params.yaml runtime.device: '{name}' is not available here; use auto or cpu")
+        text = f"{runtime.setting('device')}: '{name}' is not available on this machine. Use auto or cpu."
+        raise UserError(Problem("device-unavailable", text))
     if name == "cpu" and model.dtype == "float16":
-        raise UserError("params.yaml model.dtype: float16 needs a GPU; use bfloat16 or float32 on a CPU")
+        text = f"{model.setting('dtype')}: float16 needs a GPU. Use bfloat16 or float32 on a CPU."
+        raise UserError(Problem("float16-on-cpu", text))
     if name == "cpu":
         keep_freed_memory()
     if runtime.num_threads:
@@ -49,9 +51,9 @@ def setup(runtime: RuntimeParams, model: ModelParams) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of giving it back to the system, which clears each page at its next use.
+    """Let glibc keep freed memory. The system would clear each page before its next use.
 
-    For loops whose every step needs the same memory again: a float32 step of the embedded base (16 latents) took
+    It speeds up loops that need the same memory in each step: a float32 step of the embedded base (16 latents) took
     12,000 page faults, and 6 to 15 % more time. Peak memory is the same; no result depends on it.
     """
     if platform.libc_ver()[0] == "glibc":
@@ -61,7 +63,7 @@ def keep_freed_memory() -> None:
 
 
 def autocast(device: torch.device, model: ModelParams) -> contextlib.AbstractContextManager[object]:
-    """Compute in the frozen dtype; nothing to do in float32."""
+    """Return the autocast context of the frozen dtype; a null context for float32."""
     import torch
 
     if model.dtype == "float32":
@@ -70,35 +72,35 @@ def autocast(device: torch.device, model: ModelParams) -> contextlib.AbstractCon
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """What bits depend on beside the inputs: versions, processor kind, threads. No host name, no path, no time."""
+    """Return what results depend on beside the inputs: versions, processor type, threads. No host name or time."""
     import torch
 
     versions: dict[str, str | int] = {name: importlib.metadata.version(name) for name in RECORDED}
     versions["torch"] = torch.__version__
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return versions | {
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "device": f"{device.type} {where}",
+        "device": f"{device.type} {processor}",
         "num_threads": torch.get_num_threads(),
     }
 
 
 def speed_conditions(device: torch.device, model: ModelParams, base: str) -> dict[str, str | int]:
-    """What the speed of a stage depends on beside the amount of its work.
+    """Return what the speed of a stage depends on beside the amount of work.
 
     Args:
-        base: digest of the component that works.
+        base: digest of the component that computes.
     """
-    found = environment(device)
-    return {"base": base, "device": found["device"], "dtype": model.dtype, "num_threads": found["num_threads"]}
+    record = environment(device)
+    return {"base": base, "device": record["device"], "dtype": model.dtype, "num_threads": record["num_threads"]}
 
 
 def log_device(device: torch.device, model: ModelParams) -> None:
-    """What computes, and whether its dtype is slow there."""
+    """Log the device; warn if the dtype is slow on it."""
     import torch
 
     threads = f", {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     log.info("device      %s%s, frozen weights and autocast in %s, adapter in float32", device, threads, model.dtype)
-    if log.isEnabledFor(logging.INFO):  # else this is one of several processes, and not the one that speaks
-        slow_dtype.warn(device, model)
+    if log.isEnabledFor(logging.INFO):  # else this is one of several processes, and another one logs
+        slow_dtype.warn_if_slow(device, model)

@@ -15,11 +15,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_dag.core.console import UserError, refusal
+from lora_dag.core.console import Problem, UserError, as_os_error
 
 
 def state_dir() -> Path:
-    """What must survive the deleting of outputs: ``$LORA_STATE_DIR``, else ``$DVC_ROOT/.state``, else ``./.state``.
+    """Return the folder of caches and checkpoints: ``$LORA_STATE_DIR``, else ``$DVC_ROOT/.state``, else ``./.state``.
 
     DVC sets ``$DVC_ROOT`` to the main workspace also inside ``--temp`` and queued runs.
     """
@@ -32,13 +32,13 @@ def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced and renamed, on an error removed.
 
     Args:
-        sync: wait for the disk, so that a power cut leaves the old file or the new one. False where a checksum tells.
+        sync: wait for the disk, so that a power cut leaves the old file or the new one. False for checksummed files.
 
     Raises:
-        OSError: the disk refuses; naming ``path``.
+        OSError: of the disk, with ``path`` as its file name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path):
+    with name_in_errors(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
@@ -56,20 +56,20 @@ def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Inside, what is written will be ``path``: a refusal that names no file, or a temporary one, names it instead."""
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Make errors of writing name ``path`` instead of its temporary file, or of no file."""
     try:
         yield
     except Exception as error:
-        refused, own = refusal(error), f".{path.name}."
-        if refused is None or not refused.errno or not Path(refused.filename or own).name.startswith(own):
+        cause, prefix = as_os_error(error), f".{path.name}."
+        if cause is None or not cause.errno or not Path(cause.filename or prefix).name.startswith(prefix):
             raise
-        raise OSError(refused.errno, refused.strerror, str(path)) from error
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 @contextlib.contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``folder`` that takes its place on success; on an error the old one stays."""
+    """Yield an empty folder beside ``folder`` that replaces it on success; on an error the old folder is unchanged."""
     aside, before = (folder.with_name(f".{folder.name}.{name}") for name in ("new", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -80,14 +80,14 @@ def replaced(folder: Path) -> Iterator[Path]:
             folder.replace(before)
         aside.replace(folder)
     finally:
-        if before.exists() and not folder.exists():  # broken off between the two
+        if before.exists() and not folder.exists():  # interrupted between the two renames
             before.replace(folder)
         for path in (aside, before):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def drop_leftovers(folder: Path) -> None:
-    """Delete what killed writes left below a folder that this process alone writes."""
+    """Delete temporary files of killed writes in a folder that only this process writes."""
     for path in folder.rglob(".*"):
         path.unlink()
 
@@ -112,15 +112,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Sorted keys, no NaN, a newline at the end: the same value gives the same bytes."""
+    """Write JSON with sorted keys and without NaN: equal values give equal bytes."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def from_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
-        ValueError: it is none, or nested deeper than Python reads.
+        ValueError: the text is no JSON, or nested deeper than Python reads.
     """
     try:
         return json.loads(text)
@@ -132,26 +132,29 @@ def read_json(path: Path) -> Any:
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: damaged, no JSON ({error}); delete it and run `dvc repro`") from None
+        text = f"{path}: invalid JSON ({error}). Delete the file and run `dvc repro`."
+        raise UserError(Problem("artifact-damaged", text)) from None
 
 
 @contextlib.contextmanager
-def understood(path: Path, stage: str) -> Iterator[None]:
-    """Inside, an artifact is taken apart; content of another shape was written by hand or by another version.
+def artifact_errors(path: Path, stage: str) -> Iterator[None]:
+    """Turn errors of parsing an artifact into a UserError: the file was edited by hand or is of another version.
+
+    Args:
+        stage: module of the stage that writes the artifact.
 
     Raises:
-        UserError: naming the stage that writes it.
+        UserError: with the stage to run again.
     """
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
-        what = f"{type(error).__name__}: {error}"
+        detail = f"{type(error).__name__}: {error}"
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            what = ".".join(map(str, first["loc"])) + ": " * bool(first["loc"]) + first["msg"]
-        raise UserError(
-            f"{path}: edited by hand or of another version ({what}); run `python -m {stage}` again"
-        ) from None
+            detail = ".".join(map(str, first["loc"])) + ": " * bool(first["loc"]) + first["msg"]
+        text = f"{path}: edited by hand or of another version ({detail}). Run `python -m {stage}` again."
+        raise UserError(Problem("artifact-damaged", text)) from None
 
 
 def sha256_file(path: Path) -> str:
@@ -160,5 +163,5 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Digest of a JSON value, independent of key order."""
+    """Return the digest of a JSON value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Text that people wrote, shown in little room: nothing in it hides, and two that differ never look alike."""
+"""Text of users in limited space: no hidden characters, and different texts never look alike."""
 
 from __future__ import annotations
 
@@ -15,54 +15,54 @@ T = TypeVar("T")
 ELLIPSIS = "…"
 EMPTY = "(empty)"
 JOINERS = "\u200c\u200d"
-"""Invisible, and part of how Persian, Indic scripts and emoji are spelled."""
+"""Invisible characters that Persian, Indic scripts and emoji need."""
 TAGS = "\U000e0000"
-"""From here on, invisible characters spell flags."""
+"""First of the invisible characters that spell flags."""
 HIDDEN = ("Cc", "Cf", "Co", "Cs")
-"""Categories of control and format characters, and of those without a meaning of their own."""
-LONG_WORD = 12  # characters; a longer one is shown from a few before the first that differs
+"""Unicode categories of control, format, private and surrogate characters."""
+LONG_WORD = 12  # characters; a longer word is shown from CONTEXT characters before the first difference
 CONTEXT = 4
 
 
 def visible(text: str) -> str:
-    """On one line, with single blanks; characters that hide, or turn others round, as ``U+202E``."""
+    """Return the text in one line with single blanks; invisible and direction characters become ``U+202E``."""
     line = " ".join(text.split())
     return "".join(escape(c) if unicodedata.category(c) in HIDDEN and c not in JOINERS else c for c in line)
 
 
 def invisible(text: str) -> set[str]:
-    """Characters that nobody sees, such as zero-width blanks; without those that spell words and emoji."""
+    """Return the invisible characters, such as zero-width blanks, except those that words and emoji need."""
     if text.isprintable():
         return set()
     return {each for each in text if unicodedata.category(each) == "Cf" and each not in JOINERS and each < TAGS}
 
 
-def warning_of_invisible(noun: str, texts: Iterable[str]) -> list[str]:
-    """One line on the texts that hold such characters, if any does."""
-    found = [characters for text in texts if (characters := invisible(text))]
-    if not found:
+def invisible_character_warnings(noun: str, texts: Iterable[str]) -> list[str]:
+    """Return one line about texts with invisible characters; no line without such texts."""
+    sets = [characters for text in texts if (characters := invisible(text))]
+    if not sets:
         return []
-    hold = plural(len(found), f"{noun} holds", f"{noun}s hold")
-    names = ", ".join(map(escape, sorted(set.union(*found))[:5]))
-    return [f"{hold} invisible characters ({names}), which the text encoder reads; remove them"]
+    have = plural(len(sets), f"{noun} has", f"{noun}s have")
+    names = ", ".join(map(escape, sorted(set.union(*sets))[:5]))
+    return [f"{have} invisible characters ({names}), which the text encoder reads. Remove them."]
 
 
 def escape(character: str) -> str:
     return f"U+{ord(character):04X}"
 
 
-def attached(character: str) -> bool:
-    """Whether it is a part of the character before it: accents, variation selectors, joiners."""
+def is_attached(character: str) -> bool:
+    """Return whether the character modifies the one before it: accents, variation selectors, joiners."""
     return unicodedata.category(character)[0] == "M" or character in JOINERS
 
 
-def numbers(count: int) -> list[str]:
-    """``1. ``, ``2. ``: heads of rows whose whole text is listed on a page."""
+def numbered_heads(count: int) -> list[str]:
+    """Return ``1. ``, ``2. ``: heads of rows whose whole text is elsewhere on the page."""
     return [f"{number}. " for number in range(1, count + 1)]
 
 
-def exact(number: float) -> str:
-    """As short as it can be without being another number."""
+def exact_number(number: float) -> str:
+    """Return the shortest text of exactly this number."""
     return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
@@ -77,14 +77,14 @@ def distinct(
     seen: Callable[[T], Hashable],
     heads: Sequence[str] | None = None,
 ) -> list[T]:
-    """What is shown of each text; of those that would look alike, the common beginning is left out.
+    """Return each text as shown; the common beginning of texts that would look alike is omitted.
 
-    Where that does not tell them apart (they differ in what nobody sees), all are numbered.
+    If they still look alike (they differ in invisible characters), all are numbered.
 
     Args:
-        show: a text as it is cut to its room.
-        seen: what two that look alike have in common.
-        heads: put before each text, such as numbers, and never left out; only the texts are made distinct.
+        show: shortens a text to the available space.
+        seen: returns a key that is equal for shown texts that look alike.
+        heads: put before each text, such as numbered_heads, and never omitted.
     """
     starts = dict.fromkeys(texts, 0)
     room = max(heads or [""], key=len)
@@ -102,21 +102,21 @@ def distinct(
 
 
 def groups(seen: Mapping[str, Hashable]) -> list[list[str]]:
-    """Texts of which two or more are seen as one."""
-    found = defaultdict(list)
+    """Return the groups of two or more texts that look alike."""
+    by_look = defaultdict(list)
     for text, value in seen.items():
-        found[value].append(text)
-    return [group for group in found.values() if len(group) > 1]
+        by_look[value].append(text)
+    return [group for group in by_look.values() if len(group) > 1]
 
 
 def differs_at(texts: Sequence[str]) -> int:
-    """Where the word begins that tells them apart."""
+    """Return the index where the first word begins that differs."""
     common = len(os.path.commonprefix(list(texts)))
     text = min(texts, key=len)
     word = text.rfind(" ", 0, common) + 1
     if common - word > LONG_WORD:
         word = common - CONTEXT
-        while word and attached(text[word]):
+        while word and is_attached(text[word]):
             word -= 1
     return word
 

@@ -1,4 +1,4 @@
-"""Locks on folders: one process at a time writes an output or goes on with a run."""
+"""Locks on folders: one process at a time writes an output or continues a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lora_dag.core.console import UserError, log
+from lora_dag.core.console import Problem, UserError, log
 from lora_dag.core.files import state_dir
 
 THIS_PROCESS = secrets.token_hex(8)  # beside its number, which a container's may share
@@ -24,33 +24,34 @@ def writing(folder: Path) -> Iterator[None]:
     """Hold an output folder, so that two runs cannot leave a mix of both.
 
     Raises:
-        UserError: another process is writing there; its pid is named.
+        UserError: another process is writing there; the message has its process id.
     """
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    with lock(state_dir() / "writing" / name, shown=folder):
+    with lock(state_dir() / "writing" / name, shown_as=folder):
         yield
 
 
 @contextlib.contextmanager
-def lock(folder: Path, shown: Path | None = None, wait: bool = False) -> Iterator[None]:
+def lock(folder: Path, shown_as: Path | None = None, wait: bool = False) -> Iterator[None]:
     """Hold a folder for this process; the kernel frees it when the process dies, however it dies.
 
     Args:
-        shown: what to name in the refusal instead.
-        wait: for a process that holds it, instead of the refusal.
+        shown_as: folder to name in the messages instead.
+        wait: wait for a process that holds the lock, instead of raising.
 
     Raises:
-        UserError: another process holds it; its pid is named.
+        UserError: another process holds the lock; the message has its process id.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as file:
         if not flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
             process, host = last_holder(folder)
-            where = "" if host == platform.node() else f" on {host}"
+            on_host = "" if host == platform.node() else f" on {host}"
             if not wait:
-                cure = f"wait for it, or stop it{' there' if where else ''}: kill {process}"
-                raise UserError(f"{shown or folder}: process {process}{where} is at work on this run; {cure}")
-            log.info("wait        for process %s%s, which is at work on %s", process, where, shown or folder)
+                text = f"{shown_as or folder}: process {process}{on_host} is writing there."
+                stop = f"Wait for it, or stop it with `kill {process}`{on_host}."
+                raise UserError(Problem("folder-locked", f"{text} {stop}"))
+            log.info("wait        for process %s%s, which is writing to %s", process, on_host, shown_as or folder)
             flock(file, fcntl.LOCK_EX)
         file.seek(0)
         file.truncate()
@@ -60,7 +61,7 @@ def lock(folder: Path, shown: Path | None = None, wait: bool = False) -> Iterato
 
 
 def flock(file: IO[Any], operation: int) -> bool:
-    """Whether the lock is taken; a disk that knows no locks gives it to everyone."""
+    """Return whether the lock was taken. A disk without locks gives it to every process."""
     try:
         fcntl.flock(file, operation)
     except BlockingIOError:
@@ -72,23 +73,22 @@ def flock(file: IO[Any], operation: int) -> bool:
 
 
 def require_held(folder: Path) -> None:
-    """For long work under a lock: some network disks carry no lock from one machine to another.
+    """Check during long work that this process still holds the lock: some network disks lock on one machine only.
 
     Raises:
-        UserError: another process has taken the lock since; the one that came first gives way.
+        UserError: another process has taken the lock since. The first one stops.
     """
     with contextlib.suppress(FileNotFoundError):
-        held = (folder / "lock").read_text(encoding="utf-8")
-        if held and not held.endswith(THIS_PROCESS):
+        holder = (folder / "lock").read_text(encoding="utf-8")
+        if holder and not holder.endswith(THIS_PROCESS):
             process, host = last_holder(folder)
-            raise UserError(
-                f"{folder}: process {process} on {host} has taken this run over, since this disk carries no locks "
-                "between machines; wait for it, or where it is gone run the same command again"
-            )
+            text = f"{folder}: process {process} on {host} has started the same run, as this disk has no locks"
+            then = "Wait for it. If it has ended, run the same command again."
+            raise UserError(Problem("run-taken-over", f"{text} between machines. {then}"))
 
 
 def last_holder(folder: Path) -> tuple[str, str]:
-    """Process id and host of who took the folder's lock last; "unknown" of this host where nothing says."""
+    """Return process id and host of the last process that took the lock, else "unknown" and this host."""
     with contextlib.suppress(OSError, ValueError):
         process, host, *_ = (folder / "lock").read_text(encoding="utf-8").split()
         return process, host

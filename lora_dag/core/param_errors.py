@@ -1,4 +1,4 @@
-"""pydantic's errors in the project's words, one line each: file, dotted key, value, what is accepted."""
+"""Errors of pydantic as problems, one line each: file, dotted key, value, what is expected."""
 
 from __future__ import annotations
 
@@ -11,74 +11,92 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from lora_dag.core.console import Problem
 from lora_dag.core.param_kinds import innermost, is_union
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
-def explain(path: Path, section: str, cls: type[BaseModel], error: ValidationError) -> list[str]:
-    """A validation error in the project's words: file, dotted key, value, what is accepted."""
-    lines = []
-    for _, alternatives in itertools.groupby(error.errors(), lambda detail: union(cls, detail["loc"])):
+def explain(path: Path, section: str, cls: type[BaseModel], error: ValidationError) -> list[Problem]:
+    """Return one problem per validation error: file, dotted key, value, what is expected."""
+    problems: list[Problem] = []
+    for _, alternatives in itertools.groupby(error.errors(), lambda detail: up_to_union(cls, detail["loc"])):
         details = decisive(list(alternatives))
-        detail = details[0]
-        key = ".".join([section, *place(cls, detail["loc"])])
-        inner = innermost(cls, detail["loc"])
-        if detail["type"] == "extra_forbidden":
-            lines.append(unknown(str(path), key, inner.model_fields))
-        elif detail["type"] == "missing":
-            lines.append(f"{path} {key}: missing; {describe(inner, str(detail['loc'][-1]))}")
-        elif detail["type"] == "model_type":
-            example = ", ".join(f"{name}: ..." for name, field in inner.model_fields.items() if field.is_required())
-            lines.append(f"{path} {key}: got {detail['input']!r}; expected {{{example}}}")
-        elif detail["type"] == "value_error":
-            lines.append(f"{path} {key}: {detail['msg'].removeprefix('Value error, ')}")
-        else:
-            accepted = [detail["msg"], *(other["msg"].removeprefix("Input should be ") for other in details[1:])]
-            text = " or ".join(accepted)
-            hint = nearest(details) or unquoted(detail)
-            lines.append(f"{path} {key}: got {detail['input']!r}; {text[0].lower() + text[1:]}{hint}")
-    return lines
+        key = ".".join([section, *key_names(cls, details[0]["loc"])])
+        problems.append(explain_one(details, key, cls).at(str(path), glue=" "))
+    return problems
+
+
+def explain_one(details: list[ErrorDetails], key: str, cls: type[BaseModel]) -> Problem:
+    """Return the problem of one setting, whose text begins with its key.
+
+    Args:
+        details: pydantic's errors of it, one for each member of a union.
+    """
+    detail = details[0]
+    inner = innermost(cls, detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return unknown_setting("", key, inner.model_fields)
+    if detail["type"] == "missing":
+        return Problem("missing-setting", f"{key}: missing. {describe(inner, str(detail['loc'][-1]))}")
+    if detail["type"] == "model_type":
+        example = ", ".join(f"{name}: ..." for name, field in inner.model_fields.items() if field.is_required())
+        return Problem("wrong-type", f"{key}: got {detail['input']!r}, but {{{example}}} is expected.")
+    if detail["type"] == "value_error":
+        return Problem("wrong-value", f"{key}: {detail['msg'].removeprefix('Value error, ')}")
+    if detail["type"] == "problem":
+        return Problem(detail["ctx"]["code"], f"{key}: {detail['msg']}")
+    hint = nearest(details) or unquoted(detail)
+    return Problem("wrong-value", f"{key}: got {detail['input']!r}{expected(details)}{hint}")
+
+
+def expected(details: list[ErrorDetails]) -> str:
+    """Return ``, but a valid integer is expected.``, or pydantic's own sentence where it is of another form."""
+    start = "Input should be "
+    if not details[0]["msg"].startswith(start):
+        return f". {details[0]['msg']}."
+    accepted = " or ".join(detail["msg"].removeprefix(start) for detail in details)
+    return f", but {'a value ' if accepted.startswith(('greater', 'less')) else ''}{accepted} is expected."
 
 
 def decisive(alternatives: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Of what the members of a union say: that of the one whose type the value has, else all of it."""
+    """Return the error of the union's member that has the value's type; all errors, if no member has it."""
     deepest = max(len(detail["loc"]) for detail in alternatives)
-    meant = [detail for detail in alternatives if len(detail["loc"]) == deepest]
-    of_its_type = [d for d in meant if not d["type"].endswith("_type") and d["type"] != "literal_error"]
-    return of_its_type[:1] or meant
+    specific = [detail for detail in alternatives if len(detail["loc"]) == deepest]
+    same_type = [d for d in specific if not d["type"].endswith("_type") and d["type"] != "literal_error"]
+    return same_type[:1] or specific
 
 
 def nearest(details: list[ErrorDetails]) -> str:
-    """`` (near: cosine)`` for a choice that was misspelled."""
+    """Return `` Did you mean cosine?`` for a misspelled choice."""
     choices = [name for d in details if d["type"] == "literal_error" for name in re.findall("'(.*?)'", d["msg"])]
     near = difflib.get_close_matches(str(details[0]["input"]), choices, n=2)
-    return f" (near: {', '.join(near)})" if near else ""
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def unquoted(detail: ErrorDetails) -> str:
-    """What YAML made of a text without quotes."""
+    """Return a hint for a text without quotes, which YAML reads as something else."""
     signs = {type(None): "'#' begins a comment", dict: "': ' makes a mapping"}
     sign = signs.get(type(detail["input"])) if detail["type"] == "string_type" else None
-    return f"; {sign} in YAML, so put the text in quotes" if sign else ""
+    return f" {sign} in YAML: put the text in quotes." if sign else ""
 
 
-def place(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Names and indices of a location, without the tags by which pydantic tells the members of a union apart."""
-    found: list[str] = []
+def key_names(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Return names and indices of a location, without the tags that pydantic adds for members of a union."""
+    names: list[str] = []
     parts = iter(location)
     for part in parts:
-        found.append(str(part))
+        names.append(str(part))
         field = cls.model_fields.get(str(part))
         if field and is_union(field.annotation):
             next(parts, None)
         cls = innermost(cls, (part,))
-    return found
+    return names
 
 
-def union(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A location up to the first union, whose members each have their say; the whole location where there is none."""
+def up_to_union(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Return a location up to the first union, whose members have one error each; the whole location without one."""
     for depth, part in enumerate(location, start=1):
         field = cls.model_fields.get(str(part))
         if field and is_union(field.annotation):
@@ -88,14 +106,15 @@ def union(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | 
 
 
 def describe(cls: type[BaseModel], field: str) -> str:
+    """Return what a field accepts, by its annotation."""
     kind = cls.model_fields[field].annotation if field in cls.model_fields else None
     choices = f"one of {json.dumps(get_args(kind))}" if get_origin(kind) is Literal else ""  # of an alias such as Dtype
     annotation = choices or str(cls.__annotations__.get(field, "")).replace("Literal", "one of ")
-    return f"expected {annotation}" if annotation else "add it"
+    return f"Expected {annotation}." if annotation else "Add it."
 
 
-def unknown(where: str, key: str, known: Any) -> str:
-    """``params.yaml lora.rnak: unknown key (near: rank)``"""
+def unknown_setting(place: str, key: str, known: Any, noun: str = "setting") -> Problem:
+    """Return ``params.yaml lora.rnak: unknown setting. Did you mean rank?``"""
     near = difflib.get_close_matches(key.rpartition(".")[2], list(known), n=2)
-    hint = f"near: {', '.join(near)}" if near else f"known: {', '.join(known)}"
-    return f"{where} {key}: unknown key ({hint})"
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known {noun}s: {', '.join(known)}."
+    return Problem("unknown-setting", f"{f'{place} ' if place else ''}{key}: unknown {noun}. {hint}")

@@ -1,4 +1,4 @@
-"""What an annotation of a params class says: text or not, null or not, a union, the params class inside it."""
+"""Questions about annotations of params classes: is it text, does it accept null, which class is inside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 
 def members(kind: Any) -> list[Any]:
-    """The types of a union, or the one type; without what Annotated adds."""
+    """Return the types of a union, or the one type, without Annotated."""
     if get_origin(kind) is Annotated:
         return members(get_args(kind)[0])
     if get_origin(kind) in (Union, types.UnionType):
@@ -19,7 +19,7 @@ def members(kind: Any) -> list[Any]:
 
 
 def inside(kind: Any, key: str | None = None) -> Any:
-    """Type of a list's items; with ``key``, of a mapping's values or of a params class's field."""
+    """Return the type of a list's items; with ``key``, the type of a mapping's values or of a class's field."""
     for member in members(kind):
         if key is None and get_origin(member) is list:
             return get_args(member)[0]
@@ -32,7 +32,7 @@ def inside(kind: Any, key: str | None = None) -> Any:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether every scalar of it but null is text: a free one, or a choice of names."""
+    """Return whether each scalar but null is text: free text or a choice of names."""
     scalars = [m for m in members(kind) if get_origin(m) not in (list, dict) and m is not type(None)]
     choices = [name for m in scalars if get_origin(m) is Literal for name in get_args(m)]
     return (
@@ -42,23 +42,23 @@ def is_text(kind: Any) -> bool:
     )
 
 
-def only_text(kind: Any) -> bool:
-    """Free text, or null."""
+def is_free_text(kind: Any) -> bool:
+    """Return whether a value is free text or null."""
     return set(members(kind)) <= {str, type(None)}
 
 
-def takes_null(kind: Any) -> bool:
+def accepts_null(kind: Any) -> bool:
     return type(None) in members(kind)
 
 
 def is_union(annotation: Any) -> bool:
-    """Of several types; one type or null is none."""
+    """Return whether there are several types beside null."""
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
     return len([member for member in members if member is not type(None)]) > 1
 
 
 def innermost(cls: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The class that a location such as ``("subsets", 0, "path")`` leads into."""
+    """Return the class that has the field of a location such as ``("subsets", 0, "path")``."""
     for part in location:
         field = cls.model_fields.get(str(part))
         cls = next(models(field.annotation), cls) if field else cls
@@ -66,7 +66,7 @@ def innermost(cls: type[BaseModel], location: tuple[int | str, ...]) -> type[Bas
 
 
 def models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The params classes inside an annotation such as ``list[Subset] | None``."""
+    """Yield the params classes inside an annotation such as ``list[Subset] | None``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):

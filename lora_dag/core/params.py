@@ -1,7 +1,7 @@
-"""One strict reader of params.yaml for every stage, DVC and Snakemake alike.
+"""The one strict reader of params.yaml for every stage, DVC and Snakemake alike.
 
-YAML 1.2 (``1e-4`` and ``1e-05`` are numbers, ``no`` is a string), no unknown key, no NaN. Each stage's params class
-stands beside the stage; SECTIONS names them all, so that a typo in any section stops the first stage, not the last.
+It reads YAML 1.2 (``1e-4`` and ``1e-05`` are numbers, ``no`` is a string), no unknown keys, no NaN. The params class of
+each stage is defined beside the stage. SECTIONS lists all, so that a typo in any section stops the first stage.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML, YAMLError
 
-from lora_dag.core.console import UserError
-from lora_dag.core.param_errors import explain, unknown
-from lora_dag.core.param_kinds import only_text, takes_null
+from lora_dag.core.console import Problem, UserError
+from lora_dag.core.param_errors import explain, unknown_setting
+from lora_dag.core.param_kinds import accepts_null, is_free_text
+from lora_dag.core.setting_problem import setting_problem
 
-# Modules are named, not imported: a stage's code must not depend on another stage's.
+# Modules are named, not imported: the code of a stage must not depend on the code of another stage.
 SECTIONS = {
     "model": "lora_dag.core.params:ModelParams",
     "dataset": "stages.prepare.params:DatasetParams",
@@ -42,7 +44,7 @@ FAMILIES = tuple(
         if "\nPIPELINE = " in path.read_text(encoding="utf-8")
     )
 )
-"""Files of lora_dag/families that are one model family each. They are listed, not imported: nothing above is."""
+"""Files of lora_dag/families that are one model family each. They are listed, not imported."""
 if TYPE_CHECKING:
     FamilyName = str
 else:
@@ -50,24 +52,25 @@ else:
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def one_spelling(path: str) -> str:
-    """Of ``data/raw``, ``data/raw/`` and ``./data/raw``.
+def normalize_path(path: str) -> str:
+    """Return one spelling of ``data/raw``, ``data/raw/`` and ``./data/raw``.
 
-    An address stays, for the message that refuses it, and so does what ``..`` may reach through a link.
+    A URL is unchanged, for the message that rejects it. So is a path with ``..``, which may lead through a link.
     """
     return path if "://" in path or ".." in Path(path).parts else os.path.normpath(path)
 
 
-def no_tilde(path: str) -> str:
-    """DVC reads the text itself as a dependency, and knows no ``~``."""
+def reject_tilde(path: str) -> str:
+    """Reject ``~``: DVC reads the text itself as a dependency and does not expand it."""
     if path.startswith("~"):
-        raise ValueError(f"got '{path}', which DVC takes for a folder named '~'; write {os.path.expanduser(path)}")
+        text = f"got '{path}', but DVC does not expand '~'. Write {os.path.expanduser(path)}."
+        raise setting_problem("path-with-tilde", text)
     return path
 
 
-LocalPath = Annotated[str, Field(min_length=1), AfterValidator(no_tilde), AfterValidator(one_spelling)]
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(reject_tilde), AfterValidator(normalize_path)]
 HomePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-"""A file that no stage lists as a dependency, so that its path may hold ``~``."""
+"""A file that no stage lists as a dependency. Its path may have ``~``."""
 
 
 class Params(BaseModel):
@@ -77,82 +80,103 @@ class Params(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def is_text(cls, value: Any) -> Any:
-        """YAML's "\\ud800" is half a character, which no file can hold."""
+    def reject_half_characters(cls, value: Any) -> Any:
+        """Reject YAML's "\\ud800", half a character, which cannot be written to a file."""
         try:
             json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
         except UnicodeEncodeError as error:
             half = ascii(error.object[error.start])
-            raise ValueError(f"holds {half}, half a surrogate pair; write the character itself") from None
+            text = f"got {half}, which is half a surrogate pair. Write the character itself."
+            raise setting_problem("half-character", text) from None
         return value
+
+    def setting(self, key: str) -> str:
+        """Return the place of a setting for a message: the file that was read and the dotted key.
+
+        ``params.setting("rank")`` is ``params.yaml lora.rank``, or ``runs/.params/a.yaml lora.rank`` in a sweep. A key
+        that begins with another section, such as ``dataset.crop``, stays as it is.
+        """
+        names = {path.partition(":")[2]: name for name, path in SECTIONS.items()}
+        section = "" if key.partition(".")[0] in SECTIONS else f"{names[type(self).__name__]}."
+        return f"{vars(self).get('_file', 'params.yaml')} {section}{key}"
 
 
 class ModelParams(Params):
-    """Section ``model``: the frozen base."""
+    """Section ``model``: the frozen base model."""
 
     family: FamilyName
-    """File in lora_dag/families/ that knows the model."""
+    """Model family: name of a file in lora_dag/families."""
     pretrained: LocalPath
-    """Folder in the diffusers layout, or what ``lora_dag/bases`` makes one of."""
+    """Folder in the diffusers layout, folder with one .safetensors checkpoint, or YAML file that pins a model of
+    the Hub (``lora_dag/bases``)."""
     variant: str | None = Field(min_length=1)
-    """Weight file variant, such as fp16 for ``*.fp16.safetensors``."""
+    """Variant of the weight files, such as fp16 for ``*.fp16.safetensors``."""
     dtype: Dtype
-    """Dtype of the frozen weights and of autocast; adapters are always float32."""
+    """Data type of the frozen weights and of autocast. Adapters are always float32."""
 
 
 class RuntimeParams(Params):
-    """Section ``runtime``: where and how a run is carried out. No stage lists it; it changes no result."""
+    """Section ``runtime``: device, threads and processes. It is no dependency of a stage and changes no result."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
-    """auto takes a GPU when there is one."""
+    """Device of all stages. auto: a GPU if there is one."""
     num_threads: int | None = Field(ge=1, le=1024)
-    """CPU threads, null for all cores. Results differ in the last bits between thread counts."""
+    """CPU threads. null: all cores. The last bits of results depend on the number of threads."""
     num_processes: int = Field(ge=1, le=1024)
-    """Processes that share a training's micro-batches, one per GPU, on all machines; the bytes stay the same."""
+    """Training processes on all machines, one per GPU. The result is bit-identical for every number."""
     num_machines: int = Field(ge=1, le=1024)
-    """Machines that the processes are spread over evenly."""
+    """Machines that have equal numbers of the processes."""
     log_every_n_steps: int = Field(ge=1)
-    """Steps of train between log lines where there is no terminal."""
+    """Training steps between log lines, where there is no terminal."""
     tracker: Literal["none", "tensorboard", "wandb", "dvclive"]
-    """Tracker that accelerate writes to, under logs/."""
+    """Tracker that accelerate writes to, in logs/."""
 
     @model_validator(mode="after")
     def is_even(self) -> RuntimeParams:
         if self.num_processes % self.num_machines:
-            raise ValueError(f"num_machines {self.num_machines} does not divide num_processes {self.num_processes}")
+            counts = f"num_processes is {self.num_processes} and num_machines is {self.num_machines}"
+            raise setting_problem("uneven-processes", f"{counts}. Make num_processes a multiple of num_machines.")
         return self
 
 
 T = TypeVar("T", bound=Params)
+NULLS = ("", "null", "Null", "NULL", "~")
+"""Spellings of null in YAML."""
 
 
 class Config:
-    """A validated params file. ``config.section(TrainParams)`` returns one section as its class."""
+    """A validated params file. ``config.section(TrainParams)`` returns one section as its class.
 
-    def __init__(self, sections: dict[str, Params], source: Path) -> None:
+    Attributes:
+        source: file that was read.
+        tree: its content with overrides applied, before validation.
+    """
+
+    def __init__(self, sections: dict[str, Params], source: Path, tree: Mapping[str, Any] | None = None) -> None:
         self.sections = sections
         self.source = source
+        self.tree = tree or {}
 
     def section(self, cls: type[T]) -> T:
         return next(section for section in self.sections.values() if isinstance(section, cls))
 
     def replaced(self, section: Params) -> Config:
-        """With another section of this one's class."""
+        """Return a copy in which the section of the same class is replaced."""
         other = {name: section if type(own) is type(section) else own for name, own in self.sections.items()}
-        return Config(other, self.source)
+        return Config(other, self.source, self.tree)
 
 
 def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read and check the whole file, with ``section.key=value`` overrides applied.
 
     Raises:
-        UserError: every problem found, one line each.
+        UserError: all problems, one line each.
     """
-    return check(overridden(path, overrides), path)
+    return check(read_with_overrides(path, overrides), path)
 
 
-def overridden(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """The file's tree with ``section.key=value`` overrides applied, unchecked."""
+def read_with_overrides(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """Return the content of the file with ``section.key=value`` overrides applied, unchecked."""
     tree = read_yaml(path)
     for override in overrides:
         apply_override(tree, override)
@@ -160,13 +184,17 @@ def overridden(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, 
 
 
 def check(tree: dict[str, Any], path: Path) -> Config:
-    """Every section as its class; ``path`` is named in the messages.
+    """Return every section as its class.
+
+    Args:
+        path: file to name in messages.
 
     Raises:
-        UserError: every problem found, one line each.
+        UserError: all problems, one line each.
     """
-    problems = [unknown(str(path), str(key), SECTIONS) for key in tree if key not in SECTIONS]
-    problems += [f"{path}: section '{name}' is missing" for name in SECTIONS if name not in tree]
+    problems = [unknown_setting(str(path), str(key), SECTIONS, "section") for key in tree if key not in SECTIONS]
+    missing = [name for name in SECTIONS if name not in tree]
+    problems += [Problem("missing-section", f"{path}: section '{name}' is missing. Add it.") for name in missing]
     sections = {}
     for name in SECTIONS:
         if name in tree:
@@ -176,19 +204,21 @@ def check(tree: dict[str, Any], path: Path) -> Config:
                 problems += error.problems
     if problems:
         raise UserError(*problems)
-    return Config(sections, path)
+    return Config(sections, path, tree)
 
 
 def check_section(path: Path, name: str, values: Any) -> Params:
-    """One section as its class.
+    """Return one section as its class.
 
     Raises:
-        UserError: its problems, one line each.
+        UserError: the problems of the section, one line each.
     """
     try:
-        return params_class(name).model_validate(values)
+        params = params_class(name).model_validate(values)
     except ValidationError as error:
         raise UserError(*explain(path, name, params_class(name), error)) from None
+    vars(params)["_file"] = path  # no field, so that sections of two files with the same values are equal
+    return params
 
 
 def params_class(section: str) -> type[Params]:
@@ -200,25 +230,28 @@ def params_class(section: str) -> type[Params]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML 1.2 mapping of sections.
+    """Return the mapping of sections in a YAML 1.2 file.
 
     Raises:
-        UserError: no such file, no YAML, a key twice, or no mapping.
+        UserError: the file is missing, invalid or no mapping, or has a key twice.
     """
     try:
         tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run this from the repository's root or pass --params") from None
+        text = f"{path}: no such file. Run the command in the root of the repository, or pass --params."
+        raise UserError(Problem("params-missing", text)) from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
+        raise UserError(Problem("not-utf8", f"{path}: not UTF-8 text. Save it as UTF-8.")) from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: {getattr(error, 'problem', None) or 'no valid YAML'}") from None
-    except (ValueError, RecursionError) as error:  # a date such as 2026-99-99; brackets without end
-        raise UserError(f"{path}: no valid YAML ({error}); put text in quotes") from None
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        cause = getattr(error, "problem", None) or "no reason given"
+        raise UserError(Problem("invalid-yaml", f"{place}: invalid YAML ({cause}).")) from None
+    except (ValueError, RecursionError) as error:  # a date such as 2026-99-99, or thousands of brackets
+        raise UserError(Problem("invalid-yaml", f"{path}: invalid YAML ({error}). Put text in quotes.")) from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
+        text = f"{path}: got {type(tree).__name__}, but a mapping of sections is expected."
+        raise UserError(Problem("no-mapping", text))
     return tree
 
 
@@ -227,44 +260,54 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     section, dot, name = key.partition(".")
     if not (equals and dot and section and name):
-        raise UserError(f"--set {override}: expected SECTION.KEY=VALUE, such as lora.rank=16")
+        text = f"--set {override}: SECTION.KEY=VALUE is expected, such as lora.rank=16."
+        raise UserError(Problem("wrong-override", text))
     if not isinstance(tree.get(section), dict):
-        raise UserError(unknown("--set " + override, section, SECTIONS))
+        raise UserError(unknown_setting(f"--set {override}:", section, SECTIONS, "section"))
     tree[section][name] = read_value(key, value)
 
 
 def read_value(key: str, value: str) -> Any:
-    """The value of an override.
+    """Return the value of an override.
 
     Raises:
-        UserError: YAML reads less than all of it, or another type where the setting is text; the form that works.
+        UserError: YAML reads only a part of the text, or another type where the setting is text. The message has a
+            form that works.
     """
-    cure = f'write "{key}={quoted(value.strip())}"' if only_text(kind_of(key)) else "put each text in quotes of its own"
+    kind = annotation_of(key)
+    is_text = is_free_text(kind)
+    remedy = f'Write "{key}={quoted(value.strip())}".' if is_text else "Put each text in quotes of its own."
+
+    def problem(cause: str) -> UserError:
+        return UserError(Problem("ambiguous-override", f"--set {key}={value}: {cause}. {remedy}"))
+
     try:
         node, read = YAML(typ="safe", pure=True).compose(value), YAML(typ="safe", pure=True).load(value)
     except (YAMLError, ValueError, RecursionError) as error:
-        why = "'#' begins a comment in YAML" if "#" in value else "the value is no valid YAML"
-        said = getattr(error, "problem", None)
-        raise UserError(f"--set {key}={value}: {why}{f' ({said})' if said else ''}; {cure}") from None
+        detail = getattr(error, "problem", None)
+        cause = "'#' begins a comment in YAML" if "#" in value else "invalid YAML"
+        raise problem(f"{cause} ({detail})" if detail else cause) from None
     if value[node.end_mark.index if node else 0 :].strip():
-        raise UserError(f"--set {key}={value}: '#' begins a comment in YAML; {cure}")
-    if only_text(kind_of(key)) and not isinstance(read, str) and not (read is None and takes_null(kind_of(key))):
-        raise UserError(f"--set {key}={value}: YAML reads {json.dumps(read, default=str)}, which is no text; {cure}")
+        raise problem("'#' begins a comment in YAML")
+    if read is None and value.strip() not in NULLS:
+        raise problem("YAML reads null")
+    if is_text and not isinstance(read, str) and not (read is None and accepts_null(kind)):
+        raise problem(f"YAML reads {json.dumps(read, default=str)}, which is no text")
     if read == "" and value.strip(" '\""):
-        raise UserError(f"--set {key}={value}: YAML reads an empty text; {cure}")
+        raise problem("YAML reads an empty text")
     return read
 
 
 def quoted(text: str) -> str:
-    """As YAML and DVC's -S both read it, between double quotes of a shell."""
+    """Return the text quoted for YAML and for DVC's -S, inside of double quotes of a shell."""
     as_yaml = "'" + text.replace("'", "''") + "'"
     if "'" in text and '"' not in text and "\\" not in text:
         as_yaml = f'"{text}"'
     return re.sub(r'([\\"$`])', r"\\\1", as_yaml)
 
 
-def kind_of(key: str) -> Any:
-    """Annotation of ``section.key``; Any where there is no such setting, which is refused later."""
+def annotation_of(key: str) -> Any:
+    """Return the annotation of ``section.key``; Any for an unknown setting, which is rejected later."""
     section, _, name = key.partition(".")
     field = params_class(section).model_fields.get(name) if section in SECTIONS else None
     return field.annotation if field else Any

@@ -1,4 +1,4 @@
-"""Libraries kept from talking between a stage's own lines."""
+"""Silence for libraries that print between the log lines of a stage."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 
 def disable_progress_bars() -> None:
-    """No "Loading weights" bars of diffusers and transformers."""
-    from diffusers.utils import logging as of_diffusers  # no attribute of `diffusers.utils` before more is imported
+    """Disable the "Loading weights" bars of diffusers and transformers."""
+    from diffusers.utils import logging as of_diffusers  # `diffusers.utils.logging` exists only after more imports
     from transformers.utils import logging as of_transformers
 
     of_diffusers.disable_progress_bar()
@@ -16,8 +16,8 @@ def disable_progress_bars() -> None:
 
 
 @contextlib.contextmanager
-def no_warnings() -> Iterator[None]:
-    """Errors alone, for calls whose warnings are known to mean nothing here."""
+def without_warnings() -> Iterator[None]:
+    """Show only errors of diffusers and transformers, for calls whose warnings are known to be irrelevant."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -32,13 +32,13 @@ def no_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def while_loading() -> Iterator[None]:
-    """No warnings while a file is loaded: the comparison that follows says more."""
+def without_loading_warnings() -> Iterator[None]:
+    """Show no warnings while a file is loaded, as the loaded values are compared afterwards."""
     import warnings
 
     from peft.utils.warning import PeftWarning
 
-    with warnings.catch_warnings(), no_warnings():
+    with warnings.catch_warnings(), without_warnings():
         warnings.simplefilter("ignore", PeftWarning)
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, for names that PEFT looks at
         yield

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def key(seed: int, purpose: str, *parts: int | str) -> int:
-    """A 63-bit number that depends on every argument: blake2b of their text."""
+    """Return a 63-bit number that depends on every argument: blake2b of their text."""
     text = "\x1f".join(str(part) for part in (seed, purpose, *parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(seed: int, purpose: str, *parts: int | str) -> torch.Generator:
-    """A CPU generator for one draw, such as ``generator(seed, "noise", step, slot)``.
+    """Return a CPU generator for one draw, such as ``generator(seed, "noise", step, slot)``.
 
     Always on the CPU, so that a CPU and a GPU run see the same noise.
     """
@@ -31,7 +31,7 @@ def generator(seed: int, purpose: str, *parts: int | str) -> torch.Generator:
 
 @lru_cache(maxsize=8)
 def permutation(seed: int, epoch: int, size: int, purpose: str = "order") -> tuple[int, ...]:
-    """The order of one epoch."""
+    """Return the order of the images in one epoch."""
     import torch
 
     return tuple(torch.randperm(size, generator=generator(seed, purpose, epoch)).tolist())

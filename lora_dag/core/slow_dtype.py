@@ -1,4 +1,4 @@
-"""Whether the frozen dtype is slow on this CPU, measured in well under a second: flags of processors do not tell.
+"""Measures in less than a second whether the frozen dtype is slow on this CPU: processor flags do not show it.
 
 Where bfloat16 has no units (AVX2, one thread) a convolution took 24 times its float32 time, and a linear layer 7.
 """
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dag.core.console import log
+from lora_dag.core.console import warn
 from lora_dag.core.files import read_json
 
 if TYPE_CHECKING:
@@ -22,34 +22,36 @@ if TYPE_CHECKING:
 TOO_SLOW = 1.5  # times float32
 SECONDS = 0.15  # for one operation in one dtype; one that takes longer runs once
 REPEATS = 5
-MOST_CHANNELS, MOST_FEATURES = 256, 640  # wider layers would say the same, later
+MOST_CHANNELS, MOST_FEATURES = 256, 640  # wider layers give the same ratio, but take longer
 
 Times = dict[str, dict[str, float]]
 """Dtype -> operation -> seconds."""
 
 
-def warn(device: torch.device, model: ModelParams, measure: Callable[[ModelParams], Times] | None = None) -> None:
-    """One line where the frozen dtype takes more than TOO_SLOW times as long as float32; on a CPU alone.
+def warn_if_slow(
+    device: torch.device, model: ModelParams, measure: Callable[[ModelParams], Times] | None = None
+) -> None:
+    """Warn if the frozen dtype takes more than TOO_SLOW times as long as float32 on a CPU.
 
     Args:
-        measure: ``times``; a test has its own.
+        measure: replaces ``times`` in tests.
     """
     if device.type != "cpu" or model.dtype == "float32":
         return
     found = (measure or times)(model)
     own, reference = found[model.dtype], found["float32"]
     if sum(own.values()) > TOO_SLOW * sum(reference.values()):
-        ratios = " and ".join(f"a {name} {shown(own[name] / reference[name])} times" for name in own)
-        text = f"{model.dtype} is slow on this processor: compared with float32, {ratios} as slow"
-        log.warning("warning: %s; set model.dtype=float32", text)
+        ratios = " and ".join(f"a {name} {format_ratio(own[name] / reference[name])} times" for name in own)
+        text = f"{model.setting('dtype')}: {model.dtype} is slow on this processor. Against float32, {ratios} as slow."
+        warn("slow-dtype", f"{text} Set model.dtype=float32.")
 
 
-def shown(ratio: float) -> str:
+def format_ratio(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
 
 
 def times(model: ModelParams) -> Times:
-    """Of a convolution as wide as the VAE's and a linear layer as wide as the denoiser's, with the present threads."""
+    """Measure a convolution as wide as the VAE's and a linear layer as wide as the denoiser's."""
     import torch
     from torch.nn.functional import conv2d, linear
 
@@ -73,7 +75,7 @@ def ones(dtype: str, *shape: int) -> torch.Tensor:
 
 
 def widths(model: ModelParams) -> tuple[int, int]:
-    """Channels of the VAE's widest convolution, and features of the denoiser's layers, up to what a probe can do."""
+    """Return channels of the VAE's widest convolution and features of the denoiser's layers, limited for the probe."""
     folder = Path(model.pretrained)
     channels = max(read_json(folder / "vae" / "config.json")["block_out_channels"])
     paths = (folder / name / "config.json" for name in ("unet", "transformer"))
@@ -84,10 +86,9 @@ def widths(model: ModelParams) -> tuple[int, int]:
 
 
 def shortest(work: Callable[[], Any]) -> float:
-    """Seconds of the fastest of a few runs: the first one prepares kernels.
+    """Return seconds of the fastest of a few runs: the first one prepares kernels.
 
-    By this thread's own clock, which stands still while another program has the processor, and which takes its part in
-    every operation of several threads.
+    The clock is the thread's own, which stops while another program has the processor.
     """
     end, taken = time.perf_counter() + SECONDS, list[float]()
     while len(taken) < REPEATS and (not taken or time.perf_counter() < end):

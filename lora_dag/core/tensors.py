@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 def save_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None, sync: bool = True
 ) -> None:
-    """A safetensors file, written whole; keys sorted, one byte sequence for one content. ``sync`` as in ``atomic``."""
+    """Write a safetensors file with sorted keys: equal content gives equal bytes. ``sync`` as in ``atomic``."""
     from safetensors.torch import save_file
 
     data = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with atomic(path, sync) as temporary:
-        save_file(data, temporary, dict(sorted((metadata or {}).items())))  # from where the tensors lie, without a copy
+        save_file(data, temporary, dict(sorted((metadata or {}).items())))  # without a copy of the tensors
         sort_header(temporary)
 
 
@@ -33,7 +33,7 @@ def sort_header(path: Path) -> None:
         if "__metadata__" in ordered:
             ordered["__metadata__"] = dict(sorted(ordered["__metadata__"].items()))
         text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(text) != length:  # the tensors stand behind it
+        if len(text) != length:  # the tensors follow it
             raise RuntimeError(f"{path}: the header became longer")
         file.seek(8)
         file.write(text)
@@ -46,7 +46,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors header says beside the tensors."""
+    """Return the metadata of a safetensors header."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -54,12 +54,12 @@ def load_metadata(path: Path) -> dict[str, str]:
 
 
 def has_all_bytes(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
+    """Return whether a safetensors file has the length that its header gives."""
     return bool(read_header(path))
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor -> its ``dtype``, ``shape`` and ``data_offsets``; empty for a file that is damaged or no safetensors."""
+    """Return tensor -> ``dtype``, ``shape`` and ``data_offsets``; empty for a damaged or other file."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""Pictures drawn by a diffusers pipeline under an adapter, from the same noise whatever stands beside a prompt."""
+"""Draws images with a diffusers pipeline. A prompt's noise does not depend on the prompts beside it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn."""
+    """Settings of a drawing."""
 
     prompts: list[str]
     negative_prompt: str
-    """Empty for none: what the pipeline guides away from then is its own matter."""
+    """Empty for none; the pipeline's default applies."""
     num_inference_steps: int
     guidance_scale: float
     height: int
@@ -30,22 +30,22 @@ class Sampling:
     width: int
     seed: int
     batch_size: int
-    """Pictures at a time; guidance doubles what the denoiser sees."""
+    """Images at a time; guidance doubles the denoiser's batch."""
     index: int = 0
-    """Which of a prompt's pictures: each starts from noise of its own."""
+    """Number of the image of a prompt; each starts from other noise."""
 
 
 def draw(pipeline: Any, sampling: Sampling, model: ModelParams) -> list[Image.Image]:
-    """One picture per prompt with the pipeline's present weights.
+    """Return one image per prompt, drawn with the pipeline's present weights.
 
-    Noise is keyed by (seed, prompt, index), so that base, snapshots and later runs start from the same noise.
+    Noise is keyed by (seed, prompt, index), so that base model, snapshots and later runs start from the same noise.
     """
-    pictures: list[Image.Image] = []
-    later = (sampling.index,) if sampling.index else ()  # the first one's noise goes by the prompt alone
+    images: list[Image.Image] = []
+    later = (sampling.index,) if sampling.index else ()  # the noise of index 0 has no index in its key
     for start in range(0, len(sampling.prompts), sampling.batch_size):
         prompts = sampling.prompts[start : start + sampling.batch_size]
-        with torch.inference_mode(), autocast(pipeline.device, model), quiet.no_warnings():  # of prompts that are cut
-            pictures += pipeline(
+        with torch.inference_mode(), autocast(pipeline.device, model), quiet.without_warnings():  # on cut prompts
+            images += pipeline(
                 prompts,
                 negative_prompt=[sampling.negative_prompt] * len(prompts) if sampling.negative_prompt else None,
                 num_inference_steps=sampling.num_inference_steps,
@@ -54,4 +54,4 @@ def draw(pipeline: Any, sampling: Sampling, model: ModelParams) -> list[Image.Im
                 width=sampling.width,
                 generator=[seeding.generator(sampling.seed, "sample", prompt, *later) for prompt in prompts],
             ).images
-    return pictures
+    return images

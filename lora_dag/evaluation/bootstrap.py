@@ -1,6 +1,6 @@
-"""Means over pictures and their 95 % intervals: a percentile bootstrap of whole pictures, of Student's width.
+"""Means over images with 95 % intervals: a percentile bootstrap of whole images, stretched to Student's width.
 
-NumPy only, so that `compare` starts at once. The draws are keyed: the same values and seed give the same bounds.
+Only NumPy is imported, so that `compare` starts fast. The same values and seed give the same bounds.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its interval, a percentile bootstrap of Student's width; NaN bounds where one picture cannot tell."""
+    """A mean with its 95 % interval. The bounds are NaN with fewer than two images."""
 
     mean: float
     low: float
     high: float
 
     def named(self, name: str) -> dict[str, float]:
-        """As a metrics.json has it: ``name``, ``name_low`` and ``name_high``."""
+        """Return the estimate as metrics: ``name``, ``name_low`` and ``name_high``."""
         return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 def mean(values: Iterable[float]) -> float:
+    """Return the mean; NaN without values."""
     numbers = list(values)
     return float(np.mean(numbers)) if numbers else float("nan")
 
 
-def by_picture(values: Iterable[tuple[str, float]]) -> np.ndarray:
-    """Mean of each picture's values, in order of first appearance: float64 [pictures]."""
+def by_image(values: Iterable[tuple[str, float]]) -> np.ndarray:
+    """Return the mean of each image's values, in order of first appearance: float64 [images]."""
     groups: dict[str, list[float]] = {}
     for file_name, value in values:
         groups.setdefault(file_name, []).append(value)
@@ -46,24 +47,24 @@ def by_picture(values: Iterable[tuple[str, float]]) -> np.ndarray:
 
 
 def estimate(values: np.ndarray, seed: int) -> Estimate:
-    """Mean of per-picture values with the bootstrap interval over pictures, of Student's width where they are few.
+    """Return the mean of per-image values with its bootstrap interval over images.
 
-    Rows of one picture are not independent, so whole pictures are drawn. Source: Efron & Tibshirani (1993), ch. 13.
+    Rows of one image are not independent, so whole images are resampled. Source: Efron & Tibshirani (1993), ch. 13.
     """
     return Estimate(mean(values), *bounds(resampled_means(values, seed, "values")))
 
 
 def difference(a: np.ndarray, b: np.ndarray, seed: int) -> Estimate:
-    """Mean of ``a`` minus mean of ``b``, two sets of other pictures, each resampled on its own."""
+    """Return the mean of ``a`` minus the mean of ``b``, two sets of different images that are resampled separately."""
     means = resampled_means(a, seed, "a") - resampled_means(b, seed, "b")
     return Estimate(mean(a) - mean(b), *bounds(means))
 
 
 def resampled_means(values: np.ndarray, seed: int, purpose: str) -> np.ndarray:
-    """float64 [NUM_RESAMPLES]; NaN where there are fewer than two values.
+    """Return bootstrap means, float64 [NUM_RESAMPLES]; NaN with fewer than two values.
 
-    Bootstrap means vary less than means do, by sqrt((n - 1) / n) and by z over Student's t, so they are stretched by
-    that about their centre. Source: Hesterberg (2015), doi:10.1080/00031305.2015.1089789, "narrowness bias".
+    Bootstrap means vary less than the mean itself, by the factors sqrt((n - 1) / n) and z / t. They are stretched
+    about their center by the inverse. Source: Hesterberg (2015), doi:10.1080/00031305.2015.1089789, "narrowness bias".
     """
     n = len(values)
     if n < 2:
@@ -75,6 +76,7 @@ def resampled_means(values: np.ndarray, seed: int, purpose: str) -> np.ndarray:
 
 
 def bounds(means: np.ndarray) -> tuple[float, float]:
+    """Return the two quantiles that enclose CONFIDENCE of the means."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

@@ -1,7 +1,7 @@
-"""The frozen table of (picture, timestep, noise) rows, its file heldout.csv, and the ``val.*`` figures of its losses.
+"""The evaluation set: rows of (image, timestep, noise), their losses in heldout.csv, and the ``val.*`` metrics.
 
-NumPy only, so that `compare` starts at once. All randomness is keyed: a row depends on the seed and its picture alone,
-so adding pictures leaves the other rows as they were.
+Only NumPy is imported, so that `compare` starts fast. A row depends only on the seed and its image, so adding images
+does not change other rows.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 
 from lora_dag.core.files import sha256_json
 from lora_dag.core.seeding import key
-from lora_dag.evaluation.bootstrap import by_picture, difference, estimate, mean
+from lora_dag.evaluation.bootstrap import by_image, difference, estimate, mean
 
 BANDS = ("low", "mid", "high")  # thirds of the training timesteps, by noise
 FIELDS = ("row", "file_name", "split", "timestep", "base", "adapter")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that the table may ask about."""
+class EvalImage:
+    """An image that can be in the evaluation set."""
 
     content: str
-    """Names what it shows, and with it everything here that is drawn: the encoder's settings are no part of it."""
+    """Digest of the decoded image. It keys the timesteps and the noise; the encoder's settings do not change it."""
     file_name: str
     split: str
     """train or heldout"""
@@ -36,28 +36,25 @@ class Picture:
     view: str
     """Key of its first view's latents."""
     mask: str | None = None
-    """Key of that view's mask; None where the loss looks at everything."""
+    """Key of the mask of that view; None if the loss covers the whole image."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question: predict the target of this picture at this timestep under this noise."""
+    """One prediction that is scored: an image at a timestep with a fixed noise."""
 
-    picture: Picture
+    image: EvalImage
     stratum: int
-    """Names the noise: it is keyed by (seed, content, stratum)."""
+    """Number of the timestep's stratum. It keys the noise together with the seed and the image's content."""
     timestep: int
 
 
 @dataclass(frozen=True)
 class Score:
-    """One answered row of reports/validate/heldout.csv."""
+    """One row of reports/validate/heldout.csv: the losses of base and adapter."""
 
     row: str
-    """Names the question, as ``row_names`` does: two runs' losses are paired where it is the same.
-
-    Empty in tables from before rows had names.
-    """
+    """Digest from ``row_digests``. Losses of two runs are paired if it is the same. Empty in tables of old versions."""
     file_name: str
     split: str
     timestep: int
@@ -68,28 +65,28 @@ class Score:
 # The table
 
 
-def choose(pictures: Iterable[Picture], max_pictures: int) -> list[Picture]:
-    """The held-out pictures, at most ``max_pictures``, and then as many training pictures (the train probe).
+def choose_images(images: Iterable[EvalImage], max_images: int) -> list[EvalImage]:
+    """Return at most ``max_images`` held-out images, and then an equal number of training images (the train probe).
 
-    By content: neither the names nor the order of the files matter.
+    Images are chosen by content: names and order of the files do not matter.
     """
-    by_content = sorted(pictures, key=lambda picture: (picture.content, picture.caption, picture.file_name))
-    heldout = [picture for picture in by_content if picture.split == "heldout"][:max_pictures]
-    probe = [picture for picture in by_content if picture.split == "train"][: len(heldout)]
+    by_content = sorted(images, key=lambda image: (image.content, image.caption, image.file_name))
+    heldout = [image for image in by_content if image.split == "heldout"][:max_images]
+    probe = [image for image in by_content if image.split == "train"][: len(heldout)]
     return heldout + probe
 
 
-def table(pictures: Iterable[Picture], num_strata: int, num_train_timesteps: int, seed: int) -> list[Row]:
-    """``num_strata`` rows per picture, in the order of ``pictures``."""
+def make_rows(images: Iterable[EvalImage], num_strata: int, num_train_timesteps: int, seed: int) -> list[Row]:
+    """Return ``num_strata`` rows per image, in the order of ``images``."""
     return [
-        Row(picture, stratum, timestep)
-        for picture in pictures
-        for stratum, timestep in enumerate(strata(seed, picture.content, num_strata, num_train_timesteps))
+        Row(image, stratum, timestep)
+        for image in images
+        for stratum, timestep in enumerate(stratified_timesteps(seed, image.content, num_strata, num_train_timesteps))
     ]
 
 
-def strata(seed: int, content: str, num_strata: int, num_train_timesteps: int) -> list[int]:
-    """One timestep from each of ``num_strata`` equal parts of 0 ... num_train_timesteps - 1, ascending.
+def stratified_timesteps(seed: int, content: str, num_strata: int, num_train_timesteps: int) -> list[int]:
+    """Draw one timestep from each of ``num_strata`` equal parts of 0 ... num_train_timesteps - 1, ascending.
 
     Raises:
         ValueError: there are more strata than timesteps.
@@ -103,29 +100,30 @@ def strata(seed: int, content: str, num_strata: int, num_train_timesteps: int) -
     ]
 
 
-def digest(rows: Sequence[Row], seed: int, components: Mapping[str, str]) -> str:
-    """What two runs must share for their losses to be paired: rows, captions, seed, VAE and scheduler. 16 hex digits.
+def table_digest(rows: Sequence[Row], seed: int, components: Mapping[str, str]) -> str:
+    """Return the digest of rows, captions, seed, VAE and scheduler, 16 hex digits. Losses with equal digests compare.
 
     Args:
-        components: digest of each component of the base that decides the targets.
+        components: digest of each component of the base that determines the targets.
     """
-    asked = [[row.picture.split, row.picture.content, row.picture.caption, row.stratum, row.timestep] for row in rows]
-    return sha256_json({"rows": asked, "seed": seed, "components": dict(components)})[:16]
+    contents = [[row.image.split, row.image.content, row.image.caption, row.stratum, row.timestep] for row in rows]
+    return sha256_json({"rows": contents, "seed": seed, "components": dict(components)})[:16]
 
 
-def row_names(rows: Sequence[Row], seed: int, components: Mapping[str, str]) -> list[str]:
-    """A name per row for what it asks, whatever else is in the table; arguments as for ``digest``. 12 hex digits."""
-    asked = [[row.picture.content, row.picture.caption, row.stratum, row.timestep] for row in rows]
-    return [sha256_json({"row": row, "seed": seed, "components": dict(components)})[:12] for row in asked]
+def row_digests(rows: Sequence[Row], seed: int, components: Mapping[str, str]) -> list[str]:
+    """Return a digest per row, 12 hex digits, independent of the other rows. Arguments as for ``table_digest``."""
+    contents = [[row.image.content, row.image.caption, row.stratum, row.timestep] for row in rows]
+    return [sha256_json({"row": row, "seed": seed, "components": dict(components)})[:12] for row in contents]
 
 
-def write_scores(scores: Iterable[Score]) -> str:
-    """CSV text, losses with six significant digits."""
+def scores_to_csv(scores: Iterable[Score]) -> str:
+    """Return CSV text, losses with six significant digits."""
     lines = [(s.row, s.file_name, s.split, s.timestep, f"{s.base:.6g}", f"{s.adapter:.6g}") for s in scores]
-    return write_csv(FIELDS, lines)
+    return csv_text(FIELDS, lines)
 
 
-def read_scores(text: str) -> list[Score]:
+def scores_from_csv(text: str) -> list[Score]:
+    """Read the text that ``scores_to_csv`` returns."""
     lines = csv.DictReader(io.StringIO(text))
     return [
         Score(
@@ -140,7 +138,8 @@ def read_scores(text: str) -> list[Score]:
     ]
 
 
-def write_csv(fields: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+def csv_text(fields: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """Return CSV text with a header line."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(fields)
@@ -148,11 +147,11 @@ def write_csv(fields: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     return buffer.getvalue()
 
 
-# What the losses say
+# Metrics
 
 
-def metrics(scores: Sequence[Score], num_train_timesteps: int, seed: int) -> dict[str, float]:
-    """The ``val.*`` figures. A change is adapter minus base, so below zero is better."""
+def loss_metrics(scores: Sequence[Score], num_train_timesteps: int, seed: int) -> dict[str, float]:
+    """Return the ``val.*`` metrics. A change is adapter minus base: below zero is better."""
     split = {name: [s for s in scores if s.split == name] for name in ("heldout", "train")}
     heldout, probe = (mean_change(split[name]) for name in ("heldout", "train"))
     change, gap = estimate(heldout, seed), difference(heldout, probe, seed)
@@ -172,5 +171,5 @@ def metrics(scores: Sequence[Score], num_train_timesteps: int, seed: int) -> dic
 
 
 def mean_change(scores: Iterable[Score]) -> np.ndarray:
-    """Adapter minus base, averaged over each picture's timesteps: float64 [pictures]."""
-    return by_picture((s.file_name, s.adapter - s.base) for s in scores)
+    """Return adapter minus base, averaged over each image's timesteps: float64 [images]."""
+    return by_image((s.file_name, s.adapter - s.base) for s in scores)

@@ -1,12 +1,12 @@
-"""METRICS: what each number of the reports means, its unit, which way is better, and where pages show it.
+"""METRICS: meaning, unit, better direction and place of every number in the reports.
 
 The tables of report and model card, headline.json (and so `dvc exp show`), the marks of `compare`, the columns of
-`leaderboard`, the limits of `gate` and docs/metrics.md are made from these rows. A new metric is the module of
-stages/validate that measures it, and one row here.
-Run: `python -m lora_dag.evaluation.metrics --write` writes docs/metrics.md; without --write it prints the page.
+`leaderboard`, the limits of `gate` and docs/metrics.md are made from METRICS. To add a metric, add a module to
+stages/validate that measures it, and an entry here.
+Run: `python -m lora_dag.evaluation.metrics --write` writes docs/metrics.md. Without --write it prints the page.
 
-Two rules for what does not match: a number without a row is shown by its own name, without unit and direction; a row
-without a number, such as that of a feature model that nobody set, is left out.
+A number without an entry is shown by its own name, without unit and direction. An entry without a number, such as the
+CLIP score when no feature model is set, is left out of the tables.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ class Metric:
     """A number that the pipeline measures."""
 
     label: str
-    """Its name on report and model card; empty: the name that the files have."""
+    """Name on report and model card. Empty: the name in metrics.json is shown."""
     table: Table
-    """The table of the report that has its row. Losses, samples and features are tables of base and adapter."""
+    """Table of the report that shows the metric. Losses, samples and features are tables of base and adapter."""
     meaning: str
-    """One plain sentence."""
+    """One sentence that defines it, and one on how to read it."""
     unit: str = ""
     better: Literal["lower", "higher"] | None = None
-    """None: neither is better by itself."""
+    """Better direction; None if neither is better by itself."""
     has_base: bool = False
-    """``NAME_base`` is the same figure of the base model."""
+    """Whether ``NAME_base`` is the value of the base model."""
     has_interval: bool = False
-    """It has a 95 % interval: ``NAME_low`` and ``NAME_high``.
+    """Whether there is a 95 % interval: ``NAME_low`` and ``NAME_high``.
 
-    Where the base has the figure too, the interval is that of ``NAME_change``, adapter minus base.
+    With ``has_base`` the interval belongs to ``NAME_change``, adapter minus base.
     """
     headline: tuple[str, ...] = ()
     """Endings of the names that headline.json repeats; "" is the metric itself."""
     decides: bool = False
-    """The verdict of `compare` is of this metric, which alone is marked as better or worse."""
+    """Whether the verdict of `compare` comes from this metric. Only this metric is marked as better or worse."""
     column: str = ""
-    """Its column in the leaderboard; empty: none."""
+    """Column in the leaderboard; empty for none."""
     spec: str = ".4g"
-    """Format of its values in text and in the leaderboard."""
+    """Format of the values in text and in the leaderboard."""
     dataset: str = ""
-    """Name of the same figure of the dataset's own pictures, which the report shows beside it."""
+    """Name of the same number for the dataset's own images, which the report shows beside the metric."""
 
     @property
     def endings(self) -> tuple[str, ...]:
-        """Endings of all of its names in a metrics.json."""
+        """Endings of all names of the metric in a metrics.json."""
         bounds = ("_low", "_high") if self.has_interval else ()
         if self.has_base and bounds:
             return ("", "_base", "_change", *(f"_change{bound}" for bound in bounds))
@@ -68,7 +68,8 @@ METRICS: dict[str, Metric] = {
     "val.loss": Metric(
         "Held-out loss",
         "losses",
-        "Loss of the adapter on pictures that it was never trained on, over the frozen table.",
+        "Mean squared error of the adapter's predictions on held-out images, which training never sees. It is "
+        "the main measure of quality: read `_change`, and trust it when its whole interval is below 0.",
         unit="MSE",
         better="lower",
         has_base=True,
@@ -77,15 +78,15 @@ METRICS: dict[str, Metric] = {
         decides=True,
     ),
     "val.loss_low_noise": Metric(
-        "Held-out loss, little noise",
+        "Held-out loss at low noise",
         "losses",
-        "Held-out loss over the third of the timesteps with the least noise.",
+        "Held-out loss over the third of the timesteps with the least noise, where the model predicts fine detail.",
         unit="MSE",
         better="lower",
         has_base=True,
     ),
     "val.loss_mid_noise": Metric(
-        "Held-out loss, medium noise",
+        "Held-out loss at medium noise",
         "losses",
         "Held-out loss over the middle third of the timesteps.",
         unit="MSE",
@@ -93,25 +94,27 @@ METRICS: dict[str, Metric] = {
         has_base=True,
     ),
     "val.loss_high_noise": Metric(
-        "Held-out loss, much noise",
+        "Held-out loss at high noise",
         "losses",
-        "Held-out loss over the third of the timesteps with the most noise.",
+        "Held-out loss over the third of the timesteps with the most noise, where the model predicts layout and color.",
         unit="MSE",
         better="lower",
         has_base=True,
     ),
     "val.train_loss": Metric(
-        "Loss on training pictures",
+        "Loss on training images",
         "losses",
-        "Loss on as many training pictures, measured in the same way.",
+        "Mean squared error on an equal number of training images and timesteps. When it falls "
+        "while the held-out loss rises, the adapter overfits.",
         unit="MSE",
         better="lower",
         has_base=True,
     ),
     "drift.loss": Metric(
-        "Drift: loss on pictures that the base drew",
+        "Drift: loss on images of the base model",
         "losses",
-        "Loss on pictures that the base draws for `validate.drift_prompts`; a rise is what the base forgot.",
+        "Loss on images that the base model generates for `validate.drift_prompts`. A `_change` clearly above 0 means "
+        "that the adapter has damaged what the base model could do before.",
         unit="MSE",
         better="lower",
         has_base=True,
@@ -121,7 +124,8 @@ METRICS: dict[str, Metric] = {
     "val.overfit_gap": Metric(
         "",
         "training",
-        "How much more the loss fell on training pictures than on held-out ones; near 0 without overfitting.",
+        "Change of the held-out loss minus change of the loss on training images. Near 0 there is no "
+        "overfitting; above 0 the adapter improved more on training images than on held-out images.",
         unit="MSE",
         better="lower",
         has_interval=True,
@@ -132,7 +136,8 @@ METRICS: dict[str, Metric] = {
     "val.best_step": Metric(
         "Lowest held-out loss",
         "training",
-        "Step of the snapshot with the lowest held-out loss; 0 is the base.",
+        "Training step of the snapshot with the lowest held-out loss; 0 is the base model. When it is far below "
+        "`train.num_steps`, a shorter training is enough.",
         unit="step",
         headline=("",),
         spec=",.0f",
@@ -140,41 +145,45 @@ METRICS: dict[str, Metric] = {
     "val.final_minus_best": Metric(
         "",
         "training",
-        "Held-out loss of the last snapshot minus that of the best one; `reports/validate/curve.csv` has it of all.",
+        "Held-out loss of the final adapter minus that loss of the best snapshot. 0 means that the final adapter "
+        "is the best; `reports/validate/curve.csv` lists every snapshot.",
         unit="MSE",
         better="lower",
         has_interval=True,
         spec="+.4f",
     ),
     "val.onset_step": Metric(
-        "Overfitting sets in",
+        "Overfitting starts",
         "training",
-        "First snapshot after which held-out loss stays above its lowest value, beyond the interval, while the loss on "
-        "training pictures has fallen further; null where there is none.",
+        "First snapshot from which on the held-out loss stays above its minimum, beyond its interval, while the "
+        "loss on training images is lower than at that minimum. Null when there is no such snapshot.",
         unit="step",
         spec=",.0f",
     ),
     "samples.chroma": Metric(
-        "Chroma of the drawing",
+        "Chroma of the samples",
         "samples",
-        "Mean colorfulness of the samples (`validate.ink_measures`), best near the dataset's.",
+        "Mean colorfulness of the generated samples; 0 is gray. Compare it with the dataset's own value: the "
+        "nearer, the better the style is matched. Needs `validate.ink_measures`.",
         unit="0 to 255",
         has_base=True,
         dataset="chroma",
     ),
     "samples.dark_share": Metric(
-        "Near-black share of the drawing",
+        "Near-black pixels of the samples",
         "samples",
-        "Share of near-black pixels of the samples (`validate.ink_measures`), best near the dataset's.",
-        unit="0 to 1",
+        "Fraction of the samples' pixels that are nearly black. Compare it with the dataset's own value: the "
+        "nearer, the better the style is matched. Needs `validate.ink_measures`.",
+        unit="share",
         has_base=True,
         dataset="dark_share",
     ),
     "samples.copied_share": Metric(
-        "Copies of training pictures",
+        "Copies of training images",
         "samples",
-        "Share of samples nearer to a training picture than 95 % of the held-out pictures are: 0.05 is expected by "
-        "chance, 1 / (n + 1) with n < 19 held-out pictures; `validate.max_copied_share` can fail the stage.",
+        "Fraction of samples that are nearer to a training image than 95 % of the held-out images are. About "
+        "0.05 is expected by chance (1 / (n + 1) with n < 19 held-out images); a much higher value means that "
+        "the adapter copies. `validate.max_copied_share` sets a limit.",
         unit="share",
         better="lower",
         has_base=True,
@@ -183,41 +192,47 @@ METRICS: dict[str, Metric] = {
         spec=".0%",
     ),
     "samples.far_share": Metric(
-        "Unlike any picture of the dataset",
+        "Samples unlike the dataset",
         "samples",
-        "Share of samples farther from all training pictures than 95 % of the held-out pictures are, as noise is.",
+        "Fraction of samples that are farther from every training image than 95 % of the held-out images are. "
+        "About 0.05 is expected by chance; a much higher value means that the samples do not look like the "
+        "dataset, as noise does not.",
         unit="share",
         better="lower",
         has_base=True,
     ),
     "samples.blank_share": Metric(
-        "Of one colour",
+        "Samples of a single color",
         "samples",
-        "Share of samples that have one color only.",
+        "Fraction of samples that consist of one color. Anything above 0 is a sign of a broken adapter or of "
+        "wrong sampling settings.",
         unit="share",
         better="lower",
         has_base=True,
     ),
     "samples.nearest_distance": Metric(
-        "Distance to the nearest training picture",
+        "Distance to the nearest training image",
         "samples",
-        "Median over samples, best near that of the held-out pictures; a root mean square of latents, or a distance of "
-        "features where `validate.feature_model` is set.",
+        "Median over the samples of the distance to the nearest training image. Compare it with the same "
+        "distance of held-out images: a much smaller value is a sign of copies. The distance is the root mean "
+        "square difference of latents, or the distance of features if `validate.feature_model` is set.",
         has_base=True,
         dataset="heldout_median",
     ),
     "samples.diversity": Metric(
-        "Distance between pictures of one prompt",
+        "Distance between samples of one prompt",
         "samples",
-        "Mean distance of two samples of one prompt, measured as `samples.nearest_distance` is; the base's is the "
-        "control.",
+        "Mean distance between two samples of the same prompt, in the unit of `samples.nearest_distance`. "
+        "Compare it with the base model's value: a much smaller one means that all samples look alike. Null with "
+        "one sample per prompt.",
         has_base=True,
         headline=("",),
     ),
     "samples.clip_score": Metric(
         "CLIP score of sample and prompt",
         "features",
-        "Fit of sample and prompt: 100 max(cos, 0) (Hessel et al. 2021), by a CLIP model.",
+        "How well a sample fits its prompt according to a CLIP model: 100 max(cos, 0) of the two embeddings, "
+        "mean over prompts (Hessel et al. 2021). Read `_change`.",
         unit="0 to 100",
         better="higher",
         has_base=True,
@@ -227,7 +242,8 @@ METRICS: dict[str, Metric] = {
     "samples.cosine": Metric(
         "Cosine of sample and prompt",
         "features",
-        "Fit of sample and prompt: the cosine itself, by a SigLIP model.",
+        "How well a sample fits its prompt according to a SigLIP model: the cosine of the two embeddings, mean "
+        "over prompts. Read `_change`.",
         unit="-1 to 1",
         better="higher",
         has_base=True,
@@ -235,9 +251,11 @@ METRICS: dict[str, Metric] = {
         headline=("",),
     ),
     "samples.cmmd": Metric(
-        "CMMD to the held-out pictures",
+        "CMMD to the held-out images",
         "features",
-        "Distance of the samples to the held-out pictures: Gaussian kernel, σ = 10 (Jayasumana et al. 2024).",
+        "Distance between the samples and the held-out images as two sets of embeddings, with a Gaussian kernel, "
+        "σ = 10 (Jayasumana et al. 2024). The estimate is unbiased and can be slightly below 0, so read "
+        "`_change`.",
         unit="1000 MMD²",
         better="lower",
         has_base=True,
@@ -245,9 +263,11 @@ METRICS: dict[str, Metric] = {
         headline=("",),
     ),
     "samples.feature_kid": Metric(
-        "KID of these features to the held-out pictures",
+        "KID of these features to the held-out images",
         "features",
-        "The same distance by KID's cubic kernel (Bińkowski et al. 2018), on these features and not on Inception's.",
+        "Distance between the samples and the held-out images with KID's cubic kernel (Bińkowski et al. 2018), on the "
+        "embeddings of the feature model instead of Inception's. The estimate is unbiased and can be slightly below 0, "
+        "so read `_change`.",
         unit="MMD²",
         better="lower",
         has_base=True,
@@ -256,7 +276,8 @@ METRICS: dict[str, Metric] = {
     "cost.tflop_per_image": Metric(
         "Arithmetic per training image",
         "training",
-        "Operations of the denoiser, forward and backward, for one training image (`torch.utils.flop_counter`).",
+        "Floating-point operations to train on one image: forward and backward pass of the denoiser, counted by "
+        "`torch.utils.flop_counter`. The count is the same on every machine.",
         unit="TFLOP",
         better="lower",
         spec=".3g",
@@ -264,16 +285,16 @@ METRICS: dict[str, Metric] = {
     "num_heldout": Metric(
         "",
         "training",
-        "Held-out pictures of the dataset, which no training sees.",
-        unit="pictures",
+        "Number of held-out images in the dataset. Intervals become narrower with more of them.",
+        unit="images",
         headline=("",),
         spec=",.0f",
     ),
-    "train.num_pictures": Metric("", "training", "Pictures that training draws from.", unit="pictures", spec=",.0f"),
+    "train.num_images": Metric("", "training", "Number of training images.", unit="images", spec=",.0f"),
     "train.num_trainable_parameters": Metric(
         "Trainable parameters",
         "training",
-        "Parameters of the adapter.",
+        "Number of trained parameters of the adapter.",
         headline=("",),
         column="parameters",
         spec=",.0f",
@@ -281,23 +302,33 @@ METRICS: dict[str, Metric] = {
     "train.num_steps": Metric(
         "Optimizer steps",
         "training",
-        "Steps of the optimizer; fewer than `train.num_steps` after an early stop.",
+        "Number of optimizer steps; an early stop ends before `train.num_steps` of params.yaml.",
         unit="steps",
         spec=",.0f",
     ),
     "train.images_seen": Metric(
-        "Images seen", "training", "Training images over all steps, repeats included.", unit="images", spec=",.0f"
+        "Images seen",
+        "training",
+        "Number of training images over all steps, repetitions included.",
+        unit="images",
+        spec=",.0f",
     ),
-    "train.epochs": Metric("", "training", "How often training went through its pictures.", unit="epochs", spec=".3g"),
+    "train.epochs": Metric("", "training", "Number of passes over the training images.", unit="epochs", spec=".3g"),
     "train.loss_final": Metric(
         "Last training loss",
         "training",
-        "Training loss, smoothed over the last steps; noisy, so compare held-out losses instead.",
+        "Training loss, smoothed over the last steps. It is noisy, because every step has other images, "
+        "timesteps and noise: compare `val.loss` instead.",
         unit="MSE",
         headline=("",),
         spec=".4f",
     ),
-    "train.grad_norm_max": Metric("", "training", "The largest norm of the gradient at any step, before clipping."),
+    "train.grad_norm_max": Metric(
+        "",
+        "training",
+        "Largest gradient norm of any step, before clipping. A value far above the usual ones is a sign of an "
+        "unstable training.",
+    ),
     "export.megabytes": Metric(
         "Adapter size",
         "training",
@@ -309,96 +340,101 @@ METRICS: dict[str, Metric] = {
         spec=".3g",
     ),
     "export.effect": Metric(
-        "Largest change that the adapter makes to the denoiser's output",
+        "Largest change of the denoiser's output by the adapter",
         "export",
-        "Largest difference between the denoiser's output with and without the adapter.",
+        "Largest absolute difference between the denoiser's output with and without the adapter. It is the scale "
+        "for the differences below.",
         unit="output",
     ),
     "export.*.max_abs_error": Metric(
-        "The same output by {}: largest difference",
+        "Output of the file loaded by {}: largest difference",
         "export",
-        "Largest difference between the denoiser's output with the exported file, loaded back, and with the adapter "
-        "in memory.",
+        "Largest absolute difference between the denoiser's output with the exported file, loaded back by a "
+        "program of that format, and with the trained adapter. It is usually 0; the stage fails above 1e-5 of "
+        "the largest output.",
         unit="output",
         better="lower",
     ),
     "export.*.unmapped_keys": Metric(
         "",
         "export",
-        "Keys of the exported file that its reader did not take.",
+        "Number of keys in the exported file that the loading program ignored. The stage fails above 0.",
         unit="keys",
         better="lower",
     ),
     "export.rank_*.energy_mean": Metric(
         "",
         "export",
-        "Share of the squared singular values that a copy of a smaller rank keeps, mean over layers.",
+        "Fraction of the adapter's squared singular values that remain in the copy of smaller rank, mean over "
+        "layers. 1 means that nothing is lost.",
         unit="share",
         better="higher",
     ),
     "export.rank_*.energy_min": Metric(
         "",
         "export",
-        "The same share of the layer that keeps least.",
+        "Fraction of the squared singular values that remains in the layer that loses most.",
         unit="share",
         better="higher",
     ),
     "export.rank_*.max_abs_error": Metric(
         "",
         "export",
-        "Largest difference between the denoiser's output with a copy of a smaller rank and with the adapter.",
+        "Largest absolute difference between the denoiser's output with the copy of smaller rank and with the "
+        "trained adapter.",
         unit="output",
         better="lower",
     ),
     "export.rank_*.relative_error": Metric(
         "",
         "export",
-        "The same difference as a share of `export.effect`.",
+        "`export.rank_*.max_abs_error` divided by `export.effect`: 0.05 means 5 % of the adapter's largest effect.",
         unit="share",
         better="lower",
     ),
 }
 DATA: Mapping[str, str] = {
-    "val.table": "Digest of the frozen table; losses of another table are of other rows.",
+    "val.table": "Digest of the evaluation set. Losses of two runs can only be compared if this digest is the same.",
     "train.adapter_digest": "First digits of the adapter's SHA-256.",
-    "train.base_digest": "First digits of the digest of the frozen base weights, before training.",
+    "train.base_digest": "First digits of the digest of the frozen base weights before training.",
     "train.base_unchanged": "Whether the frozen base weights have the same digest after training.",
 }
-"""What the files hold beside numbers."""
+"""Entries of the metrics files that are not numbers, with their meaning."""
 DETAILS = ("_base", "_low", "_high")
 """Endings of names that a table shows in the row of their metric."""
 NAMES = {name + ending: name for name, metric in METRICS.items() for ending in metric.endings}
-"""Name in a metrics.json -> key of its row."""
+"""Name in a metrics.json -> key in METRICS."""
 PATTERNS = sorted((name for name in METRICS if "*" in name), key=len, reverse=True)
 ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 
 
 def key_of(name: str) -> str | None:
-    """Key of the row of a name in a metrics.json: ``val.loss`` of ``val.loss_change_low``; None where it has none.
+    """Return the key in METRICS of a name in a metrics.json: ``val.loss`` for ``val.loss_change_low``; None if unknown.
 
-    ``*`` in a key is a format, or a rank; of two keys that match, the longer one counts.
+    ``*`` in a key is the name of a format or a rank. If two keys match, the longer one counts.
     """
     return NAMES.get(name) or next((key for key in PATTERNS if fnmatchcase(name, key)), None)
 
 
 def find(name: str) -> Metric | None:
-    """The row of a name in a metrics.json."""
+    """Return the metric of a name in a metrics.json; None if unknown."""
     key = key_of(name)
     return METRICS[key] if key else None
 
 
 def arrow(name: str) -> str:
-    """``↓`` where lower is better, ``↑`` where higher is; empty where neither is, or the name has no row."""
+    """Return ``↓`` if lower is better, ``↑`` if higher is better, else an empty string."""
     metric = find(name)
     return ARROWS[metric.better if metric else None]
 
 
-def of_table(table: Table) -> dict[str, Metric]:
+def metrics_of_table(table: Table) -> dict[str, Metric]:
+    """Return the metrics that one table of the report shows."""
     return {name: metric for name, metric in METRICS.items() if metric.table == table}
 
 
-def without_row(names: Iterable[str]) -> list[str]:
-    """Names of a metrics.json that are neither in METRICS nor in DATA."""
+def undocumented_names(names: Iterable[str]) -> list[str]:
+    """Return the names of a metrics.json that are neither in METRICS nor in DATA."""
     return [name for name in names if not key_of(name) and name not in DATA]
 
 
@@ -407,46 +443,70 @@ def without_row(names: Iterable[str]) -> list[str]:
 INTRODUCTION = """\
 # Metrics
 
-Every number of `reports/metrics.json`, `reports/train/metrics.json` and `reports/export/metrics.json`. Do not edit
-this page: `python -m lora_dag.evaluation.metrics --write` makes it from `lora_dag/evaluation/metrics.py`.
+Every number in `reports/metrics.json`, `reports/train/metrics.json` and `reports/export/metrics.json`: its meaning,
+its unit, and how to read it.
 
-- **Bold** is the name on report and model card.
-- `_base` is the same figure of the base model. `_change` is adapter minus base. `_low` and `_high` are the bounds of a
-  95 % interval over pictures: a percentile bootstrap of whole pictures (Efron & Tibshirani 1993, ch. 13), stretched to
-  Student's width (Hesterberg 2015); for CMMD and KID, a jackknife over prompts and pictures.
-- *headline*: the number is in `reports/headline.json`, and so in `dvc exp show`, `dvc metrics diff` and VS Code.
+**Where to look first:** `val.loss_change` (did the adapter learn?), `val.overfit_gap` (does it overfit?),
+`samples.copied_share` (does it copy?) and `drift.loss_change` (what did the base model lose?).
+
+- The *evaluation set* is a fixed list of rows: a held-out or training image, a timestep, and the noise to add. Base and
+  adapter are scored on the same rows, so their losses can be compared row by row.
+- The endings after a name, such as `_base`, are further numbers of the same metric: `val.loss_base`.
+- `NAME_base` is the value of the base model without the adapter, `NAME` the value with the adapter, and `NAME_change`
+  is adapter minus base. A change has the direction of its metric: `lower` means that a change below 0 is good.
+- `_low` and `_high` are the bounds of a 95 % interval. If 0 lies between the bounds of a change, the change is within
+  noise. An interval is missing if there is only one image.
+- **Bold** is the name on the report and the model card.
+- *headline*: the number is also in `reports/headline.json`, which `dvc exp show`, `dvc metrics diff` and VS Code read.
 - *leaderboard*: the number has a column in the leaderboard of a sweep.
-- A metric with a better direction can have a limit in `report.gates.limits` of params.yaml.
+- A metric with an entry under *better* can have a limit in `report.gates.limits` of params.yaml.
+- Units: MSE is the mean squared error of the denoiser's prediction. A share is a fraction between 0 and 1. An output is
+  a value of the denoiser's output, which has a standard deviation of about 1.
+
+Intervals of losses and scores come from a percentile bootstrap over whole images (Efron & Tibshirani 1993, ch. 13),
+stretched to the width of Student's t (Hesterberg 2015). Intervals of CMMD and KID come from a jackknife over prompts
+and images.
+
+This page is generated from `lora_dag/evaluation/metrics.py`. Do not edit it: run
+`python -m lora_dag.evaluation.metrics --write`.
 """
 TITLES: Mapping[Table, str] = {
-    "losses": "Losses on the frozen table",
-    "samples": "Samples",
-    "features": "Features of the samples, with `validate.feature_model`",
+    "losses": "Losses",
+    "samples": "Generated samples",
+    "features": "Fit to prompts and images, with `validate.feature_model`",
     "training": "Training and cost",
     "export": "Exported files",
 }
 
 
 def page() -> str:
-    """Markdown of docs/metrics.md."""
+    """Return the Markdown of docs/metrics.md."""
     head = ("metric", "unit", "better", "also in", "meaning")
     parts = [INTRODUCTION]
     for table, title in TITLES.items():
-        rows = [row(name, metric) for name, metric in of_table(table).items()]
-        parts.append(f"## {title}\n\n{lines(head, rows)}\n")
+        rows = [table_row(name, metric) for name, metric in metrics_of_table(table).items()]
+        parts.append(f"## {title}\n\n{table_markdown(head, rows)}\n")
     data = [(f"`{name}`", meaning) for name, meaning in DATA.items()]
-    parts.append(f"## Beside numbers\n\n{lines(('name', 'meaning'), data)}\n")
+    parts.append(f"## Entries that are not numbers\n\n{table_markdown(('name', 'meaning'), data)}\n")
     return "\n".join(parts)
 
 
-def row(name: str, metric: Metric) -> tuple[str, ...]:
+def table_row(name: str, metric: Metric) -> tuple[str, ...]:
+    """Return the cells of a metric in the page's tables."""
     names = ", ".join(f"`{text}`" for text in (name, *metric.endings[1:]))
-    places = [place for place, found in (("headline", metric.headline), ("leaderboard", metric.column)) if found]
-    label = f"**{metric.label.format('the format')}.** " if metric.label else ""
-    return names, metric.unit, metric.better or "", ", ".join(places), label + metric.meaning
+    also_in = [name for name, value in (("headline", metric.headline), ("leaderboard", metric.column)) if value]
+    label = metric.label.format("the format's reader")
+    return (
+        names,
+        metric.unit,
+        metric.better or "",
+        ", ".join(also_in),
+        f"**{label}.** {metric.meaning}" if label else metric.meaning,
+    )
 
 
-def lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table_markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 

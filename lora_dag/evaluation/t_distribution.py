@@ -1,4 +1,4 @@
-"""Student's t, by its own series."""
+"""Quantiles of Student's t, from its series for whole degrees of freedom."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from functools import cache
 
 @cache
 def t_quantile(df: int, confidence: float) -> float:
-    """What |T| with ``df`` degrees of freedom stays below with this probability, by bisection."""
+    """Return the t with P(-t < T < t) = ``confidence`` for ``df`` degrees of freedom, by bisection."""
     low, high = 0.0, 1.0
-    while inside(high, df) < confidence:
+    while central_probability(high, df) < confidence:
         high *= 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle, df) < confidence else (low, middle)
+        low, high = (middle, high) if central_probability(middle, df) < confidence else (low, middle)
     return low
 
 
-def inside(t: float, df: int) -> float:
-    """P(-t < T < t). Source: Abramowitz & Stegun, 26.7.3 and 26.7.4."""
+def central_probability(t: float, df: int) -> float:
+    """Return P(-t < T < t). Source: Abramowitz & Stegun, 26.7.3 and 26.7.4."""
     angle = math.atan(t / math.sqrt(df))
     odd = df % 2
     term, total = (math.cos(angle) if odd else 1.0), 0.0

@@ -1,7 +1,7 @@
-"""What most families do alike: a family file takes these functions over, one line each, and writes what is special.
+"""Functions that most families share; a family file reuses them, one line each, and defines its own for the rest.
 
-Weights come from safetensors alone, from the folder alone; nothing in the folder is run. Which class a component has
-is said by COMPONENTS of the family that ``model.family`` names.
+Weights are loaded only from safetensors files in the base model's folder; no code in the folder is run. COMPONENTS of
+the family specifies the class of each component.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from lora_dag.families.protocol import Family
 
 Text = dict[str, tuple[Any, Any]]
-"""Folder of a text encoder -> its tokenizer, and the encoder."""
+"""Folder of a text encoder -> its tokenizer and the encoder."""
 SWAPPED = "halves swapped: "
-"""In ORIGINAL_LAYERS: scale and shift, the two halves of a modulation's rows, are in the other order there."""
+"""Prefix in ORIGINAL_LAYERS for a modulation whose scale and shift, two halves of its rows, are in reverse order."""
 
 
 def config(model: ModelParams, folder: str) -> dict[str, Any]:
-    """A component's config.json."""
+    """Return a component's config.json."""
     return read_json(Path(model.pretrained) / folder / "config.json")
 
 
-def absent(model: ModelParams, components: Iterable[str]) -> set[str]:
-    """Components that model_index.json declares null; empty where there is no such file, which is refused elsewhere."""
+def declared_null(model: ModelParams, components: Iterable[str]) -> set[str]:
+    """Return the components that model_index.json declares null; empty without such a file."""
     index = Path(model.pretrained) / "model_index.json"
     listed = from_json(index.read_text(encoding="utf-8")) if index.exists() else {}
     return {component for component in components if listed.get(component) == [None, None]}
@@ -44,10 +44,12 @@ def absent(model: ModelParams, components: Iterable[str]) -> set[str]:
 
 
 def load_denoiser(model: ModelParams, device: torch.device) -> Any:
+    """Load the UNet or transformer, frozen, in ``model.dtype``."""
     return load_frozen(model, load_family(model.family).DENOISER, device)
 
 
 def load_vae(model: ModelParams, device: torch.device, tiling: bool = False) -> Any:
+    """Load the VAE, frozen, in ``model.dtype``, with tiling if required."""
     vae = load_frozen(model, "vae", device)
     if tiling:
         vae.enable_tiling()
@@ -55,10 +57,10 @@ def load_vae(model: ModelParams, device: torch.device, tiling: bool = False) -> 
 
 
 def load_frozen(model: ModelParams, folder: str, device: torch.device) -> Any:
-    """A component in eval mode, without gradients, in ``model.dtype``."""
+    """Load a component in eval mode, without gradients, in ``model.dtype``."""
     quiet.disable_progress_bars()
     cls = component_class(model, folder)
-    module = cls.from_pretrained(model.pretrained, subfolder=folder, variant=model.variant, **_source(model))
+    module = cls.from_pretrained(model.pretrained, subfolder=folder, variant=model.variant, **_load_options(model))
     return module.eval().requires_grad_(False).to(device)
 
 
@@ -67,47 +69,48 @@ def load_tokenizer(model: ModelParams, folder: str = "tokenizer") -> Any:
 
 
 def load_scheduler(model: ModelParams) -> Any:
-    """A base that may have any scheduler is trained with DDPM's, which reads the config of each."""
+    """Load the scheduler; for a family that accepts any scheduler, DDPM's, which reads the config of each."""
     cls = component_class(model, "scheduler", "DDPMScheduler")
     return cls.from_pretrained(model.pretrained, subfolder="scheduler", local_files_only=True)
 
 
 def load_pipeline(model: ModelParams, device: torch.device, **components: Any) -> Any:
-    """The diffusers pipeline, without progress bars.
+    """Load the diffusers pipeline, without progress bars.
 
     Args:
-        components: passed in place of what the folder holds; None leaves a component out.
+        components: components to use instead of those in the folder; None leaves a component out.
     """
     family = load_family(model.family)
     quiet.disable_progress_bars()
     passed = dict.fromkeys(family.left_out(model)) | components
     pipeline = pipeline_class(family).from_pretrained(
-        model.pretrained, variant=model.variant, **_source(model), **passed
+        model.pretrained, variant=model.variant, **_load_options(model), **passed
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
 def pipeline_class(family: Family) -> Any:
-    """The pipeline's class in diffusers."""
-    with quiet.no_warnings():  # image processors that need torchvision, which nothing here uses
+    """Return the pipeline's class in diffusers."""
+    with quiet.without_warnings():  # on torchvision, which nothing here uses
         return getattr(importlib.import_module("diffusers"), family.PIPELINE)
 
 
 def component_class(model: ModelParams, folder: str, default: str = "") -> Any:
-    """The class that COMPONENTS names: of transformers for text, of diffusers for all else."""
+    """Return the class in COMPONENTS: of transformers for text, of diffusers for other components."""
     library = "transformers" if folder.startswith(("tokenizer", "text_encoder")) else "diffusers"
     return getattr(importlib.import_module(library), load_family(model.family).COMPONENTS[folder] or default)
 
 
-def _source(model: ModelParams) -> dict[str, Any]:
+def _load_options(model: ModelParams) -> dict[str, Any]:
+    """Return arguments of ``from_pretrained`` that all models share."""
     import torch
 
     return {"dtype": getattr(torch, model.dtype), "use_safetensors": True, "local_files_only": True}
 
 
 def nothing_left_out(model: ModelParams) -> tuple[str, ...]:
-    """For a pipeline that is loaded whole."""
+    """Return no component, for a pipeline that needs all of them."""
     return ()
 
 
@@ -115,28 +118,29 @@ def nothing_left_out(model: ModelParams) -> tuple[str, ...]:
 
 
 def vae_scale_factor(model: ModelParams) -> int:
+    """Return the pixels per latent pixel, in each direction."""
     return 2 ** (len(config(model, "vae")["block_out_channels"]) - 1)
 
 
 def pixels_of_2x2_latents(model: ModelParams) -> int:
-    """Pixel multiple of a denoiser that reads latents in patches of 2x2."""
+    """Return the pixel multiple of a denoiser with latent patches of 2x2."""
     return 2 * vae_scale_factor(model)
 
 
 def no_max_side(model: ModelParams) -> None:
-    """For a denoiser that accepts every size."""
+    """Return None, for a denoiser that accepts every size."""
 
 
 # The VAE
 
 
 def upcast_vae_dtype(model: ModelParams) -> Dtype:
-    """float32 for a VAE whose config says ``force_upcast``, or does not mention it."""
+    """Return float32 for a VAE whose config has ``force_upcast`` true or missing, otherwise ``model.dtype``."""
     return "float32" if config(model, "vae").get("force_upcast", True) else model.dtype
 
 
 def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior mean and std, shifted and scaled by the VAE's config."""
+    """Return posterior mean and std, shifted and scaled by the VAE's config."""
     import torch
 
     with torch.inference_mode():
@@ -146,7 +150,7 @@ def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch
 
 
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """The reverse of ``encode_images``: pixel values, float32 [B, 3, H, W]."""
+    """Return pixel values, float32 [B, 3, H, W]; the inverse of ``encode_images``."""
     import torch
 
     shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
@@ -155,7 +159,7 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 
 def decode_in_own_dtype(vae: AutoencoderKL) -> AutoencoderKL:
-    """Keeps a float32 VAE's decoder in float32 where the pipeline around it runs in half precision and autocast."""
+    """Keep a float32 VAE's decoder in float32 in a pipeline that runs in half precision with autocast."""
     import torch
 
     decode = vae.decode
@@ -171,7 +175,7 @@ def decode_in_own_dtype(vae: AutoencoderKL) -> AutoencoderKL:
 def no_view_conditioning(
     original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
-    """For a denoiser that has no input for how a picture was cut."""
+    """Return no tensors, for a denoiser without input for size and crop."""
     return {}
 
 
@@ -179,18 +183,21 @@ def no_view_conditioning(
 
 
 def load_text(model: ModelParams, device: torch.device) -> Text:
-    """All text encoders that the base has."""
+    """Load all text encoders of the base model."""
     family = load_family(model.family)
     encoders = [name for name in family.COMPONENTS if name.startswith("text_encoder")]
-    return load_encoders(model, [name for name in encoders if name not in absent(model, family.OPTIONAL)], device)
+    return load_encoders(
+        model, [name for name in encoders if name not in declared_null(model, family.OPTIONAL)], device
+    )
 
 
 def load_trainable_text(model: ModelParams, device: torch.device) -> Text:
-    """The text encoders that an adapter can be trained in."""
+    """Load the text encoders that an adapter can be trained in."""
     return load_encoders(model, load_family(model.family).TEXT_ENCODERS, device)
 
 
 def load_encoders(model: ModelParams, encoders: Iterable[str], device: torch.device) -> Text:
+    """Load text encoders and their tokenizers."""
     family = load_family(model.family)
     return {
         name: (family.load_tokenizer(model, tokenizer_of(name)), load_frozen(model, name, device)) for name in encoders
@@ -198,49 +205,51 @@ def load_encoders(model: ModelParams, encoders: Iterable[str], device: torch.dev
 
 
 def tokenizer_of(encoder: str) -> str:
-    """``text_encoder_2`` -> ``tokenizer_2``."""
+    """Return the tokenizer's folder: ``text_encoder_2`` -> ``tokenizer_2``."""
     return encoder.replace("text_encoder", "tokenizer")
 
 
 def text_of(pipeline: Any) -> Text:
-    """The text encoders of a loaded pipeline."""
+    """Return the text encoders of a loaded pipeline."""
     encoders = [name for name in pipeline.components if name.startswith("text_encoder")]
     pairs = {name: (getattr(pipeline, tokenizer_of(name)), getattr(pipeline, name)) for name in encoders}
     return {name: pair for name, pair in pairs.items() if pair[1] is not None}
 
 
 def max_tokens(model: ModelParams) -> int:
+    """Return the tokens of a caption that are used, special ones included."""
     return load_family(model.family).load_tokenizer(model).model_max_length
 
 
 def count_tokens(model: ModelParams, captions: list[str], tokenizer: str = "tokenizer") -> list[int]:
+    """Return the tokens per caption, special ones included, without truncation."""
     return num_tokens(load_tokenizer(model, tokenizer), captions)
 
 
 def num_tokens(tokenizer: Any, captions: list[str]) -> list[int]:
-    """Tokens per caption, special ones included, without truncation."""
-    with quiet.no_warnings():  # of "indexing errors": what is encoded is cut, and the caller says so
+    """Return the tokens per caption, special ones included, without truncation."""
+    with quiet.without_warnings():  # on "indexing errors": encoded captions are truncated
         return [len(ids) for ids in tokenizer(captions, truncation=False).input_ids]
 
 
 def drops_to_empty(model: ModelParams) -> bool:
-    """For a pipeline that encodes the empty caption where no negative prompt is given."""
+    """Return False, for a pipeline that encodes the empty caption without a negative prompt."""
     return False
 
 
 def input_ids(tokenizer: Any, captions: list[str], max_length: int, device: torch.device) -> torch.Tensor:
-    """Token ids, padded and cut to ``max_length``, int64 [B, L]."""
+    """Return token ids, padded and truncated to ``max_length``, int64 [B, L]."""
     tokens = tokenizer(captions, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
     return tokens.input_ids.to(device)
 
 
 def clip_states(tokenizer: Any, encoder: Any, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last but one layer's states [B, L, D], and the encoder's first output: pooled [B, P] where it projects."""
+    """Return the second-to-last layer's states [B, L, D] and the first output, pooled [B, P] if it projects."""
     ids = input_ids(tokenizer, captions, tokenizer.model_max_length, encoder.device)  # [B, L]
     output = encoder(ids, output_hidden_states=True)
     return output.hidden_states[-2], output[0]
 
 
 def t5_states(tokenizer: Any, encoder: Any, captions: list[str], max_length: int) -> torch.Tensor:
-    """The last layer's states [B, L, D]; padding is attended to, as in the model's own training."""
+    """Return the last layer's states [B, L, D]; attention includes padding, as in the model's own training."""
     return encoder(input_ids(tokenizer, captions, max_length, encoder.device))[0]

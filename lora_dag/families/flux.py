@@ -1,6 +1,6 @@
 """FLUX.1 (dev and schnell): FluxTransformer2DModel on packed latents, flow matching, T5, and CLIP's pooled output.
 
-``dev`` is distilled for guidance: the scale is an input of the transformer, and no negative prompt is read.
+``dev`` is distilled for guidance: the scale is an input of the transformer, and negative prompts are not used.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NO_GUIDANCE = None
 MAX_T5_TOKENS = 512
 """Source: FluxPipeline, ``max_sequence_length``."""
 TRAINING_GUIDANCE = 1.0
-"""The target is the velocity of the data itself, which is what a scale of 1 means: the other scales keep their meaning.
+"""Guidance scale in training. The target is the velocity of the data, which is the prediction at a scale of 1.
 
 Source: diffusers' examples/dreambooth/README_flux.md, ``--guidance_scale=1``.
 """
@@ -72,13 +72,13 @@ ORIGINAL_LAYERS = {
 }
 PRESET_LAYERS = {"feed_forward": "proj_mlp"}
 SINGLE_FILE = SingleFile(
-    marks=("model.diffusion_model.double_blocks.0.img_attn.qkv.weight",),
-    inside={
+    marker_tensors=("model.diffusion_model.double_blocks.0.img_attn.qkv.weight",),
+    component_prefixes={
         "vae": ("first_stage_model.", "vae."),
         "text_encoder": ("text_encoders.clip_l.",),
         "text_encoder_2": ("text_encoders.t5xxl.",),
     },
-    configs="black-forest-labs/FLUX.1-dev",
+    configs_repo="black-forest-labs/FLUX.1-dev",
 )
 
 left_out = common.nothing_left_out
@@ -105,7 +105,7 @@ def max_tokens(model: ModelParams) -> int:
 
 
 def count_tokens(model: ModelParams, captions: list[str]) -> list[int]:
-    """T5's: what CLIP cuts is in its pooled output alone."""
+    """Return T5's token counts: truncation by CLIP affects only its pooled output."""
     return common.count_tokens(model, captions, "tokenizer_2")
 
 
@@ -116,7 +116,7 @@ def text_encoders(text: Text) -> dict[str, Any]:
 def encode_prompts(
     text: Text, captions: list[str], cached: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """``prompt_embeds`` [B, 512, D] of T5, ``pooled_prompt_embeds`` [B, P] of CLIP."""
+    """Return ``prompt_embeds`` [B, 512, D] of T5 and ``pooled_prompt_embeds`` [B, P] of CLIP."""
     tokenizer, encoder = text["text_encoder"]
     ids = common.input_ids(tokenizer, captions, tokenizer.model_max_length, encoder.device)  # [B, L]
     pooled = encoder(ids).pooler_output.float()
@@ -147,18 +147,18 @@ def predict(
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """[B, C, h, w] -> [B, h/2 * w/2, 4 C]: patches of 2x2, the channel outermost in each."""
+    """Return patches of 2x2, with the channel outermost in each: [B, C, h, w] -> [B, h/2 * w/2, 4 C]."""
     return latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 def unpack(patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """[B, h/2 * w/2, 4 C] -> [B, C, h, w], the reverse of `pack`."""
+    """Return latents of patches, the inverse of ``pack``: [B, h/2 * w/2, 4 C] -> [B, C, h, w]."""
     grid = patches.unflatten(2, (-1, 2, 2)).unflatten(1, (height // 2, width // 2))  # [B, h/2, w/2, C, 2, 2]
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def image_ids(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """Place of each patch for the rotary embedding: 0, row, column; float32 [rows * columns, 3]."""
+    """Return each patch's position for the rotary embedding: 0, row, column; float32 [rows * columns, 3]."""
     import torch
 
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x, and the embedded base: UNet2DConditionModel, AutoencoderKL, one CLIP text encoder.
 
-v-prediction and zero terminal SNR are data of the scheduler.
+The scheduler's config specifies v-prediction and zero terminal SNR.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ COMFYUI = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 ORIGINAL_LAYERS = unet.ORIGINAL_LAYERS
 PRESET_LAYERS = unet.PRESET_LAYERS
 SINGLE_FILE = SingleFile(
-    marks=("model.diffusion_model.input_blocks.0.0.weight",),
-    inside={"vae": ("first_stage_model.",), "text_encoder": ("cond_stage_model.",)},
-    configs="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    marker_tensors=("model.diffusion_model.input_blocks.0.0.weight",),
+    component_prefixes={"vae": ("first_stage_model.",), "text_encoder": ("cond_stage_model.",)},
+    configs_repo="stable-diffusion-v1-5/stable-diffusion-v1-5",
 )
 
 vae_scale_factor = common.vae_scale_factor
@@ -66,7 +66,7 @@ def left_out(model: ModelParams) -> tuple[str, ...]:
 
 
 def vae_dtype(model: ModelParams) -> Dtype:
-    """float32 for a VAE whose config says ``force_upcast`` and that float16 would overflow.
+    """Return float32 for a VAE with ``force_upcast`` that would overflow in float16, otherwise ``model.dtype``.
 
     Source: diffusers' StableDiffusionXLPipeline, ``needs_upcasting``.
     """
@@ -81,6 +81,7 @@ def text_encoders(text: Text) -> dict[str, CLIPTextModel]:
 def encode_prompts(
     text: Text, captions: list[str], cached: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
+    """Return ``prompt_embeds`` [B, L, D]: the last layer's states."""
     tokenizer, encoder = text["text_encoder"]
     ids = common.input_ids(tokenizer, captions, tokenizer.model_max_length, encoder.device)  # [B, L]
     return {"prompt_embeds": encoder(ids).last_hidden_state.float()}  # [B, L, D]
@@ -107,7 +108,7 @@ def load_pipeline(model: ModelParams, device: torch.device) -> StableDiffusionPi
 
 
 def _choose_attention(denoiser: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Small latents on a CPU: the plain processor takes 237 ms where SDPA takes 327 (16 latents of 16x16, bf16)."""
+    """Set the plain processor for small latents on a CPU: 237 ms, SDPA 327 ms (16 latents of 16x16, bf16)."""
     from diffusers.models.attention_processor import AttnProcessor
 
     if denoiser.device.type == "cpu" and denoiser.config.sample_size <= 32:

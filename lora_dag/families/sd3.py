@@ -1,6 +1,6 @@
-"""Stable Diffusion 3 and 3.5: SD3Transformer2DModel, flow matching, CLIP-L and CLIP-G and, where it is there, T5.
+"""Stable Diffusion 3 and 3.5: SD3Transformer2DModel, flow matching, CLIP-L, CLIP-G and optionally T5.
 
-A base without T5 says so in its model_index.json (``"text_encoder_3": [null, null]``, ``tokenizer_3`` likewise); its
+A base model without T5 has ``"text_encoder_3": [null, null]`` in its model_index.json, also for ``tokenizer_3``. T5's
 part of the sequence is zeros then, as in diffusers.
 """
 
@@ -68,14 +68,14 @@ ORIGINAL_LAYERS = {
 }
 PRESET_LAYERS: dict[str, str] = {}
 SINGLE_FILE = SingleFile(
-    marks=("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",),
-    inside={
+    marker_tensors=("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",),
+    component_prefixes={
         "vae": ("first_stage_model.", "vae."),
         "text_encoder": ("text_encoders.clip_l.",),
         "text_encoder_2": ("text_encoders.clip_g.",),
         "text_encoder_3": ("text_encoders.t5xxl.",),
     },
-    configs="stabilityai/stable-diffusion-3-medium-diffusers",
+    configs_repo="stabilityai/stable-diffusion-3-medium-diffusers",
 )
 
 vae_scale_factor = common.vae_scale_factor
@@ -92,7 +92,7 @@ load_pipeline = common.load_pipeline
 
 
 def left_out(model: ModelParams) -> tuple[str, ...]:
-    return OPTIONAL if common.absent(model, OPTIONAL) else ()
+    return OPTIONAL if common.declared_null(model, OPTIONAL) else ()
 
 
 def pixel_multiple(model: ModelParams) -> int:
@@ -100,7 +100,7 @@ def pixel_multiple(model: ModelParams) -> int:
 
 
 def max_side(model: ModelParams) -> int | None:
-    """By the table of positions, which is cropped for every size."""
+    """Return the longest side in pixels by the table of positions, which is cropped for every size."""
     positions = common.config(model, "transformer")["pos_embed_max_size"]
     return positions and positions * pixel_multiple(model)
 
@@ -110,15 +110,17 @@ def max_tokens(model: ModelParams) -> int:
 
 
 def count_tokens(model: ModelParams, captions: list[str]) -> list[int]:
-    """By the tokenizer that reads most of a caption: T5's, or CLIP's where T5 is left out."""
+    """Return the token counts of the tokenizer with the highest limit: T5's, or CLIP's without T5."""
     return common.count_tokens(model, captions, "tokenizer" if left_out(model) else "tokenizer_3")
 
 
 @dataclass(frozen=True)
 class Text:
+    """Tokenizers and text encoders."""
+
     encoders: common.Text
     width: int
-    """Features of a token, as the transformer reads them."""
+    """Features of a token in the transformer's input."""
 
 
 def load_text(model: ModelParams, device: torch.device) -> Text:
@@ -126,7 +128,7 @@ def load_text(model: ModelParams, device: torch.device) -> Text:
 
 
 def load_trainable_text(model: ModelParams, device: torch.device) -> Text:
-    """CLIP's alone."""
+    """Load only the CLIP encoders."""
     return Text(common.load_trainable_text(model, device), common.config(model, "transformer")["joint_attention_dim"])
 
 
@@ -141,7 +143,9 @@ def text_encoders(text: Text) -> dict[str, Any]:
 def encode_prompts(
     text: Text, captions: list[str], cached: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """``prompt_embeds`` [B, L + 256, D]: CLIP's features side by side, then T5's; ``pooled_prompt_embeds`` [B, P1 + P2]
+    """Return ``prompt_embeds`` [B, L + 256, D] and ``pooled_prompt_embeds`` [B, P1 + P2].
+
+    In ``prompt_embeds``, the features of both CLIP encoders are concatenated, and T5's tokens follow.
 
     Source: Esser et al. 2024 (arXiv:2403.03206), section 4 and figure 2.
     """

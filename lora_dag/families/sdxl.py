@@ -1,7 +1,7 @@
 """Stable Diffusion XL: two CLIP text encoders, pooled embeddings, micro-conditioning by size and crop, a float32 VAE.
 
-Without a negative prompt the pipeline guides away from zeros where the base says so (``force_zeros_for_empty_prompt``,
-as SDXL's own training dropped its captions), so a dropped caption is zeros in training too.
+Without a negative prompt, the pipeline uses zeros if the base model has ``force_zeros_for_empty_prompt``, as SDXL's own
+training did for dropped captions. So a dropped caption is zeros in training too.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ COMFYUI = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": 
 ORIGINAL_LAYERS = unet.ORIGINAL_LAYERS
 PRESET_LAYERS = unet.PRESET_LAYERS
 SINGLE_FILE = SingleFile(
-    marks=("model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"),
-    inside={
+    marker_tensors=("model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"),
+    component_prefixes={
         "vae": ("first_stage_model.",),
         "text_encoder": ("conditioner.embedders.0.",),
         "text_encoder_2": ("conditioner.embedders.1.",),
     },
-    configs="stabilityai/stable-diffusion-xl-base-1.0",
+    configs_repo="stabilityai/stable-diffusion-xl-base-1.0",
 )
 
 left_out = common.nothing_left_out
@@ -62,7 +62,7 @@ encode_images = common.encode_images
 decode_latents = common.decode_latents
 load_tokenizer = common.load_tokenizer
 max_tokens = common.max_tokens
-count_tokens = common.count_tokens  # both tokenizers cut alike: they differ in the padding alone
+count_tokens = common.count_tokens  # both tokenizers truncate equally and differ only in padding
 load_text = common.load_text
 load_trainable_text = common.load_trainable_text
 text_of = common.text_of
@@ -71,14 +71,14 @@ load_scheduler = common.load_scheduler
 
 
 def drops_to_zeros(model: ModelParams) -> bool:
-    """Source: StableDiffusionXLPipeline, whose default is yes."""
+    """Return ``force_zeros_for_empty_prompt``. Source: StableDiffusionXLPipeline, whose default is True."""
     return read_json(Path(model.pretrained) / "model_index.json").get("force_zeros_for_empty_prompt", True)
 
 
 def view_conditioning(
     original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
-    """``add_time_ids``: six numbers, float32 [6]. Source: Podell et al. 2023 (arXiv:2307.01952), section 2.2."""
+    """Return ``add_time_ids``: six numbers, float32 [6]. Source: Podell et al. 2023 (arXiv:2307.01952), section 2.2."""
     import torch
 
     return {"add_time_ids": torch.tensor([*original_size, *crop_top_left, *target_size], dtype=torch.float32)}  # [6]
@@ -91,7 +91,7 @@ def text_encoders(text: Text) -> dict[str, Any]:
 def encode_prompts(
     text: Text, captions: list[str], cached: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """``prompt_embeds`` [B, L, D1 + D2]: both encoders' last but one layer; ``pooled_prompt_embeds`` [B, P]."""
+    """Return ``prompt_embeds`` [B, L, D1 + D2] of both second-to-last layers and ``pooled_prompt_embeds`` [B, P]."""
     import torch
 
     states = [common.clip_states(*text[name], captions) for name in TEXT_ENCODERS]

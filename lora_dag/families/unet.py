@@ -1,4 +1,4 @@
-"""What the families with a UNet2DConditionModel share: its sizes, and its layers' names in original checkpoints."""
+"""Facts of families with a UNet2DConditionModel: pixel multiples, and layer names in original checkpoints."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ ORIGINAL_LAYERS = {
 
 
 def pixel_multiple(model: ModelParams) -> int:
-    """Every block but the last halves the latents."""
+    """Return the number of pixels that divides every side: each block but the last halves the latents."""
     return common.vae_scale_factor(model) * 2 ** (len(common.config(model, "unet")["block_out_channels"]) - 1)

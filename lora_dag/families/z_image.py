@@ -1,16 +1,16 @@
-"""Z-Image (base and Turbo): ZImageTransformer2DModel, flow matching, and Qwen3 as the text encoder, through its chat.
+"""Z-Image (base and Turbo): ZImageTransformer2DModel, flow matching, and Qwen3 with its chat template for captions.
 
-The transformer takes lists: pictures, and for each the features of its caption's own tokens, without padding. Here
-they are padded to the longest that the pipeline reads, beside a mask, so that store, cache and batches hold tensors of
-one shape as for every family; ``predict`` takes the mask's tokens out again, and the transformer sees what the
-pipeline would give it. Its timesteps run from noise (0) to picture (1), and it predicts the picture minus the noise.
+The transformer's inputs are lists: images, and the features of each caption's tokens without padding. Here they are
+padded to the pipeline's limit, with a mask, so that store, cache and batches have tensors of one shape as for every
+family; ``predict`` removes the padding again, so that the transformer's input is that of the pipeline.
+The transformer's timesteps run from noise (0) to image (1), and it predicts the image minus the noise.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.families import common
 from lora_dag.families.protocol import SingleFile
 
@@ -37,7 +37,7 @@ TEXT_ENCODERS: dict[str, int] = {}
 DENOISER = "transformer"
 NO_GUIDANCE = 0.0  # the pipeline adds guidance_scale * (prompt - negative prompt) to the prompt's prediction
 MAX_TOKENS = 512
-"""The chat's own tokens included. Source: ZImagePipeline, ``max_sequence_length``."""
+"""Limit with the tokens of the chat template. Source: ZImagePipeline, ``max_sequence_length``."""
 
 HUB_TAG = "z_image"
 MODELSPEC = "z-image"
@@ -83,16 +83,16 @@ load_pipeline = common.load_pipeline
 
 
 def max_side(model: ModelParams) -> int:
-    """By the rotary embedding's tables: the first axis counts tokens and pictures, the others rows and columns."""
+    """Return the longest side in pixels by the rotary embedding: its axes are tokens and images, rows, columns."""
     return min(common.config(model, "transformer")["axes_lens"][1:]) * pixel_multiple(model)
 
 
 def load_tokenizer(model: ModelParams, folder: str = "tokenizer") -> Qwen2Tokenizer:
-    """Raises UserError for one without the chat template that every caption is put into."""
+    """Load the tokenizer; raise UserError if it has no chat template, which every caption needs."""
     tokenizer = common.load_tokenizer(model, folder)
     if not tokenizer.chat_template:
-        where = f"{model.pretrained}/{folder}: no chat template"
-        raise UserError(f"{where} (chat_template.jinja, or in tokenizer_config.json); fetch the model again")
+        text = f"{model.pretrained}/{folder}: no chat template (chat_template.jinja, or in tokenizer_config.json)."
+        raise UserError(Problem("base-incomplete", f"{text} Fetch the model again."))
     return tokenizer
 
 
@@ -106,7 +106,7 @@ def count_tokens(model: ModelParams, captions: list[str]) -> list[int]:
 
 
 def chats(tokenizer: Qwen2Tokenizer, captions: list[str]) -> list[str]:
-    """Each caption as a person's message, up to where the answer would begin."""
+    """Return each caption as a user's message in the chat template, up to the start of the assistant's turn."""
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=True
@@ -122,7 +122,10 @@ def text_encoders(text: Text) -> dict[str, Any]:
 def encode_prompts(
     text: Text, captions: list[str], cached: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """``prompt_embeds`` [B, 512, D]: the last but one layer's states, 0 where ``prompt_embeds_mask`` [B, 512] is 0."""
+    """Return ``prompt_embeds`` [B, 512, D] and ``prompt_embeds_mask`` [B, 512].
+
+    ``prompt_embeds`` are the second-to-last layer's states, and 0 for padding.
+    """
     tokenizer, encoder = text["text_encoder"]
     options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     tokens = tokenizer(chats(tokenizer, captions), max_length=MAX_TOKENS, **options).to(encoder.device)
@@ -144,6 +147,6 @@ def predict(
 
     masks = prompt["prompt_embeds_mask"].bool()
     captions = [embeds[mask] for embeds, mask in zip(prompt["prompt_embeds"], masks, strict=True)]  # each [its L, D]
-    pictures = list(noisy_latents.unsqueeze(2))  # each [C, 1, h, w]: one frame
-    model_pred = denoiser(pictures, (1000 - timesteps) / 1000, captions).sample
+    images = list(noisy_latents.unsqueeze(2))  # each [C, 1, h, w]: one frame
+    model_pred = denoiser(images, (1000 - timesteps) / 1000, captions).sample
     return -torch.stack(list(model_pred)).squeeze(2)

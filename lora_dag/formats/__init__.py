@@ -1,8 +1,8 @@
-"""The file formats that an adapter is exported in: one module each, named as ``export.formats`` names it.
+"""File formats of the stage export: one module each, with the name that ``export.formats`` uses.
 
-To add a format, add one file that defines everything in ``Format`` below. The params class, the export stage and its
-parity check, the Snakefile, the model card, the tables of the report and `lora-dag push` read this folder.
-Importing a format must not import torch: the Snakefile and the report read its constants.
+To add a format, add a module that defines everything in ``Format`` below. The params class, the stage and its parity
+check, the Snakefile, the model card, the report and `lora-dag push` find it by the folder's listing.
+Importing a format must not import torch, because the Snakefile and the report read its constants.
 """
 
 from __future__ import annotations
@@ -29,47 +29,47 @@ FORMATS = tuple(module.name for module in pkgutil.iter_modules(__path__))
 
 
 class Format(Protocol):
-    """What ``lora_dag/formats/NAME.py`` defines; the module itself is the object."""
+    """Interface of a module ``lora_dag/formats/NAME.py``; the module itself is the object."""
 
     FILE: str
-    """Main file below the format's folder; ``{name}`` in it is ``export.name``."""
+    """Main file in the format's folder. ``{name}`` in it is replaced by ``export.name``."""
     READER: str
-    """Program or function that loads the file back for the parity check, as the report names it."""
+    """Program or function that loads the file back for the parity check, for the report."""
     IS_ADAPTER: bool
-    """Whether the files hold the adapter alone; a whole pipeline has no copies of a smaller rank."""
+    """Whether the files hold only the adapter. A whole pipeline has no copies of smaller rank."""
     LOADED_BY_PEFT: bool
-    """Whether PEFT holds the loaded adapter: it cannot fuse a trained bias into a layer that has no bias."""
-    LIMIT: str
-    """Sentence of the model card about what the parity check does not prove; empty for none."""
+    """Whether PEFT loads the adapter. PEFT cannot fuse a trained bias into a layer without a bias."""
+    CAVEAT: str
+    """Sentence for the model card on what the parity check does not prove; empty for none."""
 
-    def refuse(self, adapter: AdapterKind) -> str:
-        """The part of this adapter that the format would lose or change; empty where it holds all of it."""
+    def unsupported_reason(self, adapter: AdapterKind) -> str:
+        """Return why the format would lose or change a part of the adapter; empty if it can hold the adapter."""
 
     def write(self, export: Export, folder: Path) -> None:
         """Write the files into ``folder``, which does not exist yet."""
 
     def load_back(self, export: Export, folder: Path) -> LoadedBack:
-        """Load the files into a fresh base, by other people's code where there is some.
+        """Load the files into a fresh base, by a third-party loader if there is one.
 
         Raises:
-            RuntimeError: the files hold something else than what was exported.
+            RuntimeError: the files do not hold the exported adapter.
         """
 
     def usage(self, card: Card) -> str:
-        """Markdown of the model card that says how the files are loaded."""
+        """Return Markdown for the model card on how to load the files."""
 
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """What decides whether a format can hold an adapter."""
+    """Properties of an adapter that decide whether a format can hold it."""
 
     algo: str
     """``lora.algo``."""
     bias: str
-    """``lora.bias`` where biases are trained, else none."""
+    """``lora.bias`` if biases are trained, else none."""
     use_dora: bool
     rank: int
-    """Largest of its layers."""
+    """Largest rank of all layers."""
     denoiser: str
     """``unet`` or ``transformer``."""
     trains_text: bool
@@ -82,14 +82,14 @@ class LoadedBack:
 
     modules: BaseModules
     unread: list[str]
-    """Keys of the files that the modules did not take."""
+    """Keys of the files that the loader ignored."""
     disable: Callable[[], object] | None
-    """Takes the adapter's effect off; None where the files hold a whole pipeline."""
+    """Function that disables the adapter; None if the files hold a whole pipeline."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What a format writes, and the base that its reader starts from."""
+    """The adapter to write, and the base model to load it back into."""
 
     name: str
     """``export.name``."""
@@ -101,12 +101,12 @@ class Export:
     weights: dict[str, torch.Tensor]
     """Tensors of the adapter's file."""
     tensors: dict[str, AdapterTensors]
-    """Component -> its part of the adapter."""
+    """Component -> adapter tensors."""
     header: dict[str, str]
     """Fields of every file's header."""
 
     def load_base(self, pretrained: Path | None = None) -> BaseModules:
-        """Read the modules that carry the adapter from the base's own files, or from another folder's."""
+        """Load the modules that carry the adapter, from the base's files or from another folder."""
         from lora_dag.adapters import base_modules
 
         model = self.model.model_copy(update={"pretrained": str(pretrained)}) if pretrained else self.model
@@ -117,7 +117,7 @@ class Export:
         modules.inject(self.adapter, self.weights)
 
     def save(self, path: Path, tensors: dict[str, torch.Tensor], fields: dict[str, str]) -> None:
-        """Write a safetensors file whose header says what the file is and what it was made from."""
+        """Write a safetensors file. Its header names the kind of the file and its provenance."""
         from lora_dag.adapters.adapter_tensors import tensors_digest
         from lora_dag.core.tensors import save_tensors
 
@@ -127,14 +127,14 @@ class Export:
 
 @dataclass(frozen=True)
 class Card:
-    """What the model card knows of the exported files."""
+    """Facts about the exported files for the model card."""
 
-    place: str
-    """Folder of the exports, or user/name of the Hub."""
+    source: str
+    """Folder of the exports, or user/name on the Hub."""
     is_repository: bool
-    """Whether ``place`` is a repository of the Hub."""
+    """Whether ``source`` is a repository of the Hub."""
     load: str
-    """Lines of Python that end in ``pipe = ...``; empty where the card has shown them already."""
+    """Lines of Python that end in ``pipe = ...``; empty if the card already contains them."""
     pipeline: str
     """Class of the pipeline."""
     variant: str | None
@@ -150,12 +150,12 @@ class Card:
 
 
 def load_format(name: str) -> Format:
-    """The module ``lora_dag.formats.<name>``."""
+    """Return the module ``lora_dag.formats.<name>``."""
     return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
 
 
 def known_files(formats: list[str], resized_ranks: list[int]) -> set[str]:
-    """The main file of each format below the folder of the exports, where no parameter is in its name."""
+    """Return the main file of each format whose name contains no parameter, relative to the folder of the exports."""
     known = [name for name in formats if "{" not in load_format(name).FILE]
     adapters = [name for name in known if load_format(name).IS_ADAPTER]
     folders = [*known, *(f"resized/rank-{rank}/{name}" for rank in resized_ranks for name in adapters)]

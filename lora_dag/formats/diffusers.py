@@ -1,7 +1,7 @@
-"""``pytorch_lora_weights.safetensors``, which the ``load_lora_weights`` of any diffusers pipeline reads.
+"""``pytorch_lora_weights.safetensors`` for ``load_lora_weights`` of diffusers pipelines.
 
-The strength is in B, so that it is the same with and without the header. Each LoraConfig is in the header, with
-alpha = rank.
+The strength is multiplied into B, so that readers with and without the header agree. The header holds each LoraConfig,
+with alpha = rank.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ FILE = "pytorch_lora_weights.safetensors"
 READER = "diffusers' `load_lora_weights`"
 IS_ADAPTER = True
 LOADED_BY_PEFT = True
-LIMIT = ""
+CAVEAT = ""
 
 
-def refuse(adapter: AdapterKind) -> str:
+def unsupported_reason(adapter: AdapterKind) -> str:
+    """Return why the format cannot hold the adapter; empty if it can."""
     if adapter.algo != "lora":
-        return f"the pipeline's load_lora_weights reads LoRA alone (lora.algo {adapter.algo})"
+        return f"load_lora_weights reads only LoRA, but lora.algo is {adapter.algo}"
     if adapter.bias == "all":
-        return "biases of layers that carry no adapter have no place in it (lora.bias all)"
+        return "it cannot store biases of layers without LoRA weights (lora.bias all)"
     if adapter.bias == "lora_only" and adapter.use_dora:
-        return "PEFT has no bias beside DoRA (lora.bias lora_only with lora.use_dora)"
+        return "PEFT supports no bias with DoRA (lora.bias lora_only, lora.use_dora)"
     if adapter.trains_text and adapter.use_dora:
-        return "it loses text encoders' magnitudes while loading (lora.train_text_encoder with lora.use_dora)"
+        return "load_lora_weights loses the magnitudes of text encoders (lora.train_text_encoder, lora.use_dora)"
     return ""
 
 
 def write(export: Export, folder: Path) -> None:
-    from lora_dag.adapters.adapted import file_name
+    """Write the files into ``folder``."""
+    from lora_dag.adapters.adapter_set import file_name
     from lora_dag.adapters.adapter_tensors import kohya_network
     from lora_dag.core.tensors import load_metadata, load_tensors
     from lora_dag.families.common import pipeline_class
@@ -54,15 +56,15 @@ def write(export: Export, folder: Path) -> None:
 
 
 def load_back(export: Export, folder: Path) -> LoadedBack:
-    """Stock ``load_lora_weights`` and ``disable_lora``, in a pipeline of nothing but what was adapted."""
+    """Load the files by stock ``load_lora_weights`` into a pipeline that has only the adapted components."""
     from lora_dag.adapters import lora
-    from lora_dag.adapters.adapted import file_name
-    from lora_dag.adapters.adapter_tensors import untaken
-    from lora_dag.core.quiet import while_loading
+    from lora_dag.adapters.adapter_set import file_name
+    from lora_dag.adapters.adapter_tensors import unloaded_keys
+    from lora_dag.core.quiet import without_loading_warnings
     from lora_dag.core.tensors import load_tensors
 
     modules = export.load_base()
-    with while_loading():  # of a text encoder that the file does not adapt; biases, which PEFT takes for broken shards
+    with without_loading_warnings():
         pipeline = pipeline_around(export, modules)
         pipeline.load_lora_weights(folder, adapter_name=lora.NAME)
         taken = {
@@ -70,11 +72,11 @@ def load_back(export: Export, folder: Path) -> LoadedBack:
             for component, module in modules.adapted.items()
             for name, tensor in lora.state_dict(module).items()
         }
-    return LoadedBack(modules, untaken(load_tensors(folder / FILE), taken), pipeline.disable_lora)
+    return LoadedBack(modules, unloaded_keys(load_tensors(folder / FILE), taken), pipeline.disable_lora)
 
 
 def pipeline_around(export: Export, modules: BaseModules) -> Any:
-    """The stock pipeline with what was adapted and a scheduler in it, and nothing else."""
+    """Return a stock pipeline that has only the adapted components and a scheduler."""
     from lora_dag.core.files import read_json
     from lora_dag.families import common
 
@@ -84,16 +86,17 @@ def pipeline_around(export: Export, modules: BaseModules) -> Any:
 
 
 def usage(card: Card) -> str:
-    place, prompt = (json.dumps(text, ensure_ascii=False) for text in (card.place, card.prompt))
+    """Return Markdown on how to load the files."""
+    source, prompt = (json.dumps(text, ensure_ascii=False) for text in (card.source, card.prompt))
     call = f"{prompt}, num_inference_steps={card.num_inference_steps}, guidance_scale={card.guidance_scale:g}"
     lines = [
         "```python",
         *([card.load] if card.load else []),
-        f'pipe.load_lora_weights({place}, subfolder="diffusers", weight_name="{FILE}")',
-        f"image = pipe({call})",
-        'image.images[0].save("sample.png")',
+        f'pipe.load_lora_weights({source}, subfolder="diffusers", weight_name="{FILE}")',
+        f"result = pipe({call})",
+        'result.images[0].save("sample.png")',
         "```",
         "",
-        '`pipe.set_adapters("default_0", 0.7)` makes it weaker: 1 is as trained, 0 the base.',
+        '`pipe.set_adapters("default_0", 0.7)` sets the strength: 1 as trained, 0 the base model.',
     ]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""The whole pipeline in the diffusers layout, with the adapter in the base's weights, in float32.
+"""The whole pipeline in the diffusers layout, in float32, with the adapter merged into the weights.
 
-What was not adapted is the base's own files, byte for byte.
+Files of components that were not adapted are bit-identical copies of the base's files.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ FILE = "model_index.json"
 READER = "the merged pipeline"
 IS_ADAPTER = False
 LOADED_BY_PEFT = False
-LIMIT = ""
+CAVEAT = ""
 
 
-def refuse(adapter: AdapterKind) -> str:
-    return ""  # a weight with the adapter in it holds every kind
+def unsupported_reason(adapter: AdapterKind) -> str:
+    """Return why the format cannot hold the adapter; empty if it can."""
+    return ""  # merged weights hold every kind of adapter
 
 
 def write(export: Export, folder: Path) -> None:
+    """Write the files into ``folder``."""
     from lora_dag.adapters import lora
-    from lora_dag.adapters.adapted import file_name
+    from lora_dag.adapters.adapter_set import file_name
     from lora_dag.core.tensors import save_tensors
 
     copy_base(export, folder)
@@ -43,34 +45,35 @@ def write(export: Export, folder: Path) -> None:
 
 
 def copy_base(export: Export, folder: Path) -> None:
-    """The base's files but for the weights of what was adapted."""
-    from lora_dag.bases.layout import component_files
-    from lora_dag.families.common import absent
+    """Copy the base's files, except the weights of the adapted components."""
+    from lora_dag.bases.component_files import loaded_files
+    from lora_dag.families.common import declared_null
 
     base, family = Path(export.model.pretrained), export.family
     folder.mkdir(parents=True)
     shutil.copyfile(base / FILE, folder / FILE)
-    for component in set(family.COMPONENTS) - absent(export.model, family.COMPONENTS):
+    for component in set(family.COMPONENTS) - declared_null(export.model, family.COMPONENTS):
         (folder / component).mkdir()
-        for path in component_files(base / component, export.model.variant):
+        for path in loaded_files(base / component, export.model.variant):
             if component not in export.tensors or path.suffix == ".json" and ".index." not in path.name:
                 shutil.copyfile(path, folder / component / path.name)
 
 
 def load_back(export: Export, folder: Path) -> LoadedBack:
-    """The family's own loader; what was not adapted must be the base's, to the byte."""
-    from lora_dag.bases.layout import digests
+    """Load the pipeline by the family's loader, and check that all other components are bit-identical to the base."""
+    from lora_dag.bases.component_files import digests
 
     model = export.model.model_copy(update={"pretrained": str(folder)})
     others = set(export.family.COMPONENTS) - set(export.tensors)
     if digests(model, others) != digests(export.model, others):
-        raise RuntimeError("the merged export holds another component than the base")
+        raise RuntimeError("a component of the merged export that was not adapted differs from the base")
     return LoadedBack(export.load_base(folder), [], None)
 
 
 def usage(card: Card) -> str:
-    place = json.dumps(card.place if card.is_repository else f"{card.place}/merged", ensure_ascii=False)
-    folder = f'snapshot_download({place}) + "/merged"' if card.is_repository else place
+    """Return Markdown on how to load the files."""
+    source = json.dumps(card.source if card.is_repository else f"{card.source}/merged", ensure_ascii=False)
+    folder = f'snapshot_download({source}) + "/merged"' if card.is_repository else source
     variant = f", variant={json.dumps(card.variant)}" if card.variant else ""
     end = ", with `snapshot_download` of `huggingface_hub`." if card.is_repository else "."
-    return f"With the adapter in its weights: `{card.pipeline}.from_pretrained({folder}{variant})`{end}"
+    return f"Merged into the weights: `{card.pipeline}.from_pretrained({folder}{variant})`{end}"

@@ -1,4 +1,7 @@
-"""What a run's figures say beside its loss, in words: whatever crossed its control. For report, card and compare."""
+"""Describe overfitting, and samples or losses that are worse than their control, for report, card and compare.
+
+The control of a metric is its value for the base model, or by chance.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +14,47 @@ from lora_dag.core.console import plural
 from lora_dag.pages.markdown import decimals, interval
 
 BOOTSTRAP = "percentile bootstrap, stretched to Student's width"
-"""How the intervals over pictures are made: lora_dag/evaluation/bootstrap.py."""
-FEW_PICTURES = 10
-"""Held out; below it "no difference" and "no sign" would say nothing."""
-TAIL = 0.05  # of pictures, at either end of the held-out ones' distances; and of chance
+"""Method of the intervals over images: lora_dag/evaluation/bootstrap.py."""
+FEW_IMAGES = 10
+"""With fewer held-out images, "no difference" and "no sign of overfitting" mean nothing."""
+TAIL = 0.05  # share of held-out images at either end of their distances; also the level of significance
 MOST = 0.5
 COLLAPSED = 0.5
-"""Share of the base's diversity; an adapter that learned one style always has somewhat less than the base."""
+"""Share of the base's diversity. An adapter that learned one style always has less diversity than the base."""
 
-Figures = Mapping[str, Any]
-"""Metrics of reports/metrics.json, by name."""
+Metrics = Mapping[str, Any]
+"""Name -> value of reports/metrics.json."""
 
 
-def crossed(measured: Figures, lineage: Mapping[str, Any]) -> list[str]:
-    """A clause for each figure beyond its control, the base's or chance's; what was not measured is passed over.
+def concerns(measured: Metrics, lineage: Mapping[str, Any]) -> list[str]:
+    """Return a clause per metric that is worse than its control; metrics that were not measured are skipped.
 
     Args:
-        lineage: of reports/validate/lineage.json.
+        lineage: content of reports/validate/lineage.json.
     """
-    samples = [*copies(measured, lineage), *unlike(measured, lineage), *blank(measured, lineage)]
+    samples = [*copies(measured, lineage), *unlike_dataset(measured, lineage), *blank(measured, lineage)]
     return samples + [*collapse(measured), *drift(measured)]
 
 
-def overfits(measured: Figures, num_steps: int) -> str:
-    """A clause where the training pictures gained more than the held-out ones, or held-out loss rose; else empty.
+def overfitting(measured: Metrics, num_steps: int) -> str:
+    """Return a clause if held-out loss rose, or if training images gained more than held-out images; else "".
 
-    A gap alone is weak evidence: pictures that the base finds harder have more to gain.
+    A gap alone is weak evidence: images with a higher loss under the base have more to gain.
     """
     if (onset := number(measured, "val.onset_step")) == onset:
-        return f"it overfits from step {onset:.0f} on, and held-out loss was lowest at step {measured['val.best_step']}"
+        return f"it overfits from step {onset:.0f} on (lowest held-out loss at step {measured['val.best_step']})"
     gap, low, high = (number(measured, f"val.overfit_gap{bound}") for bound in ("", "_low", "_high"))
     if not low > 0:
         return ""
     spec, best = decimals(low, high, least=4), measured["val.best_step"]
-    gained = f"training pictures gained {gap:{spec}} more {interval(low, high, spec)}"
+    gained = f"training images gained {gap:{spec}} {interval(low, high, spec)} more than held-out images"
     if best == num_steps:
-        return f"{gained}, but held-out loss was still at its lowest in the end"
-    return f"it overfits: {gained}, and held-out loss was lowest at step {best}, not at {num_steps}"
+        return f"{gained}, but held-out loss is lowest at the end"
+    return f"it overfits: {gained}, and held-out loss was lowest at step {best} of {num_steps}"
 
 
-def number(values: Figures, name: str) -> float:
-    """NaN where a metric is null or absent."""
+def number(values: Metrics, name: str) -> float:
+    """Return a metric as a number; NaN if it is null or absent."""
     value = values.get(name)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
@@ -59,68 +62,73 @@ def number(values: Figures, name: str) -> float:
 # Samples
 
 
-def copies(measured: Figures, lineage: Mapping[str, Any]) -> Iterator[str]:
-    """More samples near a training picture than chance and the base have."""
-    found = Share.of("copied_share", measured, lineage)
-    if found.value > max(found.base, found.chance):
-        yield f"{found.counted} as copies of training pictures ({found.control})"
+def copies(measured: Metrics, lineage: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a clause if more samples are near a training image than by chance and for the base."""
+    share = Share.from_metrics("copied_share", measured, lineage)
+    if share.value > max(share.base, share.chance):
+        yield f"{share.counted} as copies of training images ({share.control})"
 
 
-def unlike(measured: Figures, lineage: Mapping[str, Any]) -> Iterator[str]:
-    """More samples far from all training pictures, as noise is, than chance and the base have; or most of them."""
-    found = Share.of("far_share", measured, lineage)
-    if found.value > max(found.base, found.chance) and (found.is_beyond_chance or found.value >= MOST):
-        yield f"{found.counted} as unlike any picture of the dataset ({found.control})"
+def unlike_dataset(measured: Metrics, lineage: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a clause if more samples are far from all training images than by chance and for the base."""
+    share = Share.from_metrics("far_share", measured, lineage)
+    if share.value > max(share.base, share.chance) and (share.is_beyond_chance or share.value >= MOST):
+        yield f"{share.counted} as unlike any image of the dataset ({share.control})"
 
 
-def blank(measured: Figures, lineage: Mapping[str, Any]) -> Iterator[str]:
-    found = Share.of("blank_share", measured, lineage)
-    if found.value > found.base:
-        yield f"{found.counted} as blank (the base's {found.amount(found.base)})"
+def blank(measured: Metrics, lineage: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a clause if more samples are of one color than for the base."""
+    share = Share.from_metrics("blank_share", measured, lineage)
+    if share.value > share.base:
+        yield f"{share.counted} as blank (base: {share.amount(share.base)})"
 
 
 @dataclass(frozen=True)
 class Share:
-    """A measure of the samples beside its control."""
+    """Share of the samples with some property, and its control."""
 
     value: float
     base: float
     chance: float
-    """Share of held-out pictures beyond a limit that they set themselves, as ``Neighbours.threshold`` explains."""
+    """Share of held-out images beyond the limit, which ``Neighbors.threshold`` computes from them."""
     size: int
-    """Samples that were drawn; 0 where a revision does not say."""
+    """Number of samples; 0 if a revision does not have it."""
     num_heldout: int
 
     @classmethod
-    def of(cls, name: str, measured: Figures, lineage: Mapping[str, Any]) -> Share:
-        asked, count = lineage["validate"], lineage.get("neighbours", {}).get("num_heldout", 0)
+    def from_metrics(cls, name: str, measured: Metrics, lineage: Mapping[str, Any]) -> Share:
+        settings, count = lineage["validate"], lineage.get("neighbors", {}).get("num_heldout", 0)
         value, base = (number(measured, f"samples.{name}{suffix}") for suffix in ("", "_base"))
         return cls(
-            value, base, max(TAIL, 1 / (count + 1)), len(asked.get("prompts", [])) * asked.get("num_seeds", 0), count
+            value,
+            base,
+            max(TAIL, 1 / (count + 1)),
+            len(settings.get("prompts", [])) * settings.get("num_seeds", 0),
+            count,
         )
 
     @property
     def counted(self) -> str:
-        """``3 of 24 samples count``"""
+        """Return ``3 of 24 samples count``."""
         if not self.size:
             return f"{self.amount(self.value)} of the samples count"
         return f"{self.amount(self.value)} of {plural(self.size, 'sample counts', 'samples count')}"
 
     @property
     def control(self) -> str:
-        """``1.2 by chance, the base's 0``, and whether so many samples can tell."""
-        caveat = "" if self.is_beyond_chance else f"; {plural(self.size, 'sample')} cannot rule chance out"
-        return f"{self.amount(self.chance)} by chance, the base's {self.amount(self.base)}{caveat}"
+        """Return ``1.2 by chance, base: 0``, and a note if so few samples do not exclude chance."""
+        caveat = "" if self.is_beyond_chance else f"; {plural(self.size, 'sample')} do not exclude chance"
+        return f"{self.amount(self.chance)} by chance, base: {self.amount(self.base)}{caveat}"
 
     def amount(self, share: float) -> str:
         return f"{share * self.size:.3g}" if self.size else f"{100 * share:.2g} %"
 
     @property
     def is_beyond_chance(self) -> bool:
-        """Whether so many would be beyond the limit less than once in twenty times, were they held-out pictures.
+        """Return whether held-out images would give so many less than once in twenty times.
 
-        The limit is an order statistic of n held-out pictures, the (n + 1) p-th. So the share beyond it is a draw of a
-        Beta distribution, and the number of samples one of the beta-binomial: few held-out pictures widen it.
+        The limit is an order statistic of n held-out images, the (n + 1) p-th. So the share beyond it follows a Beta
+        distribution, and the number of samples a beta-binomial distribution: few held-out images widen it.
         """
         a, b = self.chance * (self.num_heldout + 1), (1 - self.chance) * (self.num_heldout + 1)
         ways = -log_beta(a, b) - math.log(self.size + 1)
@@ -133,45 +141,49 @@ def log_beta(a: float, b: float) -> float:
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
 
-def cannot_tell(num_heldout: int, lineage: Mapping[str, Any], is_named: bool = False) -> str:
-    """``3 held-out pictures cannot tell; set dataset.heldout_fraction=0.35``, which holds out FEW_PICTURES or more.
+def too_few_images(num_heldout: int, lineage: Mapping[str, Any], is_named: bool = False) -> str:
+    """Return ``3 held-out images are too few for a verdict. Set dataset.heldout_fraction=0.35.``
+
+    The suggested setting holds out FEW_IMAGES or more.
 
     Args:
-        num_heldout: that were asked about.
-        is_named: of a split of one's own.
+        num_heldout: number of held-out images in the table.
+        is_named: whether ``dataset.heldout_split`` names the held-out images.
     """
-    counts, asked = lineage.get("dataset", {}), lineage.get("table", {}).get("num_pictures", {})
+    counts, of_table = lineage.get("dataset", {}), lineage.get("table", {}).get("num_images", {})
     heldout, every = counts.get("heldout", 0), counts.get("heldout", 0) + counts.get("train", 0)
-    if heldout > asked.get("heldout", heldout):
-        cure = f"set validate.max_pictures={heldout}"
+    if heldout > of_table.get("heldout", heldout):
+        suggestion = f"Set validate.max_images={heldout}"
     elif is_named or not heldout:
-        cure = "hold out more pictures"
+        suggestion = "Hold out more images"
     else:
-        steps = max(math.ceil(20 * FEW_PICTURES / every), math.floor(20 * heldout / every) + 1)
-        cure = f"set dataset.heldout_fraction={min(steps, 10) / 20:g}" + (", or add pictures" if steps > 10 else "")
-    return f"{plural(num_heldout, 'held-out picture')} cannot tell; {cure}"
+        steps = max(math.ceil(20 * FEW_IMAGES / every), math.floor(20 * heldout / every) + 1)
+        suggestion = f"Set dataset.heldout_fraction={min(steps, 10) / 20:g}"
+        suggestion += " or add images" if steps > 10 else ""
+    count = plural(num_heldout, "held-out image is", "held-out images are")
+    return f"{count} too few for a verdict. {suggestion}."
 
 
-def collapse(measured: Figures) -> Iterator[str]:
-    """Pictures of one prompt that are far nearer to each other than the base's."""
+def collapse(measured: Metrics) -> Iterator[str]:
+    """Yield a clause if images of one prompt are far more alike than images of the base."""
     spread, base = (number(measured, f"samples.diversity{suffix}") for suffix in ("", "_base"))
     if spread < COLLAPSED * base:
-        yield f"pictures of one prompt differ {times(spread / base)} as much as the base's"
+        yield f"images of one prompt differ only {times(spread / base)} as much as with the base"
 
 
-# The base's own ground
+# Drift
 
 
-def drift(measured: Figures) -> Iterator[str]:
-    """A loss that rose beyond its interval; where one prompt has no interval, one that doubled."""
+def drift(measured: Metrics) -> Iterator[str]:
+    """Yield a clause if the loss on the base's own images rose beyond its interval, or doubled without one."""
     loss, base, low = (number(measured, f"drift.{name}") for name in ("loss", "loss_base", "loss_change_low"))
     if not (low > 0 or (low != low and loss > 2 * base)):
         return
     spec = decimals(loss, base, least=4)
-    grown = f"{times(loss / base)} as high as" if base else "above"
-    yield f"loss on the base's own pictures is {grown} the base's ({base:{spec}} → {loss:{spec}})"
+    grown = f"{times(loss / base)} as high as" if base else "higher than"
+    yield f"loss on the base's own images is {grown} with the base ({base:{spec}} → {loss:{spec}})"
 
 
 def times(factor: float) -> str:
-    """``11 times``, ``1.03 times``"""
+    """Return ``11 times`` or ``1.03 times``."""
     return f"{factor:.0f} times" if factor >= 10 else f"{factor:.3g} times"

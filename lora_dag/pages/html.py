@@ -1,7 +1,7 @@
-"""Markdown -> one HTML file that needs nothing beside it: every page is written once, as Markdown, and shown twice.
+"""Turn a Markdown page into one self-contained HTML file.
 
-Images are inlined and enlarge, tables sort by a click: templates/ holds the page, its parts, its style and its script.
-Text is escaped, whatever a caption says; only what ``page`` gets as ``extras`` is HTML.
+Images are inlined and can be enlarged; tables can be sorted by a click. The folder templates/ has the page, its parts,
+its style and its script. All text is escaped; only the ``extras`` of ``page`` are HTML.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ TEMPLATES = Environment(
 
 
 def page(title: str, markdown: str, folder: Path, extras: Mapping[str, Markup] | None = None) -> str:
-    """A self-contained HTML page.
+    """Return a self-contained HTML page.
 
     Args:
-        markdown: GitHub-flavoured, with tables; HTML in it is shown as text.
-        folder: that the links of images are relative to. An image that is not there stays its description.
-        extras: a paragraph of ``markdown``, to the letter -> HTML that replaces it.
+        markdown: GitHub-flavored, with tables; HTML in it is shown as text.
+        folder: folder of relative image links. A missing image is replaced by its description.
+        extras: exact text of a paragraph in ``markdown`` -> HTML that replaces it.
     """
     from markdown_it import MarkdownIt
 
@@ -42,6 +42,7 @@ def page(title: str, markdown: str, folder: Path, extras: Mapping[str, Markup] |
     parser.add_render_rule("table_open", lambda *_: '<div class="table"><table>\n')
     parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
     tokens = parser.parse(markdown)
+    keep_percent_signs(tokens)
     replace_paragraphs(tokens, extras or {})
     body = parser.renderer.render(tokens, parser.options, {"folder": folder})
     style, script = (Markup((FOLDER / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
@@ -49,8 +50,16 @@ def page(title: str, markdown: str, folder: Path, extras: Mapping[str, Markup] |
     return template.render(title=title, body=Markup(body), style=style, script=script) + "\n"
 
 
+def keep_percent_signs(tokens: list[Token]) -> None:
+    """Put a no-break space between a number and its percent sign."""
+    for token in tokens:
+        for child in token.children or ():
+            if child.type == "text":
+                child.content = child.content.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
 def replace_paragraphs(tokens: list[Token], extras: Mapping[str, str]) -> None:
-    """A paragraph is three tokens: open, inline, close."""
+    """Replace paragraphs, each of which is three tokens: open, inline, close."""
     for index, token in enumerate(tokens):
         if token.type == "inline" and token.content in extras and tokens[index - 1].type == "paragraph_open":
             token.type, token.content, token.children = "html_block", extras[token.content], None
@@ -58,44 +67,44 @@ def replace_paragraphs(tokens: list[Token], extras: Mapping[str, str]) -> None:
 
 
 def image(self: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Mapping[str, Any]) -> str:
-    """Render rule: a file below the page's folder, inlined."""
+    """Render an image: a file below the page's folder is inlined."""
     token = tokens[index]
     path = env["folder"] / unquote(str(token.attrs["src"]))
-    return picture(path.read_bytes(), token.content, path.name) if path.is_file() else escape(token.content)
+    return embedded_image(path.read_bytes(), token.content, path.name) if path.is_file() else escape(token.content)
 
 
 @functools.cache
 def figures() -> Any:
-    """The macros of templates/figures.html.j2, whose text says what each shows."""
+    """Return the macros of templates/figures.html.j2."""
     return TEMPLATES.get_template("figures.html.j2").module
 
 
-def picture(data: bytes, text: str, name: str = "picture.png", plot: bool = False) -> Markup:
-    """An image that a click enlarges.
+def embedded_image(data: bytes, text: str, name: str = "image.png", plot: bool = False) -> Markup:
+    """Return an image that a click enlarges.
 
     Args:
-        data: bytes of the file, whose format its ``name`` says.
-        text: for those who do not see it.
-        plot: dark lines on white, which a dark page inverts.
+        data: bytes of the file; the ending of ``name`` is its format.
+        text: alternative text.
+        plot: whether it has dark lines on white, which a dark page inverts.
     """
-    return figures().picture(data_url(data, name), text, plot)
+    return figures().zoomable(data_url(data, name), text, plot)
 
 
 def slider(before: bytes, after: bytes, labels: tuple[str, str]) -> Markup:
-    """Two PNG files of one size, before left of a line that moves and after right of it."""
+    """Return two PNG files of one size over each other: before left of a movable line, after right of it."""
     return figures().slider(data_url(before), data_url(after), *labels)
 
 
 def choice(label: str, panels: Mapping[str, Markup]) -> Markup:
-    """One panel at a time, chosen from a list of their names."""
+    """Return panels of which a list of names selects one."""
     return figures().choice(label, panels)
 
 
 def beside(*parts: Markup) -> Markup:
-    """Parts in a row."""
+    """Return the parts in a row."""
     return figures().beside(parts)
 
 
-def data_url(data: bytes, name: str = "picture.png") -> str:
+def data_url(data: bytes, name: str = "image.png") -> str:
     kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,7 +1,7 @@
-"""Text as pixels: one typeface, DejaVu Sans, laid out by matplotlib, so that every machine draws the same.
+"""Draw text in one typeface, DejaVu Sans, with matplotlib's layout: every machine gives the same pixels.
 
-Pillow's own layout neither joins Arabic letters nor writes from right to left, and its better one (raqm) is only there
-where a machine has FriBiDi. Matplotlib's wheel holds HarfBuzz, SheenBidi and the typeface.
+Pillow's basic layout does not join Arabic letters and does not write from right to left. Its better layout (raqm)
+needs FriBiDi on the machine. Matplotlib's wheel contains HarfBuzz, SheenBidi and the typeface.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from lora_dag.core.labels import ELLIPSIS, HIDDEN, JOINERS, attached, escape
+from lora_dag.core.labels import ELLIPSIS, HIDDEN, JOINERS, escape, is_attached
 
 if TYPE_CHECKING:
     from matplotlib.ft2font import FT2Font
 
 LINE_SPACING = 1.3
-SUBPIXELS = 64  # of FreeType's units in a pixel
+SUBPIXELS = 64  # FreeType's units per pixel
 
 
 @cache
@@ -28,38 +28,38 @@ def font(size: int) -> FT2Font:
     import matplotlib as mpl
     from matplotlib.ft2font import FT2Font
 
-    found = FT2Font(f"{mpl.get_data_path()}/fonts/ttf/DejaVuSans.ttf")
-    found.set_size(size, 72)
-    return found
+    face = FT2Font(f"{mpl.get_data_path()}/fonts/ttf/DejaVuSans.ttf")
+    face.set_size(size, 72)
+    return face
 
 
 @cache
 def glyphs() -> frozenset[int]:
-    """Code points that the typeface draws: Latin, Greek, Cyrillic, Arabic, Hebrew, signs; no Chinese, no emoji."""
+    """Return the code points of the typeface: Latin, Greek, Cyrillic, Arabic, Hebrew, signs; no Chinese, no emoji."""
     return frozenset(font(16).get_charmap())
 
 
-@lru_cache(10_000)  # a millisecond each, and the same beginnings are measured again and again
+@lru_cache(10_000)  # takes a millisecond, and ``wrap`` measures the same beginnings many times
 def width(line: str, size: int) -> int:
-    """In whole pixels."""
+    """Return the width of a line in whole pixels."""
     font(size).set_text(line)
     return -(-font(size).get_width_height()[0] // SUBPIXELS)
 
 
 def missing(text: str) -> list[str]:
-    """Characters of a text that the typeface cannot draw, in their order."""
+    """Return the characters of a text that the typeface cannot draw, in their order."""
     letters = unicodedata.normalize("NFC", text)
     return [c for c in dict.fromkeys(letters) if ord(c) not in glyphs() and unicodedata.category(c) not in HIDDEN]
 
 
 def legible(text: str) -> str:
-    """One line of characters that the typeface draws; the others as ``U+1F98A``, with the accents on them."""
+    """Return the text in one line, with ``U+1F98A`` for each character that the typeface cannot draw."""
     parts: list[str] = []
     before, drawn = "", False
     for c in unicodedata.normalize("NFC", " ".join(text.split())):
         joins = drawn and unicodedata.bidirectional(before) == "AL"  # elsewhere a joiner only hides
         shows = joins if c in JOINERS else unicodedata.category(c) not in HIDDEN
-        drawn = ord(c) in glyphs() and shows and (drawn or not attached(c))
+        drawn = ord(c) in glyphs() and shows and (drawn or not is_attached(c))
         parts.append(c if drawn else f" {escape(c)} ")
         before = c
     return " ".join("".join(parts).split())
@@ -67,7 +67,7 @@ def legible(text: str) -> str:
 
 @dataclass(frozen=True)
 class Lettering:
-    """The typeface at a size in pixels."""
+    """Typeface at a size in pixels."""
 
     size: int
 
@@ -79,7 +79,7 @@ class Lettering:
         return width(line, self.size)
 
     def draw(self, line: str) -> Image.Image:
-        """How much ink is where, "L"; nothing stands out of the line, however many accents are piled up."""
+        """Draw a line as an image of mode "L"; its height is fixed, even with many accents."""
         face = font(self.size)
         face.set_text(line)
         face.draw_glyphs_to_bitmap(antialiased=True)
@@ -92,7 +92,7 @@ class Lettering:
         return image
 
     def wrap(self, text: str, width: int, max_lines: int) -> list[str]:
-        """Legible lines no wider than ``width`` pixels; a longer word is broken, and what does not fit is cut."""
+        """Return legible lines no wider than ``width`` pixels; longer words are broken, and the rest is cut."""
         lines: list[str] = []
         words, line = legible(text).split()[::-1], ""
         while words and len(lines) <= max_lines:
@@ -101,9 +101,9 @@ class Lettering:
             if self.width(longer) <= width:
                 line = longer
                 continue
-            kept = line if line and self.width(word) <= width else self.start_of(longer, width).rstrip()
-            words += [rest] if (rest := longer[len(kept) :].lstrip()) else []
-            lines.append(kept)
+            full = line if line and self.width(word) <= width else self.start_of(longer, width).rstrip()
+            words += [rest] if (rest := longer[len(full) :].lstrip()) else []
+            lines.append(full)
             line = ""
         lines += [line] if line else []
         if len(lines) <= max_lines:
@@ -112,10 +112,10 @@ class Lettering:
         return [*lines[: max_lines - 1], last.rstrip(" ,.") + ELLIPSIS]
 
     def start_of(self, word: str, width: int) -> str:
-        """As much of a text as fits, at least a character with its accents; it ends at a sign where there is one."""
+        """Return the start of a text that fits: at least one character with its accents, up to a sign if possible."""
         end = 0
         for stop in range(1, len(word) + 1):
-            if stop < len(word) and attached(word[stop]):
+            if stop < len(word) and is_attached(word[stop]):
                 continue
             if end and self.width(word[:stop]) > width:
                 break

@@ -1,4 +1,4 @@
-"""Tables and signed numbers for the pages that people read."""
+"""Write tables, lists, links and numbers of the pages as Markdown."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from urllib.parse import quote
 
 from lora_dag.core.labels import EMPTY, distinct, escape, shorten, visible
 
-BLANKS = re.compile(r"\s{2,}|^\s|\s$|[^\S ]")  # what a page shows like one blank, or not at all
+BLANKS = re.compile(r"\s{2,}|^\s|\s$|[^\S ]")  # blanks that a page shows as one blank, or hides
 MINUS = "\N{MINUS SIGN}"  # unlike a hyphen, it never ends a line
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---:") -> str:
-    """A GitHub table; the first column to the left, the others by ``align``."""
+    """Return a GitHub table; the first column is left-aligned, the others by ``align``."""
     head = list(head)
     rule = [":---", *[align] * (len(head) - 1)]
     cells = ([cell.replace("|", r"\|") for cell in row] for row in (head, *rows))
@@ -25,7 +25,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---:
 
 
 def facts(head: str, pairs: Mapping[str, object], values: str = "") -> str:
-    """A table of labels and values."""
+    """Return a table of labels and values."""
     return table((head, values), [(label, str(value)) for label, value in pairs.items()], align=":---")
 
 
@@ -34,7 +34,7 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def link(text: str, path: Path, folder: Path) -> str:
-    """To a file, from a page in ``folder``."""
+    """Return a link to a file, for a page in ``folder``."""
     return f"[{text}]({quote(Path(os.path.relpath(path, folder)).as_posix())})"
 
 
@@ -43,29 +43,29 @@ def image(text: str, path: Path, folder: Path) -> str:
 
 
 def signed(value: float, spec: str = ".4f") -> str:
-    """``+0.0120`` or ``−0.0120``; what is rounded to zero has no sign."""
+    """Return ``+0.0120`` or ``−0.0120``; a value that rounds to zero has no sign."""
     text = f"{value:+z{spec}}"
     return (text if float(text) else text[1:]).replace("-", MINUS)
 
 
 def plain(value: float, spec: str) -> str:
-    """``0.0120`` or ``−0.0120``; what is rounded to zero has no sign."""
+    """Return ``0.0120`` or ``−0.0120``; a value that rounds to zero has no sign."""
     return f"{value:z{spec}}".replace("-", MINUS)
 
 
 def interval(low: float, high: float, spec: str = ".4f") -> str:
-    """``[−0.0140, −0.0090]``"""
+    """Return ``[−0.0140, −0.0090]``."""
     return f"[{signed(low, spec)}, {signed(high, spec)}]"
 
 
 def decimals(*values: float, least: int) -> str:
-    """Format of numbers that stand together: two digits of the largest, and ``least`` decimals or more."""
+    """Return the format for a group of numbers: two digits of the largest, and at least ``least`` decimals."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     return f".{max(least, 1 - math.floor(math.log10(largest)) if largest else 0)}f"
 
 
 def code(text: str, max_length: int | None = 100) -> str:
-    """Text of a dataset as a code span, where no page takes it for markup: one line, cut at ``max_length``."""
+    """Return text as a code span in one line, cut at ``max_length``, so that it is never read as markup."""
     line = visible(text) if max_length is None else shorten(text, max_length)
     if not line:
         return EMPTY
@@ -74,12 +74,12 @@ def code(text: str, max_length: int | None = 100) -> str:
 
 
 def codes(texts: Sequence[str], max_length: int = 100) -> list[str]:
-    """Code spans of texts that stand together; those that differ show it, however long they are, if only in blanks."""
+    """Return code spans of a group of texts; different texts look different, even if only blanks differ."""
     if len({visible(text) for text in texts}) < len({*texts}):
         texts = [BLANKS.sub(lambda found: "".join(f" {escape(c)} " for c in found[0]), text) for text in texts]
     return distinct(texts, lambda text: code(text, max_length), str)
 
 
 def numbered(texts: Iterable[str]) -> str:
-    """A list of whole texts, by the numbers that a sheet's rows have."""
+    """Return a numbered list of whole texts, with the numbers of a sheet's rows."""
     return "\n".join(f"{number}. {code(text, None)}" for number, text in enumerate(texts, 1))

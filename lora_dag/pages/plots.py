@@ -1,4 +1,4 @@
-"""The look of plots: ink, grid and font."""
+"""Style of plots: ink, grid and font."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOOK: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "text.col
 
 
 def style(axes: Axes, label: str) -> None:
-    """A grid, two sides of the frame, and the label of the y axis."""
+    """Add a grid and the label of the y axis, and remove the upper and right frame."""
     axes.set_ylabel(label, color=INK)
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

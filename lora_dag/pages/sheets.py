@@ -1,4 +1,4 @@
-"""Sheets of labelled pictures, and PNG files.
+"""Draw sheets of labeled images, and write PNG files.
 
 The same input gives the same bytes: lora_dag/pages/lettering.py draws the text, Pillow the rest.
 """
@@ -7,32 +7,33 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lora_dag.core.console import log
+from lora_dag.core.console import warn
 from lora_dag.core.files import atomic
-from lora_dag.core.labels import EMPTY, distinct, escape, exact
+from lora_dag.core.labels import EMPTY, distinct, escape, exact_number
 from lora_dag.pages.lettering import Lettering, missing
 
 MAX_BYTES = {"samples": 92_000, "progress": 84_000, "nearest": 50_000, "contact": 54_000, "loss": 20_000}
-"""Of each picture that git keeps: 300 KB for an experiment."""
+"""Limit of each image that git tracks: 300 KB for an experiment."""
 BACKGROUND = "#ffffff"
 INK = "#24292f"
 FAINT = "#d0d7de"
-MAX_HEAD_LINES = 6  # of a title, or of what stands above a column
+MAX_HEAD_LINES = 6  # lines of a title, or of a column label
 CELLS = (32, 48, 64, 96, 128, 192)
-"""Sides that larger pictures are shown with; smaller ones with their own, or a multiple."""
+"""Sides of cells for larger images; smaller images have cells of their own side, or a multiple of it."""
 CUT, COVER = Image.Quantize.MEDIANCUT, Image.Quantize.MAXCOVERAGE
 PALETTES = (
     *((256, CUT), (128, CUT), (256, COVER), (64, CUT), (128, COVER)),
     *((64, COVER), (32, CUT), (32, COVER), (16, CUT), (8, COVER)),
 )
-"""Number of colours, and how they are chosen: a median cut loses less of photographs, but whole hues of drawings."""
+"""Number of colors, and method. A median cut keeps more of photographs, but loses whole hues of drawings."""
 ENOUGH, MAX_ERROR = 64, 10
-"""Colours of a palette, and root mean square of what it changes, of 255: below and above, smaller cells show more."""
+"""Fewest colors of a palette, and its largest root mean square error (of 255): otherwise smaller cells are better."""
 
 
 def sheet(
@@ -44,58 +45,99 @@ def sheet(
     captions: Sequence[Sequence[str | None]] | None = None,
     row_heads: Sequence[str] | None = None,
 ) -> Image.Image:
-    """A grid of pictures with labels left of the rows and above the columns.
+    """Draw a grid of images with labels left of the rows and above the columns.
 
-    What does not fit ends in an ellipsis, and labels that differ never look alike.
+    Labels that are too long end in an ellipsis. Different labels never look the same.
 
     Args:
-        rows: pictures row by row; None, or a row that ends early, leaves a cell empty.
-        row_labels: one per row, or None for no labels; they are as high as a row at most.
+        rows: images row by row; None and short rows leave cells empty.
+        row_labels: one per row, or None; a label is at most as high as its row.
         column_labels: one per column, or None.
-        cell: side of a picture in pixels; smaller pictures are scaled up (by whole pixels where that fits: it shows
-            what was drawn and takes half the bytes), larger ones down.
-        captions: a text below each picture, or None.
-        row_heads: what row labels begin with and is never cut, such as numbers.
+        cell: side of an image in pixels. Smaller images are scaled up, by whole pixels if possible (exact, and half
+            the bytes); larger images are scaled down.
+        captions: a text below each image, or None.
+        row_heads: beginnings of the row labels that are never cut, such as numbers.
     """
-    letters = Lettering(max(11, min(cell // 8, 14)))
-    title_letters = Lettering(round(letters.size * 1.25))
-    gap, margin = _spacing(cell)
+    _warn_of_missing([title or "", *(row_labels or []), *(column_labels or []), *_texts(captions or [])])
+    letters = _lettering(cell)
     below = _captions(captions or [], letters, cell)
     caption_height = _height(max((lines for row in below for lines in row), key=len, default=[]), letters)
-    left = _row_labels(row_labels or [], row_heads, letters, cell, (cell + caption_height) // letters.line_height)
+    max_lines = (cell + caption_height) // letters.line_height
+    left = _row_labels(row_labels or [], row_heads, letters, cell, max_lines)
     above = _fit(column_labels or [], letters, cell, MAX_HEAD_LINES)
-    _warn_of_missing([title or "", *(row_labels or []), *(column_labels or []), *_texts(captions or [])])
+    pitch = cell + caption_height + _spacing(cell)[0] * (2 if below else 1)
+    layout = _layout(rows, title or "", left, above, cell, pitch)
 
+    canvas = Image.new("RGB", layout.size, BACKGROUND)
+    _text(canvas, layout.heading, layout.title_letters, layout.margin, layout.margin, 0)
+    for column, lines in enumerate(above):
+        x, y = layout.corner(0, column)
+        _text(canvas, lines, letters, x + cell // 2, y - layout.gap - _height(lines, letters), 0.5)
+    for index, lines in enumerate(left):
+        _, y = layout.corner(index, 0)
+        _text(canvas, lines, letters, layout.label_right, y + max(0, cell - _height(lines, letters)) // 2, 1)
+    for index, row in enumerate(rows):
+        for column, image in enumerate(row):
+            x, y = layout.corner(index, column)
+            if image is not None:
+                canvas.paste(_square(image, cell), (x, y))
+                ImageDraw.Draw(canvas).rectangle((x, y, x + cell - 1, y + cell - 1), outline=FAINT)
+            if below:
+                _text(canvas, below[index][column], letters, x + cell // 2, y + cell + 1, 0.5)
+    return canvas
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Positions on a sheet, in pixels."""
+
+    cell: int
+    gap: int
+    margin: int
+    heading: list[str]
+    title_letters: Lettering
+    label_right: int
+    """Right end of the row labels."""
+    first: tuple[int, int]
+    """Upper left corner of the first cell."""
+    pitch: int
+    """Distance between the tops of two rows."""
+    size: tuple[int, int]
+
+    def corner(self, row: int, column: int) -> tuple[int, int]:
+        """Return the upper left corner of a cell."""
+        x, y = self.first
+        return x + column * (self.cell + self.gap), y + row * self.pitch
+
+
+def _lettering(cell: int) -> Lettering:
+    return Lettering(max(11, min(cell // 8, 14)))
+
+
+def _layout(
+    rows: Sequence[Sequence[Image.Image | None]],
+    title: str,
+    left: Sequence[Sequence[str]],
+    above: Sequence[Sequence[str]],
+    cell: int,
+    pitch: int,
+) -> _Layout:
+    letters = _lettering(cell)
+    title_letters = Lettering(round(letters.size * 1.25))
+    gap, margin = _spacing(cell)
     label_width = max((letters.width(line) for lines in left for line in lines), default=0)
     label_right = margin + label_width
     x = label_right + (3 * gap + 2 if label_width else 0)
     width = x + max(map(len, rows)) * (cell + gap) - gap + margin
-    heading = title_letters.wrap(title or "", width - 2 * margin, MAX_HEAD_LINES)
+    heading = title_letters.wrap(title, width - 2 * margin, MAX_HEAD_LINES)
     y = margin + _height(heading, title_letters) + max((_height(lines, letters) for lines in above), default=0)
     y += (2 * gap if heading else 0) + (gap if above else 0)
-    pitch = cell + caption_height + gap + (gap if below else 0)
-    canvas = Image.new("RGB", (width, y + len(rows) * pitch - gap + margin), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
-
-    _text(canvas, heading, title_letters, margin, margin, 0)
-    for column, lines in enumerate(above):
-        _text(canvas, lines, letters, x + column * (cell + gap) + cell // 2, y - gap - _height(lines, letters), 0.5)
-    for index, row in enumerate(rows):
-        top = y + index * pitch
-        if left:
-            _text(canvas, left[index], letters, label_right, top + max(0, cell - _height(left[index], letters)) // 2, 1)
-        for column, image in enumerate(row):
-            corner = (x + column * (cell + gap), top)
-            if image is not None:
-                canvas.paste(_square(image, cell), corner)
-                draw.rectangle((*corner, corner[0] + cell - 1, top + cell - 1), outline=FAINT)
-            if below:
-                _text(canvas, below[index][column], letters, corner[0] + cell // 2, top + cell + 1, 0.5)
-    return canvas
+    height = y + len(rows) * pitch - gap + margin
+    return _Layout(cell, gap, margin, heading, title_letters, label_right, (x, y), pitch, (width, height))
 
 
 def cut(sheet: Image.Image, num_rows: int, num_columns: int, cell: int) -> list[list[Image.Image]]:
-    """The pictures of a sheet without captions again, row by row."""
+    """Cut a sheet without captions into its images, row by row."""
     gap, margin = _spacing(cell)
     x = sheet.width - margin - num_columns * (cell + gap) + gap
     y = sheet.height - margin - num_rows * (cell + gap) + gap
@@ -105,12 +147,12 @@ def cut(sheet: Image.Image, num_rows: int, num_columns: int, cell: int) -> list[
 
 
 def _spacing(cell: int) -> tuple[int, int]:
-    """Pixels between cells, and around them all."""
+    """Return the pixels between cells, and around all of them."""
     return max(2, cell // 32), max(8, cell // 8)
 
 
 def _square(image: Image.Image, cell: int) -> Image.Image:
-    """Scaled to fit a square cell, centred on the background."""
+    """Return the image scaled to a square cell, centered on the background."""
     image = image.convert("RGB")
     scale = cell / max(image.size)
     if scale != 1:
@@ -127,19 +169,19 @@ def _square(image: Image.Image, cell: int) -> Image.Image:
 def _row_labels(
     labels: Sequence[str], heads: Sequence[str] | None, letters: Lettering, cell: int, max_lines: int
 ) -> list[list[str]]:
-    """In the narrowest of three columns that holds all of them, else in the widest."""
+    """Return lines of each label for the narrowest of three column widths that holds all, else for the widest."""
     widths = [max(share * cell // 2, 7 * letters.size) for share in (2, 3, 4)]
-    whole = [head + label for head, label in zip(heads or [""] * len(labels), labels, strict=True)]
+    texts = [head + label for head, label in zip(heads or [""] * len(labels), labels, strict=True)]
     max_lines = max(1, max_lines)
 
     def holds_all(width: int) -> bool:
-        return all(len(letters.wrap(label, width, max_lines + 1)) <= max_lines for label in whole)
+        return all(len(letters.wrap(label, width, max_lines + 1)) <= max_lines for label in texts)
 
     return _fit(labels, letters, next(filter(holds_all, widths), widths[-1]), max_lines, heads)
 
 
 def _captions(captions: Sequence[Sequence[str | None]], letters: Lettering, cell: int) -> list[list[list[str]]]:
-    """Lines below each picture; those of the whole sheet are made distinct."""
+    """Return the lines below each image; different captions of a sheet look different."""
     texts = list(dict.fromkeys(_texts(captions)))
     lines = dict(zip(texts, _fit(texts, letters, cell, 2 if cell >= 128 else 3, empty=EMPTY), strict=True))
     return [[[] if text is None else lines[text] for text in row] for row in captions]
@@ -157,7 +199,7 @@ def _fit(
     heads: Sequence[str] | None = None,
     empty: str = "",
 ) -> list[list[str]]:
-    """Lines of each label; of one that is blank, ``empty``."""
+    """Return the lines of each label; ``empty`` for a blank one."""
 
     def show(text: str) -> list[str]:
         return letters.wrap(text if text.strip() else empty, width, max_lines)
@@ -173,7 +215,7 @@ def _height(lines: Sequence[str], letters: Lettering) -> int:
 
 
 def _text(canvas: Image.Image, lines: list[str], letters: Lettering, x: int, y: int, align: float) -> None:
-    """Lines that begin at ``x`` (align 0), are centred on it (0.5), or end there (1)."""
+    """Draw lines that begin at ``x`` (align 0), are centered on it (0.5), or end there (1)."""
     for index, line in enumerate(lines):
         left = x - round(align * letters.width(line))
         canvas.paste(INK, (left, y + index * letters.line_height), letters.draw(line))
@@ -183,41 +225,39 @@ _warned: set[str] = set()
 
 
 def _warn_of_missing(texts: Sequence[str]) -> None:
-    """Once for all sheets of a run."""
-    found = missing("".join(texts))
-    if found and not _warned:
-        log.warning(
-            "warning: the typeface of the pictures, DejaVu Sans, has no %s; they show %s, and the pages have the text",
-            " ".join(found[:8]) + (" …" if len(found) > 8 else ""),
-            escape(found[0]),
-        )
-    _warned.update(found)
+    """Warn once per process of characters that the typeface does not have."""
+    characters = missing("".join(texts))
+    if characters and not _warned:
+        listed = " ".join(characters[:8]) + (" …" if len(characters) > 8 else "")
+        text = f"images: the typeface DejaVu Sans does not have {listed}."
+        warn("glyphs-missing", f"{text} Images show codes like {escape(characters[0])}; pages have the whole text.")
+    _warned.update(characters)
 
 
 # Files
 
 
-def cell_sides(picture: int, most: int) -> list[int]:
-    """Sides of cells that pictures of a side look good in, up to ``most``: smaller ones, the same, whole multiples."""
+def cell_sides(image_side: int, most: int) -> list[int]:
+    """Return good sides of cells for images of a side, up to ``most``: smaller sides, the same, whole multiples."""
     return [
-        *(side for side in CELLS if side < min(picture, most)),
-        *([most] if picture > most else range(picture, most + 1, picture)),
+        *(side for side in CELLS if side < min(image_side, most)),
+        *([most] if image_side > most else range(image_side, most + 1, image_side)),
     ]
 
 
 def save_sheet(path: Path, draw: Callable[[int], Image.Image], sides: Sequence[int], max_bytes: int) -> int:
-    """Write a sheet with the largest cells that fit into ``max_bytes``; returns their side in pixels.
+    """Write a sheet with the largest cells that fit into ``max_bytes``; return their side in pixels.
 
     Args:
-        draw: makes the sheet, given the side of a cell.
-        sides: to choose from, the smallest first.
+        draw: function from the side of a cell to the sheet.
+        sides: possible sides, the smallest first.
     """
     fitting, best = sides[0], b""
     for side in sides:
         sheet = draw(side)
-        shown = _reduce(sheet, max_bytes)
-        blob = _encode(shown)
-        if best and (len(blob) > max_bytes or _poor(sheet, shown)):
+        reduced = _reduce(sheet, max_bytes)
+        blob = _encode(reduced)
+        if best and (len(blob) > max_bytes or _poor(sheet, reduced)):
             break
         fitting, best = side, blob
     _write(path, best)
@@ -225,9 +265,9 @@ def save_sheet(path: Path, draw: Callable[[int], Image.Image], sides: Sequence[i
 
 
 def save_png(path: Path, image: Image.Image, max_bytes: int | None = None) -> None:
-    """Write a PNG whole, with fixed encoder settings and nothing but pixels in it.
+    """Write a PNG file as a whole, with fixed encoder settings and without metadata.
 
-    Above ``max_bytes`` the picture is reduced to a palette of ever fewer colours, at last of eight.
+    Above ``max_bytes`` the image is reduced to a palette of fewer and fewer colors, down to eight.
     """
     _write(path, _encode(image if max_bytes is None else _reduce(image, max_bytes)))
 
@@ -238,23 +278,23 @@ def _write(path: Path, blob: bytes) -> None:
 
 
 def _reduce(image: Image.Image, max_bytes: int) -> Image.Image:
-    """The image itself, or with the first palette that makes it small enough, or with the last."""
+    """Return the image itself, or with the first palette that makes it small enough, else with the last."""
     if len(_encode(image)) <= max_bytes:
         return image
-    colourful = image.convert("RGB")
-    coarse = colourful.point([round(round(value / 255 * 63) * 255 / 63) for value in range(256)] * 3)  # 20 times faster
-    for colours, method in PALETTES:
-        source = coarse if method == COVER else colourful
-        reduced = source.quantize(colours, method=method, dither=Image.Dither.NONE)
+    colorful = image.convert("RGB")
+    coarse = colorful.point([round(round(value / 255 * 63) * 255 / 63) for value in range(256)] * 3)  # 20 times faster
+    for colors, method in PALETTES:
+        source = coarse if method == COVER else colorful
+        reduced = source.quantize(colors, method=method, dither=Image.Dither.NONE)
         if len(_encode(reduced)) <= max_bytes:
             break
     return reduced
 
 
-def _poor(image: Image.Image, shown: Image.Image) -> bool:
-    """Whether a palette is seen at a glance."""
-    difference = np.asarray(image.convert("RGB"), np.int32) - np.asarray(shown.convert("RGB"), np.int32)
-    few = shown.mode == "P" and len(shown.getcolors() or ()) < ENOUGH - 1  # a median cut may leave one out
+def _poor(image: Image.Image, reduced: Image.Image) -> bool:
+    """Return whether the loss of colors is clearly visible."""
+    difference = np.asarray(image.convert("RGB"), np.int32) - np.asarray(reduced.convert("RGB"), np.int32)
+    few = reduced.mode == "P" and len(reduced.getcolors() or ()) < ENOUGH - 1  # a median cut may leave one out
     return few and int((difference**2).sum(dtype=np.int64)) > MAX_ERROR**2 * difference.size
 
 
@@ -266,18 +306,18 @@ def _encode(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def shown_scale(scales: Sequence[float]) -> tuple[float, int]:
-    """The adapter's strength that a slider shows, the nearest to 1 of those on a sample sheet; and its column there."""
+def scale_nearest_one(scales: Sequence[float]) -> tuple[float, int]:
+    """Return the adapter's strength nearest to 1 on a sample sheet, and its column there."""
     scale = min(scales, key=lambda scale: abs(scale - 1))
     return scale, 1 + scales.index(scale)
 
 
-def at_scale(name: str, scale: float) -> str:
-    return name if scale == 1 else f"{name} x {exact(scale)}"
+def label_with_scale(name: str, scale: float) -> str:
+    return name if scale == 1 else f"{name} x {exact_number(scale)}"
 
 
-def png(picture: Image.Image) -> bytes:
-    """Bytes of a PNG file for an HTML page, quick to write."""
+def png(image: Image.Image) -> bytes:
+    """Return the bytes of a PNG file for an HTML page, without slow compression."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -1,6 +1,6 @@
-"""dvc.yaml and dvc.lock: what each stage is to read and write, and what it read and wrote at its last run.
+"""The reader of dvc.yaml and dvc.lock: inputs and outputs of each stage, as declared and as of its last run.
 
-Their one reader. Nothing here starts DVC or looks at the files that they name.
+It neither starts DVC nor reads the listed files. (core/stage_start.py reads single entries of dvc.lock for its line.)
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Stage:
     cmd: str
     deps: list[str]
     params: dict[str, list[str]]
-    """File -> sections, or single keys; such as params.yaml's."""
+    """File, such as params.yaml -> sections or single keys."""
     outs: dict[str, bool]
-    """Path -> whether DVC caches it; git has the others."""
+    """Path -> whether DVC caches it; git tracks the others."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Locked:
 
     cmd: str = ""
     deps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Path -> md5, which ends in ``.dir`` for a folder, and nfiles of one."""
+    """Path -> md5, which ends in ``.dir`` for a folder, and the folder's nfiles."""
     outs: Mapping[str, str | None] = field(default_factory=dict)
     """Path -> md5."""
     params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -47,34 +47,34 @@ class Locked:
 
     @property
     def results(self) -> int | None:
-        """The number of the results that it gave; None of a run from before there were numbers."""
+        """RESULTS of the run; None for a run from before RESULTS was introduced."""
         return next((values[RESULTS] for values in self.params.values() if RESULTS in values), None)
 
 
 def read_pipeline(params: Mapping[str, Any] | None = None, root: Path = Path()) -> dict[str, Stage]:
-    """The stages of dvc.yaml in ``root``, in the order of the file.
+    """Return the stages of dvc.yaml in ``root``, in the order of the file.
 
     Args:
-        params: as in params.yaml; they take the place of ``${model.pretrained}`` and the like. None leaves these.
+        params: content of params.yaml, which replaces templates such as ``${model.pretrained}``. None keeps them.
 
     Raises:
-        UserError: no such file, or no YAML.
-        AttributeError, KeyError, TypeError, ValueError: not as DVC reads it.
+        UserError: the file is missing or invalid YAML.
+        AttributeError, KeyError, TypeError, ValueError: the file has another structure than DVC reads.
     """
-    fill = filled(params) if params is not None else lambda value: value
+    fill = substitution(params) if params is not None else lambda value: value
     return {name: parse_stage(fill(entry)) for name, entry in read_yaml(root / PIPELINE)["stages"].items()}
 
 
 def read_lock() -> dict[str, Locked]:
-    """The stages of dvc.lock in the current folder; none where there is no such file. Raises as ``read_pipeline``."""
+    """Return the stages of dvc.lock in the current folder; none without the file. Raises as ``read_pipeline``."""
     return locked_stages(read_yaml(LOCK)) if LOCK.exists() else {}
 
 
 def parse_lock(content: bytes) -> dict[str, Locked]:
-    """The stages of dvc.lock, such as of a commit.
+    """Return the stages of the content of a dvc.lock.
 
     Raises:
-        YAMLError, AttributeError, KeyError, TypeError, ValueError: not as DVC writes it.
+        YAMLError, AttributeError, KeyError, TypeError, ValueError: the content has another structure than DVC writes.
     """
     return locked_stages(YAML(typ="safe", pure=True).load(io.BytesIO(content)))
 
@@ -102,8 +102,8 @@ def locked_stages(tree: Mapping[str, Any]) -> dict[str, Locked]:
     }
 
 
-def filled(params: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Puts parameters in the place of their names, in all that dvc.yaml has below a stage."""
+def substitution(params: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Return a function that replaces templates by parameters in an entry of dvc.yaml."""
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
@@ -121,7 +121,7 @@ def filled(params: Mapping[str, Any]) -> Callable[[Any], Any]:
 
 
 def look_up(tree: Mapping[str, Any], key: str) -> Any:
-    """A section or a dotted key; ABSENT where there is none."""
+    """Return the value of a section or dotted key; ABSENT if there is none."""
     value: Any = tree
     for name in key.split("."):
         value = value.get(name, ABSENT) if isinstance(value, dict) else ABSENT
@@ -129,7 +129,7 @@ def look_up(tree: Mapping[str, Any], key: str) -> Any:
 
 
 def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values below a section; a key that is absent has none."""
+    """Yield dotted keys and values of a section; nothing for an absent key."""
     if isinstance(value, dict) and value:
         for name, each in value.items():
             yield from leaves(f"{key}.{name}", each)
@@ -138,7 +138,7 @@ def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def changed_params(stage: Stage, locked: Locked, params: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value then, value now), also where dvc.yaml lists a whole section; of params.yaml alone."""
+    """Yield (key, old value, new value) of params.yaml, also for whole sections in dvc.yaml."""
     recorded = locked.params.get(PARAMS, {})
     for name in stage.params.get(PARAMS, []):
         then, now = dict(leaves(name, recorded.get(name, ABSENT))), dict(leaves(name, look_up(params, name)))

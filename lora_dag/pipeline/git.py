@@ -1,4 +1,4 @@
-"""What git says of the repository around the current folder; nothing here changes it."""
+"""Read-only git commands in the repository of the current folder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import subprocess
 
 
 def git(*arguments: str, timeout: float | None = None) -> bytes | None:
-    """Standard output of a git command.
+    """Return the standard output of a git command.
 
     Args:
-        timeout: seconds to wait for an answer.
+        timeout: seconds until the command is given up.
 
     Returns:
-        None where git refuses (no repository, commit or file of that name), is not here, or is too slow.
+        None if git fails (no such repository, commit or file), is not installed, or takes too long.
     """
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, stdin=subprocess.DEVNULL, timeout=timeout)

@@ -1,6 +1,6 @@
-"""What Snakemake keeps of a finished job: settings, code and inputs that a file below runs/ was made with.
+"""Snakemake's records of finished jobs: settings, code and inputs of each file in runs/.
 
-Reads .snakemake/metadata of Snakemake 9 (requirements.lock pins it): what its own reruns are decided by.
+Reads .snakemake/metadata of Snakemake 9 (pinned in requirements.lock), by which Snakemake decides about reruns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import from_json, write_text
 
 METADATA = Path(".snakemake/metadata")
@@ -30,40 +30,40 @@ class Record:
     path: str
     rule: str
     code: str
-    """Digest of the stage's code, as ``code.digest`` gives it."""
+    """Digest of the stage's code by ``code.digest``."""
     results: int | None
-    """The number of the results that it gives; None of a run from before there were numbers."""
+    """RESULTS of the stage; None for a run from before RESULTS was introduced."""
     sections: dict[str, Any]
-    """Section, or dotted key -> values that it ran with."""
+    """Section or dotted key -> values of the run."""
     options: list[str]
-    """Words of its command line: ``--set`` and folders."""
+    """Command line arguments: ``--set`` and folders."""
     inputs: dict[str, str | None]
-    """Path -> sha256; None for a file that Snakemake takes for too large, 1 MB."""
+    """Path -> sha256; None for a file above 1 MB, which Snakemake does not hash."""
     started: float
     """Seconds since 1970."""
 
     def folder(self, name: str) -> str:
-        """Of an option such as ``--train-reports``."""
+        """Return the folder of an option such as ``--train-reports``."""
         return self.options[self.options.index(f"--{name.replace('_', '-')}") + 1]
 
     @property
     def family(self) -> str:
-        """Of the model; empty for a stage that reads none."""
+        """Family of the model; empty for a stage without one."""
         return self.sections.get("model.family") or self.sections.get("model", {}).get("family", "")
 
     @property
     def overrides(self) -> list[str]:
-        """``lora.rank=16``"""
+        """Overrides such as ``lora.rank=16``."""
         return [value for word, value in zip(self.options, self.options[1:], strict=False) if word == "--set"]
 
 
 def read_record(path: str) -> Record | None:
-    """Of the job that wrote ``path``; None where no job finished it.
+    """Return the record of the job that wrote ``path``; None if no job finished.
 
     Raises:
-        UserError: what stands there is of another version of Snakemake.
+        UserError: the record is of another version of Snakemake.
     """
-    if not METADATA.is_dir() or not (place := place_of(path)).is_file() or not Path(path).is_file():
+    if not METADATA.is_dir() or not (place := record_path(path)).is_file() or not Path(path).is_file():
         return None
     try:
         found = from_json(place.read_bytes())
@@ -83,14 +83,12 @@ def read_record(path: str) -> Record | None:
             started=found["starttime"],
         )
     except (ValueError, KeyError, TypeError, IndexError, SyntaxError, StopIteration, AttributeError) as error:
-        raise UserError(
-            f"{place}: not as Snakemake 9 writes it ({type(error).__name__}: {error}); "
-            f"delete {path} and run snakemake again"
-        ) from None
+        text = f"{place}: not in the format of Snakemake 9 ({type(error).__name__}: {error})."
+        raise UserError(Problem("record-damaged", f"{text} Delete {path} and run `snakemake` again.")) from None
 
 
 def recorded_paths() -> Iterator[str]:
-    """Every file that has a record, be it there or not."""
+    """Yield every path that has a record, whether the file exists or not."""
     for place in sorted(METADATA.rglob("*")):
         if place.is_file():
             parts = place.relative_to(METADATA).parts
@@ -99,18 +97,15 @@ def recorded_paths() -> Iterator[str]:
 
 
 def accept_code(record: Record, code: str, results: int) -> None:
-    """Give a record the digest of other code and the number of its results: its job has nothing else changed by it.
-
-    Snakemake then finds this code unchanged, and every other reason to run the job as before.
-    """
-    place = place_of(record.path)
+    """Replace the code digest and RESULTS of a record. Snakemake then sees this code as unchanged."""
+    place = record_path(record.path)
     found = from_json(place.read_bytes())
     kept = [text for text in found["params"] if text not in (repr(record.code), repr(record.results))]
     write_text(place, json.dumps(found | {"params": sorted([*kept, repr(code), repr(results)])}))
 
 
-def place_of(path: str) -> Path:
-    """Of its record: the path in base64, cut where a file's name must end on this disk."""
+def record_path(path: str) -> Path:
+    """Return the path of a file's record: base64, split at the disk's limit of a file name."""
     length = os.pathconf(METADATA, "PC_NAME_MAX") - 1  # beside an @
     encoded = urlsafe_b64encode(path.encode()).decode()
     *parents, name = (encoded[i : i + length] for i in range(0, len(encoded), length))

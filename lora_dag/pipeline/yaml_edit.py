@@ -1,4 +1,4 @@
-"""Values of a YAML file changed in place: every other character stays, comments and columns too."""
+"""Edits of values in a YAML file that keep every other character, such as comments."""
 
 from __future__ import annotations
 
@@ -11,36 +11,33 @@ from ruamel.yaml.nodes import MappingNode, Node
 
 
 def with_values(text: str, values: dict[str, Any]) -> str:
-    """``text`` with new values of dotted keys.
-
-    A list or mapping over several lines becomes one line.
-    """
+    """Return ``text`` with new values of dotted keys; a list or mapping over several lines becomes one line."""
     root = YAML(typ="rt", pure=True).compose(text)
     edits = []
     for key, value in values.items():
         section, _, name = key.partition(".")
-        node = entry(entry(root, section), name)
+        node = child_node(child_node(root, section), name)
         start, end = node.start_mark.index, node.end_mark.index
         old = text[start:end]
         tail = old[len(old.rstrip()) :]  # of a block: up to the next key
-        edits.append((start, end, ("" if old else " ") + written(value) + tail))
+        edits.append((start, end, ("" if old else " ") + to_yaml(value) + tail))
     for start, end, new in sorted(edits, reverse=True):
         text = text[:start] + new + text[end:]
     return text
 
 
-def written(value: Any) -> str:
-    """A word needs no quotes."""
+def to_yaml(value: Any) -> str:
+    """Return the YAML of a value; a word without quotes."""
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value)
-    return value if plain and YAML(typ="safe", pure=True).load(value) == value else flow(value)
+    return value if plain and YAML(typ="safe", pure=True).load(value) == value else to_flow_yaml(value)
 
 
-def flow(value: Any) -> str:
-    """One line of YAML: JSON, with escapes for the characters that YAML reads as line ends or refuses."""
+def to_flow_yaml(value: Any) -> str:
+    """Return one line of YAML: JSON with escapes for characters that YAML reads as line ends or rejects."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
-def entry(node: Node, name: str) -> Node:
+def child_node(node: Node, name: str) -> Node:
     assert isinstance(node, MappingNode)
     return next(value for key, value in node.value if key.value == name)

@@ -1,11 +1,12 @@
 """Section ``sweep`` of params.yaml -> the runs that Snakemake makes of it, all known before the first job starts.
 
-In: params.yaml as ``read_yaml`` gives it.  Out: ``plan(tree)``, a Run (overrides, settings, folders) per dataset,
-setting and seed. Stages whose sections are equal stand in one folder, so that what runs have in common is made once.
+In: params.yaml by ``read_yaml``.  Out: ``plan(tree)``, a Run (overrides, settings, folders) per dataset, setting and
+seed. Stages with equal settings share one folder, so that common results of runs are computed once.
 """
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import itertools
@@ -22,71 +23,72 @@ from typing import Annotated, Any
 from pydantic import Field
 from ruamel.yaml import YAML, YAMLError
 
-from lora_dag.core.console import UserError, plural
+from lora_dag.core.console import Problem, UserError, plural
 from lora_dag.core.files import from_json
-from lora_dag.core.param_errors import unknown
-from lora_dag.core.param_kinds import inside, is_text, takes_null
-from lora_dag.core.params import SECTIONS, Config, Params, check, check_section, kind_of, params_class
-from lora_dag.core.took import duration
-from lora_dag.pipeline.yaml_edit import flow
+from lora_dag.core.param_errors import unknown_setting
+from lora_dag.core.param_kinds import accepts_null, inside, is_text
+from lora_dag.core.params import SECTIONS, Config, Params, annotation_of, check, check_section, params_class
+from lora_dag.core.time_estimate import duration
+from lora_dag.pipeline.yaml_edit import to_flow_yaml
 
 Overrides = dict[str, Any]
 """``section.key`` -> value, such as ``{"lora.rank": 16}``."""
 
 SWEPT = tuple(name for name in SECTIONS if name not in ("runtime", "sweep"))
-SECTIONS_BEHIND = {
+UPSTREAM_SECTIONS = {
     "prepare": ("dataset",),
     "cache_latents": ("dataset", "model", "cache"),
     "train": ("dataset", "model", "cache", "lora", "train"),
     "export": ("dataset", "model", "cache", "lora", "train", "export"),
-    "validate": SWEPT,  # in the folder of report, which stands beside what it shows
+    "validate": SWEPT,  # same folder as report
     "report": SWEPT,
 }
-"""Stage -> the sections that it and the stages before it read: where they are equal, so are the results."""
+"""Stage -> the sections that it and the stages before it read. Equal sections give equal results."""
 OWN_AXIS = {"dataset.source": "datasets", "train.seed": "seeds"}
 PATHS = ("dataset.source", "model.pretrained")
 MOST_RUNS = 10_000
-"""Snakemake would plan more for many minutes: rather a slip of the pen in the grid."""
+"""Limit of a sweep, as Snakemake would plan more runs for many minutes."""
 LONGEST_NAME = 160
 """Characters of a folder's name; file systems allow 255 bytes."""
 
 
 class SweepParams(Params):
-    """Section ``sweep``: each dataset with each setting and each seed. Empty lists stand for params.yaml as it is."""
+    """Section ``sweep``: each dataset with each setting and each seed. An empty list means the value in params.yaml."""
 
     datasets: list[Annotated[str, Field(min_length=1)] | Overrides]
-    """Sources in place of dataset.source; or overrides with one, such as its own dataset.instance_prompt."""
+    """Values of dataset.source, or sets of overrides that contain it, such as one with its own
+    dataset.instance_prompt."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]]
-    """Dotted key -> values: settings are all combinations."""
+    """Dotted key -> values. All combinations are run."""
     rows: list[Overrides]
-    """Settings besides, as sets of overrides; {} is params.yaml as it is."""
+    """Further settings, one set of overrides per run. {} is params.yaml without overrides."""
     seeds: list[int]
-    """In place of train.seed. Data, split, held-out table and samples stay the same, so that seeds can be compared."""
+    """Values of train.seed. Data, split, evaluation set and samples stay the same, so that seeds can be compared."""
     exclude: list[Annotated[Overrides, Field(min_length=1)]]
-    """Runs left out: those that have all these values."""
+    """Runs to leave out: every run that has all values of one entry."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One adapter from pictures to report."""
+    """One run of all stages."""
 
     overrides: Overrides
-    """What differs from params.yaml, as validated; null stays null, a mapping keeps a path that decides no result."""
+    """Validated differences from params.yaml; null is kept, and so are paths in mappings that affect no result."""
     config: Config
     values: dict[str, dict[str, Any]]
-    """Section -> settings in JSON's types, overrides applied. Runs share them: not to be written to."""
-    places: dict[str, str]
-    """Stage -> folder below runs/ whose files belong to this run, and to others where the stage is shared."""
+    """Section -> settings in JSON types, overrides applied. Read-only, as runs share them."""
+    stage_folders: dict[str, str]
+    """Stage -> folder in runs/ with its files, which runs of equal settings share."""
 
     @property
     def name(self) -> str:
-        """Such as ``raw/rank-16-s0``."""
-        return self.places["report"]
+        """Name of the run, such as ``raw/rank-16-s0``."""
+        return self.stage_folders["report"]
 
     @property
     def folders(self) -> dict[str, str]:
-        """What the stages' options of these names (``console.PATHS``) are given, such as ``adapter``."""
-        at = {stage: f"runs/{place}" for stage, place in self.places.items()}
+        """Artifact (a name in ``console.PATHS``) -> folder."""
+        at = {stage: f"runs/{folder}" for stage, folder in self.stage_folders.items()}
         dataset, _, latents = at["cache_latents"].rpartition("/")
         return {
             "prepared": f"{at['prepare']}/prepared",
@@ -101,108 +103,126 @@ class Run:
         }
 
     def value(self, key: str) -> Any:
-        """Of a section, or of one key in it."""
+        """Return the settings of a section, or one setting."""
         section, _, name = key.partition(".")
         return self.values[section][name] if name else self.values[section]
 
 
 def plan(tree: dict[str, Any], source: Path = Path("params.yaml")) -> list[Run]:
-    """The runs of the section ``sweep``, in its order; two of equal settings are one.
+    """Return the runs of the section ``sweep``, in its order, without duplicates.
 
     Raises:
-        UserError: every problem of the file, of the section, and of the settings that it asks for.
+        UserError: all problems of the file, of the section, and of the settings of its runs.
     """
     base = check(tree, source)
     sweep = base.section(SweepParams)
     if problems := list(key_problems(sweep)):
-        raise UserError(*(f"{source} sweep.{problem}" for problem in problems))
-    asked = combinations(sweep)
+        raise UserError(*(problem.at(f"{source} sweep.", glue="") for problem in problems))
+    combined = combinations(sweep, source)
     reader = Reader(tree, base, source)
-    runs = [reader.run(overrides) for overrides in asked]
+    runs = [reader.run(overrides) for overrides in combined]
     if reader.problems:
         raise UserError(*dict.fromkeys(reader.problems))
-    kept = [run for run in runs if not any(matches(run, pattern) for pattern in sweep.exclude)]
-    idle = [pattern for pattern in sweep.exclude if not any(matches(run, pattern) for run in runs)]
-    problems = [f"{source} sweep.exclude: {pattern} matches no run; correct it or take it out" for pattern in idle]
+    kept = [run for run in runs if not any(has_values(run, pattern) for pattern in sweep.exclude)]
+    idle = [pattern for pattern in sweep.exclude if not any(has_values(run, pattern) for run in runs)]
+    place = f"{source} sweep.exclude:"
+    problems = [
+        Problem("exclude-unused", f"{place} {pattern} matches no run. Correct or delete it.") for pattern in idle
+    ]
     if not kept:
-        problems.append(f"{source} sweep.exclude: leaves no run; take an entry out")
+        problems.append(Problem("sweep-empty", f"{place} all runs are excluded. Delete an entry."))
     if problems:
         raise UserError(*problems)
-    return placed(kept, shared(runs, tree))
+    return with_stage_folders(kept, constant_keys(runs, tree), source)
 
 
 def from_command_line(tree: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The tree with keys of ``sweep`` replaced, as in ``snakemake --config 'grid={lora.rank: [4, 8]}'``.
+    """Return the tree with keys of ``sweep`` replaced, as in ``snakemake --config 'grid={lora.rank: [4, 8]}'``.
 
-    Snakemake hands over every scalar as text, without its quotes. The value of a setting that is text stays as it is;
-    any other is read as YAML 1.2, as ``--set`` does.
+    Snakemake passes every scalar as text without quotes. Values of text settings are kept; others are read as YAML 1.2,
+    as by ``--set``.
     """
     known = list(SweepParams.model_fields)
-    if problems := [unknown("--config", str(key), known) for key in given if key not in known]:
+    if problems := [unknown_setting("--config", str(key), known) for key in given if key not in known]:
         raise UserError(*problems)
     section = tree.get("sweep", {})
-    if given and isinstance(section, dict):  # else `check` says what is wrong with it
-        section = section | {key: reread_key(key, value) for key, value in given.items()}
+    if given and isinstance(section, dict):  # else `check` reports the problem
+        section = section | {key: parse_sweep_key(key, value) for key, value in given.items()}
     return tree | {"sweep": section}
 
 
-def reread_key(key: str, value: Any) -> Any:
-    """One key of ``sweep``: grid has lists of values by dotted key, the other keys have lists of overrides."""
+def parse_sweep_key(key: str, value: Any) -> Any:
+    """Return one key of ``sweep``: grid has lists of values by dotted key, the other keys have lists of overrides."""
 
     def overrides(item: Any) -> Any:
         if isinstance(item, dict):
-            return {name: reread(each, kind_of(str(name))) for name, each in item.items()}
-        return reread(item, str if key == "datasets" else Any)
+            return {name: parse_text(each, annotation_of(str(name))) for name, each in item.items()}
+        return parse_text(item, str if key == "datasets" else Any)
 
     if key == "grid" and isinstance(value, dict):
-        return {name: reread(values, list[kind_of(str(name))]) for name, values in value.items()}  # type: ignore[misc]
-    return [overrides(item) for item in value] if isinstance(value, list) else reread(value, Any)
+        return {name: parse_text(values, list[annotation_of(str(name))]) for name, values in value.items()}  # type: ignore[misc]
+    return [overrides(item) for item in value] if isinstance(value, list) else parse_text(value, Any)
 
 
-def reread(value: Any, kind: Any) -> Any:
-    """Read texts that hold a value of another type; ``kind`` is the annotation of their setting."""
+def parse_text(value: Any, kind: Any) -> Any:
+    """Return the value with texts parsed that are not of a text setting; ``kind`` is the annotation of the setting.
+
+    Raises:
+        UserError: a text is invalid YAML, or a date.
+    """
     if isinstance(value, dict):
-        return {key: reread(item, inside(kind, str(key))) for key, item in value.items()}
+        return {key: parse_text(item, inside(kind, str(key))) for key, item in value.items()}
     if isinstance(value, list):
-        return [reread(item, inside(kind)) for item in value]
-    if not isinstance(value, str) or is_text(kind) and not (takes_null(kind) and value in ("null", "~", "")):
+        return [parse_text(item, inside(kind)) for item in value]
+    if not isinstance(value, str) or is_text(kind) and not (accepts_null(kind) and value in ("null", "~", "")):
         return value
     try:
-        return YAML(typ="safe", pure=True).load(value)
+        read = YAML(typ="safe", pure=True).load(value)
     except (YAMLError, ValueError, RecursionError):
-        raise UserError(f"--config: {value!r} is no valid YAML") from None
+        raise UserError(Problem("invalid-yaml", f"--config: {value!r} is invalid YAML.")) from None
+    if isinstance(read, datetime.date):  # also a time
+        text = f"--config: YAML reads {value!r} as a date, which no setting accepts. Correct it."
+        raise UserError(Problem("wrong-value", text))
+    return read
 
 
-def key_problems(sweep: SweepParams) -> Iterator[str]:
-    """Keys that no section has, that have an axis of their own, or that two axes would set."""
+def key_problems(sweep: SweepParams) -> Iterator[Problem]:
+    """Yield a problem for keys that no section has, that have their own axis, or that two axes set.
+
+    Their texts begin with a key of the section sweep.
+    """
     datasets = [item for item in sweep.datasets if isinstance(item, dict)]
     per_dataset = {key for item in datasets for key in item}
     for index, item in enumerate(datasets):
         if "dataset.source" not in item:
-            yield f"datasets: {item} names no source; add dataset.source to entry {index + 1} of those with overrides"
-    places = {"datasets": per_dataset, "grid": sweep.grid, "rows": [key for row in sweep.rows for key in row]}
-    places["exclude"] = [key for pattern in sweep.exclude for key in pattern]
-    for place, keys in places.items():
+            add = f"Add dataset.source to entry {index + 1} of the entries with overrides."
+            yield Problem("dataset-without-source", f"datasets: {item} has no source. {add}")
+    keys_by_axis = {"datasets": per_dataset, "grid": sweep.grid, "rows": [key for row in sweep.rows for key in row]}
+    keys_by_axis["exclude"] = [key for pattern in sweep.exclude for key in pattern]
+    for place, keys in keys_by_axis.items():
         for key in dict.fromkeys(keys):
             section, _, name = key.partition(".")
             axis = OWN_AXIS.get(key)
             if section not in SWEPT or not name:
-                yield f"{place} {key}: expected SECTION.KEY, such as lora.rank, with a section of {', '.join(SWEPT)}"
+                expected = "SECTION.KEY is expected, such as lora.rank."
+                yield Problem("unknown-setting", f"{place} {key}: {expected} Known sections: {', '.join(SWEPT)}.")
             elif name not in params_class(section).model_fields:
-                yield unknown(place, key, params_class(section).model_fields)
+                yield unknown_setting(place, key, params_class(section).model_fields)
             elif axis and place not in ("exclude", axis):
-                yield f"{place} {key}: list the values in sweep.{axis}"
+                yield Problem("key-with-own-axis", f"{place} {key}: list its values in sweep.{axis} instead.")
             elif place in ("grid", "rows") and key in per_dataset:
-                yield f"{place} {key}: sweep.datasets sets it too; take it out of one of them"
+                text = f"{place} {key}: sweep.datasets sets this key too. Delete it in one of them."
+                yield Problem("key-set-twice", text)
 
 
-def combinations(sweep: SweepParams) -> list[Overrides]:
-    """Each dataset with each setting and each seed."""
+def combinations(sweep: SweepParams, source: Path) -> list[Overrides]:
+    """Return the overrides of each dataset with each setting and each seed."""
     datasets = [item if isinstance(item, dict) else {"dataset.source": item} for item in sweep.datasets] or [{}]
     count = math.prod(map(len, sweep.grid.values())) if sweep.grid else 0
     total = len(datasets) * max(1, count + len(sweep.rows)) * max(1, len(sweep.seeds))
     if total > MOST_RUNS:
-        raise UserError(f"params.yaml sweep: asks for {total:,} runs; at most {MOST_RUNS:,}, so shorten its lists")
+        text = f"{source} sweep: got {total:,} runs, but at most {MOST_RUNS:,} are possible. Shorten its lists."
+        raise UserError(Problem("sweep-too-large", text))
     grid = [dict(zip(sweep.grid, point, strict=True)) for point in itertools.product(*sweep.grid.values())]
     settings = [*(grid if sweep.grid else []), *sweep.rows] or [{}]
     seeds: list[Overrides] = [{"train.seed": seed} for seed in sweep.seeds] or [{}]
@@ -210,30 +230,30 @@ def combinations(sweep: SweepParams) -> list[Overrides]:
 
 
 class Reader:
-    """Applies overrides; each distinct section is validated once, however many runs share it."""
+    """Reader of runs that validates each distinct section once, however many runs share it."""
 
     def __init__(self, tree: dict[str, Any], base: Config, source: Path) -> None:
         self.tree, self.base, self.source = tree, base, source
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
         self.known = {(name, "{}"): (section, dumped(section)) for name, section in base.sections.items()}
 
     def run(self, overrides: Overrides) -> Run:
-        """Without places yet; problems are gathered."""
+        """Return the run without stage folders; collect problems."""
         sections: dict[str, Params] = {}
         values: dict[str, dict[str, Any]] = {}
         for name in self.base.sections:
             own = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")}
             sections[name], values[name] = self.section(name, own)
         exact = {
-            key: asked
-            if asked is None or isinstance(asked, dict)
+            key: value
+            if value is None or isinstance(value, dict)
             else values[key.partition(".")[0]][key.partition(".")[2]]
-            for key, asked in overrides.items()
+            for key, value in overrides.items()
         }
         return Run(exact, Config(sections, self.source), values, {})
 
     def section(self, name: str, own: Overrides) -> tuple[Params, dict[str, Any]]:
-        key = (name, text(own))
+        key = (name, canonical_json(own))
         if key not in self.known:
             try:
                 section = check_section(Path(f"{self.source} sweep:"), name, self.tree[name] | own)
@@ -248,15 +268,17 @@ def dumped(section: Params) -> dict[str, Any]:
     return section.model_dump(mode="json")
 
 
-def matches(run: Run, pattern: Overrides) -> bool:
+def has_values(run: Run, pattern: Overrides) -> bool:
     return all(
-        value in (run.value(key), asked(run, key)) or key in PATHS and os.path.normpath(str(value)) == run.value(key)
+        value in (run.value(key), as_written(run, key))
+        or key in PATHS
+        and os.path.normpath(str(value)) == run.value(key)
         for key, value in pattern.items()
     )
 
 
-def asked(run: Run, key: str) -> Any:
-    """A value as params.yaml would have it: null for {} too, and a mapping with what decides no result, as a path."""
+def as_written(run: Run, key: str) -> Any:
+    """Return a value as params.yaml would have it: null for {}, and mappings with entries that affect no result."""
     if run.overrides.get(key, ...) is None:
         return None
     section, _, name = key.partition(".")
@@ -264,57 +286,57 @@ def asked(run: Run, key: str) -> Any:
     return (dict(value) if isinstance(value, Params) else run.value(key)) if value != {} else None
 
 
-def shared(runs: list[Run], tree: dict[str, Any]) -> dict[str, bool]:
-    """Keys that every run overrides with one value -> whether params.yaml has it too; none where there is one run."""
+def constant_keys(runs: list[Run], tree: dict[str, Any]) -> dict[str, bool]:
+    """Return keys with one value in all runs -> whether params.yaml has the same value; empty for a single run."""
     keys = set.intersection(*(set(run.overrides) for run in runs)) if len(runs) > 1 else set()
-    values = {key: {text(run.overrides[key]) for run in runs} for key in keys}
-    own = {key: text(tree[key.partition(".")[0]].get(key.partition(".")[2])) for key in keys}
+    values = {key: {canonical_json(run.overrides[key]) for run in runs} for key in keys}
+    own = {key: canonical_json(tree[key.partition(".")[0]].get(key.partition(".")[2])) for key in keys}
     return {key: own[key] in values[key] for key in keys if len(values[key]) == 1}
 
 
-def placed(runs: list[Run], constant: dict[str, bool]) -> list[Run]:
-    """With each stage in the folder of the first run that has the same sections behind it.
+def with_stage_folders(runs: list[Run], constant: dict[str, bool], source: Path) -> list[Run]:
+    """Return the runs with each stage in the folder of the first run that has equal upstream sections.
 
     Args:
-        constant: as ``shared`` gives it.
+        constant: result of ``constant_keys``.
 
     Raises:
         UserError: two settings would write into one folder.
     """
     known: dict[tuple[str, ...], str] = {}
-    texts = {id(values): text(values) for run in runs for values in run.values.values()}
+    texts = {id(values): canonical_json(values) for run in runs for values in run.values.values()}
     found: dict[str, Run] = {}
     for run in runs:
-        places = {}
-        for stage, sections in SECTIONS_BEHIND.items():
+        stage_folders = {}
+        for stage, sections in UPSTREAM_SECTIONS.items():
             key = (stage, *(texts[id(run.values[name])] for name in sections))
-            places[stage] = known.setdefault(key, place(run, stage, constant))
-        found.setdefault(places["report"], Run(run.overrides, run.config, run.values, places))
-    users = Counter((key[0], where) for key, where in known.items())
-    if twice := [f"runs/{where} ({stage})" for (stage, where), count in users.items() if count > 1]:
-        cure = "two settings have this folder's name; sweep one of them, or take out what tells them apart"
-        raise UserError(*(f"params.yaml sweep: {folder}: {cure}" for folder in twice))
+            stage_folders[stage] = known.setdefault(key, stage_folder(run, stage, constant))
+        found.setdefault(stage_folders["report"], Run(run.overrides, run.config, run.values, stage_folders))
+    users = Counter((key[0], folder) for key, folder in known.items())
+    if twice := [f"runs/{folder} ({stage})" for (stage, folder), count in users.items() if count > 1]:
+        text = "two settings would write into this folder. Sweep one of them, or remove their difference."
+        raise UserError(*(Problem("folder-name-clash", f"{source} sweep: {folder}: {text}") for folder in twice))
     return list(found.values())
 
 
-def place(run: Run, stage: str, constant: dict[str, bool]) -> str:
-    """``raw``, ``raw/latents-dtype-float32`` or ``raw/rank-16-s0``, by the overrides behind the stage."""
+def stage_folder(run: Run, stage: str, constant: dict[str, bool]) -> str:
+    """Return ``raw``, ``raw/latents-dtype-float32`` or ``raw/rank-16-s0``, by the overrides of upstream sections."""
     source, seed = run.value("dataset.source"), run.value("train.seed")
     inside = source.removeprefix("data/")
-    elsewhere = inside == source  # raw is not data/raw
-    dataset = named([readable([source] if elsewhere else inside), *labels(run, ("dataset",), constant)])
+    is_outside = inside == source  # raw is another folder than data/raw
+    dataset = folder_name([readable([source] if is_outside else inside), *folder_labels(run, ("dataset",), constant)])
     if stage == "prepare":
         return dataset
-    own = labels(run, tuple(name for name in SECTIONS_BEHIND[stage] if name != "dataset"), constant)
+    own = folder_labels(run, tuple(name for name in UPSTREAM_SECTIONS[stage] if name != "dataset"), constant)
     if stage == "cache_latents":
-        return f"{dataset}/{named(['latents', *own], '-')}"
-    return f"{dataset}/{named(own or ['default'])}-s{seed}"
+        return f"{dataset}/{folder_name(['latents', *own], '-')}"
+    return f"{dataset}/{folder_name(own or ['default'])}-s{seed}"
 
 
-def labels(run: Run, sections: tuple[str, ...], constant: dict[str, bool]) -> list[str]:
-    """``rank-16``, in the order of the sections' fields; the axes of their own stand elsewhere in the name.
+def folder_labels(run: Run, sections: tuple[str, ...], constant: dict[str, bool]) -> list[str]:
+    """Return labels such as ``rank-16``, in the order of the sections' fields, without datasets and seeds.
 
-    What all runs have in common is left out where params.yaml has it too; else several are a digest, ``with-3fa2b1``.
+    Values common to all runs are omitted if params.yaml has them too; else several become a digest, ``with-3fa2b1``.
     """
     keys = [key for key in all_keys() if key in run.overrides and key.partition(".")[0] in sections]
     keys = [key for key in keys if key not in OWN_AXIS and not constant.get(key)]
@@ -322,35 +344,35 @@ def labels(run: Run, sections: tuple[str, ...], constant: dict[str, bool]) -> li
     if not 1 < len(common) < len(keys):
         common = {}
     found = [f"{all_keys()[key]}-{readable(run.overrides[key])}" for key in keys if key not in common]
-    return found + ([f"with-{digest(text(common))}"] if common else [])
+    return found + ([f"with-{digest(canonical_json(common))}"] if common else [])
 
 
 @functools.cache
 def all_keys() -> dict[str, str]:
-    """Dotted key -> its name in a folder's: without the section where no other section has such a key."""
+    """Return dotted key -> its label in folder names: without the section if no other section has the key."""
     keys = [f"{section}.{name}" for section in SWEPT for name in params_class(section).model_fields]
     count = Counter(key.partition(".")[2] for key in keys)
     return {key: key.partition(".")[2] if count[key.partition(".")[2]] == 1 else key for key in keys}
 
 
-def named(parts: list[str], glue: str = ",") -> str:
-    """The parts in one name; of one that is too long, the start and a digest."""
+def folder_name(parts: list[str], glue: str = ",") -> str:
+    """Return the parts in one name; for a long name, its start and a digest."""
     name = glue.join([parts[0], ",".join(parts[1:])]) if len(parts) > 1 else parts[0]
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{digest(name)}"
 
 
 def readable(value: Any) -> str:
-    """A value in a file's name: as it is where that is safe and unmistakable, or what is safe of it and a digest."""
+    """Return a value for a file name: unchanged if safe and unambiguous, else its safe characters and a digest."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    written = value if isinstance(value, str) else text(value)
-    if isinstance(value, str) and not plain(value) or isinstance(value, (list, dict)):
-        return f"{re.sub(r'[^a-z0-9.]+', '_', written.lower()).strip('_.')[:40]}-{digest(text(value))}"
+    written = value if isinstance(value, str) else canonical_json(value)
+    if isinstance(value, str) and not is_safe_name(value) or isinstance(value, (list, dict)):
+        return f"{re.sub(r'[^a-z0-9.]+', '_', written.lower()).strip('_.')[:40]}-{digest(canonical_json(value))}"
     return written
 
 
-def plain(value: str) -> bool:
-    """Lower case, since some file systems see no other, and nothing that YAML reads as another type."""
+def is_safe_name(value: str) -> bool:
+    """Return whether a text is safe: lower case, as some file systems ignore case, and text in YAML."""
     return bool(re.fullmatch(r"[a-z][a-z0-9_.-]{0,39}", value)) and value not in ("null", "true", "false")
 
 
@@ -358,44 +380,46 @@ def digest(value: str) -> str:
     return hashlib.sha256(value.encode()).hexdigest()[:6]
 
 
-def text(value: Any) -> str:
-    """One text for one value; keys that are no text, which no section takes, are told apart by it all the same."""
+def canonical_json(value: Any) -> str:
+    """Return equal texts for equal values and different texts for different values, also with keys of other types."""
     try:
         return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     except TypeError:
         return repr(value)
 
 
-def words(run: Run, names: list[str]) -> list[str]:
-    """``["--set", "lora.rank=16"]``: the overrides of these sections, or single keys, as dvc.yaml names them.
+def cli_overrides(run: Run, names: list[str]) -> list[str]:
+    """Return ``["--set", "lora.rank=16"]``: the overrides of these sections or single keys, as listed in dvc.yaml.
 
-    Source and seed are always among them, so that a folder's command is the same whatever sweep asks for it.
+    They always include source and seed, so that the command of a folder is the same in every sweep.
     """
     keys = [key for key in [*OWN_AXIS, *run.overrides] if key in names or key.partition(".")[0] in names]
-    values = {key: v if isinstance(v := asked(run, key), str) and plain(v) else flow(v) for key in keys}
+    values = {
+        key: v if isinstance(v := as_written(run, key), str) and is_safe_name(v) else to_flow_yaml(v) for key in keys
+    }
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 
 
 def summary(runs: list[Run], measured: list[float], root: Path = Path()) -> list[str]:
-    """What a sweep comes to, in lines.
+    """Return lines about the amount of work of a sweep.
 
     Args:
         measured: images per second of earlier trainings.
-        root: of the checkout, where some adapters may be already.
+        root: root of the checkout, which may have some of the adapters.
     """
-    count = {stage: len({run.places[stage] for run in runs}) for stage in SECTIONS_BEHIND}
+    count = {stage: len({run.stage_folders[stage] for run in runs}) for stage in UPSTREAM_SECTIONS}
     stages = ", ".join(f"{stage} {number}" for stage, number in count.items())
     adapters = {run.folders["adapter"]: run.value("train") for run in runs}
     trainings = adapters.values()
     steps = sum(train["num_steps"] for train in trainings)
     done = sum(train["num_steps"] for at, train in adapters.items() if (root / at / "adapter.json").is_file())
-    here = f"; {done:,} of the steps are of adapters that are there" if done else ""
+    here = f". {done:,} of the steps are done" if done else ""
     images = sum(train["num_steps"] * train["batch_size"] * train["gradient_accumulation_steps"] for train in trainings)
-    lines = [f"sweep: {plural(len(runs), 'run')}; all in all {stages}"]
+    lines = [f"sweep: {plural(len(runs), 'run')}. Jobs: {stages}"]
     if not measured:
         return [
             *lines,
-            f"train: {steps:,} optimizer steps; time not measured: no training has a run.json yet{here}",
+            f"train: {steps:,} optimizer steps, time unknown before the first training{here}",
         ]
     speed = sorted(measured)[len(measured) // 2]
     seconds = images / speed
@@ -404,11 +428,11 @@ def summary(runs: list[Run], measured: list[float], root: Path = Path()) -> list
 
 
 def measurements(root: Path) -> list[float]:
-    """Images per second of the earlier trainings of a checkout, by DVC and by Snakemake."""
-    found = []
+    """Return images per second of earlier trainings in a checkout, by DVC and by Snakemake."""
+    speeds = []
     for path in [root / "reports/train/run.json", *sorted(root.glob("runs/*/*/reports/train/run.json"))]:
         try:
-            found.append(float(from_json(path.read_text(encoding="utf-8"))["images_per_second"]))
-        except (OSError, ValueError, KeyError, TypeError):  # not there, of another version, or half a file
+            speeds.append(float(from_json(path.read_text(encoding="utf-8"))["images_per_second"]))
+        except (OSError, ValueError, KeyError, TypeError):  # missing, of another version, or incomplete
             continue
-    return [speed for speed in found if speed > 0]
+    return [speed for speed in speeds if speed > 0]

@@ -1,4 +1,4 @@
-"""Why a finished run of a sweep is not what the workspace would make of it now, by Snakemake's records of its jobs."""
+"""Reasons why a finished run of a sweep is out of date in the workspace, by Snakemake's records of its jobs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_dag.pipeline.dvc_files import read_pipeline
 from lora_dag.pipeline.snakemake_records import Record
 from lora_dag.sweeps.grid import Run
 
-WITNESS = {
+FINAL_OUTPUT = {
     "prepare": ("prepared", "dataset.json"),
     "cache_latents": ("latents", "manifest.json"),
     "train": ("adapter", "adapter.json"),
@@ -21,22 +21,18 @@ WITNESS = {
     "export": ("export_reports", "lineage.json"),
     "report": ("reports", "report.md"),
 }
-"""Stage -> an output that it has finished with, and that its record is found by: the folder, and a file in it."""
-AGAIN = "run `snakemake` again, or go back to what it was"
+"""Stage -> the folder and name of the output whose record describes the job."""
+AGAIN = "Run `snakemake` again, or undo the change."
 
 
-def outdated(stage: str, record: Record, wanted: Run, but: str = "") -> Iterator[str]:
-    """What has changed since the job: parameters, code, files that it read.
-
-    Args:
-        but: a folder whose files are not looked at.
-    """
+def reasons_outdated(stage: str, record: Record, wanted: Run, ignored_folder: str = "") -> Iterator[str]:
+    """Yield what has changed since the job: parameters, code, input files."""
     yield from changed_parameters(record, wanted)
     if record.results != code.results_of(stage):
-        yield f"made by code of {stage} with RESULTS {record.results}, and it has {code.results_of(stage)} now"
+        yield f"made with RESULTS {record.results} of {stage}, which now has {code.results_of(stage)}"
     elif record.code != current_code(stage, wanted.value("model.family")):
-        yield f"made by other code of {stage} of the same RESULTS (`lora-dag relock` accepts it)"
-    yield from changed_inputs(stage, record, wanted, but)
+        yield f"made with other code of {stage} of equal RESULTS (`lora-dag relock` accepts it)"
+    yield from changed_inputs(stage, record, wanted, ignored_folder)
 
 
 def changed_parameters(record: Record, wanted: Run) -> Iterator[str]:
@@ -57,25 +53,25 @@ def current_code(stage: str, family: str) -> str:
     return code.digest(read_pipeline()[stage].deps, family)
 
 
-def changed_inputs(stage: str, record: Record, wanted: Run, but: str) -> Iterator[str]:
-    """Pictures, the base, and what an earlier stage wrote."""
+def changed_inputs(stage: str, record: Record, wanted: Run, ignored_folder: str) -> Iterator[str]:
+    """Yield changes of images, the base model and outputs of earlier stages."""
     source = wanted.value("dataset.source")
     for path, digest in record.inputs.items():
-        if but and lies_in(path, but):
+        if ignored_folder and is_within(path, ignored_folder):
             continue
         if not Path(path).is_file():
-            yield f"{stage} read {path}, which is not here"
-        elif other(Path(path), digest, record.started):
-            yield f"{stage} read another {path}"
+            yield f"{path}, an input of {stage}, is missing"
+        elif has_changed(Path(path), digest, record.started):
+            yield f"{path}, an input of {stage}, has changed"
     now = {str(path) for path in Path(source).rglob("*") if path.is_file()} if stage == "prepare" else set()
     if added := sorted(now - record.inputs.keys()):
-        yield f"{source} has files that it was made without ({', '.join(added[:3])})"
+        yield f"{source} has new files ({', '.join(added[:3])})"
 
 
-def other(path: Path, digest: str | None, started: float) -> bool:
-    """Large files, which Snakemake takes no digest of, are told by their time."""
+def has_changed(path: Path, digest: str | None, started: float) -> bool:
+    """Return whether a file has changed; for large files, which Snakemake does not hash, by their time."""
     return sha256_file(path) != digest if digest else path.stat().st_mtime > started
 
 
-def lies_in(path: str, folder: str) -> bool:
+def is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(f"{folder}/")

@@ -1,4 +1,4 @@
-"""Captions through the text encoders: the conditioning of every caption that can occur."""
+"""The text encoders' output for every caption that a training can draw."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from functools import cached_property
 from lora_dag.artifacts.store import Kind
 from stages.cache_latents.context import Context
 from stages.cache_latents.encoding import Encoder, Shape, Tensors
-from stages.cache_latents.filling import encode_into_store
+from stages.cache_latents.fill_store import encode_into_store
 from stages.cache_latents.keys import Setting, caption_key
 
 
 class CaptionEncoder:
-    """Conditioning of every caption that can occur, the empty one included."""
+    """Encoder of every caption that a training can draw, and of the empty one."""
 
     kind: Kind = "text"
     unit = "caption"
@@ -43,7 +43,7 @@ class CaptionEncoder:
         return Encoder(self.kind, self.jobs.__getitem__, encode, blank, self.shape, model, device, size)
 
     def shape(self, key: str) -> Shape:
-        return ()  # tokenizers pad
+        return ()  # tokenizers pad all captions to one length
 
     def units(self, key: str) -> int:
         return 1

@@ -1,9 +1,9 @@
-"""Keys in, entries in the store out: batches through a frozen encoder, the next one decoded meanwhile.
+"""Batches through a frozen encoder: keys in, entries of the store out. The next batch is decoded meanwhile.
 
-Every batch is filled up to the full size: kernels are chosen by shape, and another batch size gives other last bits
-(2e-6 in float32 on a CPU). At one shape an entry does not depend on its place or its neighbours, so that one edited
-picture gives the bytes that encoding everything anew would give. The first batch of each shape proves it, with a second
-pass through the encoder; where that has been seen before, it is not done again. So one edited picture costs one batch.
+Every batch is padded to the full size: kernels are chosen by shape, and another batch size gives other last bits
+(2e-6 in float32 on a CPU). At one shape, an entry does not depend on its position or its neighbors in the batch. So an
+edited image that is encoded alone gives the same bytes as encoding everything again, at the cost of one batch.
+The first batch of each shape verifies this with a second pass through the encoder; the result is remembered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lora_dag.artifacts.store import Kind
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.core.device import autocast
 from lora_dag.core.files import from_json, sha256_json, write_json
 from lora_dag.core.progress import Bar
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
     from lora_dag.core.params import ModelParams
 
-NUM_READERS = 4  # threads that decode pictures
+NUM_READERS = 4  # threads that decode images
 
-# What torch says where there is no exception of its own: the CPU's allocator, and MPS.
-SHORTAGES = ("can't allocate memory", "not enough memory", "out of memory")
+# Messages of torch's plain RuntimeErrors: the CPU's allocator, and MPS.
+OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory")
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -45,72 +45,76 @@ class OutOfMemory(Exception):
 
 @dataclass(frozen=True)
 class Encoder(Generic[T]):
-    """One kind's way from a key to tensors."""
+    """Functions that lead from a key to tensors, for one kind of entries."""
 
     kind: Kind
     read: Callable[[str], T]
-    """What the entry of a key is made from; called in several threads."""
+    """Key -> the encoder's input, such as an image; called in several threads."""
     encode: Callable[[list[T]], Tensors]
     """Batched: name -> [B, ...]."""
     blank: Callable[[T], T]
-    """Padding of the same shape."""
+    """An input -> padding of the same shape."""
     shape: Callable[[str], Shape]
-    """Keys of one shape can share a batch; a larger product needs more memory."""
+    """Key -> shape; keys of one shape can share a batch. A larger product needs more memory."""
     model: ModelParams
-    """Its dtype is the one to compute in."""
+    """Section ``model``; its dtype is the encoder's."""
     device: torch.device
     batch_size: int
 
 
-def encode_all(encoder: Encoder[T], keys: list[str], save: Callable[[str, Tensors], None], proofs: Proofs) -> None:
-    """Encode and save one entry per key, read in their order as far as shapes allow.
+def encode_all(
+    encoder: Encoder[T], keys: list[str], save: Callable[[str, Tensors], None], verified_shapes: VerifiedBatchShapes
+) -> None:
+    """Encode and save one entry per key, in the order of the keys as far as shapes allow.
 
-    In memory are the batch at the encoder, once in parts and once stacked, the next batch, and what ``encoder.read``
-    keeps: of pictures, the last NUM_READERS decoded in full and those being decoded, at 3 bytes per pixel.
+    Memory holds the current batch twice (in parts and stacked), the next batch, and the cache of ``encoder.read``: the
+    last NUM_READERS decoded images and those being decoded, at 3 bytes per pixel.
 
     Raises:
         OutOfMemory: a batch does not fit.
-        UserError: entries depend on their neighbours on this device, or one is not finite.
+        UserError: entries depend on their neighbors on this device, or an entry is not finite.
     """
     size = encoder.batch_size
-    batches = batched(keys, encoder.shape, size)
+    batches = make_batches(keys, encoder.shape, size)
     with ThreadPoolExecutor(NUM_READERS) as pool, Bar(encoder.kind, len(keys)) as bar:
         for batch, values in read_ahead(pool, encoder.read, batches):
             padding = encoder.blank(values[0])
-            entries = forward(encoder, values + [padding] * (size - len(values)))
+            entries = encode_batch(encoder, values + [padding] * (size - len(values)))
             for tensors in entries:
                 require_finite(encoder.kind, tensors, encoder.model)
-            if size > 1 and encoder.shape(batch[0]) not in proofs:
-                alone = forward(encoder, [padding] * (size - 1) + values[:1])[-1]
+            if size > 1 and encoder.shape(batch[0]) not in verified_shapes:
+                alone = encode_batch(encoder, [padding] * (size - 1) + values[:1])[-1]
                 require_independent(entries[0], alone, size)
-                proofs.add(encoder.shape(batch[0]))
-            for key, tensors in zip(batch, entries, strict=False):  # what is left over is padding
+                verified_shapes.add(encoder.shape(batch[0]))
+            for key, tensors in zip(batch, entries, strict=False):  # entries beyond the batch are padding
                 save(key, tensors)
             bar.add(len(batch))
 
 
-def batched(keys: list[str], shape: Callable[[str], Shape], size: int) -> list[list[str]]:
-    """Batches of one shape each, in the order in which they fill up, so that files are read nearly in order.
+def make_batches(keys: list[str], shape: Callable[[str], Shape], size: int) -> list[list[str]]:
+    """Return batches of one shape each, in the order in which they fill up, so that files are read nearly in order.
 
-    A batch of the largest shape goes first: what does not fit into memory fails before anything else is done.
+    A batch of the largest shape comes first: one that does not fit into memory fails before anything else is done.
     """
     waiting: dict[Shape, list[str]] = defaultdict(list)
-    found = []
+    batches = []
     for key in keys:
         batch = waiting[shape(key)]
         batch.append(key)
         if len(batch) == size:
-            found.append(waiting.pop(shape(key)))
-    found += waiting.values()
-    largest = max(range(len(found)), key=lambda index: math.prod(shape(found[index][0])), default=None)
-    return found if largest is None else [found.pop(largest), *found]
+            batches.append(waiting.pop(shape(key)))
+    batches += waiting.values()
+    largest = max(range(len(batches)), key=lambda index: math.prod(shape(batches[index][0])), default=None)
+    return batches if largest is None else [batches.pop(largest), *batches]
 
 
-class Proofs:
-    """<state>/store/proven.json: where entries were seen not to depend on their neighbours. It decides no result.
+class VerifiedBatchShapes:
+    """<state>/store/proven.json: shapes of batches whose entries do not depend on their neighbors.
+
+    The file affects no result, only whether a shape is verified again.
 
     Args:
-        conditions: all that a proof can depend on beside the shape: kind, setting, versions, device, threads.
+        conditions: facts other than the shape that can matter: kind, setting, versions, device, threads.
     """
 
     def __init__(self, path: Path, conditions: Any) -> None:
@@ -128,15 +132,15 @@ class Proofs:
         return sha256_json([self.conditions, shape])
 
     def _load(self) -> set[str]:
-        """Empty where there is none, or it is damaged: the proof is made again."""
+        """Return the digests of verified shapes; empty for a missing or damaged file: shapes are verified again."""
         try:
             return set(from_json(self.path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return set()
 
 
-class Recent(Generic[K, T]):
-    """The last few results of a slow function. A thread that asks for one in the making waits for it."""
+class FutureCache(Generic[K, T]):
+    """Cache of a slow function's last results. A thread that needs a result in progress waits for it."""
 
     def __init__(self, make: Callable[[K], T], size: int) -> None:
         self.make, self.size = make, size
@@ -162,7 +166,7 @@ class Recent(Generic[K, T]):
 def read_ahead(
     pool: ThreadPoolExecutor, read: Callable[[str], T], batches: list[list[str]]
 ) -> Iterator[tuple[list[str], list[T]]]:
-    """Each batch with its values; the next one is being read while the caller works on this one."""
+    """Yield each batch with its inputs, and read the next batch while the caller works on this one."""
     reading = [pool.submit(read, key) for key in batches[0]] if batches else []
     for index, keys in enumerate(batches):
         values = [future.result() for future in reading]
@@ -170,25 +174,29 @@ def read_ahead(
         yield keys, values
 
 
-def forward(encoder: Encoder[T], values: list[T]) -> list[Tensors]:
-    """The tensors of each value, without the batch dimension."""
+def encode_batch(encoder: Encoder[T], values: list[T]) -> list[Tensors]:
+    """Return the tensors of each input, without the batch dimension.
+
+    Raises:
+        OutOfMemory: the batch does not fit.
+    """
     import torch
 
     try:
         with torch.inference_mode(), autocast(encoder.device, encoder.model):
             encoded = encoder.encode(values)
     except RuntimeError as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory from None
     encoded = {name: tensor.cpu() for name, tensor in encoded.items()}
     return [{name: tensor[index].clone() for name, tensor in encoded.items()} for index in range(len(values))]
 
 
-def is_shortage(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SHORTAGES)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY_TEXTS)
 
 
 def require_independent(first: Tensors, alone: Tensors, size: int) -> None:
@@ -196,12 +204,17 @@ def require_independent(first: Tensors, alone: Tensors, size: int) -> None:
 
     if any(not torch.equal(first[name], alone[name]) for name in first):
         raise UserError(
-            f"params.yaml cache.batch_size: with {size} on this device, what an entry is depends on its neighbours,"
-            " and a partly filled store would not give the same bytes; use 1"
+            Problem(
+                "batch-dependent",
+                f"params.yaml cache.batch_size: got {size}, but on this device an entry then depends on the other "
+                "entries of its batch, so results would not be reproducible. Set cache.batch_size: 1.",
+            )
         )
 
 
 def require_finite(kind: Kind, tensors: Tensors, model: ModelParams) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        cure = "fetch model.pretrained again" if model.dtype == "float32" else "use float32"
-        raise UserError(f"params.yaml model.dtype: {model.dtype} gives {kind} that are not finite; {cure}")
+        fix = "Fetch model.pretrained again." if model.dtype == "float32" else "Set model.dtype: float32."
+        raise UserError(
+            Problem("not-finite", f"{model.setting('dtype')}: {model.dtype} gives {kind} that are not finite. {fix}")
+        )

@@ -1,8 +1,8 @@
-"""What names an entry of the store: sha256 over what decides its tensors, but for some of their last bits.
+"""Keys of the store: sha256 over all inputs that determine an entry's tensors, except for some of their last bits.
 
-The name and the folder of a picture's file decide nothing. Versions, processor model and thread count can move the
-last bits, and are left out all the same: they differ between the machines that share a store, and a library update
-would encode everything again. An entry records them, and a run warns of a mixture; see environments.py.
+A key does not depend on an image's file name or folder. It also leaves out versions, processor model and thread count,
+which can change last bits: they differ between machines that share a store, and a library update would encode all
+again. Entries record them, and a run warns of a mix; see environments.py.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from lora_dag.artifacts.manifest import Item, Manifest, View
 from lora_dag.core.files import sha256_json
 
 FORMAT = 1  # of latents and text entries; raise it when the meaning of their tensors changes
-MASK_FORMAT = 2  # of masks; none of format 2 is zero all over
+MASK_FORMAT = 2  # of masks; in format 2 no mask is zero everywhere
 OPAQUE = {"background": "#ffffff"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What names a kind of entries beside the picture or the caption."""
+    """Part of a key that all entries of a kind share."""
 
     components: dict[str, str]
-    """Digest of each component of the base that encodes."""
+    """Component of the base model that encodes -> sha256 of its files."""
     family: str
     dtype: str
     device: str
@@ -31,7 +31,8 @@ class Setting:
     batch_size: int
     tiling: bool = False
 
-    def ingredients(self) -> dict[str, Any]:
+    def key_fields(self) -> dict[str, Any]:
+        """Return the values that go into a key, without the components."""
         common = {
             "family": self.family,
             "dtype": self.dtype,
@@ -42,31 +43,31 @@ class Setting:
         return common | ({"tiling": True} if self.tiling else {})
 
 
-def picture_key(item: Item, view: View, manifest: Manifest, setting: Setting) -> str:
-    """Of the latents of one view."""
-    return sha256_json(shown(item, view, manifest) | {"vae": setting.components} | setting.ingredients())
+def image_key(item: Item, view: View, manifest: Manifest, setting: Setting) -> str:
+    """Return the key of the latents of one view."""
+    return sha256_json(view_inputs(item, view, manifest) | {"vae": setting.components} | setting.key_fields())
 
 
 def caption_key(caption: str, setting: Setting) -> str:
-    """Of the conditioning of one caption."""
-    return sha256_json({"caption": caption, "text": setting.components} | setting.ingredients())
+    """Return the key of the embeddings of one caption."""
+    return sha256_json({"caption": caption, "text": setting.components} | setting.key_fields())
 
 
 def mask_key(item: Item, view: View, manifest: Manifest, factor: int) -> str:
-    """Of the weights of one view's latent pixels, ``factor`` pixels wide each; no model is part of it."""
+    """Return the key of the mask of one view, in latent pixels of ``factor`` pixels. No model is part of it."""
     size = [item.width // factor, item.height // factor]
     return sha256_json(
-        shown(item, view, manifest) | masked(item, manifest) | {"latent_size": size, "format": MASK_FORMAT}
+        view_inputs(item, view, manifest) | mask_inputs(item, manifest) | {"latent_size": size, "format": MASK_FORMAT}
     )
 
 
-def content(item: Item, view: View, manifest: Manifest) -> str:
-    """Names a view, and its mask, by what they show, whatever encodes it."""
-    return sha256_json(shown(item, view, manifest) | masked(item, manifest))
+def content_digest(item: Item, view: View, manifest: Manifest) -> str:
+    """Return the digest of a view and its mask, independent of the model that encodes them."""
+    return sha256_json(view_inputs(item, view, manifest) | mask_inputs(item, manifest))
 
 
-def shown(item: Item, view: View, manifest: Manifest) -> dict[str, Any]:
-    """What decides the pixels of one view, whatever encodes them."""
+def view_inputs(item: Item, view: View, manifest: Manifest) -> dict[str, Any]:
+    """Return all inputs that determine the pixels of one view."""
     return {
         "picture": item.sha256,
         "crop": view.crop,
@@ -77,16 +78,15 @@ def shown(item: Item, view: View, manifest: Manifest) -> dict[str, Any]:
 
 
 def preprocessing_of(item: Item, manifest: Manifest) -> dict[str, Any]:
-    """The manifest's, with the usual background for an opaque picture: no background changes what it shows.
+    """Return the manifest's preprocessing; for an opaque image with a constant background, since it is never visible.
 
-    A constant in place of the colour, rather than no colour, keeps the keys of opaque pictures that were encoded when
-    the background was part of every key.
+    A constant rather than no color keeps the keys of older versions, where the background was part of every key.
     """
     return manifest.preprocessing if item.transparent else manifest.preprocessing | OPAQUE
 
 
-def masked(item: Item, manifest: Manifest) -> dict[str, Any]:
-    """What decides the mask beside the view; empty without one."""
+def mask_inputs(item: Item, manifest: Manifest) -> dict[str, Any]:
+    """Return all inputs that determine the mask, besides those of the view; empty without a mask."""
     if item.mask is None:
         return {}
     kind = "alpha" if item.mask == "alpha" else "file"

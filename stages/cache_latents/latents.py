@@ -1,4 +1,4 @@
-"""Views through the VAE: posterior mean and std of each, and what SDXL is given of its size and crop."""
+"""The VAE's output for every view: posterior mean and std, and SDXL's conditioning on size and crop."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from lora_dag.artifacts.manifest import Item, View
 from lora_dag.artifacts.store import Kind
-from lora_dag.pictures.decode import cut_view, decode
-from stages.cache_latents.context import Context, naming_changes, read_checked
-from stages.cache_latents.encoding import NUM_READERS, Encoder, Recent, Shape, Tensors
-from stages.cache_latents.filling import encode_into_store
-from stages.cache_latents.keys import Setting, picture_key
-from stages.cache_latents.views import plan
+from lora_dag.images.decode import cut_view, decode
+from stages.cache_latents.context import Context, read_checked, report_changed_files
+from stages.cache_latents.encoding import NUM_READERS, Encoder, FutureCache, Shape, Tensors
+from stages.cache_latents.fill_store import encode_into_store
+from stages.cache_latents.keys import Setting, image_key
+from stages.cache_latents.views import plan_views
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class LatentEncoder:
-    """Posterior mean and std of every view."""
+    """Encoder of every view: posterior mean and std."""
 
     kind: Kind = "latents"
     unit = "view"
@@ -31,17 +31,17 @@ class LatentEncoder:
     def __init__(self, context: Context, setting: Setting) -> None:
         self.context, self.setting = context, setting
         self.encoded: set[str] = set()
-        self.decoded = Recent(self.decode, NUM_READERS)
-        self.keys, self.jobs = plan(context, lambda item, view: picture_key(item, view, context.manifest, setting))
+        self.decoded = FutureCache(self.decode, NUM_READERS)
+        self.keys, self.jobs = plan_views(context, lambda item, view: image_key(item, view, context.manifest, setting))
 
     def fill(self, keys: list[str]) -> None:
-        """Encode these.
+        """Encode the views of these keys.
 
         Raises:
-            UserError: a picture is not the one that prepare checked; all such pictures are named.
+            UserError: a problem per image that changed since prepare checked it.
         """
         items = [self.jobs[key].item for key in keys]
-        naming_changes(lambda: encode_into_store(self, self.encoder, keys), self.context, items)
+        report_changed_files(lambda: encode_into_store(self, self.encoder, keys), self.context, items)
 
     @cached_property
     def encoder(self) -> Encoder[torch.Tensor]:
@@ -58,7 +58,7 @@ class LatentEncoder:
         return Encoder(self.kind, self.read, encode, torch.zeros_like, self.shape, model, self.context.device, size)
 
     def read(self, key: str) -> torch.Tensor:
-        """float32 [3, H, W] in [-1, 1]."""
+        """Return the pixels of a view, float32 [3, H, W] in [-1, 1]."""
         import torch
 
         item, view = self.jobs[key].item, self.jobs[key].view
@@ -73,7 +73,7 @@ class LatentEncoder:
         return self.jobs[key].item.width, self.jobs[key].item.height
 
     def conditioning(self, key: str) -> Tensors:
-        """What the denoiser is told of the view beside its pixels. The key's own ingredients decide it: not stored."""
+        """Return the conditioning on the view's size and crop. It follows from the key, so it is not stored."""
         job = self.jobs[key]
         return self.context.family.view_conditioning(*geometry(job.item, job.view))
 
@@ -82,9 +82,9 @@ class LatentEncoder:
 
 
 def geometry(item: Item, view: View) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Original size, crop top left and target size, heights first, as SDXL's training counts them.
+    """Return original size, crop top left and target size in pixels, heights first, as SDXL's training counts them.
 
-    The crop is counted in the picture after it was scaled and mirrored. Source: Podell et al. 2023
+    The crop is counted in the scaled and mirrored image. Source: Podell et al. 2023
     (arXiv:2307.01952), algorithm 1; diffusers' train_text_to_image_lora_sdxl.py, ``crop_top_left``.
     """
     left, top, right, bottom = view.crop

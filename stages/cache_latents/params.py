@@ -1,9 +1,10 @@
-"""Section ``cache``: how pictures and captions go through the frozen encoders."""
+"""Section ``cache``: how the frozen encoders process images and captions."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
+from lora_dag.core.console import Problem
 from lora_dag.core.params import Params
 
 
@@ -11,18 +12,22 @@ class CacheParams(Params):
     """Section ``cache``."""
 
     batch_size: int = Field(ge=1, le=1024)
-    """Pictures or captions per forward pass. Part of every key: another size moves the last bits (2e-6 in float32)."""
+    """Images or captions per forward pass. It is part of every cache key, because another size changes the last
+    bits (2e-6 in float32)."""
     num_variants: int = Field(ge=1, le=1000)
-    """Views per picture, crops and mirrors, all encoded; training draws one per step."""
+    """Views per image (crops and mirrored copies). All are encoded; each training step uses one at random."""
     tiling: bool
-    """Encode large pictures in overlapping tiles: less memory, slightly other latents."""
+    """Whether large images are encoded in overlapping tiles: less memory, slightly different latents."""
 
 
-def flip_problems(flip: bool, num_variants: int) -> list[str]:
-    """``dataset.flip`` without a second view to mirror, in one line."""
-    if not flip or num_variants > 1:
+def flip_problems(flip: bool, cache: CacheParams) -> list[Problem]:
+    """Return a problem if ``dataset.flip`` is true but no image has a second view to mirror."""
+    if not flip or cache.num_variants > 1:
         return []
     return [
-        "params.yaml dataset.flip: true with cache.num_variants 1 would freeze: the one variant of each picture is "
-        "not mirrored; set cache.num_variants to 2 or more, or dataset.flip to false"
+        Problem(
+            "flip-without-effect",
+            f"{cache.setting('num_variants')}: got 1 with dataset.flip true, but the first variant of an image is "
+            "never mirrored. Set cache.num_variants to 2 or more, or dataset.flip to false.",
+        )
     ]

@@ -1,4 +1,4 @@
-"""The views of a manifest's images, with the keys of what the store holds of them."""
+"""The views of a manifest's images, and the keys of their entries in the store."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from stages.cache_latents.context import Context
 
 
 @dataclass(frozen=True)
-class Job:
-    """A view, and the picture that it is cut from."""
+class ViewJob:
+    """A view and the image that it is cut from."""
 
     item: Item
     view: View
 
 
-def plan(
+def plan_views(
     context: Context, key_of: Callable[[Item, View], str | None]
-) -> tuple[dict[str, tuple[str, ...]], dict[str, Job]]:
-    """File name -> key of each view, and key -> what it shows, in the order to read files in."""
+) -> tuple[dict[str, tuple[str, ...]], dict[str, ViewJob]]:
+    """Return file name -> key of each view, and key -> view, in the order in which files are read.
+
+    Args:
+        key_of: the key of a view; None for a view without an entry.
+    """
     keys: dict[str, tuple[str, ...]] = {}
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, ViewJob] = {}
     for item in sorted(context.manifest.items, key=lambda item: natural_key(item.file_name)):
         pairs = [(key_of(item, view), view) for view in context.views(item)]
-        named = [(key, view) for key, view in pairs if key is not None]
-        keys[item.file_name] = tuple(key for key, _ in named)
-        for key, view in named:
-            jobs.setdefault(key, Job(item, view))
+        keyed = [(key, view) for key, view in pairs if key is not None]
+        keys[item.file_name] = tuple(key for key, _ in keyed)
+        for key, view in keyed:
+            jobs.setdefault(key, ViewJob(item, view))
     return keys, jobs

@@ -1,4 +1,4 @@
-"""Adapter -> files that other programs load, each loaded back by an independent reader and compared by output.
+"""Export the adapter to files for other programs. Each file is loaded back by an independent reader and compared.
 
 In: data/adapter, the base.  Out: data/export/FORMAT, data/export/resized, reports/export.
 Run: ``python -m stages.export [--set 'export.formats=[comfyui, merged]']``
@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from lora_dag.core.console import log, parser, run
+from lora_dag.core.console import log, parser, plural, run, warn
 from lora_dag.core.params import ModelParams, RuntimeParams, load
+from lora_dag.core.stage_start import log_stage_start
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
 def main() -> None:
     args = parser(__doc__, ("adapter", "export", "export_reports")).parse_args()
     config = load(args.params, args.overrides)
+    log_stage_start("export", config, args)
 
     from lora_dag.artifacts import lineage, metrics
     from lora_dag.core import device as devices
     from lora_dag.core.files import replaced, write_text
     from lora_dag.core.progress import Bar
-    from lora_dag.core.took import Work
+    from lora_dag.core.time_estimate import Work
     from stages.export import resize
     from stages.export.header import export_lineage
     from stages.export.parity import ParityCheck
@@ -52,7 +54,7 @@ def main() -> None:
             measured |= write_and_check(parity, name, folder / name, bar)
         svd = resize.factors(parity.export.tensors[denoiser]) if "algo" not in source.adapter.lora_config else {}
         for rank in params.resized_ranks:
-            measured |= write_copies(parity, svd, rank, folder / "resized" / f"rank-{rank}", bar)
+            measured |= write_resized(parity, svd, rank, folder / "resized" / f"rank-{rank}", bar)
     write_text(args.export_reports / "energy.csv", resize.energy_csv(svd, params.resized_ranks))
     metrics.save(args.export_reports / "metrics.json", measured)
     unfusable = parity.num_unfusable(params.formats)
@@ -63,12 +65,12 @@ def main() -> None:
 
 
 def num_steps(params: ExportParams) -> int:
-    """Steps of the bar: two per file, and one per adapter whose output is computed."""
+    """Return the steps of the progress bar: two per file, and one per adapter whose output is computed."""
     return 1 + 2 * len(params.formats) + len(params.resized_ranks) * (1 + 2 * len(params.resizable))
 
 
 def write_and_check(parity: ParityCheck, name: Format, folder: Path, bar: Bar) -> dict[str, float]:
-    """Write a format and compare what it loads back as."""
+    """Write a format, load it back and compare the output."""
     parity.write(name, folder)
     bar.add()
     measured = parity.check(name, folder)
@@ -76,40 +78,50 @@ def write_and_check(parity: ParityCheck, name: Format, folder: Path, bar: Bar) -
     return measured
 
 
-def write_copies(
+def write_resized(
     parity: ParityCheck, svd: Mapping[str, Factors], rank: int, folder: Path, bar: Bar
 ) -> dict[str, Value]:
-    """Write the adapter at a smaller rank, and compare each copy with what it should be."""
+    """Write copies of the adapter at a smaller rank, check each, and compare them with the trained adapter."""
     from stages.export import resize
     from stages.export.parity import ParityCheck
 
-    log.info("rank %-6d keeping the largest singular values", rank)
+    log.info("%-11s keeping the largest singular values", f"rank {rank}")
     copy = ParityCheck(resize.resized(parity.source, svd, rank), parity.device)
     bar.add()
     for name in parity.source.params.resizable:
         write_and_check(copy, name, folder / name, bar)
-    return compared(parity, copy, rank, [layer.energy(rank) for layer in svd.values()])
+    return resized_metrics(parity, copy, rank, [layer.energy(rank) for layer in svd.values()])
 
 
-def compared(parity: ParityCheck, copy: ParityCheck, rank: int, energies: list[float]) -> dict[str, Value]:
-    """How near a copy of a smaller rank comes to the trained adapter: recorded, no gate."""
+def resized_metrics(parity: ParityCheck, copy: ParityCheck, rank: int, energies: list[float]) -> dict[str, Value]:
+    """Return how much a copy of smaller rank differs from the trained adapter. There is no limit."""
     error = float((copy.adapter_output - parity.adapter_output).abs().max())
     mean, least = sum(energies) / len(energies), min(energies)
-    log.info("rank %-6d keeps %.4f of the energy (least %.4f)", rank, mean, least)
-    log.info("rank %-6d largest difference of the output %.2g, of an effect of %.2g", rank, error, parity.effect)
-    found = {"energy_mean": mean, "energy_min": least, "max_abs_error": error, "relative_error": error / parity.effect}
-    return {f"export.rank_{rank}.{name}": value for name, value in found.items()}
+    log.info("%-11s keeps %.4f of the energy (lowest layer %.4f)", f"rank {rank}", mean, least)
+    log.info(
+        "%-11s largest difference of the output %.2g, the adapter's effect is %.2g",
+        f"rank {rank}",
+        error,
+        parity.effect,
+    )
+    measured = {
+        "energy_mean": mean,
+        "energy_min": least,
+        "max_abs_error": error,
+        "relative_error": error / parity.effect,
+    }
+    return {f"export.rank_{rank}.{name}": value for name, value in measured.items()}
 
 
 def warn_of_fusing(num_layers: int) -> None:
+    """Warn if diffusers and PEFT cannot fuse the exported adapter."""
     if num_layers:
-        log.warning(
-            "warning: %d adapted %s no bias: `pipe.fuse_lora()` and PEFT's `merge_and_unload()` raise an error; use "
-            "the files unfused, or the format merged",
-            num_layers,
-            "layer has" if num_layers == 1 else "layers have",
+        warn(
+            "cannot-fuse",
+            f"{plural(num_layers, 'layer has', 'layers have')} a trained bias but no bias in the base, so "
+            "`pipe.fuse_lora()` and PEFT's `merge_and_unload()` fail. Use the files unfused, or the format merged.",
         )
 
 
 if __name__ == "__main__":
-    run(main, kept="the folder of an earlier export is as it was")
+    run(main, kept="an earlier export is unchanged")

@@ -1,4 +1,4 @@
-"""What a written file says of itself: what it is, and what it was made from. No path, user, time or git revision."""
+"""Headers and provenance of the written files. They contain no path, user, time or git revision."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
-def metadata(source: Source) -> dict[str, str]:
-    """For the header of every file; its writer adds rank and alpha, which are the file's own.
+def header_fields(source: Source) -> dict[str, str]:
+    """Return the header fields of every file. The format's writer adds rank and alpha, which depend on the file.
 
-    ``modelspec.date`` is left out: it would change the bytes for the same inputs.
+    ``modelspec.date`` is left out, because the same inputs must give the same bytes.
     """
     base, params, config = source.base, source.params, source.adapter.lora_config
     prediction = getattr(source.family.load_scheduler(base.model).config, "prediction_type", None)
@@ -46,7 +46,7 @@ def metadata(source: Source) -> dict[str, str]:
 
 
 def provenance(source: Source) -> dict[str, Any]:
-    """The adapter and everything that determined it; of a snapshot, ``adapter`` is the end of its training."""
+    """Return the adapter and everything that determined it. For a snapshot, ``adapter`` is the final adapter."""
     base, params, adapter = source.base, source.params, source.adapter
     on_hub = base.name if base.revision else params.base_model
     return {
@@ -67,10 +67,10 @@ def provenance(source: Source) -> dict[str, Any]:
 
 
 def export_lineage(source: Source, folder: Path, unfusable: int) -> dict[str, Any]:
-    """reports/export/lineage.json: what the files in ``folder`` were made from, how they are loaded, their digests.
+    """Return the content of reports/export/lineage.json: provenance, digests and load instructions of the files.
 
     Args:
-        unfusable: number of layers that keep diffusers and PEFT from fusing the adapter.
+        unfusable: number of layers that diffusers and PEFT cannot fuse.
     """
     base, family, params = source.base, source.family, source.params
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,4 +1,4 @@
-"""The lines of Python that load a base, for whoever has nothing but diffusers."""
+"""Lines of Python that load a base model with stock diffusers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def load_snippet(base: Base, family: Family, base_model: str | None) -> str:
-    """Ends in ``pipe = ...``.
+    """Return the lines that load the base, ending in ``pipe = ...``.
 
     Args:
-        base_model: the base's repository on the Hub, as ``export.base_model`` says.
+        base_model: ``export.base_model``, the base's repository on the Hub.
     """
     left_out = "".join(f", {name}=None" for name in family.left_out(base.model))
     variant = f", variant={quoted(base.model.variant)}" if base.model.variant else ""
@@ -28,24 +28,24 @@ def load_snippet(base: Base, family: Family, base_model: str | None) -> str:
 
 
 def single_file_snippet(base: Base, file: Path, family: Family, left_out: str, variant: str) -> str:
-    """Components that the file does not hold are passed: ``from_single_file`` does not look for them."""
+    """Return the lines for a checkpoint in one file. ``from_single_file`` needs components that are not in the file."""
     folder, lines = quoted(public_path(base.pretrained)), []
     for name, cls in family.COMPONENTS.items():
-        if name not in base.inside and (Path(base.model.pretrained) / name / "config.json").exists():
+        if name not in base.components_in_file and (Path(base.model.pretrained) / name / "config.json").exists():
             library = "diffusers" if name == "vae" else "transformers"
             lines.append(f"from {library} import {cls}")
             lines.append(f"{name} = {cls}.from_pretrained({folder}, subfolder={quoted(name)}{variant})")
             left_out += f", {name}={name}"
-    where = quoted(f"{public_path(base.pretrained)}/{file.name}")
-    return "\n".join([*lines, f"pipe = {family.PIPELINE}.from_single_file({where}, config={folder}{left_out})"])
+    path = quoted(f"{public_path(base.pretrained)}/{file.name}")
+    return "\n".join([*lines, f"pipe = {family.PIPELINE}.from_single_file({path}, config={folder}{left_out})"])
 
 
 def public_path(pretrained: str) -> str:
-    """A folder as others may see it: an absolute path is its last part."""
+    """Return a folder without private parts: only the last part of an absolute path."""
     path = PurePath(pretrained)
     return path.name if path.is_absolute() else path.as_posix()
 
 
 def quoted(text: str) -> str:
-    """JSON strings are Python ones too, whatever colons and quotes are in them."""
+    """Return a Python string literal. Every JSON string is one."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,133 +1,167 @@
-"""Section ``export``: which files are written, and what a format cannot carry."""
+"""Section ``export``: the files to write, and the adapters that a format or a smaller rank cannot hold."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from lora_dag.core.console import Problem
 from lora_dag.core.params import Params
+from lora_dag.core.setting_problem import setting_problem
 from lora_dag.formats import FORMATS, AdapterKind, load_format
-from lora_dag.pages import words
+from lora_dag.pages import default_texts
 
 if TYPE_CHECKING:
     Format = str
 else:  # the files of lora_dag/formats
     Format = Literal[FORMATS]
 MAX_SHOWN = 12
-"""Snapshots' steps that a refusal lists one by one."""
+"""Largest number of snapshots that a message lists one by one."""
 REPO_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
 
 
 class PushParams(Params):
-    """Where ``lora-dag push`` uploads to; no stage does."""
+    """Target of ``lora-dag push``. No stage uploads anything."""
 
     repo_id: str = Field(pattern=REPO_ID, max_length=96)
-    """Model repository of the Hugging Face Hub, user/name."""
+    """Model repository on the Hugging Face Hub: user/name."""
     private: bool
-    """Who may see it, when it is made; one that stands the other way is refused."""
+    """Visibility of a new repository. An existing repository with another visibility is rejected."""
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
-class Words(Params):
-    """What a dataset's card says where ``export.name``, ``export.prompt`` and ``report.title`` are null."""
+class DatasetWords(Params):
+    """Name, prompt and title of a dataset, used if ``export.name``, ``export.prompt`` and ``report.title`` are null."""
 
     name: Name | None = None
+    """Used where ``export.name`` is null."""
     prompt: str | None = None
+    """Used where ``export.prompt`` is null."""
     title: str | None = None
+    """Used where ``report.title`` is null."""
 
 
 class ExportParams(Params):
     """Section ``export``."""
 
     name: Name | None
-    """Title in the headers, and the file name below comfyui/; null for that of the dataset."""
+    """Title in the file headers and file name in comfyui/. null: name of the dataset."""
     formats: Annotated[list[Format], Field(min_length=1)]
-    """What is written; merged is the whole pipeline in float32."""
+    """Formats to write. merged is the whole pipeline in float32."""
     resized_ranks: list[Annotated[int, Field(ge=1)]]
-    """Smaller ranks at which copies are written as well, in each of the formats but merged."""
+    """Smaller ranks. A copy of the adapter is written at each rank in every format except merged."""
     step: int | None = Field(ge=1)
-    """Of the snapshot that is exported, such as ``val.best_step``; null for the adapter at the end."""
+    """Training step of the snapshot to export, such as ``val.best_step``. null: the last step."""
     prompt: str | None
-    """Prompt of the model card's example and of the comparison; null for one of the dataset."""
-    datasets: dict[str, Words] | None
-    """``dataset.source`` -> its words for what is null; a dataset that is not here has those of its own captions."""
+    """Prompt of the model card's example and of the load-back check. null: a prompt of the dataset."""
+    datasets: dict[str, DatasetWords] | None
+    """``dataset.source`` -> name, prompt and title, used where these settings are null. A dataset that is not
+    listed uses its folder's name and one of its captions."""
     base_model: str | None = Field(pattern=REPO_ID, max_length=96)
-    """Where the base stands on the Hub, for headers and card; null if it is not there."""
+    """Hub id of the base, for file headers and model card. null: not stated."""
     license: str | None = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$", max_length=100)
-    """SPDX or Hub id of the adapter's licence, for headers and card; null says that none is stated."""
+    """SPDX or Hub id of the adapter's license, for file headers and model card. null: not stated."""
     seed: int = Field(ge=0)
-    """Of the comparison's noise."""
+    """Seed of the noise in the load-back check."""
     push_to_hub: PushParams | None
-    """Decides nothing that is written: dvc.yaml lists the other keys of this section one by one."""
+    """Target of `lora-dag push`. It changes no written file and reruns no stage."""
 
     @field_validator("formats", "resized_ranks")
     @classmethod
-    def none_twice(cls, values: list[Format] | list[int]) -> list[Format] | list[int]:
-        if len(set(values)) < len(values):
-            raise ValueError(f"got {values}, one of them twice")
+    def lists_each_value_once(cls, values: list[Format] | list[int]) -> list[Format] | list[int]:
+        if twice := [value for value, count in Counter(values).items() if count > 1]:
+            raise setting_problem("value-twice", f"{twice[0]!r} is listed twice. List it once.")
         return values
 
     @model_validator(mode="after")
-    def copies_have_a_format(self) -> ExportParams:
+    def resized_ranks_have_a_format(self) -> ExportParams:
         if self.resized_ranks and not self.resizable:
             others = any_of([name for name in FORMATS if not is_pipeline(name)])
-            raise ValueError(f"resized_ranks: no copy of {self.formats[0]} is made; add {others} to formats")
+            text = f"resized_ranks: {self.formats[0]} cannot hold a copy of smaller rank. Add {others} to formats."
+            raise setting_problem("no-format-for-rank", text)
         return self
 
     def with_words(self, source: str, caption: str) -> ExportParams:
-        """With a name and a prompt; ``caption`` is one of the dataset's."""
+        """Return the settings with default name and prompt; ``caption`` is a caption of the dataset."""
         own = self.model_dump()
-        found = {"name": words.name_of(own, source, caption), "prompt": words.prompt_of(own, source, caption)}
-        return self.model_copy(update=found)
+        texts = {
+            "name": default_texts.adapter_name(own, source, caption),
+            "prompt": default_texts.example_prompt(own, source, caption),
+        }
+        return self.model_copy(update=texts)
 
     @property
     def resizable(self) -> list[Format]:
-        """The formats that the copies of resized_ranks are written in."""
+        """Formats in which the copies of ``resized_ranks`` are written."""
         return [name for name in self.formats if not is_pipeline(name)]
 
 
-def format_refusals(formats: list[Format], adapter: AdapterKind) -> list[str]:
-    """A line per format that would lose or change something of the adapter, with the formats that hold it."""
-    instead = sorted((name for name in FORMATS if not load_format(name).refuse(adapter)), key=is_pipeline)
+def format_problems(
+    formats: list[Format], adapter: AdapterKind, setting: str = "params.yaml export.formats"
+) -> list[Problem]:
+    """Return a problem per format that cannot hold the adapter, with the formats that can.
+
+    Args:
+        setting: place of the setting for messages.
+    """
+    instead = sorted((name for name in FORMATS if not load_format(name).unsupported_reason(adapter)), key=is_pipeline)
     return [
-        f"params.yaml export.formats: {name} cannot hold this adapter: {reason}; use {any_of(instead)}"
+        Problem("format-unsupported", f"{setting}: {name} cannot hold this adapter: {reason}. Use {any_of(instead)}.")
         for name in formats
-        if (reason := load_format(name).refuse(adapter))
+        if (reason := load_format(name).unsupported_reason(adapter))
     ]
 
 
 def is_pipeline(name: Format) -> bool:
-    """Whether a format holds a whole pipeline."""
+    """Return whether a format holds a whole pipeline."""
     return not load_format(name).IS_ADAPTER
 
 
 def any_of(names: list[str]) -> str:
-    """``a, b or c``"""
+    """Return ``a, b or c``."""
     return " or ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])
 
 
-def step_refusals(step: int | None, snapshots: list[int], num_steps: int) -> list[str]:
-    """A line for a step of which nothing is kept."""
+def step_problems(
+    step: int | None, snapshots: list[int], num_steps: int, setting: str = "params.yaml export.step"
+) -> list[Problem]:
+    """Return a problem for a step without a snapshot.
+
+    Args:
+        num_steps: last training step.
+        setting: place of the setting for messages.
+    """
     if step in (None, num_steps, *snapshots):
         return []
     shown = snapshots if len(snapshots) <= MAX_SHOWN else [*snapshots[:2], "...", *snapshots[-2:]]
-    there = f"those of {', '.join(map(str, shown))}" if snapshots else "none"
-    known = f"snapshots there are {there} (train.snapshot_every_n_steps)"
-    return [f"params.yaml export.step: {step} has no snapshot; {known}; use one, or null for the end at {num_steps}"]
-
-
-def rank_refusals(resized_ranks: list[int], adapter: AdapterKind) -> list[str]:
-    """A line per rank that is not below the adapter's largest: its copy would be no smaller; LoRA alone has copies."""
-    where = "params.yaml export.resized_ranks"
-    if resized_ranks and adapter.algo != "lora":
-        return [f"{where}: of lora.algo {adapter.algo} there are no smaller copies; use []"]
-    if resized_ranks and adapter.trains_text:
-        return [f"{where}: with lora.train_text_encoder there are no smaller copies; use []"]
+    listed = f"Snapshots: {', '.join(map(str, shown))}" if snapshots else "There are none"
+    remedy = f"Use one of them, or null for the last step, {num_steps}." if snapshots else f"Use null for {num_steps}."
     return [
-        f"{where}: {rank} is not below the adapter's rank {adapter.rank}; use a smaller one"
+        Problem(
+            "no-snapshot", f"{setting}: step {step} has no snapshot. {listed} (train.snapshot_every_n_steps). {remedy}"
+        )
+    ]
+
+
+def rank_problems(
+    resized_ranks: list[int], adapter: AdapterKind, setting: str = "params.yaml export.resized_ranks"
+) -> list[Problem]:
+    """Return a problem per rank that is not below the adapter's largest rank, or if the adapter cannot be resized.
+
+    Args:
+        setting: place of the setting for messages.
+    """
+    if resized_ranks and (adapter.algo != "lora" or adapter.trains_text):
+        cause = "lora.train_text_encoder" if adapter.algo == "lora" else f"lora.algo {adapter.algo}"
+        return [Problem("rank-unsupported", f"{setting}: an adapter with {cause} cannot be resized. Use [].")]
+    return [
+        Problem(
+            "rank-too-large", f"{setting}: {rank} is not below the adapter's rank {adapter.rank}. Use a smaller rank."
+        )
         for rank in resized_ranks
         if rank >= adapter.rank
     ]

@@ -1,10 +1,10 @@
-"""The parity check: the denoiser's output with the trained adapter, against its output with a file loaded back.
+"""The parity check: compares the denoiser's output with the trained adapter and with an exported file loaded back.
 
-Every comparison starts from the base's own files in float32, so that nothing of the adapter in memory helps the file.
-Nothing of the base is loaded but what was adapted, once at a time, after one pass of the text encoders, which are
-freed: the peak is 4 bytes per parameter of the denoiser (SD 1.5 3.4 GB, SDXL 10 GB, SD3 medium 8 GB, FLUX.1 48 GB), or
-the text encoders in ``model.dtype`` where they are larger. The inputs are small whatever the base's own size is.
-Where text encoders were trained, outputs start from the prompt, through CLIP's encoders in float32.
+Every comparison loads the base's own files in float32, so that the adapter in memory cannot hide a fault of the file.
+Only the adapted components are loaded, one at a time, after the text encoders ran once and were freed. The memory peak
+is 4 bytes per parameter of the denoiser (SD 1.5 3.4 GB, SDXL 10 GB, SD3 medium 8 GB, FLUX.1 48 GB), or the text
+encoders in ``model.dtype`` if they are larger. The inputs are small for every base.
+If text encoders were trained, outputs are computed from the prompt, through CLIP's encoders in float32.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from stages.export.params import Format
     from stages.export.source import Source
 
-TOLERANCE = 1e-5  # of the largest output, float32; a file loaded by diffusers or PEFT usually differs by nothing at all
-LATENT_SIDE = 16  # at least; more latent pixels would use the same weights again
+TOLERANCE = 1e-5  # of the largest output, float32; files loaded by diffusers or PEFT are usually bit-identical
+LATENT_SIDE = 16  # minimum; more latent pixels would only use the same weights again
 
 
 class ParityCheck:
-    """The outputs of the base and of the trained adapter, which every exported file is compared with."""
+    """Outputs of the base and of the trained adapter, to compare with every exported file."""
 
     def __init__(self, source: Source, device: torch.device) -> None:
         self.source, self.device = source, device
@@ -48,7 +48,7 @@ class ParityCheck:
         modules.inject(adapter, source.weights)
         self.adapter_output = self.output(modules)
         self.effect = float((self.adapter_output - self.base_output).abs().max())
-        """Largest change that the adapter makes to the output: 0 would make every comparison meaningless."""
+        """Largest change of the output by the adapter. With 0 every comparison would be meaningless."""
         if self.effect == 0:
             raise RuntimeError("the adapter changes nothing: its weights were not loaded")
         configs = {family.DENOISER: adapter.lora_config} | adapter.text_lora
@@ -60,14 +60,14 @@ class ParityCheck:
             adapter=adapter,
             weights=source.weights,
             tensors={name: adapter_tensors.read(config, modules.adapted[name]) for name, config in configs.items()},
-            header=header.metadata(source),
+            header=header.header_fields(source),
         )
 
     @torch.no_grad()
     def output(self, modules: BaseModules) -> torch.Tensor:
-        """float32 [2, C, h, w]."""
+        """Return the denoiser's output, float32 [2, C, h, w]."""
         inputs, family, params = self.inputs, self.source.family, self.source.params
-        # Without TF32, convolutions on a GPU keep float32's bits too.
+        # TF32 convolutions on a GPU would lose bits of float32.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             prompt = inputs.prompt
             if modules.text is not None:
@@ -75,38 +75,39 @@ class ParityCheck:
             return family.predict(modules.denoiser, inputs.noisy_latents, inputs.timesteps, prompt)
 
     def write(self, name: Format, folder: Path) -> None:
+        """Write the adapter in a format."""
         load_format(name).write(self.export, folder)
 
     def check(self, name: Format, folder: Path) -> dict[str, float]:
-        """Load what was written into a fresh base, and compare its output.
+        """Load the written files into a fresh base and compare the output; return the metrics of the format.
 
         Raises:
-            RuntimeError: another output than the adapter's, a key not taken, or a base that does not come back.
+            RuntimeError: the output differs, a key is not read, or disabling the adapter does not restore the base.
         """
         loaded = load_format(name).load_back(self.export, folder)
         error = float((self.output(loaded.modules) - self.adapter_output).abs().max())
         count = len(loaded.unread)
         log.info("%-11s loaded back, largest difference of the output %.2g, unmapped keys %d", name, error, count)
         if loaded.unread:
-            raise RuntimeError(f"the {name} export has keys that its reader does not take: {loaded.unread[:4]}")
+            raise RuntimeError(f"the {name} export has keys that its reader ignores: {loaded.unread[:4]}")
         limit = TOLERANCE * max(1.0, float(self.adapter_output.abs().max()))
         if not error <= limit:
-            raise RuntimeError(f"the {name} export answers otherwise than the adapter: {error:.3g} > {limit:.3g}")
+            raise RuntimeError(f"output of the {name} export differs from the adapter's: {error:.3g} > {limit:.3g}")
         if loaded.disable:
             loaded.disable()
             if not torch.equal(self.output(loaded.modules), self.base_output):
-                raise RuntimeError(f"the {name} export, disabled, does not give the base back")
+                raise RuntimeError(f"the {name} export does not restore the base when it is disabled")
         return {f"export.{name}.max_abs_error": error, f"export.{name}.unmapped_keys": count}
 
     def num_unfusable(self, formats: list[Format]) -> int:
-        """Number of layers that keep diffusers and PEFT from fusing what they loaded."""
+        """Return the number of layers that diffusers and PEFT cannot fuse after loading one of the formats."""
         is_loaded = any(load_format(name).LOADED_BY_PEFT for name in formats)
         return len(self.export.tensors[self.source.family.DENOISER].unfusable) if is_loaded else 0
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every denoiser is run on: the prompt at the start of a sampling and near its end."""
+    """Inputs of the denoiser: the prompt at the first and at a late sampling step."""
 
     noisy_latents: torch.Tensor  # [2, C, h, w] float32, of unit variance as latents are at every timestep
     timesteps: torch.Tensor  # [2], as the model counts them
@@ -114,7 +115,7 @@ class Inputs:
 
 
 def make_inputs(source: Source, device: torch.device) -> Inputs:
-    """Encode the prompt in the frozen dtype, and draw the rest; nothing but tensors is kept."""
+    """Encode the prompt in the frozen dtype and draw the noise; return only tensors."""
     model, family, params = source.base.model, source.family, source.params
     with torch.no_grad():
         prompt = family.encode_prompts(family.load_text(model, device), [str(params.prompt)])

@@ -1,7 +1,7 @@
-"""Copies of the adapter at smaller ranks: of each layer's s B A, the largest singular values are kept.
+"""Copies of the adapter at smaller ranks: each keeps the largest singular values of every layer's s B A.
 
-No matrix of that rank is nearer (Eckart & Young 1936). The share of the squared singular values that is kept, called
-energy, is in reports/export/energy.csv for each layer, at every power of two as well.
+No matrix of that rank is nearer (Eckart & Young 1936). The kept share of the squared singular values is called energy.
+reports/export/energy.csv lists it per layer and rank, also for all powers of two.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_dag.adapters.adapter_tensors import at_strength_1
+from lora_dag.adapters.adapter_tensors import config_at_strength_1
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,19 +27,19 @@ class Factors:
     u: torch.Tensor
     """[out, r]"""
     s: torch.Tensor
-    """[r], falling."""
+    """[r], in descending order."""
     v: torch.Tensor
     """[r, in * kernel]"""
 
     def energy(self, rank: int) -> float:
-        """Share of the sum of squares in the first singular values; 1 for a layer that changes nothing."""
+        """Return the share of the squared singular values in the first ``rank``; 1 for a layer without any effect."""
         total = self.s.square().sum()
         return float(self.s[:rank].square().sum() / total) if total > 0 else 1.0
 
 
 def factors(adapter: AdapterTensors) -> dict[str, Factors]:
-    """Of every layer, through the triangles of B and A: no matrix of the layer's own size is made."""
-    found = {}
+    """Return the SVD of every layer. QR decompositions of B and A avoid a matrix of the layer's full size."""
+    svd = {}
     for name, scaling in adapter.scalings.items():
         a, b = (adapter.weights[f"{name}.lora_{which}.weight"].flatten(1).double().cpu() for which in "AB")
         (q_b, r_b), (q_a, r_a) = torch.linalg.qr(scaling * b), torch.linalg.qr(a.T)
@@ -47,40 +47,40 @@ def factors(adapter: AdapterTensors) -> dict[str, Factors]:
         u, v = q_b @ u, v @ q_a.T
         # A pair of vectors may have either sign: the largest entry of u is made positive.
         signs = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()  # [1, r]
-        found[name] = Factors(u * signs, s, v * signs.T)
-    return found
+        svd[name] = Factors(u * signs, s, v * signs.T)
+    return svd
 
 
 def resized(source: Source, svd: Mapping[str, Factors], rank: int) -> Source:
-    """The adapter at a rank, with an alpha of the same number: any reader takes that for a strength of 1.
+    """Return the adapter at a smaller rank, with alpha = rank, which every reader takes for a strength of 1.
 
-    Layers of a smaller rank keep theirs. Biases and DoRA's magnitudes stay as they are: rows keep the trained length,
-    and what is cut is their direction. rsLoRA's root is in the factors.
+    Layers of an even smaller rank keep it. Biases and DoRA's magnitudes do not change: rows keep their trained length
+    and lose only part of their direction. The factors include rsLoRA's square root.
     """
     weights = source.weights
     config = resized_config(source.adapter.lora_config, rank)
     tensors = dict(weights)
-    for name, found in svd.items():
+    for name, layer in svd.items():
         keys = a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         shape_a, shape_b = (weights[key].shape for key in keys)
-        kept = min(rank, len(weights[a]))
-        root = found.s[:kept].sqrt()
-        tensors[a] = (root[:, None] * found.v[:kept]).reshape(kept, *shape_a[1:]).float()
-        tensors[b] = (found.u[:, :kept] * root).reshape(shape_b[0], kept, *shape_b[2:]).float()
+        new_rank = min(rank, len(weights[a]))
+        root = layer.s[:new_rank].sqrt()
+        tensors[a] = (root[:, None] * layer.v[:new_rank]).reshape(new_rank, *shape_a[1:]).float()
+        tensors[b] = (layer.u[:, :new_rank] * root).reshape(shape_b[0], new_rank, *shape_b[2:]).float()
     return replace(source, adapter=replace(source.adapter, lora_config=config), weights=tensors)
 
 
 def resized_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
-    """peft.LoraConfig's arguments of the copy."""
+    """Return the arguments of peft.LoraConfig for the copy."""
     pattern = {key: min(value, rank) for key, value in config.get("rank_pattern", {}).items()}
-    return at_strength_1(config | {"r": min(config["r"], rank)} | ({"rank_pattern": pattern} if pattern else {}))
+    return config_at_strength_1(config | {"r": min(config["r"], rank)} | ({"rank_pattern": pattern} if pattern else {}))
 
 
 def energy_csv(svd: Mapping[str, Factors], ranks: Iterable[int]) -> str:
-    """Layer, rank, energy: for each rank of export.resized_ranks, and each power of two, below the layer's own."""
+    """Return CSV text with layer, rank and energy for ``ranks`` and all powers of two below the layer's rank."""
     rows = ["layer,rank,energy"]
-    for name, found in svd.items():
-        own = len(found.s)
-        all_ranks = sorted({*ranks, *(2**power for power in range(own.bit_length()))})
-        rows += [f"{name},{rank},{found.energy(rank):.6g}" for rank in all_ranks if rank < own]
+    for name, layer in svd.items():
+        own_rank = len(layer.s)
+        all_ranks = sorted({*ranks, *(2**power for power in range(own_rank.bit_length()))})
+        rows += [f"{name},{rank},{layer.energy(rank):.6g}" for rank in all_ranks if rank < own_rank]
     return "\n".join(rows) + "\n"

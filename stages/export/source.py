@@ -1,4 +1,4 @@
-"""What an export starts from: the adapter that was trained, its base, and the settings with their words filled in."""
+"""Inputs of the stage: the trained adapter, its base model, and the settings with default name and prompt."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from lora_dag.artifacts.adapter import Adapter
 from lora_dag.bases import resolve
-from lora_dag.bases.layout import digests, require_same_base
+from lora_dag.bases.component_files import digests, require_same_base
 from lora_dag.core.console import UserError, log
 from lora_dag.core.params import Config, ModelParams
 from lora_dag.families.protocol import load_family
 from lora_dag.formats import AdapterKind
-from stages.export.params import ExportParams, format_refusals, rank_refusals, step_refusals
+from stages.export.params import ExportParams, format_problems, rank_problems, step_problems
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter at one step, on its base."""
+    """An adapter at one training step, with its base model."""
 
     params: ExportParams
-    """With a name and a prompt; ``step`` is null for the end of the training."""
+    """Settings with a name and a prompt. ``step`` is null for the last step."""
     base: Base
     family: Family
     adapter: Adapter
@@ -37,6 +37,7 @@ class Source:
 
     @property
     def megabytes(self) -> float:
+        """Size of the adapter's tensors in MB."""
         return sum(tensor.nbytes for tensor in self.weights.values()) / 1e6
 
 
@@ -44,7 +45,7 @@ def read_source(config: Config, folder: Path) -> Source:
     """Read the adapter in ``folder``.
 
     Raises:
-        UserError: another base than the adapter's; a format, rank or step that this adapter does not have.
+        UserError: the base is not the adapter's, or a format, rank or step is impossible for this adapter.
     """
     model, params = config.section(ModelParams), config.section(ExportParams)
     family = load_family(model.family)
@@ -60,7 +61,11 @@ def read_source(config: Config, folder: Path) -> Source:
 
 
 def require_possible(params: ExportParams, adapter: Adapter, denoiser: str) -> None:
-    """Raises UserError with a line for each format, rank or step that this adapter does not have."""
+    """Check formats, ranks and step.
+
+    Raises:
+        UserError: one problem for each that is impossible for this adapter.
+    """
     lora = adapter.lora_config
     kind = AdapterKind(
         algo=lora.get("algo", "lora"),
@@ -70,12 +75,13 @@ def require_possible(params: ExportParams, adapter: Adapter, denoiser: str) -> N
         denoiser=denoiser,
         trains_text=bool(adapter.text_lora),
     )
-    found = format_refusals(params.formats, kind) + rank_refusals(params.resized_ranks, kind)
-    found += step_refusals(params.step, adapter.snapshots, adapter.num_steps)
-    if found:
-        raise UserError(*found)
+    problems = format_problems(params.formats, kind, params.setting("formats"))
+    problems += rank_problems(params.resized_ranks, kind, params.setting("resized_ranks"))
+    problems += step_problems(params.step, adapter.snapshots, adapter.num_steps, params.setting("step"))
+    if problems:
+        raise UserError(*problems)
 
 
 def dataset_source(config: Config) -> str:
-    """Of section dataset, whose class is no code of this stage."""
+    """Return ``dataset.source`` without importing the section's class, which is not code of this stage."""
     return str(config.sections["dataset"].model_dump()["source"])

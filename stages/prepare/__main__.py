@@ -1,7 +1,6 @@
-"""A folder of pictures and captions -> a checked manifest: sizes, caption variants, held-out split; and what a
-reviewer looks at.
+"""Check a folder of images and captions; write a manifest with sizes, caption variants and split, and a report.
 
-In: dataset.source.  Out: data/prepared/{manifest.jsonl,dataset.json}, reports/dataset/{metrics.json,pictures.csv,...}
+In: dataset.source.  Out: data/prepared/{manifest.jsonl,dataset.json}, reports/dataset/{metrics.json,images.csv,...}
 Run: ``python -m stages.prepare``
 """
 
@@ -13,37 +12,43 @@ from pathlib import Path
 
 from lora_dag.artifacts.manifest import Augmentation, Item, Manifest
 from lora_dag.core import params
-from lora_dag.core.console import PATHS, UserError, log, parser, plural, run
+from lora_dag.core.console import PATHS, Problem, UserError, log, parser, plural, run, warn
 from lora_dag.core.locks import writing
-from lora_dag.pictures.decode import preprocessing
-from lora_dag.pictures.read import reader
-from stages.prepare import caption_variants, page, split
-from stages.prepare.checked_picture import CheckedPicture
+from lora_dag.core.stage_start import log_stage_start
+from lora_dag.images.decode import preprocessing
+from lora_dag.images.read import image_reader
+from stages.prepare import caption_variants, dataset_report, split
+from stages.prepare.checked_image import CheckedImage
 from stages.prepare.inspection import inspect
 from stages.prepare.listing import leave_out_bad
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
 
+MAX_LEFT_OUT = 5
+"""Images in the log of left-out images."""
+
 
 def main() -> None:
     args = parser(__doc__, ("prepared", "dataset_reports")).parse_args()
-    dataset = params.load(args.params, args.overrides).section(DatasetParams)
+    config = params.load(args.params, args.overrides)
+    log_stage_start("prepare", config, args)
+    dataset = config.section(DatasetParams)
 
-    require_apart(Path(dataset.source), [args.prepared, args.dataset_reports, *map(Path, PATHS.values())])
+    require_apart(dataset, [args.prepared, args.dataset_reports, *map(Path, PATHS.values())])
     with writing(args.prepared):
         prepare(dataset, args.prepared, args.dataset_reports)
 
 
 def prepare(dataset: DatasetParams, prepared: Path, reports: Path) -> None:
-    read = reader(dataset.source)
+    read = image_reader(dataset.source)
     listing = list_entries(dataset)
     checked = inspect(listing.entries, dataset, read)
     left_out = leave_out_bad([*listing.problems, *checked.problems], listing.entries, dataset)
-    sides = split.assign(checked.rows, dataset, len(left_out))
-    left_out |= sides.withheld
-    items = [to_item(row, sides, dataset) for row in checked.rows if row.entry.file_name in sides.sides]
-    warn([*listing.warnings, *checked.warnings, *sides.warnings], items, left_out)
-    for text in sides.notes:
+    splits = split.assign_splits(checked.rows, dataset, len(left_out))
+    left_out |= splits.excluded
+    items = [to_item(row, splits, dataset) for row in checked.rows if row.entry.file_name in splits.split_of]
+    log_warnings([*listing.warnings, *checked.warnings, *splits.warnings], items, left_out)
+    for text in splits.notes:
         log.info("note: %s", text)
 
     manifest = Manifest(
@@ -54,25 +59,26 @@ def prepare(dataset: DatasetParams, prepared: Path, reports: Path) -> None:
         dataset.source,
     )
     manifest.save(prepared)
-    page.write(manifest, sorted(left_out.items()), sides.groups, len(listing.unlisted), read, reports)
+    dataset_report.write_report(manifest, sorted(left_out.items()), splits.groups, len(listing.unlisted), read, reports)
     log_end(manifest, prepared, reports)
     log.info("next        python -m stages.cache_latents")
 
 
-def require_apart(source: Path, outputs: Iterable[Path]) -> None:
-    """Refuse a source that would feed the DAG with what it writes."""
-    whole = source.resolve()
+def require_apart(dataset: DatasetParams, outputs: Iterable[Path]) -> None:
+    """Raise UserError for a source that contains an output of a stage, or lies in one."""
+    source = Path(dataset.source).resolve()
     for output in outputs:
-        if output.resolve().is_relative_to(whole):
-            what = f"holds {output}, which a stage writes"
-        elif whole.is_relative_to(output.resolve()):
-            what = f"lies in {output}, which a stage writes anew"
+        if output.resolve().is_relative_to(source):
+            overlap = f"contains {output}"
+        elif source.is_relative_to(output.resolve()):
+            overlap = f"is inside of {output}"
         else:
             continue
-        raise UserError(f"params.yaml dataset.source: '{source}' {what}; name a folder of pictures alone")
+        text = f"'{dataset.source}' {overlap}, which a stage writes. Name a folder that holds only images."
+        raise UserError(Problem("source-overlaps-output", text).at(dataset.setting("source")))
 
 
-def to_item(row: CheckedPicture, sides: split.Assignment, dataset: DatasetParams) -> Item:
+def to_item(row: CheckedImage, splits: split.Assignment, dataset: DatasetParams) -> Item:
     entry = row.entry
     subset = dataset.as_subsets()[entry.subset]
     caption, captions = caption_variants.captions_of(entry.captions, subset.caption_prefix or "", dataset)
@@ -81,7 +87,7 @@ def to_item(row: CheckedPicture, sides: split.Assignment, dataset: DatasetParams
         sha256=row.sha256,
         caption=caption,
         captions=captions,
-        split=sides.sides[entry.file_name],
+        split=splits.split_of[entry.file_name],
         source_width=row.width,
         source_height=row.height,
         width=row.target_width,
@@ -95,39 +101,35 @@ def to_item(row: CheckedPicture, sides: split.Assignment, dataset: DatasetParams
     )
 
 
-def mask_of(row: CheckedPicture, dataset: DatasetParams) -> str | None:
-    """``alpha`` where it hides anything, or the mask's file."""
+def mask_of(row: CheckedImage, dataset: DatasetParams) -> str | None:
+    """Return ``alpha`` if the image has transparent pixels, or the name of its mask file, or None."""
     if dataset.mask == "alpha":
         return "alpha" if row.has_alpha else None
     return row.entry.mask
 
 
-def warn(found: Iterable[str], items: list[Item], left_out: dict[str, str]) -> None:
-    """Say what is allowed but seldom meant."""
-    for line in found:
-        log.warning("warning: %s", line)
+def log_warnings(warnings: Iterable[Problem], items: list[Item], left_out: dict[str, str]) -> None:
+    for problem in warnings:
+        warn(problem.code, problem)
     num_blank = sum(not item.caption.strip() for item in items)
     if num_blank:
-        empty = plural(num_blank, "caption is", "captions are")
-        log.warning("warning: %s empty and will be learned without a prompt", empty)
-    if left_out:
-        log.warning("warning: %s left out:", plural(len(left_out), "picture is", "pictures are"))
-        for name, reason in list(left_out.items())[:5]:
-            log.warning("  %s", reason if name in reason else f"{name}: {reason}")
+        warn("caption-empty", f"{plural(num_blank, 'caption is', 'captions are')} empty and train without a prompt.")
+    for name, reason in list(left_out.items())[:MAX_LEFT_OUT]:
+        warn("image-left-out", reason if name in reason else f"{name}: {reason}")
+    if len(left_out) > MAX_LEFT_OUT:
+        more = plural(len(left_out) - MAX_LEFT_OUT, "more image is", "more images are")
+        warn("image-left-out", f"{more} left out. images.csv of the dataset report has all reasons.")
 
 
 def log_end(manifest: Manifest, prepared: Path, reports: Path) -> None:
     counts = Counter(item.split for item in manifest.items)
     sizes = Counter((item.width, item.height) for item in manifest.items)
-    shown = ", ".join(f"{width} x {height}" for (width, height), _ in sizes.most_common(3)) + more(len(sizes) - 3)
-    log.info("pictures    %d from %s, as %s pixels", len(manifest.items), manifest.source, shown)
+    largest = ", ".join(f"{width} x {height}" for (width, height), _ in sizes.most_common(3))
+    more = f" and {len(sizes) - 3} more sizes" if len(sizes) > 3 else ""
+    log.info("images      %d from %s, as %s%s pixels", len(manifest.items), manifest.source, largest, more)
     log.info("split       %d train, %d held out", counts["train"], counts["heldout"])
     log.info("written     %s, %s", prepared / "manifest.jsonl", reports / "contact.png")
 
 
-def more(count: int) -> str:
-    return f" and {count} more sizes" if count > 0 else ""
-
-
 if __name__ == "__main__":
-    run(main, kept="what the checks of images found is kept")
+    run(main, kept="the checks of images are cached")

@@ -1,4 +1,4 @@
-"""Captions as sources write them: a string, a list of strings (training draws one per step), or the lines of a file."""
+"""Captions in a source: a string, a list of strings (training draws one per step), or the lines of a text file."""
 
 from __future__ import annotations
 
@@ -7,47 +7,55 @@ import json
 import unicodedata
 from typing import Any
 
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 
 MAX_TEXT_BYTES = 2**20
-"""Of a caption file or .json file beside a picture."""
+"""Largest caption file or .json file beside an image."""
 QUOTES = ('""', "''", "“”", "‘’", "„“", "«»", "「」", "``")
 """Pairs of marks around a quotation."""
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def from_value(values: dict[str, Any], column: str) -> tuple[str, ...]:
-    """The captions in a row's column.
+    """Return the captions in a column of a row.
 
     Raises:
-        UserError: there are none, something else than text, or text with control characters.
+        UserError: the column is missing, holds no text, or text with control characters.
     """
     if column not in values:
-        raise UserError(f"no '{column}' column; write the caption, or \"\" for none")
+        text = f"column '{column}' is missing. Add it with the caption, or with \"\" for no caption."
+        raise UserError(Problem("caption-missing", text))
     value = values[column]
     captions = value if isinstance(value, list) and value else [value]
     if not all(isinstance(caption, str) for caption in captions):
         got = json.dumps(value, default=str, ensure_ascii=False)[:80]
-        raise UserError(f'{column}: got {got}; expected a string or a list of strings, "" for no caption')
+        text = f'{column}: got {got}, but a string or a list of strings is expected. Write "" for no caption.'
+        raise UserError(Problem("caption-not-text", text))
     for caption in captions:
-        odd = odd_characters(caption)
-        if odd:
-            raise UserError(f"{column}: {json.dumps(caption)[:80]} {odd}")
-    return tuple(captions)
+        if problem := character_problem(caption):
+            raise UserError(problem.about(f"{column}: {json.dumps(caption)[:80]}"))
+    return tuple(clean_line_ends(caption) for caption in captions)
 
 
-def odd_characters(caption: str) -> str | None:
-    """A predicate of text that no tokenizer was made for, and no table can show; None for other text."""
+def clean_line_ends(text: str) -> str:
+    r"""Return text with \n for each line end of Windows and of old Macs: an \r would be a token of its own."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def character_problem(caption: str) -> Problem | None:
+    """Return the problem with control characters or lone surrogates in a text, as a predicate. None for other text."""
     if caption.isprintable():
         return None
     kinds = {unicodedata.category(character) for character in caption if character not in "\n\r\t\x85"}
     if "Cs" in kinds:
-        return "holds half a character (a lone surrogate); write it again"
-    return "holds a control character; write the caption as plain text" if "Cc" in kinds else None
+        return Problem("caption-characters", "holds half a character (a lone surrogate). Write the text again.")
+    if "Cc" in kinds:
+        return Problem("caption-characters", "holds a control character. Write it as plain text.")
+    return None
 
 
 def is_quoted(caption: str) -> bool:
-    """All of it stands between one pair of quote marks."""
+    """Return whether one pair of quote marks encloses the whole caption."""
     text = caption.strip()
     return len(text) > 2 and any(
         text[0] == pair[0] and text[-1] == pair[1] and not set(pair) & set(text[1:-1]) for pair in QUOTES
@@ -55,28 +63,31 @@ def is_quoted(caption: str) -> bool:
 
 
 def decoded(blob: bytes) -> str:
-    """Text in UTF-8, or in UTF-16 that says so by its byte order mark, as some of Windows' programs write it.
+    """Return text from UTF-8, or from UTF-16 with a byte order mark, as some programs on Windows write it.
 
     Raises:
-        UnicodeDecodeError: it is neither.
+        UnicodeDecodeError: the encoding is another one.
     """
     return blob.decode("utf-16" if blob.startswith(UTF16) else "utf-8-sig")
 
 
-def from_text(blob: bytes, shown: str) -> tuple[str, ...]:
-    """The captions in a .txt file: each line that is not blank is one; a blank file says that there is no caption.
+def from_text(blob: bytes, name: str) -> tuple[str, ...]:
+    """Return the captions in a .txt file: each line that is not blank is one. A blank file means an empty caption.
+
+    Args:
+        name: the file's name in messages.
 
     Raises:
-        UserError: it is no text, or has control characters.
+        UserError: the file is not text, or has control characters.
     """
     try:
         text = decoded(blob)
     except UnicodeDecodeError:
-        raise UserError(f"'{shown}' is not UTF-8 text; save it as UTF-8") from None
+        raise UserError(Problem("not-utf8", f"'{name}' is not UTF-8 text. Save it as UTF-8.")) from None
     if 3 * blob.count(0) > len(blob):
-        raise UserError(f"'{shown}' seems to be UTF-16 text without its mark; save it as UTF-8")
-    odd = odd_characters(text)
-    if odd:
-        raise UserError(f"'{shown}' {odd}")
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        text = f"'{name}' seems to be UTF-16 text without a byte order mark. Save it as UTF-8."
+        raise UserError(Problem("not-utf8", text))
+    if problem := character_problem(text):
+        raise UserError(problem.about(f"'{name}'"))
+    lines = clean_line_ends(text).split("\n")
     return tuple(line.strip() for line in lines if line.strip()) or ("",)

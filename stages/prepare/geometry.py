@@ -1,4 +1,4 @@
-"""The size that the model sees a picture at: one square, or the bucket nearest to the picture's own shape."""
+"""Target sizes: the square, or the aspect-ratio bucket, that each image is cropped and scaled to."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from lora_dag.artifacts.picture_table import enlargement
-from lora_dag.core.console import UserError
+from lora_dag.artifacts.image_table import enlargement
+from lora_dag.core.console import Problem, UserError
 
 if TYPE_CHECKING:
     from stages.prepare.params import DatasetParams
@@ -17,32 +17,39 @@ Size = tuple[int, int]
 
 
 def fit(width: int, height: int, dataset: DatasetParams) -> Size:
-    """The size that a picture of ``width`` x ``height`` pixels is cut and scaled to.
+    """Return the size that an image of ``width`` x ``height`` pixels is cropped and scaled to.
 
     Raises:
-        UserError: a predicate, for the caller to put the picture's name before.
+        UserError: too long, or too small. The text is a predicate: the caller puts the image's name before it.
     """
     aspect = max(width, height) / min(width, height)
     if dataset.aspect_buckets and aspect > dataset.max_aspect_ratio:
         raise UserError(
-            f"has {width} x {height} pixels, {ceil2(aspect)} times as long as wide; "
-            f"crop it, or raise dataset.max_aspect_ratio {dataset.max_aspect_ratio}"
+            Problem(
+                "image-too-long",
+                f"has {width} x {height} pixels, so one side is {ceil2(aspect)} times the other. Crop it, or raise "
+                f"dataset.max_aspect_ratio from {dataset.max_aspect_ratio} to {ceil2(aspect)}.",
+            )
         )
     size = nearest(width, height, buckets(dataset))
     scale = enlargement(width, height, size)
     if scale > dataset.max_upscale:
         raise UserError(
-            f"has {width} x {height} pixels and would be enlarged {ceil2(scale)} times to {size[0]} x {size[1]}; "
-            f"use a larger picture or a smaller dataset.resolution, or allow it: dataset.max_upscale {ceil2(scale)}"
+            Problem(
+                "image-too-small",
+                f"has {width} x {height} pixels and would be enlarged {ceil2(scale)} times to {size[0]} x {size[1]}. "
+                f"Use a larger image, lower dataset.resolution, or set dataset.max_upscale to {ceil2(scale)}.",
+            )
         )
     return size
 
 
 def buckets(dataset: DatasetParams) -> tuple[Size, ...]:
-    """Every size that a picture can get: a square of ``resolution``; with ``aspect_buckets`` all that are no larger.
+    """Return every target size: the square of ``resolution``, or all buckets with ``aspect_buckets``.
 
-    Sides are multiples of ``bucket_step``; for each width the largest height of at most resolution squared pixels,
-    and the same turned by a quarter, where the longer side is at most ``max_aspect_ratio`` times the shorter.
+    The sides of a bucket are multiples of ``bucket_step``. Each width is paired with the largest height that gives at
+    most resolution squared pixels, and each pair is also turned by a quarter. The longer side is at most
+    ``max_aspect_ratio`` times the shorter.
 
     Source: the sizes of kohya-ss/sd-scripts, which start from NovelAI's "aspect ratio bucketing" (2022).
     """
@@ -52,7 +59,7 @@ def buckets(dataset: DatasetParams) -> tuple[Size, ...]:
 
 
 def nearest(width: int, height: int, sizes: tuple[Size, ...]) -> Size:
-    """The size whose aspect ratio is nearest by its logarithm, of several the one with most pixels."""
+    """Return the size with the nearest aspect ratio by its logarithm. Among equals, the one with most pixels."""
     aspect = math.log(width / height)
 
     def distance(size: Size) -> tuple[float, int]:
@@ -62,15 +69,15 @@ def nearest(width: int, height: int, sizes: tuple[Size, ...]) -> Size:
 
 
 def ceil2(value: float) -> float:
-    """Rounded up to two decimals, so that what is advised suffices."""
+    """Return a value rounded up to two decimals, so that a suggested limit suffices."""
     return math.ceil(value * 100 - 1e-9) / 100
 
 
 @lru_cache
 def _buckets(resolution: int, step: int, max_aspect_ratio: float) -> tuple[Size, ...]:
-    found = set()
+    sizes = set()
     for width in range(step, resolution**2 // step + 1, step):
         height = resolution**2 // width // step * step
         if max(width, height) <= max_aspect_ratio * min(width, height):
-            found |= {(width, height), (height, width)}
-    return tuple(sorted(found))
+            sizes |= {(width, height), (height, width)}
+    return tuple(sorted(sizes))

@@ -1,4 +1,4 @@
-"""Every listed picture and mask, read once: hashed, checked, fitted to what the model sees; all problems together."""
+"""Inspection of every listed image and mask: hash, check, fit to a target size; all problems are collected."""
 
 from __future__ import annotations
 
@@ -13,84 +13,87 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
+from lora_dag.artifacts.image_table import MAX_CUT, cropped_fraction, enlargement
 from lora_dag.artifacts.manifest import Augmentation, Item
-from lora_dag.artifacts.picture_table import MAX_CUT, cut_off, enlargement
-from lora_dag.core.console import UserError, plural
-from lora_dag.pictures import checks, formats, masks
-from lora_dag.pictures.checks import Checked
-from lora_dag.pictures.read import Read
-from stages.prepare import geometry, side_files
-from stages.prepare.checked_picture import CheckedPicture
+from lora_dag.core.console import Problem, UserError, plural
+from lora_dag.images import checks, file_formats, masks
+from lora_dag.images.checks import ImageFacts
+from lora_dag.images.read import ReadImage
+from stages.prepare import geometry, side_images
+from stages.prepare.checked_image import CheckedImage
+from stages.prepare.file_names import examples
 from stages.prepare.geometry import Size
 from stages.prepare.inspection_cache import InspectionCache
-from stages.prepare.listing import Entry, Problem
+from stages.prepare.listing import Entry, RowProblem, row_problems
 
 if TYPE_CHECKING:
     from stages.prepare.params import DatasetParams
 
-NUM_READERS = 4  # threads; Pillow decodes and hashlib hashes outside of Python's lock
-AHEAD = 16  # pictures handed to them at a time
-MAX_ASPECT_ERROR = 0.01  # between a mask's shape and its picture's
-NUM_EXAMPLES = 3
-ONE = {"are": "is", "have": "has", "state": "states", "hold": "holds"}
-NOTHING = "so that the loss would look at nothing; mend it, or set dataset.unmasked_weight above 0"
+NUM_READERS = 4  # threads; Pillow and hashlib release Python's lock
+AHEAD = 16  # images submitted to the threads at a time
+MAX_ASPECT_ERROR = 0.01  # between a mask's shape and its image's
+SINGULAR = {"are": "is", "have": "has", "state": "states", "hold": "holds"}
+NO_LOSS = "so no pixel would count in the loss. Correct it, or set dataset.unmasked_weight above 0."
+
+
+Result = tuple[CheckedImage, list[Problem]]
+"""A usable image, and remarks: warnings about it as predicates."""
 
 
 @dataclass(frozen=True)
 class Inspected:
-    rows: list[CheckedPicture]
+    rows: list[CheckedImage]
     """In the order of the entries, as are the problems."""
-    problems: list[Problem]
-    warnings: list[str]
-    """What is allowed but seldom meant, one line for all pictures that it is true of."""
-    num_seen: int
-    """Pictures that were looked at: fewer than there are where the time was up."""
+    problems: list[RowProblem]
+    warnings: list[Problem]
+    """One line for all images that a warning applies to."""
+    num_inspected: int
+    """Images that were inspected, fewer than all if the time ran out."""
 
 
-def inspect(entries: list[Entry], dataset: DatasetParams, read: Read, seconds: float = math.inf) -> Inspected:
-    """Look at every picture, and at its mask if it has one; what was seen is remembered by content.
+def inspect(entries: list[Entry], dataset: DatasetParams, read: ReadImage, seconds: float = math.inf) -> Inspected:
+    """Inspect every image and its mask. Results are cached by content.
 
     Args:
-        seconds: stop after so many, which leaves the last pictures out.
+        seconds: time limit, after which the remaining images are skipped.
     """
     rows, problems = [], []
     end = time.monotonic() + seconds
-    num_seen = 0
-    found: dict[str, list[str]] = {}
+    num_inspected = 0
+    names_by_remark: dict[Problem, list[str]] = {}
     with InspectionCache("checked") as cache:
-        looked_at = in_order(entries, Inspector(dataset, read, cache))
-        for entry, outcome in tqdm(looked_at, desc="pictures", total=len(entries), disable=None, leave=False):
+        results = in_order(entries, Inspector(dataset, read, cache))
+        for entry, result in tqdm(results, desc="images", total=len(entries), disable=None, leave=False):
             if time.monotonic() > end:
                 break
-            num_seen += 1
-            if isinstance(outcome, UserError):
-                problems += [Problem(entry.place, text, entry.file_name) for text in outcome.problems]
+            num_inspected += 1
+            if isinstance(result, UserError):
+                problems += row_problems(result.problems, entry.place, entry.file_name)
                 continue
-            row, texts = outcome
+            row, row_remarks = result
             rows.append(row)
-            for text in texts:
-                found.setdefault(text, []).append(entry.file_name)
-    said = [f"{predicated(len(names), text)} ({shown(names)})" for text, names in found.items()]
-    said += heavy_crops(rows, dataset) + without_effect(rows, dataset, found) + side_files.grey_twins(rows)
-    return Inspected(rows, problems, said, num_seen)
+            for remark in row_remarks:
+                names_by_remark.setdefault(remark, []).append(entry.file_name)
+    warnings = [remark_warning(remark, names) for remark, names in names_by_remark.items()]
+    has_frames = any(remark.code == "image-first-frame" for remark in names_by_remark)
+    warnings += heavy_crops(rows, dataset) + ineffective_settings(rows, dataset, has_frames)
+    return Inspected(rows, problems, warnings + side_images.gray_twins(rows), num_inspected)
 
 
-def in_order(
-    entries: Iterable[Entry], inspector: Inspector
-) -> Iterator[tuple[Entry, tuple[CheckedPicture, list[str]] | UserError]]:
-    """Each entry with its row and warnings or with its problems; few pictures are in memory at a time."""
+def in_order(entries: Iterable[Entry], inspector: Inspector) -> Iterator[tuple[Entry, Result | UserError]]:
+    """Yield each entry with its result or its problems. At most AHEAD images are in memory at a time."""
 
-    def look(entry: Entry) -> tuple[CheckedPicture, list[str]] | UserError:
+    def result_or_error(entry: Entry) -> Result | UserError:
         try:
             return inspector.examine(entry)
         except UserError as error:
             return error
 
-    waiting: deque[tuple[Entry, Future[tuple[CheckedPicture, list[str]] | UserError]]] = deque()
+    waiting: deque[tuple[Entry, Future[Result | UserError]]] = deque()
     with ThreadPoolExecutor(NUM_READERS) as pool:
         try:
             for entry in entries:
-                waiting.append((entry, pool.submit(look, entry)))
+                waiting.append((entry, pool.submit(result_or_error, entry)))
                 if len(waiting) >= AHEAD:
                     first, future = waiting.popleft()
                     yield first, future.result()
@@ -103,162 +106,160 @@ def in_order(
 
 @dataclass(frozen=True)
 class Inspector:
-    """Looks at one picture at a time; threads may share it."""
+    """Inspects one image at a time. Threads may share it."""
 
     dataset: DatasetParams
-    read: Read
+    read: ReadImage
     cache: InspectionCache
 
-    def examine(self, entry: Entry) -> tuple[CheckedPicture, list[str]]:
-        """One picture's row, and its warnings.
+    def examine(self, entry: Entry) -> Result:
+        """Return one checked image and its remarks.
 
         Raises:
-            UserError: the picture or its mask cannot be used.
+            UserError: the image or its mask cannot be used.
         """
         name = entry.file_name
-        sha256, checked = self.check(name)
-        problems: list[str] = []
+        sha256, facts = self.check(name)
+        problems: list[Problem] = []
         size, mask_sha256 = None, None
         try:
-            size = geometry.fit(checked.width, checked.height, self.dataset)
+            size = geometry.fit(facts.width, facts.height, self.dataset)
         except UserError as error:
-            problems.append(f"'{name}' {error}")
+            problems += error.about(f"'{name}'").problems
         try:
-            mask_sha256 = self.check_mask(entry, checked)
+            mask_sha256 = self.check_mask(entry, facts)
             if size and self.dataset.crop == "center" and not self.dataset.unmasked_weight:
-                self.check_mask_in_crop(entry, mask_sha256 or sha256, checked, size)
+                self.check_mask_in_crop(entry, mask_sha256 or sha256, facts, size)
         except UserError as error:
             problems += error.problems
         if problems or size is None:
             raise UserError(*problems)
-        row = CheckedPicture(
+        row = CheckedImage(
             entry,
             sha256,
-            checked.width,
-            checked.height,
+            facts.width,
+            facts.height,
             *size,
-            checked.has_alpha,
-            checked.thumbnail,
+            facts.has_alpha,
+            facts.thumbnail,
             mask_sha256,
-            checked.detail,
+            facts.detail,
         )
-        return row, remarks(row, checked, self.dataset)
+        return row, remarks(row, facts, self.dataset)
 
-    def check(self, name: str) -> tuple[str, Checked]:
-        """A file's SHA-256, and what is in it; a refused one is looked at again each time, for the message names it.
+    def check(self, name: str) -> tuple[str, ImageFacts]:
+        """Return a file's SHA-256 and the facts about the image. Refusals are not cached, since they name the file.
 
         Raises:
-            UserError: there is no such file, or no picture in it that can be used.
-            OSError: the machine cannot read it, which says nothing of the picture.
+            UserError: the file is missing, or holds no image that can be used.
+            OSError: the machine cannot read the file.
         """
         try:
             blob = self.read(name)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise UserError(f"'{name}' cannot be read ({error.strerror or error}); restore it or remove it") from None
+            text = f"'{name}' cannot be read ({error.strerror or error}). Restore it or remove it."
+            raise UserError(Problem("file-missing", text)) from None
         sha256 = hashlib.sha256(blob).hexdigest()
         key = [sha256, self.dataset.first_frame]
         known = self.cache.find(key)
         if known is not None:
             return sha256, restored(known)
-        checked = checks.check_picture(blob, name, self.dataset.first_frame)
+        checked = checks.check_image(blob, name, self.dataset.first_frame)
         self.cache.add(key, asdict(checked))
         return sha256, checked
 
-    def check_mask(self, entry: Entry, picture: Checked) -> str | None:
-        """SHA-256 of the mask's file, where it is one.
+    def check_mask(self, entry: Entry, image: ImageFacts) -> str | None:
+        """Return the SHA-256 of the mask file, or None without one.
 
         Raises:
-            UserError: the mask cannot be read, has another shape than the picture, hides all of it, or holds 0 and 1.
+            UserError: the mask cannot be read, has another shape than the image, hides all of it, or holds 0 and 1.
         """
-        if self.dataset.mask == "alpha" and picture.alpha == (0, 0) and not self.dataset.unmasked_weight:
-            raise UserError(f"'{entry.file_name}' is transparent all over, {NOTHING}")
+        if self.dataset.mask == "alpha" and image.alpha == (0, 0) and not self.dataset.unmasked_weight:
+            raise UserError(Problem("mask-empty", f"'{entry.file_name}' is fully transparent, {NO_LOSS}"))
         if entry.mask is None or self.dataset.mask == "alpha":
             return None
         sha256, mask = self.check(entry.mask)
-        if abs(mask.width * picture.height / (mask.height * picture.width) - 1) > MAX_ASPECT_ERROR:
-            is_across = abs(mask.height * picture.height / (mask.width * picture.width) - 1) <= MAX_ASPECT_ERROR
-            cure = (
-                "turn it as the picture's EXIF orientation does"
-                if is_across
-                else "make it of the picture's aspect ratio"
-            )
+        if abs(mask.width * image.height / (mask.height * image.width) - 1) > MAX_ASPECT_ERROR:
+            is_turned = abs(mask.height * image.height / (mask.width * image.width) - 1) <= MAX_ASPECT_ERROR
+            fix = "Turn it by the image's EXIF orientation." if is_turned else "Give it the image's aspect ratio."
             raise UserError(
-                f"mask '{entry.mask}' has {mask.width} x {mask.height} pixels, another shape than the "
-                f"{picture.width} x {picture.height} of '{entry.file_name}'; {cure}"
+                Problem(
+                    "mask-shape",
+                    f"mask '{entry.mask}' has {mask.width} x {mask.height} pixels, another shape than the "
+                    f"{image.width} x {image.height} of '{entry.file_name}'. {fix}",
+                )
             )
         if mask.lightest == 0 and not self.dataset.unmasked_weight:
-            raise UserError(f"mask '{entry.mask}' is black all over, {NOTHING}")
+            raise UserError(Problem("mask-empty", f"mask '{entry.mask}' is fully black, {NO_LOSS}"))
         if mask.lightest == 1:
-            raise UserError(f"mask '{entry.mask}' holds 0 and 1, and white is 255; multiply it by 255")
+            text = f"mask '{entry.mask}' holds 0 and 1, but white is 255. Multiply it by 255."
+            raise UserError(Problem("mask-range", text))
         return sha256
 
-    def check_mask_in_crop(self, entry: Entry, sha256: str, picture: Checked, size: Size) -> None:
-        """A mask can show something in what is cut off alone; of random crops, ``cache_latents`` knows the places.
+    def check_mask_in_crop(self, entry: Entry, sha256: str, image: ImageFacts, size: Size) -> None:
+        """Refuse a mask that is empty inside the center crop. Stage cache_latents checks random crops.
 
         Args:
-            sha256: of the bytes that hold the mask.
+            sha256: digest of the bytes that hold the mask.
 
         Raises:
-            UserError: the centred crop holds nothing of it.
+            UserError: the mask is empty inside the center crop.
         """
         kind: Literal["alpha", "file"] = "alpha" if self.dataset.mask == "alpha" else "file"
         name = entry.file_name if kind == "alpha" else entry.mask
-        uncut = picture.width * size[1] == picture.height * size[0]
-        if uncut or name is None or (kind == "alpha" and not picture.has_alpha):
+        is_uncropped = image.width * size[1] == image.height * size[0]
+        if is_uncropped or name is None or (kind == "alpha" and not image.has_alpha):
             return
-        item = Item(entry.file_name, sha256, "", ("",), "train", picture.width, picture.height, *size)
+        item = Item(entry.file_name, sha256, "", ("",), "train", image.width, image.height, *size)
         (view,) = Augmentation("center", False, self.dataset.seed).views(item, 1)
-        key = [sha256, kind, picture.width, picture.height, view.crop, size, "is seen"]
-        is_seen = self.cache.find(key)
-        if is_seen is None:
-            is_seen = bool(masks.cut_mask(masks.decode_mask(self.read(name), kind), item, view).any())
-            self.cache.add(key, is_seen)
-        if not is_seen:
-            what = f"'{name}' is transparent" if kind == "alpha" else f"mask '{name}' is black"
-            raise UserError(f"{what} all over the centred crop that the model sees, {NOTHING}")
+        key = [sha256, kind, image.width, image.height, view.crop, size, "is visible"]
+        is_visible = self.cache.find(key)
+        if is_visible is None:
+            is_visible = bool(masks.cut_mask(masks.decode_mask(self.read(name), kind), item, view).any())
+            self.cache.add(key, is_visible)
+        if not is_visible:
+            subject = f"'{name}' is fully transparent" if kind == "alpha" else f"mask '{name}' is fully black"
+            raise UserError(Problem("mask-empty", f"{subject} inside the center crop, {NO_LOSS}"))
 
 
-def restored(fields: dict[str, Any]) -> Checked:
-    """From JSON, which has no tuples."""
+def restored(fields: dict[str, Any]) -> ImageFacts:
+    """Return facts from JSON, which has no tuples."""
     alpha = None if fields["alpha"] is None else tuple(fields["alpha"])
-    return Checked(**fields | {"alpha": alpha, "warnings": tuple(fields["warnings"])})
+    return ImageFacts(**fields | {"alpha": alpha, "remarks": tuple(fields["remarks"])})
 
 
-def remarks(row: CheckedPicture, checked: Checked, dataset: DatasetParams) -> list[str]:
-    """Predicates of what is allowed but seldom meant."""
+def remarks(row: CheckedImage, facts: ImageFacts, dataset: DatasetParams) -> list[Problem]:
+    """Return warnings about a usable image, as predicates of several images."""
     size = (row.target_width, row.target_height)
-    unmoved = row.width * size[1] == row.height * size[0]
-    found = {
-        f"hold {checked.format} data under another format's suffix": formats.misnamed(
-            row.entry.file_name, checked.format
-        ),
-        "are enlarged, as dataset.max_upscale allows": enlargement(row.width, row.height, size) > 1,
-        "have the shape that the model sees, so that dataset.crop random changes nothing": (
-            dataset.crop == "random" and unmoved
-        ),
-        "have no transparent pixel, so that with dataset.mask alpha the loss looks at all of them": (
-            dataset.mask == "alpha" and not checked.has_alpha
-        ),
-    }
-    return [*checked.warnings, *(text for text, applies in found.items() if applies)]
+    is_uncropped = row.width * size[1] == row.height * size[0]
+    applying = [checks.REMARKS[code] for code in facts.remarks]
+    if file_formats.has_wrong_suffix(row.entry.file_name, facts.format):
+        applying.append(Problem("image-wrong-suffix", f"hold {facts.format} data under the suffix of another format."))
+    if enlargement(row.width, row.height, size) > 1:
+        applying.append(Problem("image-enlarged", "are enlarged, as dataset.max_upscale allows."))
+    if dataset.crop == "random" and is_uncropped:
+        text = "have the target's aspect ratio, so dataset.crop random has no effect on them."
+        applying.append(Problem("image-never-cropped", text))
+    if dataset.mask == "alpha" and not facts.has_alpha:
+        applying.append(Problem("image-opaque", "have no transparent pixel, so dataset.mask alpha has no effect."))
+    return applying
 
 
-def heavy_crops(rows: list[CheckedPicture], dataset: DatasetParams) -> list[str]:
-    """Pictures whose captions tell of much that the model does not see."""
-    shares = [cut_off(row.width, row.height, (row.target_width, row.target_height)) for row in rows]
+def heavy_crops(rows: list[CheckedImage], dataset: DatasetParams) -> list[Problem]:
+    """Return a warning about images that lose much of what their captions describe."""
+    shares = [cropped_fraction(row.width, row.height, (row.target_width, row.target_height)) for row in rows]
     heavy = [row for row, share in zip(rows, shares, strict=True) if share > MAX_CUT]
     if not heavy:
         return []
-    lose = plural(len(heavy), "picture loses", "pictures lose")
-    names = shown([row.entry.file_name for row in heavy])
-    return [
-        f"{lose} more than a third of the area to the crop, up to {max(shares):.0%} ({names}); {cure(heavy, dataset)}"
-    ]
+    lose = plural(len(heavy), "image loses", "images lose")
+    names = examples([row.entry.file_name for row in heavy])
+    text = f"{lose} more than a third of the area to the crop, up to {max(shares):.0%} ({names})."
+    return [Problem("image-heavily-cropped", f"{text} {crop_fix(heavy, dataset)}")]
 
 
-def cure(heavy: list[CheckedPicture], dataset: DatasetParams) -> str:
-    """Buckets, with the ratio that these pictures need, where they help; computed, not guessed."""
-    by_hand = "cut them to shape yourself, so that the caption fits what is left"
+def crop_fix(heavy: list[CheckedImage], dataset: DatasetParams) -> str:
+    """Return advice: aspect-ratio buckets with the ratio that these images need, if a computation shows they help."""
+    by_hand = "Crop them yourself, so that the captions fit the rest."
     if dataset.aspect_buckets or dataset.resolution % dataset.bucket_step:
         return by_hand
     longest = max(max(row.width, row.height) / min(row.width, row.height) for row in heavy)
@@ -268,45 +269,51 @@ def cure(heavy: list[CheckedPicture], dataset: DatasetParams) -> str:
         sizes = [geometry.fit(row.width, row.height, changed) for row in heavy]
     except UserError:
         return by_hand
-    if any(cut_off(row.width, row.height, size) > MAX_CUT for row, size in zip(heavy, sizes, strict=True)):
+    if any(cropped_fraction(row.width, row.height, size) > MAX_CUT for row, size in zip(heavy, sizes, strict=True)):
         return by_hand
     wider = f" with dataset.max_aspect_ratio={ratio:g}" if ratio > dataset.max_aspect_ratio else ""
-    return f"dataset.aspect_buckets=true{wider} keeps them"
+    return f"Set dataset.aspect_buckets=true{wider} to keep that area."
 
 
-def without_effect(rows: list[CheckedPicture], dataset: DatasetParams, said: Iterable[str]) -> list[str]:
-    """Settings that change nothing on these pictures.
+def ineffective_settings(rows: list[CheckedImage], dataset: DatasetParams, has_frames: bool) -> list[Problem]:
+    """Return warnings about settings that have no effect on these images.
 
     Args:
-        said: what was warned of.
+        has_frames: some image has several frames or pages.
     """
     square = (dataset.resolution, dataset.resolution)
     repeats = {subset.repeats for subset in dataset.as_subsets()}
-    found = {
-        f"dataset.background {dataset.background} changes nothing: no picture has a transparent pixel": (
-            dataset.background.lower() != "#ffffff" and not any(row.has_alpha for row in rows)
+    reasons = {
+        "background": (
+            dataset.background.lower() != "#ffffff" and not any(row.has_alpha for row in rows),
+            f"{dataset.background} has no effect, since no image has a transparent pixel.",
         ),
-        "dataset.first_frame changes nothing: no picture has several frames or pages": (
-            dataset.first_frame and checks.SEVERAL not in said
+        "first_frame": (
+            dataset.first_frame and not has_frames,
+            "true has no effect, since no image has several frames or pages.",
         ),
-        f"dataset.max_aspect_ratio {dataset.max_aspect_ratio:g} changes nothing without dataset.aspect_buckets": (
-            dataset.max_aspect_ratio != 2 and not dataset.aspect_buckets
+        "max_aspect_ratio": (
+            dataset.max_aspect_ratio != 2 and not dataset.aspect_buckets,
+            f"{dataset.max_aspect_ratio:g} has no effect without dataset.aspect_buckets.",
         ),
-        f"dataset.aspect_buckets changes nothing: every picture is seen as {square[0]} x {square[1]}": (
-            dataset.aspect_buckets and all((row.target_width, row.target_height) == square for row in rows)
+        "aspect_buckets": (
+            dataset.aspect_buckets and all((row.target_width, row.target_height) == square for row in rows),
+            f"true has no effect, since the target size of every image is {square[0]} x {square[1]}.",
         ),
-        f"repeats {max(repeats)} in dataset.subsets changes nothing: it is the same for all pictures": (
-            len(repeats) == 1 and max(repeats) > 1
+        "subsets": (
+            len(repeats) == 1 and max(repeats) > 1,
+            f"repeats {max(repeats)} has no effect, since it is equal for all images.",
         ),
     }
-    return [text for text, applies in found.items() if applies and rows]
+    return [
+        Problem("setting-ignored", f"{dataset.setting(name)}: {text}")
+        for name, (applies, text) in reasons.items()
+        if applies and rows
+    ]
 
 
-def predicated(count: int, text: str) -> str:
-    """``2 pictures are CMYK``, ``1 picture is CMYK``: a predicate of pictures, said of so many."""
-    verb, _, rest = text.partition(" ")
-    return f"1 picture {ONE.get(verb, verb)} {rest}" if count == 1 else f"{count:,} pictures {text}"
-
-
-def shown(names: list[str]) -> str:
-    return ", ".join(names[:NUM_EXAMPLES]) + (", ..." if len(names) > NUM_EXAMPLES else "")
+def remark_warning(remark: Problem, names: list[str]) -> Problem:
+    """Return ``1 image (a.png) is CMYK ...`` or ``2 images (a.png, b.png) are CMYK ...``."""
+    verb, _, rest = remark.partition(" ")
+    verb = SINGULAR.get(verb, verb) if len(names) == 1 else verb
+    return Problem(remark.code, f"{plural(len(names), 'image')} ({examples(names)}) {verb} {rest}")

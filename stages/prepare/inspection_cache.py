@@ -1,8 +1,8 @@
-"""What was found in images, by content, so that a second run looks at the new ones alone.
+"""Cache of inspection results by image content, so that a second run inspects only new images.
 
 An SQLite file in <state>/store. Several processes may use it at once, and a kill loses nothing that was added. The
-cache is optional: a damaged file is set aside and begun anew, and where the disk cannot be written or carries no locks,
-the images are looked at again.
+cache is optional: a damaged file is set aside and replaced, and if the disk is read-only or has no locks, images are
+inspected again.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any, TypeVar
 
 import PIL
 
-from lora_dag.core.console import log
+from lora_dag.core.console import warn
 from lora_dag.core.files import sha256_file, sha256_json, state_dir
-from lora_dag.pictures import checks
+from lora_dag.images import checks
 
 T = TypeVar("T")
 
 MAX_OTHERS = 20_000
-"""Values that this run did not use and that are kept, the latest ones; about 1.3 KB each."""
+"""Unused values that stay in the file, the latest ones, about 1.3 KB each."""
 LOCK_SECONDS = 10.0
-"""To wait for another process that writes."""
+"""Longest wait for another process that writes."""
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 TABLE = "CREATE TABLE IF NOT EXISTS found (kind TEXT, key TEXT, value TEXT, PRIMARY KEY (kind, key))"
 OTHERS = """DELETE FROM found WHERE rowid IN (
@@ -36,7 +36,7 @@ OTHERS = """DELETE FROM found WHERE rowid IN (
 
 
 class InspectionCache:
-    """JSON keys and values of one kind; threads may share it; closed at the end of ``with``."""
+    """A cache of JSON values by JSON keys, of one kind. Threads may share it. ``with`` closes it."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -56,17 +56,17 @@ class InspectionCache:
         self.close()
 
     def find(self, key: Any) -> Any:
-        """The value, or None."""
+        """Return the value of a key, or None."""
         text = json.dumps(key, sort_keys=True)
         self._used.add(text)
         if self._database is None and not self.path.exists():
             return None
-        found = self._attempt(
+        row = self._attempt(
             lambda database: database.execute(
                 "SELECT value FROM found WHERE kind = ? AND key = ?", (self.kind, text)
             ).fetchone()
         )
-        return json.loads(found[0]) if found else None
+        return json.loads(row[0]) if row else None
 
     def add(self, key: Any, value: Any) -> None:
         row = (self.kind, json.dumps(key, sort_keys=True), json.dumps(value))
@@ -75,7 +75,7 @@ class InspectionCache:
         self._attempt(lambda database: database.execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", row))
 
     def close(self) -> None:
-        """If anything was added: forget what too old runs found, and what other versions of the code did."""
+        """Close the file. If values were added, first delete old unused ones and the files of other code versions."""
         if self._added:
             self._attempt(self._forget)
         self._disconnect()
@@ -96,13 +96,13 @@ class InspectionCache:
                 path.unlink(missing_ok=True)
 
     def _attempt(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """What the work returns; None where the cache cannot be used."""
+        """Return the result of ``work``, or None if the cache cannot be used."""
         with self._lock:
             if self._is_off:
                 return None
             try:
                 if self._database is None:
-                    self._database = opened(self.path)
+                    self._database = open_database(self.path)
                 return work(self._database)
             except (sqlite3.Error, OSError) as error:
                 self._disconnect()
@@ -111,21 +111,21 @@ class InspectionCache:
 
     def _set_aside_or_stop(self, error: Exception) -> None:
         if getattr(error, "sqlite_errorcode", None) in DAMAGED:
-            log.warning("warning: %s is damaged (%s) and is begun anew", self.path, error)
+            warn("cache-damaged", f"{self.path}: the cache is damaged ({error}) and is replaced by an empty one.")
             self.path.replace(self.path.with_suffix(".sqlite-damaged"))
         else:
-            log.warning("warning: %s cannot be used (%s); images are looked at again next time", self.path, error)
+            warn("cache-unusable", f"{self.path}: {error}. Without this cache the next run inspects all images again.")
             self._is_off = True
 
 
-def opened(path: Path) -> sqlite3.Connection:
-    """A database that commits each statement by itself.
+def open_database(path: Path) -> sqlite3.Connection:
+    """Open a database that commits each statement by itself.
 
-    Its rollback journal is SQLite's default: a write-ahead log needs memory that processes share, which network disks
-    do not have. Nothing waits for the disk, so that a power cut may damage the file; a kill cannot.
+    The rollback journal is SQLite's default: a write-ahead log needs shared memory, which network disks do not have.
+    Writes do not wait for the disk: a power cut may damage the file, a kill cannot.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))  # SQLite's own mode keeps a group from writing
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))  # SQLite's default mode gives a group no write access
     database = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None, check_same_thread=False)
     database.execute("PRAGMA synchronous = OFF")
     database.execute(TABLE)
@@ -133,6 +133,6 @@ def opened(path: Path) -> sqlite3.Connection:
 
 
 def code_version() -> str:
-    """Digest of the code that finds the values, ``lora_dag/pictures``, and of Pillow's version."""
+    """Return a digest of the code that computes the values, ``lora_dag/images``, and of Pillow's version."""
     sources = sorted(Path(checks.__file__).parent.glob("*.py"))
     return sha256_json([[path.name, sha256_file(path)] for path in sources] + [PIL.__version__])[:12]

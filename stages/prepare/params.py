@@ -1,4 +1,4 @@
-"""Section ``dataset``: which pictures and captions, and how a picture is brought to what the model sees."""
+"""Section ``dataset``: which images and captions are used, and how images are cropped and scaled."""
 
 from __future__ import annotations
 
@@ -9,145 +9,169 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from lora_dag.core.params import LocalPath, Params
-from stages.prepare.captions import odd_characters
-from stages.prepare.names import nfc
+from lora_dag.core.setting_problem import setting_problem
+from stages.prepare.captions import character_problem
+from stages.prepare.file_names import nfc
 
 
-def plain_text(value: str | None) -> str | None:
-    """Refuse what a caption of any source is refused for."""
-    odd = odd_characters(value or "")
-    if odd:
-        raise ValueError(f"{json.dumps(value)[:80]} {odd}")
+def require_plain_text(value: str | None) -> str | None:
+    """Refuse the characters that captions of sources are refused for."""
+    if problem := character_problem(value or ""):
+        raise setting_problem(problem.code, problem.about(json.dumps(value)[:80]))
     return value
 
 
 class Subset(Params):
-    """One of several sources below ``dataset.source``; what is left out falls back to section ``dataset``."""
+    """One of several sources below ``dataset.source``. Keys that are left out use the values of section ``dataset``."""
 
     path: str = Field(min_length=1)
-    """Folder, relative to dataset.source; "." is dataset.source itself."""
+    """Folder, relative to dataset.source. "." is dataset.source itself."""
     repeats: int = Field(default=1, ge=1, le=10_000)
-    """How often each picture comes up per epoch."""
+    """Number of times that each image is used per epoch."""
     caption_column: str | None = Field(default=None, min_length=1)
+    """Key of the caption in this folder's metadata. null: dataset.caption_column."""
     instance_prompt: str | None = Field(default=None, min_length=1)
+    """Caption of every image in this folder. null: dataset.instance_prompt."""
     caption_prefix: str | None = None
+    """Text before every caption of this folder. null: dataset.caption_prefix."""
     regularization: bool = False
-    """Prior-preservation pictures: trained on, never held out, and no part of any evidence."""
+    """Prior-preservation images. They are used for training only, never for evaluation."""
     loss_weight: float = Field(default=1.0, gt=0, le=1000)
-    """Factor of these pictures' loss."""
+    """Factor of the loss of these images."""
 
-    _plain = field_validator("instance_prompt", "caption_prefix")(plain_text)
+    _is_plain_text = field_validator("instance_prompt", "caption_prefix")(require_plain_text)
 
 
 class DatasetParams(Params):
     """Section ``dataset``."""
 
     source: LocalPath
-    """Folder of pictures; `lora-dag import` makes one of Parquet or WebDataset (.tar) files or a Hub dataset."""
+    """Folder of images. `lora-dag import` makes one from Parquet files, WebDataset (.tar) files or a Hub dataset."""
     subsets: list[Subset] | None = Field(min_length=1)
-    """Several sources below ``source``; null for ``source`` as one."""
+    """Several folders below ``source``. null: ``source`` is one folder of images."""
     caption_column: str = Field(min_length=1)
     """Key of the caption in metadata rows and .json files."""
     instance_prompt: str | None = Field(min_length=1)
-    """The caption of every picture, for a folder that has no captions; null where it has."""
+    """Caption of every image, for a folder without captions. null: the folder has captions."""
     caption_prefix: str
-    """Put before every caption, such as a trigger word: "sks, ". A blank is put between two words."""
+    """Text before every caption, such as a trigger word: "sks, ". Two words are separated by a blank."""
     tag_separator: str = Field(min_length=1)
-    """What separates the tags of a caption: a comma, or such as ";", "，" or a blank (booru)."""
+    """Separator of the tags in a caption: a comma, ";", "，" or a blank (booru tags)."""
     shuffle_tags: bool
-    """Order the tags of a caption anew in each variant."""
+    """Whether each variant of a caption has its tags in another order."""
     keep_tags: int = Field(ge=0)
-    """Leading tags that are neither moved nor dropped."""
+    """Number of leading tags that are never moved or dropped."""
     tag_dropout: float = Field(ge=0, lt=1)
-    """Share of the other tags that a variant leaves out."""
+    """Share of the tags after ``keep_tags`` that each variant omits."""
     num_caption_variants: int = Field(ge=1, le=1000)
-    """Seeded variants of each caption, all encoded; training draws one per step."""
+    """Seeded variants of each caption. All are encoded; each training step uses one at random."""
     resolution: int = Field(ge=8, le=4096)
-    """Pixels: side of the square that the model sees; with buckets, the square root of their area."""
+    """Pixels: side of the square image that the model sees. With ``aspect_buckets``: square root of the area."""
     aspect_buckets: bool
-    """Sizes near a picture's own aspect ratio instead of a square."""
+    """Whether images keep a size near their own aspect ratio instead of a square."""
     bucket_step: int = Field(ge=8, le=512)
-    """Bucket sides are multiples of this many pixels."""
+    """Bucket sides are multiples of this number of pixels."""
     max_aspect_ratio: float = Field(ge=1)
-    """Longer side over shorter side: the widest bucket; with aspect_buckets, wider pictures are refused."""
+    """Longer side / shorter side of the widest bucket. With ``aspect_buckets``, wider images are rejected."""
     max_upscale: float = Field(ge=1)
-    """A picture that would be enlarged more than this is refused."""
+    """Largest enlargement factor. Images that are too small for it are rejected."""
     image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear"]
     """Filter of the resize."""
     crop: Literal["center", "random"]
-    """Where a picture is cut to shape: in the middle, or at seeded places (cache.num_variants of them)."""
+    """Position of the crop: the center, or ``cache.num_variants`` seeded positions per image."""
     flip: bool
-    """Every other variant of a picture is mirrored; needs cache.num_variants of at least 2."""
+    """Whether every second variant of an image is mirrored. Needs ``cache.num_variants`` of 2 or more."""
     background: str = Field(pattern="^#[0-9a-fA-F]{6}$")
-    """Colour #rrggbb that transparent pixels are laid on."""
+    """Color #rrggbb behind transparent pixels."""
     mask: str | None = Field(min_length=1)
-    """What the loss looks at: null for everything, ``alpha`` for opaque pixels, a folder of masks below a source, or
-    ``*-masklabel`` for fox-masklabel.png beside fox.jpg."""
+    """Area that the loss covers: null for everything, ``alpha`` for opaque pixels, a folder of masks below a
+    source, or ``*-masklabel`` for the file fox-masklabel.png beside fox.jpg."""
     unmasked_weight: float = Field(ge=0, lt=1)
     """Weight of the loss where the mask is black."""
     first_frame: bool
-    """Take the first frame of animations and multi-page files instead of refusing them."""
+    """Whether the first frame of animations and multi-page files is used. Otherwise they are rejected."""
     heldout_fraction: float | None = Field(gt=0, lt=1)
-    """Share of the pictures that is never trained on, chosen by content."""
+    """Share of the images that is never used for training. A hash of its content decides for each image, so the
+    share is approximate and new images never move existing ones."""
     heldout_split: str | None = Field(min_length=1)
-    """Named split to hold out instead: a folder or a value of the ``split`` column, such as test."""
+    """Name of the split to hold out instead: a folder or a value of the ``split`` column, such as test."""
     near_duplicate_bits: int | None = Field(ge=0, le=64)
-    """Pictures whose 256-bit difference hashes differ in at most this many bits stay on one side; null for no check."""
+    """Largest number of different bits between the 256-bit difference hashes of near-duplicates, which stay in one
+    split. null: no check."""
     on_bad: Literal["error", "skip"]
-    """What a bad picture or row does: stop the stage, or be left out and listed."""
+    """Whether a bad image or row stops the stage, or is left out and listed."""
     max_bad_fraction: float = Field(ge=0, lt=1)
-    """With on_bad skip: the share of pictures that may be left out."""
+    """Largest share of images that ``on_bad: skip`` may leave out."""
     seed: int = Field(ge=0)
-    """Decides split, crops and caption variants."""
+    """Seed of split, crops and caption variants."""
 
-    _plain = field_validator("instance_prompt", "caption_prefix", "tag_separator")(plain_text)
+    _is_plain_text = field_validator("instance_prompt", "caption_prefix", "tag_separator")(require_plain_text)
 
     @field_validator("heldout_split")
     @classmethod
     def _one_unicode_form(cls, value: str | None) -> str | None:
-        """Names of splits come from folders, whose accents another system writes in another form."""
+        """Compose accents: split names come from folders, and other systems write their accents in another form."""
         return None if value is None else nfc(value)
 
     @field_validator("mask")
     @classmethod
     def _one_ending(cls, value: str | None) -> str | None:
         if value is not None and "*" in value and not re.fullmatch(r"\*[^*/]+", value):
-            raise ValueError(f"'{value}' is neither a folder nor an ending; expected such as *-masklabel")
+            text = f"got '{value}', but a folder or an ending such as *-masklabel is expected."
+            raise setting_problem("mask-invalid", text)
         return value
 
     @model_validator(mode="after")
     def _check(self) -> DatasetParams:
         if self.caption_column == "file_name":
-            raise ValueError("caption_column 'file_name' is the column of file names; name the one with the captions")
+            text = "caption_column 'file_name' is the column of file names. Name the column of the captions."
+            raise setting_problem("caption-column-invalid", text)
         if (self.heldout_fraction is None) == (self.heldout_split is None):
-            raise ValueError("set one of heldout_fraction and heldout_split, and null for the other")
-        varied = self.shuffle_tags or self.tag_dropout > 0
-        if self.num_caption_variants > 1 and not varied:
-            raise ValueError(
-                f"num_caption_variants {self.num_caption_variants} needs shuffle_tags or tag_dropout; "
-                "without them every variant is the caption itself"
-            )
-        if varied and self.num_caption_variants == 1:
-            key = "shuffle_tags true" if self.shuffle_tags else f"tag_dropout {self.tag_dropout}"
-            raise ValueError(
-                f"{key} with num_caption_variants 1 would freeze one drawn order or choice of tags for the whole"
-                " training; set num_caption_variants to 8, say, or shuffle_tags to false and tag_dropout to 0"
-            )
-        if self.keep_tags and not varied:
-            raise ValueError(
-                f"keep_tags {self.keep_tags} needs shuffle_tags or tag_dropout; without them no tag is moved or dropped"
-            )
+            found = "both are null. Set" if self.heldout_fraction is None else "both are set. Set null for"
+            text = f"exactly one of heldout_fraction and heldout_split is expected, but {found} one of them."
+            raise setting_problem("heldout-ambiguous", text)
+        self._check_variants()
         if self.unmasked_weight and self.mask is None:
-            raise ValueError(f"unmasked_weight {self.unmasked_weight} needs a mask")
+            text = (
+                f"unmasked_weight {self.unmasked_weight} has no effect without mask. Set mask, or unmasked_weight: 0."
+            )
+            raise setting_problem("unmasked-weight-without-mask", text)
         paths = [subset.path for subset in self.subsets or []]
-        if len(set(paths)) < len(paths):
-            raise ValueError("subsets names a path twice; use repeats")
+        if twice := next((path for path in paths if paths.count(path) > 1), None):
+            text = f"subsets names the path '{twice}' twice. Name it once and set its repeats."
+            raise setting_problem("subset-twice", text)
         if self.aspect_buckets and self.resolution % self.bucket_step:
-            raise ValueError(f"resolution {self.resolution} is no multiple of bucket_step {self.bucket_step}")
+            text = (
+                f"resolution {self.resolution} is not a multiple of bucket_step {self.bucket_step}. "
+                f"Set resolution: {max(1, round(self.resolution / self.bucket_step)) * self.bucket_step}."
+            )
+            raise setting_problem("resolution-step-mismatch", text)
         return self
 
+    def _check_variants(self) -> None:
+        varied = self.shuffle_tags or self.tag_dropout > 0
+        if self.num_caption_variants > 1 and not varied:
+            text = (
+                f"num_caption_variants {self.num_caption_variants} needs shuffle_tags or tag_dropout, "
+                "without which all variants are equal. Set one of them, or num_caption_variants: 1."
+            )
+            raise setting_problem("caption-variants-equal", text)
+        if varied and self.num_caption_variants == 1:
+            key = "shuffle_tags true" if self.shuffle_tags else f"tag_dropout {self.tag_dropout}"
+            text = (
+                f"{key} with num_caption_variants 1 would fix one random order or choice of tags for all steps."
+                " Set num_caption_variants: 8, or shuffle_tags: false and tag_dropout: 0."
+            )
+            raise setting_problem("caption-variants-frozen", text)
+        if self.keep_tags and not varied:
+            text = (
+                f"keep_tags {self.keep_tags} needs shuffle_tags or tag_dropout, without which tags never change."
+                " Set one of them, or keep_tags: 0."
+            )
+            raise setting_problem("keep-tags-without-effect", text)
+
     def as_subsets(self) -> list[Subset]:
-        """The sources, with this section's values where a subset names none."""
+        """Return the sources, with this section's values for the keys that a subset leaves out."""
         defaults = {
             "caption_column": self.caption_column,
             "instance_prompt": self.instance_prompt,

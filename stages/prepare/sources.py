@@ -1,12 +1,12 @@
-"""dataset.source -> every picture that it names, with captions, split and mask, and everything wrong with the names.
+"""Sources: list every image of dataset.source with captions, split and mask, and all problems with names.
 
-No picture is opened, so the preflight can afford it. What a subset's path may be:
+No image is opened, so that the check before a run stays fast. The path of a subset is one of:
 
 - a folder with metadata.jsonl or metadata.csv, also in folders below, as ``datasets`` reads them: ``file_name`` is
   relative to the metadata file; the caption column holds a string or a list of strings;
-- a folder with ``name.txt`` or ``name.caption`` beside ``name.png`` (``loose.py``); each line that is not blank is one
-  caption, of which training draws one per step;
-- a folder of pictures alone, with ``instance_prompt``, as for DreamBooth.
+- a folder with ``name.txt`` or ``name.caption`` beside ``name.png`` (``loose_images.py``); each line is one caption
+  (blank lines are skipped), and training draws one per step;
+- a folder of images alone, with ``instance_prompt``, as for DreamBooth.
 
 Parquet, WebDataset (.tar) and the Hugging Face Hub are unpacked into such a folder by `lora-dag import`.
 """
@@ -17,40 +17,30 @@ import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from lora_dag.core.console import UserError, plural
+from lora_dag.core.console import Problem, UserError, plural
 from stages.prepare import caption_variants, mask_files, split_names
-from stages.prepare.listing import Listing, lines
-from stages.prepare.loose import files_beside, read_loose
+from stages.prepare.file_names import Root, checked_name, examples, folded, short
+from stages.prepare.file_tree import TO_IMPORT, Tree, is_companion, scan
+from stages.prepare.listing import Listing, first_problems
+from stages.prepare.loose_images import files_beside, read_loose
 from stages.prepare.metadata import read_metadata
-from stages.prepare.names import (
-    NUM_EXAMPLES,
-    TO_IMPORT,
-    Root,
-    Tree,
-    checked_name,
-    folded,
-    is_companion,
-    printable,
-    scan,
-    short,
-)
 from stages.prepare.params import DatasetParams, Subset
 from stages.prepare.subset_reader import SubsetReader
 
 UNFINISHED = "unfinished-import.txt"
-"""A file in the folder that `lora-dag import` is still writing."""
+"""File in a folder whose import by `lora-dag import` has not finished."""
 HUB_DATASET = re.compile(r"(?:https://huggingface\.co/datasets/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@.+)?")
 
 
 def list_entries(dataset: DatasetParams) -> Listing:
-    """Every picture of every subset, in the order of the sources.
+    """Return every image of every subset, in the order of the sources.
 
     Raises:
-        UserError: a source is none, is empty or contradicts the parameters, or two subsets list one picture. Problems
-            with single pictures and rows are in the listing; with on_bad error they stand in the UserError too.
+        UserError: a source is missing or empty or contradicts the settings, or two subsets list one image. Problems
+            with single images and rows are in the listing, and with on_bad error also in the UserError.
     """
     readers: list[SubsetReader] = []
-    refused: list[str] = []
+    refused: list[Problem] = []
     for index, subset in enumerate(dataset.as_subsets()):
         try:
             reader = open_subset(dataset, subset, index)
@@ -62,17 +52,19 @@ def list_entries(dataset: DatasetParams) -> Listing:
     problems = [problem for reader in readers for problem in reader.problems]
     refused += overlaps(readers)
     if refused:
-        raise UserError(*refused, *(lines(problems) if dataset.on_bad == "error" else ()))
+        raise UserError(*refused, *(first_problems(problems) if dataset.on_bad == "error" else ()))
     names = [reader.relative_name(name) for reader in readers for name in reader.names]
-    entries, without_split = split_names.assign(entries, names, dataset)
+    entries, without_split = split_names.name_splits(entries, names, dataset)
     problems += without_split
     unlisted = [name for reader in readers for name in reader.unlisted]
-    warnings = [text for reader in readers for text in reader.warnings] + caption_variants.warnings(entries, dataset)
+    warnings = [text for reader in readers for text in reader.warnings] + caption_variants.caption_warnings(
+        entries, dataset
+    )
     return Listing(entries, problems, unlisted, warnings)
 
 
-def overlaps(readers: list[SubsetReader]) -> list[str]:
-    """One line for each two subsets that list a picture twice."""
+def overlaps(readers: list[SubsetReader]) -> list[Problem]:
+    """Return one problem for each pair of subsets that list the same image."""
     first: dict[str, SubsetReader] = {}
     shared: dict[tuple[str, str], list[str]] = {}
     for reader in readers:
@@ -81,36 +73,40 @@ def overlaps(readers: list[SubsetReader]) -> list[str]:
             if other is not reader:
                 shared.setdefault((other.subset.path, reader.subset.path), []).append(entry.file_name)
     return [
-        f"params.yaml dataset.subsets: '{one}' and '{two}' both list {plural(len(names), 'picture')}, such as"
-        f" '{names[0]}'; choose paths that do not overlap, and use repeats to show pictures more often"
+        Problem(
+            "subsets-overlap",
+            f"{readers[0].dataset.setting('subsets')}: '{one}' and '{two}' both list {plural(len(names), 'image')},"
+            f" such as '{names[0]}'. Choose paths that do not overlap. To use images more often, set repeats.",
+        )
         for (one, two), names in shared.items()
     ]
 
 
-# From a path to what stands there
+# From a path to its folder
 
 
 def open_subset(dataset: DatasetParams, subset: Subset, index: int) -> SubsetReader:
-    """Where a subset's pictures are.
+    """Return the reader of a subset's folder.
 
     Raises:
-        UserError: there is no such folder, it is outside of dataset.source, or an import into it did not finish.
+        UserError: the folder is missing, is outside of dataset.source, or holds an unfinished import.
     """
     source = Path(dataset.source)
     if not source.is_dir():
-        raise UserError(missing_source(dataset.source))
+        raise UserError(missing_source(dataset.source).at(dataset.setting("source")))
     if any((folder / UNFINISHED).exists() for folder in (source, source.parent)):
-        raise UserError(
-            f"params.yaml dataset.source: '{source}' is an import that did not finish; run the same `lora-dag import`"
-            " again, which goes on, and name the folder that it makes"
+        text = (
+            f"{dataset.setting('source')}: '{source}' is an unfinished import. Run the same `lora-dag import` again to"
+            " finish it, then name the folder that it writes."
         )
+        raise UserError(Problem("import-unfinished", text))
     root = Root(source, label(source))
     path = "" if PurePosixPath(subset.path) == PurePosixPath(".") else subset.path
     if path:
         try:
             path = checked_path(path, root)
         except UserError as error:
-            raise UserError(*(f"params.yaml dataset.subsets: path {problem}" for problem in error.problems)) from None
+            raise error.about(f"{dataset.setting('subsets')}: path") from None
     return SubsetReader(dataset, subset, index, root, path)
 
 
@@ -119,91 +115,96 @@ def label(folder: Path) -> str:
 
 
 def checked_path(path: str, root: Root) -> str:
-    """A folder below the root."""
+    """Return the path of a folder below the root, in the Unicode form on disk."""
     name = root.on_disk(checked_name(path, root))
     if not (root.folder / name).exists():
-        raise UserError(f"'{name}' is not in {root.place('')}; add it or correct the path")
+        text = f"'{name}' does not exist in {root.place('')}. Add the folder or correct the path."
+        raise UserError(Problem("folder-missing", text))
     if not (root.folder / name).is_dir():
-        cure = import_first(root.place(name)) if TO_IMPORT.fullmatch(name) else "expected a folder"
-        raise UserError(f"'{name}' is a file; {cure}")
+        fix = import_first(root.place(name)) if TO_IMPORT.fullmatch(name) else "Name a folder."
+        raise UserError(Problem("source-not-folder", f"'{name}' is a file, but a folder is expected. {fix}"))
     if not root.holds(root.folder / name / "x"):  # any name in it
-        raise UserError(f"'{name}' is a link that leaves {root.place('')}; put the pictures themselves there")
+        text = f"'{name}' is a link that leads out of {root.place('')}. Put the images themselves there."
+        raise UserError(Problem("name-outside-source", text))
     return name
 
 
-def missing_source(text: str) -> str:
-    """What to say of a dataset.source that is no folder."""
+def missing_source(text: str) -> Problem:
+    """Return the problem with a dataset.source that is no folder."""
     source = Path(text)
-    place = f"params.yaml dataset.source: '{text}'"
-    named = HUB_DATASET.fullmatch(text)
+    hub_name = HUB_DATASET.fullmatch(text)
     if source.is_file() and TO_IMPORT.fullmatch(source.name):
-        return f"{place} is a file of many pictures; {import_first(source)}"
+        return Problem("source-not-imported", f"'{text}' is a file of many images. {import_first(source)}")
     if source.is_file():
-        pinned = "; of a Hub dataset, " + import_first("OWNER/NAME@COMMIT")
-        return f"{place} is a file; name a folder{pinned if source.suffix in ('.yaml', '.yml') else ''}"
-    if named and (named[2] or not source.parent.is_dir()):
-        cure = import_first(named[1] + (named[2] or ""))
-        return f"{place} is no folder; if it is a dataset of the Hugging Face Hub, {cure}"
-    return f"{place} is no folder; `dvc pull` brings tracked data, or name a folder of your own"
+        hub = " " + import_first("OWNER/NAME@COMMIT") if source.suffix in (".yaml", ".yml") else ""
+        return Problem("source-not-folder", f"'{text}' is a file, but a folder is expected.{hub or ' Name a folder.'}")
+    if hub_name and (hub_name[2] or not source.parent.is_dir()):
+        fix = import_first(hub_name[1] + (hub_name[2] or ""))
+        return Problem("source-missing", f"'{text}' does not exist. If it is a dataset of the Hugging Face Hub: {fix}")
+    fix = "Run `dvc pull` for tracked data, or name a folder of your own."
+    return Problem("source-missing", f"'{text}' does not exist. {fix}")
 
 
 def import_first(source: Path | str) -> str:
-    return f"unpack it once: `lora-dag import {source} data/mine`, and set dataset.source=data/mine"
+    return f"Unpack it once with `lora-dag import {source} data/mine`, then set dataset.source=data/mine."
 
 
 def read_folder(reader: SubsetReader) -> None:
     if reader.mask_folder:
         if not PurePosixPath(reader.mask_folder).parts:
-            raise UserError(
-                f"params.yaml dataset.mask: '{reader.mask_folder}' is the folder of the pictures themselves; name a"
-                " folder below it that holds the masks alone"
+            text = (
+                f"{reader.dataset.setting('mask')}: '{reader.mask_folder}' is the folder of the images themselves."
+                " Name a folder below it that holds only the masks."
             )
+            raise UserError(Problem("mask-invalid", text))
         try:
             checked_name(reader.mask_folder, reader.root)
         except UserError as error:
-            raise UserError(*(f"params.yaml dataset.mask: {problem}" for problem in error.problems)) from None
-    tree = scan(reader.root, reader.below, reader.mask_folder)
+            raise error.at(reader.dataset.setting("mask")) from None
+    tree = scan(reader.root, reader.relative_folder, reader.mask_folder)
     masks = mask_files.take_out(tree, reader.mask_folder)
-    if tree.metadata and (tree.pictures or not tree.to_import):
+    if tree.metadata and (tree.images or not tree.to_import):
         read_metadata(reader, tree)
     elif tree.to_import:
-        raise UserError(
-            f"{reader.place}: {short(tree.to_import[0])} is not read by the stages; {import_first(reader.place)}"
-        )
-    elif tree.pictures:
+        text = f"{reader.place}: no stage reads {short(tree.to_import[0])}. {import_first(reader.place)}"
+        raise UserError(Problem("source-not-imported", text))
+    elif tree.images:
         read_loose(reader, tree)
     else:
-        raise UserError(nothing_there(reader, tree))
+        raise UserError(no_images(reader, tree))
     if not (reader.entries or reader.problems):
-        raise UserError(f"{reader.place}: no pictures; the dataset is empty")
-    warn_of_others(reader, tree)
+        raise UserError(Problem("dataset-empty", f"{reader.place}: the folder has no images. Add images."))
+    warn_of_unread_files(reader, tree)
     mask_files.attach(reader, masks)
 
 
-def nothing_there(reader: SubsetReader, tree: Tree) -> str:
+def no_images(reader: SubsetReader, tree: Tree) -> Problem:
     counts = Counter(PurePosixPath(name).suffix.lower() or "without suffix" for name in [*tree.texts, *tree.others])
-    there = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items())[:5]) or "nothing"
-    return f"{reader.place}: no pictures and no metadata.jsonl; the dataset is empty (found {there})"
+    listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items())[:5]) or "nothing"
+    text = f"{reader.place}: the folder has neither images nor metadata.jsonl (found {listed}). Add images."
+    return Problem("dataset-empty", text)
 
 
-def warn_of_others(reader: SubsetReader, tree: Tree) -> None:
-    """Files that may be pictures under a suffix that is nobody's, such as a camera's own; or captions under another."""
-    told = {problem.file_name for problem in reader.problems if problem.file_name}
-    beside = {name for names in files_beside(tree.pictures, tree.others).values() for name in names}
-    used = told.union(reader.names)
-    others = [name for name in tree.others if name not in used and not is_companion(name)]
-    for names, one, many in (
-        (
-            beside,
-            "file beside pictures of {place} is not read ({shown}); captions are read from .txt",
-            "files beside pictures of {place} are not read ({shown}); captions are read from .txt",
-        ),
-        (
-            set(others) - beside,
-            "file in {place} is no picture by its suffix and is left out ({shown}); convert it if it is one",
-            "files in {place} are no pictures by their suffix and are left out ({shown}); convert those that are",
-        ),
-    ):
-        found = [reader.relative_name(name) for name in others if name in names and not name.endswith(".json")]
-        shown = ", ".join(map(printable, found[:NUM_EXAMPLES])) + (", ..." if len(found) > NUM_EXAMPLES else "")
-        reader.warn_about(len(found), *(text.format(place=reader.place, shown=shown) for text in (one, many)))
+def warn_of_unread_files(reader: SubsetReader, tree: Tree) -> None:
+    """Warn of files that may be images of an unknown suffix, such as raw images of cameras, or caption files."""
+    problem_names = {problem.file_name for problem in reader.problems if problem.file_name}
+    beside = {name for names in files_beside(tree.images, tree.others).values() for name in names}
+    known = problem_names.union(reader.names)
+    unread = [
+        name for name in tree.others if name not in known and not is_companion(name) and not name.endswith(".json")
+    ]
+    captions = [reader.relative_name(name) for name in unread if name in beside]
+    images = [reader.relative_name(name) for name in unread if name not in beside]
+    place, shown_captions, shown_images = reader.place, examples(captions), examples(images)
+    reader.warn_about(
+        "caption-file-unread",
+        len(captions),
+        f"file beside images of {place} is not read ({shown_captions}). Captions are read from .txt files.",
+        f"files beside images of {place} are not read ({shown_captions}). Captions are read from .txt files.",
+    )
+    reader.warn_about(
+        "file-not-image",
+        len(images),
+        f"file in {place} has no suffix of an image and is not read ({shown_images}). Convert it if it is an image.",
+        f"files in {place} have no suffix of an image and are not read ({shown_images}). Convert images among them.",
+    )

@@ -1,10 +1,10 @@
-"""The named split that a source puts a picture in.
+"""Named splits: the name of the split of each image in a source.
 
-In this order: a ``split`` column; a folder of the name that is a split word of the ``datasets`` library or
-dataset.heldout_split; and where dataset.heldout_split is no such word but a first folder, the first folder.
+The name is, in this order: the value of a ``split`` column; a folder in the file name that is a split word of the
+``datasets`` library or dataset.heldout_split; the first folder, if dataset.heldout_split is a first folder.
 
-Names stay as they are written, save that words which ``datasets`` takes for one split (val, valid, validation, dev) are
-one here too: a picture in ``val/`` gets the name ``validation`` if that is what dataset.heldout_split says.
+Names are kept as written, except synonyms in ``datasets`` (val, valid, validation, dev): an image in ``val/`` gets the
+name ``validation`` if dataset.heldout_split is ``validation``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_dag.core.console import UserError
-from stages.prepare.listing import Entry, Problem
-from stages.prepare.names import nfc
+from lora_dag.core.console import Problem, UserError
+from stages.prepare.file_names import nfc
+from stages.prepare.listing import Entry, RowProblem
 from stages.prepare.params import DatasetParams
 
 SYNONYMS = (
@@ -27,23 +27,26 @@ WORDS = frozenset().union(*SYNONYMS)
 
 
 def from_column(value: Any, heldout_split: str | None) -> str | None:
-    """The split in a ``split`` column.
+    """Return the split in a ``split`` column, or None for an empty cell.
 
     Raises:
-        UserError: it is no name, and a named split is held out.
+        UserError: the value is no name, and a named split is held out.
     """
     if isinstance(value, str) and value:
         return nfc(value)
     if heldout_split is None or value is None or value == "":
         return None
-    raise UserError(f"split: got {value!r}; expected the name of a split, such as '{heldout_split}'")
+    text = f"split: got {value!r}, but the name of a split is expected, such as '{heldout_split}'."
+    raise UserError(Problem("split-invalid", text))
 
 
-def assign(entries: Sequence[Entry], names: Sequence[str], dataset: DatasetParams) -> tuple[list[Entry], list[Problem]]:
-    """Entries with their splits, and one problem for each that has none where a named split is held out.
+def name_splits(
+    entries: Sequence[Entry], names: Sequence[str], dataset: DatasetParams
+) -> tuple[list[Entry], list[RowProblem]]:
+    """Return the entries with their splits, and a problem for each one without a split if a named split is held out.
 
     Args:
-        names: of the entries, relative to their subset.
+        names: file names of the entries, relative to their subset.
 
     Raises:
         UserError: no entry is in dataset.heldout_split.
@@ -51,7 +54,7 @@ def assign(entries: Sequence[Entry], names: Sequence[str], dataset: DatasetParam
     heldout = dataset.heldout_split
     firsts = [first_folder(name) or first_folder(entry.file_name) for entry, name in zip(entries, names, strict=True)]
     by_first = heldout not in WORDS and heldout is not None and heldout in firsts
-    named = [
+    with_split = [
         replace(
             entry,
             split=as_heldout(entry.split or from_name(entry.file_name, heldout, first if by_first else None), heldout),
@@ -59,26 +62,26 @@ def assign(entries: Sequence[Entry], names: Sequence[str], dataset: DatasetParam
         for entry, first in zip(entries, firsts, strict=True)
     ]
     if heldout is None:
-        return named, []
-    return named_only(named, heldout, dataset)
+        return with_split, []
+    return require_splits(with_split, heldout, dataset)
 
 
-def named_only(entries: list[Entry], heldout: str, dataset: DatasetParams) -> tuple[list[Entry], list[Problem]]:
-    found = sorted({entry.split for entry in entries if entry.split})
-    if entries and heldout not in found:
-        there = f"name one of {', '.join(found)}, or make it" if found else "make splits"
-        raise UserError(
-            f"params.yaml dataset.heldout_split: no picture is in split '{heldout}'; {there} by folders such as"
-            " train and test, or a column 'split'"
-        )
+def require_splits(entries: list[Entry], heldout: str, dataset: DatasetParams) -> tuple[list[Entry], list[RowProblem]]:
+    """Return the entries with a split, and a problem for each one without."""
+    splits = sorted({entry.split for entry in entries if entry.split})
+    if entries and heldout not in splits:
+        how = "folders such as train and test, or a column 'split'"
+        fix = f"Name one of {', '.join(splits)}, or make it by {how}." if splits else f"Make splits by {how}."
+        text = f"{dataset.setting('heldout_split')}: no image is in split '{heldout}'. {fix}"
+        raise UserError(Problem("split-missing", text))
     regularization = {index for index, subset in enumerate(dataset.as_subsets()) if subset.regularization}
     usable, problems = [], []
     for entry in entries:
-        if entry.split or entry.subset in regularization:  # those are trained on in any case
+        if entry.split or entry.subset in regularization:  # always trained on
             usable.append(entry)
         else:
-            text = f"'{entry.file_name}' is in no split, and dataset.heldout_split is '{heldout}'; put it into one"
-            problems.append(Problem(entry.place, text, entry.file_name))
+            text = f"'{entry.file_name}' is in no split, but dataset.heldout_split is '{heldout}'. Put it into a split."
+            problems.append(RowProblem("image-without-split", text, entry.place, entry.file_name))
     return usable, problems
 
 
@@ -88,12 +91,12 @@ def first_folder(name: str) -> str | None:
 
 
 def from_name(file_name: str, heldout: str | None, first: str | None) -> str | None:
-    """The first folder of a file name that is a split's; else ``first``."""
+    """Return the first folder of a file name that names a split, else ``first``."""
     folders = nfc(file_name).split("/")[:-1]
     return next((folder for folder in folders if folder in WORDS or folder == heldout), first)
 
 
 def as_heldout(split: str | None, heldout: str | None) -> str | None:
-    """``heldout`` in place of a synonym of it."""
-    same = any({split, heldout} <= words for words in SYNONYMS)
-    return heldout if same else split
+    """Return ``heldout`` for a synonym of it, and other splits unchanged."""
+    is_synonym = any({split, heldout} <= words for words in SYNONYMS)
+    return heldout if is_synonym else split

@@ -1,6 +1,6 @@
-"""reports/model_card.md: what the adapter is, what it does, how it is loaded, what it was made from, what it is not.
+"""Write reports/model_card.md: the adapter, how to load it, its metrics, provenance and limits.
 
-Reads the same in a repository's file view and as README.md of the Hugging Face Hub, beside samples.png.
+The card is for a repository's file view, and for the Hugging Face Hub as README.md beside samples.png.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1
 ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
 """
 WITHOUT_WEIGHTS = (".json", ".txt", ".model")
-"""Endings of a pipeline's other files: configs, and the vocabularies of tokenizers."""
+"""Endings of a pipeline's files without weights: configs and vocabularies of tokenizers."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a reader of the card finds the files."""
+class Location:
+    """Location of the exported files for readers of the card."""
 
     name: str
-    """Folder of the exports, or user/name."""
+    """Folder of the exports, or user/name of the Hub."""
     is_repository: bool
-    """Of the Hub."""
+    """Whether ``name`` is a repository of the Hub."""
 
 
-def write_card(title: str, place: Place, inputs: Inputs, folder: Path) -> str:
-    """Markdown with the Hub's front matter; pictures are linked relative to ``folder``."""
+def write_card(title: str, location: Location, inputs: Inputs, folder: Path) -> str:
+    """Return Markdown with the Hub's front matter; images are linked relative to ``folder``."""
     sections = {
-        "Use": usage(place, inputs),
-        "What was measured": measured(inputs),
+        "Use": usage(location, inputs),
+        "Evaluation": evaluation(inputs),
         "Training": training(inputs),
-        "Dataset": facts("Pictures and captions", dataset_facts(inputs)),
+        "Dataset": facts("Images and captions", dataset_facts(inputs)),
         "Files": files(inputs),
         "Limits": "\n".join(f"- {line}" for line in limits(inputs)),
-        "Licence": licence(inputs),
+        "License": license(inputs),
     }
     parts = [
         front_matter(inputs),
         f"# {title}",
         summary(inputs),
         f"**{page.headline(inputs)}**",
-        image("Samples", inputs.pictures["samples"], folder),
+        image("Samples", inputs.images["samples"], folder),
         page.samples_note(inputs),
         page.prompts(inputs),
         *page.exported_snapshot(inputs),
@@ -71,7 +71,7 @@ def write_card(title: str, place: Place, inputs: Inputs, folder: Path) -> str:
 
 
 def front_matter(inputs: Inputs) -> str:
-    """The Hub's fields, as JSON values, which are YAML ones whatever colons and quotes are in them."""
+    """Return the Hub's fields. Values are JSON, which is valid YAML even with colons and quotes."""
     made, export = inputs.made, inputs.made["export"]
     fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if name := made.get("base_model"):
@@ -112,31 +112,32 @@ def summary(inputs: Inputs) -> str:
 # Use
 
 
-def usage(place: Place, inputs: Inputs) -> str:
-    """How each of the written formats is loaded."""
-    made, export, said = inputs.made, inputs.made["export"], []
-    card = facts_of_use(place, inputs)
+def usage(location: Location, inputs: Inputs) -> str:
+    """Return how to load each written format."""
+    made, export = inputs.made, inputs.made["export"]
+    paragraphs: list[str] = []
+    card = facts_of_use(location, inputs)
     for name in export["formats"]:
-        said.append(load_format(name).usage(card))
-        if card.load in said[-1]:
+        paragraphs.append(load_format(name).usage(card))
+        if card.load in paragraphs[-1]:
             card = replace(card, load="")
     if export["resized_ranks"]:
         ranks = ", ".join(f"`resized/rank-{rank}/`" for rank in export["resized_ranks"])
-        said.append(f"The same files at smaller ranks, by their largest singular values: {ranks}.")
+        paragraphs.append(f"Copies at smaller ranks, with the largest singular values: {ranks}.")
     if count := made.get("unfusable"):
-        said.append(
-            f"`pipe.fuse_lora()` and PEFT's `merge_and_unload()` raise an error for this adapter: {count} of its "
-            f"layers {'has' if count == 1 else 'have'} no bias that a trained one could be added to. Use it unfused, "
-            "or `merged`."
+        layers = plural(count, "layer", "layers")
+        paragraphs.append(
+            f"`pipe.fuse_lora()` and PEFT's `merge_and_unload()` raise an error for this adapter, because the base has "
+            f"no bias in {layers} with a trained bias. Use it unfused, or use `merged`."
         )
-    return "\n\n".join([*said, base_note(inputs)])
+    return "\n\n".join([*paragraphs, base_note(inputs)])
 
 
-def facts_of_use(place: Place, inputs: Inputs) -> Card:
+def facts_of_use(location: Location, inputs: Inputs) -> Card:
     made, pipeline, drawn = inputs.made, inputs.made["pipeline"], inputs.lineage["validate"]
     return Card(
-        place=place.name,
-        is_repository=place.is_repository,
+        source=location.name,
+        is_repository=location.is_repository,
         load=f"from diffusers import {pipeline['class']}\n\n{pipeline['load']}",
         pipeline=pipeline["class"],
         variant=pipeline["variant"],
@@ -153,57 +154,57 @@ def facts_of_use(place: Place, inputs: Inputs) -> Card:
 def base_note(inputs: Inputs) -> str:
     name = inputs.made.get("base_model")
     if name and (commit := inputs.made.get("base_revision")):
-        return f"The base is [{name}](https://huggingface.co/{name}) at commit `{commit}`; its digests stand below."
+        return f"The base is [{name}](https://huggingface.co/{name}) at commit `{commit}`. Its digests are below."
     if file := inputs.made.get("base_file"):
-        return f"The base is the checkpoint `{file['name']}` (SHA-256 `{file['sha256']}`); its digests stand below."
+        return f"The base is the checkpoint `{file['name']}` (SHA-256 `{file['sha256']}`). Its digests are below."
     if name:
-        return f"The base is [{name}](https://huggingface.co/{name}), as its files were whose digests stand below."
+        return f"The base is [{name}](https://huggingface.co/{name}), with the digests below."
     pretrained = code(inputs.made["pipeline"]["pretrained"])
-    return f"The base, {pretrained}, is a folder of the repository that this was trained in; its digests stand below."
+    return f"The base, {pretrained}, is a folder of the training repository. Its digests are below."
 
 
-# What was measured
+# Evaluation
 
 
-def measured(inputs: Inputs) -> str:
+def evaluation(inputs: Inputs) -> str:
     parts = [
         tables.results(inputs),
-        tables.table_note(inputs),
-        facts("Each file, loaded back into a fresh base", tables.export_facts(inputs)),
+        tables.notes(inputs),
+        facts("Each exported file, loaded back into a fresh base", tables.export_facts(inputs)),
     ]
     return "\n\n".join(parts)
 
 
 def training(inputs: Inputs) -> str:
-    """The key facts, and every setting under its name in params.yaml."""
+    """Return the main settings, and all settings by their names in params.yaml."""
     made = inputs.made
     values = {
         f"`{section}.{name}`": value_text(value)
         for section in ("lora", "train")
         for name, value in made.get(section, {}).items()
     }
-    every = facts("Section and key of params.yaml", values)
+    every = facts("Setting of params.yaml", values)
     return "\n\n".join(
         [
-            facts("What decided the result", tables.settings_facts(inputs)),
-            f"<details><summary>Every setting of the training</summary>\n\n{every}\n\n</details>",
+            facts("Setting", tables.settings_facts(inputs)),
+            f"<details><summary>All settings of the training</summary>\n\n{every}\n\n</details>",
         ]
     )
 
 
 def value_text(value: Any) -> str:
-    """As YAML has it in one line; long lists by their ends."""
+    """Return a value as YAML in one line; a long list is shortened."""
     return code(json.dumps(value, ensure_ascii=False), 200)
 
 
 def dataset_facts(inputs: Inputs) -> Mapping[str, object]:
-    named = {"Pictures": "pictures", "Captions": "captions", "Latents and prompt embeddings": "latents"}
+    named = {"Images": "images", "Captions": "captions", "Latents and prompt embeddings": "latents"}
     digests = {f"{label}, SHA-256": sha(inputs.made[name]) for label, name in named.items() if name in inputs.made}
     return dataset.key_facts(inputs) | digests
 
 
 def files(inputs: Inputs) -> str:
-    """Weights and their digests; what they were made from."""
+    """Return tables of weight files and of the inputs they were made from."""
     made = inputs.made
     weights = {name: file for name, file in made["files"].items() if not name.endswith(WITHOUT_WEIGHTS)}
     rows = [(f"`{name}`", size(file["bytes"]), sha(file["sha256"])) for name, file in weights.items()]
@@ -211,10 +212,10 @@ def files(inputs: Inputs) -> str:
     known = {"Adapter as trained": sha(made["adapter"])} | base
     if snapshot := made.get("snapshot"):
         known = {f"Snapshot of step {made['step']}": sha(snapshot)} | known
-    known["Table of held-out rows"] = f"`{inputs.measured['val.table']}`"
-    parts = [table(("File", "size", "SHA-256"), rows), facts("Made from", known, "SHA-256, first digits")]
+    known["Held-out table"] = f"`{inputs.measured['val.table']}`"
+    parts = [table(("File", "size", "SHA-256"), rows), facts("Input", known, "SHA-256, first digits")]
     if packages := made.get("packages"):
-        parts.append(f"With {', '.join(f'{name} {version}' for name, version in sorted(packages.items()))}.")
+        parts.append(f"Packages: {', '.join(f'{name} {version}' for name, version in sorted(packages.items()))}.")
     return "\n\n".join(parts)
 
 
@@ -226,41 +227,39 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.3g} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.3g} GB"
 
 
-# What it is not
+# Limits
 
 
 def limits(inputs: Inputs) -> list[str]:
-    """What the measurements do not say, in words that the numbers bear."""
-    counts, scales = inputs.lineage["table"]["num_pictures"], inputs.lineage["validate"]["scales"]
+    """Return limits of the evaluation, as sentences."""
+    counts, scales = inputs.lineage["table"]["num_images"], inputs.lineage["validate"]["scales"]
+    sizes, strengths = dataset.sizes(inputs), ", ".join(f"{scale:g}" for scale in scales)
     found = [
-        "It fits the base of these digests alone; on a relative of it, nothing was measured.",
-        f"Held-out loss was measured on {plural(counts['heldout'], 'picture')} of the same dataset and one training "
-        "seed: it tells of pictures like these, and not how far another seed would have come.",
-        f"It saw {dataset.sizes(inputs)} pixels; other sizes were not measured."
-        if "x" in dataset.sizes(inputs)
-        else f"It saw {dataset.sizes(inputs)} sizes; others were not measured.",
-        f"Drawn at strength {', '.join(f'{scale:g}' for scale in scales)}; others, and other adapters beside it, were "
-        "not measured.",
-        repeats(inputs),
+        "The adapter was evaluated only with the base of these digests, not with related models.",
+        f"Held-out loss was measured on {plural(counts['heldout'], 'image')} of the same dataset, with one training "
+        "seed. Other kinds of images and other seeds were not evaluated.",
+        f"Training images had {sizes} {'pixels' if 'x' in sizes else 'sizes'}. Other sizes were not evaluated.",
+        f"Samples were drawn at strength {strengths}. Other strengths and combinations of adapters were not evaluated.",
+        copies(inputs),
     ]
-    return found + [limit for name in inputs.made["export"]["formats"] if (limit := load_format(name).LIMIT)]
+    return found + [limit for name in inputs.made["export"]["formats"] if (limit := load_format(name).CAVEAT)]
 
 
-def repeats(inputs: Inputs) -> str:
-    """Whether it repeats training pictures, as far as anybody looked."""
+def copies(inputs: Inputs) -> str:
+    """Return what is known about copies of training images."""
     share, base = (number(inputs.measured, f"samples.copied_share{suffix}") for suffix in ("", "_base"))
-    own = "what it takes over from the base's own data"
+    own = "Copies from the base's own training data were not measured."
     if share != share:
-        return f"Whether it repeats training pictures was not measured, nor {own}."
+        return f"Copies of training images were not measured. {own}"
     return (
-        f"Of its samples, a share of {share:.3g} is as near to a training picture as one in twenty held-out pictures "
-        f"(the base's: {base:.3g}); whether it repeats them for other prompts, or in part, was not measured, nor {own}."
+        f"A share of {share:.3g} of the samples (base: {base:.3g}) is as near to a training image as one in twenty "
+        f"held-out images is. Other prompts and partial copies were not measured. {own}"
     )
 
 
-def licence(inputs: Inputs) -> str:
+def license(inputs: Inputs) -> str:
     export = inputs.made["export"]
-    stated = f"`{export['license']}`, as stated by who trained it." if export["license"] else "Not stated."
+    stated = f"`{export['license']}`, as stated by the author." if export["license"] else "Not stated."
     name = inputs.made.get("base_model")
-    where = f"[its model card](https://huggingface.co/{name})" if name else "its source"
-    return f"{stated} The base comes with terms of its own, see {where}, and so do the training pictures."
+    source = f"[its model card](https://huggingface.co/{name})" if name else "its source"
+    return f"{stated} The base has its own license (see {source}), and so have the training images."

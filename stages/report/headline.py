@@ -1,6 +1,6 @@
-"""reports/headline.json: the few numbers that `dvc exp show`, `dvc metrics diff` and editors make columns of.
+"""Write reports/headline.json: the few metrics that `dvc exp show`, `dvc metrics diff` and editors show as columns.
 
-Every number that a stage measured is in its own metrics.json, which DVC lists as a plot, since it shows none of those.
+All metrics of a stage are in its own metrics.json, which DVC lists as a plot, so that it adds no columns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from stages.report.inputs import Inputs
 
 
 def numbers(inputs: Inputs) -> dict[str, Value]:
-    """Those of METRICS that say ``headline`` and were measured."""
+    """Return the measured metrics that METRICS marks as ``headline``."""
     every = {**inputs.dataset, **inputs.train, **inputs.measured, **inputs.export}
     names = [name + ending for name, metric in METRICS.items() for ending in metric.headline]
     return {name: every[name] for name in names if every.get(name) is not None}

@@ -1,4 +1,4 @@
-"""What differs from the report that is committed, in a line: settings, pictures, base, and what came of it."""
+"""Compare the run with the committed report, in a line: settings, images, base, held-out loss."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lora_dag.pages.markdown import codes
 from lora_dag.pipeline.git import git
 from stages.report.inputs import Inputs
 
-MAX_CHANGES = 8  # that the line names
+MAX_CHANGES = 8  # listed in the line
 MAX_VALUE = 60  # characters
 GIT_SECONDS = 10
 
 
-def changed(inputs: Inputs, reports: Path, export: Path) -> str:
-    """What differs from the report that is committed, in a line; empty without git, or where none is committed."""
+def changes_line(inputs: Inputs, reports: Path, export: Path) -> str:
+    """Return a line on the differences from the committed report; empty without git or a committed report."""
     paths = (export / "lineage.json", reports / "validate" / "lineage.json", reports / "metrics.json")
     found = [committed(path) for path in paths]
     commit = git("rev-parse", "--short", "HEAD", timeout=GIT_SECONDS)
@@ -29,26 +29,26 @@ def changed(inputs: Inputs, reports: Path, export: Path) -> str:
     try:
         made, of_samples = (lineage.parse(text or b"") for text in found[:2])
         measured = from_json(found[2] or b"")
-        differences = list(compare(made, inputs.made, of_samples, inputs.lineage))
+        differences = list(changed_inputs(made, inputs.made, of_samples, inputs.lineage))
         before, after = measured["val.loss"], inputs.measured["val.loss"]
     except (AttributeError, KeyError, TypeError, ValueError):
-        return ""  # of a version that wrote it otherwise
+        return ""  # the report of a version with another format
     name = commit.decode().strip()
     if not differences:
-        return f"Against commit {name}: the same settings, pictures, base and packages."
+        return f"Compared with commit {name}: same settings, images, base and packages."
     more = [f"and {len(differences) - MAX_CHANGES} more"] if len(differences) > MAX_CHANGES else []
-    loss = f"held-out loss {before:.4f} → {after:.4f}" if before != after else "the same held-out loss"
+    loss = f"held-out loss {before:.4f} → {after:.4f}" if before != after else "equal held-out loss"
     if measured.get("val.table") != inputs.measured.get("val.table"):
-        loss = "held-out losses are of different tables"
-    return f"Against commit {name}: {', '.join([*differences[:MAX_CHANGES], *more])}; {loss}."
+        loss = "the held-out tables differ"
+    return f"Compared with commit {name}: {', '.join([*differences[:MAX_CHANGES], *more])}. Result: {loss}."
 
 
 def committed(path: Path) -> bytes | None:
     return git("show", f"HEAD:./{Path(os.path.relpath(path)).as_posix()}", timeout=GIT_SECONDS)
 
 
-def compare(made: Any, new_made: Any, of_samples: Any, new_of_samples: Any) -> Iterator[str]:
-    """Settings by their names in params.yaml, then what else went in."""
+def changed_inputs(made: Any, new_made: Any, of_samples: Any, new_of_samples: Any) -> Iterator[str]:
+    """Yield changed settings by their names in params.yaml, then other changed inputs."""
     before = {name: made.get(name, {}) for name in ("lora", "train", "export")} | of_samples
     after = {name: new_made.get(name, {}) for name in ("lora", "train", "export")} | new_of_samples
     for section in ("model", "lora", "train", "validate", "export"):
@@ -57,6 +57,6 @@ def compare(made: Any, new_made: Any, of_samples: Any, new_of_samples: Any) -> I
             if old.get(key) != new.get(key):
                 before_after = (json.dumps(each.get(key), ensure_ascii=False) for each in (old, new))
                 yield f"`{section}.{key}` {' → '.join(codes(list(before_after), MAX_VALUE))}"
-    for name in ("pictures", "captions", "base", "packages"):
+    for name in ("images", "captions", "base", "packages"):
         if made.get(name) != new_made.get(name):
-            yield f"other {name}"
+            yield f"{name} changed"

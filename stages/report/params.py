@@ -8,24 +8,21 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from lora_dag.core.params import Params
+from lora_dag.core.setting_problem import setting_problem
 from lora_dag.evaluation.metrics import DETAILS, NAMES, find
 
 
 class Gates(Params):
-    """Section ``report.gates``: what ``lora-dag gate`` lets pass."""
+    """Section ``report.gates``: limits that ``lora-dag gate`` checks."""
 
     max_heldout_change: float | None = Field(ge=0)
-    """Held-out loss against that of the revision compared with, as a share of it; 0: not worse beyond noise; null: any.
-
-    Where the held-out pictures differ, it is of those that both hold out.
-    """
+    """Largest rise of held-out loss against the other revision, as a share of its loss. 0: no rise beyond noise.
+    null: no limit. If the held-out sets differ, the images in both are compared."""
     when_not_comparable: Literal["fail", "neutral"]
-    """Where the two hold out nothing in common: fail closes ``max_heldout_change``, neutral leaves it undecided."""
+    """Verdict if the two revisions share no held-out image: ``fail``, or ``neutral`` (undecided)."""
     limits: dict[str, float]
-    """Metric of docs/metrics.md -> the worst value that passes, such as ``samples.copied_share: 0.1``; null for none.
-
-    Of a metric with an interval the better bound is compared, so that noise alone closes no gate.
-    """
+    """Metric of docs/metrics.md -> worst allowed value, such as ``samples.copied_share: 0.1``. null: no limits. For
+    a metric with an interval the better bound is compared, so that noise alone never fails."""
 
     @field_validator("limits", mode="before")
     @classmethod
@@ -39,11 +36,14 @@ class Gates(Params):
             metric = None if name.endswith(DETAILS) else find(name)
             if metric is None:
                 near = ", ".join(get_close_matches(name, NAMES, n=1)) or "val.overfit_gap"
-                raise ValueError(f"'{name}' is no metric (near: {near}); docs/metrics.md lists all")
+                text = f"got '{name}', but there is no such metric (near: {near}). docs/metrics.md lists all metrics."
+                raise setting_problem("unknown-metric", text)
             if metric.better is None:
-                raise ValueError(f"'{name}' is neither better high nor low; limit a metric with a better direction")
+                text = f"got '{name}', but neither high nor low values of this metric are better. Limit another metric."
+                raise setting_problem("limit-without-direction", text)
             if metric.unit == "share" and not 0 <= limit <= 1:
-                raise ValueError(f"'{name}' is a share, and {limit:g} is not; set 0 to 1")
+                text = f"got {limit:g} for '{name}', but a share is expected. Set a limit between 0 and 1."
+                raise setting_problem("share-out-of-range", text)
         return limits
 
 
@@ -51,6 +51,6 @@ class ReportParams(Params):
     """Section ``report``."""
 
     title: str | None = Field(min_length=1)
-    """First heading of the pages; null for that of the dataset (``export.datasets``), or its folder's name."""
+    """Title of report and model card. null: title of the dataset in ``export.datasets``, or name of its folder."""
     gates: Gates
-    """No part of the report: they decide whether a pull request passes."""
+    """Limits that decide whether a pull request passes. They do not change the report."""

@@ -1,4 +1,4 @@
-"""reports/loss.png: losses on the frozen table, the noisy training loss below them, and the learning rate small."""
+"""Plot reports/loss.png: losses on the held-out table, the training loss, and the learning rate."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 FAINT = "#8c959f"
 TRAIN, HELDOUT, PROBE = "#9a6700", "#0969da", "#cf222e"
-SMOOTHED_SHARE = 0.05  # of the run's steps that a smoothed training loss averages over
+SMOOTHED_SHARE = 0.05  # share of the steps that the smoothed training loss averages
 
 
 def plot_losses(inputs: Inputs, path: Path) -> None:
-    """Losses on the frozen table, the noisy training loss below them, and the learning rate small."""
+    """Plot losses on the held-out table, the training loss below them, and the learning rate at the bottom."""
     import io
 
     import matplotlib as mpl
@@ -34,9 +34,9 @@ def plot_losses(inputs: Inputs, path: Path) -> None:
             3, 1, figsize=(9, 6.4), sharex=True, layout="constrained", height_ratios=[3, 2, 1]
         )
         steps = [row["step"] for row in inputs.curve]
-        for column, colour, label in (("heldout", HELDOUT, "held-out"), ("train_probe", PROBE, "training pictures")):
-            above.plot(steps, [row[column] for row in inputs.curve], "o-", color=colour, label=label, markersize=4)
-        style(above, "loss on the frozen table")
+        for column, color, label in (("heldout", HELDOUT, "held-out"), ("train_probe", PROBE, "training images")):
+            above.plot(steps, [row[column] for row in inputs.curve], "o-", color=color, label=label, markersize=4)
+        style(above, "loss on the fixed table")
         above.legend(frameon=False)
         plot_training(below, inputs.loss)
         rate.plot([r["step"] for r in inputs.loss], [r["learning_rate"] for r in inputs.loss], color=FAINT)
@@ -62,5 +62,5 @@ def plot_training(axes: Axes, loss: list[dict[str, float]]) -> None:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last ``window`` values, of fewer at the start."""
+    """Return means of the last ``window`` values; of fewer values at the start."""
     return [sum(part) / len(part) for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))]

@@ -1,4 +1,4 @@
-"""Tables of the pages: what was measured, what decided it, how the exports answered, what went in."""
+"""Tables of the pages: metrics, settings, checks of the exports, inputs."""
 
 from __future__ import annotations
 
@@ -7,30 +7,39 @@ from typing import Any
 
 from lora_dag.artifacts.adapter import algorithm
 from lora_dag.core.console import plural
-from lora_dag.evaluation.metrics import DETAILS, METRICS, of_table, without_row
+from lora_dag.evaluation.metrics import DETAILS, METRICS, metrics_of_table, undocumented_names
 from lora_dag.formats import load_format
 from lora_dag.pages.findings import BOOTSTRAP, number
-from lora_dag.pages.markdown import code, decimals, interval, plain, signed, table
+from lora_dag.pages.markdown import bullets, code, decimals, interval, plain, signed, table
 from stages.report.inputs import Inputs, Metrics
 
 
 def results(inputs: Inputs) -> str:
-    """Base against adapter: losses with their intervals, then what can be measured of the samples."""
+    """Return tables of base against adapter: losses with intervals, then metrics of the samples."""
     m = inputs.measured
-    rows = [compared(metric.label, m, name) for name, metric in of_table("losses").items() if m.get(name) is not None]
+    rows = [
+        compared(metric.label, m, name)
+        for name, metric in metrics_of_table("losses").items()
+        if m.get(name) is not None
+    ]
     parts = [table(("Losses, lower is better", "base", "adapter", "change"), rows)]
     if measures := samples_rows(inputs):
         parts.append(table(("Samples", "base", "adapter", "dataset"), measures))
-    if others := [name for name in without_row(m) if not name.endswith(DETAILS)]:
+    if others := [name for name in undocumented_names(m) if not name.endswith(DETAILS)]:
         rows = [(code(name), *(short(number(m, name + ending)) for ending in ("_base", ""))) for name in others]
-        parts.append(table(("Other figures", "base", "adapter"), rows))
-    if limit := inputs.lineage.get("neighbours", {}).get("threshold"):
-        parts.append(copies_note(inputs.lineage["neighbours"], limit))
+        parts.append(table(("Other metrics", "base", "adapter"), rows))
     return "\n\n".join(parts)
 
 
+def notes(inputs: Inputs) -> str:
+    """Return bullets that explain the losses and, if they were measured, the distances between images."""
+    neighbors = inputs.lineage.get("neighbors", {})
+    limit = neighbors.get("threshold")
+    return bullets([*loss_notes(inputs), *(copies_notes(neighbors, limit) if limit else ())])
+
+
 def compared(label: str, m: Metrics, name: str) -> tuple[str, ...]:
-    """The change is the metric of that name where there is one: it was taken before anything was rounded."""
+    """Return a row. The metric ``NAME_change`` is used if it exists: it was computed before rounding."""
     before, after, change = number(m, f"{name}_base"), number(m, name), number(m, f"{name}_change")
     change = change if change == change else after - before
     spec = decimals(before, after, least=4)
@@ -38,16 +47,16 @@ def compared(label: str, m: Metrics, name: str) -> tuple[str, ...]:
 
 
 def with_bounds(value: float, m: Metrics, name: str) -> str:
-    """A difference and, where that metric has one, its interval."""
+    """Return a difference and its interval, if there is one."""
     low, high = number(m, f"{name}_low"), number(m, f"{name}_high")
     spec = decimals(value, low, high, least=4)
     return signed(value, spec) + (f" {interval(low, high, spec)}" if low == low else "")
 
 
 def samples_rows(inputs: Inputs) -> list[tuple[str, ...]]:
-    """What was measured of the samples, beside the same of the dataset's pictures where that has a meaning."""
-    m, of_dataset = inputs.measured, inputs.dataset | inputs.lineage.get("neighbours", {})
-    found = {name: metric for name, metric in of_table("samples").items() if m.get(name) is not None}
+    """Return rows of sample metrics, with the same metric of the dataset's images where it exists."""
+    m, of_dataset = inputs.measured, inputs.dataset | inputs.lineage.get("neighbors", {})
+    found = {name: metric for name, metric in metrics_of_table("samples").items() if m.get(name) is not None}
     return [
         (
             ", ".join(filter(None, (metric.label or code(name), metric.unit))),
@@ -62,41 +71,44 @@ def short(value: float) -> str:
     return f"{value:.3g}" if value == value else ""
 
 
-def copies_note(neighbours: Mapping[str, Any], limit: float) -> str:
-    """What the distances and the share of copies mean."""
-    by_chance = "one in twenty held-out pictures is that near by chance, so a share about 0.05 is no sign of copying"
-    if neighbours["num_heldout"] < 20:
-        count = plural(neighbours["num_heldout"], "held-out picture is", "held-out pictures are")
-        by_chance = f"{count} too few to say how many are by chance"
-    far = neighbours.get("far_threshold")
-    return (
-        f"Distances are between {neighbours['space']}; the dataset's is that of its held-out pictures. A sample nearer "
-        f"than {limit:.3g} to one of {plural(neighbours['num_training_views'], 'training view')} counts as a copy: "
-        f"{by_chance}."
-        + (f" One farther than {far:.3g} from all of them counts as unlike them, likewise." if far else "")
-    )
+def copies_notes(neighbors: Mapping[str, Any], limit: float) -> list[str]:
+    """Return sentences that explain the distances and the share of copies."""
+    by_chance = "One in twenty held-out images is that near by chance, so a share of about 0.05 is no sign of copying."
+    if neighbors["num_heldout"] < 20:
+        count = plural(neighbors["num_heldout"], "held-out image is", "held-out images are")
+        by_chance = f"{count} too few to estimate the share by chance."
+    far = neighbors.get("far_threshold")
+    views = plural(neighbors["num_training_views"], "training view")
+    lines = [
+        f"Distances are between {neighbors['space']}. The column of the dataset has the median of held-out images.",
+        f"A sample nearer than {limit:.3g} to one of {views} counts as a copy. {by_chance}",
+    ]
+    if far:
+        lines.append(f"A sample farther than {far:.3g} from all of them counts as unlike them.")
+    return lines
 
 
-def table_note(inputs: Inputs) -> str:
-    asked = inputs.lineage["table"]
-    counts, gap = asked["num_pictures"], number(inputs.measured, "val.overfit_gap")
+def loss_notes(inputs: Inputs) -> tuple[str, ...]:
+    """Return sentences that explain the losses."""
+    of_table = inputs.lineage["table"]
+    counts, gap = of_table["num_images"], number(inputs.measured, "val.overfit_gap")
+    timesteps = plural(of_table["num_rows"] // sum(counts.values()), "timestep")
     return (
-        f"Losses are mean squared errors of the prediction ({asked['prediction_type']}) over a frozen table of "
-        f"{plural(asked['num_rows'], 'row')}: {counts['heldout']} held-out and "
-        f"{plural(counts['train'], 'training picture')}, "
-        f"{plural(asked['num_rows'] // sum(counts.values()), 'timestep')} each. "
-        "Base and adapter answer the same rows under the same noise; latents are the VAE's means; "
-        f"intervals are of 95 %, by a {BOOTSTRAP}, over pictures. "
-        f"Training pictures gained {with_bounds(gap, inputs.measured, 'val.overfit_gap')} more than held-out ones."
+        f"Losses are mean squared errors of the prediction ({of_table['prediction_type']}) over a fixed table of "
+        f"{plural(of_table['num_rows'], 'row')}: {counts['heldout']} held-out and "
+        f"{plural(counts['train'], 'training image')}, {timesteps} each.",
+        "Base and adapter have the same rows and the same noise. Latents are the means of the VAE.",
+        f"Intervals are 95 % intervals over images ({BOOTSTRAP}).",
+        f"Training images gained {with_bounds(gap, inputs.measured, 'val.overfit_gap')} more than held-out images.",
     )
 
 
 def settings_facts(inputs: Inputs) -> dict[str, object]:
-    """What decided the result, read from what the stages recorded."""
+    """Return the main settings, as the stages recorded them."""
     lora, model, validate = (inputs.lineage[name] for name in ("lora_config", "model", "validate"))
     steps = int(number(inputs.train, "train.num_steps"))
     text = "".join(f", attention of {component}" for component in inputs.lineage.get("text_lora", {}))
-    told: dict[str, object] = {
+    facts: dict[str, object] = {
         "Base": f"{model['pretrained']}, family {model['family']}, {model['dtype']}",
         algorithm(lora): f"rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora.get('lora_dropout', 0):g}",
         "Adapted layers": ", ".join(f"`{name}`" for name in target_modules(lora["target_modules"])) + text,
@@ -111,16 +123,16 @@ def settings_facts(inputs: Inputs) -> dict[str, object]:
         + best_hint(inputs),
         **(onset(inputs.measured) if len(inputs.curve) > 2 else {}),
         "Base weights unchanged": "yes" if inputs.train.get("train.base_unchanged") else "NO",
-        "Prompts and noise": f"seed {validate['seed']}, adapter at {', '.join(f'{s:g}' for s in validate['scales'])}",
+        "Samples": f"seed {validate['seed']}, adapter at {', '.join(f'{s:g}' for s in validate['scales'])}",
     }
     if (tflop := number(inputs.measured, "cost.tflop_per_image")) == tflop:
         total = tflop * number(inputs.train, "train.images_seen")
-        told |= fact("cost.tflop_per_image", inputs.measured, f" TFLOP, {total:.3g} in all")
-    return told
+        facts |= fact("cost.tflop_per_image", inputs.measured, f" TFLOP, {total:.3g} in all")
+    return facts
 
 
 def fact(name: str, values: Metrics, more: str = "") -> dict[str, str]:
-    """A metric by its label, in its own format."""
+    """Return a metric under its label, in its own format."""
     metric = METRICS[name]
     return {metric.label: plain(number(values, name), metric.spec) + more}
 
@@ -133,15 +145,15 @@ def onset(m: Metrics) -> dict[str, object]:
 
 
 def best_hint(inputs: Inputs) -> str:
-    """How to export the best snapshot, where it is neither the base, nor the end, nor exported."""
+    """Return how to export the best snapshot, unless it is the base, the last step, or exported already."""
     best, num_steps = inputs.measured["val.best_step"], inputs.lineage["num_steps"]
-    return "" if best in (0, num_steps, inputs.made.get("step")) else f"; `export.step={best}` exports it"
+    return "" if best in (0, num_steps, inputs.made.get("step")) else f". `export.step={best}` exports it"
 
 
 def above_best(m: Metrics) -> str:
-    """By how much the end is worse than the best snapshot; nothing where the end is the best."""
+    """Return how much worse the last step is than the best snapshot; "" if it is the best."""
     change = number(m, "val.final_minus_best")
-    return f"; the end is {with_bounds(change, m, 'val.final_minus_best')} from it" if change > 0 else ""
+    return f". The last step has {with_bounds(change, m, 'val.final_minus_best')}" if change > 0 else ""
 
 
 def epochs(train: Metrics) -> str:
@@ -150,26 +162,26 @@ def epochs(train: Metrics) -> str:
 
 
 def target_modules(names: Sequence[str] | str) -> list[str]:
-    """The endings, once each: PEFT's config may list every layer by its full name. A regex stays what it is."""
+    """Return the endings, each once: PEFT's config can list layers by full name. A regex stays unchanged."""
     return [names] if isinstance(names, str) else sorted({last_words(name) for name in names})
 
 
 def last_words(name: str) -> str:
-    """``down_blocks.0.resnets.0.conv1`` -> ``conv1``; what a person wrote, such as ``to_out.0``, stays."""
+    """Return ``conv1`` for ``down_blocks.0.resnets.0.conv1``; short names such as ``to_out.0`` stay."""
     words = name.split(".")
     return name if len(words) < 4 else ".".join(words[-2:]) if words[-1].isdigit() else words[-1]
 
 
 def export_facts(inputs: Inputs) -> Mapping[str, object]:
-    """Every ``export.*`` metric but the size, in words where there are some."""
+    """Return all ``export.*`` metrics except for the size, under their labels."""
     export, error = inputs.export, METRICS["export.*.max_abs_error"].label
-    words = {"export.effect": METRICS["export.effect"].label}
+    labels = {"export.effect": METRICS["export.effect"].label}
     for name in inputs.made["export"]["formats"]:
-        words[f"export.{name}.max_abs_error"] = error.format(load_format(name).READER)
-    names = [*(name for name in words if name in export), *sorted(set(export) - {*words, "export.megabytes"})]
+        labels[f"export.{name}.max_abs_error"] = error.format(load_format(name).READER)
+    names = [*(name for name in labels if name in export), *sorted(set(export) - {*labels, "export.megabytes"})]
     values = [export[name] for name in names]
     return {
-        words.get(name, f"`{name}`"): f"{value:.3g}" if isinstance(value, float) else value
+        labels.get(name, f"`{name}`"): f"{value:.3g}" if isinstance(value, float) else value
         for name, value in zip(names, values, strict=True)
     }
 
@@ -179,5 +191,5 @@ def lineage_facts(inputs: Inputs) -> Mapping[str, object]:
     return base | {
         "Latents and prompt embeddings": f"`{inputs.lineage['latents']}`",
         "Adapter": f"`{inputs.lineage['adapter']}`",
-        "Table of held-out rows": f"`{inputs.measured['val.table']}`",
+        "Held-out table": f"`{inputs.measured['val.table']}`",
     }

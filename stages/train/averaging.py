@@ -1,4 +1,4 @@
-"""Which weights of a run are saved: the trained ones, their moving average, or a schedule-free optimizer's own."""
+"""Weights that a run saves: the trained ones, their moving average (EMA), or a schedule-free optimizer's average."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class AveragedWeights:
-    """Follows the trained parameters and puts into them, inside ``with averaged.swapped_in()``, what is to be saved."""
+    """Average of the trained parameters. Inside ``with averaged.swapped_in()`` the model has the saved weights."""
 
     def __init__(self, params: TrainParams, parameters: list[torch.nn.Parameter], optimizer: Any) -> None:
         self.parameters = parameters
@@ -25,13 +25,13 @@ class AveragedWeights:
         self.schedule_free = optimizer if hasattr(optimizer, "eval") and hasattr(optimizer, "train") else None
 
     def step(self) -> None:
-        """Follow the parameters after an optimizer step."""
+        """Update the average after an optimizer step."""
         if self.ema is not None:
             self.ema.step(self.parameters)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Afterwards the trained weights are back, to the bit."""
+        """Put the weights to be saved into the model; restore the trained ones bit-identically afterwards."""
         trained = [parameter.detach().clone() for parameter in self.parameters]
         if self.schedule_free is not None:
             self.schedule_free.eval()
@@ -43,14 +43,15 @@ class AveragedWeights:
             if self.schedule_free is not None:
                 self.schedule_free.train()
             with torch.no_grad():
-                for parameter, own in zip(self.parameters, trained, strict=True):
-                    parameter.copy_(own)
+                for parameter, value in zip(self.parameters, trained, strict=True):
+                    parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty without an average: a schedule-free optimizer has its own state."""
+        """Return the state of the EMA; empty without one, since a schedule-free optimizer saves its own state."""
         return {} if self.ema is None else self.ema.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of the EMA."""
         if self.ema is not None:
             self.ema.load_state_dict(state)
             self.ema.to(self.parameters[0].device)

@@ -1,4 +1,4 @@
-"""Training batches drawn from the cache: pictures of one shape, each with view, caption, noise and timestep."""
+"""Training batches from the cache: images of one latent shape, each with a random view, caption, noise and timestep."""
 
 from __future__ import annotations
 
@@ -21,31 +21,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of B samples of one latent shape."""
+    """B samples of one latent shape."""
 
     latents: torch.Tensor  # [B, C, h, w] float32, in the denoiser's space
-    noise: torch.Tensor  # [B, C, h, w] float32, what is to be predicted
-    added_noise: torch.Tensor  # [B, C, h, w] float32, what is in the noisy latents: the same, or perturbed
+    noise: torch.Tensor  # [B, C, h, w] float32, the noise to predict
+    added_noise: torch.Tensor  # [B, C, h, w] float32, noise in the noisy latents: equal to noise, or perturbed
     timesteps: torch.Tensor  # [B] int64
-    captions: list[str]  # B; the empty one where it was dropped
-    prompt: dict[str, torch.Tensor]  # name -> [B, ...], what the cache says of them
-    weights: torch.Tensor  # [B] float32, each picture's own loss_weight
-    masks: torch.Tensor | None  # [B, 1, h, w] float32; None where no picture of the run has one
+    captions: list[str]  # B captions; empty where dropped
+    prompt: dict[str, torch.Tensor]  # name -> cached conditioning, [B, ...]
+    weights: torch.Tensor  # [B] float32, loss_weight of each image
+    masks: torch.Tensor | None  # [B, 1, h, w] float32; None if no image of the run has a mask
 
     @classmethod
     def cat(cls, parts: Sequence[Batch]) -> Batch:
-        """One batch of them all, in their order."""
-        return cls._each(parts, torch.cat)
+        """Concatenate batches."""
+        return cls._combine(parts, torch.cat)
 
     def first(self, count: int) -> Batch:
-        return replace(self._each([self], lambda tensors: tensors[0][:count]), captions=self.captions[:count])
+        """Return the first samples."""
+        return replace(self._combine([self], lambda tensors: tensors[0][:count]), captions=self.captions[:count])
 
     def to(self, device: torch.device) -> Batch:
-        return self._each([self], lambda tensors: tensors[0].to(device))
+        """Return the batch on a device."""
+        return self._combine([self], lambda tensors: tensors[0].to(device))
 
     @classmethod
-    def _each(cls, parts: Sequence[Batch], combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> Batch:
-        """The batch whose every tensor is made of that tensor of the parts."""
+    def _combine(cls, parts: Sequence[Batch], combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> Batch:
+        """Combine each tensor of the parts by a function."""
 
         def combined(value: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
             return combine([value(part) for part in parts])
@@ -63,7 +65,7 @@ class Batch:
 
 
 class Batches:
-    """The endless sequence of batches of one run."""
+    """Endless sequence of the batches of one run."""
 
     def __init__(
         self,
@@ -72,21 +74,26 @@ class Batches:
         params: TrainParams,
         timesteps: noising.Timesteps,
         device: torch.device,
-        drops_to_zeros: bool = False,  # as the family says
+        drops_to_zeros: bool = False,
     ) -> None:
+        """Prepare the order of the images.
+
+        Args:
+            drops_to_zeros: whether a dropped caption's embeddings are zeros instead of the empty caption's.
+        """
         self.cache, self.items, self.params = cache, items, params
         self.timesteps, self.device, self.drops_to_zeros = timesteps, device, drops_to_zeros
         self.zeroed = cache.manifest["conditioning"] if drops_to_zeros else []
-        self.order = Order(by_shape(cache, items), params.batch_size, params.seed)
+        self.order = BatchOrder(buckets_by_shape(cache, items), params.batch_size, params.seed)
         self.masked = any(item.masks for item in items)
 
-    def of(self, items: list[CachedItem], **changes: Any) -> Batches:
-        """Of other pictures, drawn in the same way but for ``changes`` of the parameters."""
+    def with_items(self, items: list[CachedItem], **changes: Any) -> Batches:
+        """Return batches of other images with the same settings, except ``changes`` of section ``train``."""
         params = self.params.model_copy(update=changes)
         return Batches(self.cache, items, params, self.timesteps, self.device, self.drops_to_zeros)
 
     def batch(self, step: int, micro: int) -> Batch:
-        """The micro-batch ``micro`` of an optimizer step."""
+        """Return micro-batch number ``micro`` of an optimizer step, on the device."""
         size = self.params.batch_size
         items = self.order.items(step * self.params.gradient_accumulation_steps + micro)
         slots = range(micro * size, (micro + 1) * size)
@@ -94,7 +101,7 @@ class Batches:
         return Batch.cat(samples).to(self.device)
 
     def sample(self, item: CachedItem, step: int, slot: int) -> Batch:
-        """A batch of this one picture, drawn on the CPU."""
+        """Draw a batch of this one image on the CPU. Its random numbers depend on seed, purpose, step and slot only."""
 
         def draw(purpose: str) -> torch.Generator:
             return seeding.generator(self.params.seed, purpose, step, slot)
@@ -105,8 +112,8 @@ class Batches:
         noise, added_noise = noising.draw_noise(draw, mean.shape, self.params)
         timestep = self.timesteps.draw(draw("timestep"), noising.num_tokens(mean))
         dropped = torch.rand((), generator=draw("prompt")) < self.params.prompt_dropout
-        drawn = item.captions[int(torch.randint(len(item.captions), (), generator=draw("caption")))]
-        caption = "" if dropped else drawn
+        chosen = item.captions[int(torch.randint(len(item.captions), (), generator=draw("caption")))]
+        caption = "" if dropped else chosen
         prompt = self.cache.prompt(caption, item.views[view])
         if dropped:
             prompt |= {name: torch.zeros_like(prompt[name]) for name in self.zeroed}
@@ -123,16 +130,17 @@ class Batches:
         )
 
 
-# Which pictures stand together
+# Order of the images
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The pictures of one latent shape."""
+    """Images of one latent shape."""
 
     height: int
-    """Of the latents, not in pixels."""
+    """Height in latent pixels."""
     width: int
+    """Width in latent pixels."""
     items: list[CachedItem]
 
     @property
@@ -141,55 +149,55 @@ class Bucket:
 
     @property
     def entries(self) -> list[CachedItem]:
-        """An epoch's pictures: each as often as it repeats."""
+        """Images of an epoch, each as often as its ``repeats``."""
         return [item for item in self.items for _ in range(item.repeats)]
 
 
-def by_shape(cache: LatentCache, items: Iterable[CachedItem]) -> list[Bucket]:
-    """Buckets in order of height and width. All views of a picture have one shape."""
-    found = defaultdict(list)
+def buckets_by_shape(cache: LatentCache, items: Iterable[CachedItem]) -> list[Bucket]:
+    """Return the buckets in order of height and width. All views of an image have one shape."""
+    by_shape = defaultdict(list)
     for item in items:
-        found[cache.size(item.views[0])].append(item)
-    return [Bucket(*shape, members) for shape, members in sorted(found.items())]
+        by_shape[cache.size(item.views[0])].append(item)
+    return [Bucket(*shape, members) for shape, members in sorted(by_shape.items())]
 
 
-class Order:
-    """Which pictures each micro-batch of a run holds: a function of the seed and its number.
+class BatchOrder:
+    """Images of each micro-batch of a run, as a function of the seed and the micro-batch's number.
 
-    A bucket of n entries is an endless stream of epochs, each another permutation of them; its k-th micro-batch holds
-    the entries k * B to (k + 1) * B - 1 of that stream, and so is always full. The buckets take turns in cycles of
-    about one epoch: cycle c holds floor(n * (c + 1) / B) - floor(n * c / B) micro-batches of the bucket, and seeded
-    shuffling mixes those of all buckets. So every picture comes up as often as its epochs say, whatever B leaves over.
+    The n entries of a bucket form an endless stream of epochs, each a new permutation. Micro-batch k of the bucket has
+    the entries k * B to (k + 1) * B - 1 of the stream, and so is always full. The buckets alternate in cycles of about
+    one epoch: cycle c has floor(n * (c + 1) / B) - floor(n * c / B) micro-batches of the bucket, and a seeded shuffle
+    mixes the micro-batches of all buckets. So every image is used equally often, even if B does not divide n.
     """
 
     def __init__(self, buckets: list[Bucket], batch_size: int, seed: int) -> None:
         self.buckets, self.batch_size, self.seed = buckets, batch_size, seed
         self.entries = [bucket.entries for bucket in buckets]
-        self.num_entries = sum(map(len, self.entries))  # of an epoch
+        self.num_entries = sum(map(len, self.entries))  # per epoch
 
     def items(self, number: int) -> list[CachedItem]:
-        """The ``batch_size`` pictures of a micro-batch, counted from 0 over the whole run."""
-        bucket, rank = self.turn(number)
+        """Return the ``batch_size`` images of a micro-batch, counted from 0 over the whole run."""
+        bucket, rank = self.bucket_turn(number)
         entries = self.entries[bucket]
         purpose = "order" if len(self.buckets) == 1 else f"order {self.buckets[bucket].name}"
-        found = []
+        items = []
         for position in range(rank * self.batch_size, (rank + 1) * self.batch_size):
             epoch, offset = divmod(position, len(entries))
-            found.append(entries[seeding.permutation(self.seed, epoch, len(entries), purpose)[offset]])
-        return found
+            items.append(entries[seeding.permutation(self.seed, epoch, len(entries), purpose)[offset]])
+        return items
 
-    def turn(self, number: int) -> tuple[int, int]:
-        """Index of the bucket whose turn a micro-batch is, and how many the same bucket has had before."""
+    def bucket_turn(self, number: int) -> tuple[int, int]:
+        """Return the index of a micro-batch's bucket, and the number of earlier micro-batches of that bucket."""
         # num_before(c) is above c * num_entries / B - len(buckets), so the cycle's number is below this one.
         beyond = (number + len(self.buckets)) * self.batch_size // self.num_entries + 1
         cycle = bisect_right(range(beyond), number, key=lambda c: sum(self.num_before(c))) - 1
         before, after = self.num_before(cycle), self.num_before(cycle + 1)
         turns = [bucket for bucket, ends in enumerate(zip(before, after, strict=True)) for _ in range(*ends)]
         shuffled = seeding.permutation(self.seed, cycle, len(turns), "buckets")
-        place = number - sum(before)
-        bucket = turns[shuffled[place]]
-        return bucket, before[bucket] + sum(turns[index] == bucket for index in shuffled[:place])
+        position = number - sum(before)
+        bucket = turns[shuffled[position]]
+        return bucket, before[bucket] + sum(turns[index] == bucket for index in shuffled[:position])
 
     def num_before(self, cycle: int) -> list[int]:
-        """Micro-batches of each bucket in the cycles before this one."""
+        """Return the number of micro-batches of each bucket in the cycles before this one."""
         return [len(entries) * cycle // self.batch_size for entries in self.entries]

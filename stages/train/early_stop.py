@@ -1,8 +1,8 @@
-"""An end before ``train.num_steps``, where the held-out loss of every snapshot has stopped falling.
+"""Early stop: a run ends before ``train.num_steps`` once the held-out loss of the snapshots no longer decreases.
 
-The held-out pictures are scored as the training scores its own: view, caption, noise and timestep of every row are
-drawn in the training's way, once, so that each snapshot is scored on the same rows. They decide when to end and nothing
-else; the adapter has the bytes of the snapshot that an undisturbed run keeps at that step.
+The held-out loss is the training loss on held-out images. View, caption, noise and timestep of every row are drawn once
+with the training's settings, so that all snapshots are scored on the same rows. The rows only decide when to end: the
+adapter is bit-identical to the snapshot of a full run at that step.
 """
 
 from __future__ import annotations
@@ -14,33 +14,34 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_dag.core.console import UserError, log
+from lora_dag.core.console import Problem, UserError, log
 from stages.train.batches import Batch, Batches
 
 if TYPE_CHECKING:
     from lora_dag.artifacts.latent_cache import CachedItem
 
-MAX_PICTURES = 64
+MAX_IMAGES = 64
 NUM_DRAWS = 4
-"""Rows per picture, a forward pass each: of 64 pictures as many as about seven training steps at batch 16."""
+"""Rows per image. 64 images take as many forward passes as about seven training steps at batch size 16."""
 NO_STEP = -1
-"""Keys the rows' draws: no training step has that number."""
+"""Step number in the seeds of the rows' random numbers; no training step has it."""
 
 
 class HeldoutRows:
-    """Held-out pictures with their draws.
+    """Rows of held-out images, each with fixed random numbers.
 
     Raises:
-        UserError: no picture is held out.
+        UserError: no image is held out.
     """
 
     def __init__(self, training: Batches) -> None:
-        found = [item for item in training.cache.split("heldout") if not item.regularization]
-        if not found:
-            none = "no picture is held out (dataset.heldout_fraction)"
-            raise UserError(f"params.yaml train.early_stop_patience: {none}; hold some out, or set this to null")
-        items = sorted(found, key=lambda item: (item.content, item.file_name))[:MAX_PICTURES]
-        self.source = training.of(items, prompt_dropout=0.0)
+        heldout = [item for item in training.cache.split("heldout") if not item.regularization]
+        if not heldout:
+            setting = training.params.setting("early_stop_patience")
+            text = f"{setting}: no image is held out. Raise dataset.heldout_fraction, or set this to null."
+            raise UserError(Problem("no-heldout-images", text))
+        items = sorted(heldout, key=lambda item: (item.content, item.file_name))[:MAX_IMAGES]
+        self.source = training.with_items(items, prompt_dropout=0.0)
         first = {item: index * NUM_DRAWS for index, item in enumerate(items)}
         self.rows: list[list[tuple[CachedItem, int]]] = [
             [(item, first[item] + draw) for item in bucket.items for draw in range(NUM_DRAWS)]
@@ -51,9 +52,9 @@ class HeldoutRows:
         return sum(map(len, self.rows))
 
     def batches(self) -> Iterator[Batch]:
-        """Made anew each time: prompt embeddings of all rows at once would fill the memory.
+        """Yield full batches of all rows; they are made again each time to save memory.
 
-        Every batch is full, as in training and as compiled blocks need it; the rows that fill one up have no weight.
+        Compiled blocks need full batches. Rows that only fill up a batch have weight 0.
         """
         size = self.source.params.batch_size
         for rows in self.rows:
@@ -65,23 +66,22 @@ class HeldoutRows:
 
 
 class EarlyStop:
-    """Held-out losses by step, and whether ``patience`` snapshots in a row were no better than the best before them."""
+    """Held-out losses by step. A run ends after ``patience`` snapshots in a row without a new lowest loss."""
 
     def __init__(self, rows: HeldoutRows, patience: int) -> None:
         self.rows, self.patience = rows, patience
         self.losses: dict[int, float] = {}
 
-    def is_over(self, step: int, loss: float) -> bool:
-        """Note the held-out loss of the snapshot of this step."""
+    def should_stop(self, step: int, loss: float) -> bool:
+        """Record the held-out loss of a snapshot and return whether the run ends here."""
         self.losses[step] = loss if math.isfinite(loss) else math.inf
-        best = min(self.losses, key=lambda known: (self.losses[known], known))
-        log.info(
-            "held-out    step %d: loss %.6f; lowest %.6f at step %d", step, self.losses[step], self.losses[best], best
-        )
-        over = sum(known > best for known in self.losses) >= self.patience
-        if over:
-            log.info("early stop  at step %d; for the best: dvc exp run -S export.step=%d", step, best)
-        return over
+        best = min(self.losses, key=lambda earlier: (self.losses[earlier], earlier))
+        line = "held-out    step %d  loss %.6f  (lowest %.6f at step %d)"
+        log.info(line, step, self.losses[step], self.losses[best], best)
+        is_over = sum(later > best for later in self.losses) >= self.patience
+        if is_over:
+            log.info("early stop  at step %d. To export the best snapshot: dvc exp run -S export.step=%d", step, best)
+        return is_over
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses}

@@ -1,6 +1,6 @@
-"""EVA: A starts as the directions in which a layer's inputs vary most, by PEFT, from the run's own first batches.
+"""EVA: initialize A with the directions in which a layer's inputs vary most, by PEFT, from the run's first batches.
 
-B stays zero, so that step 0 equals the base; ranks are not redistributed. Source: arXiv:2410.07170.
+B stays zero, so that step 0 equals the base. Ranks are not redistributed. Source: arXiv:2410.07170.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from peft.tuners.lora.eva import SVDHook, get_eva_state_dict
 
 from lora_dag.adapters import lora
 from lora_dag.adapters.targets import ending
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,41 +22,45 @@ if TYPE_CHECKING:
     from stages.train.batches import Batch
 
 NUM_BATCHES = 8
-"""Batches that the inputs are taken from, again and again until the directions settle."""
+"""Number of batches; they are repeated until the directions converge."""
+SETTING = "params.yaml lora.init_lora_weights"
 MAX_PASSES = 1000
-"""Forward passes after which they never will: the demo's settle after 44 to 155 (rank 8 to 32)."""
-WHERE = "params.yaml lora.init_lora_weights: eva:"
+"""Maximum of forward passes. The demo's directions converge after 44 to 155 (rank 8 to 32)."""
 
 
-class Base(torch.nn.Module):
-    """The denoiser without the marks that ``get_eva_state_dict`` would take for those of a PeftModel."""
+class BareDenoiser(torch.nn.Module):
+    """Wrapper of the denoiser without the attributes that ``get_eva_state_dict`` expects of a PeftModel only."""
 
     def __init__(self, denoiser: torch.nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
 
 
-def initialize(denoiser: Any, batches: list[Batch], predict: Callable[[Batch], torch.Tensor]) -> int:
-    """Fill A of every linear target; convolutions keep the start they have. Returns the number of passes it took.
+def initialize(
+    denoiser: Any, batches: list[Batch], predict: Callable[[Batch], torch.Tensor], setting: str = SETTING
+) -> int:
+    """Fill A of every linear target and return the number of forward passes. Convolutions keep their initialization.
 
     Args:
-        denoiser: carries a fresh adapter.
+        denoiser: has a new adapter.
         predict: the denoiser's forward pass for a batch.
+        setting: name of the setting for messages.
 
     Raises:
-        UserError: a layer sees too few inputs for its rank, or inputs whose directions never settle.
+        UserError: a layer has too few inputs for its rank, or the directions of its inputs do not converge.
     """
     layers = {
         name: layer
-        for name in lora.targets(denoiser)
+        for name in lora.target_names(denoiser)
         if isinstance((layer := denoiser.get_submodule(name)).get_base_layer(), torch.nn.Linear)
     }
     rank = max((layer.r[lora.NAME] for layer in layers.values()), default=0)
     if not layers:
-        raise UserError(f"{WHERE} no target is a linear layer; use kaiming")
-    model, modes = Base(denoiser), {module: module.training for module in denoiser.modules()}
-    passes = Passes(model, predict, rank)
-    # One rank for all: where layers share their input, PEFT would redistribute ranks that differ.
+        text = f"{setting}: eva needs a linear layer, but lora.target_modules has none. Use kaiming."
+        raise UserError(Problem("eva-needs-linear-layers", text))
+    model, modes = BareDenoiser(denoiser), {module: module.training for module in denoiser.modules()}
+    passes = EvaPasses(model, predict, rank, setting)
+    # One rank for all layers, because PEFT redistributes different ranks of layers with the same input.
     config = LoraConfig(
         r=rank,
         target_modules=[f"denoiser.{name}.base_layer" for name in layers],
@@ -64,65 +68,63 @@ def initialize(denoiser: Any, batches: list[Batch], predict: Callable[[Batch], t
         eva_config=EvaConfig(rho=1.0),
     )
     with lora.disabled(denoiser):
-        found = get_eva_state_dict(
+        directions = get_eva_state_dict(
             model,
             batches,
             config,
             forward_fn=passes.forward,
             prepare_model_inputs_fn=lambda *_: None,
             prepare_layer_inputs_fn=passes.rows,
-            gather_distributed_inputs=False,  # every process sees the same batches
+            gather_distributed_inputs=False,  # every process has the same batches
             show_progress_bar=False,
         )
-    for module, mode in modes.items():  # PEFT gives all of them one mode: dropout would be off in training
+    for module, mode in modes.items():  # PEFT sets one mode for all, which would disable dropout in training
         module.training = mode
     for name, layer in layers.items():
         weight = layer.lora_A[lora.NAME].weight
         with torch.no_grad():
-            weight.copy_(found[f"denoiser.{name}.base_layer"][: len(weight)])  # [rank, in]
+            weight.copy_(directions[f"denoiser.{name}.base_layer"][: len(weight)])  # [rank, in]
     return passes.count
 
 
-class Passes:
-    """The forward passes of one initialisation, watched: PEFT's own loop would never end."""
+class EvaPasses:
+    """Forward passes of one initialization, with a limit: PEFT's loop may never end."""
 
-    def __init__(self, model: Base, predict: Callable[[Batch], torch.Tensor], rank: int) -> None:
-        self.model, self.predict, self.rank = model, predict, rank
+    def __init__(self, model: BareDenoiser, predict: Callable[[Batch], torch.Tensor], rank: int, setting: str) -> None:
+        self.model, self.predict, self.rank, self.setting = model, predict, rank, setting
         self.count = 0
-        self.small: dict[str, str] = {}
-        """Kind of layer -> why the rank is too high for it."""
+        self.too_small: dict[str, str] = {}
+        """Kind of layer -> reason why the rank is too high for it."""
 
     def rows(self, layer_input: Any, _: None, name: str) -> torch.Tensor:
-        """A layer's inputs as PEFT wants them, [rows, in]. It takes twice the rank in directions, and keeps half."""
+        """Return a layer's inputs for PEFT, [rows, in]. PEFT computes directions for twice the rank and uses half."""
         rows = layer_input[0].flatten(0, -2).contiguous()
         if min(rows.shape) < 2 * self.rank:
-            what = "inputs per batch" if rows.shape[0] < rows.shape[1] else "features"
-            few = f"{min(rows.shape)} {what} of '{kind(name)}' are too few for twice the rank {self.rank}"
-            self.small[kind(name)] = few
+            unit = "inputs per batch" if rows.shape[0] < rows.shape[1] else "features"
+            counts = f"'{layer_kind(name)}' has {min(rows.shape)} {unit}, but eva needs twice the rank {self.rank}"
+            self.too_small[layer_kind(name)] = counts
         return rows
 
-    def forward(self, model: Base, batch: Batch) -> None:
+    def forward(self, model: BareDenoiser, batch: Batch) -> None:
+        """Run one forward pass; raise UserError if the initialization cannot succeed."""
         self.predict(batch)
         self.count += 1
-        if self.small:
-            raise UserError(
-                *(
-                    f"{WHERE} {line}; lower lora.rank, or name it in lora.exclude_modules"
-                    for line in self.small.values()
-                )
-            )
+        if self.too_small:
+            fix = "Lower lora.rank, or add the layer to lora.exclude_modules."
+            counts = self.too_small.values()
+            raise UserError(*(Problem("eva-too-few-inputs", f"{self.setting}: {text}. {fix}") for text in counts))
         if self.count < MAX_PASSES:
             return
-        names = ", ".join(sorted({kind(hook.name) for hook in self.unsettled()}))
-        raise UserError(
-            f"{WHERE} the directions of {names} do not settle; name them in lora.exclude_modules, or use kaiming"
-        )
+        names = ", ".join(sorted({layer_kind(hook.name) for hook in self.unconverged()}))
+        fix = "Add them to lora.exclude_modules, or use kaiming."
+        text = f"{self.setting}: eva's directions for {names} do not converge. {fix}"
+        raise UserError(Problem("eva-not-converged", text))
 
-    def unsettled(self) -> list[SVDHook]:
+    def unconverged(self) -> list[SVDHook]:
         hooks = (hook for module in self.model.modules() for hook in module._forward_hooks.values())
         return [hook for hook in hooks if isinstance(hook, SVDHook) and not hook.converged.all()]
 
 
-def kind(hooked: str) -> str:
-    """``denoiser.down_blocks.0.attn1.to_q.base_layer`` -> ``to_q``."""
-    return ending(hooked.removesuffix(".base_layer"))
+def layer_kind(name: str) -> str:
+    """Return the kind of a layer: ``denoiser.down_blocks.0.attn1.to_q.base_layer`` -> ``to_q``."""
+    return ending(name.removesuffix(".base_layer"))

@@ -1,4 +1,4 @@
-"""What a run is known by: everything that decides its bytes, and what its adapter records of its making."""
+"""Identity of a run: all inputs that determine its result, and the provenance that its adapter records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from lora_dag.adapters.adapted import Adapted
+    from lora_dag.adapters.adapter_set import AdapterSet
     from lora_dag.artifacts.latent_cache import CachedItem
     from lora_dag.core.params import Config
     from stages.train.batches import Batches
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is known by."""
+    """Inputs and provenance of a run."""
 
     inputs: dict[str, Any]
-    """Everything that decides its bytes: a checkpoint is resumed by the run of the same inputs alone."""
+    """All inputs that determine the result. Only a run with the same inputs resumes its checkpoints."""
     provenance: dict[str, Any]
-    """What adapter.json says of its data, settings and packages."""
+    """Record of data, settings and packages in adapter.json."""
 
     @property
     def digest(self) -> str:
@@ -39,25 +39,25 @@ class Identity:
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoints and snapshots are, in the state directory."""
+        """Folder of the run's checkpoints and snapshots in the state directory."""
         return state_dir() / "runs" / self.digest[:16]
 
 
-def identify(config: Config, batches: Batches, adapter: Adapted, base_digests: dict[str, str]) -> Identity:
-    """The identity of a run of these parts."""
+def identify(config: Config, batches: Batches, adapter: AdapterSet, base_digests: dict[str, str]) -> Identity:
+    """Return the identity of a run."""
     return Identity(run_inputs(config, batches, adapter, base_digests), provenance(config, batches))
 
 
-def run_inputs(config: Config, batches: Batches, adapter: Adapted, base_digests: dict[str, str]) -> dict[str, Any]:
-    """Everything that decides a run's bytes.
+def run_inputs(config: Config, batches: Batches, adapter: AdapterSet, base_digests: dict[str, str]) -> dict[str, Any]:
+    """Return all inputs that determine a run's result.
 
-    Of the code, the number of its results: a run that an error in a message broke off continues when that is mended.
+    The code counts by RESULTS only, so that a run that stopped at an error in a message resumes after the fix.
     """
     params, model, init_from = batches.params, config.section(ModelParams), config.section(LoraParams).init_from
-    without = {"checkpoint_every_n_steps"} | ({"num_steps"} if may_go_on(params) else set())
+    without = {"checkpoint_every_n_steps"} | ({"num_steps"} if can_extend(params) else set())
     if not params.compile:
-        without.add("gradient_checkpointing")  # the same bytes
-    dropped = {"dropped caption": "zeros"} if batches.zeroed else {}  # in no component's files
+        without.add("gradient_checkpointing")  # bit-identical result
+    dropped = {"dropped caption": "zeros"} if batches.zeroed else {}  # no component's files contain it
     return {
         "base": base_digests | dropped,
         "cache": batches.cache.digest,
@@ -66,19 +66,19 @@ def run_inputs(config: Config, batches: Batches, adapter: Adapted, base_digests:
         "environment": device.environment(batches.device),
         "init_from": init_from.sha256 if init_from else None,
         "lora": adapter.configs,
-        "optimizer": optimizers.package(params.optimizer),
+        "optimizer": optimizers.package_version(params.optimizer),
         "results": RESULTS,
         "train": params.recorded(without),
     }
 
 
-def may_go_on(params: TrainParams) -> bool:
-    """Whether a run of fewer steps is the beginning of this one, to the bit: nothing in it looks at ``num_steps``."""
+def can_extend(params: TrainParams) -> bool:
+    """Return whether a shorter run is bit-identical to the beginning of a longer one: nothing depends on num_steps."""
     return params.lr_scheduler == "constant"
 
 
 def provenance(config: Config, batches: Batches) -> dict[str, Any]:
-    """Where an adapter comes from, for whoever meets its file: no path, host, time or git revision."""
+    """Return the provenance record of an adapter file, without path, host, time or git revision."""
     model, params, items = config.section(ModelParams), config.section(TrainParams), batches.items
     packages = {name: importlib.metadata.version(name) for name in device.RECORDED}
     return {
@@ -87,17 +87,17 @@ def provenance(config: Config, batches: Batches) -> dict[str, Any]:
         "latents": batches.cache.digest,
         "lora": config.section(LoraParams).model_dump(),
         "model": {"dtype": model.dtype, "variant": model.variant},
-        "num_pictures": len(items),
-        "packages": packages | optimizers.package(params.optimizer),
-        "pictures": sha256_json(sorted(item.content for item in items)),
+        "num_images": len(items),
+        "packages": packages | optimizers.package_version(params.optimizer),
+        "images": sha256_json(sorted(item.content for item in items)),
         "train": params.recorded({"checkpoint_every_n_steps"}),
     }
 
 
 def example_caption(items: Sequence[CachedItem]) -> str:
-    """What a card draws where no prompt is set: the caption that several pictures share, else a held-out one."""
-    own = sorted((item for item in items if not item.regularization), key=lambda item: item.content)
-    counts = Counter(item.caption for item in own)
+    """Return the model card's default prompt: a caption that several images share, else a held-out image's."""
+    concept = sorted((item for item in items if not item.regularization), key=lambda item: item.content)
+    counts = Counter(item.caption for item in concept)
     caption, count = min(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    held_out = [item.caption for item in own if item.split == "heldout"]
+    held_out = [item.caption for item in concept if item.split == "heldout"]
     return caption if count > 1 or not held_out else held_out[0]

@@ -1,7 +1,7 @@
-"""Several processes on one training, with the bytes of one process: how they start and end.
+"""Start and end of several processes that share one training, bit-identical to one process.
 
 A micro-batch is never split: process r of W computes the micro-batches r, r + W, ... of each step, and
-stages/train/gradient_sum.py adds up their gradients. Nothing here imports torch, for a quick --help.
+stages/train/gradient_sum.py adds their gradients. This module does not import torch, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,62 +25,66 @@ if TYPE_CHECKING:
     from stages.train.params import TrainParams
 
 LOGS = Path("logs")
-PATIENCE = 10  # seconds that a process gets to end
+END_TIMEOUT = 10  # seconds to wait for the end of a process
 
 
 def rank() -> int:
+    """Return this process's number, 0 for the first."""
     return int(os.environ.get("RANK", 0))
 
 
 @contextlib.contextmanager
-def sharing(runtime: RuntimeParams, arguments: Sequence[str]) -> Iterator[None]:
-    """Inside, this is process 0, and this very command runs again as processes 1 to ``num_processes`` - 1.
+def other_processes(runtime: RuntimeParams, arguments: Sequence[str]) -> Iterator[None]:
+    """Run the same command as processes 1 to ``num_processes`` - 1 inside the block; this process is number 0.
 
-    They find each other by torch.distributed's variables, as under ``torchrun`` and ``accelerate launch``, which set
-    them themselves: then nothing is started here. What the others print goes to logs/train-process-N.log.
+    The processes connect by torch.distributed's variables. ``torchrun`` and ``accelerate launch`` set them themselves;
+    then no process is started here. The output of the other processes goes to logs/train-process-N.log.
 
     Raises:
-        UserError: one of the others ended, and why; or they are to be on other machines too.
+        UserError: another process ended early, or several machines are configured without a launcher.
     """
     started = "WORLD_SIZE" in os.environ
     if runtime.num_machines > 1 and not started:
-        raise UserError(
-            f"params.yaml runtime.num_machines: got {runtime.num_machines}, and a stage by itself reaches this machine "
-            "alone; use `snakemake --workflow-profile profiles/slurm`, torchrun on each machine, or 1"
+        text = (
+            f"{runtime.setting('num_machines')}: got {runtime.num_machines}, but this command starts processes on one "
+            "machine only. Run `snakemake --workflow-profile profiles/slurm` or torchrun, or set it to 1."
         )
-    others = [] if started else launch(runtime.num_processes, arguments)
-    if others:  # until the training loop notes signals itself: go through the finally below
-        signal.signal(signal.SIGTERM, leave)
-        signal.signal(signal.SIGUSR1, leave)
+        raise UserError(Problem("needs-launcher", text))
+    others = [] if started else start_processes(runtime.num_processes, arguments)
+    if others:  # until the training loop handles signals itself: run the finally block below
+        signal.signal(signal.SIGTERM, exit_on_signal)
+        signal.signal(signal.SIGUSR1, exit_on_signal)
     try:
         yield
-    except RuntimeError as error:  # a process that is gone shows as a broken connection
-        raise failure(others) or error from None
-    finally:  # without process 0 the others have nothing to do
+    except RuntimeError as error:  # a broken connection is the sign of a process that ended
+        raise process_failure(others) or error from None
+    finally:  # the others cannot continue without process 0
         for process in others:
             process.kill()
             process.wait()
 
 
-def leave(number: int, frame: FrameType | None) -> None:
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Exit with the signal's exit code."""
     sys.exit(128 + number)
 
 
-def launch(num_processes: int, arguments: Sequence[str]) -> list[subprocess.Popen[bytes]]:
+def start_processes(num_processes: int, arguments: Sequence[str]) -> list[subprocess.Popen[bytes]]:
+    """Start the other processes, with this process's arguments."""
     if num_processes == 1:
         return []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        port = free_socket.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
     LOGS.mkdir(exist_ok=True)
     others = []
     for number in range(1, num_processes):
-        own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+        ranks = {"RANK": str(number), "LOCAL_RANK": str(number)}
         with log_file(number).open("wb") as output:
             command = [sys.executable, "-m", "stages.train", *arguments]
-            others.append(subprocess.Popen(command, env=os.environ | own, stdout=output, stderr=output))
+            others.append(subprocess.Popen(command, env=os.environ | ranks, stdout=output, stderr=output))
     return others
 
 
@@ -88,25 +92,28 @@ def log_file(number: int) -> Path:
     return LOGS / f"train-process-{number}.log"
 
 
-def failure(others: list[subprocess.Popen[bytes]]) -> UserError | None:
-    """Why the others are gone, where one of them is."""
+def process_failure(others: list[subprocess.Popen[bytes]]) -> UserError | None:
+    """Return the error of the first other process that failed, or None."""
     for number, process in enumerate(others, start=1):
         with contextlib.suppress(subprocess.TimeoutExpired):
-            if process.wait(PATIENCE):
+            if process.wait(END_TIMEOUT):
                 lines = log_file(number).read_text(errors="replace").strip().splitlines()
-                killed = f"killed by signal {-process.returncode}; 9 is often for want of memory"
-                what = killed if process.returncode < 0 else f"{(lines or ['no output'])[-1]}; see {log_file(number)}"
-                return UserError(f"train: process {number} ended ({what})")
+                reason = f"with: {(lines or ['no output'])[-1]}"
+                if process.returncode < 0:
+                    reason = f"by signal {-process.returncode} (9: often out of memory)"
+                text = f"train: process {number} ended {reason}. Read {log_file(number)}."
+                return UserError(Problem("process-ended", text))
     return None
 
 
-def require_share(params: TrainParams, num_processes: int) -> None:
-    """Raises UserError: the micro-batches of a step cannot be shared out evenly."""
+def require_even_split(params: TrainParams, num_processes: int) -> None:
+    """Raise UserError if the processes cannot share the micro-batches of a step evenly."""
     accumulation = params.gradient_accumulation_steps
     if accumulation % num_processes:
         below = accumulation - accumulation % num_processes
         near = f"{below} or {below + num_processes}" if below else str(num_processes)
-        raise UserError(
-            f"params.yaml train.gradient_accumulation_steps: the {accumulation} micro-batches of a step do not divide "
-            f"among {num_processes} processes; use {near}, or another runtime.num_processes"
+        text = (
+            f"{params.setting('gradient_accumulation_steps')}: {num_processes} processes cannot share {accumulation} "
+            f"micro-batches evenly. Use {near}, or change runtime.num_processes."
         )
+        raise UserError(Problem("uneven-split", text))

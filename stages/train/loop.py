@@ -1,4 +1,4 @@
-"""The training loop: one step on one screen, checkpoints, and the way on from where a run was stopped."""
+"""Training loop: the step on one screen, checkpoints, snapshots, resume."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 
+from lora_dag.adapters.adapter_set import DENOISER_KEY
+from lora_dag.adapters.params import LoraParams
 from lora_dag.artifacts.adapter import snapshot_name
 from lora_dag.core import seeding
-from lora_dag.core.console import log, plural
+from lora_dag.core.console import log, plural, warn
 from lora_dag.core.files import drop_leftovers, write_json
 from lora_dag.core.locks import require_held
 from lora_dag.core.tensors import has_all_bytes
@@ -29,13 +31,13 @@ if TYPE_CHECKING:
 
 
 def train(run: Run, code: str) -> dict[str, float]:
-    """Run or resume to ``train.num_steps`` or an early stop: checkpoints and snapshots first, then the step.
+    """Start or resume a run, up to ``train.num_steps`` or an early stop.
 
     Args:
-        code: digest of the code that runs.
+        code: digest of the running code.
 
     Returns:
-        Speed and time, which differ between runs of the same bytes.
+        Speed and time, which differ between bit-identical runs.
     """
     params = run.params
     start = begin(run, code)
@@ -53,27 +55,27 @@ def train(run: Run, code: str) -> dict[str, float]:
                 save_checkpoint(run, step)
             if step > 0 and step % params.snapshot_every_n_steps == 0:
                 save_snapshot(run, step)
-                if run.early_stop is not None and run.early_stop.is_over(step, heldout_loss(run)):
+                if run.early_stop is not None and run.early_stop.should_stop(step, heldout_loss(run)):
                     break
             stop = training_step(run, step)
             progress.step(run.history.rows)
             if stop:
                 save_checkpoint(run, step + 1)
-                run.accelerator.wait_for_everyone()  # the end of one process ends the others
-                run.interrupt.leave(step + 1)
-    measured = progress.end(len(run.history))
-    done = len(run.history) - start
-    run.work.record(run.work.amount * done / params.num_steps, measured["seconds"])
+                run.accelerator.wait_for_everyone()  # the exit of one process ends the others
+                run.interrupt.exit(step + 1)
+    speed = progress.end(len(run.history))
+    num_new_steps = len(run.history) - start
+    run.work.record(run.work.amount * num_new_steps / params.num_steps, speed["seconds"])
     run.monitor.check_end()
     if run.keep_checkpoints:
         save_checkpoint(run, len(run.history))
     if run.accelerator.is_main_process:
         end_run(run.identity.folder, len(run.history))
-    return measured
+    return speed
 
 
 def training_step(run: Run, step: int) -> bool:
-    """One optimizer step. Everything random in it is a function of (seed, purpose, step, slot).
+    """Run one optimizer step. Its random numbers are a function of (seed, purpose, step, slot).
 
     Returns:
         Whether any process received a signal to stop.
@@ -93,7 +95,7 @@ def training_step(run: Run, step: int) -> bool:
     run.monitor.note_gradients()
     grad_norm = float(run.accelerator.clip_grad_norm_(list(run.adapter.trainable.values()), run.params.max_grad_norm))
     run.monitor.check_clipping(grad_norm)
-    if run.monitor.is_finite(total_loss, grad_norm, step, scaler is not None) or scaler is not None:
+    if run.monitor.can_update(total_loss, grad_norm, step, scaler is not None) or scaler is not None:
         run.optimizer.step()  # a GradScaler skips bad updates itself and lowers its scale
         if not run.optimizer.step_was_skipped:
             run.averaged.step()
@@ -104,16 +106,16 @@ def training_step(run: Run, step: int) -> bool:
 
 
 def mean_loss(run: Run, batch: Batch) -> torch.Tensor:
-    """Loss of a micro-batch, float32 []."""
+    """Return the loss of a micro-batch, float32 []."""
     model_pred = run.predict(batch)  # [B, C, h, w]
     return (run.loss(model_pred, batch) * batch.weights).mean()
 
 
-# --- the beginning ----------------------------------------------------------------------------------------------------
+# --- start ------------------------------------------------------------------------------------------------------------
 
 
 def begin(run: Run, code: str) -> int:
-    """Resume, or check and start a fresh run; return the number of steps that are done."""
+    """Resume the run, or check and start a new one; return the number of finished steps."""
     folder = run.identity.folder
     if run.accelerator.is_main_process:
         drop_leftovers(folder)
@@ -122,8 +124,8 @@ def begin(run: Run, code: str) -> int:
     if start == 0:
         check_step_zero(run)
         log_start_over(folder, run.identity.inputs)
-        if run.adapter.configs[""].get("init_lora_weights") == "eva":
-            start_from_data(run)
+        if run.adapter.configs[DENOISER_KEY].get("init_lora_weights") == "eva":
+            initialize_with_eva(run)
             check_step_zero(run)
     if run.accelerator.is_main_process:
         write_json(folder / INPUTS, run.identity.inputs)
@@ -134,42 +136,44 @@ def begin(run: Run, code: str) -> int:
 
 
 def check_step_zero(run: Run) -> None:
-    """The adapter is sound; a fresh one equals the base on two samples of the first batch."""
+    """Check the adapter; a new one must equal the base on two samples of the first batch."""
     batch = run.batches.batch(0, 0).first(2)
     run.adapter.require_sound()
     with torch.no_grad(), run.accelerator.autocast():
-        self_checks.step_zero(run.adapter, lambda: run.predict(batch), fresh=not run.init_from)
+        self_checks.check_step_zero(run.adapter, lambda: run.predict(batch), is_new=not run.init_from_summary)
         if run.base.text is not None:
-            self_checks.same_prompts(run.prompt(batch), batch.prompt, run.model.dtype)
+            self_checks.check_prompt_embeddings(run.prompt(batch), batch.prompt, run.model.dtype)
 
 
-def start_from_data(run: Run) -> None:
-    """Fill the adapter's A from the first batches."""
-    log.info("eva         from the first %d batches, until the directions settle", eva.NUM_BATCHES)
+def initialize_with_eva(run: Run) -> None:
+    """Initialize the adapter's A from the first batches."""
+    log.info("eva         initializes A from the inputs of the first %d batches", eva.NUM_BATCHES)
     first = [divmod(i, run.params.gradient_accumulation_steps) for i in range(eva.NUM_BATCHES)]
     batches = [run.batches.batch(step, micro) for step, micro in first]
-    passes = eva.initialize(run.accelerator.unwrap_model(run.base.denoiser), batches, run.predict)
-    log.info("eva         settled after %s", plural(passes, "pass", "passes"))
+    denoiser = run.accelerator.unwrap_model(run.base.denoiser)
+    setting = run.config.section(LoraParams).setting("init_lora_weights")
+    passes = eva.initialize(denoiser, batches, run.predict, setting)
+    log.info("eva         converged after %s", plural(passes, "forward pass", "forward passes"))
 
 
 # --- held-out loss ----------------------------------------------------------------------------------------------------
 
 
 def heldout_loss(run: Run) -> float:
-    """Mean loss of the early stop's rows under the weights that would be saved, without dropout."""
+    """Return the mean loss of the early stop's rows with the weights that would be saved, without dropout."""
     assert run.early_stop is not None
     rows = run.early_stop.rows
     with torch.no_grad(), run.averaged.swapped_in(), evaluating(run.adapter.modules.values()):
         total = math.fsum(float(mean_loss(run, batch)) * len(batch.captions) for batch in rows.batches())
     loss = [total / len(rows)]
     if run.accelerator.num_processes > 1:
-        broadcast_object_list(loss)  # all end at the same step whatever their devices' last bits
+        broadcast_object_list(loss)  # all must stop at the same step, even if their losses differ in the last bits
     return loss[0]
 
 
 @contextlib.contextmanager
 def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has its own mode again."""
+    """Set eval mode inside the block; restore every module's mode afterwards."""
     modes = {module: module.training for model in models for module in model.modules()}
     for module in modes:
         module.training = False
@@ -180,12 +184,12 @@ def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
-# --- state ------------------------------------------------------------------------------------------------------------
+# --- resume -----------------------------------------------------------------------------------------------------------
 
 
 def resume(run: Run) -> int:
-    """Load the newest good checkpoint of this very run; return the number of steps it has done."""
-    run.accelerator.wait_for_everyone()  # until process 0 holds the run's lock
+    """Load the newest undamaged checkpoint of this run and return its step; 0 if there is none."""
+    run.accelerator.wait_for_everyone()  # until process 0 has the run's lock
     state = run.checkpoints.load(run.params.num_steps)
     require_same([run.identity.digest, state and state["step"]])
     if state is None or not can_resume(run, state):
@@ -197,23 +201,27 @@ def resume(run: Run) -> int:
 
 
 def can_resume(run: Run, state: dict[str, Any]) -> bool:
-    """Whether a checkpoint has this run's parts, and its folder every snapshot of the steps before; warns if not."""
+    """Return whether a checkpoint has this run's parts and all earlier snapshots exist; warn if not."""
     folder, every = run.identity.folder, run.params.snapshot_every_n_steps
     if state.keys() != {"step", *run.stateful}:
-        log.warning("warning: starts over: the checkpoint of step %d in %s has other parts", state["step"], folder)
+        text = f"{folder}: the checkpoint of step {state['step']} has other parts. The run restarts from step 0."
+        warn("checkpoint-of-other-version", text)
         return False
     missing = [step for step in range(every, state["step"], every) if not has_all_bytes(folder / snapshot_name(step))]
     if missing:
-        log.warning("warning: starts over: %s has no whole snapshot of step %d", folder, missing[0])
+        text = f"{folder}: the snapshot of step {missing[0]} is missing or incomplete. The run restarts from step 0."
+        warn("snapshot-missing", text)
     return not missing
 
 
 def save_checkpoint(run: Run, step: int) -> None:
+    """Write a checkpoint after ``step`` steps, in the first process."""
     if run.accelerator.is_main_process:
         require_held(run.identity.folder)
         run.checkpoints.save(step, {name: part.state_dict() for name, part in run.stateful.items()})
 
 
 def save_snapshot(run: Run, step: int) -> None:
+    """Write the adapter after ``step`` steps, in the first process."""
     if run.accelerator.is_main_process:
         run.save_weights(run.identity.folder / snapshot_name(step))

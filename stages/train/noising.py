@@ -1,4 +1,4 @@
-"""Which timestep a training sample gets, and which noise: a function of the generators that are passed.
+"""Timestep and noise of a training sample, as a function of the given random generators.
 
 Sources: noise offset, Guttenberg 2023 (crosslabs.org, "Diffusion with offset noise"); multi-resolution noise, Whitaker
 2023 (wandb.ai, "Multi-resolution noise for diffusion model training"); input perturbation, Ning et al. 2023
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
     from stages.train.params import TrainParams
 
     Draw = Callable[[str], torch.Generator]
-    """Purpose -> the generator of this sample's draw for it."""
+    """Function that returns this sample's random generator for a purpose."""
 
-PATCH = 2  # latents per token and direction, in every transformer whose scheduler shifts by the number of tokens
+PATCH = 2  # latent pixels per token and axis, in every transformer with a shift by the number of tokens
 
 
 @dataclass(frozen=True)
 class Timesteps:
-    """How timesteps 0 to ``num_train_timesteps`` - 1 are drawn."""
+    """Distribution of the timesteps, integers from 0 to ``num_train_timesteps`` - 1."""
 
     num_train_timesteps: int
     first: int
-    """Lowest that is drawn,"""
+    """Lowest timestep."""
     end: int
-    """and the one after the highest."""
+    """Highest timestep + 1."""
     logit_normal: tuple[float, float] | None
     """Mean and standard deviation of logit(t / num_train_timesteps); None for uniform."""
     shift: Callable[[int], float]
-    """Number of tokens -> s; t becomes s t / (1 + (s - 1) t) for t in 0 to 1. 1 changes nothing."""
+    """Function of the number of tokens that returns s; t in [0, 1] becomes s t / (1 + (s - 1) t). s = 1: no change."""
 
     def draw(self, generator: torch.Generator, num_tokens: int) -> torch.Tensor:
-        """One timestep, int64 []."""
+        """Draw one timestep, int64 []."""
         shift = self.shift(num_tokens)
         if self.logit_normal is None and shift == 1:
             return self.first + torch.randint(self.end - self.first, (), generator=generator)
@@ -58,38 +58,43 @@ class Timesteps:
 
 
 def make_timesteps(params: TrainParams, noise_scheduler: SchedulerMixin) -> Timesteps:
-    """As section ``train`` says, for the base's scheduler.
+    """Return the distribution of section ``train`` for the base's scheduler.
 
     Raises:
-        UserError: an empty range, or a shift by resolution that the scheduler does not know.
+        UserError: the range is empty, or the scheduler has no shift by resolution.
     """
     num = noise_scheduler.config.num_train_timesteps
     first, end = (round(share * num) for share in params.timestep_range)
     if first >= end:
-        raise UserError(f"params.yaml train.timestep_range: {params.timestep_range} holds none of {num} timesteps")
+        text = (
+            f"{params.setting('timestep_range')}: {params.timestep_range} contains none of {num} timesteps. Widen it."
+        )
+        raise UserError(Problem("empty-timestep-range", text))
     logit_normal = (params.logit_mean, params.logit_std) if params.timestep_sampling == "logit_normal" else None
-    return Timesteps(num, first, end, logit_normal, make_shift(params.timestep_shift, noise_scheduler))
+    return Timesteps(num, first, end, logit_normal, make_shift(params, noise_scheduler))
 
 
-def make_shift(shift: float | str, noise_scheduler: SchedulerMixin) -> Callable[[int], float]:
-    """``auto`` is what the scheduler does when sampling at that number of tokens."""
+def make_shift(params: TrainParams, noise_scheduler: SchedulerMixin) -> Callable[[int], float]:
+    """Return the shift as a function of the number of tokens; ``auto`` is the scheduler's shift when sampling."""
+    shift = params.timestep_shift
     if isinstance(shift, float):
         return lambda num_tokens: shift
     config = noise_scheduler.config
     if not config.get("use_dynamic_shifting"):
-        found = f"auto is for schedulers with use_dynamic_shifting, not this {type(noise_scheduler).__name__}"
-        raise UserError(f"params.yaml train.timestep_shift: {found}; use a number, 1.0 for none")
+        name = type(noise_scheduler).__name__
+        text = f"auto needs a scheduler with use_dynamic_shifting, but {name} has none. Use a number; 1.0 is no shift."
+        raise UserError(Problem("no-dynamic-shift", f"{params.setting('timestep_shift')}: {text}"))
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     return lambda num_tokens: math.exp(config.base_shift + slope * (num_tokens - config.base_image_seq_len))
 
 
 def num_tokens(latents: torch.Tensor) -> int:
-    """Of a transformer on latents [..., h, w]."""
+    """Return the number of tokens of a transformer for latents [..., h, w]."""
     return latents.shape[-2] * latents.shape[-1] // PATCH**2
 
 
 def draw_noise(draw: Draw, shape: torch.Size, params: TrainParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise to predict and noise to add, float32 [C, h, w] each; the same but for ``train.input_perturbation``."""
+    """Return the noise to predict and the noise to add, float32 [C, h, w]; equal without ``input_perturbation``."""
     noise = torch.randn(shape, generator=draw("noise"))
     if params.multires_noise_discount:
         noise = multires_noise(noise, draw("multires-noise"), params.multires_noise_discount)
@@ -101,7 +106,7 @@ def draw_noise(draw: Draw, shape: torch.Size, params: TrainParams) -> tuple[torc
 
 
 def multires_noise(noise: torch.Tensor, generator: torch.Generator, discount: float) -> torch.Tensor:
-    """Noise of ever fewer pixels, scaled up and added: the k-th by discount^k; brought back to a std of 1."""
+    """Add upscaled noise of lower and lower resolutions, the k-th with factor discount^k, and scale to a std of 1."""
     channels, height, width = noise.shape
     total, level = noise.clone(), 0
     while height > 1 or width > 1:

@@ -1,4 +1,4 @@
-"""The optimizers that ``train.optimizer`` knows by name; a new one is one row. Nothing here imports torch."""
+"""Table of the optimizers with a short name in ``train.optimizer``; a new one is one row. torch is not imported."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rule:
-    """Settings of section ``train`` that the optimizer cannot follow."""
+    """Settings of section ``train`` that an optimizer does not support."""
 
     reason: str
-    """What follows its name in the refusal."""
+    """Reason in the error message, after the optimizer's name."""
     settings: tuple[str, ...]
     value: Any
-    """What all of them must be."""
+    """Required value of the settings."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """Where an optimizer comes from, and what is special to it."""
+class OptimizerRow:
+    """Origin and special rules of an optimizer."""
 
     path: str
-    """Module and class, of torch.optim's kind."""
+    """Dotted path of a subclass of torch.optim.Optimizer."""
     package: str = ""
-    """What pip calls it; empty for torch. The rules hold for every class of the package."""
+    """Name for pip; empty for torch. The rules apply to every class of the package."""
     needs_gpu: bool = False
     gpu_arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults on CUDA."""
+    """Default arguments on CUDA."""
     rules: tuple[Rule, ...] = ()
     usual_rate: float | None = None
-    """Of an optimizer that finds the rate itself, for which learning_rate is a factor."""
+    """Usual learning_rate of an optimizer that adapts the rate itself; learning_rate is a factor then."""
 
     @property
     def module(self) -> str:
@@ -39,17 +39,17 @@ class Row:
 
 
 OPTIMIZERS = {
-    "adamw": Row("torch.optim.AdamW", gpu_arguments={"fused": True}),
-    "adamw_8bit": Row("bitsandbytes.optim.AdamW8bit", "bitsandbytes", needs_gpu=True),
-    "adafactor": Row("torch.optim.Adafactor"),
-    "lion": Row("lion_pytorch.Lion", "lion-pytorch"),
-    "prodigy": Row(
+    "adamw": OptimizerRow("torch.optim.AdamW", gpu_arguments={"fused": True}),
+    "adamw_8bit": OptimizerRow("bitsandbytes.optim.AdamW8bit", "bitsandbytes", needs_gpu=True),
+    "adafactor": OptimizerRow("torch.optim.Adafactor"),
+    "lion": OptimizerRow("lion_pytorch.Lion", "lion-pytorch"),
+    "prodigy": OptimizerRow(
         "prodigyopt.Prodigy",
         "prodigyopt",
         rules=(Rule("has one rate for all", ("lora_plus_ratio", "text_encoder_lr"), None),),
         usual_rate=1.0,
     ),
-    "schedule_free": Row(
+    "schedule_free": OptimizerRow(
         "schedulefree.AdamWScheduleFree",
         "schedulefree",
         rules=(
@@ -60,11 +60,11 @@ OPTIMIZERS = {
 }
 
 
-def row_of(name: str) -> Row:
-    """The row of a name of the table, or of a class such as ``schedulefree.SGDScheduleFree`` by its package."""
+def find_row(name: str) -> OptimizerRow:
+    """Return the row of a short name, or of a class such as ``schedulefree.SGDScheduleFree`` by its package."""
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     module = name.partition(".")[0]
-    other = Row(name, "" if module == "torch" else module)
-    known = next((row for row in OPTIMIZERS.values() if row.package and row.module == module), other)
-    return Row(name, known.package, rules=known.rules, usual_rate=known.usual_rate)
+    default = OptimizerRow(name, "" if module == "torch" else module)
+    relative = next((row for row in OPTIMIZERS.values() if row.package and row.module == module), default)
+    return OptimizerRow(name, relative.package, rules=relative.rules, usual_rate=relative.usual_rate)

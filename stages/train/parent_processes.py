@@ -1,4 +1,4 @@
-"""Whether what started a training still waits for it: DVC, Snakemake, a shell."""
+"""Parent processes of a training: DVC, Snakemake, a shell. They show whether its caller still waits for it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 
 
 def parent_pids() -> list[int]:
-    """Process ids from the parent upwards; the parent alone where there is no /proc.
+    """Return the process ids of the parent and its ancestors; only the parent without /proc.
 
-    They change when one of them dies: between Snakemake and a training stands a shell, which outlives Snakemake.
+    They change when an ancestor dies. The parent alone is not enough: the shell between Snakemake and a training
+    outlives Snakemake.
     """
-    found = [os.getppid()]
-    while found[-1] > 1:
+    pids = [os.getppid()]
+    while pids[-1] > 1:
         try:
-            status = Path(f"/proc/{found[-1]}/stat").read_text()
+            status = Path(f"/proc/{pids[-1]}/stat").read_text()
         except OSError:
             break
-        found.append(int(status.rpartition(")")[2].split()[1]))  # the name in brackets may hold anything
-    return found
+        pids.append(int(status.rpartition(")")[2].split()[1]))  # the name in brackets may contain any character
+    return pids

@@ -1,11 +1,12 @@
-"""What the log says before a training: pictures, adapter, batches and steps."""
+"""Start block of the log: images, adapter, batches and steps."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.adapters import lora, lycoris, targets
-from lora_dag.core.console import log, plural
+from lora_dag.adapters.adapter_set import DENOISER_KEY
+from lora_dag.core.console import log, plural, warn
 from stages.train import optimizers
 
 if TYPE_CHECKING:
@@ -13,73 +14,78 @@ if TYPE_CHECKING:
 
 
 def log_plan(run: Run, start: int) -> None:
-    """What is about to be trained from step ``start`` on."""
-    log_pictures(run)
+    """Log the plan of the run from step ``start`` on."""
+    log_images(run)
     log_adapter(run)
-    params, num_processes = run.params, run.accelerator.num_processes
-    shared = f", shared by {num_processes} processes" if num_processes > 1 else ""
-    log.info("batch       %d x %d accumulated%s", params.batch_size, params.gradient_accumulation_steps, shared)
-    log.info("steps       %d to %d, %.1f epochs", start, params.num_steps, run.num_epochs(params.num_steps))
+    log_batches(run)
+    num_steps, num_epochs = run.params.num_steps, run.num_epochs(run.params.num_steps)
+    log.info("steps       %d to %d (%.1f epochs)", start, num_steps, num_epochs)
 
 
-def log_pictures(run: Run) -> None:
-    """How many, in which buckets; warns of buckets that are smaller than a batch."""
+def log_images(run: Run) -> None:
+    """Log the number of images and the buckets; warn of buckets that are smaller than a batch."""
     order, batch_size = run.batches.order, run.params.batch_size
-    num_pictures = len(run.batches.items)
-    repeated = f", {order.num_entries} per epoch" if order.num_entries > num_pictures else ""
-    log.info("pictures    %d for training%s", num_pictures, repeated)
+    num_images = len(run.batches.items)
+    repeated = f", {order.num_entries} per epoch with repeats" if order.num_entries > num_images else ""
+    log.info("images      %d for training%s", num_images, repeated)
     if len(order.buckets) > 1:
         sizes = ", ".join(f"{bucket.name} ({len(bucket.items)})" for bucket in order.buckets)
-        log.info("buckets     latents of %s", sizes)
+        log.info("buckets     latent sizes %s", sizes)
     for bucket in order.buckets:
         if len(bucket.items) < batch_size:
-            few = f"bucket {bucket.name}: {plural(len(bucket.items), 'picture')} for batches of {batch_size}"
-            log.warning("warning: %s; some come up twice in a batch", few)
+            images = plural(len(bucket.items), "image")
+            text = f"bucket {bucket.name} has {images} for batches of {batch_size}. Some images are twice in a batch."
+            warn("bucket-small", text)
+
+
+def log_batches(run: Run) -> None:
+    """Log the images per step, and their share between accumulation and processes."""
+    params, num_processes = run.params, run.accelerator.num_processes
+    accumulation = params.gradient_accumulation_steps
+    accumulated = f" ({params.batch_size} x {accumulation} accumulated)" if accumulation > 1 else ""
+    shared = f", shared by {num_processes} processes" if num_processes > 1 else ""
+    log.info("batch       %s per step%s%s", plural(run.images_per_step, "image"), accumulated, shared)
 
 
 def log_adapter(run: Run) -> None:
-    """How much is trained, on what, and in how much memory."""
-    denoiser, adapter = run.adapter.modules[""], run.adapter
-    names = lora.targets(denoiser)
-    num, num_base = count_parameters(run, "")
-    ranks = sorted({denoiser.get_submodule(name).r[lora.NAME] for name in names})
-    log.info(
-        "adapter     rank %s, %d layers, %s parameters (%.2f %% of the denoiser's %s)",
-        " and ".join(map(str, ranks)),
-        len(names),
-        f"{num:,}",
-        100 * num / num_base,
-        f"{num_base:,}",
-    )
-    if run.init_from:
-        log.info("start       %s", run.init_from)
+    """Log size, layers and memory of the adapter."""
+    denoiser, adapter = run.adapter.modules[DENOISER_KEY], run.adapter
+    names = lora.target_names(denoiser)
+    num, num_base = count_parameters(run, DENOISER_KEY)
+    ranks = " and ".join(map(str, sorted({denoiser.get_submodule(name).r[lora.NAME] for name in names})))
+    size = f"{num:,} parameters ({100 * num / num_base:.2f} % of the denoiser's {num_base:,})"
+    log.info("adapter     rank %s, %d layers, %s", ranks, len(names), size)
+    if run.init_from_summary:
+        log.info("start       %s", run.init_from_summary)
     if run.biases:
-        mode = adapter.configs[""]["bias"]
-        log.info("biases      %s: %d, as deltas that decay towards zero", mode, len(run.biases))
+        mode = adapter.configs[DENOISER_KEY]["bias"]
+        log.info("biases      %s: %d, trained as deltas", mode, len(run.biases))
     for component in run.base.text_encoders:
         num_base += log_text_encoder(run, component)
-        names += lora.targets(adapter.modules[component])
+        names += lora.target_names(adapter.modules[component])
     if run.base.text is not None:
-        log.info("text        encoders are trained: what the cache holds of them is not used")
-    for line in lycoris.plan(denoiser, lora.NAME) + targets.plan(names, num_parameters(adapter.trainable), num_base):
+        log.info("text        trained encoders run in every step; their cached embeddings are not used")
+    for line in lycoris.plan_lines(denoiser, lora.NAME) + targets.plan_lines(
+        names, num_parameters(adapter.trainable), num_base
+    ):
         log.info(line)
 
 
 def log_text_encoder(run: Run, component: str) -> int:
-    """The same of a text encoder; returns the number of its frozen parameters."""
+    """Log size and layers of a text encoder's adapter; return the number of its frozen parameters."""
     num, num_base = count_parameters(run, component)
-    rate = optimizers.scaled(run.params.text_encoder_lr or run.params.learning_rate, run.params)
-    layers, rank = len(lora.targets(run.adapter.modules[component])), run.adapter.configs[component]["r"]
+    rate = optimizers.scaled_rate(run.params.text_encoder_lr or run.params.learning_rate, run.params)
+    layers, rank = len(lora.target_names(run.adapter.modules[component])), run.adapter.configs[component]["r"]
     share = f"{num:,} parameters ({100 * num / num_base:.2f} % of {num_base:,}), learning rate {rate:g}"
     log.info("text        %s: rank %d, %d layers, %s", component, rank, layers, share)
     return num_base
 
 
 def count_parameters(run: Run, component: str) -> tuple[int, int]:
-    """Trained and frozen parameters of a component; "" is the denoiser."""
-    trained = num_parameters(run.adapter.of(component, run.adapter.trainable))
+    """Return the numbers of trained and frozen parameters of a component."""
+    trained = num_parameters(run.adapter.part(component, run.adapter.trainable))
     return trained, num_parameters(dict(run.adapter.modules[component].named_parameters())) - trained
 
 
-def num_parameters(named: dict[str, Any]) -> int:
-    return sum(parameter.numel() for parameter in named.values())
+def num_parameters(parameters: dict[str, Any]) -> int:
+    return sum(parameter.numel() for parameter in parameters.values())

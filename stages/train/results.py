@@ -1,4 +1,4 @@
-"""What a training writes: data/adapter and reports/train."""
+"""Results of a training: data/adapter and reports/train."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
+from lora_dag.adapters.adapter_set import DENOISER_KEY
 from lora_dag.artifacts import adapter, metrics
 from lora_dag.core import device
-from lora_dag.core.console import UserError, log, plural
+from lora_dag.core.console import Problem, UserError, log, plural
 from lora_dag.core.files import sha256_file, write_json, write_text
 from lora_dag.core.locks import require_held
+from lora_dag.core.time_estimate import duration
 from stages.train.plan import num_parameters
-from stages.train.progress import smoothed_loss
-from stages.train.run_folder import codes_of
+from stages.train.progress import SMOOTHING, smoothed_loss
+from stages.train.run_folder import code_digests
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,34 +25,41 @@ if TYPE_CHECKING:
 MAX_LOSS_ROWS = 2000
 
 
-def save(run: Run, measured: dict[str, float], adapter_folder: Path, reports: Path) -> None:
-    """Write the adapter and its reports, then drop the checkpoints, unless another run could go on from them.
+def save(run: Run, speed: dict[str, float], adapter_folder: Path, reports: Path) -> None:
+    """Write the adapter and its reports, then delete the checkpoints unless a longer run could resume from them.
 
     Args:
-        measured: speed and time.
+        speed: speed and time, for run.json.
 
     Raises:
-        UserError: another process is at work on the run, or has ended it, on a disk without locks.
+        UserError: another process uses or has finished the run, on a disk without locks.
     """
     folder = run.identity.folder
     require_held(folder)
     files = save_adapter(run, adapter_folder)
-    save_reports(run, measured, reports, files)
+    save_reports(run, speed, reports, files)
     if not run.keep_checkpoints:
-        for name in ("checkpoints", "snapshots"):  # the lock stays: another process may wait for it
+        for name in ("checkpoints", "snapshots"):  # keep the lock: another process may wait for it
             shutil.rmtree(folder / name, ignore_errors=True)
+    steps = f"{plural(len(run.history), 'step')} in {duration(speed['seconds'])}"
+    if speed["resumed_from_step"]:
+        steps = f"steps {speed['resumed_from_step']} to {len(run.history)} in {duration(speed['seconds'])}"
+    mean = f"mean of the last {min(SMOOTHING, len(run.history))} steps"
+    log.info("trained     %s (%.1f images/s)", steps, speed["images_per_second"])
+    log.info("loss        %.4f (%s)", smoothed_loss(run.history.rows), mean)
     log.info("wrote       %s, %s, %s", adapter_folder, plural(len(files) - 1, "snapshot"), reports / "metrics.json")
     log.info("next        python -m stages.validate")
 
 
 def save_adapter(run: Run, adapter_folder: Path) -> dict[str, str]:
-    """Final adapter, snapshots and, last, adapter.json; returns the digest of each weight file."""
+    """Write the final adapter, the snapshots and, last, adapter.json; return the digest of each weight file."""
     if run.adapter.frozen_digest() != run.base.frozen_digest:
         raise RuntimeError("training changed the frozen base")
     folder, num_steps = run.identity.folder, len(run.history)
     steps = [step for step in run.params.snapshot_steps if step < num_steps]
-    if gone := [step for step in steps if not (folder / adapter.snapshot_name(step)).exists()]:
-        raise UserError(f"{folder}: the snapshot of step {gone[0]} is gone; run the same command again")
+    if missing := [step for step in steps if not (folder / adapter.snapshot_name(step)).exists()]:
+        text = f"{folder}: the snapshot of step {missing[0]} is missing. Run the same command again."
+        raise UserError(Problem("snapshot-missing", text))
     shutil.rmtree(adapter_folder, ignore_errors=True)
     files = {}
     for name in map(adapter.snapshot_name, steps):
@@ -59,22 +68,23 @@ def save_adapter(run: Run, adapter_folder: Path) -> dict[str, str]:
         files[name] = sha256_file(adapter_folder / name)
     run.save_weights(adapter_folder / adapter.FINAL)
     files[adapter.FINAL] = sha256_file(adapter_folder / adapter.FINAL)
-    # Dropout is training's alone: diffusers leaves a loaded adapter in train mode and would drop while sampling.
-    for_use = {component: without_dropout(config) for component, config in run.adapter.configs.items()}
-    lora_config = for_use.pop("")
+    # Without dropout, because diffusers leaves a loaded adapter in train mode and would apply it while sampling.
+    configs = {component: without_dropout(config) for component, config in run.adapter.configs.items()}
+    lora_config = configs.pop(DENOISER_KEY)
     provenance = run.identity.provenance
-    adapter.Adapter(lora_config, run.base.digests, num_steps, steps, files, run.biases, provenance, for_use).save(
+    adapter.Adapter(lora_config, run.base.digests, num_steps, steps, files, run.biases, provenance, configs).save(
         adapter_folder
     )
     return files
 
 
 def without_dropout(config: dict[str, Any]) -> dict[str, Any]:
+    """Return an adapter's config with a dropout of 0."""
     return {name: 0.0 if name == "lora_dropout" else value for name, value in config.items()}
 
 
-def save_reports(run: Run, measured: dict[str, float], reports: Path, files: dict[str, str]) -> None:
-    """loss.csv and metrics.json for git; run.json, ignored by git and DVC, for what differs between equal runs."""
+def save_reports(run: Run, speed: dict[str, float], reports: Path, files: dict[str, str]) -> None:
+    """Write loss.csv and metrics.json for git, and run.json, ignored by git and DVC, with values that vary by run."""
     history = run.history.rows
     stride = math.ceil(len(history) / MAX_LOSS_ROWS)
     rows = [
@@ -90,7 +100,7 @@ def save_reports(run: Run, measured: dict[str, float], reports: Path, files: dic
             "train.num_steps": len(history),
             "train.images_seen": len(history) * run.images_per_step,
             "train.epochs": run.num_epochs(len(history)),
-            "train.num_pictures": len(run.batches.items),
+            "train.num_images": len(run.batches.items),
             "train.num_trainable_parameters": num_parameters(run.adapter.trainable),
             "train.grad_norm_max": max((row[2] for row in history if math.isfinite(row[2])), default=0.0),
             "train.base_unchanged": True,
@@ -98,5 +108,5 @@ def save_reports(run: Run, measured: dict[str, float], reports: Path, files: dic
             "train.adapter_digest": files[adapter.FINAL][:16],
         },
     )
-    own = {"environment": device.environment(run.device), "of": sha256_file(reports / "metrics.json")}
-    write_json(reports / "run.json", own | {"code": codes_of(run.identity.folder)} | measured)
+    record = {"environment": device.environment(run.device), "of": sha256_file(reports / "metrics.json")}
+    write_json(reports / "run.json", record | {"code": code_digests(run.identity.folder)} | speed)

@@ -1,4 +1,4 @@
-"""What a training image costs in arithmetic, counted and not measured: the same on every machine."""
+"""Arithmetic of one training image, counted and not measured, so that it is the same on every machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def tflop_per_image(eval_set: EvalSet, adapter: Adapter, cache: LatentCache) -> float:
-    """10^12 floating-point operations of one image in training: the adapted denoiser forward and backward, batch 1.
+    """Return 10^12 floating-point operations of one training image: forward and backward of the adapted denoiser.
 
-    Matrix products, convolutions and attention, a multiplication and an addition counted as two, on the meta device:
-    nothing is computed. The frozen weights pass gradients on and get none. Without dropout, text encoders, and the
-    second forward of gradient checkpointing.
+    Matrix products, convolutions and attention count, a multiplication and an addition as two operations. They run on
+    the meta device, which computes nothing. Frozen weights pass gradients on and get none. Dropout, text encoders and
+    the second forward of gradient checkpointing do not count.
 
     Source: torch.utils.flop_counter.
     """
@@ -30,20 +30,20 @@ def tflop_per_image(eval_set: EvalSet, adapter: Adapter, cache: LatentCache) -> 
     from lora_dag.families import common
 
     cls = getattr(diffusers, eval_set.family.COMPONENTS[eval_set.family.DENOISER])
-    picture = eval_set.rows[0].picture
-    prompt = {name: tensor[None] for name, tensor in cache.prompt(picture.caption, picture.view).items()}
-    channels = cache.latents(picture.view)[0].shape[0]
-    with torch.device("meta"), quiet.no_warnings():
+    image = eval_set.rows[0].image
+    prompt = {name: tensor[None] for name, tensor in cache.prompt(image.caption, image.view).items()}
+    channels = cache.latents(image.view)[0].shape[0]
+    with torch.device("meta"), quiet.without_warnings():
         denoiser = cls.from_config(common.config(eval_set.model, eval_set.family.DENOISER)).requires_grad_(False)
         lora.inject(denoiser, adapter.lora_config)
         denoiser.eval()  # in train mode LoKr draws a number and reads it, which meta tensors cannot give
-        latents = torch.zeros(1, channels, *eval_set.picture_size)
+        latents = torch.zeros(1, channels, *eval_set.image_size)
         timesteps = torch.zeros(1)
         with FlopCounterMode(display=False) as counter:
-            eval_set.family.predict(denoiser, latents, timesteps, on_meta(prompt)).mean().backward()
+            eval_set.family.predict(denoiser, latents, timesteps, prompt_on_meta(prompt)).mean().backward()
     return counter.get_total_flops() / 1e12
 
 
-def on_meta(prompt: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without values, but for masks: they say how many tokens there are."""
+def prompt_on_meta(prompt: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the prompt without values, except for masks, which give the number of tokens."""
     return {name: tensor if name.endswith("mask") else tensor.to("meta") for name, tensor in prompt.items()}

@@ -1,6 +1,6 @@
-"""Losses by training step: which snapshot is best, how far the others are above it, and where overfitting sets in.
+"""Losses by training step: the best snapshot, the distance of all others to it, and the onset of overfitting.
 
-Per-picture losses in, reports/validate/curve.csv out.
+In: per-image losses.  Out: reports/validate/curve.csv.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ FIELDS = ("step", "heldout", "train_probe", "above_best", "above_best_low", "abo
 
 
 @dataclass(frozen=True)
-class Point:
-    """One row of curve.csv; step 0 is the base."""
+class CurvePoint:
+    """One row of curve.csv. Step 0 is the base."""
 
     step: int
     heldout: float
     train_probe: float
     above_best: Estimate
-    """Held-out loss minus that of the best snapshot, over the same rows, with the interval over pictures."""
+    """Held-out loss minus the loss of the best snapshot on the same rows, with its interval over images."""
 
 
-def make_curve(heldout: Mapping[int, np.ndarray], probe: Mapping[int, np.ndarray], seed: int) -> list[Point]:
-    """In order of steps.
+def make_curve(heldout: Mapping[int, np.ndarray], probe: Mapping[int, np.ndarray], seed: int) -> list[CurvePoint]:
+    """Return one point per step, in order.
 
     Args:
-        heldout: step -> loss of each held-out picture, float64 [pictures], the same order at every step.
-        probe: the same of the train probe.
+        heldout: step -> loss of each held-out image, float64 [images], in one order at every step.
+        probe: step -> loss of each image of the train probe, float64 [images].
     """
     best = min(heldout, key=lambda step: (bootstrap.mean(heldout[step]), step))
     return [
-        Point(
+        CurvePoint(
             step,
             bootstrap.mean(heldout[step]),
             bootstrap.mean(probe[step]),
@@ -49,19 +49,18 @@ def make_curve(heldout: Mapping[int, np.ndarray], probe: Mapping[int, np.ndarray
     ]
 
 
-def best_point(curve: Sequence[Point]) -> Point:
-    """Of the lowest held-out loss, the first of several."""
+def best_point(curve: Sequence[CurvePoint]) -> CurvePoint:
+    """Return the point with the lowest held-out loss; the first of equal ones."""
     return min(curve, key=lambda point: (point.heldout, point.step))
 
 
-def onset_step(curve: Sequence[Point]) -> int | None:
-    """First snapshot after the best from which on the held-out loss is above its minimum while the probe's is below.
+def onset_step(curve: Sequence[CurvePoint]) -> int | None:
+    """Return the first snapshot after the best one from which on training overfits; None without overfitting.
 
-    Above: the paired interval of the difference lies above 0, at this snapshot and at every later one, of which there
-    is at least one: the lowest of several snapshots is low by luck too, and a single one above it is no onset.
-    Below: the train probe is lower than at the best snapshot. A held-out loss that rises together with the probe's is
-    a training that diverges, not one that overfits. None where there is none, and with one held-out picture, which has
-    no interval.
+    A snapshot overfits if the paired interval of its held-out loss minus the lowest one is above 0 and the loss of the
+    train probe is below its value at the best snapshot. If both losses rise, training diverges and does not overfit.
+    All later snapshots must overfit, and at least one: the lowest of several losses is low by chance too, so that a
+    single higher one proves nothing. With one held-out image there is no interval and no onset.
     """
     best, onset = best_point(curve), None
     for point in reversed(curve):
@@ -72,7 +71,8 @@ def onset_step(curve: Sequence[Point]) -> int | None:
     return None if onset == curve[-1].step else onset
 
 
-def metrics(curve: Sequence[Point]) -> dict[str, Value]:
+def metrics(curve: Sequence[CurvePoint]) -> dict[str, Value]:
+    """Return ``val.best_step``, ``val.onset_step`` and ``val.final_minus_best``."""
     return {
         "val.best_step": best_point(curve).step,
         "val.onset_step": onset_step(curve),
@@ -80,27 +80,27 @@ def metrics(curve: Sequence[Point]) -> dict[str, Value]:
     }
 
 
-def write(curve: Sequence[Point]) -> str:
-    """CSV text, six significant digits; bounds are ``nan`` with one held-out picture."""
+def to_csv(curve: Sequence[CurvePoint]) -> str:
+    """Return CSV text with six significant digits. Bounds are ``nan`` with one held-out image."""
     lines = []
     for point in curve:
         above = point.above_best
         values = (point.heldout, point.train_probe, above.mean, above.low, above.high)
         lines.append((point.step, *(f"{value:.6g}" for value in values)))
-    return heldout_table.write_csv(FIELDS, lines)
+    return heldout_table.csv_text(FIELDS, lines)
 
 
-def read(text: str) -> list[Point]:
-    """What ``write`` wrote, with its six digits.
+def from_csv(text: str) -> list[CurvePoint]:
+    """Return the points of a text that ``to_csv`` returned.
 
     Raises:
-        KeyError, ValueError: no such table, or one without rows.
+        KeyError, ValueError: a column is missing, or there are no rows.
     """
     rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
     if not rows:
         raise ValueError("no rows")
     estimates = [Estimate(row["above_best"], row["above_best_low"], row["above_best_high"]) for row in rows]
     return [
-        Point(int(row["step"]), row["heldout"], row["train_probe"], above)
+        CurvePoint(int(row["step"]), row["heldout"], row["train_probe"], above)
         for row, above in zip(rows, estimates, strict=True)
     ]

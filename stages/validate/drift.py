@@ -1,7 +1,7 @@
-"""DriftBaseline: what the adapter costs the base on the base's own ground, on pictures that it drew itself.
+"""Drift: how much the adapter damages the base model, measured on images that the base model generated itself.
 
-The base draws ``validate.drift_prompts``; its pictures are encoded as cache_latents encodes, and base and adapter
-answer the same rows about them. Nothing of the training set is in it: a loss that rises there is something forgotten.
+The base generates an image for each of ``validate.drift_prompts``. The images are encoded as in cache_latents, and
+base and adapter are scored on them. Training images are not used, so a rising loss means forgetting.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.evaluation import bootstrap, heldout_table
-from lora_dag.evaluation.heldout_table import Picture
+from lora_dag.evaluation.heldout_table import EvalImage
 from stages.validate.heldout_loss import encode_captions
 
 if TYPE_CHECKING:
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GeneratedLatents:
-    """The base's pictures, where an eval_set looks for the cache's: a picture is named by its prompt."""
+    """Latents of generated images in the place of a LatentCache. The key of an image is its prompt."""
 
     means: dict[str, torch.Tensor]
     """float32 [C, h, w]"""
     prompts: dict[str, dict[str, torch.Tensor]]
-    """As the base's text encoders say them."""
+    """Prompt -> embeddings of the base's text encoders."""
 
     def latents(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean, and no spread around it."""
+        """Return the mean, and zeros as standard deviation."""
         import torch
 
         return self.means[key], torch.zeros_like(self.means[key])
 
     def mask(self, key: str) -> torch.Tensor:
-        raise LookupError(f"{key}: drawn pictures have no masks")
+        raise LookupError(f"{key}: generated images have no masks")
 
     def prompt(self, caption: str, view: str | None = None) -> dict[str, torch.Tensor]:
         return self.prompts[caption]
@@ -46,38 +46,38 @@ class GeneratedLatents:
 
 @dataclass(frozen=True)
 class DriftBaseline:
-    """What the base was asked about its own pictures, and what it answered."""
+    """The evaluation set of the base's own images, with the base's losses on it."""
 
     eval_set: EvalSet
     losses: list[float]
-    """The base's, one per row."""
+    """Loss of the base on each row."""
 
 
-def make_eval_set(eval_set: EvalSet, pictures: dict[str, Image.Image], vae: Vae, text: Any) -> EvalSet:
-    """The frozen table about drawn pictures, with the eval_set's timesteps per picture and seed.
+def make_drift_set(eval_set: EvalSet, images: dict[str, Image.Image], vae: Vae, text: Any) -> EvalSet:
+    """Return an evaluation set of generated images with the timesteps per image and the seed of ``eval_set``.
 
     Args:
-        pictures: prompt -> what the base drew for it.
-        text: the family's text object, as the base has it.
+        images: prompt -> image that the base generated for it.
+        text: the family's text object with the base's weights.
     """
-    means = {prompt: vae.encode(picture) for prompt, picture in pictures.items()}
-    captions = encode_captions(eval_set, list(pictures), text)
-    for prompt, picture in pictures.items():
-        size = picture.height, picture.width
+    means = {prompt: vae.encode(image) for prompt, image in images.items()}
+    captions = encode_captions(eval_set, list(images), text)
+    for prompt, image in images.items():
+        size = image.height, image.width
         captions[prompt] |= eval_set.family.view_conditioning(size, (0, 0), size)
-    known = [Picture(f"drift {prompt}", prompt, "drift", prompt, prompt) for prompt in pictures]
+    eval_images = [EvalImage(f"drift {prompt}", prompt, "drift", prompt, prompt) for prompt in images]
     num_strata = 1 + max(row.stratum for row in eval_set.rows)
-    rows = heldout_table.table(known, num_strata, eval_set.num_train_timesteps, eval_set.seed)
+    rows = heldout_table.make_rows(eval_images, num_strata, eval_set.num_train_timesteps, eval_set.seed)
     return replace(eval_set, rows=rows, cache=GeneratedLatents(means, captions))
 
 
 def metrics(drift: DriftBaseline, losses: list[float]) -> dict[str, Value]:
-    """``drift.*``: both losses, and the paired change with its interval over pictures."""
+    """Return ``drift.*``: both losses, and their paired change with its interval over images."""
     changes = [
-        (row.picture.caption, after - before)
+        (row.image.caption, after - before)
         for row, before, after in zip(drift.eval_set.rows, drift.losses, losses, strict=True)
     ]
-    change = bootstrap.estimate(bootstrap.by_picture(changes), drift.eval_set.seed)
+    change = bootstrap.estimate(bootstrap.by_image(changes), drift.eval_set.seed)
     return {
         "drift.loss": bootstrap.mean(losses),
         "drift.loss_base": bootstrap.mean(drift.losses),

@@ -1,6 +1,6 @@
-"""Samples, prompts and held-out pictures as features of an image-text model, and the ``samples.*`` metrics from them.
+"""Features of samples, prompts and held-out images by an image-text model, and the ``samples.*`` metrics from them.
 
-In: ``validate.feature_model`` (``feature_files.py`` says what it may name).  The estimates: ``distances.py``.
+In: ``validate.feature_model``, which ``feature_files.py`` checks.  Formulas of the metrics: ``distances.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from lora_dag.core import quiet
-from lora_dag.core.console import UserError, log, plural
+from lora_dag.core.console import Problem, UserError, log, plural
 from lora_dag.core.files import read_json
 from lora_dag.evaluation import bootstrap
 from lora_dag.families import common
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lora_dag.artifacts.metrics import Value
-    from stages.validate.feature_files import Source
+    from stages.validate.feature_files import ModelFiles
     from stages.validate.heldout_loss import EvalSet
     from stages.validate.params import ValidateParams
     from stages.validate.vae import Vae
@@ -37,9 +37,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FeatureModel:
-    """A frozen image-text model in float32; every batch is full, so that no feature depends on what is asked beside it.
+    """A frozen image-text model in float32.
 
-    (On one machine with one batch size; another size gives other last bits.)
+    Every batch is full, so that a feature does not depend on the other inputs. On another machine or with another batch
+    size the last bits differ.
     """
 
     name: str
@@ -49,77 +50,77 @@ class FeatureModel:
     processor: Any
     batch_size: int
 
-    def images(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """RGB pictures of any size -> float32 [N, D] of unit length."""
+    def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Return the features of RGB images of any size, float32 [N, D] of unit length."""
 
         def encode(batch: list[Image.Image]) -> Any:
             inputs = self.processor.image_processor(images=batch, return_tensors="pt")
             return self.model.get_image_features(**inputs.to(self.model.device))
 
-        return self._features(pictures, encode)
+        return self._features(images, encode)
 
-    def texts(self, captions: Sequence[str]) -> np.ndarray:
-        """Captions -> float32 [N, D] of unit length; what is beyond the model's context is cut off, and logged.
+    def embed_texts(self, captions: Sequence[str]) -> np.ndarray:
+        """Return the features of captions, float32 [N, D] of unit length. Longer captions are cut, with a warning.
 
-        Padded to the context, and padding attended to, as SigLIP was trained; CLIP reads nothing behind its end token.
-        SigLIP and SigLIP 2 were trained on lower case, which not all of their tokenizers make.
+        Texts are padded to the context, and padding is attended to, as in SigLIP's training; CLIP ignores everything
+        after its end token. SigLIP and SigLIP 2 were trained on lower case, but not all of their tokenizers apply it.
         """
-        read = [caption.lower() if self.kind != "clip" else caption for caption in captions]
+        texts = [caption.lower() if self.kind != "clip" else caption for caption in captions]
         length = self.model.config.text_config.max_position_embeddings
-        counts = common.num_tokens(self.processor.tokenizer, read)
-        warn_of_long("caption", read, counts, length, by=f" by {self.name}")
+        counts = common.num_tokens(self.processor.tokenizer, texts)
+        warn_of_long("caption", texts, counts, length, by=f" by {self.name}")
 
         def encode(batch: list[str]) -> Any:
             ids = common.input_ids(self.processor.tokenizer, batch, length, self.model.device)
             return self.model.get_text_features(input_ids=ids)
 
-        return self._features(read, encode)
+        return self._features(texts, encode)
 
     def _features(self, items: Sequence[T], encode: Callable[[list[T]], Any]) -> np.ndarray:
         import torch
 
-        found = []
+        parts = []
         for batch in full_batches(items, self.batch_size):
             with torch.inference_mode():
                 features = encode(batch).pooler_output.float()  # [B, D]
-            found.append((features / features.norm(dim=-1, keepdim=True)).cpu().numpy())
-        return np.concatenate(found)[: len(items)]
+            parts.append((features / features.norm(dim=-1, keepdim=True)).cpu().numpy())
+        return np.concatenate(parts)[: len(items)]
 
 
 def load(settings: ValidateParams, device: torch.device) -> FeatureModel | None:
-    """The model of ``validate.feature_model``; None where none is given.
+    """Load the model of ``validate.feature_model``; None without one.
 
     Raises:
-        UserError: everything that is wrong with it.
+        UserError: every problem of the model.
     """
     if settings.feature_model is None:
         return None
     import transformers
 
-    source = feature_files.resolve(settings.feature_model)
-    with quiet.no_warnings():  # of image processors that ask for torchvision; of weights, which are counted here
+    source = feature_files.resolve_model(settings.feature_model, settings.setting("feature_model"))
+    with quiet.without_warnings():  # image processors recommend torchvision; missing weights are counted below
         quiet.disable_progress_bars()
-        processor = understood(source, lambda: load_processor(source))
-        model, state = understood(
+        processor = load_or_refuse(source, lambda: load_processor(source))
+        model, state = load_or_refuse(
             source,
             lambda: transformers.AutoModel.from_pretrained(
                 source.folder, dtype="float32", output_loading_info=True, **LOCAL, **STRICT
             ),
         )
-    if lacking := sorted({*state["missing_keys"], *(names[0] for names in state["mismatched_keys"])}):
-        what = f"{len(lacking)} tensors that config.json asks for are missing or of another size, such as {lacking[0]}"
-        raise UserError(f"{source.folder}: {what}; fetch the model again")
+    if missing := sorted({*state["missing_keys"], *(names[0] for names in state["mismatched_keys"])}):
+        reason = f"{len(missing)} tensors of config.json are missing or have another size, such as {missing[0]}"
+        raise UserError(Problem("feature-model-incomplete", f"{source.folder}: {reason}. Download the model again."))
     kind = read_json(source.folder / "config.json")["model_type"]
     model = model.eval().requires_grad_(False).to(device)
     return FeatureModel(source.name, kind, model, processor, settings.batch_size)
 
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
-STRICT = {"use_safetensors": True, "ignore_mismatched_sizes": True}  # the latter lists them in place of its own error
+STRICT = {"use_safetensors": True, "ignore_mismatched_sizes": True}  # the latter returns them instead of an error
 
 
-def load_processor(source: Source) -> Any:
-    """Tokenizer and image processor.
+def load_processor(source: ModelFiles) -> Any:
+    """Return tokenizer and image processor.
 
     Raises:
         ValueError: one of them is missing.
@@ -127,28 +128,33 @@ def load_processor(source: Source) -> Any:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(source.folder, **LOCAL)
-    if lacking := [name for name in ("image_processor", "tokenizer") if getattr(processor, name, None) is None]:
-        raise ValueError(f"no {' and no '.join(lacking)}")
+    if missing := [name for name in ("image_processor", "tokenizer") if getattr(processor, name, None) is None]:
+        raise ValueError(f"no {' and no '.join(missing)}")
     return processor
 
 
-def understood(source: Source, work: Callable[[], T]) -> T:
-    """What ``work`` returns.
+def load_or_refuse(source: ModelFiles, work: Callable[[], T]) -> T:
+    """Return the result of ``work``.
 
     Raises:
-        UserError: transformers does not take the folder.
+        UserError: transformers cannot load the folder.
     """
     try:
         return work()
     except MemoryError:
         raise
-    except Exception as error:  # whatever its classes raise on a config that is none of theirs
+    except Exception as error:  # its classes raise anything on an unexpected config
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{source.folder}: transformers does not load it ({reason}); fetch the model again") from None
+        raise UserError(
+            Problem(
+                "feature-model-damaged",
+                f"{source.folder}: transformers cannot load the model ({reason}). Download the model again.",
+            )
+        ) from None
 
 
 def full_batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
-    """All items in order, ``size`` at a time; the last batch repeats its last one."""
+    """Yield all items in order, ``size`` at a time. The last batch is filled with copies of its last item."""
     for start in range(0, len(items), size):
         batch = list(items[start : start + size])
         yield batch + batch[-1:] * (size - len(batch))
@@ -165,32 +171,33 @@ def measure(
     adapter: Sequence[Image.Image],
     vae: Vae,
 ) -> dict[str, Value]:
-    """``samples.*``: fit to the prompts, and distances to the table's held-out pictures; of adapter, base and change.
+    """Return ``samples.*``: fit to the prompts and distances to the held-out images, of adapter, base and change.
 
-    Held-out ones alone, so that an adapter gains nothing by repeating what it was trained on.
+    Training images take no part, so that an adapter gains nothing by copying them.
 
     Args:
-        base: a picture per prompt; so is ``adapter``.
+        base: one sample of the base per prompt.
+        adapter: one sample of the adapter per prompt.
     """
-    real = model.images(heldout_pictures(eval_set, vae))
-    before, after, texts = model.images(base), model.images(adapter), model.texts(prompts)
+    real = model.embed_images(heldout_images(eval_set, vae))
+    before, after, texts = model.embed_images(base), model.embed_images(adapter), model.embed_texts(prompts)
     name, score = ("clip_score", distances.clip_scores) if model.kind == "clip" else ("cosine", distances.cosines)
     scores = {"": score(after, texts), "_base": score(before, texts)}
-    found: dict[str, Value] = {f"samples.{name}{suffix}": float(values.mean()) for suffix, values in scores.items()}
-    found |= bootstrap.estimate(scores[""] - scores["_base"], eval_set.seed).named(f"samples.{name}_change")
+    measured: dict[str, Value] = {f"samples.{name}{suffix}": float(values.mean()) for suffix, values in scores.items()}
+    measured |= bootstrap.estimate(scores[""] - scores["_base"], eval_set.seed).named(f"samples.{name}_change")
     for name, kernel in (("cmmd", distances.gaussian), ("feature_kid", distances.cubic)):
-        found[f"samples.{name}"] = distances.mmd(kernel, after, real)
-        found[f"samples.{name}_base"] = distances.mmd(kernel, before, real)
-        found |= distances.mmd_change(kernel, before, after, real).named(f"samples.{name}_change")
-    log.info("features    %s: %s, %s", model.name, plural(len(after), "sample"), plural(len(real), "held-out picture"))
-    for name in [name for name in found if f"{name}_base" in found]:
-        log.info("%-11s %.4g, base %.4g", name.removeprefix("samples."), found[name], found[f"{name}_base"])
-    return found
+        measured[f"samples.{name}"] = distances.mmd(kernel, after, real)
+        measured[f"samples.{name}_base"] = distances.mmd(kernel, before, real)
+        measured |= distances.mmd_change(kernel, before, after, real).named(f"samples.{name}_change")
+    log.info("features    %s: %s, %s", model.name, plural(len(after), "sample"), plural(len(real), "held-out image"))
+    for name in [name for name in measured if f"{name}_base" in measured]:
+        log.info("%-11s %.4g, base %.4g", name.removeprefix("samples."), measured[name], measured[f"{name}_base"])
+    return measured
 
 
-def heldout_pictures(eval_set: EvalSet, vae: Vae) -> list[Image.Image]:
-    """The table's held-out pictures as the model can at best draw them: the latents' means, decoded by the base's VAE.
+def heldout_images(eval_set: EvalSet, vae: Vae) -> list[Image.Image]:
+    """Return the held-out images as decoded by the base's VAE, which no sample can surpass.
 
-    So what the VAE costs, and how the pictures were cut and scaled, is on both sides of a distance.
+    The VAE's losses, and crop and size of the images, then affect both sides of a distance.
     """
     return [vae.decode(eval_set.cache.latents(view)[0]) for view in eval_set.heldout_views]

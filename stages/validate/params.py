@@ -1,13 +1,15 @@
-"""Section ``validate``: the frozen table, and the pictures that are drawn."""
+"""Section ``validate``: the evaluation set, and the samples."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
+from lora_dag.core.console import Problem
 from lora_dag.core.params import HomePath, Params
+from lora_dag.core.setting_problem import setting_problem
 
 if TYPE_CHECKING:
     from lora_dag.families.protocol import Family
@@ -17,69 +19,71 @@ class FeatureModelParams(Params):
     """An image-text model, pinned by its content."""
 
     path: HomePath = Field(exclude=True)
-    """A folder in the transformers layout, or a YAML file that pins a model of the Hub: ``validate/feature_files.py``.
-    Where it lies is no part of what is measured.
-    """
+    """Folder in the transformers layout, or YAML file that pins a model of the Hub (``validate/feature_files.py``).
+    The path does not count as an input of the run; the content does."""
     sha256: str | None = None
-    """Digest of the folder, or of the YAML file; without it the stage stops and prints it."""
+    """Digest of the folder or of the YAML file. Without it the stage stops and prints the digest."""
 
 
 class ValidateParams(Params):
     """Section ``validate``."""
 
     num_timesteps: int = Field(ge=1, le=1000)
-    """Strata of the training timesteps, one row of the table in each, per picture."""
-    max_pictures: int = Field(ge=1)
-    """Held-out pictures in the table, and as many training pictures beside them."""
+    """Timesteps at which the loss of each image is measured, one in each of so many equal parts of the schedule."""
+    max_images: int = Field(ge=1)
+    """Largest number of held-out images in the evaluation set. As many training images are measured for comparison."""
     batch_size: int = Field(ge=1, le=1024)
-    """Rows, or pictures being drawn, at a time."""
+    """Rows of the evaluation set, or samples, per forward pass."""
     prompts: list[str] = Field(min_length=1)
-    """Rows of the sheets."""
+    """Prompts of the samples, one row of the sheets each."""
     num_inference_steps: int = Field(ge=1, le=1000)
+    """Sampler steps per image."""
     guidance_scale: float = Field(ge=0)
-    """Classifier-free guidance, as the pipeline counts it: none at 1 or below, or at 0 (z_image)."""
+    """Classifier-free guidance as the pipeline defines it. No guidance: 1 or less (z_image: 0)."""
     negative_prompt: str
+    """Text that guidance moves away from. Must be empty without guidance, and for flux."""
     num_seeds: int = Field(ge=1, le=64)
-    """Pictures per prompt by base and final adapter, for diversity and nearest training pictures; sheets show one."""
+    """Images per prompt by base and final adapter, for diversity and nearest training images. Sheets show the first."""
     drift_prompts: list[str]
-    """Prompts of the base's own domain: what it draws for them is asked of base and adapter. Empty for none."""
+    """Prompts of the base's own style. The loss on images that the base draws for them measures what the adapter
+    made it forget. Empty: no measurement."""
     max_copied_share: float | None = Field(ge=0, le=1)
-    """Largest ``samples.copied_share`` that the stage lets pass; null for any."""
+    """Largest ``samples.copied_share`` with which the stage passes. null: no limit."""
     scales: list[float] = Field(min_length=1)
-    """Adapter strengths, columns of the sample sheet; the progress sheet and the measures are at 1."""
+    """Adapter strengths, one column of the sample sheet each. The progress sheet and all measurements use 1."""
     ink_measures: bool
-    """Measure chroma and dark share of the samples."""
+    """Whether chroma and dark share of the samples are measured."""
     feature_model: FeatureModelParams | None
-    """Measures how the samples fit their prompts, and how far they are from the held-out pictures."""
+    """Image-text model that measures how well samples match their prompts, and their distance to the held-out
+    images."""
     seed: int = Field(ge=0)
-    """Of the table's timesteps and noise, of the bootstrap and of the samples."""
+    """Seed of timesteps, noise, bootstrap and samples."""
 
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        listed: dict[str, list[str] | list[float]] = {
-            "prompts": self.prompts,
-            "drift_prompts": self.drift_prompts,
-            "scales": self.scales,
-        }
-        for name, values in listed.items():
-            same = Counter(" ".join(value.split()) if isinstance(value, str) else value for value in values)
-            twice = [value for value, count in same.items() if count > 1]
-            if twice:
-                raise ValueError(f"{name} lists {twice[0]!r} twice; name it once")
-        for name, prompts in (("prompts", self.prompts), ("drift_prompts", self.drift_prompts)):
-            if not all(prompt.strip() for prompt in prompts):
-                raise ValueError(f"{name} has an empty prompt; describe a picture or remove it")
-        return self
+    @field_validator("prompts", "drift_prompts", "scales")
+    @classmethod
+    def lists_each_value_once(cls, values: list[str] | list[float]) -> list[str] | list[float]:
+        same = Counter(" ".join(value.split()) if isinstance(value, str) else value for value in values)
+        if twice := [value for value, count in same.items() if count > 1]:
+            raise setting_problem("value-twice", f"{twice[0]!r} is listed twice. List it once.")
+        return values
+
+    @field_validator("prompts", "drift_prompts")
+    @classmethod
+    def lists_no_empty_prompt(cls, prompts: list[str]) -> list[str]:
+        if not all(prompt.strip() for prompt in prompts):
+            raise setting_problem("empty-prompt", "a prompt is empty. Describe an image or remove it.")
+        return prompts
 
 
-def prompt_problems(settings: ValidateParams, family: Family) -> list[str]:
-    """A line for a negative prompt that the family's pipeline would not read."""
+def prompt_problems(settings: ValidateParams, family: Family) -> list[Problem]:
+    """Return a problem for a negative prompt that the family's pipeline ignores."""
     if not settings.negative_prompt:
         return []
     if family.NO_GUIDANCE is None:
-        found = f"{family.PIPELINE} takes guidance_scale as an input of the model and reads no negative prompt"
-        return [f"params.yaml validate.negative_prompt: {found}; empty it"]
+        reason = f"{family.PIPELINE} passes guidance_scale to the model and ignores a negative prompt"
+        return [Problem("negative-prompt-ignored", f"{settings.setting('negative_prompt')}: {reason}. Set it to ''.")]
     if settings.guidance_scale <= family.NO_GUIDANCE:
-        found = f"negative_prompt is ignored at guidance_scale {settings.guidance_scale}"
-        return [f"params.yaml validate: {found}; raise that above {family.NO_GUIDANCE:g} or empty this"]
+        reason = f"it is ignored at guidance_scale {settings.guidance_scale}"
+        remedy = f"Set guidance_scale above {family.NO_GUIDANCE:g}, or negative_prompt to ''"
+        return [Problem("negative-prompt-ignored", f"{settings.setting('negative_prompt')}: {reason}. {remedy}.")]
     return []

@@ -1,4 +1,4 @@
-"""How much of an examination is done, counted in the denoiser's passes: table rows and sampling steps."""
+"""Progress of the stage, counted in passes of the denoiser: rows of the evaluation set and sampling steps."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from stages.validate.params import ValidateParams
 
 
-def planned(eval_set: EvalSet, adapter: Adapter, settings: ValidateParams) -> int:
-    """Of all that ``score_snapshots`` asks of base, snapshots and final adapter."""
-    num_snapshots, num_drawn = len(adapter.snapshots), len(settings.prompts)
+def num_planned(eval_set: EvalSet, adapter: Adapter, settings: ValidateParams) -> int:
+    """Return the passes of the denoiser that ``score_snapshots`` needs for base, snapshots and final adapter."""
+    num_snapshots, num_prompts = len(adapter.snapshots), len(settings.prompts)
     num_scaled = sum(scale != 1 for scale in settings.scales)
     num_rows = len(eval_set.rows) * (2 + num_snapshots) + 2 * settings.num_timesteps * len(settings.drift_prompts)
-    num_pictures = num_drawn * (2 * settings.num_seeds + num_snapshots + num_scaled) + len(settings.drift_prompts)
-    return num_rows + num_pictures * per_picture(eval_set, settings)
+    num_images = num_prompts * (2 * settings.num_seeds + num_snapshots + num_scaled) + len(settings.drift_prompts)
+    return num_rows + num_images * passes_per_image(eval_set, settings)
 
 
-def per_picture(eval_set: EvalSet, settings: ValidateParams) -> int:
-    """Guidance shows the denoiser everything twice."""
+def passes_per_image(eval_set: EvalSet, settings: ValidateParams) -> int:
+    """Return the passes of the denoiser per generated image. Guidance needs two per step."""
     limit = eval_set.family.NO_GUIDANCE
     return settings.num_inference_steps * (2 if limit is not None and settings.guidance_scale > limit else 1)
 
 
 class Passes:
-    """A bar that a hook on the denoiser moves, so that it also moves inside of a pipeline's loop."""
+    """A progress bar that a hook on the denoiser advances, also inside a pipeline's sampling loop."""
 
     def __init__(self, bar: Bar, denoiser: Any) -> None:
         self.bar, self.end = bar, 0
@@ -38,12 +38,12 @@ class Passes:
         denoiser.register_forward_hook(self.count, with_kwargs=True)
 
     def count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        shown = len(args[0] if args else next(iter(kwargs.values())))  # a batch, or a list of pictures
-        self.bar.add(min(shown, self.end - self.bar.done))
+        batch_size = len(args[0] if args else next(iter(kwargs.values())))  # a batch, or a list of images
+        self.bar.add(min(batch_size, self.end - self.bar.done))
 
     @contextlib.contextmanager
-    def part(self, size: int) -> Iterator[None]:
-        """Around what takes ``size`` passes, or none where earlier runs left what it makes."""
+    def segment(self, size: int) -> Iterator[None]:
+        """Enclose work of ``size`` passes; work without any pass is a cache hit and is skipped on the bar."""
         before, self.end = self.bar.done, self.bar.done + size
         yield
         if self.bar.done == before:

@@ -1,4 +1,4 @@
-"""What the figures and pictures came from; `report` and `compare` read it."""
+"""Provenance of the metrics and samples; the stage `report` and the command `compare` read it."""
 
 from __future__ import annotations
 
@@ -9,40 +9,30 @@ from lora_dag.artifacts.adapter import FINAL
 from lora_dag.core.files import sha256_json
 
 if TYPE_CHECKING:
-    from lora_dag.artifacts.adapter import Adapter
-    from lora_dag.artifacts.latent_cache import LatentCache
-    from lora_dag.bases.resolve import Base
-    from stages.validate.heldout_loss import EvalSet
-    from stages.validate.params import ValidateParams
+    from stages.validate.inputs import Inputs
 
-DIGEST_DIGITS = 12  # enough to tell files apart by eye
+DIGEST_DIGITS = 12  # enough to distinguish files by eye
 
 
-def provenance(
-    settings: ValidateParams,
-    origin: Base,
-    base: dict[str, str],
-    cache: LatentCache,
-    adapter: Adapter,
-    eval_set: EvalSet,
-) -> dict[str, Any]:
-    """lineage.json's content; digests are short."""
+def provenance(inputs: Inputs) -> dict[str, Any]:
+    """Return the content of lineage.json, with digests of DIGEST_DIGITS digits."""
+    cache, adapter, eval_set = inputs.cache, inputs.adapter, inputs.eval_set
     counts = Counter(item.split for item in cache.items)
-    shown = sha256_json(sorted([item.split, item.content, item.caption] for item in cache.items))
-    found = {
+    content = sha256_json(sorted([item.split, item.content, item.caption] for item in cache.items))
+    record = {
         "adapter": adapter.files[FINAL][:DIGEST_DIGITS],
-        "base": {component: digest[:DIGEST_DIGITS] for component, digest in base.items()},
-        "dataset": {"train": counts["train"], "heldout": counts["heldout"], "content": shown[:DIGEST_DIGITS]},
+        "base": {name: digest[:DIGEST_DIGITS] for name, digest in inputs.base_digests.items()},
+        "dataset": {"train": counts["train"], "heldout": counts["heldout"], "content": content[:DIGEST_DIGITS]},
         "latents": cache.digest[:DIGEST_DIGITS],
         "lora_config": adapter.lora_config,
-        "model": origin.model.model_dump() | {"pretrained": origin.label},  # no path of this machine
+        "model": inputs.base.model.model_dump() | {"pretrained": inputs.base.label},  # no path of this machine
         "num_steps": adapter.num_steps,
         "table": {
-            "num_pictures": dict(Counter(row.picture.split for row in eval_set.rows if row.stratum == 0)),
+            "num_images": dict(Counter(row.image.split for row in eval_set.rows if row.stratum == 0)),
             "num_rows": len(eval_set.rows),
             "num_train_timesteps": eval_set.num_train_timesteps,
             "prediction_type": eval_set.prediction_type,
         },
-        "validate": settings.model_dump(),
+        "validate": inputs.settings.model_dump(),
     }
-    return found | ({"text_lora": adapter.text_lora} if adapter.text_lora else {})
+    return record | ({"text_lora": adapter.text_lora} if adapter.text_lora else {})

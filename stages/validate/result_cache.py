@@ -1,6 +1,7 @@
-"""What the base and adapters answered and drew before, so that nothing of it is asked twice.
+"""Cache of losses and samples of earlier runs, so that none is computed twice.
 
-<state>/evidence/<kind>/<key>.safetensors   kind: ``losses`` or ``pictures``; the key holds all that decides them
+<state>/evidence/<kind>/<key>.safetensors   kind: ``losses`` or ``images``; key: digest of everything that determines
+                                            the result
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_dag.artifacts import store
-from lora_dag.core.console import log, plural
+from lora_dag.core.console import log, plural, warn
 from lora_dag.core.files import sha256_json, state_dir
 from lora_dag.core.tensors import save_tensors
 
@@ -24,82 +25,83 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, "torch.Tensor"]
 MAX_BYTES, MAX_FILES = 2_000_000_000, 4000
-"""Of each kind; the least recently used goes. Eight pictures of 512 x 512 take 6.3 MB."""
+"""Limits per kind; the least recently used files are deleted. Eight images of 512 x 512 take 6.3 MB."""
 
 
 @dataclass(frozen=True)
 class ResultCache:
-    """Results under some conditions."""
+    """Results under fixed conditions."""
 
     conditions: dict[str, Any]
-    """Base, family, dtype, code and environment: what moves last bits is part of the key."""
+    """Base, family, dtype, code and environment. Everything that changes the last bits is part of the key."""
     reused: Counter[str] = field(default_factory=Counter)
-    """Kind -> number of those that were found."""
+    """Kind -> number of cache hits."""
 
-    def under(self, **conditions: Any) -> ResultCache:
-        """The same with further conditions."""
+    def with_conditions(self, **conditions: Any) -> ResultCache:
+        """Return this cache with further conditions."""
         return replace(self, conditions=self.conditions | conditions)
 
-    def losses(self, asked: Any, make: Callable[[], list[float]]) -> list[float]:
-        """What ``make`` returns, or returned when it was asked the same.
+    def losses(self, request: Any, make: Callable[[], list[float]]) -> list[float]:
+        """Return the cached result of ``make`` for this request; call ``make`` if there is none.
 
         Args:
-            asked: all that decides the result beside the conditions, as JSON.
+            request: everything that determines the result besides the conditions, as JSON.
         """
         import torch
 
-        tensors = self._get("losses", asked, lambda: {"losses": torch.tensor(make(), dtype=torch.float64)})
+        tensors = self._get("losses", request, lambda: {"losses": torch.tensor(make(), dtype=torch.float64)})
         return tensors["losses"].tolist()
 
-    def pictures(self, asked: Any, make: Callable[[], list[Image.Image]]) -> list[Image.Image]:
-        """The same of RGB pictures of one size."""
+    def images(self, request: Any, make: Callable[[], list[Image.Image]]) -> list[Image.Image]:
+        """Return the cached RGB images, all of one size, for this request; call ``make`` if there are none."""
         import numpy as np
         import torch
         from PIL import Image
 
         def draw() -> Tensors:
-            return {"pictures": torch.from_numpy(np.stack([np.asarray(drawn.convert("RGB")) for drawn in make()]))}
+            return {"images": torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in make()]))}
 
-        tensors = self._get("pictures", asked, draw)  # uint8 [N, H, W, 3]
-        return [Image.fromarray(array) for array in tensors["pictures"].numpy()]
+        tensors = self._get("images", request, draw)  # uint8 [N, H, W, 3]
+        return [Image.fromarray(array) for array in tensors["images"].numpy()]
 
-    def _get(self, kind: Literal["losses", "pictures"], asked: Any, make: Callable[[], Tensors]) -> Tensors:
-        key = sha256_json([self.conditions, asked])
-        path, entry = root() / kind / f"{key}.safetensors", f"{kind}/{key}"
-        found = store.read(path, entry)
-        if found is not None:
-            with contextlib.suppress(OSError):  # another process may just have dropped it
+    def _get(self, kind: Literal["losses", "images"], request: Any, make: Callable[[], Tensors]) -> Tensors:
+        key = sha256_json([self.conditions, request])
+        path, entry = cache_root() / kind / f"{key}.safetensors", f"{kind}/{key}"
+        cached = store.read_entry(path, entry)
+        if cached is not None:
+            with contextlib.suppress(OSError):  # another process may have deleted it
                 os.utime(path)
             self.reused[kind] += 1
-            return found.tensors
+            return cached.tensors
         if path.exists():
-            log.warning("warning: %s is damaged and is made again", path)
+            warn("cached-result-damaged", f"{path} is damaged. It is computed again.")
         tensors = make()
         save_tensors(path, tensors, {"entry": entry, "sha256": store.checksum(tensors, "", entry)}, sync=False)
         return tensors
 
-    def end(self) -> None:
-        """Say what was found, and make room."""
+    def log_and_trim(self) -> None:
+        """Log the cache hits, and delete the least recently used files above the limits."""
         if self.reused:
-            num_losses, num_pictures = self.reused["losses"], self.reused["pictures"]
-            kept = plural(num_losses, "table"), plural(num_pictures, "row")
-            log.info("reused      %s of losses, %s of pictures, from %s", *kept, root())
-        for folder in root().glob("*"):
+            num_losses, num_images = self.reused["losses"], self.reused["images"]
+            counts = plural(num_losses, "table"), plural(num_images, "row")
+            log.info("reused      %s of losses, %s of images, from %s", *counts, cache_root())
+        for folder in cache_root().glob("*"):
             drop_oldest(folder)
 
 
-def root() -> Path:
+def cache_root() -> Path:
+    """Return the folder of all cached results."""
     return state_dir() / "evidence"
 
 
 def drop_oldest(folder: Path) -> None:
-    """All but those that were used last; another process may do the same."""
-    found = {}
+    """Delete the least recently used files above the limits. Another process may do so at the same time."""
+    stats = {}
     for path in folder.glob("*.safetensors"):
         with contextlib.suppress(FileNotFoundError):
-            found[path] = path.stat()
+            stats[path] = path.stat()
     size = 0
-    for index, path in enumerate(sorted(found, key=lambda path: found[path].st_mtime, reverse=True)):
-        size += found[path].st_size
+    for index, path in enumerate(sorted(stats, key=lambda path: stats[path].st_mtime, reverse=True)):
+        size += stats[path].st_size
         if size > MAX_BYTES or index >= MAX_FILES:
             path.unlink(missing_ok=True)

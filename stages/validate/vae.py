@@ -1,4 +1,4 @@
-"""GeneratedLatents pictures as latents and latents as pictures, by the VAE as cache_latents loads it."""
+"""Encode images to latents and decode latents to images, with the VAE in the dtype of cache_latents."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 
 class Vae:
-    """In the dtype that cache_latents encodes in; one picture at a time: no more memory for more of them."""
+    """VAE in the dtype that cache_latents encodes in. It takes one image at a time to limit memory."""
 
     def __init__(self, eval_set: EvalSet) -> None:
         self.family, self.device = eval_set.family, eval_set.device
         self.model = eval_set.model.model_copy(update={"dtype": eval_set.family.vae_dtype(eval_set.model)})
         self.vae = eval_set.family.load_vae(self.model, self.device)
 
-    def encode(self, picture: Image.Image) -> torch.Tensor:
-        """The posterior's mean with the cache's shift and scale, float32 [C, H/f, W/f]."""
+    def encode(self, image: Image.Image) -> torch.Tensor:
+        """Return the posterior's mean with the cache's shift and scale, float32 [C, H/f, W/f]."""
         import torch
 
-        pixel_values = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+        pixel_values = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
         with torch.inference_mode(), autocast(self.device, self.model):
             mean, _ = self.family.encode_images(self.vae, pixel_values[None])
         return mean[0].float().cpu()
 
     def decode(self, latents: torch.Tensor) -> Image.Image:
-        """The picture of one view, [C, H/f, W/f]."""
+        """Return the image of latents [C, H/f, W/f]."""
         import torch
         from PIL import Image
 

@@ -1,4 +1,4 @@
-"""The three bias modes against microsoft/LoRA's own code, and deltas that come off without a trace."""
+"""The three bias modes against the code of microsoft/LoRA, and the removal of deltas."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json, write_json
 from lora_dag.core.tensors import load_metadata, load_tensors
-from tests.conftest import Workspace
 from tests.helpers.adapters import fill, inject, load, predict
+from tests.helpers.errors import assert_line
 from tests.helpers.trainings import broken_off
+from tests.helpers.workspace import Workspace
 
 MODES = ["none", "all", "lora_only"]
 
@@ -31,7 +32,7 @@ def denoiser(tiny_base: Path) -> torch.nn.Module:
 
 
 def in_loralib(denoiser: torch.nn.Module, targets: list[str], mode: str) -> torch.nn.Module:
-    """The same base with loralib's layers of rank 2 and alpha 4, marked by loralib."""
+    """Return the same base with loralib's layers of rank 2 and alpha 4, marked by loralib."""
     for name in targets:
         own = denoiser.get_submodule(name)
         layer = loralib.Linear(
@@ -46,19 +47,17 @@ def in_loralib(denoiser: torch.nn.Module, targets: list[str], mode: str) -> torc
 
 
 def theirs(name: str) -> str:
-    """Our parameter's name, as loralib names it."""
+    """Return loralib's name of a parameter."""
     name = name.replace(".default.weight", "").replace(".base_layer.", ".")
     return name.replace("parametrizations.bias.0.delta", "bias")
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("target_modules", ["attention", "all-linear"])
-def test_trains_what_loralib_trains_and_computes_what_it_computes(
-    tiny_base: Path, target_modules: str, mode: str
-) -> None:
+def test_bias_modes_equal_loralib(tiny_base: Path, target_modules: str, mode: str) -> None:
     ours = load(tiny_base)
     trainable = inject(ours, target_modules=target_modules, bias=mode)
-    oracle = in_loralib(load(tiny_base), lora.targets(ours), mode)
+    oracle = in_loralib(load(tiny_base), lora.target_names(ours), mode)
     expected = {name: p for name, p in oracle.named_parameters() if p.requires_grad}
     assert {theirs(name) for name in trainable} == set(expected)
 
@@ -71,7 +70,7 @@ def test_trains_what_loralib_trains_and_computes_what_it_computes(
     assert saved == set(loralib.lora_state_dict(oracle, bias=mode))
 
 
-def test_the_sets_are_counted(tiny_base: Path) -> None:
+def test_number_of_trained_biases(tiny_base: Path) -> None:
     found = {}
     for mode in MODES:
         denoiser = load(tiny_base)
@@ -85,7 +84,7 @@ def test_the_sets_are_counted(tiny_base: Path) -> None:
 
 
 class Traps(torch.nn.Module):
-    """Names that a substring would catch."""
+    """Module with names that only contain the word bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +96,7 @@ class Traps(torch.nn.Module):
         self.bias_proj = torch.nn.Linear(2, 2, bias=False)
 
 
-def test_a_bias_is_a_parameter_of_exactly_that_name() -> None:
+def test_only_parameters_named_bias_are_biases() -> None:
     assert bias.biased(Traps(), "all") == ["debias"]
 
 
@@ -118,7 +117,9 @@ def test_deltas_are_float32_and_start_at_the_base(tiny_base: Path, mode: str, dt
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["all", "lora_only"])
-def test_disabled_unscaled_and_deleted_are_the_base_bit_for_bit(tiny_base: Path, mode: str, dtype: str) -> None:
+def test_disabled_scaled_to_zero_and_deleted_are_bit_identical_to_the_base(
+    tiny_base: Path, mode: str, dtype: str
+) -> None:
     denoiser = load(tiny_base, dtype)
     base, names, digest = predict(denoiser), set(denoiser.state_dict()), lora.frozen_digest(denoiser)
     fill(inject(denoiser, bias=mode))
@@ -155,7 +156,7 @@ def test_small_deltas_are_not_lost_in_bfloat16(tiny_base: Path) -> None:
     assert denoiser.conv_in.bias.dtype == torch.bfloat16 and (denoiser.conv_in.bias > 1).all()
 
 
-def test_another_mode_is_no_match(tiny_base: Path) -> None:
+def test_biases_of_another_mode_do_not_load(tiny_base: Path) -> None:
     one, other = load(tiny_base), load(tiny_base)
     inject(one, bias="all")
     inject(other, bias="lora_only")
@@ -172,14 +173,14 @@ def prepared(workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize("mode", ["all", "lora_only"])
-def test_train_saves_the_deltas_with_mode_and_list(workspace: Workspace, tiny_base: Path, mode: str) -> None:
+def test_training_saves_deltas_mode_and_names(workspace: Workspace, tiny_base: Path, mode: str) -> None:
     prepared(workspace)
     lines = workspace.run("train", "--set", f"lora.bias={mode}", "--set", "train.num_steps=5")
     adapter = Adapter.load(Path("data/adapter"))
     denoiser = load(tiny_base)
     inject(denoiser, bias=mode)
     assert adapter.lora_config["bias"] == mode and adapter.biases == list(bias.deltas(denoiser))
-    assert f"biases      {mode}: {len(adapter.biases)}, as deltas that decay towards zero" in lines
+    assert any(line.startswith(f"biases      {mode}: {len(adapter.biases)},") for line in lines)
     header = load_metadata(Path("data/adapter") / FINAL)
     assert header["bias"] == mode and json.loads(header["biases"]) == adapter.biases
     final = adapter.weights(Path("data/adapter"))
@@ -190,7 +191,7 @@ def test_train_saves_the_deltas_with_mode_and_list(workspace: Workspace, tiny_ba
     workspace.run("validate")
 
 
-def test_a_killed_run_with_biases_ends_in_the_same_bytes(workspace: Workspace, monkeypatch: Any) -> None:
+def test_a_killed_run_with_biases_is_bit_identical(workspace: Workspace, monkeypatch: Any) -> None:
     prepared(workspace)
     argv = ("--set", "lora.bias=all", "--set", "lora.use_dora=true")
     workspace.run("train", *argv)
@@ -210,10 +211,9 @@ def test_an_adapter_of_another_mode_is_refused(workspace: Workspace) -> None:
     write_json(path, record | {"biases": []})
     with pytest.raises(UserError) as caught:
         workspace.run("validate")
-    assert caught.value.problems == (
-        "data/adapter/snapshots/step-000002.safetensors: trained with lora.bias lora_only, "
-        "data/adapter/adapter.json says none; run `python -m stages.train` again",
-    )
+    (problem,) = caught.value.problems
+    assert problem.startswith("data/adapter/snapshots/step-000002.safetensors: ") and "lora_only" in problem
+    assert "data/adapter/adapter.json" in problem and "python -m stages.train" in problem
 
 
 def test_a_bias_that_the_base_never_uses_is_a_warning(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
@@ -223,10 +223,10 @@ def test_a_bias_that_the_base_never_uses_is_a_warning(workspace: Workspace, capl
     for _ in range(4):
         monitor.note_gradients()
     monitor.check_end()
-    assert "no gradient ever reached 1 trained bias, such as unused" in caplog.text
+    assert_line("\n".join(caplog.messages), "no-gradient", "1 trained bias", "unused")
 
 
-def test_without_biases_nothing_is_said_of_them(workspace: Workspace) -> None:
+def test_without_biases_files_do_not_mention_them(workspace: Workspace) -> None:
     prepared(workspace)
     workspace.run("train")
     assert Adapter.load(Path("data/adapter")).biases == []

@@ -8,6 +8,7 @@ import torch
 
 from lora_dag.adapters import lora
 from tests.helpers.adapters import TARGETS, fill, inject, load, params, predict, refusal
+from tests.helpers.errors import refused
 
 
 @pytest.fixture
@@ -29,13 +30,11 @@ def test_adapters_are_float32_in_a_base_of_its_own_dtype(tiny_base: Path, dtype:
 
 
 @pytest.mark.parametrize("target_modules", [TARGETS, ["to_q"], ["attn2.to_k", "linear_1"]], ids=str)
-def test_trained_are_a_and_b_of_the_targets_and_nothing_else(
-    denoiser: torch.nn.Module, target_modules: list[str]
-) -> None:
+def test_only_a_and_b_of_the_targets_are_trained(denoiser: torch.nn.Module, target_modules: list[str]) -> None:
     layers = [name for name, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)]
     expected = [name for name in layers if any(name.endswith(f".{target}") for target in target_modules)]
     trainable = inject(denoiser, target_modules=target_modules)
-    assert lora.targets(denoiser) == expected
+    assert lora.target_names(denoiser) == expected
     assert set(trainable) == {f"{name}.lora_{which}.default.weight" for name in expected for which in "AB"}
     assert {id(p) for p in denoiser.parameters() if p.requires_grad} == {id(p) for p in trainable.values()}
     assert set(lora.state_dict(denoiser)) == {f"{name}.lora_{which}.weight" for name in expected for which in "AB"}
@@ -88,25 +87,25 @@ def test_rslora_scales_by_the_root_of_the_rank(denoiser: torch.nn.Module, conv: 
     inject(
         denoiser, target_modules=targets, use_rslora=True, rank_pattern={targets[0]: 4}, alpha_pattern={targets[0]: 6.0}
     )
-    assert {denoiser.get_submodule(name).scaling["default"] for name in lora.targets(denoiser)} == {3.0}
+    assert {denoiser.get_submodule(name).scaling["default"] for name in lora.target_names(denoiser)} == {3.0}
 
 
 @pytest.mark.parametrize(
     ("target_modules", "dtype"), [("all-linear+conv", "float32"), ("attention", "float32"), ("all-linear", "bfloat16")]
 )
-def test_dora_starts_at_the_base_bit_for_bit(tiny_base: Path, target_modules: str, dtype: str) -> None:
+def test_dora_starts_bit_identical_to_the_base(tiny_base: Path, target_modules: str, dtype: str) -> None:
     denoiser = load(tiny_base, dtype)
     base = predict(denoiser)
     trainable = inject(denoiser, target_modules=target_modules, use_dora=True)
     lora.require_sound(denoiser, trainable)
     assert torch.equal(predict(denoiser), base)
-    assert sum("lora_magnitude_vector" in name for name in trainable) == len(lora.targets(denoiser))
+    assert sum("lora_magnitude_vector" in name for name in trainable) == len(lora.target_names(denoiser))
     fill(trainable)
     assert not torch.equal(predict(denoiser), base)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_scale_zero_and_disabled_are_the_base_bit_for_bit(tiny_base: Path, dtype: str) -> None:
+def test_scale_zero_and_disabled_are_bit_identical_to_the_base(tiny_base: Path, dtype: str) -> None:
     denoiser = load(tiny_base, dtype)
     base = predict(denoiser)
     fill(inject(denoiser))
@@ -121,7 +120,7 @@ def test_scale_zero_and_disabled_are_the_base_bit_for_bit(tiny_base: Path, dtype
     assert torch.equal(predict(denoiser), adapted)
 
 
-def test_disabled_ends_with_an_error_and_leaves_the_adapter_trainable(denoiser: torch.nn.Module) -> None:
+def test_disabled_is_undone_after_an_error(denoiser: torch.nn.Module) -> None:
     trainable = inject(denoiser)
     fill(trainable)
     adapted = predict(denoiser)
@@ -131,7 +130,7 @@ def test_disabled_ends_with_an_error_and_leaves_the_adapter_trainable(denoiser: 
     assert all(parameter.requires_grad for parameter in trainable.values())
 
 
-def test_frozen_digest_sees_the_base_alone(denoiser: torch.nn.Module) -> None:
+def test_frozen_digest_depends_on_the_base_only(denoiser: torch.nn.Module) -> None:
     before = lora.frozen_digest(denoiser)
     trainable = inject(denoiser)
     assert lora.frozen_digest(denoiser) == before
@@ -150,7 +149,7 @@ def test_load_fills_every_layer(tiny_base: Path) -> None:
     assert torch.equal(predict(other), predict(one))
 
 
-def test_load_refuses_missing_and_left_over_keys(denoiser: torch.nn.Module) -> None:
+def test_load_rejects_missing_and_unexpected_keys(denoiser: torch.nn.Module) -> None:
     inject(denoiser)
     tensors = lora.state_dict(denoiser)
     name = sorted(tensors)[0]
@@ -160,7 +159,7 @@ def test_load_refuses_missing_and_left_over_keys(denoiser: torch.nn.Module) -> N
         lora.load(denoiser, tensors | {"extra.lora_A.weight": tensors[name]})
 
 
-def test_unsound_adapters_are_named(denoiser: torch.nn.Module) -> None:
+def test_unsound_parameters_are_named(denoiser: torch.nn.Module) -> None:
     trainable = inject(denoiser)
     name = sorted(trainable)[0]
     with pytest.raises(RuntimeError, match="conv_in.weight is trained but would not be saved"):
@@ -177,26 +176,24 @@ def test_unsound_adapters_are_named(denoiser: torch.nn.Module) -> None:
     ("target", "near"),
     [("to_qq", "to_q, "), ("to_out", "to_out.0, "), ("attn1", ""), ("o_q", "to_q, ")],
 )
-def test_a_target_that_matches_no_layer_names_the_near_ones(denoiser: torch.nn.Module, target: str, near: str) -> None:
-    (problem,) = refusal(denoiser, target_modules=["to_v", target])
-    start = f"params.yaml lora.target_modules: '{target}' matches no layer of UNet2DConditionModel (near: {near}"
-    assert problem.startswith(start)
+def test_near_names_of_a_target_without_layers(denoiser: torch.nn.Module, target: str, near: str) -> None:
+    place = f"params.yaml lora.target_modules: '{target}'"
+    with refused("no-layer-matches", place, "UNet2DConditionModel", f": {near}"):
+        lora.make_config(params(target_modules=["to_v", target]), denoiser)
 
 
 def test_a_rank_above_the_layer_is_refused(denoiser: torch.nn.Module) -> None:
     assert lora.make_config(params(rank=32, target_modules=["to_q"]), denoiser)["r"] == 32
-    assert refusal(denoiser, rank=33, target_modules=["to_q"]) == (
-        "params.yaml lora.rank: 33 is above 32, the size of a 'to_q' layer",
-    )
+    with refused("rank-too-high", "params.yaml lora.rank: got 33", "'to_q'", "32"):
+        lora.make_config(params(rank=33, target_modules=["to_q"]), denoiser)
 
 
-def test_dora_on_convolutions_is_refused_where_it_would_not_start_at_the_base(tiny_base: Path) -> None:
-    assert refusal(load(tiny_base, "bfloat16"), target_modules=["to_q", "conv1"], use_dora=True) == (
-        "params.yaml lora.use_dora: needs model.dtype float32 on convolutions (conv1); or leave them out",
-    )
+def test_dora_on_convolutions_needs_float32(tiny_base: Path) -> None:
+    with refused("dora-needs-float32", "params.yaml lora.use_dora: ", "model.dtype float32", "(conv1)"):
+        lora.make_config(params(target_modules=["to_q", "conv1"], use_dora=True), load(tiny_base, "bfloat16"))
 
 
-def test_all_problems_at_once(denoiser: torch.nn.Module) -> None:
+def test_all_problems_are_reported_at_once(denoiser: torch.nn.Module) -> None:
     problems = refusal(denoiser, rank=33, target_modules=["to_q", "nope", "to_v"])
     assert [problem.split(":")[0] for problem in problems] == [
         "params.yaml lora.rank",

@@ -1,4 +1,4 @@
-"""README's table of readers, and its column that runs here: stock diffusers on each kind of file of each family."""
+"""The table of readers in docs/export.md; diffusers' column is checked here, on each kind of file of each family."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lora_dag.core.params import FAMILIES
 from lora_dag.families.protocol import load_family
-from tests.conftest import REPOSITORY
 from tests.helpers.exports import write
 from tests.helpers.families import stock_of
 from tests.helpers.readers import KINDS, TABLE, Tensors, judged, markdown, train, verdict
+from tests.helpers.workspace import REPOSITORY
 
 CASES = [
     (family, kind, file)
@@ -33,11 +33,11 @@ def pipelines(bases: dict[str, Path]) -> dict[str, Any]:
     return {name: getattr(diffusers, stock_of(name).cls).from_pretrained(bases[name]) for name in FAMILIES}
 
 
-def test_the_table_of_readme_is_this() -> None:
-    assert markdown() in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def test_the_table_in_the_docs_is_current() -> None:
+    assert markdown() in (REPOSITORY / "docs/export.md").read_text(encoding="utf-8")
 
 
-def test_the_table_is_of_the_diffusers_that_is_here_and_answers_once() -> None:
+def test_the_table_has_the_installed_diffusers_and_one_entry_per_case() -> None:
     assert TABLE["columns"]["diffusers"] == f"diffusers {diffusers.__version__}"
     said = [(row["file"], family, kind) for row in TABLE["rows"] for family in row["families"] for kind in row["kinds"]]
     assert len(said) == len(set(said)) and {kind for _, _, kind in said} == set(KINDS)
@@ -50,7 +50,7 @@ def test_the_table_is_of_the_diffusers_that_is_here_and_answers_once() -> None:
     ("family", "kind", "file"),
     [pytest.param(*case, marks=[] if case[1:] in DEFAULT else [pytest.mark.slow]) for case in CASES],
 )
-def test_diffusers_reads_it_as_the_table_says(
+def test_diffusers_reads_files_as_in_the_table(
     pipelines: dict[str, Any], tmp_path: Path, family: str, kind: str, file: str
 ) -> None:
     module, pipe = load_family(family), pipelines[family]
@@ -72,7 +72,7 @@ def test_diffusers_reads_it_as_the_table_says(
 
 
 def merged(module: Any) -> Tensors:
-    """A module's tensors with what PEFT carries in its layers."""
+    """Return a module's tensors with the adapter merged by PEFT."""
     for layer in module.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge()

@@ -16,8 +16,9 @@ from lora_dag.artifacts.adapter import Adapter
 from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
 from lora_dag.artifacts.manifest import Manifest, natural_key
 from lora_dag.core.console import UserError
-from tests.conftest import Workspace, picture
 from tests.helpers.caches import write_cache
+from tests.helpers.errors import refused
+from tests.helpers.workspace import Workspace, make_image
 
 STAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "data/prepared/manifest.jsonl": ("prepare", Manifest.load),
@@ -33,7 +34,7 @@ def test_content_of_another_shape_names_the_stage_that_writes_it(tmp_path: Path,
     path = tmp_path / Path(name).name
     path.write_text(text)
     (tmp_path / "dataset.json").write_text("{}")
-    with pytest.raises(UserError, match=rf"{path.name}: (edited by hand|damaged)") as caught:
+    with pytest.raises(UserError, match=rf"{path.name}: (edited by hand|invalid JSON)") as caught:
         load(tmp_path)
     assert f"stages.{stage}" in str(caught.value) or "dvc repro" in str(caught.value)
 
@@ -77,7 +78,7 @@ def test_a_cache_edited_by_hand_says_where(tmp_path: Path, edit: Callable[[Any],
         UserError, match=rf"manifest\.json: edited by hand or of another version \({expected}"
     ) as caught:
         LatentCache(tmp_path)
-    assert "\n" not in str(caught.value) and str(caught.value).endswith("run `python -m stages.cache_latents` again")
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("Run `python -m stages.cache_latents` again.")
 
 
 def test_a_shard_that_is_none_is_damaged_also_if_its_digest_was_edited(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_shard_that_is_none_is_damaged_also_if_its_digest_was_edited(tmp_path:
     (tmp_path / name).write_bytes(b"nothing")
     manifest["shards"][name] = hashlib.sha256(b"nothing").hexdigest()
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=rf"{name}: missing or damaged; run `python -m stages\.cache_latents` again"):
+    with pytest.raises(UserError, match=rf"{name}: missing or damaged\. Run `python -m stages\.cache_latents` again"):
         LatentCache(tmp_path)
 
 
@@ -100,7 +101,7 @@ def a_cache(folder: Path) -> Path:
 @pytest.mark.parametrize("field", ["captions", "views", "masks"])
 def test_a_cache_without_an_entry_that_an_item_names_is_refused_at_once(workspace: Workspace, field: str) -> None:
     argv = ("--set", "dataset.mask=alpha")
-    translucent = picture(3)
+    translucent = make_image(3)
     translucent.putalpha(100)
     translucent.save("data/raw/03.png")  # the fourth item; opaque ones need no mask
     workspace.run("prepare", *argv)
@@ -109,7 +110,7 @@ def test_a_cache_without_an_entry_that_an_item_names_is_refused_at_once(workspac
     manifest = json.loads(path.read_text())
     manifest["items"][3][field][0] = "another"
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"edited by hand .*another.*; run `python -m stages.cache_latents` again"):
+    with refused("artifact-damaged", "another", "`python -m stages.cache_latents`"):
         LatentCache(path.parent)
 
 
@@ -147,12 +148,12 @@ def test_conditioning_by_view_is_kept_beside_the_view_and_missed_at_once(tmp_pat
     assert torch.equal(cache.prompt("", "v2")["add_time_ids"], ids["v2"])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"view_conditioning": ["other"]}))
-    with pytest.raises(UserError, match="run `python -m stages.cache_latents` again"):
+    with pytest.raises(UserError, match="Run `python -m stages.cache_latents` again."):
         LatentCache(tmp_path)
 
 
 def test_shards_are_named_by_their_owners(tmp_path: Path) -> None:
-    """An entry that two pictures share stands with the first by name."""
+    """An entry that two images share stands with the first by name."""
     rows = [CachedItem(f"{i}.png", "train", "same", ("same",), "c", ("v0" if i < 2 else f"v{i}",)) for i in range(5)]
     owners = latent_cache.owners(rows, {"": "t0", "same": "t1"})
     assert owners["images"] == {"v0": "0.png", "v2": "2.png", "v3": "3.png", "v4": "4.png"}
@@ -163,7 +164,7 @@ def test_shards_are_named_by_their_owners(tmp_path: Path) -> None:
 def test_prepared_without_its_second_file_is_refused(workspace: Workspace) -> None:
     workspace.run("prepare")
     Path("data/prepared/dataset.json").unlink()
-    with pytest.raises(UserError, match=r"dataset\.json: no such file; run `python -m stages\.prepare`"):
+    with pytest.raises(UserError, match=r"dataset\.json: no such file\. Run `python -m stages\.prepare`"):
         Manifest.load(Path("data/prepared"))
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lora_dag.artifacts.store import Store
-from lora_dag.core.console import UserError
 from lora_dag.core.tensors import save_tensors
+from tests.helpers.errors import refused
 
 
 def test_an_entry_is_whole_or_absent(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_header_of_another_shape_is_damage(tmp_path: Path, header: bytes, capl
     path.parent.mkdir(parents=True)
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
     assert not store.has("latents", "ab12") and store.load("latents", "ab12") is None
-    assert f"{path} is damaged and is made again" in caplog.text
+    assert f"{path}: damaged. " in caplog.text
 
 
 @pytest.mark.parametrize("length", [0, 5, 40, -1])
@@ -99,8 +99,8 @@ def test_what_was_changed_is_seen_on_reading(tmp_path: Path) -> None:
 
 def test_many_runs_share_a_store_and_none_while_it_is_swept(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    at_work = pytest.raises(UserError, match="a run of cache_latents is at work here; wait for its end")
-    with store.in_use(), Store(tmp_path).in_use(), at_work, store.alone():
+    at_work = refused("store-in-use")
+    with store.in_use(), Store(tmp_path).in_use(), at_work, store.exclusive():
         pass
-    with store.alone():
+    with store.exclusive():
         pass

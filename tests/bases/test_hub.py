@@ -17,6 +17,7 @@ from huggingface_hub import errors
 from lora_dag.bases import hub
 from lora_dag.core.console import UserError
 from lora_dag.core.files import sha256_file
+from tests.helpers.errors import assert_line, refused
 from tests.helpers.sources import png
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -24,7 +25,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Repository:
-    """A stand-in for the Hub that holds one model."""
+    """Stand-in for the Hub with one model."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
@@ -85,7 +86,7 @@ def test_snapshot_is_fetched_once(repository: Repository) -> None:
     assert repository.calls == ["info", "download"]
 
 
-def test_killed_download_goes_on(repository: Repository) -> None:
+def test_a_killed_download_is_resumed(repository: Repository) -> None:
     repository.killed_after = 3
     with pytest.raises(KeyboardInterrupt):
         hub.fetch(Path("data/pin.yaml"))
@@ -96,7 +97,7 @@ def test_killed_download_goes_on(repository: Repository) -> None:
 
 
 def edit(path: Path) -> None:
-    """Other bytes of the same number, and the same time."""
+    """Write other bytes of the same number, with the same time."""
     status = path.stat()
     path.write_bytes(b"x" * status.st_size)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -109,14 +110,12 @@ def test_lost_and_edited_files_are_fetched_again(
     folder = hub.fetch(Path("data/pin.yaml"))
     spoil(folder / "train/a.png")
     assert (hub.fetch(Path("data/pin.yaml")) / "train/a.png").read_bytes() == png(0)
-    assert (
-        "warning: the snapshot of data/pin.yaml has 1 file that was changed or lost since the download, such as"
-        " train/a.png; fetching again"
-    ) in caplog.text
+    messages = "\n".join(record.getMessage() for record in caplog.records)
+    assert_line(messages, "snapshot-changed", "data/pin.yaml", "1 file ", "train/a.png")
 
 
-def test_the_client_does_not_find_what_was_edited(repository: Repository) -> None:
-    """It would take a file for whole whose time is that of the download."""
+def test_edited_files_are_deleted_before_the_download(repository: Repository) -> None:
+    """The client takes a file with the time of the download for complete."""
     folder = hub.fetch(Path("data/pin.yaml"))
     edit(folder / "train/a.png")
     repository.error = ConnectionError("no network")
@@ -130,10 +129,8 @@ def test_files_put_into_a_snapshot_are_no_part_of_the_commit(repository: Reposit
     (folder / ".cache/huggingface/x").write_bytes(b"the client's")
     assert hub.fetch(Path("data/pin.yaml")) == folder
     (folder / "train/b.png").write_bytes(png(1))
-    (problem,) = problems(lambda: hub.fetch(Path("data/pin.yaml")))
-    assert problem.startswith("data/pin.yaml: 1 file in ") and problem.endswith(
-        " is none of acme/icons, such as train/b.png; move them to a folder of your own"
-    )
+    with refused("snapshot-extra-files", "data/pin.yaml: 1 file in ", str(folder), "acme/icons", "train/b.png"):
+        hub.fetch(Path("data/pin.yaml"))
 
 
 def test_damaged_marker_is_no_snapshot(repository: Repository) -> None:
@@ -143,7 +140,7 @@ def test_damaged_marker_is_no_snapshot(repository: Repository) -> None:
     assert repository.calls == ["info", "download"] * 2
 
 
-def test_another_choice_of_files_is_another_snapshot(repository: Repository) -> None:
+def test_another_selection_of_files_is_another_snapshot(repository: Repository) -> None:
     everything = hub.fetch(Path("data/pin.yaml"))
     path = Path("data/pin.yaml")
     chosen = hub.fetch(path, pin=replace(hub.read_pin(path), files=("*.csv",)))
@@ -153,30 +150,33 @@ def test_another_choice_of_files_is_another_snapshot(repository: Repository) -> 
 
 def test_files_that_did_not_arrive(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: "")
-    assert problems(lambda: hub.fetch(Path("data/pin.yaml"))) == [
-        "data/pin.yaml: 3 files of acme/icons did not arrive, such as README.md; run again"
-    ]
+    with refused("hub-incomplete", "data/pin.yaml: 3 files of acme/icons", "README.md"):
+        hub.fetch(Path("data/pin.yaml"))
 
 
 # Refused
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "values"),
     [
-        ("hub: acme/icons\n", "revision: missing; expected a commit of 40 hex digits, since what a branch, a tag or"),
-        ("hub: acme/icons\nrevision: main\n", "revision: got 'main'; expected a commit of 40 hex digits"),
-        ("hub: acme/icons\nrevision: v1.0\n", "revision: got 'v1.0'; expected a commit of 40 hex digits"),
-        ("hub: acme/icons\nrevision: 0123abc\n", "revision: got '0123abc'; expected a commit of 40 hex digits"),
-        (f"hub: acme/icons\nrevision: {'1' * 40}\n", f"revision: got the number {'1' * 40}; put the commit in quotes"),
-        (f"hub: icons\nrevision: {COMMIT}\n", "hub: got 'icons'; expected owner/name, as in https://huggingface.co/"),
-        (f"hub: ../icons\nrevision: {COMMIT}\n", "hub: got '../icons'; expected owner/name"),
-        (f"hub: acme/icons\nrevison: {COMMIT}\nrevision: {COMMIT}\n", "revison: unknown key (near: revision)"),
+        ("hub: acme/icons\n", "pin-revision", ("revision: missing", "40 hex digits")),
+        ("hub: acme/icons\nrevision: main\n", "pin-revision", ("revision: got 'main'", "40 hex digits")),
+        ("hub: acme/icons\nrevision: v1.0\n", "pin-revision", ("revision: got 'v1.0'", "40 hex digits")),
+        ("hub: acme/icons\nrevision: 0123abc\n", "pin-revision", ("revision: got '0123abc'", "40 hex digits")),
+        (f"hub: acme/icons\nrevision: {'1' * 40}\n", "pin-revision", ("revision: got the number 1111", "quotes")),
+        (f"hub: icons\nrevision: {COMMIT}\n", "pin-hub", ("hub: got 'icons'", "https://huggingface.co/")),
+        (f"hub: ../icons\nrevision: {COMMIT}\n", "pin-hub", ("hub: got '../icons'", "owner/name")),
+        (
+            f"hub: acme/icons\nrevison: {COMMIT}\nrevision: {COMMIT}\n",
+            "unknown-setting",
+            ("revison: ", "Did you mean revision"),
+        ),
     ],
 )
-def test_bad_pin(repository: Repository, text: str, message: str) -> None:
-    (problem,) = problems(lambda: hub.read_pin(pin(text)))
-    assert problem.startswith(f"data/pin.yaml {message}")
+def test_bad_pin(repository: Repository, text: str, code: str, values: tuple[str, ...]) -> None:
+    with refused(code, f"data/pin.yaml {values[0]}", *values[1:]):
+        hub.read_pin(pin(text))
     assert repository.calls == []
 
 
@@ -184,31 +184,32 @@ BOMB = "\n".join(["x0: &x0 [a, a]", *(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "values"),
     [
-        (BOMB, "data/pin.yaml:2: an alias (*x0); write the value itself"),
-        ("x" * 70_000, "data/pin.yaml: 70,000 bytes; a file that pins a model has at most 65,536"),
-        (f"hub: {'x' * 9000}\nrevision: {COMMIT}", f"data/pin.yaml hub: got 'xxx{'x' * 116}...; expected owner/name"),
+        (BOMB, "pin-alias", ("data/pin.yaml:2: ", "*x0")),
+        ("x" * 70_000, "pin-too-large", ("data/pin.yaml: 70,000 bytes", "65,536")),
+        (f"hub: {'x' * 9000}\nrevision: {COMMIT}", "pin-hub", (f"hub: got 'xxx{'x' * 116}...", "owner/name")),
     ],
     ids=["bomb", "large", "name"],
 )
-def test_pins_that_would_flood(repository: Repository, text: str, message: str) -> None:
-    (problem,) = problems(lambda: hub.read_pin(pin(text)))
-    assert problem.startswith(message) and len(problem) < 400
+def test_pins_that_would_flood(repository: Repository, text: str, code: str, values: tuple[str, ...]) -> None:
+    with refused(code, *values) as raised:
+        hub.read_pin(pin(text))
+    assert len(raised.value.problems[0]) < 400
 
 
-def test_the_refusal_says_how_to_find_the_commit(repository: Repository) -> None:
-    (problem,) = problems(lambda: hub.read_pin(pin("hub: acme/icons\n")))
-    assert "no run could be repeated" in problem
-    assert "https://huggingface.co/acme/icons/commits/main" in problem
-    assert "h.model_info('acme/icons').sha" in problem
+def test_a_missing_revision_suggests_how_to_find_the_commit(repository: Repository) -> None:
+    page, command = "https://huggingface.co/acme/icons/commits/main", "h.model_info('acme/icons').sha"
+    with refused("pin-revision", page, command):
+        hub.read_pin(pin("hub: acme/icons\n"))
 
 
 def test_every_problem_of_a_pin_at_once(repository: Repository) -> None:
     assert len(problems(lambda: hub.read_pin(pin("repo: acme/icons\nrevision: main\n")))) == 3
-    assert problems(lambda: hub.read_pin(pin("- hub"))) == ["data/pin.yaml: expected a mapping of sections, got list"]
-    (problem,) = problems(lambda: hub.read_pin(Path("data/none.yaml")))
-    assert problem == "data/none.yaml: no such file; expected a YAML file with the keys hub and revision"
+    (problem,) = problems(lambda: hub.read_pin(pin("- hub")))
+    assert problem.startswith("data/pin.yaml: ") and "got list" in problem
+    with refused("pin-missing", "data/none.yaml", "hub and revision"):
+        hub.read_pin(Path("data/none.yaml"))
 
 
 def response(status: int) -> Any:
@@ -216,40 +217,39 @@ def response(status: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("error", "code", "values"),
     [
         (
             errors.GatedRepoError("gated", response=response(403)),
-            "data/pin.yaml hub: acme/icons is gated; accept its terms at https://huggingface.co/acme/icons and"
-            " run `hf auth login`",
+            "hub-gated",
+            ("data/pin.yaml hub: acme/icons", "https://huggingface.co/acme/icons", "`hf auth login`"),
         ),
         (
             errors.RepositoryNotFoundError("404", response=response(404)),
-            "data/pin.yaml hub: no model https://huggingface.co/acme/icons; check the name, or run"
-            " `hf auth login` if it is private",
+            "hub-no-repository",
+            ("data/pin.yaml hub: https://huggingface.co/acme/icons", "`hf auth login`"),
         ),
         (
             errors.RevisionNotFoundError("404", response=response(404)),
-            f"data/pin.yaml revision: acme/icons has no commit {COMMIT}; see"
-            " https://huggingface.co/acme/icons/commits/main",
+            "hub-no-revision",
+            ("data/pin.yaml revision: acme/icons", COMMIT, "https://huggingface.co/acme/icons/commits/main"),
         ),
         (
             ConnectionError("name not known\nsecond line"),
-            "data/pin.yaml: acme/icons cannot be downloaded (name not known); run again, it goes on from there",
+            "hub-failed",
+            ("data/pin.yaml: acme/icons", "(name not known)"),
         ),
-        (
-            errors.OfflineModeIsEnabled("offline mode"),
-            "data/pin.yaml: acme/icons cannot be downloaded (offline mode); run again, it goes on from there",
-        ),
+        (errors.OfflineModeIsEnabled("offline mode"), "hub-failed", ("data/pin.yaml: acme/icons", "(offline mode)")),
     ],
 )
-def test_the_hub_does_not_give_it(repository: Repository, error: Exception, message: str) -> None:
+def test_failures_of_the_hub(repository: Repository, error: Exception, code: str, values: tuple[str, ...]) -> None:
     repository.error = error
-    assert problems(lambda: hub.fetch(Path("data/pin.yaml"))) == [message]
+    with refused(code, *values):
+        hub.fetch(Path("data/pin.yaml"))
     assert repository.calls == ["info"]
 
 
-def test_a_full_disk_is_told_as_one(repository: Repository) -> None:
+def test_a_full_disk_is_reported_as_such(repository: Repository) -> None:
     repository.error = OSError(28, "No space left on device")
     with pytest.raises(OSError, match="No space left"):
         hub.fetch(Path("data/pin.yaml"))
@@ -257,10 +257,9 @@ def test_a_full_disk_is_told_as_one(repository: Repository) -> None:
 
 def test_no_file_matches(repository: Repository) -> None:
     path = Path("data/pin.yaml")
-    assert problems(lambda: hub.fetch(path, pin=replace(hub.read_pin(path), files=("*.tar",)))) == [
-        "data/pin.yaml files: no file of acme/icons matches ['*.tar']; it has README.md, icons.py, train/a.png,"
-        " train/metadata.csv"
-    ]
+    available = "README.md, icons.py, train/a.png, train/metadata.csv"
+    with refused("hub-no-match", "data/pin.yaml files: ", "['*.tar']", available):
+        hub.fetch(path, pin=replace(hub.read_pin(path), files=("*.tar",)))
 
 
 def test_marker_names_every_file(repository: Repository) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints in one file: converted to the tensors that they were made of, and every stage on them."""
+"""Checkpoints in one file: their conversion, and every stage on them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import pytest
 import torch
 
 from lora_dag.artifacts.lineage import load as load_lineage
-from lora_dag.bases import conversion
-from lora_dag.bases import layout as base_files
+from lora_dag.bases import component_files, conversion, diffusers_folder
 from lora_dag.bases import resolve as bases
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import sha256_file
 from lora_dag.core.params import FAMILIES, ModelParams
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families.protocol import load_family
-from tests.conftest import Workspace
 from tests.helpers import single_files
+from tests.helpers.errors import assert_line, assert_problem, refused
 from tests.helpers.families import case
 from tests.helpers.single_files import Tensors, checkpoint, lay_out, of
+from tests.helpers.workspace import Workspace
 
 STATE = Path("state/bases")
 
@@ -40,7 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sd(tiny_base: Path) -> Path:
-    """data/mine, of family sd; the file."""
+    """Write data/mine, of family sd, and return the checkpoint."""
     return lay_out(Path("data/mine"), tiny_base, checkpoint(tiny_base))
 
 
@@ -53,19 +53,12 @@ def resolve(model: ModelParams | None = None, make: bool = True) -> Path:
     return Path(bases.resolve(model, load_family(model.family), make).model.pretrained)
 
 
-def refusals(model: ModelParams | None = None) -> list[str]:
-    """One line each, the same from a stage and from the preflight; nothing is left behind."""
-    model = model or asked()
-    with pytest.raises(UserError) as caught:
-        resolve(model)
-    assert all("\n" not in line for line in caught.value.problems)
+def refusal(code: str, *values: str, model: ModelParams | None = None) -> Problem:
+    """Return the only problem of the base model, which has this code and these values; nothing is left behind."""
+    with refused(code, *values) as raised:
+        resolve(model or asked())
     assert not list(STATE.glob("*"))
-    return list(caught.value.problems)
-
-
-def refusal(model: ModelParams | None = None) -> str:
-    (line,) = refusals(model)
-    return line
+    return raised.value.problems[0]
 
 
 def edit(file: Path, change: Callable[[Tensors], Tensors]) -> None:
@@ -76,17 +69,17 @@ def edit(file: Path, change: Callable[[Tensors], Tensors]) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_base_is_that_which_the_file_was_made_of(name: str, bases: dict[str, Path]) -> None:
-    """Digests are over names and bytes. Components that are not in the file are taken from the folder."""
+def test_the_converted_base_has_the_digests_of_the_original(name: str, bases: dict[str, Path]) -> None:
+    """Digests cover names and bytes. Components that are not in the file come from the folder."""
     if (make := case(name).SINGLE_FILE) is None:
         pytest.skip("no test makes such a file")
     base, tensors, family = bases[name], make(bases[name]), load_family(name)
-    starts = family.SINGLE_FILE.inside.items()
+    starts = family.SINGLE_FILE.component_prefixes.items()
     inside = {component for component, prefixes in starts if any(key.startswith(prefixes) for key in tensors)}
     with_weights = {path.parent.name for path in base.glob("*/*.safetensors")}
     lay_out(Path("data/mine"), base, tensors, tuple(with_weights - inside - {family.DENOISER}))
     folder = resolve(asked(name))
-    own, converted = (base_files.digests(asked(name, str(root)), family.COMPONENTS) for root in (base, folder))
+    own, converted = (component_files.digests(asked(name, str(root)), family.COMPONENTS) for root in (base, folder))
     assert own == converted
 
 
@@ -106,10 +99,10 @@ def test_configs_are_the_folder_s_own_to_the_byte(sd: Path) -> None:
 
 def test_once(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = resolve()
-    monkeypatch.setattr(conversion, "write", None)
+    monkeypatch.setattr(conversion, "write_folder", None)
     assert resolve() == resolve(make=False) == folder
     monkeypatch.setattr(conversion, "VERSION", 0)
-    with pytest.raises(UserError, match="not converted to the diffusers layout yet; run `python -m stages.cache_laten"):
+    with refused("checkpoint-not-converted", str(sd), "`python -m stages.cache_latents`"):
         resolve(make=False)
 
 
@@ -123,7 +116,7 @@ def test_the_vae_of_the_file_wins(sd: Path, tiny_base: Path) -> None:
 
 @pytest.mark.parametrize("of_unet", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_every_component_keeps_its_dtype(sd: Path, tiny_base: Path, of_unet: torch.dtype) -> None:
-    """float8 alone is widened, to the bfloat16 that holds it; one of two kinds in a component is float32."""
+    """Only float8 is widened, to bfloat16. A component with two dtypes is float32."""
 
     def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name.startswith("model."):
@@ -146,13 +139,13 @@ def test_every_component_keeps_its_dtype(sd: Path, tiny_base: Path, of_unet: tor
 def test_a_variant_names_the_files_that_are_converted_too(sd: Path) -> None:
     folder = resolve(asked(variant="fp16"))
     assert (folder / "unet/diffusion_pytorch_model.fp16.safetensors").exists()
-    assert base_files.problems(asked(variant="fp16", pretrained=str(folder)), load_family("sd")) == []
+    assert diffusers_folder.folder_problems(asked(variant="fp16", pretrained=str(folder)), load_family("sd")) == []
 
 
 def test_indexes_of_shards_that_came_with_the_configs_are_left(sd: Path) -> None:
     index = {"weight_map": {"conv_in.weight": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
     Path("data/mine/unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    assert base_files.problems(asked(pretrained=str(resolve())), load_family("sd")) == []
+    assert diffusers_folder.folder_problems(asked(pretrained=str(resolve())), load_family("sd")) == []
 
 
 def test_a_killed_conversion_is_done_again(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,9 +171,11 @@ def test_a_damaged_conversion_is_done_again(sd: Path) -> None:
     assert resolve() == path.parents[1] and path.read_bytes() == whole
 
 
-def test_of_two_at_once_one_waits(sd: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_second_process_waits_for_the_conversion(
+    sd: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", logger="lora-dag")
-    write, started, go_on, written = conversion.write, threading.Event(), threading.Event(), []
+    write, started, go_on, written = conversion.write_folder, threading.Event(), threading.Event(), []
 
     def slow(folder: Path, *rest: object) -> None:
         started.set()
@@ -188,7 +183,7 @@ def test_of_two_at_once_one_waits(sd: Path, monkeypatch: pytest.MonkeyPatch, cap
         write(folder, *rest)  # type: ignore[arg-type]
         written.append(folder)
 
-    monkeypatch.setattr(conversion, "write", slow)
+    monkeypatch.setattr(conversion, "write_folder", slow)
     threads = [threading.Thread(target=resolve) for _ in range(2)]
     threads[0].start()
     assert started.wait(60)
@@ -199,7 +194,7 @@ def test_of_two_at_once_one_waits(sd: Path, monkeypatch: pytest.MonkeyPatch, cap
     go_on.set()
     for thread in threads:
         thread.join()
-    assert len(written) == 1 and f"for process {os.getpid()}, which is at work on {sd}" in caplog.text
+    assert len(written) == 1 and f"for process {os.getpid()}" in caplog.text and str(sd) in caplog.text
 
 
 # The stages
@@ -218,7 +213,7 @@ def test_a_file_trains_the_adapter_that_its_folder_trains(workspace: Workspace, 
         workspace.run(stage, *folder)
     adapter = Path("data/adapter/adapter.safetensors").read_bytes()
     shutil.rmtree("data/adapter")
-    assert workspace.run("cache_latents", *changes())[-1] == "encoded 0, reused 8"
+    assert workspace.run("cache_latents", *changes())[-3] == "images      encoded 0, reused 8"
     for stage in ("train", "validate", "export", "report"):
         workspace.run(stage, *changes())
     assert Path("data/adapter/adapter.safetensors").read_bytes() == adapter
@@ -238,7 +233,7 @@ def recorded() -> dict[str, str]:
 
 
 def load_as_said(name: str, expected: torch.Tensor) -> None:
-    """The lines that the model card takes over, and a weight of the base that they load."""
+    """Run the recorded lines that load the base model, and compare a weight."""
     scope: dict[str, object] = {}
     exec(f"from diffusers import {recorded()['class']}\n{recorded()['load']}", scope)
     pipe = scope["pipe"]
@@ -264,15 +259,13 @@ def test_the_preflight_and_the_status_convert_nothing(workspace: Workspace, tiny
     lay_out(Path("data/mine"), tiny_base, checkpoint(tiny_base))
     workspace.run("prepare")
     lines = workspace.run("check", *changes())
-    said = [line for line in lines if "converted once" in line]
-    assert said == [
-        "            vae, text_encoder, unet of dreamshaper.safetensors, converted once: 2 MB below the state directory"
-    ]
+    (line,) = [line for line in lines if "converted once" in line]
+    assert "vae, text_encoder, unet of dreamshaper.safetensors" in line and " 2 MB " in line
     assert "objective   v_prediction" in lines
-    with pytest.raises(UserError, match="data/mine/dreamshaper.safetensors: not converted to the diffusers layout yet"):
+    with refused("checkpoint-not-converted", "data/mine/dreamshaper.safetensors"):
         workspace.run("status", *changes())
     assert not Path(".state/bases").exists()
-    with pytest.raises(UserError, match="36 is no multiple of 8, which data/mine needs; use 32 or 40"):
+    with refused("resolution-not-multiple", "got 36", "data/mine", "multiples of 8", "32 or 40"):
         workspace.run("check", *changes(), "--set", "dataset.resolution=36")
 
 
@@ -281,71 +274,54 @@ def test_the_preflight_and_the_status_convert_nothing(workspace: Workspace, tiny
 
 def test_a_lora(sd: Path) -> None:
     save_tensors(sd, {"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(1)})
-    assert refusal() == (
-        f"{sd}: a LoRA (lora_unet_down_blocks_0.lora_down.weight) and no checkpoint; model.pretrained takes the base"
-        " that it was made on"
-    )
+    refusal("lora-as-base", str(sd), "lora_unet_down_blocks_0.lora_down.weight")
 
 
 def test_a_pickle(sd: Path) -> None:
     sd.rename("data/mine/dreamshaper.ckpt")
-    assert refusal() == (
-        "data/mine/dreamshaper.ckpt: a pickle, which can run code when loaded; get the .safetensors file instead"
-    )
+    refusal("pickle-weights", "data/mine/dreamshaper.ckpt", ".safetensors")
 
 
 def test_two_checkpoints(sd: Path) -> None:
     shutil.copy(sd, "data/mine/other.safetensors")
-    assert refusal() == "data/mine: 2 checkpoints (dreamshaper.safetensors, other.safetensors); leave one there"
+    refusal("several-checkpoints", "data/mine: 2 checkpoints", "dreamshaper.safetensors, other.safetensors")
 
 
 def test_the_file_itself_is_named(sd: Path) -> None:
-    assert refusal(asked(pretrained=str(sd))) == (
-        "params.yaml model.pretrained: 'data/mine/dreamshaper.safetensors' is a file; put it into a folder of its own"
-        " beside the configs of its base, and name the folder: hf download OWNER/NAME --include '*.json' --include"
-        " '*.txt' --include '*.model' --local-dir data/mine/dreamshaper"
-    )
+    place = "params.yaml model.pretrained: 'data/mine/dreamshaper.safetensors'"
+    command = "hf download OWNER/NAME --include '*.json' --include '*.txt' --include '*.model'"
+    text = refusal("checkpoint-not-in-folder", place, command, model=asked(pretrained=str(sd)))
+    assert text.endswith(" --local-dir data/mine/dreamshaper")
 
 
 def test_a_file_alone(sd: Path) -> None:
     Path("data/mine/model_index.json").unlink()
-    assert refusal() == (
-        f"{sd}: no model_index.json beside it; fetch the configs of its base: hf download"
-        " stable-diffusion-v1-5/stable-diffusion-v1-5 --include '*.json' --include '*.txt' --include '*.model'"
-        " --local-dir data/mine"
-    )
+    repository = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    command = f"hf download {repository} --include '*.json' --include '*.txt' --include '*.model' --local-dir data/mine"
+    refusal("no-model-index", str(sd), command)
 
 
 def test_a_checkpoint_of_another_family(sd: Path, bases: dict[str, Path]) -> None:
     save_tensors(sd, checkpoint(bases["sdxl"]))
-    assert refusal().startswith(
-        f"{sd}: a checkpoint of family 'sdxl', and model.family is 'sd'; use model.family: sdxl and the configs of its"
-        " own base: hf download stabilityai/stable-diffusion-xl-base-1.0 "
-    )
-    assert refusal(asked("sdxl")).startswith(
-        "data/mine/model_index.json: of no StableDiffusionXLPipeline, as dreamshaper.safetensors is; fetch its base's:"
-    )
+    command = "hf download stabilityai/stable-diffusion-xl-base-1.0 "
+    refusal("wrong-family", str(sd), "'sdxl'", "model.family is 'sd'", "model.family: sdxl", command)
+    index, pipeline = "data/mine/model_index.json", "StableDiffusionXLPipeline"
+    refusal("wrong-family", index, pipeline, "dreamshaper.safetensors", command, model=asked("sdxl"))
 
 
 def test_tensors_under_diffusers_names(sd: Path, tiny_base: Path) -> None:
     save_tensors(sd, of(tiny_base / "unet"))
-    assert refusal() == (
-        f"{sd}: a denoiser with diffusers' own names of tensors; put it in its place:"
-        " data/mine/unet/diffusion_pytorch_model.safetensors"
-    )
+    refusal("wrong-family", str(sd), "data/mine/unet/diffusion_pytorch_model.safetensors")
 
 
 def test_a_file_of_something_else(sd: Path) -> None:
     save_tensors(sd, {"emb_params": torch.zeros(1)})
-    assert refusal() == (
-        f"{sd}: no checkpoint of family 'sd': no tensor model.diffusion_model.input_blocks.0.0.weight (it has"
-        " emb_params)"
-    )
+    refusal("wrong-family", f"{sd}: no checkpoint", "model.diffusion_model.input_blocks.0.0.weight", "emb_params")
 
 
 def test_a_file_cut_short(sd: Path) -> None:
     sd.write_bytes(sd.read_bytes()[:-1])
-    assert refusal() == f"{sd}: truncated or no safetensors file; fetch it again"
+    refusal("checkpoint-damaged", str(sd))
 
 
 @pytest.mark.parametrize("change", [{"shape": [-1, 2]}, {"dtype": None}, {"dtype": "F4"}], ids=str)
@@ -357,26 +333,26 @@ def test_a_damaged_header(sd: Path, change: dict[str, object]) -> None:
     header[name] = {key: value for key, value in (header[name] | change).items() if value is not None}
     text = json.dumps(header).encode()
     sd.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    assert refusal() == f"{sd}: truncated or no safetensors file; fetch it again"
+    refusal("checkpoint-damaged", str(sd))
 
 
-def test_quantised_weights(sd: Path) -> None:
+def test_quantized_weights(sd: Path) -> None:
     name = "model.diffusion_model.input_blocks.0.0.weight"
     edit(sd, lambda tensors: tensors | {name: tensors[name].to(torch.int8)})
-    assert refusal() == f"{sd}: quantised ({name} is I8); get the checkpoint in float16, bfloat16 or float32"
+    refusal("checkpoint-quantized", str(sd), f"{name} is I8", "float16, bfloat16 or float32")
 
 
 @pytest.mark.parametrize(
     ("end", "dtype", "shown"), [("", torch.int8, "I8"), ("", torch.int32, "I32"), (".scale_weight", torch.half, "F16")]
 )
 @pytest.mark.parametrize("part", ["cond_stage_model.", "first_stage_model."])
-def test_quantised_weights_beside_the_denoiser(sd: Path, part: str, end: str, dtype: torch.dtype, shown: str) -> None:
+def test_quantized_weights_beside_the_denoiser(sd: Path, part: str, end: str, dtype: torch.dtype, shown: str) -> None:
     name = min(name for name in load_tensors(sd) if name.startswith(part) and name.endswith("weight"))
     edit(sd, lambda tensors: tensors | {name + end: tensors[name].to(dtype)})
-    assert refusal() == f"{sd}: quantised ({name}{end} is {shown}); get the checkpoint in float16, bfloat16 or float32"
+    refusal("checkpoint-quantized", str(sd), f"{name}{end} is {shown}")
 
 
-def test_positions_and_counters_are_no_quantised_weights(sd: Path) -> None:
+def test_positions_and_counters_are_no_quantized_weights(sd: Path) -> None:
     positions = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
     edit(sd, lambda tensors: tensors | positions | {"first_stage_model.model_ema.num_updates": torch.tensor(3)})
     resolve()
@@ -385,89 +361,86 @@ def test_positions_and_counters_are_no_quantised_weights(sd: Path) -> None:
 def test_more_of_a_component_than_the_configs_describe(sd: Path) -> None:
     whole, extra = load_tensors(sd), {"first_stage_model.encoder.extra.weight": torch.zeros(7)}
     save_tensors(sd, whole | extra)
-    assert re.search(r"has ([\d,]+) weights of vae, vae/config.json describes ", refusal())
+    refusal("checkpoint-mismatch", f"{sd}: ", " weights of vae", "vae/config.json")
     layer = "cond_stage_model.transformer.text_model.encoder.layers."
     last = max(int(name.removeprefix(layer).split(".")[0]) for name in whole if name.startswith(layer))
     old, new = f"{layer}{last}.", f"{layer}{last + 1}."
     save_tensors(sd, whole | {n.replace(old, new): t.clone() for n, t in whole.items() if n.startswith(old)})
-    assert refusal() == (
-        f"{sd}: has {last + 2} layers of text_encoder, text_encoder/config.json describes {last + 1}; use the configs"
-        " of its own base"
-    )
+    layers = f"{last + 2} layers of text_encoder"
+    refusal("checkpoint-mismatch", str(sd), layers, f"text_encoder/config.json describes {last + 1}.")
 
 
-def test_components_that_are_nowhere(sd: Path) -> None:
+def test_missing_components(sd: Path) -> None:
     edit(sd, lambda tensors: {n: t for n, t in tensors.items() if n.startswith("model.")})
     fetch = "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --include '%s/*.safetensors' --local-dir data/mine"
-    line = f"{sd}: holds no %s, and data/mine/%s no weights of it for model.variant 'null'; fetch them: {fetch}"
-    assert refusals() == [line % ((name,) * 3) for name in ("vae", "text_encoder")]
+    with pytest.raises(UserError) as raised:
+        resolve()
+    assert raised.value.codes == ("component-missing",) * 2
+    for name in ("vae", "text_encoder"):
+        assert_problem(raised.value, "component-missing", str(sd), f"data/mine/{name}", "'null'", fetch % name)
 
 
-def test_sd3_goes_without_t5_where_the_index_says_so(bases: dict[str, Path]) -> None:
+def test_sd3_needs_no_t5_if_the_index_declares_it_null(bases: dict[str, Path]) -> None:
     base = bases["sd3"]
     tensors = single_files.sd3_transformer(base)
     lay_out(Path("data/mine"), base, tensors, beside=("vae", "text_encoder", "text_encoder_2"))
-    assert refusal(asked("sd3")).startswith("data/mine/dreamshaper.safetensors: holds no text_encoder_3, and ")
+    refusal("component-missing", "data/mine/dreamshaper.safetensors", "text_encoder_3", model=asked("sd3"))
     index = Path("data/mine/model_index.json")
     null = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     index.write_text(json.dumps(json.loads(index.read_text()) | null))
-    found = base_files.digests(asked("sd3", str(resolve(asked("sd3")))), load_family("sd3").COMPONENTS)
+    found = component_files.digests(asked("sd3", str(resolve(asked("sd3")))), load_family("sd3").COMPONENTS)
     assert found["text_encoder_3"] == "absent"
 
 
 def test_a_file_that_lacks_tensors(sd: Path) -> None:
     edit(sd, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith("encoder.conv_in.bias")})
-    assert refusal() == f"{sd}: lacks tensors that vae/config.json describes; use the configs of its own base"
+    refusal("checkpoint-mismatch", str(sd), "vae/config.json")
 
 
 @pytest.mark.parametrize("factor", [1, -1])
 def test_a_file_with_another_denoiser_than_the_configs_describe(sd: Path, factor: int) -> None:
-    """diffusers takes what it finds names for, and says nothing of the rest."""
+    """diffusers silently ignores tensors whose names it does not know."""
     name = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"  # [32]
     if factor > 0:
         edit(sd, lambda tensors: tensors | {f"{name}.extra": torch.zeros(32)})
     else:
         edit(sd, lambda tensors: {n: t for n, t in tensors.items() if n != name})
-    found, _, rest = refusal().partition(" weights of unet, unet/config.json describes ")
-    more, described = int(found.split()[-1].replace(",", "")), int(rest.partition(";")[0].replace(",", ""))
-    assert more - described == factor * 32 and rest.endswith("; use the configs of its own base")
+    text = refusal("checkpoint-mismatch", str(sd), "weights of unet", "unet/config.json")
+    present, described = (int(number.replace(",", "")) for number in re.findall(r" (\d[\d,]+)\b", text))
+    assert present - described == factor * 32
 
 
 def test_another_shape(sd: Path) -> None:
     edit(sd, lambda tensors: tensors | {"first_stage_model.encoder.conv_in.weight": torch.zeros(8, 4, 3, 3)})
-    assert refusal().startswith(f"{sd}: does not fit vae/config.json beside it (ValueError: ")
+    refusal("checkpoint-mismatch", str(sd), "vae/config.json", "(ValueError: ")
 
 
 @pytest.mark.parametrize(
-    ("mark", "key", "value", "line"),
+    ("mark", "key", "value", "got", "suggested"),
     [
-        (
-            "v_pred",
-            "prediction_type",
-            "epsilon",
-            'prediction_type: got "epsilon", and dreamshaper.safetensors is marked',
-        ),
-        ("ztsnr", "rescale_betas_zero_snr", False, "rescale_betas_zero_snr: got false, and dreamshaper.safetensors is"),
+        ("v_pred", "prediction_type", "epsilon", '"epsilon"', '"v_prediction"'),
+        ("ztsnr", "rescale_betas_zero_snr", False, "false", "true"),
     ],
 )
-def test_what_the_checkpoint_says_it_predicts(sd: Path, mark: str, key: str, value: object, line: str) -> None:
+def test_markers_of_the_prediction_type_match_the_scheduler(
+    sd: Path, mark: str, key: str, value: object, got: str, suggested: str
+) -> None:
     edit(sd, lambda tensors: tensors | {mark: torch.zeros(0)})
     path = Path("data/mine/scheduler/scheduler_config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    assert refusal().startswith(f"{path} {line}")
+    refusal("scheduler-mismatch", f"{path} {key}: got {got}", sd.name, mark, f"Write {suggested}.")
 
 
 def test_no_space(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
-    assert refusal().startswith(
-        "state: 0.0 GB free, dreamshaper.safetensors takes 0.0 GB once more in the diffusers layo"
-    )
+    refusal("disk-full", "state: 0.0 GB free", "dreamshaper.safetensors", "LORA_STATE_DIR")
 
 
-def test_a_folder_with_weights_of_its_own_says_that_the_file_is_not_read(
+def test_a_checkpoint_beside_a_complete_folder_is_ignored_with_a_warning(
     sd: Path, tiny_base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(tiny_base, "data/mine", dirs_exist_ok=True)
     assert resolve() == Path("data/mine")
-    assert f"warning: {sd} is not read, since data/mine/unet has weights of its own" in caplog.text
+    messages = "\n".join(record.getMessage() for record in caplog.records)
+    assert_line(messages, "checkpoint-ignored", str(sd), "data/mine/unet")

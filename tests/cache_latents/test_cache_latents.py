@@ -1,4 +1,4 @@
-"""What is encoded and what is reused, counted at the encoders."""
+"""Encoded and reused entries, counted at the encoders."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.manifest import Manifest
 from lora_dag.core import progress
 from lora_dag.core.tensors import load_tensors, save_tensors
-from lora_dag.pictures import decode
-from lora_dag.pictures.read import reader
+from lora_dag.images import decode
+from lora_dag.images.read import image_reader
 from stages.cache_latents import context, encoding, latents
-from tests.conftest import Workspace, picture, read_rows, write_rows
 from tests.helpers.encodings import LATENTS, Calls, changed_shards, encode, from_empty_store
 from tests.helpers.images import see_through
+from tests.helpers.workspace import Workspace, make_image, read_rows, write_rows
 
 
 def test_second_run_encodes_nothing_and_gives_the_same_bytes(cached: Workspace, calls: Calls) -> None:
     first = cached.tree("data/latents")
     shutil.rmtree(LATENTS)
-    assert encode(cached) == ("encoded 0, reused 8", "captions: encoded 0, reused 9")
+    assert encode(cached) == ("images      encoded 0, reused 8", "captions    encoded 0, reused 9")
     assert calls.loaded == [] and calls.take() == (0, 0)
     assert cached.tree("data/latents") == first
 
 
-def test_one_edited_picture_is_one_encode_in_one_shard(cached: Workspace, calls: Calls) -> None:
+def test_one_edited_image_is_one_encode_in_one_shard(cached: Workspace, calls: Calls) -> None:
     before = cached.tree("data/latents")
-    picture(50).save("data/raw/05.png")
-    assert encode(cached) == ("encoded 1, reused 7", "captions: encoded 0, reused 9")
+    make_image(50).save("data/raw/05.png")
+    assert encode(cached) == ("images      encoded 1, reused 7", "captions    encoded 0, reused 9")
     assert calls.loaded == ["load_vae"] and calls.take() == (1, 0)
     after = cached.tree("data/latents")
     shard = hashlib.sha256(b"05.png").hexdigest()[0]
@@ -40,11 +40,11 @@ def test_one_edited_picture_is_one_encode_in_one_shard(cached: Workspace, calls:
     assert after == from_empty_store(cached)
 
 
-def test_one_edited_picture_in_bfloat16(workspace: Workspace, calls: Calls) -> None:
+def test_one_edited_image_in_bfloat16(workspace: Workspace, calls: Calls) -> None:
     encode(workspace, "model.dtype=bfloat16")
     calls.take()
-    picture(50).save("data/raw/05.png")
-    assert encode(workspace, "model.dtype=bfloat16")[0] == "encoded 1, reused 7"
+    make_image(50).save("data/raw/05.png")
+    assert encode(workspace, "model.dtype=bfloat16")[0] == "images      encoded 1, reused 7"
     assert calls.take() == (1, 0)
     assert workspace.tree("data/latents") == from_empty_store(workspace, "model.dtype=bfloat16")
 
@@ -54,7 +54,7 @@ def test_one_edited_caption_is_one_text_encode_in_one_shard(cached: Workspace, c
     rows = read_rows(Path("data/raw"))
     rows[2]["text"] = "green circle"
     write_rows(Path("data/raw"), rows)
-    assert encode(cached) == ("encoded 0, reused 8", "captions: encoded 1, reused 8")
+    assert encode(cached) == ("images      encoded 0, reused 8", "captions    encoded 1, reused 8")
     assert calls.loaded == ["load_text"] and calls.take() == (0, 1)
     assert "thing 2" not in LatentCache(LATENTS).manifest["captions"]
     after = cached.tree("data/latents")
@@ -63,67 +63,70 @@ def test_one_edited_caption_is_one_text_encode_in_one_shard(cached: Workspace, c
     assert after == from_empty_store(cached)
 
 
-def test_renamed_picture_is_no_encode(cached: Workspace, calls: Calls) -> None:
+def test_renamed_image_is_no_encode(cached: Workspace, calls: Calls) -> None:
     os.rename("data/raw/02.png", "data/raw/zz.png")
     rows = read_rows(Path("data/raw"))
     rows[2]["file_name"] = "zz.png"
     write_rows(Path("data/raw"), rows)
-    assert encode(cached)[0] == "encoded 0, reused 8"
+    assert encode(cached)[0] == "images      encoded 0, reused 8"
     assert calls.take() == (0, 0)
 
 
 def test_moved_dataset_is_no_encode(cached: Workspace, calls: Calls) -> None:
     os.rename("data/raw", "data/moved")
-    assert encode(cached, "dataset.source=data/moved")[0] == "encoded 0, reused 8"
+    assert encode(cached, "dataset.source=data/moved")[0] == "images      encoded 0, reused 8"
     assert calls.take() == (0, 0)
 
 
-def test_another_dataset_encodes_what_is_new(cached: Workspace, calls: Calls) -> None:
-    """Six of its eight pictures under other names, with captions beside them."""
+def test_another_dataset_encodes_only_new_images(cached: Workspace, calls: Calls) -> None:
+    """Six of its eight images under other names, with captions beside them."""
     Path("data/other").mkdir()
     for index in range(2, 10):
-        picture(index).save(f"data/other/new-{index}.png")
+        make_image(index).save(f"data/other/new-{index}.png")
         Path(f"data/other/new-{index}.txt").write_text(f"thing {index}\n")
-    assert encode(cached, "dataset.source=data/other") == ("encoded 2, reused 6", "captions: encoded 2, reused 7")
+    assert encode(cached, "dataset.source=data/other") == (
+        "images      encoded 2, reused 6",
+        "captions    encoded 2, reused 7",
+    )
     assert calls.take() == (2, 2)
 
 
-def test_equal_pictures_are_encoded_once(workspace: Workspace, calls: Calls) -> None:
+def test_equal_images_are_encoded_once(workspace: Workspace, calls: Calls) -> None:
     shutil.copy("data/raw/00.png", "data/raw/twin.png")
     write_rows(Path("data/raw"), [*read_rows(Path("data/raw")), {"file_name": "twin.png", "text": "x"}])
-    assert encode(workspace)[0] == "encoded 8, reused 1"
+    assert encode(workspace)[0] == "images      encoded 8, reused 1"
     assert calls.take() == (8, 9)
 
 
 @pytest.mark.parametrize(
-    ("changes", "num_pictures", "num_captions"),
+    ("changes", "num_images", "num_captions"),
     [
         (("dataset.resolution=40",), 8, 0),
-        (('dataset.background="#000000"',), 0, 0),  # the pictures are opaque
+        (('dataset.background="#000000"',), 0, 0),  # the images are opaque
         (("dataset.image_interpolation_mode=bicubic",), 8, 0),
         (("model.dtype=bfloat16",), 8, 8),
         (("cache.batch_size=3",), 8, 8),
         (("cache.tiling=true",), 8, 0),
         (("dataset.seed=5",), 0, 0),
         (("dataset.mask=alpha",), 0, 0),
-        (("cache.num_variants=3",), 0, 0),  # all of them are the same centre crop
+        (("cache.num_variants=3",), 0, 0),  # all of them are the same center crop
         (("lora.rank=4", "train.learning_rate=1e-4", "runtime.log_every_n_steps=3"), 0, 0),
     ],
 )
-def test_what_a_change_encodes(
-    cached: Workspace, calls: Calls, changes: tuple[str, ...], num_pictures: int, num_captions: int
+def test_number_of_entries_that_a_change_encodes(
+    cached: Workspace, calls: Calls, changes: tuple[str, ...], num_images: int, num_captions: int
 ) -> None:
     first, second = encode(cached, *changes)
-    assert calls.take() == (num_pictures, num_captions)
+    assert calls.take() == (num_images, num_captions)
     num_texts = num_captions + (num_captions > 0)  # the empty caption too
-    assert first == f"encoded {num_pictures}, reused {8 - num_pictures}"
-    assert second == f"captions: encoded {num_texts}, reused {9 - num_texts}"
+    assert first == f"images      encoded {num_images}, reused {8 - num_images}"
+    assert second == f"captions    encoded {num_texts}, reused {9 - num_texts}"
     encode(cached)
     assert calls.take() == (0, 0)  # and back again
 
 
-def test_another_background_encodes_the_pictures_that_let_it_through(cached: Workspace, calls: Calls) -> None:
-    see_through(picture(5)).save("data/raw/05.png")
+def test_another_background_encodes_the_images_that_let_it_through(cached: Workspace, calls: Calls) -> None:
+    see_through(make_image(5)).save("data/raw/05.png")
     encode(cached)
     before = {item.file_name: item for item in LatentCache(LATENTS).items}
     assert calls.take() == (1, 0)
@@ -134,7 +137,7 @@ def test_another_background_encodes_the_pictures_that_let_it_through(cached: Wor
     assert differ[0].content != before["05.png"].content
 
 
-def test_another_version_of_the_preprocessing_encodes_all_pictures(
+def test_another_version_of_the_preprocessing_encodes_all_images(
     cached: Workspace, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "VERSION", decode.VERSION + 1)
@@ -142,9 +145,9 @@ def test_another_version_of_the_preprocessing_encodes_all_pictures(
     assert calls.take() == (8, 0)
 
 
-def test_another_crop_encodes_the_pictures_that_it_moves(cached: Workspace, calls: Calls) -> None:
-    """Square pictures have one crop only."""
-    picture(9, width=80, height=48).save("data/raw/wide.png")
+def test_another_crop_encodes_the_images_that_it_moves(cached: Workspace, calls: Calls) -> None:
+    """Square images have one crop only."""
+    make_image(9, width=80, height=48).save("data/raw/wide.png")
     write_rows(Path("data/raw"), [*read_rows(Path("data/raw")), {"file_name": "wide.png", "text": "wide"}])
     encode(cached)
     assert calls.take() == (1, 1)
@@ -153,11 +156,13 @@ def test_another_crop_encodes_the_pictures_that_it_moves(cached: Workspace, call
 
 
 def test_more_variants_encode_the_new_ones(cached: Workspace, calls: Calls) -> None:
-    """Of training pictures: evidence looks at the first view of the held-out ones alone."""
+    """Only training images have more views; held-out images have one."""
     items = Manifest.load(Path("data/prepared")).items
     num_train = sum(item.split == "train" for item in items)
     assert 0 < num_train < 8
-    assert encode(cached, "dataset.flip=true", "cache.num_variants=2")[0].startswith(f"encoded {num_train}, ")
+    assert encode(cached, "dataset.flip=true", "cache.num_variants=2")[0].startswith(
+        f"images      encoded {num_train}, "
+    )
     assert calls.take() == (num_train, 0)
     cache = LatentCache(LATENTS)
     assert {len(item.views) for item in cache.split("train")} == {2}
@@ -204,19 +209,19 @@ def test_progress_is_logged_where_there_is_no_terminal(workspace: Workspace, mon
     assert [line.split()[1:4] for line in lines] == [["4", "of", "8"], ["8", "of", "8"]]
 
 
-def test_pictures_are_read_in_the_order_of_rows(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of numbers, not of digits: batches are made in this order, which decides the last bits of entries."""
+def test_images_are_read_in_the_order_of_rows(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order is numeric. Batches follow it, which determines the last bits of entries."""
     shutil.rmtree("data/raw")
     Path("data/raw").mkdir()
     for index in range(12):
-        picture(index, 64 if index % 3 else 48).save(f"data/raw/{index}.png")
+        make_image(index, 64 if index % 3 else 48).save(f"data/raw/{index}.png")
     write_rows(Path("data/raw"), [{"file_name": f"{i}.png", "text": f"thing {i}"} for i in range(12)])
     workspace.run("prepare")
     read: list[str] = []
     for module in (encoding, latents):
         monkeypatch.setattr(module, "NUM_READERS", 1)
-    original = reader("data/raw")
-    monkeypatch.setattr(context, "reader", lambda source: lambda name: read.append(name) or original(name))
+    original = image_reader("data/raw")
+    monkeypatch.setattr(context, "image_reader", lambda source: lambda name: read.append(name) or original(name))
     workspace.run("cache_latents")
     assert read == [f"{index}.png" for index in range(12)]
     names = [item.file_name for item in LatentCache(LATENTS).items]

@@ -1,4 +1,4 @@
-"""What cache_latents refuses, warns of and counts."""
+"""Errors, warnings and metrics of cache_latents."""
 
 from __future__ import annotations
 
@@ -11,88 +11,89 @@ from PIL import Image
 
 from lora_dag.core.files import read_json
 from lora_dag.core.tensors import load_tensors, save_tensors
-from tests.conftest import Workspace, picture, read_rows, write_rows
 from tests.helpers.encodings import MASKED, refusal, words
+from tests.helpers.errors import assert_line, codes_of, refused
+from tests.helpers.workspace import Workspace, make_image, read_rows, write_rows
 
 
 def test_prepare_first(workspace: Workspace) -> None:
-    assert refusal(workspace) == ("data/prepared/manifest.jsonl: no such file; run `python -m stages.prepare` first",)
+    (problem,) = refusal(workspace)
+    assert problem.startswith("data/prepared/manifest.jsonl: ") and "`python -m stages.prepare`" in problem
 
 
 def test_resolution_must_fit_the_base(workspace: Workspace) -> None:
     workspace.run("prepare", "--set", "dataset.resolution=36")
-    (problem,) = refusal(workspace, "dataset.resolution=36")
-    assert problem.startswith(
-        "params.yaml dataset.resolution: 36 is no multiple of 8, which data/base needs; use 32 or"
-    )
+    with refused(
+        "resolution-not-multiple", "params.yaml dataset.resolution: got 36", "data/base", "multiples of 8", "32"
+    ):
+        workspace.run("cache_latents", "--set", "dataset.resolution=36")
 
 
-def test_a_flip_that_never_happens_is_refused(workspace: Workspace) -> None:
+def test_a_flip_without_effect_is_refused(workspace: Workspace) -> None:
     workspace.run("prepare", "--set", "dataset.flip=true")
-    (problem,) = refusal(workspace, "dataset.flip=true")
-    assert problem.startswith("params.yaml dataset.flip: true with cache.num_variants 1 would freeze")
-    assert problem.endswith("set cache.num_variants to 2 or more, or dataset.flip to false")
+    values = ("params.yaml cache.num_variants: got 1", "dataset.flip true", "2 or more", "dataset.flip to false")
+    with refused("flip-without-effect", *values):
+        workspace.run("cache_latents", "--set", "dataset.flip=true")
 
 
-def test_what_prepare_would_make_otherwise_is_warned_of(workspace: Workspace) -> None:
+def test_outdated_prepared_is_a_warning(workspace: Workspace) -> None:
     workspace.run("prepare", "--set", "dataset.flip=true")
-    (problem,) = refusal(workspace)
-    assert problem == (
-        "data/prepared was made with dataset.flip true; params.yaml says false; run `python -m stages.prepare` first"
-    )
+    values = ("data/prepared", "dataset.flip true", "params.yaml now has false", "`python -m stages.prepare`")
+    with refused("prepared-outdated", *values):
+        workspace.run("cache_latents")
     lines = workspace.run("cache_latents", "--set", "cache.num_variants=2")
-    assert lines[0] == f"warning: {problem} to use that"
+    assert_line("\n".join(lines), "prepared-outdated", *values)
 
 
-def test_a_random_crop_that_happens_once_is_warned_of(workspace: Workspace) -> None:
+def test_a_single_random_crop_is_a_warning(workspace: Workspace) -> None:
     workspace.run("prepare", "--set", "dataset.crop=random")
     lines = workspace.run("cache_latents", "--set", "dataset.crop=random")
-    start = "warning: params.yaml dataset.crop: random with cache.num_variants 1 is one crop per picture"
-    assert any(line.startswith(start) for line in lines)
+    values = ("params.yaml cache.num_variants: 1 ", "dataset.crop random", "Set cache.num_variants to 2 ")
+    assert_line("\n".join(lines), "one-random-crop", *values)
     lines = workspace.run("cache_latents", *words(("dataset.crop=random", "cache.num_variants=2")))
-    assert not any("dataset.crop" in line for line in lines)
+    assert "one-random-crop" not in codes_of("\n".join(lines))
 
 
-def test_views_that_are_all_the_same_are_warned_of(workspace: Workspace) -> None:
+def test_identical_views_are_a_warning(workspace: Workspace) -> None:
     workspace.run("prepare")
-    said = "warning: params.yaml cache.num_variants: 2 changes nothing without dataset.crop random or dataset.flip"
-    assert said in workspace.run("cache_latents", "--set", "cache.num_variants=2")
-    assert said not in workspace.run("cache_latents")
+    lines = workspace.run("cache_latents", "--set", "cache.num_variants=2")
+    values = ("params.yaml cache.num_variants: 2 ", "dataset.crop center", "dataset.flip false")
+    assert_line("\n".join(lines), "identical-variants", *values)
+    assert codes_of("\n".join(workspace.run("cache_latents"))) == []
 
 
-def test_changed_and_missing_pictures_are_all_named(workspace: Workspace) -> None:
+def test_changed_and_missing_images_are_all_named(workspace: Workspace) -> None:
     workspace.run("prepare")
-    picture(50).save("data/raw/05.png")
-    picture(51).save("data/raw/07.png")
+    make_image(50).save("data/raw/05.png")
+    make_image(51).save("data/raw/07.png")
     os.remove("data/raw/06.png")
-    again = "run `python -m stages.prepare` again"
-    problems = refusal(workspace)
-    assert problems[0] == f"data/raw/05.png: changed since prepare checked it; {again}"
-    assert problems[1].startswith("data/raw: '06.png' is no file any more;")
-    assert problems[2] == f"data/raw/07.png: changed since prepare checked it; {again}"
-    assert len(problems) == 3
+    changed, missing, other = refusal(workspace)
+    for problem, name in ((changed, "05.png"), (other, "07.png")):
+        assert problem.startswith(f"data/raw/{name}: ") and "`python -m stages.prepare`" in problem
+        assert problem.code == "file-changed"
+    assert missing.startswith("data/raw: ") and "06.png" in missing
 
 
 def test_a_changed_mask_is_named(masked: Workspace) -> None:
     masked.run("prepare", *words(MASKED))
     Image.new("L", (32, 32), 255).save("data/raw/masks/03.png")
-    (problem,) = refusal(masked, *MASKED)
-    assert problem.startswith("data/raw/masks/03.png: changed since prepare checked it;")
+    with refused("file-changed", "data/raw/masks/03.png: "):
+        masked.run("cache_latents", *words(MASKED))
 
 
 def test_base_that_is_no_pipeline(workspace: Workspace) -> None:
     workspace.run("prepare")
     Path("data/empty").mkdir()
-    (problem,) = refusal(workspace, "model.pretrained=data/empty")
-    assert problem.startswith("params.yaml model.pretrained: 'data/empty' has no model_index.json;")
+    with refused("no-model-index", "params.yaml model.pretrained: 'data/empty'", "model_index.json"):
+        workspace.run("cache_latents", "--set", "model.pretrained=data/empty")
 
 
 def test_base_of_pickles_only(workspace: Workspace) -> None:
     workspace.run("prepare")
     shutil.copytree("data/base", "data/pickles")
     os.rename("data/pickles/vae/diffusion_pytorch_model.safetensors", "data/pickles/vae/diffusion_pytorch_model.bin")
-    (problem,) = refusal(workspace, "model.pretrained=data/pickles")
-    assert problem.startswith("data/pickles/vae: only diffusion_pytorch_model.bin, a pickle, which can run code")
+    with refused("pickle-weights", "data/pickles/vae: ", "diffusion_pytorch_model.bin"):
+        workspace.run("cache_latents", "--set", "model.pretrained=data/pickles")
 
 
 def test_latents_that_are_not_finite(workspace: Workspace) -> None:
@@ -101,9 +102,8 @@ def test_latents_that_are_not_finite(workspace: Workspace) -> None:
     path = Path("data/broken/vae/diffusion_pytorch_model.safetensors")
     tensors = load_tensors(path)
     save_tensors(path, tensors | {"quant_conv.bias": torch.full_like(tensors["quant_conv.bias"], torch.nan)})
-    assert refusal(workspace, "model.pretrained=data/broken") == (
-        "params.yaml model.dtype: float32 gives latents that are not finite; fetch model.pretrained again",
-    )
+    with refused("not-finite", "params.yaml model.dtype: float32", "latents"):
+        workspace.run("cache_latents", "--set", "model.pretrained=data/broken")
 
 
 def test_captions_are_counted(workspace: Workspace) -> None:
@@ -113,8 +113,8 @@ def test_captions_are_counted(workspace: Workspace) -> None:
     write_rows(Path("data/raw"), rows)
     workspace.run("prepare")
     lines = workspace.run("cache_latents")
-    assert "captions    7 distinct; training draws from 1 per picture" in lines
-    assert "warning: 1 caption has more than 20 tokens; the rest is not read:" in lines
+    assert "captions    7 distinct; training draws from 1 per image" in lines
+    assert_line("\n".join(lines), "text-too-long", "1 caption ", "20 tokens")
     assert any(line.endswith("tokens: " + ("many words " * 20)[:79] + "…") for line in lines)
     facts = read_json(Path("reports/latents/metrics.json"))
     assert facts.pop("captions.max_tokens") > 60 and 3 <= facts.pop("captions.tokens_median") <= 20

@@ -1,4 +1,4 @@
-"""Batches through an encoder: neighbours, reading ahead, short memory, dtypes."""
+"""Batches through an encoder: neighbors, reading ahead, short memory, dtypes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import pytest
 import torch
 
 from lora_dag.artifacts.latent_cache import LatentCache
-from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json
 from lora_dag.core.params import ModelParams
 from lora_dag.families import sd
 from stages.cache_latents.encoding import (
     Encoder,
+    FutureCache,
     OutOfMemory,
-    Proofs,
-    Recent,
-    batched,
-    forward,
+    VerifiedBatchShapes,
+    encode_batch,
+    make_batches,
     read_ahead,
     require_independent,
 )
-from tests.conftest import Workspace, picture
+from tests.helpers.errors import assert_line, refused
+from tests.helpers.workspace import Workspace, make_image
 
 CPU = torch.device("cpu")
 LATENTS = Path("data/latents")
@@ -43,20 +43,20 @@ def make_encoder(encode: Any, model: ModelParams) -> Encoder[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_entry_depends_neither_on_place_nor_on_neighbours(tiny_base: Path, dtype: str) -> None:
+def test_an_entry_depends_neither_on_place_nor_on_neighbors(tiny_base: Path, dtype: str) -> None:
     model = model_params(tiny_base, dtype)
     vae = sd.load_vae(model, CPU)
     encoder = make_encoder(lambda values: {"mean": sd.encode_images(vae, torch.stack(values))[0]}, model)
     x, *others = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected = forward(encoder, [x, *others])[0]["mean"]
+    expected = encode_batch(encoder, [x, *others])[0]["mean"]
     for place in range(4):
         values = [torch.zeros(3, 32, 32)] * 4
         values[place] = x
-        assert torch.equal(forward(encoder, values)[place]["mean"], expected)
+        assert torch.equal(encode_batch(encoder, values)[place]["mean"], expected)
 
 
-def test_a_device_where_neighbours_matter_is_refused() -> None:
-    with pytest.raises(UserError, match=r"params.yaml cache.batch_size: with 4 on this device, .*; use 1"):
+def test_a_device_where_neighbors_matter_is_refused() -> None:
+    with refused("batch-dependent", "params.yaml cache.batch_size: got 4", "cache.batch_size: 1."):
         require_independent({"mean": torch.ones(2)}, {"mean": torch.ones(2) + 1e-6}, 4)
 
 
@@ -80,9 +80,9 @@ def test_the_next_batch_is_read_while_one_is_encoded_and_no_more() -> None:
 
 def test_batches_follow_the_order_of_reading_and_the_largest_goes_first() -> None:
     sizes = {"a": 1, "b": 2, "c": 1, "d": 3, "e": 2, "f": 1, "g": 3, "h": 3}
-    found = batched(list(sizes), lambda key: (sizes[key], 10), 2)
+    found = make_batches(list(sizes), lambda key: (sizes[key], 10), 2)
     assert found == [["d", "g"], ["a", "c"], ["b", "e"], ["f"], ["h"]]
-    assert batched([], lambda key: (), 2) == []
+    assert make_batches([], lambda key: (), 2) == []
 
 
 def test_independence_is_proven_once_for_a_shape_and_a_setting(
@@ -93,14 +93,14 @@ def test_independence_is_proven_once_for_a_shape_and_a_setting(
     monkeypatch.setattr(sd, "encode_images", lambda vae, x: sizes.append(len(x)) or encode_images(vae, x))
 
     def encoded(*argv: str) -> list[int]:
-        """Size of each batch that reaches the VAE."""
+        """Return the list that collects the size of each batch of the VAE."""
         sizes.clear()
         workspace.run("cache_latents", *argv)
         return sizes
 
     workspace.run("prepare")
     assert encoded() == [4, 4, 4]  # the second one is the proof
-    picture(50).save("data/raw/05.png")
+    make_image(50).save("data/raw/05.png")
     workspace.run("prepare")
     assert encoded() == [4]
     assert encoded("--set", "cache.batch_size=8") == [8, 8]
@@ -111,17 +111,17 @@ def test_independence_is_proven_once_for_a_shape_and_a_setting(
 
 def test_a_proof_holds_under_its_own_conditions_alone(tmp_path: Path) -> None:
     path = tmp_path / "proven.json"
-    Proofs(path, ["latents", {"torch": "1.0"}]).add((64, 64))
-    assert (64, 64) in Proofs(path, ["latents", {"torch": "1.0"}])
-    assert (64, 48) not in Proofs(path, ["latents", {"torch": "1.0"}])
-    assert (64, 64) not in Proofs(path, ["latents", {"torch": "1.1"}])
+    VerifiedBatchShapes(path, ["latents", {"torch": "1.0"}]).add((64, 64))
+    assert (64, 64) in VerifiedBatchShapes(path, ["latents", {"torch": "1.0"}])
+    assert (64, 48) not in VerifiedBatchShapes(path, ["latents", {"torch": "1.0"}])
+    assert (64, 64) not in VerifiedBatchShapes(path, ["latents", {"torch": "1.1"}])
 
 
 # Short memory
 
 
 class ShortMemory:
-    """A VAE or text encoder that fits with few at a time, or in tiles."""
+    """Stand-in for an encoder that fits into memory only with small batches, or in tiles."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
         self.fits, self.error = 4, error
@@ -151,40 +151,41 @@ def short(request: pytest.FixtureRequest, workspace: Workspace, monkeypatch: pyt
 def test_batches_are_halved_until_they_fit(workspace: Workspace, short: ShortMemory) -> None:
     short.fits = 1
     lines = workspace.run("cache_latents")
-    advice = "does not fit into memory; starting latents again with"
-    where = "warning: params.yaml cache.batch_size:"
-    assert f"{where} 4 {advice} 2; set cache.batch_size: 2 to say so" in lines
-    assert f"{where} 2 {advice} 1; set cache.batch_size: 1 to say so" in lines
-    assert lines[-1] == "encoded 8, reused 0"
+    for size, smaller in ((4, 2), (2, 1)):
+        values = (f"cache.batch_size: {size} ", "latents", f"Set cache.batch_size: {smaller} ")
+        assert_line("\n".join(lines), "encoder-fallback", *values)
+    assert lines[-3] == "images      encoded 8, reused 0"
     assert short.sizes[:3] == [4, 2, 1] and set(short.sizes[3:]) == {1}
     views = [item.views for item in LatentCache(LATENTS).items]
     workspace.run("cache_latents", "--set", "cache.batch_size=1")
     assert [item.views for item in LatentCache(LATENTS).items] == views  # keys of that very size
 
 
-def test_what_fitted_is_found_again_and_decides_nothing(workspace: Workspace, short: ShortMemory) -> None:
+def test_entries_of_a_fallback_are_reused_but_do_not_set_the_next_start(
+    workspace: Workspace, short: ShortMemory
+) -> None:
     short.fits = 2
     workspace.run("cache_latents")
     short.sizes.clear()
-    picture(50).save("data/raw/05.png")
+    make_image(50).save("data/raw/05.png")
     workspace.run("prepare")
     lines = workspace.run("cache_latents")
-    assert lines[-1] == "encoded 1, reused 7"
+    assert lines[-3] == "images      encoded 1, reused 7"
     assert short.sizes == [4, 2]
-    assert any("cache.batch_size: 4 does not fit into memory; starting latents again with 2" in line for line in lines)
+    assert_line("\n".join(lines), "encoder-fallback", "cache.batch_size: 4 ", "Set cache.batch_size: 2 ")
     tree = workspace.tree("data/latents")
     Path(".state/store/last.json").unlink()
     workspace.run("cache_latents")
     assert workspace.tree("data/latents") == tree
     short.fits = 4  # where memory is back, it is used, and the bytes are those of a machine that never lacked any
-    assert workspace.run("cache_latents")[-1] == "encoded 8, reused 0"
+    assert workspace.run("cache_latents")[-3] == "images      encoded 8, reused 0"
     tree = workspace.tree("data/latents")
     shutil.rmtree(".state")
     workspace.run("cache_latents")
     assert workspace.tree("data/latents") == tree
 
 
-def test_what_was_used_stands_in_the_metrics(workspace: Workspace, short: ShortMemory) -> None:
+def test_metrics_record_the_used_settings(workspace: Workspace, short: ShortMemory) -> None:
     def used() -> tuple[Any, ...]:
         facts = read_json(Path("reports/latents/metrics.json"))
         return tuple(facts[name] for name in ("latents.batch_size", "latents.tiling", "captions.batch_size"))
@@ -201,42 +202,39 @@ def test_what_was_used_stands_in_the_metrics(workspace: Workspace, short: ShortM
     assert used() == (1, True, 4)
 
 
-def test_status_says_that_memory_was_short(workspace: Workspace, short: ShortMemory) -> None:
+def test_status_warns_of_short_memory(workspace: Workspace, short: ShortMemory) -> None:
     short.fits = 2
     workspace.run("cache_latents")
-    assert workspace.run("status") == [
-        "8 pictures: 8 valid, 0 not",
-        "warning: latents: cache.batch_size 4 did not fit into memory in the last run; the next one tries again, and "
-        "encodes everything anew if it fits by then; set cache.batch_size: 2 to stay with what is valid here",
-        "a run would encode nothing",
-    ]
+    counts, warning, work = workspace.run("status")
+    assert (counts, work) == ("8 images: 8 valid, 0 not valid", "a run would encode nothing")
+    assert_line(warning, "encoder-fallback", "cache.batch_size: 4 ", "latents", "Set cache.batch_size: 2 ")
     lines = workspace.run("status", "--set", "cache.batch_size=2")
     assert not any("memory" in line for line in lines)
 
 
-def test_a_damaged_entry_that_does_not_fit_any_more_is_one_line(workspace: Workspace, short: ShortMemory) -> None:
+def test_a_damaged_entry_that_does_not_fit_any_more_is_deleted(workspace: Workspace, short: ShortMemory) -> None:
     workspace.run("cache_latents")
     entry = sorted(Path(".state/store/latents").rglob("*.safetensors"))[0]
     entry.write_bytes(entry.read_bytes()[:-1] + b"\x07")
     short.fits = 2
-    with pytest.raises(UserError, match="store/latents: 1 damaged entry is deleted, .*; run again: smaller batches"):
+    with refused("out-of-memory", "store/latents: 1 damaged entry"):
         workspace.run("cache_latents")
     assert not entry.exists()
-    assert workspace.run("cache_latents")[-1] == "encoded 8, reused 0"
+    assert workspace.run("cache_latents")[-3] == "images      encoded 8, reused 0"
     assert set(short.sizes[-4:]) == {2}
 
 
-def test_then_tiles_are_tried(workspace: Workspace, short: ShortMemory) -> None:
+def test_tiles_are_tried_after_single_images(workspace: Workspace, short: ShortMemory) -> None:
     short.needs_tiles = True
     lines = workspace.run("cache_latents")
-    assert any("starting again in tiles; set cache.batch_size: 1 and cache.tiling: true" in line for line in lines)
+    assert_line("\n".join(lines), "encoder-fallback", "cache.batch_size: 1 and cache.tiling: true")
     assert short.sizes[:4] == [4, 2, 1, 1]
-    assert lines[-1] == "encoded 8, reused 0"
+    assert lines[-3] == "images      encoded 8, reused 0"
 
 
-def test_then_it_is_one_line(workspace: Workspace, short: ShortMemory) -> None:
+def test_one_image_in_tiles_that_does_not_fit_is_an_error(workspace: Workspace, short: ShortMemory) -> None:
     short.fits = 0
-    with pytest.raises(UserError, match="cache.batch_size: even one picture in tiles does not fit into memory; free"):
+    with refused("out-of-memory", "params.yaml cache.batch_size: ", "one image in tiles"):
         workspace.run("cache_latents")
     assert not LATENTS.exists()
 
@@ -246,15 +244,15 @@ def test_another_error_is_not_taken_for_short_memory(tiny_base: Path) -> None:
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        forward(make_encoder(encode, model_params(tiny_base)), [torch.zeros(1)])
+        encode_batch(make_encoder(encode, model_params(tiny_base)), [torch.zeros(1)])
     with pytest.raises(OutOfMemory):
-        forward(make_encoder(lambda values: torch.empty(2**60), model_params(tiny_base)), [torch.zeros(1)])
+        encode_batch(make_encoder(lambda values: torch.empty(2**60), model_params(tiny_base)), [torch.zeros(1)])
 
 
 # Tiles and dtypes
 
 
-def test_tiling_encodes_large_pictures_in_tiles(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiling_encodes_large_images_in_tiles(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import AutoencoderKL
 
     tiled = AutoencoderKL._tiled_encode
@@ -301,16 +299,16 @@ def test_a_vae_that_float16_overflows_is_float32(
 
 
 def test_it_runs_outside_of_autocast(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With float16 refused on a CPU, bfloat16 stands in for it: the entries are those of float32, key and bits."""
+    """A CPU rejects float16, so the test uses bfloat16: keys and bits equal those of float32."""
     workspace.run("prepare")
     workspace.run("cache_latents")
     expected = LatentCache(LATENTS)
     monkeypatch.setattr(sd, "vae_dtype", lambda model: "float32")
     lines = workspace.run("cache_latents", "--set", "model.dtype=bfloat16")
-    assert lines[-1] == "encoded 0, reused 8"
+    assert lines[-3] == "images      encoded 0, reused 8"
     shutil.rmtree(".state/store/latents")
     lines = workspace.run("cache_latents", "--set", "model.dtype=bfloat16")
-    assert lines[-1] == "encoded 8, reused 0"
+    assert lines[-3] == "images      encoded 8, reused 0"
     again = LatentCache(LATENTS)
     for before, after in zip(expected.items, again.items, strict=True):
         assert before.views == after.views
@@ -326,19 +324,19 @@ def test_recent_results_are_made_once_also_by_threads_at_once() -> None:
         time.sleep(0.02)
         return -key
 
-    recent = Recent(make, 2)
+    cache = FutureCache(make, 2)
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(recent, [1, 1, 1, 2, 2, 1])) == [-1, -1, -1, -2, -2, -1]
+        assert list(pool.map(cache, [1, 1, 1, 2, 2, 1])) == [-1, -1, -1, -2, -2, -1]
     assert sorted(made) == [1, 2]
-    assert [recent(3), recent(2), recent(1)] == [-3, -2, -1]
+    assert [cache(3), cache(2), cache(1)] == [-3, -2, -1]
     assert sorted(made) == [1, 1, 2, 3]
 
 
-def test_a_result_that_failed_is_an_error_for_all_who_asked() -> None:
+def test_a_failed_result_raises_in_every_thread() -> None:
     def fail(key: int) -> int:
         raise ValueError(key)
 
-    recent = Recent(fail, 2)
+    cache = FutureCache(fail, 2)
     for _ in range(2):
         with pytest.raises(ValueError, match="7"):
-            recent(7)
+            cache(7)

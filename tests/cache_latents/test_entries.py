@@ -1,4 +1,4 @@
-"""What an entry of data/latents holds, against diffusers' and transformers' own models; and masks."""
+"""Contents of data/latents, compared with diffusers' and transformers' own models; masks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lora_dag.core.files import read_json
 from lora_dag.core.params import ModelParams
 from lora_dag.diffusion.objectives import make_objective
 from lora_dag.families import sd
-from lora_dag.pictures import decode, masks
+from lora_dag.images import decode, masks
 from stages.cache_latents import masks as mask_entries
-from tests.conftest import Workspace, picture
 from tests.helpers.encodings import LATENTS, MASKED, Calls, changed_shards, encode, refusal, words
+from tests.helpers.workspace import Workspace, make_image
 
 
 def pixels(manifest: Manifest, name: str, view: int = 0) -> torch.Tensor:
-    """[1, 3, H, W], straight from the file."""
+    """Return the pixels of the file, [1, 3, H, W]."""
     item = next(item for item in manifest.items if item.file_name == name)
     shown = manifest.augmentation.views(item, view + 1)[view]
     image = decode.load_view((Path(manifest.source) / name).read_bytes(), item, shown, manifest.preprocessing)
@@ -35,7 +35,7 @@ def pixels(manifest: Manifest, name: str, view: int = 0) -> torch.Tensor:
 # What an entry holds
 
 
-def test_latents_are_what_the_vae_gives(cached: Workspace, tiny_base: Path) -> None:
+def test_latents_equal_the_output_of_the_vae(cached: Workspace, tiny_base: Path) -> None:
     from diffusers import AutoencoderKL
 
     cache = LatentCache(LATENTS)
@@ -49,7 +49,7 @@ def test_latents_are_what_the_vae_gives(cached: Workspace, tiny_base: Path) -> N
     assert mean.shape == (4, 8, 8)
 
 
-def test_prompts_are_what_the_text_encoder_gives(cached: Workspace, tiny_base: Path) -> None:
+def test_prompts_equal_the_output_of_the_text_encoder(cached: Workspace, tiny_base: Path) -> None:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     cache = LatentCache(LATENTS)
@@ -63,7 +63,7 @@ def test_prompts_are_what_the_text_encoder_gives(cached: Workspace, tiny_base: P
 
 
 def test_cached_loss_equals_uncached_loss(cached: Workspace, tiny_base: Path) -> None:
-    """Of every picture: the posterior of diffusers' own VAE, sampled by its own method, against mean + std * noise."""
+    """For every image, a sample of the VAE's own posterior equals mean + std * noise."""
     from diffusers import AutoencoderKL
 
     model = ModelParams(family="sd", pretrained=str(tiny_base), variant=None, dtype="float32")
@@ -90,7 +90,7 @@ def test_cached_loss_equals_uncached_loss(cached: Workspace, tiny_base: Path) ->
         torch.testing.assert_close(found, uncached, rtol=1e-5, atol=1e-6)
 
 
-def test_content_names_a_picture_whatever_encodes_it(cached: Workspace) -> None:
+def test_content_digest_does_not_depend_on_the_encoder(cached: Workspace) -> None:
     def contents(*changes: str) -> dict[str, str]:
         encode(cached, *changes)
         return {item.file_name: item.content for item in LatentCache(LATENTS).items}
@@ -101,15 +101,15 @@ def test_content_names_a_picture_whatever_encodes_it(cached: Workspace) -> None:
     assert contents("dataset.flip=true", "cache.num_variants=2") == first  # of the first view alone
     assert contents('dataset.background="#000000"') == first  # nothing lets it through
     assert set(contents("dataset.resolution=40").values()).isdisjoint(first.values())
-    picture(50).save("data/raw/05.png")
+    make_image(50).save("data/raw/05.png")
     assert {name for name, content in contents().items() if content != first[name]} == {"05.png"}
 
 
 def test_key_of_the_demo_is_the_one_of_the_first_version(cached: Workspace) -> None:
-    """Stores that people have stay valid: what a plain picture's key is made of has not changed."""
+    """Existing stores stay valid: the inputs of the key have not changed."""
     manifest, cache = Manifest.load(Path("data/prepared")), LatentCache(LATENTS)
     item = manifest.items[0]
-    ingredients = {
+    key_fields = {
         "picture": item.sha256,
         "crop": [0, 0, 48, 48],
         "flip": False,
@@ -122,7 +122,7 @@ def test_key_of_the_demo_is_the_one_of_the_first_version(cached: Workspace) -> N
         "batch_size": 4,
         "format": 1,
     }
-    text = json.dumps(ingredients, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(key_fields, sort_keys=True, ensure_ascii=False)
     assert cache.items[0].views == (hashlib.sha256(text.encode()).hexdigest(),)
 
 
@@ -146,7 +146,7 @@ def test_one_edited_mask_encodes_nothing(masked: Workspace, calls: Calls) -> Non
     before, calls_before = masked.tree("data/latents"), calls.take()
     contents = {item.file_name: item.content for item in LatentCache(LATENTS).items}
     Image.new("L", (32, 32), 255).save("data/raw/masks/03.png")
-    assert encode(masked, *MASKED)[0] == "encoded 0, reused 8"
+    assert encode(masked, *MASKED)[0] == "images      encoded 0, reused 8"
     assert calls_before == (8, 8) and calls.take() == (0, 0)
     shard = hashlib.sha256(b"03.png").hexdigest()[0]
     assert changed_shards(before, masked.tree("data/latents")) == [f"masks/{shard}.safetensors"]
@@ -155,7 +155,7 @@ def test_one_edited_mask_encodes_nothing(masked: Workspace, calls: Calls) -> Non
     assert torch.equal(cache.mask(cache.items[3].masks[0]), torch.ones(1, 8, 8))
 
 
-def test_another_weight_of_the_unmasked_makes_the_masks_anew(masked: Workspace, calls: Calls) -> None:
+def test_another_unmasked_weight_makes_the_masks_again(masked: Workspace, calls: Calls) -> None:
     encode(masked, *MASKED)
     first = {item.content for item in LatentCache(LATENTS).items}
     calls.take()
@@ -188,28 +188,29 @@ def test_a_mask_is_decoded_once_for_all_of_its_views(masked: Workspace, monkeypa
 
 
 def test_masks_that_hide_all_of_a_view_are_refused_before_anything_is_encoded(masked: Workspace, calls: Calls) -> None:
-    """White is the left third of wide pictures, which random crops can miss."""
+    """White is the left third of wide images, which random crops can miss."""
     for index in (2, 3):
         mask = Image.new("L", (96, 32))
         mask.paste(255, (0, 0, 30, 32))
         mask.save(f"data/raw/masks/{index:02}.png")
-        picture(index, 96, 32).save(f"data/raw/{index:02}.png")
+        make_image(index, 96, 32).save(f"data/raw/{index:02}.png")
     changes = ("dataset.mask=masks", "dataset.crop=random", "cache.num_variants=8")
     masked.run("prepare", *words(changes))
     manifest = Manifest.load(Path("data/prepared"))
-    expected = []
+    expected = {}
     for item in (item for item in manifest.items if item.file_name in ("02.png", "03.png")):
         views = manifest.augmentation.views(item, 8 if item.split == "train" else 1)
         black = [str(number) for number, view in enumerate(views, 1) if view.crop[0] >= 30]
         if black:
-            expected.append(
-                f"data/raw/{item.file_name}: its mask hides all of view{'s' if len(black) > 1 else ''} "
-                f"{', '.join(black)} of {len(views)}, so no loss is left; set dataset.crop to center, "
-                "set dataset.unmasked_weight above 0, or mend the mask"
-            )
+            views_of = f"view{'s' if len(black) > 1 else ''} {', '.join(black)} of {len(views)}"
+            expected[f"data/raw/{item.file_name}: "] = views_of
     assert expected
     for _ in range(2):  # it is not remembered as done
-        assert refusal(masked, *changes) == tuple(expected)
+        problems = refusal(masked, *changes)
+        assert [problem.code for problem in problems] == ["mask-hides-all"] * len(expected)
+        for problem, (place, views_of) in zip(problems, expected.items(), strict=True):
+            assert problem.startswith(place) and views_of in problem
+            assert "dataset.crop: center" in problem and "dataset.unmasked_weight above 0" in problem
     assert calls.loaded == []
     encode(masked, *changes, "dataset.unmasked_weight=0.1")
     assert LatentCache(LATENTS).items

@@ -1,4 +1,4 @@
-"""The store's keys name code by a number that a person raises: here its source is recorded beside that number."""
+"""Version numbers in the store's keys, with a digest of the source that each number covers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_dag.core import device
 from lora_dag.core.params import FAMILIES
 from lora_dag.families import common, z_image
 from lora_dag.families.protocol import load_family
-from lora_dag.pictures import decode, masks
+from lora_dag.images import decode, masks
 from stages.cache_latents import RESULTS, captions, encoding, keys, latents
 from stages.cache_latents import masks as mask_entries
 from tests.helpers.families import case
@@ -40,13 +40,13 @@ ENTRIES = (
     latents.LatentEncoder.decode,
     captions.CaptionEncoder.encoder.func,
     encoding.encode_all,
-    encoding.batched,
-    encoding.forward,
+    encoding.make_batches,
+    encoding.encode_batch,
     device.autocast,
     common.component_class,
     common.load_frozen,
     common.load_tokenizer,
-    common._source,
+    common._load_options,
     common.upcast_vae_dtype,
     common.load_vae,
     common.encode_images,
@@ -67,8 +67,8 @@ MASKS = (
     mask_entries.mask_weights,
 )
 RECORDED = {  # number, digest of the source that it stands for
-    "decode.VERSION": (2, "39e58e20331494f5"),
-    "keys.FORMAT": (1, "095a5a9044287c60"),
+    "decode.VERSION": (2, "6a1fd7bb02af6ddd"),
+    "keys.FORMAT": (1, "08dffe1ef37b9afb"),
     "keys.MASK_FORMAT": (2, "814b583e7f75cddb"),
 }
 RECORDED_RESULTS = {1: (2, 1, 2)}
@@ -76,7 +76,7 @@ RECORDED_RESULTS = {1: (2, 1, 2)}
 
 
 def needed(module: Any, names: Iterable[str]) -> str:
-    """Source of the statements at the top of a file that give these names, and of all that they need of the file."""
+    """Return the source of top-level statements that define these names, and of all names that they use."""
     tree = Bare().visit(ast.parse(inspect.getsource(module)))
     given = {name: node for node in tree.body for name in names_of(node)}
     todo, found = list(names), {}
@@ -89,13 +89,13 @@ def needed(module: Any, names: Iterable[str]) -> str:
 
 
 def names_of(node: ast.AST) -> list[str]:
-    """Of a class, a function, or an assignment."""
+    """Return the names that a class, function or assignment defines."""
     targets = node.targets if isinstance(node, ast.Assign) else []
     return [getattr(node, "name", ""), *(target.id for target in targets if isinstance(target, ast.Name))]
 
 
 class Bare(ast.NodeTransformer):
-    """Without docstrings and annotations; comments and layout are not in the tree."""
+    """Transformer that removes docstrings and annotations; comments and layout are not in the tree."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         if ast.get_docstring(node) is not None:
@@ -139,7 +139,7 @@ def test_code_that_decides_an_entry_changes_with_its_number(
 
 
 def results_problem(recorded: dict[int, tuple[int, int, int]], results: int, numbers: tuple[int, int, int]) -> str:
-    """What is wrong with ``RESULTS`` and the store's numbers; empty where nothing is."""
+    """Return the problem with ``RESULTS`` and the store's numbers; empty for none."""
     if recorded.get(results - 1) == numbers:
         return (
             f"cache_latents has RESULTS = {results}, and the store's keys are those of {results - 1}: runs would read "
@@ -172,7 +172,7 @@ def test_code_of_a_family_that_decides_an_entry_changes_with_its_number(family: 
     )
 
 
-def test_what_a_family_needs_is_followed_through_its_file() -> None:
+def test_needed_source_includes_called_functions() -> None:
     found = needed(z_image, ["encode_prompts"])
     assert found.startswith("MAX_TOKENS = 512\ndef chats(") and "\ndef encode_prompts(" in found
     assert "def load_tokenizer" not in found and "def predict" not in found

@@ -11,8 +11,8 @@ import pytest
 
 from lora_dag import commands
 from lora_dag.commands import COMMANDS
-from lora_dag.core.console import UserError
-from tests.conftest import REPOSITORY
+from tests.helpers.errors import refused
+from tests.helpers.workspace import REPOSITORY
 
 SLOW = {"torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "pandas", "matplotlib", "dvc"}
 FOLDER = REPOSITORY / "lora_dag/commands"
@@ -73,16 +73,15 @@ def test_without_a_command_the_list_is_shown(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "values"),
     [
-        (["chek", "--set", "lora.rank=4"], "lora-dag chek: no such command (near: check)"),
-        (["--verbose", "gat"], "lora-dag gat: no such command (near: gate)"),
-        (["train"], "lora-dag train: this is a stage, not a command; run `dvc repro train`"),
-        (["cache-latents"], "lora-dag cache-latents: this is a stage, not a command; run `dvc repro cache_latents`"),
-        (["x"], f"lora-dag x: no such command (commands: {', '.join(COMMANDS)})"),
+        (["chek", "--set", "lora.rank=4"], ("lora-dag chek: ", " check?")),
+        (["--verbose", "gat"], ("lora-dag gat: ", " gate?")),
+        (["train"], ("lora-dag train: ", "`dvc repro train`")),
+        (["cache-latents"], ("lora-dag cache-latents: ", "`dvc repro cache_latents`")),
+        (["x"], ("lora-dag x: ", ", ".join(COMMANDS))),
     ],
 )
-def test_what_is_no_command_is_named_with_the_near_ones(words: list[str], said: str) -> None:
-    with pytest.raises(UserError) as refused:
+def test_unknown_command_gets_a_suggestion(words: list[str], values: tuple[str, str]) -> None:
+    with refused("unknown-command", *values):
         commands.parse(words)
-    assert refused.value.problems == (said,)

@@ -21,9 +21,9 @@ from tests.helpers.compared import (
     Repository,
     change_lineage,
     commit,
-    write_pictures,
+    scores_to_csv,
+    write_images,
     write_revision,
-    write_scores,
 )
 
 
@@ -38,7 +38,7 @@ def test_a_better_experiment(repository: Repository) -> None:
     assert "val.loss_change_low" not in page and "val.table" not in page
 
 
-def test_a_verdict_marks_no_metric_that_it_is_not_of(repository: Repository) -> None:
+def test_only_the_metric_of_the_verdict_is_marked(repository: Repository) -> None:
     write_revision(rank=16, gain=0.15)
     page = repository.run()
     assert "better, −12.6 %" in page and "| val.loss ↓ | 0.3965 | 0.3465 (−0.05 ✓) |" in page
@@ -46,8 +46,8 @@ def test_a_verdict_marks_no_metric_that_it_is_not_of(repository: Repository) -> 
     assert "| val.loss_low_noise ↓ | 0.3965 | 0.3465 (−0.05) |" in page
 
 
-def test_figures_stand_in_the_order_of_the_table_with_the_direction_that_is_better(repository: Repository) -> None:
-    """A figure without a row in METRICS comes last, by its own name."""
+def test_metrics_are_ordered_and_have_a_direction(repository: Repository) -> None:
+    """A metric without a row in METRICS comes last, by its own name."""
     write_revision(rank=16, gain=0.15)
     path = Path("reports/metrics.json")
     more = {"a.unknown": 2, "samples.clip_score": 25.0, "samples.clip_score_base": 20.0, "samples.copied_share": 0.5}
@@ -69,48 +69,45 @@ def test_a_worse_workspace_against_an_experiment(repository: Repository) -> None
 
 def test_head_and_an_untouched_workspace_are_the_same(repository: Repository) -> None:
     page = repository.run()
-    assert "equal: the held-out losses are the same to the last digit." in page
-    assert "None." in page and "are equal." in page
+    assert "equal: all held-out losses are identical." in page
+    assert "No parameter and no input differs." in page and "equal." in page
 
 
 def shift(*changes: float) -> None:
-    """The workspace at rank 16, each picture's loss changed by the next of ``changes``, over and over."""
+    """The workspace at rank 16, each image's loss changed by the next of ``changes``, over and over."""
     write_revision(rank=16, gain=0.1)
-    scores = heldout_table.read_scores(SCORES.read_text())
+    scores = heldout_table.scores_from_csv(SCORES.read_text())
     moved = [replace(s, adapter=s.adapter + changes[int(s.file_name[0]) % len(changes)]) for s in scores]
-    write_scores(moved, "0123456789abcdef")
+    scores_to_csv(moved, "0123456789abcdef")
 
 
-def test_a_difference_that_the_pictures_cannot_show(repository: Repository) -> None:
+def test_a_difference_that_the_images_cannot_show(repository: Repository) -> None:
     shift(0.01, -0.0098)
     page = repository.run()
-    assert (
-        ": within noise, 0.0 % [−2.4, +2.4].** 8 held-out pictures cannot tell; hold out more pictures. Held-out"
-        in page
-    )
-    assert "0.3965 → 0.3966; 95 % interval over 8 held-out pictures (percentile bootstrap, stretched to Student" in page
+    assert ": within noise, 0.0 % [−2.4, +2.4].**\n\n- 8 held-out images are too few for a verdict." in page
+    assert "0.3965 → 0.3966. The 95 % interval is over 8 held-out images (percentile bootstrap, stretched" in page
     assert "**Seed noise is not in the interval**" in page and "`dvc exp run -S train.seed=1`" in page
     assert "✗" not in page and "✓" not in page
 
 
-def test_renamed_pictures_are_paired_all_the_same(repository: Repository) -> None:
+def test_renamed_images_are_paired_all_the_same(repository: Repository) -> None:
     write_revision(rank=16, gain=0.1)
-    scores = heldout_table.read_scores(SCORES.read_text())
-    write_scores([replace(s, file_name=f"new-{s.file_name}", adapter=s.adapter + 0.05) for s in scores], "another")
+    scores = heldout_table.scores_from_csv(SCORES.read_text())
+    scores_to_csv([replace(s, file_name=f"new-{s.file_name}", adapter=s.adapter + 0.05) for s in scores], "another")
     assert ": worse, +12.6 %" in repository.run()
 
 
 def test_the_same_setting_and_seed_is_never_better(repository: Repository) -> None:
     write_revision(rank=8, gain=0.2)
     page = repository.run()
-    assert ": within noise, −25.2 %.**" in page and "another machine, or files edited by hand" in page
+    assert ": within noise, −25.2 %.**" in page and "Both runs have the same settings and seed" in page
 
 
-def test_tables_are_joined_where_they_share_pictures(repository: Repository) -> None:
-    write_revision(rank=16, gain=0.15, table="another", pictures="2345678")
+def test_tables_are_joined_where_they_share_images(repository: Repository) -> None:
+    write_revision(rank=16, gain=0.15, table="another", images="2345678")
     page = repository.run()
-    assert ": better, −12.6 %" in page and "over 6 held-out pictures that both have (of 8 and 7)" in page
-    assert "| val.loss ↓ | 0.3965 | 0.345 (−0.0515) |" in page  # of other pictures: no mark
+    assert ": better, −12.6 %" in page and "over 6 shared held-out images, of 8 and 7" in page
+    assert "| val.loss ↓ | 0.3965 | 0.345 (−0.0515) |" in page  # of other images: no mark
 
 
 @pytest.mark.parametrize(
@@ -121,30 +118,30 @@ def test_tables_are_joined_where_they_share_pictures(repository: Repository) -> 
             {"validate": {"prompts": ["red apple"], "scales": [0.5, 1.0], "seed": 1, "num_timesteps": 2}},
             "(validate.seed)",
         ),
-        ({}, "(pictures, their sizes or captions)"),
+        ({}, "(images, their sizes or captions)"),
     ],
 )
 def test_other_tables_are_not_compared(repository: Repository, changes: dict[str, Any], reason: str) -> None:
-    write_revision(rank=16, gain=0.2, table="another", pictures="abcdefgh")
+    write_revision(rank=16, gain=0.2, table="another", images="abcdefgh")
     change_lineage(**changes)
     page = repository.run()
-    assert f"not comparable: the held-out table differs {reason}.**" in page
+    assert f"not comparable: the held-out tables differ {reason}.**" in page
     assert "✗" not in page and "✓" not in page and "interval" not in page
     assert re.search(r"\| val\.loss ↓ \| 0\.\d+ \| 0\.\d+ \|", page)  # side by side, without a difference
 
 
 @pytest.mark.parametrize(("caption", "reason"), [("apple", "sizes or crops"), ("pear", "captions")])
 def test_tables_that_share_no_row_say_what_differs(repository: Repository, caption: str, reason: str) -> None:
-    write_pictures({"a": "apple"}, split="heldout")
+    write_images({"a": "apple"}, split="heldout")
     commit("Before")
-    write_revision(rank=16, gain=0.2, table="another", pictures="abcdefgh")
-    write_pictures({"a": caption}, split="heldout")
-    assert f"the held-out table differs ({reason}" in repository.run()
+    write_revision(rank=16, gain=0.2, table="another", images="abcdefgh")
+    write_images({"a": caption}, split="heldout")
+    assert f"the held-out tables differ ({reason}" in repository.run()
 
 
-def test_one_shared_picture_has_no_interval(repository: Repository) -> None:
-    write_revision(rank=16, gain=0.2, table="another", pictures="0abc")
-    assert "not comparable: the held-out tables share 1 picture, and an interval takes 2" in repository.run()
+def test_one_shared_image_has_no_interval(repository: Repository) -> None:
+    write_revision(rank=16, gain=0.2, table="another", images="0abc")
+    assert "not comparable: the held-out tables share 1 image, but an interval needs 2" in repository.run()
 
 
 def without_names() -> None:
@@ -160,7 +157,7 @@ def test_rows_without_names_are_joined_by_position(repository: Repository) -> No
     write_revision(rank=16, gain=0.15, table="another")
     without_names()
     page = repository.run()
-    assert "table differs (pictures, their sizes or captions, workspace from before its rows had names)" in page
+    assert "tables differ (images, their sizes or captions, rows of workspace have no names)" in page
 
 
 def test_three_revisions_in_one_table(repository: Repository) -> None:
@@ -169,8 +166,8 @@ def test_three_revisions_in_one_table(repository: Repository) -> None:
     assert page.startswith("# clear-newt and workspace against main\n")
     assert "| lora.rank | 8 | 16 | 16 |" in page
     assert "| val.loss ↓ | 0.3965 | 0.3465 (−0.05 ✓) | 0.2965 (−0.1 ✓) |" in page
-    with Image.open("compare/main..clear-newt..workspace/samples.png") as picture:
-        assert len(cut(picture.convert("RGB"), 2, 4, 64)[0]) == 4
+    with Image.open("compare/main..clear-newt..workspace/samples.png") as image:
+        assert len(cut(image.convert("RGB"), 2, 4, 64)[0]) == 4
 
 
 def test_repeats_among_the_experiments_are_found_and_named(repository: Repository) -> None:
@@ -178,9 +175,9 @@ def test_repeats_among_the_experiments_are_found_and_named(repository: Repositor
         repository.experiment(f"seed-{seed}", rank=8, gain=gain, seed=seed)
     page = repository.run("main", "clear-newt")
     assert "clear-newt (lora.rank 16) against main (lora.rank 8): better, −12.6 % [−15.1, −10.1].**" in page
-    assert "mean of clear-newt against mean of main, seed-" in page and "between seeds 0.5 %." in page
+    assert "Mean of clear-newt against mean of main, seed-" in page and "between seeds is 0.5 %." in page
     page = repository.run("seed-1", "seed-2")
-    assert ": within noise, +1.0 % [" in page and "They differ in train.seed alone: this is what a seed does" in page
+    assert ": within noise, +1.0 % [" in page and "Only train.seed differs: this is the effect of a seed" in page
 
 
 def test_cost_is_that_of_the_workspace(repository: Repository) -> None:
@@ -194,9 +191,9 @@ def test_cost_is_that_of_the_workspace(repository: Repository) -> None:
 
 
 def test_the_html_page_holds_all_it_shows(repository: Repository) -> None:
-    write_pictures({"a": "apple"})
-    commit("One picture")
-    write_pictures({"a": "<script>alert(1)</script>"})
+    write_images({"a": "apple"})
+    commit("One image")
+    write_images({"a": "<script>alert(1)</script>"})
     write_revision(rank=16, gain=0.15)
     repository.run()
     html = Path("compare/HEAD..workspace/compare.html").read_text()
@@ -209,7 +206,7 @@ def test_the_html_page_holds_all_it_shows(repository: Repository) -> None:
     ("changes", "row"),
     [
         ({"base": {"unet": "b", "vae": "v", "scheduler": "s"}}, "| the base's unet | `a` | `b` |"),
-        ({"dataset": {"content": "e"}}, "| pictures and captions | `c` | `e` |"),
+        ({"dataset": {"content": "e"}}, "| images and captions | `c` | `e` |"),
         ({"latents": "f"}, "| latents and prompt embeddings | `d` | `f` |"),
     ],
 )
@@ -221,7 +218,7 @@ def test_one_parameter_is_not_credited_with_other_inputs(
     page = repository.run()
     assert row in page and "| lora.rank | 8 | 16 |" in page
     assert "**workspace against HEAD: better, −12.6 %" in page
-    assert f"** More than parameters differs: {row.split(' | ')[0][2:]}." in page
+    assert f"- **Not only parameters differ**: {row.split(' | ')[0][2:]}." in page
 
 
 def test_other_results_of_train_are_named_and_no_repeat(repository: Repository) -> None:
@@ -232,7 +229,7 @@ def test_other_results_of_train_are_named_and_no_repeat(repository: Repository) 
     write_revision(rank=16, gain=0.15)
     assert "workspace (lora.rank 16) against" in repository.run()
     write_text(Path("dvc.lock"), lock.format(2) + "  validate: {}\n")
-    assert "** More than parameters differs: RESULTS of train. Held-out" in repository.run()
+    assert "- **Not only parameters differ**: RESULTS of train." in repository.run()
     write_revision(rank=8, gain=0.11, seed=1)
     assert "Seed noise is not in the interval" in repository.run()
 
@@ -271,10 +268,10 @@ def test_other_code_of_train_is_named_and_is_no_repeat(repository: Repository) -
     write_lock(code="b", adapter="1")
     page = repository.run()
     assert "**workspace against HEAD: better" in page
-    assert "** More than parameters differs: other code of train (of the same RESULTS). Held-out" in page
+    assert "- **Not only parameters differ**: other code of train (with the same RESULTS)." in page
     write_revision(rank=8, gain=0.11, seed=1)
     page = repository.run()
-    assert "Seed noise is not in the interval" in page and "this is what a seed does" not in page
+    assert "Seed noise is not in the interval" in page and "effect of a seed" not in page
 
 
 def test_edited_code_of_train_under_the_same_parameters_has_a_verdict(repository: Repository) -> None:
@@ -284,7 +281,7 @@ def test_edited_code_of_train_under_the_same_parameters_has_a_verdict(repository
     write_lock(code="b", adapter="1")
     page = repository.run()
     assert "**workspace against HEAD: better, −25.2 % [−25.2, −25.2], with one seed each.**" in page
-    assert "other code of train (of the same RESULTS)" in page and "another machine" not in page
+    assert "other code of train (with the same RESULTS)" in page and "another machine" not in page
 
 
 def test_other_code_that_gave_the_same_adapter_is_the_same_setting(repository: Repository) -> None:
@@ -293,16 +290,16 @@ def test_other_code_that_gave_the_same_adapter_is_the_same_setting(repository: R
     commit("Lock")
     write_lock(code="b", adapter="0")
     page = repository.run()
-    assert "equal: the held-out losses are the same to the last digit." in page and "code of train" not in page
+    assert "equal: all held-out losses are identical." in page and "code of train" not in page
     write_revision(rank=8, gain=0.2)
     page = repository.run()
     assert ": within noise, −25.2 %.**" in page and "code of train" not in page
     write_revision(rank=16, gain=0.15)
     write_lock(code="b", adapter="1")
-    assert "code of train (of the same RESULTS)" in repository.run()
+    assert "code of train (with the same RESULTS)" in repository.run()
 
 
-def test_inputs_that_the_parameter_moves_are_its_doing(repository: Repository) -> None:
+def test_inputs_that_depend_on_a_changed_parameter_are_no_extra_difference(repository: Repository) -> None:
     write_revision(rank=8, gain=0.15)
     with Path("params.yaml").open("a") as file:
         file.write("model:\n  dtype: bfloat16\n")
@@ -310,20 +307,20 @@ def test_inputs_that_the_parameter_moves_are_its_doing(repository: Repository) -
     page = repository.run()
     assert (
         "workspace (model.dtype `bfloat16`) against HEAD (model.dtype not set): better" in page
-        and "More than" not in page
+        and "Not only" not in page
     )
     assert "| latents and prompt embeddings | `d` | `f` |" in page
 
 
 def test_equal_datasets_have_no_section(repository: Repository) -> None:
-    write_pictures({"a": "apple"})
-    commit("One picture")
+    write_images({"a": "apple"})
+    commit("One image")
     assert "Dataset" not in repository.run()
 
 
 @pytest.mark.parametrize("arguments", [[], ["workspace", "HEAD"]])
 def test_a_revision_from_before_the_table_is_no_change(repository: Repository, arguments: list[str]) -> None:
-    write_pictures({"a": "apple"})
+    write_images({"a": "apple"})
     assert "Dataset" not in repository.run(*arguments)
 
 

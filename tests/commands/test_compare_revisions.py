@@ -12,6 +12,7 @@ from lora_dag.commands.compare.command import folder_name
 from lora_dag.core.console import UserError
 from tests.helpers import command
 from tests.helpers.compared import Repository, git
+from tests.helpers.errors import refused
 
 
 def test_a_shallow_clone_is_named(
@@ -20,33 +21,32 @@ def test_a_shallow_clone_is_named(
     folder = tmp_path_factory.mktemp("shallow")
     git("clone", "-q", "--depth", "1", Path.cwd().as_uri(), str(folder / "clone"))
     monkeypatch.chdir(folder / "clone")
-    with pytest.raises(UserError, match=r"^HEAD~1: no commit, .*; this clone is shallow: `git fetch --unshallow`"):
+    with refused("unknown-revision", "'HEAD~1'", "`git fetch --unshallow`"):
         revisions.find_commit("HEAD~1")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "code", "value"),
     [
-        (["clear-nwt"], "clear-nwt: no commit, branch, tag or DVC experiment of that name (near: clear-newt)"),
-        (["mian"], "mian: no commit, branch, tag or DVC experiment of that name (near: main"),
-        (
-            ["start"],
-            "start: has no reports/metrics.json, reports/validate/heldout.csv, ",
-        ),
+        ("clear-nwt", "unknown-revision", "(near: clear-newt)"),
+        ("mian", "unknown-revision", "(near: main"),
+        ("start", "revision-incomplete", "reports/metrics.json, reports/validate/heldout.csv, "),
     ],
 )
-def test_errors_name_what_is_near(repository: Repository, arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        repository.run(*arguments)
-    assert str(error.value).startswith(message)
+def test_compare_rejects_a_revision_without_reports_or_a_wrong_name(
+    repository: Repository, name: str, code: str, value: str
+) -> None:
+    with refused(code, name, value):
+        repository.run(name)
     assert not Path("compare").exists()
 
 
 def test_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(UserError, match="in no git repository"):
+    with pytest.raises(UserError) as error:
         command.run("compare")
+    assert error.value.codes[0] == "not-a-repository"
 
 
 def test_one_name_for_experiments_of_two_commits(repository: Repository) -> None:
@@ -54,7 +54,7 @@ def test_one_name_for_experiments_of_two_commits(repository: Repository) -> None
     git("update-ref", f"refs/exps/{other[:2]}/{other[2:]}/clear-newt", experiment)
     assert revisions.find_commit("clear-newt") != experiment  # HEAD's own
     git("checkout", "-q", "--detach", revisions.find_commit("clear-newt"))
-    with pytest.raises(UserError, match="experiments of 2 commits have this name"):
+    with refused("revision-ambiguous", "'clear-newt'", "2 commits"):
         revisions.find_commit("clear-newt")
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from lora_dag.commands.compare.confounds import confounds
 from lora_dag.commands.compare.page import paragraph
-from lora_dag.commands.compare.settings import differing, setting
-from lora_dag.commands.compare.sides import Side, flatten
+from lora_dag.commands.compare.revision_report import RevisionReport, flatten
+from lora_dag.commands.compare.run_inputs import differing_params, setting
 from lora_dag.commands.compare.verdict import judge
-from tests.helpers.sides import side
+from tests.helpers.revision_reports import side
 
 SETTINGS: dict[str, Any] = {
     "lora": {"rank": 8, "alpha": None, "use_rslora": False, "rank_pattern": None, "alpha_pattern": None},
@@ -28,11 +28,13 @@ SETTINGS: dict[str, Any] = {
     },
 }
 RATIO, ROOT = "alpha / rank", "alpha / sqrt(rank)"
-NULL = "; `lora.alpha=null` keeps it at 1."
-RSLORA = "; `lora.alpha=null` without `lora.use_rslora` keeps it at 1."
+NULL = ". `lora.alpha=null` keeps it at 1."
+RSLORA = ". `lora.alpha=null` without `lora.use_rslora` keeps it at 1."
 
 
-def run(losses: tuple[float, ...] = (0.4, 0.5, 0.6), name: str = "new", metrics: Any = None, **changes: Any) -> Side:
+def run(
+    losses: tuple[float, ...] = (0.4, 0.5, 0.6), name: str = "new", metrics: Any = None, **changes: Any
+) -> RevisionReport:
     """A run with some settings, such as ``lora_rank=16``."""
     tree = {section: dict(values) for section, values in SETTINGS.items()}
     for key, value in changes.items():
@@ -67,12 +69,12 @@ def told(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         (
             {"lora_alpha": 8},
             {"lora_alpha": 8, "lora_rank": 4, "lora_rank_pattern": {"to_k": 2}},
-            f"alpha / rank is 2 against 1; 4 against 1 in to_k, so ... as ranks{NULL}",
+            f"alpha / rank is 2 against 1 and 4 against 1 in to_k, so ... as ranks{NULL}",
         ),
         (
             {},
             {"lora_rank": 16, "lora_alpha_pattern": {"to_k": 8}},
-            "alpha / rank is 0.5 against 1 in to_k, so ... as ranks; without `lora.alpha_pattern` it is 1.",
+            "alpha / rank is 0.5 against 1 in to_k, so ... as ranks. Without `lora.alpha_pattern` it is 1.",
         ),
         (  # alpha of to_k is that of its pattern, which the narrower attn2.to_k has too
             {"lora_alpha": 8, "lora_alpha_pattern": {"to_k": 4}},
@@ -112,7 +114,7 @@ def test_a_setting_that_is_compared_itself_is_no_confound(a: dict[str, Any], b: 
 
 
 CONSTANT = {"train_lr_scheduler": "constant", "train_lr_warmup_steps": 0}
-TWICE = "12,800 against 6,400; `train.num_steps=200` for new makes them equal."
+TWICE = "12,800 against 6,400. `train.num_steps=200` for new makes them equal."
 TWICE_AS_LONG = "cosine over 800 steps (20 of warmup) against cosine over 400 steps (20 of warmup)."
 IMAGES, BATCH, SCHEDULE = (
     "**Images seen differ too**: ",
@@ -144,7 +146,7 @@ IMAGES, BATCH, SCHEDULE = (
             {},
             {"lora_rank": 16, "train_num_steps": 800},
             [
-                f"{IMAGES}12,800 against 6,400; `train.num_steps=400` for new makes them equal.",
+                f"{IMAGES}12,800 against 6,400. `train.num_steps=400` for new makes them equal.",
                 f"{SCHEDULE}{TWICE_AS_LONG}",
             ],
         ),
@@ -167,14 +169,16 @@ def test_what_a_training_comes_to_is_said(a: dict[str, Any], b: dict[str, Any], 
     assert told(a, b) == expected
 
 
-def test_other_data_say_how_many_pictures_and_how_often_they_were_seen() -> None:
-    def on(content: str, num: int, epochs: float) -> Side:
+def test_other_data_say_how_many_images_and_how_often_they_were_seen() -> None:
+    def on(content: str, num: int, epochs: float) -> RevisionReport:
         own = {"train.images_seen": 6400, "train.epochs": epochs}
         plain = run(metrics=own)
         return replace(plain, lineage=plain.lineage | {"dataset": {"content": content, "train": num}})
 
     few, many = on("d", 31, 206.5), on("c", 275, 23.27)
-    expected = "**The number of training pictures differs too**: 31 against 275, seen in 206 against 23.3 epochs."
+    expected = (
+        "**The number of training images differs too**: 31 against 275. They were seen in 206 against 23.3 epochs."
+    )
     assert confounds(few, many) == [expected]
     assert confounds(few, on("e", 31, 206.5)) == []
 
@@ -192,22 +196,22 @@ def test_of_several_runs_each_value_stands_once() -> None:
 
 
 CROSSED = {"drift.loss": 0.368, "drift.loss_base": 0.0335, "drift.loss_change_low": 0.26}
-DRIFT = "loss on the base's own pictures is 11 times as high as the base's (0.0335 → 0.3680)"
+DRIFT = "loss on the base's own images is 11 times as high as with the base (0.0335 → 0.3680)"
 
 
-def test_better_is_qualified_by_what_crossed_its_control() -> None:
+def test_better_is_qualified_by_concerns() -> None:
     clean, drifted = run(name="main"), run((0.1, 0.2, 0.4), "new", CROSSED, lora_rank=16)
     said = paragraph(clean, drifted, judge(clean, drifted))
-    assert f"with one seed each, but {DRIFT}.** Held-out loss" in said  # in bold, with the verdict
+    assert f"with one seed each. But {DRIFT}.**\n\n- Held-out loss" in said  # in bold, with the verdict
     said = paragraph(drifted, clean, judge(drifted, clean))
-    assert f"with one seed each.** new: {DRIFT}. Held-out loss" in said
+    assert "with one seed each.**\n\n- Held-out loss" in said and f"\n- **new**: {DRIFT}." in said
     again = replace(drifted, name="again")
-    assert f"to the last digit.** Both: {DRIFT}." in paragraph(drifted, again, judge(drifted, again))
+    assert f"identical.**\n\n- **Both**: {DRIFT}." in paragraph(drifted, again, judge(drifted, again))
 
 
 def test_the_verdict_has_it_beside_it_where_there_is_one() -> None:
     a, b = run(name="main", lora_alpha=8), run((0.1, 0.2, 0.4), "rank-4", lora_alpha=8, lora_rank=4)
-    said = "with one seed each.** **Strength differs too**: alpha / rank is 2 against 1, so this compares strengths "
+    said = "\n- **Strength differs too**: alpha / rank is 2 against 1, so this compares strengths "
     assert said in paragraph(a, b, judge(a, b))
     assert "Strength" not in paragraph(a, a, judge(a, a))
     other = replace(b, scores=[replace(score, row=f"other {score.row}") for score in b.scores])
@@ -217,5 +221,5 @@ def test_the_verdict_has_it_beside_it_where_there_is_one() -> None:
 def test_an_empty_mapping_and_null_are_one_setting() -> None:
     """Of revisions from before and after `null` in params.yaml."""
     assert told({"lora_rank_pattern": {}}, {}) == []
-    assert differing(run(lora_rank_pattern={}), run()) == []
+    assert differing_params(run(lora_rank_pattern={}), run()) == []
     assert setting(run(lora_rank_pattern={})) == setting(run())

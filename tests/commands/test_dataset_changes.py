@@ -1,4 +1,4 @@
-"""What changed in a dataset, as two tables of its pictures show it."""
+"""What changed in a dataset, as two tables of its images show it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lora_dag.artifacts import picture_table
-from lora_dag.artifacts.picture_table import Row
+from lora_dag.artifacts import image_table
+from lora_dag.artifacts.image_table import Row
 from lora_dag.commands.compare.dataset_changes import MAX_LISTED, compare_tables
 from lora_dag.pages.markdown import code
 
@@ -51,35 +51,35 @@ def test_equal_tables_have_no_changes_in_any_order() -> None:
     assert not compare_tables([], [])
 
 
-def test_a_picture_taken_back_is_not_added() -> None:
+def test_a_restored_image_is_not_added() -> None:
     found = compare_tables([*OLD, row("d", split="left out", sha256="", reason="bad")], [*OLD, row("d")])
-    assert names(found.taken_back) == ["d"] and not found.added
+    assert names(found.restored) == ["d"] and not found.added
 
 
-def test_a_bad_second_row_of_a_kept_picture_does_not_leave_it_out() -> None:
+def test_a_bad_second_row_of_a_kept_image_does_not_leave_it_out() -> None:
     found = compare_tables(OLD, [*OLD, row("c", split="left out", sha256="", reason="named twice")])
     assert not found
 
 
-def test_an_edited_picture_is_not_said_to_move() -> None:
+def test_an_edited_image_is_not_said_to_move() -> None:
     """Its side is drawn anew, from its new content."""
     found = compare_tables(OLD, [*OLD[:2], row("c", "other", split="heldout", captions="new")])
     assert found.summary() == "1 edited, 1 recaptioned"
 
 
-def test_a_renamed_picture_can_also_be_recaptioned() -> None:
+def test_a_renamed_image_can_also_be_recaptioned() -> None:
     found = compare_tables(OLD, [*OLD[:2], row("d", "of c", captions="new")])
     assert found.summary() == "1 recaptioned, 1 renamed"
 
 
-def test_copies_of_one_picture_are_renamed_one_by_one() -> None:
+def test_copies_of_one_image_are_renamed_one_by_one() -> None:
     found = compare_tables([row("a", "x"), row("b", "x")], [row("b", "x"), row("c", "x"), row("d", "x")])
     assert names(found.renamed) == [("a", "c")] and names(found.added) == ["d"] and not found.removed
 
 
 def test_tables_of_another_version_lack_columns() -> None:
     text = "file_name,split,sha256,captions\na,train,1,x\nb,train,2,y\n"
-    assert not compare_tables(picture_table.parse(text), picture_table.parse(text))
+    assert not compare_tables(image_table.parse(text), image_table.parse(text))
 
 
 def test_markdown_lists_names_and_captions_and_is_cut() -> None:

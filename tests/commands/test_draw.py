@@ -1,4 +1,4 @@
-"""Several adapter files drawn together by stock diffusers."""
+"""Several adapter files on one sheet, compared with diffusers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from lora_dag.commands import draw
-from lora_dag.core.console import UserError
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.pages.sheets import cut
-from tests.conftest import Workspace
 from tests.helpers.adapters import adapt
+from tests.helpers.errors import refused
+from tests.helpers.workspace import Workspace
 
 SHEET = Path("compare/adapters.png")
 
 
 @pytest.fixture
 def files(workspace: Workspace) -> Workspace:
-    """a.safetensors, b.safetensors with biases, and data/latents."""
+    """Write a.safetensors, b.safetensors with biases, and data/latents."""
     for stage in ("prepare", "cache_latents"):
         workspace.run(stage)
     for name, mode in (("a", "none"), ("b", "lora_only")):
@@ -34,7 +34,7 @@ def files(workspace: Workspace) -> Workspace:
 
 
 def columns(count: int) -> list[list[bytes]]:
-    """Pictures of each column."""
+    """Return the images of each column."""
     with Image.open(SHEET) as sheet:
         rows = cut(sheet.convert("RGB"), 2, count, 128)
     return [[np.asarray(cell)[2:-2, 2:-2].tobytes() for cell in column] for column in zip(*rows, strict=True)]
@@ -51,7 +51,7 @@ def test_every_combination_of_the_scales_is_a_column(files: Workspace) -> None:
     assert files.tree("reports") == reports
 
 
-def test_one_file_at_full_strength_is_what_validate_draws(files: Workspace) -> None:
+def test_one_file_at_scale_1_equals_the_samples_of_validate(files: Workspace) -> None:
     files.run("draw", "b.safetensors")
     base, alone = columns(2)
     files.run("validate", "--set", "validate.scales=[1]")  # data/adapter is b
@@ -62,42 +62,33 @@ def test_one_file_at_full_strength_is_what_validate_draws(files: Workspace) -> N
     assert all(np.abs(one - other).max() <= 2 for one, other in zip(found, expected, strict=True))
 
 
-def refusal(workspace: Workspace, *texts: str) -> str:
-    with pytest.raises(UserError) as caught:
-        workspace.run("draw", *texts)
-    assert not SHEET.exists()
-    (problem,) = caught.value.problems
-    return problem
+def test_files_that_cannot_be_drawn(files: Workspace) -> None:
+    def check(text: str, code: str, *values: str) -> None:
+        with refused(code, *values):
+            files.run("draw", text)
+        assert not SHEET.exists()
 
-
-def test_what_cannot_be_drawn_is_named(files: Workspace) -> None:
-    assert refusal(files, "a.safetensors:x") == (
-        "a.safetensors:x: 'x' is no scale; expected FILE:SCALE, such as a.safetensors:0.8"
-    )
-    assert refusal(files, "none.safetensors:1") == "none.safetensors:1: no such file"
+    check("a.safetensors:x", "invalid-scale", "a.safetensors:x: got 'x'", "a.safetensors:0.8")
+    check("none.safetensors:1", "file-missing", "none.safetensors:1")
     Path("broken.safetensors").write_bytes(b"\0" * 100)
-    assert "damaged, or no safetensors file" in refusal(files, "broken.safetensors:1")
+    check("broken.safetensors:1", "adapter-damaged", "broken.safetensors")
     tensors, header = load_tensors(Path("a.safetensors")), load_metadata(Path("a.safetensors"))
     save_tensors(Path("c.safetensors"), tensors, header | {"lora_dag": '{"base": {"unet": "0"}}'})
-    assert refusal(files, "c.safetensors") == (
-        "c.safetensors: made with another unet than model.pretrained holds now; run `dvc repro`"
-    )
+    check("c.safetensors", "base-changed", "c.safetensors", "unet", "`dvc repro`")
     save_tensors(Path("d.safetensors"), tensors, header | {"lora_dag": '{"lora_config": {"algo": "loha"}}'})
-    assert refusal(files, "d.safetensors") == (
-        "d.safetensors: made with lora.algo loha, which diffusers does not load; use validate.scales"
-    )
+    check("d.safetensors", "adapter-not-loadable", "d.safetensors", "lora.algo loha", "validate.scales")
     save_tensors(Path("e.safetensors"), {"weight": next(iter(tensors.values()))}, {"format": "pt"})
-    assert "diffusers does not load it" in refusal(files, "e.safetensors")
+    check("e.safetensors", "adapter-not-loadable", "e.safetensors")
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf", "1e300", "-1001"])
-def test_a_scale_that_draws_nothing(scale: str) -> None:
-    with pytest.raises(UserError, match="is no scale; expected -1000 to 1000"):
-        draw.read_entry(f"a.safetensors:{scale}")
+def test_a_scale_out_of_range_is_refused(scale: str) -> None:
+    with refused("invalid-scale", f"a.safetensors:{scale}", "-1000 to 1000"):
+        draw.parse_entry(f"a.safetensors:{scale}")
 
 
-def test_all_of_a_file_is_drawn_or_it_is_refused(workspace: Workspace) -> None:
-    """diffusers drops what it has no names for, and says nothing."""
+def test_a_partly_loaded_file_is_refused(workspace: Workspace) -> None:
+    """diffusers silently ignores tensors whose names it does not know."""
     adapt(workspace)
     workspace.run("export", "--set", "export.formats=[diffusers]")
     pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
@@ -105,15 +96,15 @@ def test_all_of_a_file_is_drawn_or_it_is_refused(workspace: Workspace) -> None:
         Path("data/adapter/adapter.safetensors"),
         Path("data/export/diffusers/pytorch_lora_weights.safetensors"),
     )
-    draw.require_readable(pipeline.unet, [draw.Entry(export, (1.0,))])
-    with pytest.raises(UserError, match=r"adapter.safetensors: the run's own file, which diffusers does not read; use"):
-        draw.require_readable(pipeline.unet, [draw.Entry(export, (1.0,)), draw.Entry(own, (1.0,))])
-    with pytest.raises(UserError, match=r"takes only 0 of 2,048 weights of its lora_A"):
-        draw.load(pipeline, [draw.Entry(own, (1.0,))])
+    draw.require_readable(pipeline.unet, [draw.ScaledFile(export, (1.0,))])
+    with refused("adapter-not-exported", str(own), "data/export"):
+        draw.require_readable(pipeline.unet, [draw.ScaledFile(export, (1.0,)), draw.ScaledFile(own, (1.0,))])
+    with refused("adapter-not-loadable", str(own), " 0 of the 2,048 weights"):
+        draw.load_adapters(pipeline, [draw.ScaledFile(own, (1.0,))])
     more = {"lora_te_nowhere.lora_A.weight": torch.ones(2, 3)}
     save_tensors(Path("more.safetensors"), load_tensors(export) | more)
     pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
-    with pytest.raises(UserError, match=r"takes only 2,048 of 2,054 weights of its lora_A"):
-        draw.load(pipeline, [draw.Entry(Path("more.safetensors"), (1.0,))])
+    with refused("adapter-not-loadable", "more.safetensors", " 2,048 of the 2,054 weights"):
+        draw.load_adapters(pipeline, [draw.ScaledFile(Path("more.safetensors"), (1.0,))])
     pipeline.unload_lora_weights()
-    assert draw.load(pipeline, [draw.Entry(export, (1.0,))]) == ["adapter_0"]
+    assert draw.load_adapters(pipeline, [draw.ScaledFile(export, (1.0,))]) == ["adapter_0"]

@@ -16,8 +16,9 @@ from lora_dag.__main__ import main as entry
 from lora_dag.commands import COMMANDS
 from lora_dag.core import clone
 from lora_dag.core.console import as_path
-from tests.conftest import REPOSITORY
 from tests.helpers.compared import git
+from tests.helpers.errors import assert_line
+from tests.helpers.workspace import REPOSITORY
 
 WHERE = '''"""Where a command works. Run: `lora-dag where`"""
 
@@ -76,11 +77,12 @@ def test_the_installed_command_runs_the_code_of_the_clone_it_is_called_in(other:
         assert lines == [str(other), str(other / "stages"), "params.yaml", "data/adapter"], done.stderr
     assert done.stderr == f"clone       {other}\n"
     done = run(REPOSITORY, installed, "where")
-    assert done.returncode == 2 and done.stderr.startswith("error: lora-dag where: no such command (")
+    assert done.returncode == 2 and done.stderr.startswith("error: lora-dag where: unknown command. ")
 
 
 def test_python_m_does_the_same_in_the_root(other: Path) -> None:
     done = run(other, "-m", "lora_dag", "where")
+    assert done.stderr == ""
     assert done.stdout.splitlines()[:2] == [str(other), str(other / "stages")] and done.stderr == ""
 
 
@@ -113,28 +115,36 @@ def test_outside_of_every_clone_it_is_one_line(tmp_path: Path, installed: Path) 
     for words in (["check"], ["check", "--help"], []):
         done = run(tmp_path, installed, *words)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == (
-            f"error: {tmp_path}: neither this folder nor one above it is a clone of lora-dag (dvc.yaml, "
-            "lora_dag/__main__.py, stages); change into a clone\n"
-        )
+        assert_line(done.stderr, "outside-clone", f"error: {tmp_path}: ", "dvc.yaml, lora_dag/__main__.py, stages")
 
 
 def test_an_unknown_command_is_one_line(installed: Path) -> None:
     done = run(REPOSITORY, installed, "explian", "HEAD")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: lora-dag explian: no such command (near: explain)\n"
+    assert_line(done.stderr, "unknown-command", "lora-dag explian", " explain?")
 
 
-def test_the_readme_s_lines_install_the_command() -> None:
+def test_the_blocks_of_readme_install_the_command() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["scripts"] == {"lora-dag": f"{entry.__module__}:{entry.__name__}"}
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    lines = re.findall(r"<!-- ci: \w+ -->\n```sh\n(.*)\n", readme)
-    assert len(lines) == 2 and all(" pip install -q -r requirements.lock -e . " in line for line in lines)
+    blocks = re.findall(r"<!-- ci: \w+ -->\n```sh\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 2 and all("\npip install -r requirements.lock -e .\n" in block for block in blocks)
     found = project["tool"]["setuptools"]["packages"]["find"]
     assert found == {
         "include": ["lora_dag*", "stages*"]
     }  # what `lora_dag` imports, and none of tests, base, benchmarks
+
+
+def test_ci_runs_the_blocks_of_readme() -> None:
+    script = (REPOSITORY / ".ci/run").read_text(encoding="utf-8")
+    (function,) = re.findall(r"^block\(\) \{\n.*?^\}\n", script, re.MULTILINE | re.DOTALL)
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    names = re.findall(r"^run (\w+)$", script, re.MULTILINE)
+    assert names == ["main", "tests"]
+    for name in names:
+        done = subprocess.run(["bash", "-c", f"{function}block {name}"], cwd=REPOSITORY, capture_output=True, text=True)
+        assert f"<!-- ci: {name} -->\n```sh\n{done.stdout}```\n" in readme and done.stdout.count("\n") == 4
 
 
 # What a shell completes

@@ -15,30 +15,30 @@ from PIL import Image
 
 from lora_dag.artifacts.lineage import save as save_lineage
 from lora_dag.commands.compare.verdict import judge
-from lora_dag.commands.leaderboard import pictures
+from lora_dag.commands.leaderboard import images
 from lora_dag.commands.leaderboard.board import make_board
 from lora_dag.commands.leaderboard.command import write_board
-from lora_dag.commands.leaderboard.pictures import lettered
+from lora_dag.commands.leaderboard.images import fit_labels
 from lora_dag.commands.leaderboard.ranking import Table, front, rank
 from lora_dag.commands.leaderboard.results import read_results
-from lora_dag.core.console import UserError
 from lora_dag.core.files import write_json, write_text
 from lora_dag.core.params import read_yaml
-from lora_dag.evaluation.heldout_table import Score, write_scores
+from lora_dag.evaluation.heldout_table import Score, scores_to_csv
 from lora_dag.pages.sheets import save_png, sheet
 from lora_dag.sweeps import grid as sweep
 from lora_dag.sweeps.grid import Run
-from tests.conftest import REPOSITORY
 from tests.helpers import command
+from tests.helpers.errors import refused
+from tests.helpers.workspace import REPOSITORY
 
 EMPTY: dict[str, Any] = {"datasets": [], "grid": {}, "rows": [], "seeds": [], "exclude": []}
-PICTURES = [f"{index}.png" for index in range(12)]
+IMAGES = [f"{index}.png" for index in range(12)]
 BASE = 0.8
 GAIN = {4: 0.20, 8: 0.30, 16: 0.31, 32: 0.25}  # by rank
 MEGABYTES = {4: 1.0, 8: 2.0, 16: 4.0, 32: 8.0}
 
 
-def write_run(run: Run, names: Sequence[str] = PICTURES, dataset: str = "c", shift: float = 0.0) -> None:
+def write_run(run: Run, names: Sequence[str] = IMAGES, dataset: str = "c", shift: float = 0.0) -> None:
     """All that a finished run leaves, as far as the leaderboard reads it: in the current folder."""
     at = {name: Path(folder) for name, folder in run.folders.items()}
     size, seed = run.value("lora.rank"), run.value("train.seed")
@@ -50,7 +50,7 @@ def write_run(run: Run, names: Sequence[str] = PICTURES, dataset: str = "c", shi
         for name, loss in zip(names, losses, strict=True)
         for t in (100, 900)
     ]
-    adapter = hashlib.sha256(run.places["train"].encode()).hexdigest()
+    adapter = hashlib.sha256(run.stage_folders["train"].encode()).hexdigest()
     for folder, name in (("prepared", "dataset.json"), ("latents", "manifest.json"), ("adapter", "adapter.json")):
         write_json(at[folder] / name, {})
     settings = run.value("validate")
@@ -62,11 +62,11 @@ def write_run(run: Run, names: Sequence[str] = PICTURES, dataset: str = "c", shi
             "dataset": {"content": dataset},
             "latents": "l",
             "model": {"dtype": "bfloat16"},
-            "sheet": {"cell": 64, "picture": [64, 64]},
+            "sheet": {"cell": 64, "image": [64, 64]},
             "validate": {key: settings[key] for key in ("scales", "prompts", "seed", "num_timesteps")},
         },
     )
-    write_text(at["reports"] / "validate/heldout.csv", write_scores(scores))
+    write_text(at["reports"] / "validate/heldout.csv", scores_to_csv(scores))
     write_json(at["reports"] / "metrics.json", {"val.overfit_gap": 0.001, "samples.copied_share": 0.25})
     write_text(at["reports"] / "report.md", "")
     write_json(
@@ -80,7 +80,7 @@ def write_run(run: Run, names: Sequence[str] = PICTURES, dataset: str = "c", shi
         "train": {"seed": seed, "num_steps": run.value("train.num_steps")},
     }
     save_lineage(at["export_reports"] / "lineage.json", exported)
-    rows = [[Image.new("RGB", (64, 64), colour) for colour in ("#cc2222", "#22cc22")] for _ in settings["prompts"]]
+    rows = [[Image.new("RGB", (64, 64), color) for color in ("#cc2222", "#22cc22")] for _ in settings["prompts"]]
     save_png(at["reports"] / "samples.png", sheet(rows, settings["prompts"], ["base", "adapter"], 64))
 
 
@@ -119,9 +119,9 @@ def test_settings_stand_in_order_with_the_intervals_of_compare() -> None:
         for rank in (4, 8, 16)
     }
     order = [f"raw/rank-{rank}" for rank in sorted(means, key=lambda rank: means[rank])]
-    assert [standing.name for standing in table.standings] == order
-    assert table.df == 3 and table.num_pictures == 12
-    for standing in table.standings[1:]:
+    assert [standing.name for standing in table.ranking] == order
+    assert table.df == 3 and table.num_images == 12
+    for standing in table.ranking[1:]:
         verdict = judge(sides[f"{order[0]}-s0"], sides[f"{standing.name}-s0"], list(sides.values()))
         assert standing.verdict == verdict.word
         assert standing.against_best and vars(standing.against_best) == pytest.approx(vars(verdict.change))
@@ -131,7 +131,7 @@ def test_settings_stand_in_order_with_the_intervals_of_compare() -> None:
 
 
 def test_a_rank_sweep_under_one_alpha_says_that_it_sweeps_strengths(caplog: pytest.LogCaptureFixture) -> None:
-    """README's own sweep, with null and with the number that once was the default."""
+    """The sweep of docs/sweeps.md, with null and with the number that once was the default."""
     caplog.set_level("INFO", "lora-dag")
     for alpha, said in ((None, False), (8, True)):
         caplog.clear()
@@ -140,7 +140,7 @@ def test_a_rank_sweep_under_one_alpha_says_that_it_sweeps_strengths(caplog: pyte
             write_run(run)
         page, rows = board(runs)
         headline = next(line for line in page.splitlines() if line.startswith("Best: "))
-        assert headline.endswith("; `lora.alpha=null` keeps it at 1.") == said
+        assert headline.endswith(". `lora.alpha=null` keeps it at 1.") == said
         assert ("**Strength differs too**: alpha / rank is 0.5, 1, 2, so this compares" in headline) == said
         assert ("Strength differs too: alpha / rank is 0.5, 1, 2" in caplog.text) == said
         notes = {row["lora.rank"]: row["differs_too"].partition(", so")[0] for row in rows}
@@ -150,18 +150,18 @@ def test_a_rank_sweep_under_one_alpha_says_that_it_sweeps_strengths(caplog: pyte
         assert "lora.alpha" not in rows[0]  # one value for all runs, null too, is nothing that was swept
 
 
-def test_the_best_is_qualified_by_what_crossed_its_control_and_few_pictures_cannot_tell() -> None:
+def test_the_best_is_qualified_by_concerns_and_few_images() -> None:
     runs = planted(grid={"lora.rank": [8, 16]}, seeds=[0, 1])
     for run in runs:
-        write_run(run, names=PICTURES[:4])
+        write_run(run, names=IMAGES[:4])
         measured = {"drift.loss": 0.368, "drift.loss_base": 0.0335, "drift.loss_change_low": 0.26}
         write_json(Path(run.folders["reports"]) / "metrics.json", measured)
     page, _ = board(runs)
     headline = next(line for line in page.splitlines() if line.startswith("Best: "))
     assert (
-        " against the base, but loss on the base's own pictures is 11 times as high as the base's (0.0335" in headline
+        " against the base, but loss on the base's own images is 11 times as high as with the base (0.0335" in headline
     )
-    assert headline.endswith("within noise of it. 4 held-out pictures cannot tell; hold out more pictures.")
+    assert headline.endswith("within noise of it. 4 held-out images are too few for a verdict. Hold out more images.")
     assert "(percentile bootstrap, stretched to Student's width)" in page
 
 
@@ -199,8 +199,8 @@ def test_fronts_are_those_of_comparing_each_with_each() -> None:
         write_run(run)
     (table,) = ranked(runs)
     settings = make_board([table], []).settings
-    cost = {standing.name: MEGABYTES[standing.results[0].run.value("lora.rank")] for standing in table.standings}
-    loss = {standing.name: standing.loss for standing in table.standings}
+    cost = {standing.name: MEGABYTES[standing.results[0].run.value("lora.rank")] for standing in table.ranking}
+    loss = {standing.name: standing.loss for standing in table.ranking}
     front = {a for a in cost if not any(b != a and loss[b] <= loss[a] and cost[b] <= cost[a] for b in cost)}
     names = {name for name, found in zip(cost, settings["front"], strict=True) if "size" in found}
     assert names == front and [*settings["megabytes"]] == [*cost.values()]
@@ -244,7 +244,7 @@ def test_each_setting_is_held_against_its_own_base() -> None:
     path = Path(runs[1].folders["reports"], "validate/heldout.csv")
     path.write_text(re.sub(r",0\.8,", ",1.6,", path.read_text()))
     (table,) = ranked(runs)
-    assert sorted(float(standing.base.mean()) for standing in table.standings) == pytest.approx([0.8, 1.6])
+    assert sorted(float(standing.base.mean()) for standing in table.ranking) == pytest.approx([0.8, 1.6])
     page, rows = board(runs)
     assert {row["loss_base"] for row in rows} == {"0.8", "1.6"}
     assert len(set(re.findall(r"(\S+) % \[", page.partition("| 1. ")[2]))) > 1
@@ -268,7 +268,7 @@ def test_failed_and_unfinished_runs_are_named_with_their_reasons() -> None:
     page, rows = board(runs)
     assert page.startswith("# Leaderboard: 4 of 6 runs finished\n")
     assert r"| raw/rank-16-s0 | `train: error: train: the loss is not a number at step 7 \| lower the rate` |" in page
-    assert "| raw/rank-16-s1 | `train: not run yet` |" in page
+    assert "| raw/rank-16-s1 | `train: not started` |" in page
     assert len(rows) == 6
     assert {row["run"]: row["state"] for row in rows}["raw/rank-16-s1"] == "not finished"
 
@@ -283,8 +283,8 @@ def test_a_run_of_other_parameters_than_the_plan_s_is_not_ranked() -> None:
         {"adapter": "0" * 64, "lora": {"rank": 5}, "train": {"seed": 0}},
     )
     page, _ = board(runs)
-    reason = "not of the plan: lora.rank was 5 and is 4, its reports are of two trainings; run snakemake again"
-    assert f"| raw/rank-4-s0 | `{reason}` |" in page
+    reason = "other settings than planned: lora.rank was 5 and is 4, its reports belong to two trainings."
+    assert f"| raw/rank-4-s0 | `` {reason} Run `snakemake` again. `` |" in page
 
 
 def test_damaged_reports_and_losses_that_are_no_numbers_are_named() -> None:
@@ -295,7 +295,7 @@ def test_damaged_reports_and_losses_that_are_no_numbers_are_named() -> None:
     path = Path(runs[1].folders["reports"], "validate/heldout.csv")
     path.write_text(path.read_text().replace(path.read_text().splitlines()[1].rpartition(",")[2], "nan"))
     page, rows = board(runs)
-    assert "| raw/rank-4-s0 | `its reports are damaged (" in page
+    assert "| raw/rank-4-s0 | `` damaged reports (" in page
     assert "| raw/rank-8-s0 | `validate: a held-out loss is not a number` |" in page
     assert [row["run"] for row in rows if row["state"] == "finished"] == ["raw/rank-16-s0"]
 
@@ -310,8 +310,8 @@ def test_a_run_without_held_out_rows_a_sheet_or_plain_numbers_stops_no_other() -
     Path(runs[2].folders["reports"], "metrics.json").write_text(f'{{"val.overfit_gap": {10**400}}}')
     page, rows = board(runs)
     assert "| raw/rank-4-s0 | `validate: reports/validate/heldout.csv has no held-out row` |" in page
-    assert "| raw/rank-8-s0 | `` its reports are damaged (raw/rank-8-s0: reports/samples.png is damaged" in page
-    assert "| raw/rank-16-s0 | `its reports are damaged (val.overfit_gap is beyond 64 bits)" in page
+    assert "| raw/rank-8-s0 | `` damaged reports (raw/rank-8-s0: reports/samples.png is damaged" in page
+    assert "| raw/rank-16-s0 | `` damaged reports (val.overfit_gap is beyond 64 bits)" in page
     assert [row["run"] for row in rows if row["state"] == "finished"] == ["raw/rank-32-s0"]
 
 
@@ -322,7 +322,7 @@ def test_datasets_without_a_row_in_common_have_a_table_each() -> None:
     tables = ranked(runs)
     assert [table.datasets for table in tables] == [["data/raw"], ["data/raw-noto"]]
     page, rows = board(runs)
-    assert "## data/raw-noto: 12 held-out pictures" in page
+    assert "## data/raw-noto: 12 held-out images" in page
     assert [(row["table"], row["rank"], row["verdict"]) for row in rows] == [
         ("1", "1", "best"),
         ("1", "2", "worse"),
@@ -331,8 +331,8 @@ def test_datasets_without_a_row_in_common_have_a_table_each() -> None:
     ]
 
 
-def test_datasets_that_share_pictures_are_compared_on_those() -> None:
-    """The other pictures of each are easy there: without pairing, the worse setting would win."""
+def test_datasets_that_share_images_are_compared_on_those() -> None:
+    """The other images of each are easy there: without pairing, the worse setting would win."""
     runs = planted(datasets=["data/raw", "data/other"])
     runs = [run for run in runs if run.value("lora.rank") == 8]
     write_run(runs[0])
@@ -341,17 +341,17 @@ def test_datasets_that_share_pictures_are_compared_on_those() -> None:
     easy = "".join(f"easy-{i},easy-{i}.png,heldout,100,0.8,0.0001\n" for i in range(40))
     path.write_text(path.read_text() + easy)
     (table,) = ranked(runs)
-    assert table.num_pictures == 12
-    assert [standing.name for standing in table.standings] == ["raw/default", "other/default"]
+    assert table.num_images == 12
+    assert [standing.name for standing in table.ranking] == ["raw/default", "other/default"]
 
 
 def test_a_chance_overlap_of_two_splits_does_not_decide_for_all() -> None:
     runs = planted(datasets=["data/raw", "data/other"])
     write_run(runs[0])
-    write_run(runs[1], [*PICTURES[:3], *(f"own-{i}.png" for i in range(9))])
-    assert [table.num_pictures for table in ranked(runs)] == [12, 12]
-    write_run(runs[1], [*PICTURES[:6], *(f"own-{i}.png" for i in range(6))])
-    assert [table.num_pictures for table in ranked(runs)] == [6]
+    write_run(runs[1], [*IMAGES[:3], *(f"own-{i}.png" for i in range(9))])
+    assert [table.num_images for table in ranked(runs)] == [12, 12]
+    write_run(runs[1], [*IMAGES[:6], *(f"own-{i}.png" for i in range(6))])
+    assert [table.num_images for table in ranked(runs)] == [6]
 
 
 def test_tables_of_one_dataset_are_told_apart_by_what_was_swept() -> None:
@@ -359,11 +359,11 @@ def test_tables_of_one_dataset_are_told_apart_by_what_was_swept() -> None:
     for run in runs:
         write_run(run, dataset=str(run.value("dataset.resolution")))
     page, _ = board(runs)
-    headings = [f"## data/raw, dataset.resolution {size}: 12 held-out pictures" for size in (32, 64)]
+    headings = [f"## data/raw, dataset.resolution {size}: 12 held-out images" for size in (32, 64)]
     assert re.findall(r"^## data.*", page, re.MULTILINE) == headings
 
 
-def test_every_run_has_its_interval_over_pictures() -> None:
+def test_every_run_has_its_interval_over_images() -> None:
     (run,) = planted()
     write_run(run)
     page, (row,) = board([run])
@@ -374,8 +374,8 @@ def test_every_run_has_its_interval_over_pictures() -> None:
 
 
 def test_a_sheet_without_room_for_all_says_so_and_has_rows_of_every_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MAX_ROWS", 4)
-    monkeypatch.setattr(pictures, "MAX_KEYS", 1)
+    monkeypatch.setattr(images, "MAX_ROWS", 4)
+    monkeypatch.setattr(images, "MAX_KEYS", 1)
     grid = {"lora.rank": [4, 8, 16], "lora.alpha": [8]}
     runs = planted(datasets=["data/raw", "data/raw-noto"], grid=grid, rows=[{"lora.rank": 32, "lora.alpha": 4}])
     for run in runs:
@@ -383,8 +383,8 @@ def test_a_sheet_without_room_for_all_says_so_and_has_rows_of_every_table(monkey
     page, _ = board(runs)
     assert "![contact](contact.png)\n\nWithout 4 settings: the best 2 of each table are drawn." in page
     assert "![leaderboard](leaderboard.png)\n\nWithout lora.alpha: at most 1 key is drawn." in page
-    with Image.open("reports/sweep/contact.png") as picture:
-        assert 4 * 64 < picture.height < 6 * 64
+    with Image.open("reports/sweep/contact.png") as image:
+        assert 4 * 64 < image.height < 6 * 64
 
 
 def test_the_same_runs_give_the_same_bytes() -> None:
@@ -401,14 +401,14 @@ def test_the_same_runs_give_the_same_bytes() -> None:
 
 
 def test_before_the_first_run_it_says_what_to_do() -> None:
-    with pytest.raises(UserError, match=r"none of the sweep's 1 run .* has begun; run `snakemake` first"):
+    with refused("sweep-not-started", "1 run", "`snakemake`"):
         command.run("leaderboard", "--params", str(REPOSITORY / "params.yaml"))
 
 
 def test_labels_of_plots_are_legible_and_never_alike() -> None:
     """Values of a swept key that share their first 24 letters were one label, and $...$ was read as mathematics."""
     long = "a photo of a very old red house in the forest at night, "
-    assert lettered([long + "winter", long + "summer", "café 漢", "$x$"], 200) == [
+    assert fit_labels([long + "winter", long + "summer", "café 漢", "$x$"], 200) == [
         *("… winter", "… summer", "café U+6F22", "$x$")
     ]
-    assert lettered(["a b", "a  b"], 200) == ["1. a b", "2. a b"]
+    assert fit_labels(["a b", "a  b"], 200) == ["1. a b", "2. a b"]

@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 
 from lora_dag.commands.gate import lock
-from tests.conftest import REPOSITORY
 from tests.helpers.planted import Clone, git
+from tests.helpers.workspace import REPOSITORY
 
 CONFIGURED = ("-c", "core.autocrlf=true", "-c", "core.eol=crlf", "-c", "core.safecrlf=false")
 HASHED = (".dvc/store", "lora_dag", "stages", "params.yaml", "reports")

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from lora_dag.pipeline.yaml_edit import with_values
-from tests.conftest import REPOSITORY, picture
 from tests.helpers.checkout import Checkout, ran
+from tests.helpers.errors import assert_line
+from tests.helpers.workspace import REPOSITORY, make_image
 
 SWEEP = ["--config", "grid={lora.rank: [4]}"]
 RUN = "raw/rank-4-s0"
@@ -23,11 +24,11 @@ RUN = "raw/rank-4-s0"
 STUB = """#!{python}
 import hashlib, json, os, pathlib, sys
 sys.path.insert(0, os.getcwd())
-from lora_dag.bases.layout import digests
+from lora_dag.bases.component_files import digests
 from lora_dag.core.console import PATHS
 from lora_dag.core.params import ModelParams, load
 from lora_dag.families.protocol import load_family
-from lora_dag.commands.promote import moved
+from lora_dag.commands.promote import path_in_run
 from lora_dag.pipeline.dvc_files import read_pipeline
 stage = sys.argv[2].removeprefix("stages.")
 pairs = list(zip(sys.argv[3::2], sys.argv[4::2]))
@@ -39,7 +40,7 @@ def write(path, content=text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
 for path in read_pipeline()[stage].outs:
-    place = pathlib.Path(moved(path, PATHS | options))
+    place = pathlib.Path(path_in_run(path, PATHS | options))
     if "." in place.name:
         write(place)
     else:
@@ -120,7 +121,8 @@ def test_a_run_is_adopted_without_running_and_going_back_restores(swept: Stubbed
     assert "params      lora.rank 4\n" in done.stdout
     adopted = (swept.path / "data/adapter/adapter.safetensors").read_bytes()
     assert adopted == (swept.path / f"runs/{RUN}/adapter/adapter.safetensors").read_bytes() != before
-    assert swept.git("diff", "--unified=0", "params.yaml").splitlines()[-2:] == ["-  rank: 2", "+  rank: 4"]
+    changed = swept.git("diff", "--unified=0", "params.yaml").splitlines()[-2:]
+    assert [line.partition("#")[0].rstrip() for line in changed] == ["-  rank: 2", "+  rank: 4"]
     assert "Data and pipelines are up to date." in swept.dvc("status")
     assert not list(swept.path.glob("data/**/.snakemake_timestamp"))
     assert "lora" in (swept.path / "reports/train/run.json").read_text()
@@ -138,8 +140,7 @@ def test_stopped_in_the_middle_the_same_command_finishes(swept: Stubbed) -> None
     journal = swept.path / ".state/promote/journal.json"
     journal.parent.mkdir(parents=True, exist_ok=True)
     journal.write_text(json.dumps({"run": "raw/rank-2-s0"}))
-    other = "raw/rank-2-s0 was stopped in the middle; `lora-dag promote raw/rank-2-s0` finishes it"
-    assert f"error: {RUN}: the promotion of {other}" in swept.refusal()
+    assert_line(swept.refusal(), "promotion-unfinished", f"error: {RUN}: ", "`lora-dag promote raw/rank-2-s0`")
     journal.write_text(json.dumps({"run": RUN}))  # as a kill after the first copy leaves it
     (swept.path / "data/adapter/adapter.safetensors").unlink()
     (swept.path / "data/adapter/adapter.safetensors").write_text("half")
@@ -153,11 +154,11 @@ def test_outputs_that_dvc_has_no_copy_of_are_not_overwritten(swept: Stubbed) -> 
     path = swept.path / "data/adapter/adapter.safetensors"
     path.unlink()
     path.write_text("trained for days")
-    assert "the workspace's data/adapter would be lost: not what dvc.lock has of train" in swept.refusal()
+    assert_line(swept.refusal(), "outputs-unsaved", "data/adapter", "train", "`dvc commit`", "`dvc checkout`")
     assert path.read_text() == "trained for days"
 
 
-def test_runs_of_other_parameters_code_pictures_or_base_are_refused(swept: Stubbed) -> None:
+def test_runs_of_other_parameters_code_images_or_base_are_refused(swept: Stubbed) -> None:
     """All at once, each by name."""
     swept.set(lora__alpha=7)
     code = swept.path / "stages/export/header.py"
@@ -165,7 +166,7 @@ def test_runs_of_other_parameters_code_pictures_or_base_are_refused(swept: Stubb
     image = swept.path / "data/raw/00.png"
     original = image.read_bytes()
     image.unlink()
-    picture(100).save(image)
+    make_image(100).save(image)
     config = swept.path / "data/base/scheduler/scheduler_config.json"
     scheduler = config.read_text()
     config.unlink()
@@ -174,14 +175,14 @@ def test_runs_of_other_parameters_code_pictures_or_base_are_refused(swept: Stubb
     trained = adapter.read_bytes()
     adapter.write_bytes(b"damaged")
     more = swept.path / "data/raw/more.png"
-    picture(101).save(more)
+    make_image(101).save(more)
     said = swept.refusal()
     for part in (
-        "made with lora.alpha 2.0, params.yaml has 7.0; run `snakemake` again, or go back to what it was",
-        "made by other code of export of the same RESULTS (`lora-dag relock` accepts it); run",
-        "prepare read another data/raw/00.png",
-        "data/raw has files that it was made without (data/raw/more.png)",
-        "made on another base than data/base (scheduler)",
+        "made with lora.alpha 2.0, params.yaml has 7.0. Run `snakemake` again, or undo the change.",
+        "made with other code of export of equal RESULTS (`lora-dag relock` accepts it). Run",
+        "data/raw/00.png, an input of prepare, has changed",
+        "data/raw has new files (data/raw/more.png)",
+        "made with another base model than data/base (scheduler)",
         f"runs/{RUN}/adapter/adapter.safetensors is missing or damaged",
     ):
         assert f"error: {RUN}: {part}" in said
@@ -191,57 +192,53 @@ def test_runs_of_other_parameters_code_pictures_or_base_are_refused(swept: Stubb
 
 
 def test_the_leaderboard_ranks_no_run_that_would_be_made_otherwise_now(swept: Stubbed) -> None:
-    """As after a sweep that failed early, once a parameter, a picture or a stage's code was edited."""
+    """As after a sweep that failed early, once a parameter, an image or a stage's code was edited."""
 
     def reason() -> str:
         swept.python("-m", "lora_dag", "leaderboard", "--set", "sweep.grid={lora.rank: [4]}")
         return (swept.path / "reports/sweep/leaderboard.md").read_text()
 
-    assert "run `snakemake` again" not in reason()  # the stand-ins write no reports that could be read
+    assert "undo the change" not in reason()  # the stand-ins write no reports that could be read
     swept.set(dataset__heldout_fraction=0.4)
     code = swept.path / "stages/export/header.py"
     code.write_text(code.read_text() + "\n# edited\n")
     page = reason().replace("'", "`")
-    assert "made with dataset.heldout_fraction 0.25, params.yaml has 0.4, made by other code of export" in page
+    assert "made with dataset.heldout_fraction 0.25, params.yaml has 0.4, made with other code of export" in page
     swept.back()
     manifest = swept.path / "runs/raw/latents/manifest.json"
     latents = manifest.read_bytes()
     manifest.write_bytes(b"{}")
-    assert "train read another runs/raw/latents/manifest.json, validate read another" in reason()
+    page = reason()
+    for stage in ("train", "validate"):
+        assert f"runs/raw/latents/manifest.json, an input of {stage}, has changed" in page
     manifest.write_bytes(latents)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "code"),
     [
-        (f"runs/{RUN}/adapter/adapter.json", "[]", "damaged, no files in it; delete it and run `snakemake` again"),
-        (
-            f"runs/{RUN}/reports/export/lineage.json",
-            "{}",
-            "damaged, no base in it; delete it and run `snakemake` again",
-        ),
-        (
-            ".state/promote/journal.json",
-            "[]",
-            "damaged, names no run; delete it, and `dvc checkout` puts back what was",
-        ),
+        (f"runs/{RUN}/adapter/adapter.json", "[]", "artifact-damaged"),
+        (f"runs/{RUN}/reports/export/lineage.json", "{}", "artifact-damaged"),
+        (".state/promote/journal.json", "[]", "journal-damaged"),
     ],
 )
-def test_files_of_another_kind_are_one_line(swept: Stubbed, name: str, text: str, said: str) -> None:
+def test_files_of_another_kind_are_one_line(swept: Stubbed, name: str, text: str, code: str) -> None:
     path = swept.path / name
     before = path.read_bytes() if path.exists() else None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-    assert swept.refusal() == f"error: {name}: {said}\n"
+    said = swept.refusal()
+    assert said.count("\n") == 1
+    assert_line(said, code, f"error: {name}: ", "Delete it")
     path.unlink() if before is None else path.write_bytes(before)
 
 
 def test_unknown_and_unfinished_runs_are_refused(swept: Stubbed) -> None:
-    assert f"raw/rank-44-s0: no such run below runs/ (near: {RUN}" in swept.refusal("raw/rank-44-s0")
+    assert_line(swept.refusal("raw/rank-44-s0"), "run-missing", "error: raw/rank-44-s0: ", RUN)
     report = swept.path / f"runs/{RUN}/reports/report.md"
     text = report.read_bytes()
     report.unlink()
-    assert f"{RUN}: not finished, report has not written report.md; run `snakemake` again" in swept.refusal()
+    assert_line(swept.refusal(), "run-unfinished", f"error: {RUN}: ", "report.md", "`snakemake`")
     report.write_bytes(text)
 
 

@@ -19,15 +19,16 @@ from lora_dag.artifacts.lineage import save as save_lineage
 from lora_dag.core import params
 from lora_dag.core.console import UserError
 from lora_dag.core.files import sha256_file
-from tests.conftest import REPOSITORY, TINY, Workspace, write_params
+from tests.helpers.errors import assert_line, assert_problem, codes_of
 from tests.helpers.exported import ADAPTER, write_adapter
 from tests.helpers.hub_server import TOKEN, Hub, Repository, serving
 from tests.helpers.reports import LINEAGE, write_reports
+from tests.helpers.workspace import REPOSITORY, TINY, Workspace, write_params
 
 NAME = "someone/icons"
 PARAMS = TINY | {
     "export": {"license": "mit", "push_to_hub": {"repo_id": NAME, "private": True}},
-    "validate": TINY["validate"] | {"prompts": ["red picture", "blue boat"]},
+    "validate": TINY["validate"] | {"prompts": ["red image", "blue boat"]},
 }
 FILES = {
     ".gitattributes",
@@ -42,7 +43,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """A workspace after export and report; what the other stages say is made up."""
+    """A workspace after export and report; the results of other stages are made up."""
     folder = tmp_path_factory.mktemp("pushed")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -62,7 +63,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
 
 @pytest.fixture
 def hub(workspace: Workspace, made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The workspace holds what ``made`` does, and the client asks the stand-in, with a token."""
+    """The workspace has the files of ``made``, and the client has a token and the address of the local server."""
     shutil.rmtree("data/raw")
     shutil.copytree(made, ".", dirs_exist_ok=True, symlinks=False, ignore=shutil.ignore_patterns("base"))
     with serving() as server:
@@ -78,17 +79,17 @@ def push(workspace: Workspace, *argv: str) -> list[str]:
     return workspace.run("push", *argv)
 
 
-def refusal(workspace: Workspace, hub: Hub, *argv: str) -> tuple[str, ...]:
-    """Why nothing was written there, a line each."""
+def refusal(workspace: Workspace, hub: Hub, *argv: str) -> UserError:
+    """Return the error of a push that writes nothing."""
     before = {name: len(found.commits) for name, found in hub.repositories.items()}
     with pytest.raises(UserError) as caught:
         push(workspace, *argv)
     assert all("\n" not in line and TOKEN not in line for line in caught.value.problems)
     assert {name: len(found.commits) for name, found in hub.repositories.items()} == before
-    return caught.value.problems
+    return caught.value
 
 
-def test_everything_goes_up_in_one_commit(workspace: Workspace, hub: Hub) -> None:
+def test_all_files_are_uploaded_in_one_commit(workspace: Workspace, hub: Hub) -> None:
     lines = push(workspace)
     repository = hub.repositories[NAME]
     assert set(repository.files) == FILES and repository.private
@@ -99,25 +100,28 @@ def test_everything_goes_up_in_one_commit(workspace: Workspace, hub: Hub) -> Non
     assert repository.files["samples.png"] == Path("reports/samples.png").read_bytes()
     assert not any("warning" in line for line in lines)
     assert lines[0] == f"repository  {hub.endpoint}/{NAME} (new, private)"
-    said = [line.split()[1].rstrip(",") for line in lines if line.startswith("upload")]
-    assert set(said) == FILES - {".gitattributes"} and lines[-1].startswith(f"pushed      {hub.endpoint}/{NAME}/commit")
+    uploaded = [line.split()[1].rstrip(",") for line in lines if line.startswith("upload")]
+    assert set(uploaded) == FILES - {".gitattributes"} and lines[-1].startswith(
+        f"pushed      {hub.endpoint}/{NAME}/commit"
+    )
 
 
-def test_samples_of_prompts_that_are_another_dataset_s_are_warned_of(workspace: Workspace, hub: Hub) -> None:
-    table = Path("reports/dataset/pictures.csv")
-    table.write_text(table.read_text(encoding="utf-8").replace("picture", "fox"), encoding="utf-8")
-    assert push(workspace)[0].startswith("warning: params.yaml validate.prompts: no prompt has a word of any caption")
+def test_prompts_of_another_dataset_are_warned_of(workspace: Workspace, hub: Hub) -> None:
+    table = Path("reports/dataset/images.csv")
+    table.write_text(table.read_text(encoding="utf-8").replace("image", "fox"), encoding="utf-8")
+    assert_line("\n".join(push(workspace)), "prompts-unrelated", "params.yaml validate.prompts")
 
 
-def test_what_stands_there_is_not_pushed_again(workspace: Workspace, hub: Hub) -> None:
+def test_unchanged_files_are_not_uploaded_again(workspace: Workspace, hub: Hub) -> None:
     push(workspace)
     hub.requests.clear()
     lines = push(workspace)
-    assert lines[1:] == ["nothing to do: it holds these 6 files"]
+    (line,) = lines[1:]
+    assert "6 files" in line
     assert hub.writes() == [] and len(hub.repositories[NAME].commits) == 2
 
 
-def test_only_what_changed_is_committed_and_what_is_exported_no_more_goes(workspace: Workspace, hub: Hub) -> None:
+def test_changed_files_are_committed_and_outdated_ones_deleted(workspace: Workspace, hub: Hub) -> None:
     push(workspace)
     kept = {"notes.md": b"mine", "comfyui.txt": b"mine too"}
     hub.repositories[NAME].files |= kept
@@ -125,14 +129,23 @@ def test_only_what_changed_is_committed_and_what_is_exported_no_more_goes(worksp
     for stage in ("export", "report"):
         workspace.run(stage, *formats)
     lines = push(workspace, *formats)
-    assert "delete      comfyui/ink-icons.safetensors, which is exported no more" in lines
+    assert [line.split()[1] for line in lines if line.startswith("delete")] == ["comfyui/ink-icons.safetensors,"]
     assert [line.split()[1] for line in lines if line.startswith("upload")] == ["README.md,"]
     files = hub.repositories[NAME].files
     assert kept.items() <= files.items() and "comfyui/ink-icons.safetensors" not in files
     assert len(hub.repositories[NAME].commits) == 3
 
 
-def test_as_a_person_runs_it(workspace: Workspace, hub: Hub) -> None:
+def test_copies_of_a_rank_that_is_no_longer_exported_are_deleted(workspace: Workspace, hub: Hub) -> None:
+    push(workspace)
+    outdated = "resized/rank-1/diffusers/pytorch_lora_weights.safetensors"
+    hub.repositories[NAME].files[outdated] = b"a copy of rank 1"
+    lines = push(workspace)
+    assert [line.split()[1] for line in lines if line.startswith("delete")] == [f"{outdated},"]
+    assert set(hub.repositories[NAME].files) == FILES
+
+
+def test_command_line(workspace: Workspace, hub: Hub) -> None:
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     own = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "tests.helpers.command", "push"]
@@ -141,135 +154,134 @@ def test_as_a_person_runs_it(workspace: Workspace, hub: Hub) -> None:
     assert done.stderr == "" and TOKEN not in done.stdout
     done = subprocess.run(command, env=os.environ | own | {"HF_TOKEN": "hf_wrong"}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        f"error: {hub.endpoint}/{NAME}: the token is not accepted; run `hf auth login`, or set HF_TOKEN "
-        "(Invalid credentials in Authorization header)\n"
-    )
+    assert codes_of(done.stderr) == ["token-rejected"] and done.stderr.count("\n") == 1
+    assert_line(done.stderr, "token-rejected", f"{hub.endpoint}/{NAME}", "hf auth login", "HF_TOKEN", "Invalid cred")
 
 
-def test_the_token_of_a_login_is_taken(workspace: Workspace, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_of_a_login_is_used(workspace: Workspace, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    assert refusal(workspace, hub) == (f"{hub.endpoint}/{NAME}: no token; run `hf auth login`, or set HF_TOKEN",)
+    error = refusal(workspace, hub)
+    assert_problem(error, "token-missing", f"{hub.endpoint}/{NAME}", "hf auth login", "HF_TOKEN")
     assert hub.requests == []
     (workspace.path / "no token").write_text(TOKEN)
     assert push(workspace)[-1].startswith("pushed")
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 412, 500])
-def test_no_token_in_what_is_said_or_left_behind(
+def test_no_output_or_file_contains_the_token(
     workspace: Workspace, hub: Hub, status: int, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Not even of a server that sends it back."""
+    """Not even if the server sends the token back."""
     caplog.set_level(logging.DEBUG, logger="lora-dag")
     before = workspace.tree(".")
     hub.refusal = (status, {})
-    (line,) = refusal(workspace, hub)
+    (line,) = refusal(workspace, hub).problems
     assert line.startswith(f"{hub.endpoint}/{NAME}: ") and "You sent Bearer ***" in line
     assert workspace.tree(".") == before and not any(TOKEN.encode() in data for data in before.values())
     shown = capfd.readouterr()
     assert TOKEN not in caplog.text + shown.out + shown.err
 
 
-# Refused
+# Refusals
 
 
-def test_no_repository_is_named(workspace: Workspace, hub: Hub) -> None:
-    assert refusal(workspace, hub, "--set", "export.push_to_hub=null") == (
-        "params.yaml export.push_to_hub: null; set it to {repo_id: user/name, private: true}",
-    )
+def test_repository_must_be_set(workspace: Workspace, hub: Hub) -> None:
+    error = refusal(workspace, hub, "--set", "export.push_to_hub=null")
+    assert_problem(error, "no-repository", "params.yaml export.push_to_hub", "{repo_id: user/name, private: true}")
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("value", "code", "key"),
     [
-        ("{repo_id: icons, private: true}", "params.yaml export.push_to_hub.repo_id: got 'icons'; string should match"),
-        ("{repo_id: a/b}", "params.yaml export.push_to_hub.private: missing; expected bool"),
-        ("{repo_id: a/b, private: true, token: hf_x}", "params.yaml export.push_to_hub.token: unknown key"),
+        ("{repo_id: icons, private: true}", "wrong-value", "repo_id"),
+        ("{repo_id: a/b}", "missing-setting", "private"),
+        ("{repo_id: a/b, private: true, token: hf_x}", "unknown-setting", "token"),
     ],
 )
-def test_settings_are_checked_and_a_token_is_none_of_them(
-    workspace: Workspace, hub: Hub, value: str, message: str
+def test_settings_are_checked_and_a_token_is_not_accepted(
+    workspace: Workspace, hub: Hub, value: str, code: str, key: str
 ) -> None:
-    (line,) = refusal(workspace, hub, "--set", f"export.push_to_hub={value}")
-    assert line.startswith(message) and "hf_x" not in line
+    error = refusal(workspace, hub, "--set", f"export.push_to_hub={value}")
+    assert_problem(error, code, f"params.yaml export.push_to_hub.{key}:")
+    assert len(error.problems) == 1 and "hf_x" not in error.problems[0]
 
 
-def test_settings_that_made_nothing_here(workspace: Workspace, hub: Hub) -> None:
-    assert refusal(workspace, hub, "--set", "export.seed=7", "--set", "validate.seed=7", "--set", "report.title=X") == (
-        "data/export: made with export.seed 0, params.yaml says 7",
-        "reports/samples.png: made with validate.seed 0, params.yaml says 7",
-        "reports/model_card.md: written for other reports or settings than stand here",
-        "nothing was uploaded: run `dvc repro`, then push again",
-    )
+def test_changed_settings_are_refused(workspace: Workspace, hub: Hub) -> None:
+    changes = ("export.seed=7", "validate.seed=7", "report.title=X")
+    error = refusal(workspace, hub, *(text for change in changes for text in ("--set", change)))
+    export, sheet, card, advice = error.problems
+    assert export.startswith("data/export: ") and "export.seed 0" in export and "7" in export
+    assert sheet.startswith("reports/samples.png: ") and "validate.seed 0" in sheet and "7" in sheet
+    assert_problem(error, "card-outdated", "reports/model_card.md: ")
+    assert_problem(error, "nothing-uploaded", "dvc repro")
+    assert (card.code, advice.code) == ("card-outdated", "nothing-uploaded")
     assert hub.requests == []
 
 
-def test_files_of_another_adapter(workspace: Workspace, hub: Hub) -> None:
+def test_files_of_another_adapter_are_refused(workspace: Workspace, hub: Hub) -> None:
     lineage = LINEAGE | {"validate": params.load(Path("params.yaml")).sections["validate"].model_dump()}
     save_lineage(Path("reports/validate/lineage.json"), lineage)
     adapter = (ADAPTER / "adapter.json").read_text()
     own = sha256_file(ADAPTER / FINAL)
     (ADAPTER / "adapter.json").write_text(adapter.replace(own, "f" * 64))
-    assert refusal(workspace, hub)[:3] == (
-        f"data/export: its adapter is {own[:16]}, data/adapter holds {'f' * 16}",
-        f"reports/samples.png: its adapter is aaaaaaaaaaaa, data/export holds {own[:12]}",
-        "reports/model_card.md: written for other reports or settings than stand here",
-    )
+    error = refusal(workspace, hub)
+    export, sheet, card, _ = error.problems
+    assert export.startswith("data/export: ") and own[:16] in export and f"data/adapter holds {'f' * 16}" in export
+    assert_problem(error, "other-adapter", "reports/samples.png: ", "aaaaaaaaaaaa", "data/export", own[:12])
+    assert_problem(error, "card-outdated", "reports/model_card.md: ")
+    assert "samples.png" in sheet and card.code == "card-outdated"
 
 
-def test_files_that_export_did_not_write_so(workspace: Workspace, hub: Hub) -> None:
+def test_extra_missing_and_changed_files_are_refused(workspace: Workspace, hub: Hub) -> None:
     with Path("data/export/peft/adapter_config.json").open("a") as file:
         file.write(" ")
     Path("data/export/mine.txt").write_text("x")
     Path("data/export/comfyui/ink-icons.safetensors").unlink()
-    assert refusal(workspace, hub)[:-1] == (
-        "data/export/mine.txt: not written by export; move it elsewhere",
-        "data/export/comfyui/ink-icons.safetensors: no such file",
-        "data/export/peft/adapter_config.json: changed since it was written",
-    )
+    error = refusal(workspace, hub)
+    assert error.codes == ("file-not-exported", "file-missing", "file-changed", "nothing-uploaded")
+    assert_problem(error, "file-not-exported", "data/export/mine.txt: ")
+    assert_problem(error, "file-missing", "data/export/comfyui/ink-icons.safetensors: ")
+    assert_problem(error, "file-changed", "data/export/peft/adapter_config.json: ")
 
 
-def test_what_is_missing_names_its_stage(workspace: Workspace, hub: Hub) -> None:
+def test_missing_file_names_its_stage(workspace: Workspace, hub: Hub) -> None:
     for name in ("export/lineage.json", "samples.png", "model_card.md"):
         Path("reports", name).unlink()
-    assert refusal(workspace, hub) == (
-        "reports/export/lineage.json: no such file; run `python -m stages.export` first",
-        "reports/samples.png: no such file; run `python -m stages.validate` first",
-        "reports/model_card.md: no such file; run `python -m stages.report` first",
-    )
+    error = refusal(workspace, hub)
+    assert error.codes == ("file-missing",) * 3
+    assert_problem(error, "file-missing", "reports/export/lineage.json: ", "python -m stages.export")
+    assert_problem(error, "file-missing", "reports/samples.png: ", "python -m stages.validate")
+    assert_problem(error, "file-missing", "reports/model_card.md: ", "python -m stages.report")
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_a_repository_that_others_see_otherwise(workspace: Workspace, hub: Hub, private: bool) -> None:
+def test_other_visibility_is_refused(workspace: Workspace, hub: Hub, private: bool) -> None:
     hub.repositories["someone/other"] = Repository(private=private)
     value = f"{{repo_id: someone/other, private: {str(not private).lower()}}}"
     changed = ("--set", f"export.push_to_hub={value}")
     workspace.run("report", *changed)
-    said, is_now = ("false", "private") if private else ("true", "public")
-    assert refusal(workspace, hub, *changed) == (
-        f"params.yaml export.push_to_hub.private: {said}, but someone/other is {is_now}; change one of them: "
-        f"{hub.endpoint}/someone/other/settings",
-    )
+    value, visibility = ("false", "private") if private else ("true", "public")
+    values = (value, f"someone/other is {visibility}", f"{hub.endpoint}/someone/other/settings")
+    error = refusal(workspace, hub, *changed)
+    assert_problem(error, "repository-visibility", "params.yaml export.push_to_hub.private: ", *values)
 
 
-def test_a_card_that_the_hub_does_not_take(workspace: Workspace, hub: Hub) -> None:
+def test_card_with_invalid_metadata_is_refused(workspace: Workspace, hub: Hub) -> None:
     hub.repositories[NAME] = Repository(private=True)
     card = Path("reports/model_card.md")
     card.write_text(card.read_text().replace('license: "mit"', 'license: "proprietary"'))
-    (line,) = refusal(workspace, hub)
-    assert line.startswith(f"{hub.endpoint}/{NAME}: refused (Invalid metadata in README.md. -")
+    error = refusal(workspace, hub)
+    assert_problem(error, "upload-refused", f"{hub.endpoint}/{NAME}: ", "(Invalid metadata in README.md. -")
     assert hub.objects == {}
 
 
-def test_a_commit_that_came_between(workspace: Workspace, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_commit_is_refused(workspace: Workspace, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     push(workspace)
     hub.repositories[NAME].files["README.md"] = b"edited there"
     monkeypatch.setattr(Repository, "sha", property(lambda self: os.urandom(20).hex()))
-    (line,) = refusal(workspace, hub)
-    assert "it was changed meanwhile; push again (A commit has happened since" in line
+    assert_problem(refusal(workspace, hub), "repository-changed", "(A commit has happened since")
 
 
 def test_no_network(workspace: Workspace, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    (line,) = refusal(workspace, hub)
-    assert line.startswith(f"http://127.0.0.1:9/{NAME}: cannot be reached; push again (") and "onnect" in line
+    assert_problem(refusal(workspace, hub), "hub-unreachable", f"http://127.0.0.1:9/{NAME}: ", "onnect")

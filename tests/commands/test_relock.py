@@ -1,4 +1,4 @@
-"""`lora-dag relock` on stages that take a moment: DVC's and Snakemake's own answers before and after it."""
+"""`lora-dag relock` with stages that take a moment, checked by DVC's and Snakemake's own status before and after."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.checkout import ran
+from tests.helpers.errors import assert_line
 from tests.helpers.planted import read
 from tests.helpers.stubbed import ALL, Stubbed, make_stubbed
 
 UP_TO_DATE = "Data and pipelines are up to date."
-MESSAGE = ("lora_dag/core/console.py", "run the same command again", "start the same command again")
+MESSAGE = ("lora_dag/core/console.py", "from __future__", "# A message.\nfrom __future__")
 COMMENT = ("stages/train/loop.py", "from __future__", "# One optimizer step after another.\nfrom __future__")
 PROGRESS_BAR = ("lora_dag/core/progress.py", '"""', '"""Bars. ')
 
@@ -24,7 +25,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Stubb
 
 
 @pytest.fixture(autouse=True)
-def put_back(checkout: Stubbed) -> Iterator[None]:
+def reset(checkout: Stubbed) -> Iterator[None]:
     first = checkout.git("rev-parse", "HEAD").strip()
     yield
     checkout.git("reset", "--quiet", "--hard", first)
@@ -34,7 +35,7 @@ def put_back(checkout: Stubbed) -> Iterator[None]:
 
 
 def relock(checkout: Stubbed, *words: str) -> tuple[int, list[str]]:
-    """Exit code and lines."""
+    """Return the exit code and the lines of the output."""
     done = checkout.python("-m", "lora_dag", "relock", *words, check=False)
     return done.returncode, (done.stdout + done.stderr).splitlines()
 
@@ -55,8 +56,8 @@ def recorded(checkout: Stubbed, kind: str) -> dict[str, dict[str, str]]:
     return {name: {each["path"]: each["md5"] for each in stage[kind]} for name, stage in stages.items()}
 
 
-def test_a_kill_at_the_replacement_leaves_the_lock_as_it_was(checkout: Stubbed) -> None:
-    """DVC's own way empties the file before it writes."""
+def test_a_kill_leaves_dvc_lock_unchanged(checkout: Stubbed) -> None:
+    """DVC itself empties the file before it writes."""
     edit(checkout, *MESSAGE)
     before = (checkout.path / "dvc.lock").read_bytes()
     code = (
@@ -69,10 +70,12 @@ def test_a_kill_at_the_replacement_leaves_the_lock_as_it_was(checkout: Stubbed) 
     assert (checkout.path / "dvc.lock").read_bytes() == before
 
 
-def test_code_that_is_no_python_is_not_accepted(checkout: Stubbed) -> None:
+def test_code_with_a_syntax_error_is_not_accepted(checkout: Stubbed) -> None:
     edit(checkout, "stages/train/loop.py", "from __future__", "def (\nfrom __future__")
     status, lines = relock(checkout)
-    assert status == 2 and "stages/train/loop.py:" in lines[-1] and "no Python" in lines[-1]
+    assert status == 2
+    line = (checkout.path / "stages/train/loop.py").read_text(encoding="utf-8").splitlines().index("def (") + 1
+    assert_line(lines[-1], "code-unreadable", f"stages/train/loop.py:{line}: ")
 
 
 def test_an_edited_message_comment_and_progress_bar_run_nothing(checkout: Stubbed) -> None:
@@ -82,19 +85,19 @@ def test_an_edited_message_comment_and_progress_bar_run_nothing(checkout: Stubbe
     assert ran(checkout.dvc("repro", "--dry")) == ALL  # strict by itself
     assert relock(checkout, "--dry-run")[0] == 0 and recorded(checkout, "deps") == deps
     code, lines = relock(checkout)
-    assert code == 0 and "accepted    train: of lora_dag/core, stages/train alone" in lines
-    assert any("lora_dag/core/console.py and 2 more: not committed; `pytest tests/golden`" in line for line in lines)
+    assert code == 0 and "accepted    train: only lora_dag/core, stages/train changed" in lines
+    assert_line("\n".join(lines), "code-uncommitted", "lora_dag/core/console.py and 2 more", "`pytest tests/golden`")
     assert UP_TO_DATE in checkout.dvc("status") and ran(checkout.dvc("repro")) == set()
     assert recorded(checkout, "outs") == outs
     changed = {
         path for name in ALL for path in deps[name] if deps[name][path] != recorded(checkout, "deps")[name][path]
     }
     assert changed == {"lora_dag/core", "stages/train"}
-    assert "up to date  dvc.lock has the code of today" in relock(checkout)[1]
+    assert "up to date  dvc.lock has the current code" in relock(checkout)[1]
 
 
-def test_going_back_to_other_parameters_restores_under_the_new_code(checkout: Stubbed) -> None:
-    """The run cache has the accepted run too."""
+def test_the_run_cache_has_the_accepted_run(checkout: Stubbed) -> None:
+    """Earlier parameters are restored from it under the new code."""
     edit(checkout, *COMMENT)
     relock(checkout)
     checkout.commit("A comment")
@@ -110,7 +113,7 @@ def test_a_raised_number_runs_its_stage_and_the_rest_is_accepted(checkout: Stubb
     code, lines = relock(checkout)
     assert code == 3
     assert [line for line in lines if line.startswith("must run")] == ["must run    train: RESULTS 1 → 2"]
-    follows = [line.split(":")[0].split()[-1] for line in lines if line.startswith("may follow")]
+    follows = [line.split(":")[0].split()[-1] for line in lines if line.startswith("may run")]
     assert follows == ["validate", "export", "report"]
     assert recorded(checkout, "deps")["train"] == deps["train"] and lines[-1] == "next        dvc repro"
     assert ran(checkout.dvc("repro")) == {"train"}  # which writes the same, so that nothing follows
@@ -122,23 +125,22 @@ def test_a_number_of_results_with_a_type_or_none(checkout: Stubbed) -> None:
     path = checkout.path / "stages/train/__init__.py"
     path.write_text("RESULTS: int = 1\n")
     code, lines = relock(checkout)
-    assert code == 0 and "accepted    train: of stages/train alone" in lines
+    assert code == 0 and "accepted    train: only stages/train changed" in lines
     assert UP_TO_DATE in checkout.dvc("status")
     lock = (checkout.path / "dvc.lock").read_text()
     for text, found in (
-        ("", "none that DVC can read"),
+        ("", ""),
         ("RESULTS = 1.5\n", "1.5"),
         ("RESULTS = True\n", "True"),
-        ("RESULTS = 1\nRESULTS += 1\n", "2 such lines"),
+        ("RESULTS = 1\nRESULTS += 1\n", "2"),
     ):
         path.write_text(text)
         code, (line,) = relock(checkout)
-        expected = "stages/train/__init__.py: expected one line RESULTS = NUMBER, such as RESULTS = 1; got "
-        assert code == 2 and line.endswith(f"{expected}{found}; restore it")
+        assert code == 2 and "stages/train/__init__.py: " in line and "RESULTS = 1" in line and found in line
         assert (checkout.path / "dvc.lock").read_text() == lock
 
 
-def test_parameters_data_and_outputs_are_reasons(checkout: Stubbed) -> None:
+def test_changed_parameters_data_and_outputs_are_reasons(checkout: Stubbed) -> None:
     lock = (checkout.path / "dvc.lock").read_text()
     edit(checkout, *MESSAGE)
     checkout.set(lora__rank=4, report__title="Another", dataset__source="data/other")
@@ -151,27 +153,27 @@ def test_parameters_data_and_outputs_are_reasons(checkout: Stubbed) -> None:
     assert code == 3
     for line in (
         "prepare: params.yaml dataset.source data/raw → data/other",
-        "prepare: data/other is not what it read",
+        "prepare: data/other changed since the last run",
         "train: params.yaml lora.rank 2 → 4",
-        "train: data/adapter is not what it wrote; `dvc checkout data/adapter` puts that back",
-        "validate: reports/metrics.json is not what it wrote; `git checkout reports/metrics.json` puts that back",
-        "validate: reports/samples.png is not here; `git checkout reports/samples.png` puts that back",
-        "validate: data/adapter is not what it read",
+        "train: data/adapter was edited after the last run. `dvc checkout data/adapter` restores it",
+        "validate: reports/metrics.json was edited after the last run. `git checkout reports/metrics.json` restores it",
+        "validate: reports/samples.png is missing. `git checkout reports/samples.png` restores it",
+        "validate: data/adapter changed since the last run",
         "report: params.yaml report.title Ink icons → Another",
     ):
         assert f"must run    {line}" in lines, line
     assert (checkout.path / "dvc.lock").read_text() == lock
 
 
-def test_other_files_of_a_stage_in_dvc_yaml_are_reasons(checkout: Stubbed) -> None:
+def test_changed_file_lists_in_dvc_yaml_are_reasons(checkout: Stubbed) -> None:
     edit(checkout, "dvc.yaml", "      - reports/train/metrics.json: {cache: false}\n", "")
     edit(checkout, "dvc.yaml", "      - data/prepared\n      - ", "      - data/prepared\n      - profiles\n      - ")
     edit(checkout, "dvc.yaml", "cmd: python -m stages.export", "cmd: python -m stages.export --params params.yaml")
     code, lines = relock(checkout)
     assert code == 3
-    assert "must run    train: dvc.yaml does not list reports/train/metrics.json, which it wrote" in lines
-    assert "must run    cache_latents: profiles is not what it read" in lines
-    assert "must run    export: its command was `python -m stages.export`" in lines
+    assert "must run    train: dvc.yaml does not list its output reports/train/metrics.json" in lines
+    assert "must run    cache_latents: profiles changed since the last run" in lines
+    assert "must run    export: the command changed from `python -m stages.export`" in lines
 
 
 def test_a_clone_without_data_is_relocked(checkout: Stubbed, tmp_path: Path) -> None:
@@ -186,11 +188,11 @@ def test_a_clone_without_data_is_relocked(checkout: Stubbed, tmp_path: Path) -> 
     assert recorded(clone, "outs") == recorded(checkout, "outs")
     edit(clone, "data/raw.dvc", "md5: ", "md5: 0123456789abcdef0123456789abcdef.dir #")
     code, lines = relock(clone)
-    assert code == 3 and "must run    prepare: data/raw is not what it read" in lines
+    assert code == 3 and "must run    prepare: data/raw changed since the last run" in lines
 
 
-def test_a_lock_from_before_there_were_numbers_is_accepted_only_when_a_person_says_so(checkout: Stubbed) -> None:
-    """Single files of code, no RESULTS; nothing says which results those were."""
+def test_runs_without_a_results_number_need_assume_results(checkout: Stubbed) -> None:
+    """An old dvc.lock has single files of code and no RESULTS."""
     path = checkout.path / "dvc.lock"
     old = path.read_text()
     for name in ALL:
@@ -198,7 +200,7 @@ def test_a_lock_from_before_there_were_numbers_is_accepted_only_when_a_person_sa
     path.write_text(old.replace("- path: stages/train\n", "- path: stages/train/trainer.py\n"))
     code, lines = relock(checkout)
     assert code == 3 and path.read_text() != old
-    assert any(line.startswith("must run    train: its last run recorded no RESULTS") for line in lines)
+    assert any(line.startswith("must run    train: the last run recorded no RESULTS") for line in lines)
     code, lines = relock(checkout, "--assume-results", "2")
     assert code == 3 and "must run    train: RESULTS 2 → 1" in lines
     assert relock(checkout, "--assume-results", "1")[0] == 0
@@ -214,10 +216,10 @@ def test_a_frozen_stage_is_accepted_too(checkout: Stubbed) -> None:
 
 
 @pytest.mark.parametrize("raised", [False, True])
-def test_two_branches_with_a_message_and_with_a_training_merge_without_a_run(checkout: Stubbed, raised: bool) -> None:
-    """Unless the branch with the edit has raised the number: the training of the other is not of that.
+def test_a_merge_of_an_edit_and_a_training_runs_nothing(checkout: Stubbed, raised: bool) -> None:
+    """A raised RESULTS on the branch with the edit makes the training of the other branch out of date.
 
-    git would merge the two dvc.lock line by line into one that says that it is.
+    A merge of dvc.lock line by line would hide that.
     """
     checkout.git("switch", "--quiet", "--create", f"message-{raised}")
     edit(checkout, *COMMENT)
@@ -233,7 +235,7 @@ def test_two_branches_with_a_message_and_with_a_training_merge_without_a_run(che
     assert merged.returncode == 1 and "CONFLICT (content): Merge conflict in dvc.lock" in merged.stdout
     code, lines = relock(checkout)
     assert code == (3 if raised else 0) and recorded(checkout, "outs") == trained
-    assert any(line.startswith("warning: dvc.lock: a merge has changed it on both sides, and") for line in lines)
+    assert_line("\n".join(lines), "lock-unmerged", "dvc.lock: ", "`git checkout --theirs dvc.lock`")
     assert ("must run    train: RESULTS 1 → 2" in lines) == raised
     assert ran(checkout.dvc("repro")) == ({"train"} if raised else set())
     checkout.commit("Merge")
@@ -242,10 +244,11 @@ def test_two_branches_with_a_message_and_with_a_training_merge_without_a_run(che
     checkout.dvc("checkout", "--quiet", "--force")
 
 
-def test_a_lock_with_conflicts_in_it_is_one_line(checkout: Stubbed) -> None:
+def test_relock_reports_a_merge_conflict(checkout: Stubbed) -> None:
     edit(checkout, "dvc.lock", "stages:\n", "<<<<<<< HEAD\nstages:\n")
     code, lines = relock(checkout)
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: dvc.lock: a merge left conflicts in it; `git")
+    assert code == 2 and len(lines) == 1
+    assert_line(lines[0], "lock-conflict", "error: dvc.lock: ", "`git checkout --ours dvc.lock`", "`lora-dag relock`")
 
 
 @pytest.mark.parametrize(
@@ -253,11 +256,13 @@ def test_a_lock_with_conflicts_in_it_is_one_line(checkout: Stubbed) -> None:
     [
         ("dvc.yaml", "stages: [", "error: dvc.yaml:1: "),
         ("params.yaml", "lora: [", "error: params.yaml:1: "),
-        ("dvc.lock", "stages: 1", "error: dvc.yaml or dvc.lock: not as DVC writes it"),
-        ("dvc.lock", None, "error: dvc.lock: no such file, and Snakemake has run nothing here; run"),
+        ("dvc.lock", "stages: 1", "error: dvc.lock: the content does not have DVC's format. `dvc status`"),
+        ("dvc.lock", None, "error: dvc.lock: the file is missing"),
     ],
 )
-def test_files_that_cannot_be_read_are_one_line(checkout: Stubbed, path: str, text: str | None, expected: str) -> None:
+def test_relock_reports_files_that_cannot_be_read(
+    checkout: Stubbed, path: str, text: str | None, expected: str
+) -> None:
     if text is None:
         (checkout.path / path).unlink()
     else:
@@ -266,7 +271,7 @@ def test_files_that_cannot_be_read_are_one_line(checkout: Stubbed, path: str, te
     assert code == 2 and len(lines) == 1 and lines[0].startswith(expected), lines
 
 
-def test_while_dvc_is_at_work_nothing_is_written(checkout: Stubbed) -> None:
+def test_relock_waits_for_no_other_dvc_command(checkout: Stubbed) -> None:
     script = (
         "import time\nfrom dvc.repo import Repo\nwith Repo().lock:\n    print('held', flush=True)\n    time.sleep(60)"
     )
@@ -277,4 +282,5 @@ def test_while_dvc_is_at_work_nothing_is_written(checkout: Stubbed) -> None:
             code, lines = relock(checkout)
         finally:
             holder.kill()
-    assert code == 2 and lines[-1].startswith("error: dvc: Unable to acquire lock")
+    assert code == 2
+    assert_line(lines[-1], "dvc-failed", "error: dvc: Unable to acquire lock")

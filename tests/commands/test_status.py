@@ -1,4 +1,4 @@
-"""``lora-dag status``: one line per picture that is not valid, and what a run would encode."""
+"""``lora-dag status``: images that are not valid, and what a run would encode."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from lora_dag.artifacts.manifest import Manifest
+from lora_dag.commands.status import MAX_LINES, log_images
 from lora_dag.core.files import read_json
 from lora_dag.families import sd
-from tests.conftest import Workspace, picture, read_rows, write_rows
 from tests.helpers.images import see_through
+from tests.helpers.workspace import Workspace, make_image, read_rows, write_rows
 
 
 def words(changes: tuple[str, ...]) -> list[str]:
@@ -43,8 +44,8 @@ def caption(index: int, text: str) -> None:
     write_rows(Path("data/raw"), rows)
 
 
-EDITS = "data/raw: edits there since prepare ran, of captions too, show after prepare"
-NOTHING = ["8 pictures: 8 valid, 0 not", "a run would encode nothing"]
+EDITS = "data/raw changed since prepare ran."
+NOTHING = ["8 images: 8 valid, 0 not valid", "a run would encode nothing"]
 
 
 def test_all_is_valid(cached: Workspace) -> None:
@@ -55,36 +56,64 @@ def written() -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Path().rglob("*")}
 
 
-def test_it_writes_and_encodes_nothing(cached: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_writes_and_encodes_nothing(cached: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sd, "load_vae", None)
     monkeypatch.setattr(sd, "load_text", None)
-    picture(50).save("data/raw/05.png")
+    make_image(50).save("data/raw/05.png")
     before = written()
     status(cached, "cache.batch_size=3")
     assert written() == before
 
 
-def test_it_writes_nothing_where_nothing_was_cached(workspace: Workspace) -> None:
+def test_status_writes_nothing_before_the_first_run(workspace: Workspace) -> None:
     workspace.run("prepare")
     before = written()
     lines = status(workspace)
     assert written() == before
-    assert lines[0] == "00.png: new" and "8 pictures: 0 valid, 8 not" in lines
+    assert lines[0] == "00.png: new" and "8 images: 0 valid, 8 not valid" in lines
     assert lines[-1] == "a run would encode 8 views and 9 captions"
 
 
-def test_an_edited_picture_before_prepare_runs_again(cached: Workspace) -> None:
-    picture(50).save("data/raw/05.png")
+def test_an_edited_image_before_prepare_runs_again(cached: Workspace) -> None:
+    make_image(50).save("data/raw/05.png")
     os.remove("data/raw/06.png")
     lines = status(cached)
     assert lines[0] == "05.png: pixels changed"
-    assert lines[1].startswith("06.png: gone ('06.png' is no file any more;")
-    assert lines[2:] == [
-        "8 pictures: 6 valid, 2 not",
-        "prepare must run first: python -m stages.prepare, or dvc repro",
-        "a run would encode 1 view and 0 captions",
-        EDITS,
+    assert lines[1].startswith("06.png: unreadable (") and "06.png" in lines[1][20:]
+    assert lines[2] == "8 images: 6 valid, 2 not valid"
+    assert "`python -m stages.prepare`" in lines[3] and "`dvc repro`" in lines[3]
+    assert lines[4] == "a run would encode 1 view and 0 captions"
+    assert lines[5].startswith(EDITS) and len(lines) == 6
+
+
+def log_of(reasons: dict[str, list[str]], caplog: pytest.LogCaptureFixture) -> list[str]:
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        log_images(reasons)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_many_images_with_one_reason_share_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"{index:03}.png" for index in range(300)]
+    assert log_of({name: ["new"] for name in names}, caplog) == [
+        "300 images, the first is 000.png: new",
+        "300 images: 0 valid, 300 not valid",
     ]
+    mixed = {name: ["new"] if name > "010.png" else [] for name in names} | {
+        "x.png": ["pixels changed", "batch_size 4 -> 3"]
+    }
+    assert log_of(mixed, caplog) == [
+        "x.png: pixels changed, batch_size 4 -> 3",
+        "289 images, the first is 011.png: new",
+        "301 images: 11 valid, 290 not valid",
+    ]
+
+
+def test_lines_have_a_limit_where_every_image_has_its_own_reason(caplog: pytest.LogCaptureFixture) -> None:
+    lines = log_of({f"{index:03}.png": [f"size changed ({index}x8 -> 8x8)"] for index in range(300)}, caplog)
+    assert len(lines) == MAX_LINES + 2
+    assert lines[0] == "000.png: size changed (0x8 -> 8x8)"
+    assert lines[-2:] == ["270 images more: not listed", "300 images: 0 valid, 300 not valid"]
 
 
 @pytest.mark.parametrize(
@@ -100,23 +129,23 @@ def test_an_edited_picture_before_prepare_runs_again(cached: Workspace) -> None:
 def test_settings_are_named(cached: Workspace, changes: tuple[str, ...], expected: str) -> None:
     lines = prepared_status(cached, *changes)
     assert [line for line in lines if ".png: " in line] == [f"{index:02}.png: {expected}" for index in range(8)]
-    assert "8 pictures: 0 valid, 8 not" in lines
+    assert "8 images: 0 valid, 8 not valid" in lines
 
 
-def test_another_background_is_named_where_it_is_seen(cached: Workspace) -> None:
-    see_through(picture(3)).save("data/raw/03.png")
+def test_another_background_concerns_transparent_images_only(cached: Workspace) -> None:
+    see_through(make_image(3)).save("data/raw/03.png")
     cached.run("prepare")
     cached.run("cache_latents")
     lines = prepared_status(cached, 'dataset.background="#000000"')
-    assert lines[:2] == ["03.png: preprocessing changed (background)", "8 pictures: 7 valid, 1 not"]
+    assert lines[:2] == ["03.png: preprocessing changed (background)", "8 images: 7 valid, 1 not valid"]
     lines = prepared_status(cached, 'dataset.background="#000000"', "dataset.image_interpolation_mode=bicubic")
-    assert lines[2] == "02.png: preprocessing changed (filter)"
-    assert lines[3] == "03.png: preprocessing changed (background, filter)"
+    assert "02.png: preprocessing changed (filter)" in lines
+    assert "03.png: preprocessing changed (background, filter)" in lines
 
 
-def test_pictures_and_captions(cached: Workspace) -> None:
-    picture(50).save("data/raw/05.png")
-    picture(51, 64, 40).save("data/raw/new.png")
+def test_images_and_captions(cached: Workspace) -> None:
+    make_image(50).save("data/raw/05.png")
+    make_image(51, 64, 40).save("data/raw/new.png")
     write_rows(Path("data/raw"), [*read_rows(Path("data/raw")), {"file_name": "new.png", "text": "new"}])
     caption(2, "green circle")
     lines = prepared_status(cached)
@@ -124,14 +153,15 @@ def test_pictures_and_captions(cached: Workspace) -> None:
         "02.png: caption changed",
         "05.png: pixels changed",
         "new.png: new",
-        "9 pictures: 6 valid, 3 not",
+        "9 images: 6 valid, 3 not valid",
         "a run would encode 2 views and 2 captions",
     ]
 
 
 def test_an_edited_caption_shows_after_prepare(cached: Workspace) -> None:
     caption(2, "green circle")
-    assert status(cached) == [*NOTHING, EDITS]
+    *lines, last = status(cached)
+    assert lines == NOTHING and last.startswith(EDITS)
     cached.run("prepare")
     assert status(cached)[-1] == "a run would encode 0 views and 1 caption"
 
@@ -148,46 +178,39 @@ def test_an_edited_caption_shows_after_prepare(cached: Workspace) -> None:
         (("dataset.mask=alpha", "dataset.unmasked_weight=0.5"), "dataset.unmasked_weight 0.0", "0.5"),
     ],
 )
-def test_what_prepare_would_make_otherwise_comes_first(
-    cached: Workspace, changes: tuple[str, ...], before: str, now: str
-) -> None:
+def test_outdated_prepared_comes_first(cached: Workspace, changes: tuple[str, ...], before: str, now: str) -> None:
     shutil.copytree("data/raw", "data/other")
-    lines = [line for line in status(cached, *changes) if not line.startswith("warning: ")]
-    assert lines == [
-        f"data/prepared was made with {before}; params.yaml says {now}: prepare runs first; what follows is for "
-        "data/prepared as it is",
-        *NOTHING,
-    ]
+    first, *lines = [line for line in status(cached, *changes) if not line.startswith("warning: ")]
+    assert first.startswith(f"data/prepared was made with {before}, but params.yaml now has {now}.")
+    assert lines == NOTHING
     lines = prepared_status(cached, *changes)
-    assert not any("prepare runs first" in line for line in lines)
+    assert not any("was made with" in line for line in lines)
 
 
 def test_buckets_of_another_resolution_are_seen(workspace: Workspace) -> None:
     for index in range(8):
-        picture(index, 96, 64).save(f"data/raw/{index:02}.png")
+        make_image(index, 96, 64).save(f"data/raw/{index:02}.png")
     changes = ("dataset.aspect_buckets=true", "dataset.bucket_step=8")
     assert "made with" not in prepared_status(workspace, *changes)[0]
-    assert (
-        "made with dataset.resolution 40x24; params.yaml says 48:"
-        in status(workspace, *changes, "dataset.resolution=48")[0]
-    )
-    assert "made with dataset.resolution 40x24; params.yaml says 32:" in status(workspace)[0]
+    first = status(workspace, *changes, "dataset.resolution=48")[0]
+    assert "dataset.resolution 40x24, but params.yaml now has 48." in first
+    assert "dataset.resolution 40x24, but params.yaml now has 32." in status(workspace)[0]
 
 
-def test_a_flip_that_is_gone_is_no_refusal(cached: Workspace) -> None:
+def test_a_removed_flip_is_accepted(cached: Workspace) -> None:
     cached.run("prepare", "--set", "dataset.flip=true")
     lines = status(cached)
-    assert lines[0].startswith("data/prepared was made with dataset.flip true; params.yaml says false: prepare runs ")
+    assert lines[0].startswith("data/prepared was made with dataset.flip true, but params.yaml now has false.")
     assert lines[1:] == NOTHING
 
 
-def test_a_caption_that_is_known_already_costs_nothing(cached: Workspace) -> None:
+def test_a_known_caption_is_not_encoded_again(cached: Workspace) -> None:
     caption(2, "thing 3")
     assert prepared_status(cached) == NOTHING
 
 
 def test_crop_and_variants(cached: Workspace) -> None:
-    picture(9, width=80, height=48).save("data/raw/00.png")
+    make_image(9, width=80, height=48).save("data/raw/00.png")
     cached.run("prepare")
     cached.run("cache_latents")
     assert "00.png: crop changed" in prepared_status(cached, "dataset.crop=random")
@@ -207,7 +230,7 @@ def test_another_base(cached: Workspace, component: str, file: str, expected: st
     config.write_text(config.read_text() + "\n")
     lines = status(cached, "model.pretrained=data/other")
     assert lines[0] == f"00.png: {expected}"
-    assert ("(empty caption): another text encoder" in lines) == (component == "text_encoder")
+    assert ("empty caption: another text encoder" in lines) == (component == "text_encoder")
 
 
 def test_missing_and_damaged_entries(cached: Workspace) -> None:
@@ -220,7 +243,7 @@ def test_missing_and_damaged_entries(cached: Workspace) -> None:
         f"{entries[first.stem]}: entry missing from the store",
         f"{entries[second.stem]}: entry damaged",
     }
-    assert lines[2] == "8 pictures: 6 valid, 2 not"
+    assert lines[2] == "8 images: 6 valid, 2 not valid"
 
 
 def test_masks(workspace: Workspace) -> None:
@@ -232,22 +255,19 @@ def test_masks(workspace: Workspace) -> None:
     workspace.run("cache_latents", *words(changes))
     Image.new("L", (48, 48), 100).save("data/raw/masks/03.png")
     assert status(workspace, *changes)[0] == "03.png: mask changed"
-    assert prepared_status(workspace, *changes)[:2] == ["03.png: mask changed", "8 pictures: 7 valid, 1 not"]
+    assert prepared_status(workspace, *changes)[:2] == ["03.png: mask changed", "8 images: 7 valid, 1 not valid"]
     lines = prepared_status(workspace, *changes, "dataset.unmasked_weight=0.5")
     assert lines[0] == "00.png: unmasked_weight 0.0 -> 0.5"
     assert lines[-1] == "a run would encode nothing"
 
 
-def test_a_deleted_output_is_no_cost(cached: Workspace) -> None:
+def test_a_deleted_data_latents_needs_no_encoding(cached: Workspace) -> None:
     shutil.rmtree("data/latents")
-    assert status(cached) == [
-        NOTHING[0],
-        "data/latents is not there; a run puts it together again from the store",
-        NOTHING[1],
-    ]
+    counts, missing, nothing = status(cached)
+    assert [counts, nothing] == NOTHING and missing.startswith("data/latents is missing")
 
 
-def test_notes_of_another_version_are_not_needed(cached: Workspace) -> None:
+def test_last_run_of_another_version_is_ignored(cached: Workspace) -> None:
     path = Path(".state/store/last.json")
     notes = read_json(path)
     notes["used"]["latents"] |= {"compiled": True}  # one field more
@@ -262,12 +282,11 @@ def test_notes_of_another_version_are_not_needed(cached: Workspace) -> None:
     assert status(cached, "cache.batch_size=3")[0] == "00.png: new"
 
 
-def test_the_exit_code_is_zero_whatever_it_finds(cached: Workspace) -> None:
-    picture(50).save("data/raw/05.png")
+def test_the_exit_code_is_zero_with_invalid_images(cached: Workspace) -> None:
+    make_image(50).save("data/raw/05.png")
     done = cached.process("status")
     assert done.returncode == 0 and "05.png: pixels changed" in done.stdout
 
 
-def test_the_exit_code_is_two_where_there_is_nothing_to_look_at(workspace: Workspace) -> None:
+def test_the_exit_code_is_two_without_data_prepared(workspace: Workspace) -> None:
     assert workspace.process("status").returncode == 2
-    assert "2 where there is nothing to look at" in workspace.process("status", "--help").stdout

@@ -1,4 +1,4 @@
-"""What a machine or a person did is one line and exit code 2; what we did wrong is a traceback."""
+"""Faults of the machine or the user are one line and exit code 2; our own faults are a traceback."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from collections.abc import Callable
 import pytest
 
 from lora_dag.commands import COMMANDS, STAGES
-from lora_dag.core.console import UserError, parser, plural, run
+from lora_dag.core.console import Problem, UserError, parser, plural, run
 from lora_dag.core.files import state_dir
-from tests.conftest import REPOSITORY, Workspace
+from tests.helpers.errors import assert_line
+from tests.helpers.workspace import REPOSITORY, Workspace
 
 
 def stderr_of(error: BaseException, capsys: pytest.CaptureFixture[str]) -> str:
@@ -27,29 +28,56 @@ def stderr_of(error: BaseException, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "code_and_values"),
     [
-        (UserError("one; mend it", "two; mend it"), "error: one; mend it\nerror: two; mend it\n"),
-        (UserError("got 'a\nb\x1b[2K\ud800'"), "error: got 'a\\nb\\x1b[2K\\ud800'\n"),
-        (UserError(f"got {'9' * 5000}; mend it"), f"error: got {'9' * 496} ... {'9' * 325}; mend it\n"),
-        (OSError(errno.ENOSPC, "No space left", "/x"), "error: /x: No space left; free some space\n"),
-        (
-            OSError(errno.EIO, "Input/output error", "/mnt/a.png"),
-            "error: /mnt/a.png: Input/output error; check the disk or network drive, and run again\n",
-        ),
-        (
-            OSError(errno.ESTALE, "Stale file handle"),
-            "error: Stale file handle; check the disk or network drive, and run again\n",
-        ),
-        (MemoryError(), "error: out of memory; end other programs, or use a machine with more of it\n"),
-        (
-            MemoryError("out of memory while 'a.tif' was decoded"),
-            "error: out of memory while 'a.tif' was decoded; end other programs, or use a machine with more of it\n",
-        ),
+        (OSError(errno.ENOSPC, "No space left", "/x"), ("disk-full", "error: /x: No space left", "Free some space.")),
+        (OSError(errno.EIO, "Input/output error", "/mnt/a.png"), ("disk-error", "/mnt/a.png: Input/output error")),
+        (OSError(errno.ESTALE, "Stale file handle"), ("disk-error", "error: Stale file handle")),
+        (MemoryError(), ("out-of-memory", "error: out of memory")),
+        (MemoryError("out of memory while 'a.tif' was decoded"), ("out-of-memory", "while 'a.tif' was decoded")),
     ],
 )
-def test_the_machines_faults(error: BaseException, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert stderr_of(error, capsys) == said
+def test_machine_fault_is_one_line(
+    error: BaseException, code_and_values: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = stderr_of(error, capsys)
+    assert lines.count("\n") == 1
+    assert_line(lines, *code_and_values)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("got 'a\nb\x1b[2K\ud800'", "got 'a\\nb\\x1b[2K\\ud800'"),
+        (f"got {'9' * 5000}. Correct it.", f"got {'9' * 496} ... {'9' * 321}. Correct it."),
+        ("got '" + "\x00" * 40 + "'", "got '" + "\\x00" * 8 + "...'"),
+        ("got '" + "\x00" * 5000 + "'", "got '" + "\\x00" * 8 + "...'"),
+    ],
+)
+def test_quoted_value_cannot_move_the_cursor_or_fill_the_screen(
+    text: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stderr_of(UserError(Problem("a-code", text)), capsys) == f"error: {shown} [a-code]\n"
+
+
+def test_each_problem_is_a_line_with_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    error = UserError(Problem("first-code", "one"), Problem("second-code", "two").at("a.png"))
+    assert stderr_of(error, capsys) == "error: one [first-code]\nerror: a.png: two [second-code]\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "values"),
+    [
+        ("stages.train --parms x", ("python -m stages.train", "--parms", "near: --params", "--help")),
+        ("lora_dag gc --force", ("lora-dag gc", "--force", "`lora-dag gc --help`")),
+        ("lora_dag verify", ("lora-dag verify", "FILE")),
+    ],
+)
+def test_wrong_argument_is_one_line(command: str, values: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    done = subprocess.run([sys.executable, "-m", *command.split()], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert_line(done.stderr, "wrong-arguments", *values)
 
 
 @pytest.mark.parametrize("make", [lambda: OSError("no number"), lambda: ValueError("ours")])
@@ -63,7 +91,7 @@ def test_our_faults_have_a_traceback(make: Callable[[], Exception]) -> None:
 
 @pytest.mark.parametrize(("name", "started"), [("gate", "lora-dag gate"), ("train", "python -m stages.train")])
 def test_help_names_the_command_as_it_is_started(workspace: Workspace, name: str, started: str) -> None:
-    """Of a package, Python's own guess is ``__main__.py``."""
+    """Python's own guess for a package is ``__main__.py``."""
     assert workspace.process(name, "--help").stdout.startswith(f"usage: {started} [-h]")
 
 
@@ -91,7 +119,7 @@ def test_numbers_of_one_are_singular() -> None:
 
 
 def to_a_reader_that_has_gone(*command: str) -> subprocess.CompletedProcess[str]:
-    """As in ``command | head -0``, where head is the faster one."""
+    """Run a command as in ``command | head -0`` with a fast head."""
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -141,8 +169,8 @@ def test_on_windows_every_command_is_one_line(workspace: Workspace, command: str
     """Nothing is imported before it: the package itself says so."""
     code = f"{WINDOWS[way]}; import runpy; runpy.run_module({command!r}, run_name='__main__', alter_sys=True)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    line = "error: lora-dag needs Linux or macOS; on Windows, run it in WSL2: `wsl --install`\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert_line(done.stderr, "unsupported-system", "`wsl --install`")
 
 
 def test_a_tilde_in_an_argument_is_the_home_folder(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

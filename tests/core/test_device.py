@@ -1,4 +1,4 @@
-"""What lora_dag.core.device asks of the system."""
+"""Values that lora_dag.core.device reads from the system."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.helpers.workspace import REPOSITORY
 
 FAULTS = """
 import resource

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lora_dag.core import files, tensors
-from lora_dag.core.console import UserError
-from tests.conftest import Workspace
+from tests.helpers.errors import assert_line, refused
+from tests.helpers.workspace import Workspace
 
 
 def test_atomic_replaces_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -65,10 +65,8 @@ def test_state_dir(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_in_the_place_of_a_folder_is_one_line(workspace: Workspace) -> None:
     Path("reports").write_text("mine")
     done = workspace.process("prepare")
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: reports/dataset: Not a directory; remove or rename what stands in the place of a folder\n",
-    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert_line(done.stderr, "path-occupied", "reports/dataset: Not a directory")
     assert Path("reports").read_text() == "mine"
 
 
@@ -76,5 +74,5 @@ def test_a_file_in_the_place_of_a_folder_is_one_line(workspace: Workspace) -> No
 def test_json_that_was_damaged_is_one_line(tmp_path: Path, blob: bytes) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(blob)
-    with pytest.raises(UserError, match="x.json: damaged, no JSON"):
+    with refused("artifact-damaged", "x.json: ", "`dvc repro`"):
         files.read_json(path)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lora_dag.core import locks
-from lora_dag.core.console import UserError
-from tests.conftest import REPOSITORY
+from tests.helpers.errors import refused
+from tests.helpers.workspace import REPOSITORY
 
 
 def test_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
@@ -26,19 +26,16 @@ def test_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(UserError) as caught, locks.lock(tmp_path):
+        values = (f"{tmp_path}: process {holder.pid} ", f"`kill {holder.pid}`.")
+        with refused("folder-locked", *values), locks.lock(tmp_path):
             pass
-        assert caught.value.problems == (
-            f"{tmp_path}: process {holder.pid} is at work on this run; wait for it, or stop it: kill {holder.pid}",
-        )
     finally:
         holder.kill()
         holder.wait()
     with locks.lock(tmp_path):  # the kernel has freed it
         assert locks.last_holder(tmp_path) == (str(os.getpid()), platform.node())
         (tmp_path / "lock").write_text("7 node-b")  # as a shared disk shows one of another machine
-        message = "process 7 on node-b is at work on this run; wait for it, or stop it there: kill 7$"
-        with pytest.raises(UserError, match=message), locks.lock(tmp_path):
+        with refused("folder-locked", "process 7 on node-b", "`kill 7` on node-b"), locks.lock(tmp_path):
             pass
 
 

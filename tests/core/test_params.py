@@ -13,10 +13,11 @@ from ruamel.yaml import YAML
 from lora_dag.adapters import init_from_pin
 from lora_dag.adapters.params import LoraParams
 from lora_dag.core import params
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.core.params import FAMILIES
 from stages.train.params import TrainParams
-from tests.conftest import REPOSITORY
+from tests.helpers.errors import assert_problem, refused
+from tests.helpers.workspace import REPOSITORY
 
 
 @pytest.fixture
@@ -27,10 +28,17 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("params.yaml")
 
 
-def problems(file: Path, *overrides: str) -> tuple[str, ...]:
+def problems(file: Path, *overrides: str) -> tuple[Problem, ...]:
     with pytest.raises(UserError) as caught:
         params.load(file, overrides)
     return caught.value.problems
+
+
+def assert_refused(file: Path, overrides: tuple[str, ...], code: str, *values: str) -> None:
+    """Assert that the only problem has this code and starts with the first of the values."""
+    with refused(code, *values) as caught:
+        params.load(file, overrides)
+    assert caught.value.problems[0].startswith(values[0])
 
 
 def test_the_repository_file_has_the_sections_that_stages_read(file: Path) -> None:
@@ -51,7 +59,7 @@ def test_scientific_notation_is_a_number(file: Path, text: str) -> None:
 
 
 def test_no_is_a_string(file: Path) -> None:
-    assert problems(file, "dataset.flip=no") == ("params.yaml dataset.flip: got 'no'; input should be a valid boolean",)
+    assert_refused(file, ("dataset.flip=no",), "wrong-value", "params.yaml dataset.flip: got 'no'", "boolean")
 
 
 def test_overrides_leave_the_rest(file: Path) -> None:
@@ -85,48 +93,48 @@ def test_alpha_null_is_the_rank_of_each_layer(
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("lora.rank=x", "params.yaml lora.rank: got 'x'; input should be a valid integer"),
-        ("lora.rank=-3", "params.yaml lora.rank: got -3; input should be greater than or equal to 1"),
-        ("lora.rank=true", "params.yaml lora.rank: got True; input should be a valid integer"),
-        ("lora.rank_pattern=3", "params.yaml lora.rank_pattern: got 3; input should be a valid dictionary"),
-        ("lora.rank_pattern={to_k: 0}", "params.yaml lora.rank_pattern.to_k: got 0; input should be greater than or"),
-        ("lora.rank_pattern={to_(k: 2}", "params.yaml lora.rank_pattern: got 'to_(k', no regular expression"),
+        ("lora.rank=x", "params.yaml lora.rank: got 'x'"),
+        ("lora.rank=-3", "params.yaml lora.rank: got -3"),
+        ("lora.rank=true", "params.yaml lora.rank: got True"),
+        ("lora.rank_pattern=3", "params.yaml lora.rank_pattern: got 3"),
+        ("lora.rank_pattern={to_k: 0}", "params.yaml lora.rank_pattern.to_k: got 0"),
+        ("lora.rank_pattern={to_(k: 2}", "params.yaml lora.rank_pattern: got 'to_(k'"),
+        ("train.optimizer=adam", "params.yaml train.optimizer: got 'adam'"),
+        ("dataset.subsets=[{path: a}, {path: a}]", "params.yaml dataset: "),
     ],
 )
-def test_a_wrong_rank_is_no_wrong_alpha_too(file: Path, override: str, line: str) -> None:
+def test_wrong_setting_is_one_problem(file: Path, override: str, line: str) -> None:
     (problem,) = problems(file, override)
     assert problem.startswith(line)
 
 
 def test_unknown_key_names_the_near_one(file: Path) -> None:
-    assert problems(file, "lora.rnak=4") == ("params.yaml lora.rnak: unknown key (near: rank)",)
+    assert_refused(file, ("lora.rnak=4",), "unknown-setting", "params.yaml lora.rnak: ", "rank?")
 
 
 def test_unknown_section_names_the_near_one(file: Path) -> None:
-    assert problems(file, "lroa.rank=4") == ("--set lroa.rank=4 lroa: unknown key (near: lora)",)
+    assert_refused(file, ("lroa.rank=4",), "unknown-setting", "--set lroa.rank=4: ", "lora?")
     file.write_text(file.read_text().replace("\nlora:", "\nlroa:"))
-    assert problems(file) == ("params.yaml lroa: unknown key (near: lora)", "params.yaml: section 'lora' is missing")
+    unknown, missing = problems(file)
+    assert (unknown.code, missing.code) == ("unknown-setting", "missing-section")
+    assert unknown.startswith("params.yaml lroa: ") and "lora?" in unknown and "'lora'" in missing
 
 
 def test_missing_key_says_what_is_expected(file: Path) -> None:
     file.write_text(file.read_text().replace("  num_steps: 200", "  #"))
-    (problem,) = problems(file)
-    assert problem.startswith("params.yaml train.num_steps: missing; expected int")
+    assert_refused(file, (), "missing-setting", "params.yaml train.num_steps: ", "int")
 
 
 def test_a_family_is_one_of_the_files_there_are(file: Path) -> None:
     names = {path.stem for path in (REPOSITORY / "lora_dag/families").glob("*.py")}
     assert set(FAMILIES) == names - {"__init__", "common", "long_texts", "protocol", "unet"}
-    (problem,) = problems(file, "model.family=z_imag")
-    *first, last = map(repr, FAMILIES)
-    accepted = f"{', '.join(first)} or {last} (near: z_image)"
-    assert problem == f"params.yaml model.family: got 'z_imag'; input should be {accepted}"
+    values = ("params.yaml model.family: got 'z_imag'", *map(repr, FAMILIES), " z_image?")
+    assert_refused(file, ("model.family=z_imag",), "wrong-value", *values)
     file.write_text(re.sub("  family: .*", "  #", file.read_text()))
-    (problem,) = problems(file)
-    assert problem == f"params.yaml model.family: missing; expected one of {json.dumps(FAMILIES)}"
+    assert_refused(file, (), "missing-setting", "params.yaml model.family: ", json.dumps(FAMILIES))
 
 
-def test_all_problems_at_once(file: Path) -> None:
+def test_all_problems_are_reported_at_once(file: Path) -> None:
     found = problems(file, "lora.rank=0", "train.num_steps=-1", "model.family=sdxxl", "dataset.resolution=sixty")
     assert [problem.split(":")[0] for problem in found] == [
         "params.yaml model.family",
@@ -139,33 +147,20 @@ def test_all_problems_at_once(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "values"),
     [
-        ("train.optimizer=adam", "train.optimizer: got 'adam'; use adamw, or a class such as torch.optim.RAdam"),
-        ("lora.target_modules=3", "lora.target_modules: got 3; input should be a valid string or a valid list"),
-        ("lora.target_modules=[to_q, 3]", "lora.target_modules.1: got 3; input should be a valid string"),
-        (
-            "lora.target_modules=[]",
-            "lora.target_modules: got []; list should have at least 1 item after validation, not 0",
-        ),
-        (
-            "train.timestep_shift=atuo",
-            "train.timestep_shift: got 'atuo'; input should be a valid number or 'auto' (near: auto)",
-        ),
-        ("train.timestep_shift=-1", "train.timestep_shift: got -1; input should be greater than 0"),
-        ("lora.rank_pattern={str: x}", "lora.rank_pattern.str: got 'x'; input should be a valid integer"),
-        (
-            "validate.prompts=3",
-            "validate.prompts: got 3; input should be a valid list",
-        ),
-        (
-            "dataset.crop=centre",
-            "dataset.crop: got 'centre'; input should be 'center' or 'random' (near: center)",
-        ),
+        ("lora.target_modules=3", ("lora.target_modules: got 3", "a valid string or a valid list")),
+        ("lora.target_modules=[to_q, 3]", ("lora.target_modules.1: got 3", "a valid string")),
+        ("lora.target_modules=[]", ("lora.target_modules: got []", "at least 1 item")),
+        ("train.timestep_shift=atuo", ("train.timestep_shift: got 'atuo'", "a valid number or 'auto'", " auto?")),
+        ("train.timestep_shift=-1", ("train.timestep_shift: got -1", "greater than 0")),
+        ("lora.rank_pattern={str: x}", ("lora.rank_pattern.str: got 'x'", "a valid integer")),
+        ("validate.prompts=3", ("validate.prompts: got 3", "a valid list")),
+        ("dataset.crop=cente", ("dataset.crop: got 'cente'", "'center' or 'random'", " center?")),
     ],
 )
-def test_a_value_of_no_accepted_kind_is_one_line(file: Path, change: str, said: str) -> None:
-    assert problems(file, change) == (f"params.yaml {said}",)
+def test_value_of_another_type_is_one_line(file: Path, change: str, values: tuple[str, ...]) -> None:
+    assert_refused(file, (change,), "wrong-value", f"params.yaml {values[0]}", *values[1:])
 
 
 @pytest.mark.parametrize(
@@ -173,65 +168,61 @@ def test_a_value_of_no_accepted_kind_is_one_line(file: Path, change: str, said: 
 )
 def test_half_a_character_is_refused(file: Path, key: str) -> None:
     value = {"validate.prompts": '["\\ud800"]', "dataset.subsets": '[{path: "\\ud800"}]'}.get(key, '"a\\ud800"')
-    (problem,) = problems(file, f"{key}={value}")
-    assert problem == f"params.yaml {key}: holds '\\ud800', half a surrogate pair; write the character itself"
+    assert_refused(file, (f"{key}={value}",), "half-character", f"params.yaml {key}: ", r"'\ud800'")
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 def test_numbers_are_finite(file: Path, value: str) -> None:
-    (problem,) = problems(file, f"train.learning_rate={value}")
-    assert problem.startswith("params.yaml train.learning_rate: got ")
-    assert problem.endswith("; input should be a finite number")
+    change = f"train.learning_rate={value}"
+    assert_refused(file, (change,), "wrong-value", "params.yaml train.learning_rate: got ", "a finite number")
 
 
 @pytest.mark.parametrize("override", ["lora.rank", "rank=4", ".rank=4", "lora.=4"])
 def test_malformed_override(file: Path, override: str) -> None:
-    assert problems(file, override) == (f"--set {override}: expected SECTION.KEY=VALUE, such as lora.rank=16",)
+    assert_refused(file, (override,), "wrong-override", f"--set {override}: ", "SECTION.KEY=VALUE", "lora.rank=16")
 
 
 def test_override_that_is_no_yaml(file: Path) -> None:
-    assert problems(file, "lora.target_modules=[to_q") == (
-        "--set lora.target_modules=[to_q: the value is no valid YAML (expected ',' or ']', but got '<stream end>'); "
-        "put each text in quotes of its own",
-    )
+    override = "lora.target_modules=[to_q"
+    assert_refused(file, (override,), "ambiguous-override", f"--set {override}: ", "expected ',' or ']'", "quotes")
 
 
 def test_a_section_that_is_no_mapping(file: Path) -> None:
     file.write_text("lora: 3\n")
-    assert "params.yaml lora: got 3; " in "\n".join(problems(file))
+    assert any(problem.startswith("params.yaml lora: got 3") for problem in problems(file))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "start"),
     [
-        (None, "params.yaml: no such file; run this from the repository's root or pass --params"),
-        (b"\xff", "params.yaml: not UTF-8 text"),
-        (b"- 1\n", "params.yaml: expected a mapping of sections, got list"),
-        (b"", "params.yaml: expected a mapping of sections, got NoneType"),
-        (b"lora:\n  rank: 4\n  rank: 8\n", "params.yaml:3: "),
-        (b"lora:\n  rank: [4\n", "params.yaml:"),
-        (b"report:\n  title: 2026-99-99\n", "params.yaml: no valid YAML (month must be in 1..12)"),
-        (b"[" * 2000, "params.yaml: no valid YAML ("),
+        (None, "params-missing", "params.yaml: "),
+        (b"\xff", "not-utf8", "params.yaml: "),
+        (b"- 1\n", "no-mapping", "params.yaml: got list"),
+        (b"", "no-mapping", "params.yaml: got NoneType"),
+        (b"lora:\n  rank: 4\n  rank: 8\n", "invalid-yaml", "params.yaml:3: "),
+        (b"lora:\n  rank: [4\n", "invalid-yaml", "params.yaml:"),
+        (b"report:\n  title: 2026-99-99\n", "invalid-yaml", "params.yaml: invalid YAML (month must be in 1..12)"),
+        (b"[" * 2000, "invalid-yaml", "params.yaml: "),
     ],
 )
-def test_a_file_that_cannot_be_read(file: Path, text: bytes | None, message: str) -> None:
+def test_a_file_that_cannot_be_read(file: Path, text: bytes | None, code: str, start: str) -> None:
     if text is None:
         file.unlink()
     else:
         file.write_bytes(text)
-    (problem,) = problems(file)
-    assert problem.startswith(message)
+    assert_refused(file, (), code, start)
 
 
 def test_section_names_that_are_no_strings(file: Path) -> None:
     file.write_text("3: {a: 1}\n~: 1\n")
-    assert "params.yaml 3: unknown key" in problems(file)[0]
-    assert "params.yaml None: unknown key" in problems(file)[1]
+    found = problems(file)[:2]
+    assert [problem.code for problem in found] == ["unknown-setting"] * 2
+    assert found[0].startswith("params.yaml 3: ") and found[1].startswith("params.yaml None: ")
 
 
 def test_an_override_that_is_no_date(file: Path) -> None:
-    with pytest.raises(UserError, match="--set report.title=2026-99-99: the value is no valid YAML"):
-        params.load(file, ["report.title=2026-99-99"])
+    override = "report.title=2026-99-99"
+    assert_refused(file, (override,), "ambiguous-override", f"--set {override}: ", "'2026-99-99'")
 
 
 def test_params_are_frozen(file: Path) -> None:
@@ -240,19 +231,21 @@ def test_params_are_frozen(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("subsets", "message"),
+    ("subsets", "values"),
     [
-        ("[{pth: a}]", "params.yaml dataset.subsets.0.pth: unknown key (near: path)"),
-        ("[{path: a}, {path: b, repeets: 2}]", "params.yaml dataset.subsets.1.repeets: unknown key (near: repeats)"),
-        ("[{path: a, repeats: 0}]", "params.yaml dataset.subsets.0.repeats: got 0; input should be greater than"),
-        ("[ink]", "params.yaml dataset.subsets.0: got 'ink'; expected {path: ...}"),
-        ("[{path: a}, {path: a}]", "params.yaml dataset: subsets names a path twice; use repeats"),
+        ("[{pth: a}]", ("unknown-setting", "params.yaml dataset.subsets.0.pth: ", " path?")),
+        (
+            "[{path: a}, {path: b, repeets: 2}]",
+            ("unknown-setting", "params.yaml dataset.subsets.1.repeets: ", "repeats?"),
+        ),
+        ("[{path: a, repeats: 0}]", ("wrong-value", "params.yaml dataset.subsets.0.repeats: got 0", "equal to 1")),
+        ("[ink]", ("wrong-type", "params.yaml dataset.subsets.0: got 'ink'", "{path: ...}")),
     ],
 )
-def test_a_mistake_inside_a_list_names_its_place(file: Path, subsets: str, message: str) -> None:
+def test_a_mistake_inside_a_list_names_its_place(file: Path, subsets: str, values: tuple[str, str, str]) -> None:
     with pytest.raises(UserError) as caught:
         params.load(file, [f"dataset.subsets={subsets}"])
-    assert any(problem.startswith(message) for problem in caught.value.problems)
+    assert_problem(caught.value, *values)
 
 
 BOTH = {text: f'\\"{text}\\"' for text in ("a fox: it's night", "'70s fox")}  # quotes that an apostrophe ends not
@@ -265,17 +258,18 @@ LOST = [
         'YAML reads {"a fox": "it\'s night"}, which is no text',
         BOTH["a fox: it's night"],
     ),
-    ("report.title=[red] fox", "the value is no valid YAML (expected '<document start>', but found", "'[red] fox'"),
+    ("report.title=[red] fox", "invalid YAML (expected '<document start>', but found", "'[red] fox'"),
     ("export.prompt=|", "YAML reads an empty text", "'|'"),
-    ("export.prompt=`a` $HOME", "the value is no valid YAML (found character", r"'\`a\` \$HOME'"),
+    ("export.prompt=`a` $HOME", "invalid YAML (found character", r"'\`a\` \$HOME'"),
     ('export.prompt=[a "b" c]', "YAML reads [", r"'[a \"b\" c]'"),
     ("report.title={a}", 'YAML reads {"a": null}, which is no text', "'{a}'"),
     ("report.title=2024", "YAML reads 2024, which is no text", "'2024'"),
     ("dataset.caption_prefix=null", "YAML reads null, which is no text", "'null'"),
     ("export.license=true", "YAML reads true, which is no text", "'true'"),
-    ("report.title='70s fox", "the value is no valid YAML (found unexpected end of stream)", BOTH["'70s fox"]),
-    ("dataset.instance_prompt=*star", "the value is no valid YAML (found undefined alias 'star')", "'*star'"),
-    ("dataset.instance_prompt=@home", "the value is no valid YAML (found character '@'", "'@home'"),
+    ("export.prompt=&x", "YAML reads null", "'&x'"),
+    ("report.title='70s fox", "invalid YAML (found unexpected end of stream)", BOTH["'70s fox"]),
+    ("dataset.instance_prompt=*star", "invalid YAML (found undefined alias 'star')", "'*star'"),
+    ("dataset.instance_prompt=@home", "invalid YAML (found character '@'", "'@home'"),
 ]
 
 
@@ -285,7 +279,8 @@ def test_a_text_that_yaml_reads_otherwise_is_refused_with_the_form_that_works(
 ) -> None:
     (line,) = problems(file, override)
     key, _, value = override.partition("=")
-    assert line.startswith(f"--set {override}: {why}") and line.endswith(f'; write "{key}={form}"')
+    assert line.code == "ambiguous-override"
+    assert line.startswith(f"--set {override}: {why}") and line.endswith(f' "{key}={form}".')
     section, _, name = key.partition(".")
     word = subprocess.run(["bash", "-c", f'printf %s "{key}={form}"'], capture_output=True, text=True).stdout
     assert getattr(params.load(file, [word]).sections[section], name) == value.strip()
@@ -303,17 +298,18 @@ def test_a_text_in_quotes_arrives_as_written(file: Path, text: str) -> None:
 
 def test_a_comment_in_the_file_that_took_the_text_is_named(file: Path) -> None:
     file.write_text(file.read_text().replace('background: "#ffffff"', "background: #ffffff"))
-    hint = "input should be a valid string; '#' begins a comment in YAML, so put the text in quotes"
-    assert problems(file) == (f"params.yaml dataset.background: got None; {hint}",)
-    (line,) = problems(file, "dataset.background='#000000'", "validate.prompts=[a fox: night]")
-    assert "got {'a fox': 'night'}; " in line and line.endswith(
-        "; ': ' makes a mapping in YAML, so put the text in quotes"
+    assert_refused(
+        file, (), "wrong-value", "params.yaml dataset.background: got None", "'#' begins a comment", "quotes"
     )
+    changes = ("dataset.background='#000000'", "validate.prompts=[a fox: night]")
+    start = "params.yaml validate.prompts.0: got {'a fox': 'night'}"
+    assert_refused(file, changes, "wrong-value", start, "': ' makes a mapping", "quotes")
 
 
-def settings_of_the_readme() -> list[str]:
-    """``section.key=value`` of its command lines and inline code; lists of values for --queue are DVC's alone."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def settings_of_the_docs() -> list[str]:
+    """``section.key=value`` in commands and inline code of README and docs; lists of values for --queue are DVC's."""
+    pages = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
     fenced = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     inline = [code for line in plain.splitlines() for code in re.findall("`([^`]+)`", line)]
@@ -336,13 +332,13 @@ QUOTED = [f"export.prompt='{text}'" for text in TEXTS]
 QUOTED += ['export.prompt="it\'s"', "validate.prompts=['a, b', \"it's 雪\"]", "dataset.background='#000000'"]
 
 
-def test_each_setting_of_the_readme_is_the_same_by_dvc_and_by_set(file: Path) -> None:
+def test_each_setting_of_the_docs_is_the_same_by_dvc_and_by_set(file: Path) -> None:
     """As `dvc exp run -S` writes it into the file, and as `--set` reads it."""
-    found = settings_of_the_readme()
+    found = settings_of_the_docs()
     assert len(found) > 25 and {"lora.rank_pattern={attn2.to_k: 16}", "dataset.caption_prefix='sks, '"} <= set(found)
     before = file.read_bytes()
     for setting in [*found, *MAPPINGS, *QUOTED]:
-        by_set = params.overridden(file, [setting])
+        by_set = params.read_with_overrides(file, [setting])
         apply_overrides(file, [setting])
         assert params.read_yaml(file) == by_set, setting
         file.write_bytes(before)
@@ -372,15 +368,14 @@ def test_a_tilde_is_expanded_where_no_stage_depends_on_the_path(file: Path, monk
     assert sections["lora"].init_from.path == "/home/someone/a.safetensors"  # type: ignore[attr-defined]
     assert sections["validate"].feature_model.path == "/home/someone/clip"  # type: ignore[attr-defined]
     for key in ("dataset.source", "model.pretrained"):
-        cure = "which DVC takes for a folder named '~'; write /home/someone/x"
-        assert problems(file, f"{key}=~/x") == (f"params.yaml {key}: got '~/x', {cure}",)
+        assert_refused(file, (f"{key}=~/x",), "path-with-tilde", f"params.yaml {key}: got '~/x'", "/home/someone/x")
 
 
 @pytest.mark.parametrize("path", ["data/x.safetensors", "data/é 雪.safetensors", "data/it's, mine.safetensors", "a/$b"])
 def test_the_line_that_pins_a_file_is_read_by_dvc_and_by_set(file: Path, path: str) -> None:
     for setting in ("lora.init_from", "validate.feature_model"):
         _, word = shlex.split(init_from_pin.override(setting, path, "ab" * 32))
-        by_set = params.overridden(file, [word])
+        by_set = params.read_with_overrides(file, [word])
         apply_overrides(file, [word])
         assert params.read_yaml(file) == by_set
         section, _, name = setting.partition(".")

@@ -16,8 +16,9 @@ from accelerate.state import AcceleratorState
 
 from lora_dag.core import device, slow_dtype
 from lora_dag.core.params import ModelParams
-from lora_dag.core.slow_dtype import Times, warn, widths
-from tests.conftest import REPOSITORY, Workspace
+from lora_dag.core.slow_dtype import Times, warn_if_slow, widths
+from tests.helpers.errors import assert_line
+from tests.helpers.workspace import REPOSITORY, Workspace
 
 CPU = torch.device("cpu")
 FAST = {"convolution": 0.002, "matrix product": 0.001}
@@ -27,32 +28,35 @@ def model(dtype: str = "bfloat16", pretrained: Path | str = "data/base") -> Mode
     return ModelParams(family="sd", pretrained=str(pretrained), variant=None, dtype=dtype)
 
 
-def told(convolution: float, product: float, caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged(convolution: float, product: float, caplog: pytest.LogCaptureFixture) -> list[str]:
     """The log lines of a probe that receives fixed times for bfloat16."""
     caplog.clear()
     slow = {"convolution": convolution, "matrix product": product}
-    warn(CPU, model(), lambda _: {"float32": FAST, "bfloat16": slow})
+    warn_if_slow(CPU, model(), lambda _: {"float32": FAST, "bfloat16": slow})
     return caplog.messages
 
 
 def test_a_slow_dtype_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    start = "warning: bfloat16 is slow on this processor: compared with float32, a convolution"
-    end = "times as slow; set model.dtype=float32"
-    assert told(0.074, 0.016, caplog) == [f"{start} 37 times and a matrix product 16 {end}"]
-    assert told(0.472, 0.001, caplog) == [f"{start} 236 times and a matrix product 1.0 {end}"]
-    assert told(0.0036, 0.00101, caplog) == [f"{start} 1.8 times and a matrix product 1.0 {end}"]
+    values = ("params.yaml model.dtype", "bfloat16", "model.dtype=float32")
+    for times, ratios in (
+        ((0.074, 0.016), ("convolution 37 times", "matrix product 16 times")),
+        ((0.472, 0.001), ("convolution 236 times", "matrix product 1.0 times")),
+        ((0.0036, 0.00101), ("convolution 1.8 times", "matrix product 1.0 times")),
+    ):
+        (line,) = logged(*times, caplog)
+        assert_line(line, "slow-dtype", *values, *ratios)
 
 
 def test_up_to_half_as_much_again_is_not_slow(caplog: pytest.LogCaptureFixture) -> None:
-    assert told(0.003, 0.0015, caplog) == [] and told(0.001, 0.0005, caplog) == []
+    assert logged(0.003, 0.0015, caplog) == [] and logged(0.001, 0.0005, caplog) == []
 
 
 def test_nothing_is_measured_in_float32_or_on_a_gpu() -> None:
     def never(_: ModelParams) -> Times:
         raise AssertionError
 
-    warn(CPU, model("float32"), never)
-    warn(torch.device("cuda"), model("float16"), never)
+    warn_if_slow(CPU, model("float32"), never)
+    warn_if_slow(torch.device("cuda"), model("float16"), never)
 
 
 @pytest.fixture
@@ -71,9 +75,9 @@ def test_every_stage_that_computes_in_it_says_so(
     argv = ("--set", "model.dtype=bfloat16")
     for stage in ("check", "cache_latents", "train", "validate"):
         lines = encoded.run(stage, *argv)
-        found = [line for line in lines if line.startswith("warning: bfloat16 is slow on this processor")]
+        found = [line for line in lines if line.endswith("[slow-dtype]")]
         assert len(found) == 1, stage
-    assert not any("is slow" in line for line in encoded.run("check"))
+    assert not any("[slow-dtype]" in line for line in encoded.run("check"))
 
 
 @pytest.mark.parametrize(

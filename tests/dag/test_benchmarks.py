@@ -19,7 +19,7 @@ from benchmarks.child import Turns
 from benchmarks.players import Failed, Turn, Variant
 from benchmarks.workplace import Workplace
 
-# What benchmarks/child.py hooks into, and nothing of ours: pictures by Pillow, a shuffled DataLoader, AdamW by its
+# What benchmarks/child.py hooks into, and nothing of ours: images by Pillow, a shuffled DataLoader, AdamW by its
 # dotted name, randn_like and randint, Accelerator.
 STAND_IN = """
 import argparse, json
@@ -49,7 +49,7 @@ scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
 targets = ["to_k", "to_q", "to_v", "to_out.0"]
 unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=targets))
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     rows = [json.loads(line) for line in Path(args.train_data_dir, "metadata.jsonl").read_text().splitlines()]
     def with_format(self, _):
         return {"text": [row["text"] for row in self.rows]}
@@ -62,7 +62,7 @@ class Pictures(torch.utils.data.Dataset):
         return pixels, tokenizer(row["text"], padding="max_length", return_tensors="pt").input_ids[0]
 
 optimizer = torch.optim.AdamW(filter(lambda p: p.requires_grad, unet.parameters()), lr=args.learning_rate)
-loader = torch.utils.data.DataLoader(Pictures(), args.train_batch_size, shuffle=True)
+loader = torch.utils.data.DataLoader(Images(), args.train_batch_size, shuffle=True)
 unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
 step = 0
 while step < args.max_train_steps:
@@ -93,7 +93,7 @@ def turn(cpu: float, **parts: float) -> Turn:
 
 
 def arguments(script: Path, **changes: Any) -> argparse.Namespace:
-    values = {"base": "tiny", "rounds": 1, "num_steps": 1, "batch_size": 2, "num_pictures": 8, "cold_runs": 0}
+    values = {"base": "tiny", "rounds": 1, "num_steps": 1, "batch_size": 2, "num_images": 8, "cold_runs": 0}
     values |= {"parity_steps": 0, "only_fp32": True, "script": script, "script_python": sys.executable}
     return argparse.Namespace(**values | changes)
 
@@ -166,7 +166,7 @@ def test_both_sides_run_in_turns_and_make_a_table(
 
 @pytest.mark.slow
 def test_both_sides_compute_the_same_and_the_cold_run_is_charged(script: Path, tmp_path: Path) -> None:
-    args = arguments(script, parity_steps=3, cold_runs=1, num_pictures=12)
+    args = arguments(script, parity_steps=3, cold_runs=1, num_images=12)
     results = side_by_side.measure(args, tmp_path)
     assert results.parity is not None
     loss, adapter = results.parity
@@ -234,11 +234,11 @@ def test_a_block_is_replaced_between_its_markers(tmp_path: Path, monkeypatch: py
 
 
 def test_thin_bases_have_the_layout_that_stages_read(tmp_path: Path) -> None:
-    from lora_dag.bases import layout
+    from lora_dag.bases import diffusers_folder
     from lora_dag.core.params import ModelParams
     from lora_dag.families.protocol import load_family
 
-    Workplace(tmp_path, DRY_SD15, num_pictures=1).create("float32", "float32")
+    Workplace(tmp_path, DRY_SD15, num_images=1).create("float32", "float32")
     assert TINY.family == DRY_SD15.family
     model = ModelParams(family="sd", pretrained=str(tmp_path / "data/base"), variant=None, dtype="float32")
-    assert layout.problems(model, load_family("sd")) == []
+    assert diffusers_folder.folder_problems(model, load_family("sd")) == []

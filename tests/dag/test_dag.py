@@ -1,4 +1,4 @@
-"""What dvc.yaml and the Snakefile promise, read from the files: code dependencies, params sections, equal DAGs."""
+"""Promises of dvc.yaml and the Snakefile, read from the files: code dependencies, params sections, equal DAGs."""
 
 from __future__ import annotations
 
@@ -150,9 +150,9 @@ def test_both_dags_have_the_same_inputs_outputs_and_parameters(stages: dict[str,
     for name, job in jobs.items():
         inputs, made = job["input"].split(", "), job["output"].split(", ")
         for dep in (dep for dep in stages[name]["deps"] if not is_code(dep)):
-            assert any(lies_in(file, moved(dep, run)) for file in inputs), f"rule {name} does not read {dep}"
+            assert any(is_within(file, moved(dep, run)) for file in inputs), f"rule {name} does not read {dep}"
         for out in outputs(stages[name]):
-            assert any(lies_in(file, moved(out, run)) for file in made), f"rule {name} does not name {out}"
+            assert any(is_within(file, moved(out, run)) for file in made), f"rule {name} does not name {out}"
         assert set(made) & set(wanted), f"rule all names no output of {name}"
         assert job["shell"].startswith(f"python -m stages.{name} --params ")
     for name in STAGES:
@@ -162,14 +162,14 @@ def test_both_dags_have_the_same_inputs_outputs_and_parameters(stages: dict[str,
 def moved(path: str, run: Run) -> str:
     """A path of dvc.yaml where a run of Snakemake's has it."""
     path = re.sub(r"\$\{(.+)\}", lambda found: run.value(found[1]), path)
-    within = [name for name, folder in PATHS.items() if lies_in(path, folder)]
+    within = [name for name, folder in PATHS.items() if is_within(path, folder)]
     if not within:  # dataset and base
         return path
     nearest = max(within, key=lambda name: len(PATHS[name]))
     return run.folders[nearest] + path.removeprefix(PATHS[nearest])
 
 
-def lies_in(file: str, path: str) -> bool:
+def is_within(file: str, path: str) -> bool:
     return file == path or file.startswith(f"{path}/")
 
 
@@ -196,18 +196,18 @@ def test_snakefile_is_formatted() -> None:
 
 @pytest.mark.parametrize("name", ["runs", "logs", "compare", "base/build", ".venv"])
 def test_dvc_sees_all_of_a_dataset(tiny_checkout: Checkout, name: str) -> None:
-    """A folder of pictures that DVC ignores could change without a stage running."""
+    """A folder of images that DVC ignores could change without a stage running."""
     own, theirs = f"{name}/a.jpg", f"data/mine/{name}/a.jpg"
     ignored = tiny_checkout.run(sys.executable, "-m", "dvc", "check-ignore", own, theirs).stdout.split()
     assert ignored == [own]
 
 
-def test_snakemake_refuses_braces_in_a_picture_s_name(tiny_checkout: Checkout) -> None:
+def test_snakemake_refuses_braces_in_a_image_s_name(tiny_checkout: Checkout) -> None:
     path = tiny_checkout.path / "data/raw/{GUID}.png"
     path.write_bytes(b"")
     done = tiny_checkout.run(sys.executable, "-m", "snakemake", "--cores", "1", "--dry-run", check=False)
     path.unlink()
-    assert "data/raw/{GUID}.png: Snakemake takes braces for wildcards; rename the file" in done.stdout + done.stderr
+    assert "data/raw/{GUID}.png: Snakemake reads braces as wildcards. Rename the file." in done.stdout + done.stderr
 
 
 def test_committed_params_are_valid() -> None:
@@ -282,7 +282,7 @@ def test_the_leaderboard_s_digest_is_of_all_that_its_imports_reach(tmp_path: Pat
         ("lora_dag/pages/templates/page.css", True),
         ("lora_dag/sweeps/grid.py", True),
         ("lora_dag/core/files.py", True),
-        ("lora_dag/commands/gate/rules.py", False),
+        ("lora_dag/commands/gate/rule_changes.py", False),
         ("lora_dag/commands/check.py", False),
         ("lora_dag/families/sd.py", False),
         ("stages/train/loop.py", False),

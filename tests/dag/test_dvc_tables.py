@@ -1,4 +1,4 @@
-"""What DVC's own tables show of a run: a dozen numbers, and nothing of the files that hold the details."""
+"""DVC's own tables show a dozen numbers of a run, and nothing of the files with details."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from lora_dag.artifacts import lineage
-from tests.conftest import Workspace
 from tests.helpers.planted import Clone
 from tests.helpers.reports import DATASET, MEASURED, TRAIN, write_reports
+from tests.helpers.workspace import Workspace
 
 
 def dvc(*words: str) -> subprocess.CompletedProcess[str]:

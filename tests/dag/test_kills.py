@@ -1,4 +1,4 @@
-"""Killed under DVC and Snakemake: README's commands end in the bytes of a training that nothing disturbed."""
+"""Trainings killed under DVC and Snakemake resume as docs/troubleshooting.md says, and end in the same bytes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 
 from lora_dag.core.locks import last_holder
 from tests.helpers.checkout import Checkout
+from tests.helpers.errors import assert_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -91,7 +92,7 @@ def resumed(output: str) -> list[int]:
 
 
 def refused(checkout: Checkout, *words: str) -> str:
-    """What a command prints that fails."""
+    """Return the output of a command that must fail."""
     done = checkout.run(sys.executable, "-m", *words, check=False)
     assert done.returncode and "Traceback" not in done.stderr
     return done.stdout + done.stderr
@@ -102,12 +103,11 @@ def assert_refused(checkout: Checkout, pid: int, *words: str) -> None:
     os.kill(pid, signal.SIGSTOP)
     output = refused(checkout, *words)
     os.kill(pid, signal.SIGCONT)
-    line = f"process {pid} is at work on this run; wait for it, or stop it: kill {pid}"
-    assert re.search(rf"^error: \S+: {line}$", output, re.MULTILINE), output
+    assert_line(output, "folder-locked", f"process {pid} ", f"`kill {pid}`")
 
 
 def stop(checkout: Checkout, pid: int) -> int:
-    """README's ``kill PID``; the step that it stopped after."""
+    """``kill PID`` as in docs/troubleshooting.md; the step that it stopped after."""
     os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not is_alive(pid))
     return newest(checkout)

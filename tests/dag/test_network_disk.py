@@ -71,7 +71,7 @@ def undisturbed(checkout: Checkout, *words: str) -> str:
     return checkout.adapter("out/whole")
 
 
-def test_two_machines_encode_the_same_pictures_at_once(checkout: Checkout, nodes: list[Node]) -> None:
+def test_two_machines_encode_the_same_images_at_once(checkout: Checkout, nodes: list[Node]) -> None:
     processes = [node.encode(f"out/{index}") for index, node in enumerate(nodes)]
     for process in processes:
         output, _ = process.communicate()

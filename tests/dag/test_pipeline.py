@@ -1,6 +1,6 @@
 """The three promises under the real DVC and Snakemake, with a tiny base: what reruns, what is restored, equal bytes.
 
-What reruns is asked of each change in tests/dag/test_reruns.py, where a stage takes a moment; here it is slow.
+tests/dag/test_reruns.py tests what each change reruns, on stages that take a moment; here it is slow.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY, picture
 from tests.helpers.changes import AFTER_TRAIN, CHANGES
 from tests.helpers.checkout import Checkout, ran
+from tests.helpers.workspace import REPOSITORY, make_image
 
 
 @contextmanager
@@ -64,17 +64,17 @@ def test_a_change_of_the_cache_section_reruns_no_more_than_its_bits_reach(reprod
 
 
 @pytest.mark.slow
-def test_an_edited_picture_is_the_only_one_encoded(reproduced: Checkout) -> None:
+def test_an_edited_image_is_the_only_one_encoded(reproduced: Checkout) -> None:
     path = reproduced.path / "data/raw/00.png"
     original = path.read_bytes()
     path.unlink()
-    picture(100).save(path)
+    make_image(100).save(path)
     output = reproduced.dvc("repro")
     assert ran(output) == {"prepare", "cache_latents", *AFTER_TRAIN}
-    assert re.search(r"^encoded 1, reused 7$", output, re.MULTILINE)
+    assert re.search(r"^images      encoded 1, reused 7$", output, re.MULTILINE)
     why = reproduced.python("-m", "lora_dag", "explain").stdout
-    assert "**data** (data/raw) changed; parameters, base, code, environment are the same." in why
-    assert "| train | ran anew: data/latents from cache_latents |" in why
+    assert "- **data**: data/raw\n\nNot changed: parameters, base, code, environment." in why
+    assert "| train | ran again: data/latents from cache_latents |" in why
     path.unlink()
     path.write_bytes(original)
     reproduced.dvc("repro")
@@ -87,8 +87,8 @@ def test_another_source_runs_everything_and_encodes_what_is_new(reproduced: Chec
     reproduced.set(dataset__source="data/other")
     output = reproduced.dvc("repro")
     assert ran(output) == {"prepare", "cache_latents", *AFTER_TRAIN}
-    assert re.search(r"^encoded 2, reused 6$", output, re.MULTILINE)
-    assert re.search(r"^captions: encoded 2, reused 7$", output, re.MULTILINE)
+    assert re.search(r"^images      encoded 2, reused 6$", output, re.MULTILINE)
+    assert re.search(r"^captions    encoded 2, reused 7$", output, re.MULTILINE)
     reproduced.git("checkout", "--quiet", "params.yaml")
     assert ran(reproduced.dvc("repro")) <= {"report"}
     assert reproduced.git("status", "--porcelain") == ""
@@ -146,9 +146,9 @@ def test_a_temporary_experiment_runs_what_is_affected_and_compares(reproduced: C
     page = reproduced.python("-m", "lora_dag", "compare", "HEAD", "rank-3").stdout
     assert re.search(r"lora\.rank.*2.*3", page)
     why = reproduced.python("-m", "lora_dag", "explain", "HEAD", "rank-3").stdout
-    assert "**parameters** (lora.rank 2 → 3) changed; data, base, code, environment are the same." in why
-    assert "| validate | ran anew: data/adapter from train |" in why
-    (line,) = re.findall(r"^dvc (exp show .*)$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    assert "- **parameters**: lora.rank 2 → 3\n\nNot changed: data, base, code, environment." in why
+    assert "| validate | ran again: data/adapter from train |" in why
+    (line,) = re.findall(r"^dvc (exp show .*)$", (REPOSITORY / "docs/experiments.md").read_text(), re.MULTILINE)
     rows = list(csv.DictReader(reproduced.dvc(*shlex.split(line, comments=True), "--csv").splitlines()))
     assert {row["lora.rank"] for row in rows if row["Experiment"] == "rank-3"} == {"3"}
     assert "val.loss" in rows[0] and not any("/" in column for column in rows[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from tests.conftest import REPOSITORY
+from tests.helpers.workspace import REPOSITORY
 
 SCRIPTS = REPOSITORY / "profiles/kubernetes"
 

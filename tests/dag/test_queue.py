@@ -1,4 +1,4 @@
-"""DVC's queue as the README tells it: parallel workers on one state directory, and a worker that was killed."""
+"""DVC's queue as in docs/experiments.md: parallel workers on one state directory, and a worker that was killed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def queued(reproduced: Checkout) -> Iterator[Checkout]:
 
 
 def test_parallel_workers_share_the_state_and_a_killed_one_is_recovered(queued: Checkout, tmp_path: Path) -> None:
-    """Both encode the same new pictures at once; one dies with all that it started, as when memory runs out."""
+    """Both encode the same new images at once; one dies with all that it started, as when memory runs out."""
     start_workers(queued)
     wait(lambda: step(queued, KILLED) > 25 and "Running" in status(queued)[OTHER])
     for process in family(KILLED):

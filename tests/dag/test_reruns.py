@@ -1,6 +1,6 @@
 """What reruns after a change, and what going back restores: DVC itself, on stages that take a moment.
 
-tests/dag/test_pipeline.py asks the same of the real stages, and tests/dag/test_snakefile.py the same of Snakemake.
+tests/dag/test_pipeline.py tests the same with the real stages, and tests/dag/test_snakefile.py with Snakemake.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY, picture
 from tests.helpers.changes import AFTER_TRAIN, CHANGES
 from tests.helpers.checkout import Checkout, ran
 from tests.helpers.planted import outputs, read
 from tests.helpers.stubbed import ALL, Stubbed, make_stubbed
+from tests.helpers.workspace import REPOSITORY, make_image
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,11 @@ def test_training_reruns_for_another_rank_and_going_back_restores(stubbed: Stubb
     assert adapter.read_text() == before and stubbed.git("status", "--porcelain") == ""
 
 
-def test_an_edited_picture_reruns_everything_and_putting_it_back_nothing(stubbed: Stubbed) -> None:
+def test_an_edited_image_reruns_everything_and_putting_it_back_nothing(stubbed: Stubbed) -> None:
     path = stubbed.path / "data/raw/00.png"
     original = path.read_bytes()
     path.unlink()
-    picture(100).save(path)
+    make_image(100).save(path)
     assert planned(stubbed) == ALL
     path.unlink()
     path.write_bytes(original)

@@ -15,10 +15,10 @@ from typing import IO
 import pytest
 from ruamel.yaml import YAML
 
-from tests.conftest import REPOSITORY
 from tests.helpers import slurm
 from tests.helpers.checkout import Checkout
 from tests.helpers.trainings import process_with
+from tests.helpers.workspace import REPOSITORY
 
 PROFILE = REPOSITORY / "profiles/slurm/config.v9+.yaml"
 TRAINING = {

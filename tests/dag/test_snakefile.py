@@ -1,4 +1,4 @@
-"""What Snakemake runs and when, on stages that only write their files' names: reruns, hazards, kills, profiles."""
+"""Jobs that Snakemake runs, on stages that only write file names: reruns, hazards, kills, profiles."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from lora_dag.core.params import read_yaml
-from tests.conftest import picture
 from tests.helpers.checkout import Checkout
+from tests.helpers.errors import assert_line
+from tests.helpers.workspace import make_image
 
 AFTER_TRAIN = {"train", "validate", "export", "report"}
 ALL = {"prepare", "cache_latents", *AFTER_TRAIN}
@@ -28,7 +29,7 @@ STUB = """#!{python}
 import os, pathlib, sys, time
 FILES = {{
     "prepared": ["manifest.jsonl", "dataset.json"],
-    "dataset-reports": ["metrics.json", "contact.png", "pictures.csv"],
+    "dataset-reports": ["metrics.json", "contact.png", "images.csv"],
     "latents": ["manifest.json"],
     "latents-reports": ["metrics.json"],
     "adapter": ["adapter.json"],
@@ -172,7 +173,7 @@ def test_a_sweep_makes_once_what_its_runs_share(stubbed: Stubbed) -> None:
     # prepare and cache_latents of data/raw are there
     assert plan == {"prepare": 1, "cache_latents": 1, "train": 12, "export": 12, "validate": 24, "report": 24}
     output = stubbed.run("--config", "grid={lora.rank: [2, 4], validate.guidance_scale: [1.5]}", "seeds=[0]")
-    assert "sweep: 2 runs; all in all prepare 1, cache_latents 1, train 2" in output
+    assert "sweep: 2 runs. Jobs: prepare 1, cache_latents 1, train 2" in output
     ran = stubbed.ran()
     assert sorted(line.partition(" ")[0] for line in ran) == sorted([*AFTER_TRAIN] * 2 + ["leaderboard"])
     (words,) = [line for line in ran if line.startswith("train") and "rank=4" in line]
@@ -221,13 +222,13 @@ def test_texts_on_the_command_line_reach_the_stages_as_written(stubbed: Stubbed)
 
 
 @pytest.mark.slow
-def test_an_edited_picture_is_noticed_and_a_touched_one_is_not(stubbed: Stubbed) -> None:
+def test_an_edited_image_is_noticed_and_a_touched_one_is_not(stubbed: Stubbed) -> None:
     path = stubbed.path / "data/raw/00.png"
     original = path.read_bytes()
     path.unlink()  # a link into DVC's cache
     path.write_bytes(original)
     assert stubbed.plan() == {}
-    picture(100).save(path)
+    make_image(100).save(path)
     assert set(stubbed.plan()) == ALL
     path.write_bytes(original)
     assert stubbed.plan() == {}
@@ -259,7 +260,7 @@ def test_relock_accepts_edited_code_of_the_same_results_and_hides_no_other_chang
     number.write_text("RESULTS = 2\n")
     path.write_text(original[0])
     said = relock(3)
-    assert "must run    runs/: validate: RESULTS 1 → 2 (8 files); `snakemake` runs what it plans of them" in said
+    assert "must run    runs/: validate: RESULTS 1 → 2 (8 files). Run `snakemake`" in said
     assert "accepted    runs/: 3 files of train" in said
     assert set(stubbed.plan()) == {"validate", "export", "report"}
     stubbed.checkout.git("checkout", "--quiet", "params.yaml")
@@ -270,7 +271,8 @@ def test_relock_accepts_edited_code_of_the_same_results_and_hides_no_other_chang
     lock.touch()
     refused = stubbed.checkout.python("-m", "lora_dag", "relock", check=False)
     lock.unlink()
-    assert refused.returncode == 2 and "snakemake is at work; wait for it, or after a kill run" in refused.stderr
+    assert refused.returncode == 2
+    assert_line(refused.stderr, "snakemake-running", ".snakemake/locks", "`snakemake --unlock`")
 
 
 @pytest.mark.slow
@@ -326,17 +328,20 @@ def wait(done: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     [
         pytest.param(
             ["grid={lora.rnak: [4]}"],
-            "params.yaml sweep.grid lora.rnak: unknown key (near: rank)",
+            "params.yaml sweep.grid lora.rnak: unknown setting. Did you mean rank",
             marks=pytest.mark.slow,
         ),
         pytest.param(
             ["grid={lora.rank: [4, 0]}"],
-            "lora.rank: got 0; input should be greater than or equal to 1",
+            "lora.rank: got 0, but a value greater than or equal to 1",
             marks=pytest.mark.slow,
         ),
-        (["ranks=4,8"], "--config ranks: unknown key (known: datasets, grid, rows, seeds, exclude)"),
-        (["datasets=[data/nope]"], "data/nope: no such file or folder, or nothing in it; correct it, or `dvc pull"),
-        pytest.param(["datasets=[.]"], ".: holds runs/, which Snakemake writes", marks=pytest.mark.slow),
+        (["ranks=4,8"], "--config ranks: unknown setting. Known settings: datasets, grid, rows, seeds, exclude"),
+        (
+            ["datasets=[data/nope]"],
+            "data/nope: no such file or folder, or an empty folder. Correct the path, or run `dvc pull",
+        ),
+        pytest.param(["datasets=[.]"], ".: contains runs/", marks=pytest.mark.slow),
         pytest.param(
             ["grid={export.resized_ranks: [[9]]}"], "9 is not below the adapter's rank 2", marks=pytest.mark.slow
         ),
@@ -348,7 +353,7 @@ def test_a_sweep_is_refused_before_any_job(stubbed: Stubbed, words: list[str], m
     assert "Traceback" not in done.stderr and stubbed.ran() == []
 
 
-def test_the_log_does_not_list_every_picture(stubbed: Stubbed) -> None:
+def test_the_log_does_not_list_every_image(stubbed: Stubbed) -> None:
     done = stubbed.snakemake("--dry-run", "--forceall")
     said = done.stdout + done.stderr
     assert done.returncode == 0 and "prepare: raw" in said and "cache_latents: raw/latents" in said
@@ -386,7 +391,7 @@ def test_several_machines_are_started_by_srun(stubbed: Stubbed, tmp_path: Path) 
         (tmp_path / name).symlink_to(str(shutil.which(name)))
     path = f"{stubbed.bin}{os.pathsep}{tmp_path}"
     done = stubbed.snakemake(*words, PATH=path)
-    assert done.returncode and "2 machines need Slurm; use profiles/slurm, or set it to 1" in done.stdout + done.stderr
+    assert done.returncode and "2 machines need Slurm. Use profiles/slurm, or set it to 1" in done.stdout + done.stderr
     (tmp_path / "srun").write_text("#!/bin/sh\n")
     (tmp_path / "srun").chmod(0o755)
     done = stubbed.snakemake(*words, PATH=path)
@@ -450,9 +455,9 @@ def test_conda_environment_has_the_locked_packages(stubbed: Stubbed, tmp_path: P
 @pytest.mark.slow
 def test_report_is_one_file_with_labels_and_nothing_from_the_network(stubbed: Stubbed) -> None:
     words = ["--config", "grid={lora.rank: [2, 3]}"]
-    for name in ("samples", "progress", "loss"):  # pictures, not the stages' names
+    for name in ("samples", "progress", "loss"):  # images, not the stages' names
         for path in stubbed.path.glob(f"runs/raw/*/reports/{name}.png"):
-            picture(1).save(path)
+            make_image(1).save(path)
     stubbed.run(*words)
     stubbed.run(*words, "--report", "runs/report.html")
     page = (stubbed.path / "runs/report.html").read_text(encoding="utf-8")

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from lora_dag.commands.gate import figures, lock
+from lora_dag.commands.gate import lock, recomputed_metrics
 from lora_dag.pipeline.code import dvc_md5
-from tests.conftest import REPOSITORY
 from tests.helpers.checkout import Checkout
 from tests.helpers.planted import Clone, git
+from tests.helpers.workspace import REPOSITORY
 
 FOLDER = REPOSITORY / ".github/workflows"
 NOT_INSTALLED = (
@@ -163,7 +163,7 @@ class Runner:
 
     def would_run(self, job: str) -> bool:
         """The job's condition."""
-        text = load("experiment.yml")["jobs"][job]["if"].replace("!cancelled()", "True")
+        text = load("experiment.yml")["jobs"][job]["if"].replace("!canceled()", "True")
         text = text.replace("&&", " and ").replace("||", " or ")
         return bool(eval(re.sub(r"\b(?:github|needs)(?:\.\w+)+", lambda m: repr(self.values.get(m[0], "")), text)))
 
@@ -253,15 +253,15 @@ def test_a_tampered_pull_request_is_red_and_says_which_files_and_why(clone: Clon
     runner = pull_request(tmp_path / "runner")
     assert runner.run("gate") == 2
     for start in (
-        "params.yaml lora.rank: 16, and dvc.lock has 4 (train): changed without a new dvc.lock",
-        "reports/metrics.json: not what stage validate wrote",
-        "reports/loss.png: not what stage report wrote",
-        "stages/train: changed since train ran, without a new dvc.lock",
+        "params.yaml lora.rank: got 16, but dvc.lock has 4 (train)",
+        "reports/metrics.json: edited since stage validate wrote it",
+        "reports/loss.png: edited since stage report wrote it",
+        "stages/train: changed since the last run of train",
     ):
         assert f"error: {start}" in runner.stderr
         assert f"- `` {start}" in runner.page()  # the line quotes a command, so its own marks are longer
     comment(runner)
-    assert runner.read("body").startswith("# Experiment: not passed")
+    assert runner.read("body").startswith("# Experiment: failed")
 
 
 def test_a_pull_request_that_brings_its_own_gate_is_judged_by_the_base_branch_s(clone: Clone, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_pull_request_that_brings_its_own_gate_is_judged_by_the_base_branch_s(
     runner = pull_request(tmp_path / "runner", fork=True)
     assert runner.run("gate") == 2
     assert "report.gates.max_heldout_change: held-out loss +19.90 %" in runner.stderr
-    assert runner.page().startswith("# Experiment: not passed; changes the gate's code, the workflows\n")
+    assert runner.page().startswith("# Experiment: failed (this branch changes the gate's code, the workflows)\n")
     assert not (tmp_path / "owned").exists()
 
 
@@ -367,7 +367,7 @@ def test_a_full_run_makes_a_branch_honest(
     changed = git("diff", "--name-only", "HEAD~1").splitlines()
     assert {"dvc.lock", "reports/metrics.json", "reports/samples.png"} <= set(changed)
     assert all(path == "dvc.lock" or path.startswith("reports/") for path in changed)
-    assert lock.problems() == [] and figures.problems() == []  # of a real run
+    assert lock.problems() == [] and recomputed_metrics.problems() == []  # of a real run
     assert runner.run("full-run") == 0, runner.stderr  # nothing is left to do
     assert git("ls-remote", "origin", "rank-4").split()[0] == git("rev-parse", "HEAD")
     invent()

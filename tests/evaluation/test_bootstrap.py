@@ -1,4 +1,4 @@
-"""Intervals over pictures, against independent references."""
+"""Intervals over images, against independent references."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_dag.evaluation import bootstrap
 STRETCH_OF_TWO = 12.70620 / 1.959964 * 2**0.5  # t over z at 1 degree of freedom, and the jackknife's
 
 
-def test_interval_equals_the_normal_one_for_many_pictures() -> None:
+def test_interval_equals_the_normal_one_for_many_images() -> None:
     values = np.random.default_rng(0).normal(0.3, 2.0, size=400)
     estimate = bootstrap.estimate(values, seed=0)
     half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
@@ -19,7 +19,7 @@ def test_interval_equals_the_normal_one_for_many_pictures() -> None:
     assert estimate.high == pytest.approx(values.mean() + half, abs=half * 0.1)
 
 
-def test_interval_of_two_pictures_equals_the_enumerated_distribution() -> None:
+def test_interval_of_two_images_equals_the_enumerated_distribution() -> None:
     # Resamples of {0, 1}: means 0, 0.5, 1 with chances 1/4, 1/2, 1/4, so that the 2.5 and 97.5 % quantiles are 0 and 1,
     # half a unit off the mean; Student's t with one degree of freedom, and the variance over n - 1, stretch that.
     estimate = bootstrap.estimate(np.array([0.0, 1.0]), seed=0)
@@ -29,7 +29,7 @@ def test_interval_of_two_pictures_equals_the_enumerated_distribution() -> None:
     assert np.mean(means == 0.5) == pytest.approx(0.5, abs=0.04)
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_interval_covers_the_true_mean_in_about_95_of_100_cases() -> None:
     rng = np.random.default_rng(1)
     samples = [rng.normal(0, 1, size=60) for _ in range(200)]
     estimates = [bootstrap.estimate(values, seed) for seed, values in enumerate(samples)]
@@ -45,7 +45,7 @@ def test_difference_of_two_sets_has_the_independent_width() -> None:
     assert estimate.high - estimate.low == pytest.approx(2 * half, rel=0.1)
 
 
-def test_one_picture_has_no_interval() -> None:
+def test_one_image_has_no_interval() -> None:
     estimate = bootstrap.estimate(np.array([0.3]), seed=0)
     assert estimate.mean == pytest.approx(0.3)
     assert np.isnan([estimate.low, estimate.high]).all()

@@ -1,4 +1,4 @@
-"""METRICS: every number has a row, every row is in the docs, and what does not match is shown by its own name."""
+"""METRICS: every number has a row, every row is in the docs, and unknown names are shown as they are."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lora_dag.evaluation import metrics
-from lora_dag.evaluation.metrics import DATA, METRICS, PAGE, arrow, find, key_of, without_row
-from tests.conftest import REPOSITORY
+from lora_dag.evaluation.metrics import DATA, METRICS, PAGE, arrow, find, key_of, undocumented_names
+from tests.helpers.workspace import REPOSITORY
 
 FILES = ("metrics.json", "train/metrics.json", "export/metrics.json")
 
@@ -19,21 +19,21 @@ def read(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [*FILES, "headline.json"])
-def test_every_leaf_of_the_demo_s_reports_has_a_row_or_is_listed_as_data(name: str) -> None:
+def test_every_number_of_the_demo_reports_is_documented(name: str) -> None:
     values = read(name)
-    assert without_row(values) == []
+    assert undocumented_names(values) == []
     numbers = {key for key, value in values.items() if not isinstance(value, bool | str)}
     assert not numbers & DATA.keys() and all(key_of(key) for key in numbers)
 
 
-def test_rows_without_a_value_are_those_of_options_that_the_demo_leaves_out() -> None:
+def test_metrics_without_a_value_belong_to_options_that_the_demo_does_not_use() -> None:
     measured = {key_of(name) for file in FILES for name in read(file)} | {"num_heldout"}
     features = {"samples.clip_score", "samples.cosine", "samples.cmmd", "samples.feature_kid"}
     assert METRICS.keys() - measured == features | {key for key in METRICS if "rank_*" in key}
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "train/metrics.json"])
-def test_a_row_names_the_endings_that_the_stage_writes(name: str) -> None:
+def test_endings_match_the_written_names(name: str) -> None:
     values = read(name)
     for key in filter(None, map(key_of, values)):
         assert [leaf for leaf in values if key_of(leaf) == key] == sorted(key + end for end in METRICS[key].endings)
@@ -50,23 +50,23 @@ def test_a_row_names_the_endings_that_the_stage_writes(name: str) -> None:
         ("val.best_step_base", None),
     ],
 )
-def test_a_name_finds_its_row(name: str, key: str | None) -> None:
+def test_name_finds_its_metric(name: str, key: str | None) -> None:
     assert key_of(name) == key
     assert find(name) == (METRICS[key] if key else None)
 
 
-def test_arrows_point_to_what_is_better() -> None:
+def test_arrows_point_in_the_better_direction() -> None:
     names = ("val.loss_change", "samples.clip_score", "val.best_step", "val.unknown")
     assert [arrow(name) for name in names] == ["↓", "↑", "", ""]
 
 
-def test_a_change_and_an_interval_have_the_names_that_the_bootstrap_gives() -> None:
+def test_endings_of_changes_and_intervals() -> None:
     assert METRICS["val.loss"].endings == ("", "_base", "_change", "_change_low", "_change_high")
     assert METRICS["val.overfit_gap"].endings == ("", "_low", "_high")
     assert METRICS["val.train_loss"].endings == ("", "_base")
 
 
-def test_the_page_of_metrics_is_current() -> None:
+def test_docs_page_is_current() -> None:
     written = (REPOSITORY / PAGE).read_text(encoding="utf-8")
     assert written == metrics.page(), "run `python -m lora_dag.evaluation.metrics --write`"
     assert all(f"`{name}`" in written for name in (*METRICS, *DATA))

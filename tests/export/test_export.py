@@ -22,12 +22,12 @@ from lora_dag.adapters.adapter_tensors import tensors_digest
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.lineage import load as load_lineage
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import read_json, sha256_file
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families import sd
-from tests.conftest import Workspace
 from tests.helpers.exported import ADAPTER, CONFIG, write_adapter
+from tests.helpers.workspace import Workspace
 
 DIFFUSERS = Path("data/export/diffusers")
 PEFT = Path("data/export/peft")
@@ -58,7 +58,7 @@ def draw(pipeline: StableDiffusionPipeline) -> torch.Tensor:
 
 
 @pytest.fixture
-def trained_picture(exported: Workspace) -> torch.Tensor:
+def trained_image(exported: Workspace) -> torch.Tensor:
     """What the adapter draws by the formula alone: alpha / rank * B A added to the weights, no LoRA code at work."""
     pipeline = stock()
     tensors = load_tensors(ADAPTER / FINAL)
@@ -69,19 +69,19 @@ def trained_picture(exported: Workspace) -> torch.Tensor:
     return draw(pipeline)
 
 
-def test_stock_diffusers_draws_the_adapters_picture(exported: Workspace, trained_picture: torch.Tensor) -> None:
+def test_stock_diffusers_generates_the_same_image(exported: Workspace, trained_image: torch.Tensor) -> None:
     pipeline = stock()
     plain = draw(pipeline)
     pipeline.load_lora_weights(DIFFUSERS)
     found = draw(pipeline)
     assert (found - plain).abs().max() > 0.1
-    torch.testing.assert_close(found, trained_picture, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found, trained_image, atol=1e-3, rtol=1e-3)
 
 
-def test_stock_peft_draws_the_adapters_picture(exported: Workspace, trained_picture: torch.Tensor) -> None:
+def test_stock_peft_generates_the_same_image(exported: Workspace, trained_image: torch.Tensor) -> None:
     pipeline = stock()
     pipeline.unet = PeftModel.from_pretrained(pipeline.unet, PEFT).get_base_model()
-    torch.testing.assert_close(draw(pipeline), trained_picture, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(draw(pipeline), trained_image, atol=1e-3, rtol=1e-3)
 
 
 def test_diffusers_header_has_the_config(exported: Workspace) -> None:
@@ -96,7 +96,7 @@ def test_diffusers_header_has_the_config(exported: Workspace) -> None:
 @pytest.mark.parametrize(
     "path", [DIFFUSERS / "pytorch_lora_weights.safetensors", PEFT / "adapter_model.safetensors", COMFYUI], ids=str
 )
-def test_headers_say_what_the_file_is_and_where_it_comes_from(workspace: Workspace, path: Path) -> None:
+def test_headers_have_provenance(workspace: Workspace, path: Path) -> None:
     for stage in ("prepare", "cache_latents", "train", "export"):
         workspace.run(stage)
     header = load_metadata(path)
@@ -107,14 +107,14 @@ def test_headers_say_what_the_file_is_and_where_it_comes_from(workspace: Workspa
     record = json.loads(header["lora_dag"])
     adapter = Adapter.load(ADAPTER)
     assert record["adapter"] == sha256_file(ADAPTER / FINAL) and record["base"] == adapter.base
-    assert record["latents"] == LatentCache(Path("data/latents")).digest and record["num_pictures"] == 6
+    assert record["latents"] == LatentCache(Path("data/latents")).digest and record["num_images"] == 6
     assert record["lora"]["rank"] == 2 and record["train"]["learning_rate"] == 1e-3
     assert record["packages"]["peft"] == importlib.metadata.version("peft")
     assert not any(str(place) in str(header) for place in (workspace.path, Path.home(), Path("data/base")))
     assert "modelspec.date" not in header
 
 
-def test_other_captions_are_seen_in_the_header(workspace: Workspace) -> None:
+def test_header_depends_on_captions(workspace: Workspace) -> None:
     records = []
     for caption in ("thing 0", "another thing"):
         text = Path("data/raw/metadata.jsonl").read_text()
@@ -122,10 +122,10 @@ def test_other_captions_are_seen_in_the_header(workspace: Workspace) -> None:
         for stage in ("prepare", "cache_latents", "train"):
             workspace.run(stage)
         records.append(Adapter.load(ADAPTER).made_from)
-    assert records[0]["captions"] != records[1]["captions"] and records[0]["pictures"] == records[1]["pictures"]
+    assert records[0]["captions"] != records[1]["captions"] and records[0]["images"] == records[1]["images"]
 
 
-def test_peft_folder_is_what_peft_writes(exported: Workspace) -> None:
+def test_peft_folder_equals_save_pretrained(exported: Workspace) -> None:
     config = read_json(PEFT / "adapter_config.json")
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 2)
     assert config["inference_mode"] is True
@@ -133,7 +133,7 @@ def test_peft_folder_is_what_peft_writes(exported: Workspace) -> None:
     assert set(tensors) == {f"base_model.model.{name}" for name in load_tensors(ADAPTER / FINAL)}
 
 
-def test_the_strength_is_in_b_and_the_trained_alpha_in_the_record(exported: Workspace) -> None:
+def test_strength_is_in_b_and_trained_alpha_in_the_provenance(exported: Workspace) -> None:
     """Programs that read no config load these files too; kohya's keys have an alpha of their own."""
     trained = load_tensors(ADAPTER / FINAL)
     for path, prefix in (
@@ -149,7 +149,7 @@ def test_the_strength_is_in_b_and_the_trained_alpha_in_the_record(exported: Work
         assert json.loads(header["lora_dag"])["lora_config"]["lora_alpha"] == 6
 
 
-def test_lineage_says_what_was_written_and_from_what(exported: Workspace) -> None:
+def test_lineage_lists_files_and_provenance(exported: Workspace) -> None:
     lineage = load_lineage(Path("reports/export/lineage.json"))
     assert lineage["adapter"] == sha256_file(ADAPTER / FINAL) and lineage["lora_config"] == CONFIG
     files = exported.tree("data/export")
@@ -165,13 +165,13 @@ def test_lineage_says_what_was_written_and_from_what(exported: Workspace) -> Non
     }
 
 
-def test_a_base_somewhere_on_this_machine_is_named_without_its_place(adapted: Workspace) -> None:
+def test_absolute_base_path_is_not_written(adapted: Workspace) -> None:
     adapted.run("export", "--set", f"model.pretrained={adapted.path / 'data/base'}")
     path = Path("reports/export/lineage.json")
     assert load_lineage(path)["pipeline"]["pretrained"] == "base" and str(adapted.path) not in path.read_text()
 
 
-def test_licence_and_base_stand_in_the_headers(exported: Workspace) -> None:
+def test_headers_have_license_and_base(exported: Workspace) -> None:
     paths = sorted(Path("data/export").rglob("*.safetensors"))
     plain = [load_metadata(path) for path in paths]
     exported.run("export", "--set", "export.license=Apache-2.0", "--set", "export.base_model=owner/base")
@@ -185,8 +185,8 @@ def test_licence_and_base_stand_in_the_headers(exported: Workspace) -> None:
     assert pipeline["load"] == 'pipe = StableDiffusionPipeline.from_pretrained("owner/base", safety_checker=None)'
 
 
-def test_one_denoiser_is_in_memory_at_a_time(adapted: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large base there is room for one; and no picture of its own size is drawn."""
+def test_only_one_denoiser_is_in_memory(adapted: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large base there is room for one; and no image of its own size is drawn."""
     loaded: list[weakref.ref[Any]] = []
     load = sd.load_denoiser
 
@@ -208,7 +208,7 @@ def test_one_denoiser_is_in_memory_at_a_time(adapted: Workspace, monkeypatch: py
     assert len(loaded) == 6 and sizes == {(2, 4, 16, 16)}
 
 
-def test_metrics_say_how_near_and_how_strong(exported: Workspace) -> None:
+def test_metrics_have_parity_and_effect(exported: Workspace) -> None:
     metrics = read_json(Path("reports/export/metrics.json"))
     assert metrics["export.effect"] > 0.1
     for name in ("diffusers", "peft", "comfyui"):
@@ -232,7 +232,7 @@ def test_two_exports_give_the_same_bytes(exported: Workspace) -> None:
     assert exported.tree("data/export") | exported.tree("reports/export") == first
 
 
-def test_files_can_be_read_by_others(adapted: Workspace) -> None:
+def test_files_are_readable_by_all_users(adapted: Workspace) -> None:
     before = os.umask(0o022)
     try:
         adapted.run("export")
@@ -252,19 +252,22 @@ def test_an_adapter_trained_with_dropout_is_exported_without(workspace: Workspac
     assert torch.equal(draw(pipeline), draw(pipeline))
 
 
-# Refused
+# Refusals
 
 
-def refusal(workspace: Workspace, *argv: str) -> str:
+def refusal(workspace: Workspace, *argv: str) -> Problem:
+    """Return the only problem of an export that writes nothing."""
     with pytest.raises(UserError) as caught:
         workspace.run("export", *argv)
     assert not Path("data/export").exists() and not Path("reports/export").exists()
     (problem,) = caught.value.problems
+    assert isinstance(problem, Problem)
     return problem
 
 
-def test_train_first(workspace: Workspace) -> None:
-    assert refusal(workspace) == "data/adapter/adapter.json: no such file; run `python -m stages.train` first"
+def test_missing_adapter_is_refused(workspace: Workspace) -> None:
+    problem = refusal(workspace)
+    assert problem.startswith("data/adapter/adapter.json: ") and "python -m stages.train" in problem
 
 
 @pytest.mark.parametrize("offset", [3, 40, -5], ids=["length", "header", "data"])
@@ -272,7 +275,8 @@ def test_damaged_adapter_is_refused(adapted: Workspace, offset: int) -> None:
     blob = bytearray((ADAPTER / FINAL).read_bytes())
     blob[offset] ^= 0xFF
     (ADAPTER / FINAL).write_bytes(blob)
-    assert refusal(adapted) == f"{ADAPTER / FINAL}: missing or damaged; run `python -m stages.train` again"
+    problem = refusal(adapted)
+    assert problem.startswith(f"{ADAPTER / FINAL}: ") and "python -m stages.train" in problem
 
 
 def test_adapter_of_another_base_is_refused(adapted: Workspace) -> None:
@@ -281,14 +285,11 @@ def test_adapter_of_another_base_is_refused(adapted: Workspace) -> None:
     tensors = load_tensors(path)
     name = sorted(tensors)[0]
     save_tensors(path, tensors | {name: tensors[name] + 0.1}, {"format": "pt"})
-    assert refusal(adapted, "--set", "model.pretrained=data/other") == (
-        "data/adapter: made with another unet than model.pretrained holds now; run `dvc repro`"
-    )
+    problem = refusal(adapted, "--set", "model.pretrained=data/other")
+    assert problem.startswith("data/adapter: ") and "unet" in problem and "dvc repro" in problem
 
 
-def test_an_export_that_answers_otherwise_is_not_left_behind(
-    adapted: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_with_another_output_is_not_kept(adapted: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     original = StableDiffusionPipeline.save_lora_weights
 
     def weaker(folder: Path, **kwargs: Any) -> None:
@@ -296,12 +297,12 @@ def test_an_export_that_answers_otherwise_is_not_left_behind(
         original(folder, **kwargs)
 
     monkeypatch.setattr(StableDiffusionPipeline, "save_lora_weights", weaker)
-    with pytest.raises(RuntimeError, match="the diffusers export answers otherwise than the adapter"):
+    with pytest.raises(RuntimeError, match="diffusers export differs"):
         adapted.run("export")
     assert not Path("data/export").exists()
 
 
-def test_an_adapter_that_does_nothing_is_noticed(adapted: Workspace) -> None:
+def test_adapter_without_effect_is_refused(adapted: Workspace) -> None:
     zeros = {name: torch.zeros_like(tensor) for name, tensor in load_tensors(ADAPTER / FINAL).items()}
     save_tensors(ADAPTER / FINAL, zeros)
     adapter = Adapter.load(ADAPTER)

@@ -15,8 +15,8 @@ from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json
 from lora_dag.core.params import FAMILIES
 from lora_dag.families.protocol import load_family
-from tests.conftest import Workspace
 from tests.helpers.adapters import FORMATS, adapt_family
+from tests.helpers.workspace import Workspace
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": "attention"},
@@ -30,7 +30,7 @@ DEFAULT = {(family, kind, mode) for family, kind, mode in CASES if (family, kind
 
 
 def holds(name: str, kind: str, mode: str, denoiser: str) -> bool:
-    """README's table of what each format can hold."""
+    """Return whether docs/export.md says that the format can hold such an adapter."""
     if name in ("diffusers", "peft"):
         return mode == "none" or (mode == "lora_only" and kind != "dora")
     return name == "merged" or mode == "none" or denoiser == "unet"
@@ -52,7 +52,8 @@ def test_each_format_is_proven_or_refused(
         with pytest.raises(UserError) as caught:
             workspace.run("export", *argv, "--set", f"export.formats=[{', '.join(FORMATS)}]")
         assert [line.split()[2] for line in caught.value.problems] == refused
-        assert all("; use " in line and "merged" in line for line in caught.value.problems)
+        assert set(caught.value.codes) == {"format-unsupported"}
+        assert all("Use " in line and "merged" in line for line in caught.value.problems)
     workspace.run("export", *argv, "--set", f"export.formats=[{', '.join(written)}]")
     measured = read_json(Path("reports/export/metrics.json"))
     assert measured["export.effect"] > 0.01

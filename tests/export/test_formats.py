@@ -21,9 +21,9 @@ from lora_dag.core.files import read_json
 from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.formats import comfyui
 from lora_dag.formats.comfyui import reader
-from stages.export.params import format_refusals
-from tests.conftest import Workspace
+from stages.export.params import format_problems
 from tests.helpers.adapters import ADAPTER, COMFYUI, FORMATS, KINDS, adapt, algo, kind, loaded, predict, unet
+from tests.helpers.workspace import Workspace
 
 CASES = [(kind, mode) for kind in KINDS for mode in ("none", "lora_only", "all")]
 DEFAULT = {("plain", mode) for mode in ("none", "lora_only", "all")} | {
@@ -40,14 +40,14 @@ DEFAULT = {("plain", mode) for mode in ("none", "lora_only", "all")} | {
     ("kind", "mode"),
     [pytest.param(*case, marks=[] if case in DEFAULT else [pytest.mark.slow]) for case in CASES],
 )
-def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace, kind: str, mode: str) -> None:
+def test_every_format_matches_the_adapter_or_is_refused(workspace: Workspace, kind: str, mode: str) -> None:
     denoiser = adapt(workspace, **KINDS[kind], bias=mode)
     expected = predict(denoiser)
     use_dora = "dora" in kind
     refused = {"diffusers", "peft"} if mode == "all" or (mode == "lora_only" and use_dora) else set()
     written = [name for name in FORMATS if name not in refused]
     if refused:
-        with pytest.raises(UserError, match="use comfyui or merged") as caught:
+        with pytest.raises(UserError, match="Use comfyui or merged") as caught:
             workspace.run("export", "--set", f"export.formats=[{', '.join(FORMATS)}]")
         assert len(caught.value.problems) == 2 and not Path("data/export").exists()
     lines = workspace.run("export", "--set", f"export.formats=[{', '.join(written)}]")
@@ -65,15 +65,15 @@ def test_every_format_answers_as_the_adapter_or_is_refused(workspace: Workspace,
         assert (loaded(name) - expected).abs().max() <= 1e-5 * max(1, scale), name
 
 
-def test_what_is_refused_names_the_reason_and_the_way_out() -> None:
-    assert format_refusals(["diffusers", "comfyui"], kind(bias="all")) == [
-        "params.yaml export.formats: diffusers cannot hold this adapter: biases of layers that carry no adapter have "
-        "no place in it (lora.bias all); use comfyui or merged"
-    ]
-    assert "PEFT has no bias beside DoRA" in format_refusals(["peft"], kind(bias="lora_only", use_dora=True))[0]
-    (transformer,) = format_refusals(["comfyui", "merged"], kind(bias="lora_only", denoiser="transformer"))
-    assert transformer.endswith("; use diffusers, peft or merged")
-    assert format_refusals(FORMATS, kind(bias="lora_only")) == []
+def test_refused_formats_have_a_reason_and_an_alternative() -> None:
+    (diffusers,) = format_problems(["diffusers", "comfyui"], kind(bias="all"))
+    assert diffusers.startswith("params.yaml export.formats: diffusers ") and diffusers.code == "format-unsupported"
+    assert "lora.bias all" in diffusers and diffusers.endswith("Use comfyui or merged.")
+    (dora,) = format_problems(["peft"], kind(bias="lora_only", use_dora=True))
+    assert "lora.bias lora_only" in dora and "lora.use_dora" in dora
+    (transformer,) = format_problems(["comfyui", "merged"], kind(bias="lora_only", denoiser="transformer"))
+    assert transformer.endswith("Use diffusers, peft or merged.")
+    assert format_problems(FORMATS, kind(bias="lora_only")) == []
 
 
 def test_diffusers_scales_and_disables_trained_biases(workspace: Workspace) -> None:
@@ -91,13 +91,14 @@ def test_diffusers_scales_and_disables_trained_biases(workspace: Workspace) -> N
     assert torch.equal(predict(pipeline.unet), base)
 
 
-def test_layers_that_keep_diffusers_and_peft_from_fusing_are_counted(workspace: Workspace) -> None:
+def test_layers_that_cannot_be_fused_are_counted(workspace: Workspace) -> None:
     """to_q, to_k and to_v of Stable Diffusion have no bias, conv1 has one."""
     for targets, count in (("attention", 12 * 2), (["conv1"], 0)):
         adapt(workspace, bias="lora_only", target_modules=targets)
         lines = workspace.run("export", "--set", "export.formats=[diffusers, peft]")
         assert load_lineage(Path("reports/export/lineage.json")).get("unfusable", 0) == count
-        assert any(line.startswith(f"warning: {count} adapted layers have no bias") for line in lines) == bool(count)
+        warnings = [line for line in lines if line.endswith("[cannot-fuse]")]
+        assert [line.split()[1] for line in warnings] == ([str(count)] if count else [])
         pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
         pipeline.load_lora_weights("data/export/diffusers")
         model = PeftModel.from_pretrained(unet(), "data/export/peft")
@@ -109,7 +110,7 @@ def test_layers_that_keep_diffusers_and_peft_from_fusing_are_counted(workspace: 
 
 
 @pytest.mark.parametrize("mode", ["none", "all"])
-def test_comfyuis_strength_is_the_adapters_scale(workspace: Workspace, mode: str) -> None:
+def test_comfyui_strength_equals_the_adapter_scale(workspace: Workspace, mode: str) -> None:
     denoiser = adapt(workspace, bias=mode)
     workspace.run("export", "--set", "export.formats=[comfyui]")
     lora.set_scale(denoiser, 0.25)
@@ -166,7 +167,7 @@ def test_the_header_has_the_ranks_and_alphas_of_the_tensors(
 def test_unknown_keys_are_counted_and_stop_the_stage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     adapt(workspace)
     monkeypatch.setattr(comfyui, "key", lambda name, _: f"lora_unet_{name}")
-    with pytest.raises(RuntimeError, match="the comfyui export has keys that its reader does not take"):
+    with pytest.raises(RuntimeError, match="comfyui export has keys"):
         workspace.run("export")
     assert not Path("data/export").exists()
 
@@ -174,7 +175,7 @@ def test_unknown_keys_are_counted_and_stop_the_stage(workspace: Workspace, monke
 def test_another_alpha_stops_the_stage(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     adapt(workspace)
     monkeypatch.setattr(AdapterTensors, "peft_config", config_of_another_alpha)
-    with pytest.raises(RuntimeError, match="the peft export answers otherwise than the adapter"):
+    with pytest.raises(RuntimeError, match="peft export differs"):
         workspace.run("export", "--set", "export.formats=[peft]")
 
 
@@ -195,7 +196,7 @@ def test_merged_is_a_whole_pipeline_without_an_adapter(workspace: Workspace) -> 
         assert Path("data/export/merged", name).read_bytes() == Path("data/base", name).read_bytes()
 
 
-def test_a_name_that_is_no_file_name_is_refused(workspace: Workspace) -> None:
+def test_name_must_be_a_file_name(workspace: Workspace) -> None:
     for change in ("export.name=a/b", "export.name=''", "export.formats=[]", "export.formats=[peft, peft]"):
         with pytest.raises(UserError, match=change.split("=")[0]):
             workspace.run("export", "--set", change)

@@ -18,7 +18,7 @@ import transformers
 from diffusers import SD3Transformer2DModel
 
 from lora_dag.adapters import original_layout
-from lora_dag.adapters.adapted import long_name
+from lora_dag.adapters.adapter_set import text_model_name
 from lora_dag.core.params import FAMILIES
 from lora_dag.core.tensors import load_tensors
 from lora_dag.families.protocol import load_family
@@ -67,12 +67,12 @@ def there(modules: dict[str, Any], found: dict[str, dict[str, torch.Tensor]]) ->
     }
     for (_, encoder), letter in zip(text, "lg", strict=False):
         place = f"clip_{letter}.transformer."
-        tensors |= {place + long_name(n): t for n, t in encoder.items() if "self_attn" in n}
+        tensors |= {place + text_model_name(n): t for n, t in encoder.items() if "self_attn" in n}
     return tensors
 
 
 @pytest.mark.parametrize(("family", "kind", "name"), CASES)
-def test_comfyui_reads_what_was_trained(
+def test_comfyui_reads_the_trained_weights(
     bases: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, kind: str, name: str
 ) -> None:
     comfy = comfyui.load()
@@ -101,7 +101,7 @@ def test_comfyui_reads_what_was_trained(
     assert far(base, wanted) > 0.01
 
 
-def test_the_recorded_answers_are_of_this_comfyui() -> None:
+def test_recorded_answers_match_the_installed_comfyui() -> None:
     recorded, found = load_tensors(comfyui.ANSWERS), comfyui.answers()
     assert recorded.keys() == found.keys()
     for name, tensor in found.items():
@@ -109,14 +109,14 @@ def test_the_recorded_answers_are_of_this_comfyui() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_layout_is_comfyuis_own_key_map(bases: dict[str, Path], family: str) -> None:
+def test_layout_equals_comfyuis_key_map(bases: dict[str, Path], family: str) -> None:
     """Every layer that has a key here has that key there, with these rows and the swap."""
     comfy = comfyui.load()
     if family == "z_image" and not hasattr(comfy.utils, "z_image_to_diffusers"):
         pytest.skip(f"ComfyUI {comfyui.version()} has no key map of Z-Image")
     denoiser = denoiser_of(family, bases[family])
     theirs = comfy.lora.model_lora_keys_unet(comfyui.model(family, original(denoiser, dict(denoiser.state_dict()))), {})
-    layers = original_layout.parts(denoiser)
+    layers = original_layout.original_layers(denoiser)
     is_unet = load_family(family).DENOISER == "unet"
     for layer, stack in layers.items():
         start = 0

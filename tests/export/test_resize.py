@@ -13,15 +13,15 @@ from diffusers import StableDiffusionPipeline
 
 from lora_dag.adapters import adapter_tensors, lora
 from lora_dag.artifacts.adapter import FINAL, Adapter
-from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json
 from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.formats.comfyui import reader
 from stages.export import resize
-from stages.export.params import rank_refusals
+from stages.export.params import rank_problems
 from stages.export.source import Source
-from tests.conftest import Workspace
 from tests.helpers.adapters import adapt, kind, predict, unet
+from tests.helpers.errors import refused
+from tests.helpers.workspace import Workspace
 
 COPY = Path("data/export/resized/rank-2")
 RESIZED = ("--set", "export.resized_ranks=[2]", "--set", "export.formats=[diffusers, comfyui]")
@@ -30,7 +30,7 @@ RSLORA: dict[str, Any] = {"use_rslora": True, "rank_pattern": {"to_k": 3, "to_v"
 
 def layer_changes(denoiser: Any) -> dict[str, np.ndarray]:
     """What an adapter adds to the weights, float64 [out, in * kernel], by PEFT."""
-    layers = {name: denoiser.get_submodule(name) for name in lora.targets(denoiser)}
+    layers = {name: denoiser.get_submodule(name) for name in lora.target_names(denoiser)}
     return {name: layer.get_delta_weight(lora.NAME).double().flatten(1).numpy() for name, layer in layers.items()}
 
 
@@ -50,7 +50,7 @@ def copied(denoiser: Any, rank: int) -> Any:
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [RSLORA | {"rank": 4}, {"rank": 4, "target_modules": ["to_q", "conv1"]}], ids=str)
-def test_each_layer_is_the_nearest_of_its_rank(workspace: Workspace, changes: dict[str, Any]) -> None:
+def test_resized_layers_are_the_best_approximation_of_their_rank(workspace: Workspace, changes: dict[str, Any]) -> None:
     """Against numpy's SVD of the whole matrix, with the strength in it."""
     denoiser = adapt(workspace, **changes)
     fresh = copied(denoiser, 2)
@@ -79,13 +79,13 @@ def test_dora_keeps_the_length_of_every_row(workspace: Workspace) -> None:
     denoiser = adapt(workspace, rank=4, use_dora=True)
     fresh = copied(denoiser, 2)
     before, after = lora.state_dict(denoiser), lora.state_dict(fresh)
-    for name in lora.targets(denoiser):
+    for name in lora.target_names(denoiser):
         key = f"{name}.lora_magnitude_vector"
         assert torch.equal(after[key], before[key])
     assert 0 < (predict(fresh) - predict(denoiser)).abs().max() < (predict(unet()) - predict(denoiser)).abs().max()
 
 
-def test_signs_are_fixed_and_an_untrained_layer_has_nothing_to_lose() -> None:
+def test_signs_are_fixed_and_untrained_layers_keep_all_energy() -> None:
     a, b = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)), torch.eye(12, 4)
     weights = {"x.lora_A.weight": a, "x.lora_B.weight": b, "y.lora_A.weight": a, "y.lora_B.weight": 0 * b}
     read: Any = type("Read", (), {"scalings": {"x": 0.5, "y": 1.0}, "weights": weights})
@@ -98,7 +98,7 @@ def test_signs_are_fixed_and_an_untrained_layer_has_nothing_to_lose() -> None:
     assert found["y"].energy(1) == 1.0 and found["x"].energy(4) == pytest.approx(1.0)
 
 
-def test_the_stage_writes_loadable_copies_and_says_what_they_lose(workspace: Workspace) -> None:
+def test_stage_writes_loadable_copies_and_logs_their_loss(workspace: Workspace) -> None:
     denoiser = adapt(workspace, rank=4, alpha=12.0, bias="lora_only")
     expected = predict(denoiser)
     lines = workspace.run("export", *RESIZED)
@@ -121,7 +121,7 @@ def test_the_stage_writes_loadable_copies_and_says_what_they_lose(workspace: Wor
     metrics = read_json(Path("reports/export/metrics.json"))
     rows = list(csv.DictReader(Path("reports/export/energy.csv").read_text().splitlines()))
     energies = [float(row["energy"]) for row in rows if row["rank"] == "2"]
-    assert len(energies) == len(lora.targets(denoiser)) == len(rows) / 2
+    assert len(energies) == len(lora.target_names(denoiser)) == len(rows) / 2
     assert metrics["export.rank_2.energy_min"] == pytest.approx(min(energies), rel=1e-5)
     assert metrics["export.rank_2.energy_mean"] == pytest.approx(sum(energies) / len(energies), rel=1e-5)
     assert 0 < metrics["export.rank_2.relative_error"] < 1
@@ -134,19 +134,19 @@ def test_the_stage_writes_loadable_copies_and_says_what_they_lose(workspace: Wor
     assert workspace.tree("data/export") | workspace.tree("reports/export") == first
 
 
-def test_a_rank_that_is_no_smaller_is_refused_before_and_after_training(workspace: Workspace) -> None:
-    assert rank_refusals([1, 7], kind(rank=8)) == []
-    line = "params.yaml export.resized_ranks: 2 is not below the adapter's rank 2; use a smaller one"
-    with pytest.raises(UserError) as caught:
+def test_rank_that_is_not_smaller_is_refused_before_and_after_training(workspace: Workspace) -> None:
+    assert rank_problems([1, 7], kind(rank=8)) == []
+    place = "params.yaml export.resized_ranks"
+    with refused("rank-too-large", f"{place}: 2 ", "rank 2"):
         workspace.run("check", *RESIZED)
-    assert caught.value.problems == (line,)
     adapt(workspace)
-    with pytest.raises(UserError) as caught:
+    with refused("rank-too-large", f"{place}: 2 ", "rank 2"):
         workspace.run("export", *RESIZED)
-    assert caught.value.problems == (line,) and not Path("data/export").exists()
-    for change, reason in (("[2, 2]", "one of them twice"), ("[0]", "greater than or equal to 1")):
-        with pytest.raises(UserError, match=reason):
-            workspace.run("export", "--set", f"export.resized_ranks={change}")
-    with pytest.raises(UserError, match="no copy of merged is made; add comfyui, diffusers or peft to formats"):
+    assert not Path("data/export").exists()
+    with refused("value-twice", place, "2"):
+        workspace.run("export", "--set", "export.resized_ranks=[2, 2]")
+    with refused("wrong-value", place, "0", "greater than or equal to 1"):
+        workspace.run("export", "--set", "export.resized_ranks=[0]")
+    with refused("no-format-for-rank", "resized_ranks", "merged", "comfyui, diffusers or peft"):
         workspace.run("export", "--set", "export.resized_ranks=[1]", "--set", "export.formats=[merged]")
     assert FINAL in workspace.tree("data/adapter")

@@ -12,11 +12,11 @@ from peft import get_peft_model_state_dict
 
 from lora_dag.artifacts.lineage import load as load_lineage
 from lora_dag.artifacts.lineage import save as save_lineage
-from lora_dag.core.console import UserError
 from lora_dag.core.files import sha256_file, write_json
 from lora_dag.core.tensors import load_metadata, load_tensors
-from stages.export.params import step_refusals
-from tests.conftest import Workspace
+from stages.export.params import step_problems
+from tests.helpers.errors import assert_line, refused
+from tests.helpers.workspace import Workspace
 
 SNAPSHOT = Path("data/adapter/snapshots/step-000002.safetensors")
 AT_2 = ("--set", "export.step=2")
@@ -29,7 +29,7 @@ def trained(workspace: Workspace) -> Workspace:
     return workspace
 
 
-def test_every_format_holds_the_snapshot_and_says_so(trained: Workspace) -> None:
+def test_every_format_holds_the_snapshot(trained: Workspace) -> None:
     lines = trained.run("export", *AT_2, "--set", "export.formats=[diffusers, peft, comfyui, merged]")
     assert "snapshot    of step 2 of 4" in lines
     snapshot = load_tensors(SNAPSHOT)
@@ -58,7 +58,7 @@ def test_every_format_holds_the_snapshot_and_says_so(trained: Workspace) -> None
         assert record["adapter"] == sha256_file(Path("data/adapter/adapter.safetensors"))
 
 
-def test_the_last_step_is_the_end_and_its_bytes_are_those_without_the_setting(trained: Workspace) -> None:
+def test_last_step_gives_the_same_bytes_as_null(trained: Workspace) -> None:
     trained.run("export")
     plain = trained.tree("data/export") | trained.tree("reports/export")
     trained.run("export", "--set", "export.step=4")
@@ -67,36 +67,33 @@ def test_the_last_step_is_the_end_and_its_bytes_are_those_without_the_setting(tr
 
 
 def test_a_step_without_a_snapshot_is_refused_before_anything_is_written(trained: Workspace) -> None:
-    with pytest.raises(UserError) as caught:
+    with refused("no-snapshot", "params.yaml export.step: ", "step 3", "Snapshots: 2 ", "null", "4"):
         trained.run("export", "--set", "export.step=3")
-    assert caught.value.problems == (
-        "params.yaml export.step: 3 has no snapshot; snapshots there are those of 2 (train.snapshot_every_n_steps); "
-        "use one, or null for the end at 4",
-    )
     assert not Path("data/export").exists() and not Path("reports/export").exists()
     done = trained.process("check", "--set", "export.step=3")
-    assert done.returncode == 2 and "export.step: 3 has no snapshot" in done.stderr
+    assert done.returncode == 2
+    assert_line(done.stderr, "no-snapshot", "export.step", "3")
 
 
-def test_many_snapshots_are_shown_by_their_ends() -> None:
-    (line,) = step_refusals(60, list(range(50, 5000, 50)), 5000)
-    assert "those of 50, 100, ..., 4900, 4950 (" in line
-    assert "snapshots there are none (" in step_refusals(60, [], 100)[0]
-    assert step_refusals(None, [], 9) == step_refusals(9, [], 9) == step_refusals(3, [3, 6], 9) == []
+def test_long_list_of_snapshots_is_shortened() -> None:
+    (line,) = step_problems(60, list(range(50, 5000, 50)), 5000)
+    assert ": 50, 100, ..., 4900, 4950 (" in line
+    assert "There are none (" in step_problems(60, [], 100)[0]
+    assert step_problems(None, [], 9) == step_problems(9, [], 9) == step_problems(3, [3, 6], 9) == []
 
 
-@pytest.mark.parametrize(("best", "said"), [(2, True), (0, False), (4, False)])
-def test_validate_says_how_the_best_is_exported(caplog: pytest.LogCaptureFixture, best: int, said: bool) -> None:
+@pytest.mark.parametrize(("best", "is_shown"), [(2, True), (0, False), (4, False)])
+def test_validate_logs_how_to_export_the_best_step(caplog: pytest.LogCaptureFixture, best: int, is_shown: bool) -> None:
     from stages.validate.__main__ import log_end
     from tests.helpers.reports import MEASURED
 
     caplog.set_level("INFO", logger="lora-dag")
     none_copied = {"samples.copied_share": 0, "samples.copied_share_base": 0}
     log_end(Path("reports"), MEASURED | none_copied | {"val.best_step": best}, 4)
-    assert ("best step   2 of 4: dvc exp run -S export.step=2" in caplog.messages) == said
+    assert any("2 of 4" in line and "dvc exp run -S export.step=2" in line for line in caplog.messages) == is_shown
 
 
-def test_the_card_and_the_report_say_which_step_the_files_hold(trained: Workspace) -> None:
+def test_card_and_report_name_the_exported_step(trained: Workspace) -> None:
     from tests.helpers.reports import MADE, MEASURED, write_reports
 
     write_reports(Path("reports"))
@@ -105,10 +102,10 @@ def test_the_card_and_the_report_say_which_step_the_files_hold(trained: Workspac
         assert "snapshot of step" not in Path("reports", name).read_text()
     write_json(Path("reports/metrics.json"), MEASURED | {"val.best_step": 2})
     trained.run("report")
-    assert "at step 2 of 4; `export.step=2` exports it" in Path("reports/report.md").read_text()
+    assert "at step 2 of 4. `export.step=2` exports it" in Path("reports/report.md").read_text()
     save_lineage(Path("reports/export/lineage.json"), MADE | {"step": 2, "snapshot": "9" * 64})
     trained.run("report")
-    line = "The files hold the snapshot of step 2 of 4: held-out loss 0.1000, 0.0900 at the end."
+    line = "snapshot of step 2 of 4 (held-out loss 0.1000, and 0.0900 at the end)."
     for name in ("report.md", "model_card.md"):
         text = Path("reports", name).read_text()
         assert line in text and "exports it" not in text

@@ -1,4 +1,4 @@
-"""Each family on a tiny random base of its true class: its verbs against the stock pipeline, and the DAG end to end."""
+"""Each family on a tiny random base of its own class: functions against the unchanged pipeline, and the whole DAG."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import torch
 
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.manifest import Manifest
-from lora_dag.bases import layout
+from lora_dag.bases import diffusers_folder
 from lora_dag.core import params
 from lora_dag.core.params import FAMILIES, ModelParams
 from lora_dag.core.tensors import load_metadata
 from lora_dag.families import common
 from lora_dag.families.protocol import Family, all_families, load_family
-from lora_dag.pictures.decode import load_view
+from lora_dag.images.decode import load_view
 from stages.validate.heldout_loss import make_eval_set, row_losses
 from stages.validate.params import ValidateParams
-from tests.conftest import Workspace
 from tests.helpers.every_family import overrides, stock_loss
 from tests.helpers.families import Stock, case, stock_of
+from tests.helpers.workspace import Workspace
 
 CPU = torch.device("cpu")
 CAPTIONS = ["red apple", "blue boat", ""]
@@ -53,7 +53,7 @@ def model(name: str, bases: dict[str, Path]) -> ModelParams:
 
 @pytest.fixture
 def pipe(stock: Stock, model: ModelParams) -> Any:
-    """Loaded by diffusers alone."""
+    """Return the pipeline, loaded by diffusers alone."""
     pipeline = getattr(diffusers, stock.cls).from_pretrained(model.pretrained)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -61,7 +61,7 @@ def pipe(stock: Stock, model: ModelParams) -> Any:
 
 @pytest.fixture
 def trained(workspace: Workspace, name: str, bases: dict[str, Path]) -> Workspace:
-    """The workspace on this family's base, three steps long."""
+    """Return a workspace with this family's base, trained for three steps."""
     Path("data/base").unlink()
     Path("data/base").symlink_to(bases[name])
     return workspace
@@ -72,8 +72,8 @@ def test_a_family_is_a_file_and_params_take_its_name(family: Family, name: str, 
     assert stock.cls == family.PIPELINE
 
 
-def test_families_that_share_a_denoiser_share_what_is_known_of_its_layers() -> None:
-    """``family_of`` finds either of them, and a stage has the file of one alone among its dependencies."""
+def test_families_with_the_same_denoiser_have_equal_layer_tables() -> None:
+    """``family_of`` may return either of them, but a stage depends on the file of only one."""
     by_class: dict[str, list[Family]] = {}
     for each in all_families().values():
         by_class.setdefault(each.COMPONENTS[each.DENOISER], []).append(each)
@@ -84,30 +84,30 @@ def test_families_that_share_a_denoiser_share_what_is_known_of_its_layers() -> N
 
 
 def test_the_base_is_accepted_and_another_family_is_sent_here(name: str, family: Family, model: ModelParams) -> None:
-    assert layout.problems(model, family) == []
+    assert diffusers_folder.folder_problems(model, family) == []
     for other in set(FAMILIES) - {name}:
-        found = layout.problems(model.model_copy(update={"family": other}), load_family(other))
-        assert len(found) == 1 and found[0].endswith(f"; use model.family: {name}")
+        found = diffusers_folder.folder_problems(model.model_copy(update={"family": other}), load_family(other))
+        assert len(found) == 1 and found[0].code == "wrong-family" and f"model.family: {name}." in found[0]
 
 
 def test_tokenizers_may_be_listed_by_their_older_names(
     name: str, family: Family, model: ModelParams, tmp_path: Path
 ) -> None:
-    """As the Hub's SDXL, SD3 and FLUX.1 list them; transformers 5 has one class under both names."""
+    """SDXL, SD3 and FLUX.1 on the Hub have these names; transformers 5 has one class under both."""
     base = tmp_path / "base"
     shutil.copytree(model.pretrained, base)
     index = (base / "model_index.json").read_text()
     (base / "model_index.json").write_text(index.replace('Tokenizer"', 'TokenizerFast"'))
-    assert layout.problems(model.model_copy(update={"pretrained": str(base)}), family) == []
+    assert diffusers_folder.folder_problems(model.model_copy(update={"pretrained": str(base)}), family) == []
 
 
-def test_comfyui_names_what_can_be_adapted(family: Family) -> None:
-    """One way of naming for all of a file: kohya's, or diffusers' own."""
+def test_comfyui_prefixes_cover_all_adaptable_components(family: Family) -> None:
+    """A file has one naming scheme: kohya's or diffusers'."""
     assert set(family.COMFYUI) == {family.DENOISER, *family.TEXT_ENCODERS}
     assert {prefix[-1] for prefix in family.COMFYUI.values()} in ({"_"}, {"."})
 
 
-def test_what_is_loaded_is_what_the_index_lists(family: Family, model: ModelParams) -> None:
+def test_components_equal_those_of_the_index(family: Family, model: ModelParams) -> None:
     index = json.loads((Path(model.pretrained) / "model_index.json").read_text())
     listed = {part for part, entry in index.items() if isinstance(entry, list) and entry[0]}
     assert listed == set(family.COMPONENTS)
@@ -115,7 +115,7 @@ def test_what_is_loaded_is_what_the_index_lists(family: Family, model: ModelPara
 
 
 @torch.no_grad()
-def test_prompts_are_what_the_pipeline_encodes(family: Family, model: ModelParams, stock: Stock, pipe: Any) -> None:
+def test_prompts_equal_those_of_the_pipeline(family: Family, model: ModelParams, stock: Stock, pipe: Any) -> None:
     found = family.encode_prompts(family.load_text(model, CPU), CAPTIONS)
     expected = stock.encode(pipe, CAPTIONS)
     assert found.keys() == expected.keys()
@@ -124,8 +124,8 @@ def test_prompts_are_what_the_pipeline_encodes(family: Family, model: ModelParam
     assert not torch.equal(found["prompt_embeds"][0], found["prompt_embeds"][1])
 
 
-def test_latents_are_what_the_pipeline_decodes(family: Family, model: ModelParams, pipe: Any) -> None:
-    """The pipeline's decoder undoes shift and scale: what it is handed is the VAE's own posterior."""
+def test_latents_match_the_decoder_of_the_pipeline(family: Family, model: ModelParams, pipe: Any) -> None:
+    """The pipeline's decoder reverses shift and scale, which gives the VAE's own posterior."""
     pixel_values = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = family.encode_images(family.load_vae(model, CPU), pixel_values)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_latents_are_what_the_pipeline_decodes(family: Family, model: ModelParam
 
 
 def test_prediction_is_the_pipelines_own_call(family: Family, model: ModelParams, stock: Stock, pipe: Any) -> None:
-    """Recorded inside of ``pipeline.__call__``, and asked again with our conditioning."""
+    """Inputs are recorded inside of ``pipeline.__call__`` and used again with our conditioning."""
     denoiser, calls = getattr(pipe, family.DENOISER), []
     forward = denoiser.forward
 
@@ -168,7 +168,7 @@ def test_prediction_is_the_pipelines_own_call(family: Family, model: ModelParams
 
 
 @torch.no_grad()
-def test_the_longest_side_is_the_longest_that_the_denoiser_answers_to(family: Family, model: ModelParams) -> None:
+def test_the_denoiser_accepts_max_side_and_nothing_longer(family: Family, model: ModelParams) -> None:
     denoiser = family.load_denoiser(model, CPU)
     prompt = family.encode_prompts(family.load_text(model, CPU), ["red apple"])
     prompt |= {part: tensor[None] for part, tensor in family.view_conditioning((32, 32), (0, 0), (32, 32)).items()}
@@ -188,7 +188,7 @@ def test_the_longest_side_is_the_longest_that_the_denoiser_answers_to(family: Fa
 def test_loss_from_the_cache_is_the_stock_loss(
     trained: Workspace, name: str, family: Family, stock: Stock, pipe: Any
 ) -> None:
-    """Every row of the frozen table: picture, VAE, text, noise, denoiser and target by diffusers alone."""
+    """For every row of the evaluation set, diffusers alone computes latents, text, noise, prediction and target."""
     for stage in ("prepare", "cache_latents"):
         trained.run(stage, *overrides(name))
     config = params.load(Path("params.yaml"), overrides(name)[1::2])
@@ -199,7 +199,7 @@ def test_loss_from_the_cache_is_the_stock_loss(
     items = {item.file_name: item for item in manifest.items}
     assert len(eval_set.rows) == 8
     for row, loss in zip(eval_set.rows, found, strict=True):
-        item = items[row.picture.file_name]
+        item = items[row.image.file_name]
         (view,) = manifest.augmentation.views(item, 1)
         image = load_view((Path("data/raw") / item.file_name).read_bytes(), item, view, manifest.preprocessing)
         with torch.no_grad():
@@ -238,7 +238,7 @@ def test_the_dag_end_to_end(trained: Workspace, name: str, family: Family, stock
 
 
 def test_training_and_drawing_in_bfloat16(trained: Workspace, name: str) -> None:
-    """Frozen weights and autocast in half precision: every place where two dtypes could meet."""
+    """Frozen weights and autocast in half precision, in all functions where dtypes could mix."""
     for stage in ("prepare", "cache_latents", "train", "validate"):
         trained.run(stage, *overrides(name, "model.dtype=bfloat16"))
     losses = [row.split(",")[1] for row in Path("reports/train/loss.csv").read_text().splitlines()[1:]]

@@ -1,4 +1,4 @@
-"""What FLUX.1 alone has: packed latents, places of patches, guidance that is an input of the transformer."""
+"""Features of FLUX.1: packed latents, positions of patches, guidance as an input of the transformer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from lora_dag.core.console import UserError
 from lora_dag.core.params import ModelParams
 from lora_dag.families import flux
-from tests.conftest import Workspace
+from tests.helpers.errors import refused
 from tests.helpers.families import case, stock_of
+from tests.helpers.workspace import Workspace
 
 CPU = torch.device("cpu")
 SHAPES = ((1, 16, 8, 8), (2, 16, 4, 12), (3, 16, 12, 4), (2, 4, 2, 2))
@@ -66,22 +66,17 @@ def on_flux(workspace: Workspace, bases: dict[str, Path]) -> Workspace:
 
 @pytest.mark.parametrize("stage", ["check", "validate"])
 def test_a_negative_prompt_is_refused(on_flux: Workspace, stage: str) -> None:
-    with pytest.raises(UserError) as error:
+    with refused("negative-prompt-ignored", "params.yaml validate.negative_prompt", "FluxPipeline", "''"):
         on_flux.run(stage, "--set", "model.family=flux", "--set", "validate.negative_prompt=blurry")
-    assert error.value.problems == (
-        "params.yaml validate.negative_prompt: FluxPipeline takes guidance_scale as an input of the model and reads no "
-        "negative prompt; empty it",
-    )
 
 
 def test_a_side_that_cannot_be_packed_is_refused(on_flux: Workspace) -> None:
-    with pytest.raises(UserError) as error:
+    with refused(
+        "resolution-not-multiple", "params.yaml dataset.resolution: got 36", "multiples of 8", "Write 32 or 40."
+    ):
         on_flux.run("check", "--set", "model.family=flux", "--set", "dataset.resolution=36")
-    assert error.value.problems == (
-        "params.yaml dataset.resolution: 36 is no multiple of 8, which data/base needs; use 32 or 40",
-    )
 
 
-def test_t5_says_how_long_a_caption_may_be(bases: dict[str, Path]) -> None:
+def test_t5_sets_the_token_limit(bases: dict[str, Path]) -> None:
     assert flux.max_tokens(params(bases["flux"])) == 512
     assert flux.count_tokens(params(bases["flux"]), ["thing " * 600])[0] > 512

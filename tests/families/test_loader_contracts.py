@@ -1,4 +1,4 @@
-"""diffusers' own contracts of a LoRA loader, on the files that export writes: stock calls on stock pipelines alone.
+"""diffusers' contracts of a LoRA loader, tested on exported files with unchanged pipelines.
 
 They are those of diffusers' tests/pipelines/testing_utils/lora.py, for a UNet and a transformer. Below them: what its
 converters make of our ComfyUI files, a reader that is not ours.
@@ -44,7 +44,7 @@ def pipelines(bases: dict[str, Path]) -> dict[str, Any]:
 
 @pytest.fixture
 def pipe(pipelines: dict[str, Any], name: str) -> Iterator[Any]:
-    """Stock, and given back as the base."""
+    """Return an unchanged pipeline, which must equal the base model again at the end."""
     pipeline = pipelines[name]
     yield pipeline
     pipeline.unload_lora_weights()
@@ -52,7 +52,7 @@ def pipe(pipelines: dict[str, Any], name: str) -> Iterator[Any]:
 
 @pytest.fixture
 def answer(pipe: Any, name: str) -> Answer:
-    """One call of the pipeline's denoiser."""
+    """Return the output of the pipeline's denoiser."""
     draw = seeding.generator(0, name)
     given = stock_of(name).encode(pipe, ["red apple"])
     given["add_time_ids"] = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
@@ -65,7 +65,7 @@ def denoiser(pipe: Any) -> Any:
 
 
 def export(pipe: Any, name: str, folder: Path, answer: Answer, seed: int = 0, **changes: Any) -> torch.Tensor:
-    """An adapter as if trained for long, in the diffusers and ComfyUI formats; what the denoiser answers with it."""
+    """Return a strong adapter in the diffusers and ComfyUI formats, and the denoiser's output with it."""
     model, family = denoiser(pipe), load_family(name)
     config = lora.make_config(params(**changes), model)
     for key, parameter in lora.inject(model, config).items():
@@ -120,7 +120,7 @@ def test_load_scale_fuse_and_unfuse(
 def test_the_config_survives_being_saved_and_loaded_by_diffusers(
     name: str, kind: str, pipe: Any, answer: Answer, tmp_path: Path
 ) -> None:
-    """Alpha is twice the rank; the file has the strength in B, and says alpha = rank."""
+    """Alpha is twice the rank; the file has the strength in B and alpha equal to the rank."""
     expected = export(pipe, name, tmp_path, answer, **KINDS[kind])
     pipe.load_lora_weights(tmp_path, adapter_name="ours")
     denoiser(pipe).save_lora_adapter(tmp_path / "again", adapter_name="ours")
@@ -202,7 +202,7 @@ def test_diffusers_reads_our_comfyui_files(
 def test_a_program_that_reads_no_header_loads_the_trained_strength(
     name: str, changes: dict[str, Any], pipe: Any, answer: Answer, tmp_path: Path
 ) -> None:
-    """As most programs: alpha is taken for the rank where nothing says otherwise."""
+    """Most programs use the rank as alpha if the file has no alpha."""
     expected = export(pipe, name, tmp_path, answer, **changes)
     tensors = load_tensors(tmp_path / "pytorch_lora_weights.safetensors")
     assert not any("alpha" in key for key in tensors)

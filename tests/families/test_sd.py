@@ -1,4 +1,4 @@
-"""Family sd on a folder laid out as Stable Diffusion 1.5 is on the Hub: fp16 variant, PNDM, safety checker listed."""
+"""Family sd on a folder like Stable Diffusion 1.5 on the Hub: fp16 variant, PNDM, safety checker."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from lora_dag.artifacts.lineage import load as load_lineage
-from lora_dag.bases import layout
+from lora_dag.bases import component_files, diffusers_folder
 from lora_dag.core.params import ModelParams
 from lora_dag.families import sd
-from tests.conftest import Workspace
+from tests.helpers.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
 def sd15(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base in float16 as ``*.fp16.safetensors``, with the index entries and files that SD 1.5 has beside."""
+    """Return the tiny base in float16 as ``*.fp16.safetensors``, with the further files and index entries of SD 1.5."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     folder = tmp_path_factory.mktemp("hub") / "sd15"
@@ -46,15 +46,15 @@ def params(folder: Path, variant: str | None = "fp16") -> ModelParams:
     return ModelParams(family="sd", pretrained=str(folder), variant=variant, dtype="float32")
 
 
-def test_the_layout_is_accepted_and_the_variant_is_what_counts(sd15: Path, tmp_path: Path) -> None:
-    assert layout.problems(params(sd15), sd) == []
-    before = layout.digests(params(sd15), sd.COMPONENTS)
+def test_the_hub_layout_is_accepted_and_digests_cover_the_variant(sd15: Path, tmp_path: Path) -> None:
+    assert diffusers_folder.folder_problems(params(sd15), sd) == []
+    before = component_files.digests(params(sd15), sd.COMPONENTS)
     both = tmp_path / "both"
     shutil.copytree(sd15, both)
     (both / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"the other variant, which nothing reads")
-    assert layout.digests(params(both), sd.COMPONENTS) == before
+    assert component_files.digests(params(both), sd.COMPONENTS) == before
     (both / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"edited")
-    assert layout.digests(params(both), sd.COMPONENTS)["unet"] != before["unet"]
+    assert component_files.digests(params(both), sd.COMPONENTS)["unet"] != before["unet"]
 
 
 def test_tokens_are_the_same_from_vocab_and_merges(sd15: Path, tiny_base: Path) -> None:
@@ -127,20 +127,23 @@ def test_sharded_weights_are_digested_and_a_missing_shard_is_named(tiny_base: Pa
         folder / "unet", max_shard_size="400KB"
     )
     shards = sorted((folder / "unet").glob("*.safetensors"))
-    assert len(shards) > 1 and layout.problems(params(folder, None), sd) == []
+    assert len(shards) > 1 and diffusers_folder.folder_problems(params(folder, None), sd) == []
     whole, parts = (sd.load_denoiser(params(base, None), torch.device("cpu")) for base in (tiny_base, folder))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
-    before = layout.digests(params(folder, None), sd.COMPONENTS)
+    before = component_files.digests(params(folder, None), sd.COMPONENTS)
     content = bytearray(shards[-1].read_bytes())
     content[-1] ^= 1
     shards[-1].write_bytes(content)
-    assert layout.digests(params(folder, None), sd.COMPONENTS)["unet"] != before["unet"]
+    assert component_files.digests(params(folder, None), sd.COMPONENTS)["unet"] != before["unet"]
     shards[-1].unlink()
     index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
-    missing = f"1 of {len(shards)} shards are missing ({shards[-1].name})"
-    assert layout.problems(params(folder, None), sd) == [f"{index}: {missing}; fetch them"]
+    missing = f"1 of {len(shards)} shards are missing, such as {shards[-1].name}."
+    (problem,) = diffusers_folder.folder_problems(params(folder, None), sd)
+    assert problem.code == "shards-missing" and problem.startswith(f"{index}: {missing}")
     index.write_text("[]")
-    assert f"{index}: no index of shards; fetch the model again" in layout.problems(params(folder, None), sd)
+    problems = diffusers_folder.folder_problems(params(folder, None), sd)
+    assert any(problem.code == "base-damaged" and problem.startswith(f"{index}: no index") for problem in problems)
     index.unlink()
     without = "a shard without its index (*.safetensors.index.json)"
-    assert layout.problems(params(folder, None), sd) == [f"{shards[0]}: {without}; fetch the model again"]
+    (problem,) = diffusers_folder.folder_problems(params(folder, None), sd)
+    assert problem.code == "shards-missing" and problem.startswith(f"{shards[0]}: {without}")

@@ -1,4 +1,4 @@
-"""What Stable Diffusion 3 alone has: a T5 encoder that may be left out, and that reads captions furthest."""
+"""Features of Stable Diffusion 3: an optional T5 encoder with the highest token limit."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from lora_dag.bases import layout
-from lora_dag.core.console import UserError
+from lora_dag.bases import component_files, diffusers_folder
 from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_tensors
 from lora_dag.families import sd3
-from tests.conftest import Workspace
+from tests.helpers.errors import assert_line, codes_of, refused
 from tests.helpers.families import stock_of
+from tests.helpers.workspace import Workspace
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def params(base: Path) -> ModelParams:
 
 @pytest.fixture(scope="module")
 def without_t5(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As diffusers saves a pipeline that was loaded with ``text_encoder_3=None, tokenizer_3=None``."""
+    """Return a pipeline as diffusers saves it after ``text_encoder_3=None, tokenizer_3=None``."""
     folder = tmp_path_factory.mktemp("sd3") / "base"
     pipe = StableDiffusion3Pipeline.from_pretrained(bases["sd3"], text_encoder_3=None, tokenizer_3=None)
     pipe.save_pretrained(folder)
@@ -36,7 +36,7 @@ def without_t5(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 def test_a_base_without_t5_is_accepted_and_encodes_zeros_in_its_place(without_t5: Path, bases: dict[str, Path]) -> None:
     model = params(without_t5)
-    assert layout.problems(model, sd3) == []
+    assert diffusers_folder.folder_problems(model, sd3) == []
     found = sd3.encode_prompts(sd3.load_text(model, CPU), ["red apple", ""])
     with torch.no_grad():
         pipe = StableDiffusion3Pipeline.from_pretrained(without_t5, text_encoder_3=None, tokenizer_3=None)
@@ -49,18 +49,19 @@ def test_a_base_without_t5_is_accepted_and_encodes_zeros_in_its_place(without_t5
 
 
 def test_leaving_t5_out_is_another_base(without_t5: Path, bases: dict[str, Path]) -> None:
-    without, whole = (layout.digests(params(base), sd3.COMPONENTS) for base in (without_t5, bases["sd3"]))
+    without, whole = (component_files.digests(params(base), sd3.COMPONENTS) for base in (without_t5, bases["sd3"]))
     assert without["text_encoder_3"] == without["tokenizer_3"] == "absent"
-    with pytest.raises(UserError, match=r"made with another text_encoder_3, .*tokenizer_3"):
-        layout.require_same_base(without, whole, Path("data/latents"))
+    with refused("base-changed", "data/latents", "text_encoder_3", "tokenizer_3"):
+        component_files.require_same_base(without, whole, Path("data/latents"))
 
 
-def test_a_t5_that_is_listed_and_was_not_fetched_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_listed_t5_without_a_folder_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(bases["sd3"], base)
     shutil.rmtree(base / "text_encoder_3")
-    need = "StableDiffusion3Pipeline needs T5EncoderModel there, or [null, null] for text_encoder_3 in model_index.json"
-    assert layout.problems(params(base), sd3) == [f"{base / 'text_encoder_3'}: no such folder; {need}"]
+    (problem,) = diffusers_folder.folder_problems(params(base), sd3)
+    assert problem.code == "base-incomplete" and problem.startswith(f"{base / 'text_encoder_3'}: no such folder")
+    assert "T5EncoderModel" in problem and '"text_encoder_3": [null, null]' in problem
 
 
 def test_the_whole_dag_without_t5(workspace: Workspace, without_t5: Path) -> None:
@@ -83,18 +84,19 @@ UNREAD = "transformer_blocks.1.attn.add_q_proj"
 @pytest.mark.parametrize(
     ("target_modules", "takes_unread"), [("attention", False), ("all-linear", False), ("[to_q, add_q_proj]", True)]
 )
-def test_a_layer_that_nothing_reads(
+def test_a_layer_without_gradient_is_a_warning(
     workspace: Workspace, bases: dict[str, Path], target_modules: str, takes_unread: bool
 ) -> None:
-    """Presets leave it out; chosen by hand it is trained in vain, which is said, and the run ends well."""
+    """Presets exclude it. Chosen by hand it stays untrained, with a warning, and the run succeeds."""
     Path("data/base").unlink()
     Path("data/base").symlink_to(bases["sd3"])
     changes = ("model.family=sd3", f"lora.target_modules={target_modules}", "train.num_steps=5")
     argv = [word for change in changes for word in ("--set", change)]
-    said = [line for stage in ("prepare", "cache_latents", "train", "export") for line in workspace.run(stage, *argv)]
-    warning = "the base never uses their output; name them in lora.exclude_modules"
-    expected = [f"warning: no gradient ever reached {UNREAD}: {warning}"] if takes_unread else []
-    assert [line for line in said if "no gradient" in line] == expected
+    lines = [line for stage in ("prepare", "cache_latents", "train", "export") for line in workspace.run(stage, *argv)]
+    log = "\n".join(lines)
+    assert codes_of(log).count("no-gradient") == takes_unread
+    if takes_unread:
+        assert_line(log, "no-gradient", UNREAD, "lora.exclude_modules")
     tensors = load_tensors(Path("data/adapter/adapter.safetensors"))
     assert (f"{UNREAD}.lora_B.weight" in tensors) == takes_unread
     assert "transformer_blocks.0.attn.add_q_proj.lora_B.weight" in tensors
@@ -105,7 +107,7 @@ def test_a_layer_that_nothing_reads(
         assert metrics[f"export.{kind}.max_abs_error"] <= 1e-5 < metrics["export.effect"]
 
 
-def test_t5_says_how_long_a_caption_may_be(bases: dict[str, Path], without_t5: Path) -> None:
+def test_t5_sets_the_token_limit(bases: dict[str, Path], without_t5: Path) -> None:
     assert sd3.max_tokens(params(bases["sd3"])) == 256
     assert sd3.max_tokens(params(without_t5)) == 20
     (count,) = sd3.count_tokens(params(bases["sd3"]), ["thing " * 300])
@@ -120,37 +122,28 @@ def test_min_snr_is_refused(workspace: Workspace, bases: dict[str, Path]) -> Non
         workspace.run(stage, *overrides)
     weighting = ["--set", "train.loss_weighting=min_snr", "--set", "train.snr_gamma=5.0"]
     for stage in ("check", "train"):
-        with pytest.raises(UserError) as error:
+        with refused("needs-snr", "params.yaml train.loss_weighting: min_snr", "flow_prediction", "uniform"):
             workspace.run(stage, *overrides, *weighting)
-        assert error.value.problems == (
-            "params.yaml train.loss_weighting: min_snr needs a signal-to-noise ratio, which flow_prediction "
-            "does not have; use uniform",
-        )
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "values"),
     [
-        (
-            ["dataset.resolution=72"],
-            "72 is above 64, the longest side that data/base has positions for; use a multiple of 8 up to 64",
-        ),
+        (["dataset.resolution=72"], ("got 72, ", "up to 64 pixels", "multiple of 8 up to 64")),
         (
             ["dataset.resolution=64", "dataset.aspect_buckets=true"],
-            "its buckets have sides of up to 80 pixels, above 64, the longest side that data/base has positions for; "
-            "lower it, or dataset.max_aspect_ratio",
+            ("up to 80 pixels", "up to 64 pixels", "dataset.max_aspect_ratio"),
         ),
     ],
     ids=["square", "buckets"],
 )
 def test_a_side_without_positions_is_refused_before_anything_is_cut(
-    workspace: Workspace, bases: dict[str, Path], changes: list[str], message: str
+    workspace: Workspace, bases: dict[str, Path], changes: list[str], values: tuple[str, ...]
 ) -> None:
     Path("data/base").unlink()
     Path("data/base").symlink_to(bases["sd3"])
     overrides = [
         word for change in ("model.family=sd3", "dataset.max_upscale=2", *changes) for word in ("--set", change)
     ]
-    with pytest.raises(UserError) as error:
+    with refused("resolution-too-large", "params.yaml dataset.resolution: ", "data/base", *values):
         workspace.run("check", *overrides)
-    assert error.value.problems == (f"params.yaml dataset.resolution: {message}",)

@@ -1,4 +1,4 @@
-"""What SDXL alone has: micro-conditioning of every view, a VAE that stays in float32, zeros for a dropped caption."""
+"""Features of SDXL: micro-conditioning of every view, a VAE in float32, zeros for a dropped caption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.manifest import Item, Manifest, View
-from lora_dag.bases import layout
+from lora_dag.bases import component_files
 from lora_dag.core import params, seeding
 from lora_dag.core.device import autocast
 from lora_dag.core.params import ModelParams
@@ -24,8 +24,8 @@ from stages.train.batches import Batches
 from stages.train.build import build
 from stages.train.noising import make_timesteps
 from stages.train.run import Run
-from tests.conftest import Workspace, picture, write_rows
 from tests.helpers.settings import train_params
+from tests.helpers.workspace import Workspace, make_image, write_rows
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def item(**fields: object) -> Item:
         (View((20, 0, 80, 60), True), ((60, 80), (0, 0), (32, 32))),
     ],
 )
-def test_geometry_counts_in_the_scaled_and_mirrored_picture(view: View, expected: object) -> None:
+def test_geometry_counts_in_the_scaled_and_mirrored_image(view: View, expected: object) -> None:
     assert geometry(item(), view) == expected
 
 
@@ -55,13 +55,13 @@ def test_geometry_puts_heights_first() -> None:
 
 @pytest.fixture
 def prepared(workspace: Workspace, bases: dict[str, Path]) -> Workspace:
-    """Three wide pictures on the tiny SDXL, each with three random crops, mirrored and not."""
+    """Prepare three wide images for the tiny SDXL, each with three random crops, mirrored and not."""
     Path("data/base").unlink()
     Path("data/base").symlink_to(bases["sdxl"])
     for path in Path("data/raw").glob("0[3-9].png"):
         path.unlink()
     for index in range(3):
-        picture(index, 64, 40).save(f"data/raw/{index:02}.png")
+        make_image(index, 64, 40).save(f"data/raw/{index:02}.png")
     write_rows(Path("data/raw"), [{"file_name": f"{index:02}.png", "text": f"thing {index}"} for index in range(3)])
     changes = ("dataset.crop=random", "dataset.flip=true", "cache.num_variants=6", "dataset.heldout_fraction=0.34")
     overrides = [word for change in ("model.family=sdxl", *changes) for word in ("--set", change)]
@@ -98,7 +98,7 @@ def test_a_batch_has_the_time_ids_of_the_views_it_drew(prepared: Workspace) -> N
 
 
 def test_time_ids_are_no_part_of_the_store(prepared: Workspace) -> None:
-    """They follow from what the key holds, so that nothing has to be encoded for them."""
+    """They follow from the inputs of the key, so that nothing is encoded for them."""
     from lora_dag.core.tensors import load_tensors
 
     for path in Path(".state/store/latents").rglob("*.safetensors"):
@@ -106,7 +106,7 @@ def test_time_ids_are_no_part_of_the_store(prepared: Workspace) -> None:
     assert json.loads(Path("data/latents/manifest.json").read_text())["view_conditioning"] == ["add_time_ids"]
 
 
-def test_the_vae_is_float32_whatever_the_model_is(bases: dict[str, Path]) -> None:
+def test_the_vae_is_float32_for_every_model_dtype(bases: dict[str, Path]) -> None:
     model = ModelParams(family="sdxl", pretrained=str(bases["sdxl"]), variant=None, dtype="bfloat16")
     assert sdxl.vae_dtype(model) == "float32"
     pipe = sdxl.load_pipeline(model, CPU)
@@ -124,7 +124,7 @@ def test_the_vae_is_float32_whatever_the_model_is(bases: dict[str, Path]) -> Non
 
 @pytest.fixture(params=[True, False], ids=["zeros", "empty"])
 def forces_zeros(request: pytest.FixtureRequest, workspace: Workspace, bases: dict[str, Path]) -> bool:
-    """data/base is a tiny SDXL whose index says so, or not."""
+    """Write ``force_zeros_for_empty_prompt`` into the index of data/base."""
     Path("data/base").unlink()
     pipe = StableDiffusionXLPipeline.from_pretrained(bases["sdxl"], force_zeros_for_empty_prompt=request.param)
     pipe.save_pretrained("data/base")
@@ -136,7 +136,7 @@ def model_params() -> ModelParams:
 
 
 @torch.no_grad()
-def test_a_dropped_caption_is_what_the_pipeline_guides_away_from(workspace: Workspace, forces_zeros: bool) -> None:
+def test_a_dropped_caption_equals_the_negative_input_of_the_pipeline(workspace: Workspace, forces_zeros: bool) -> None:
     overrides = ("--set", "model.family=sdxl", "--set", "train.prompt_dropout=1", "--set", "train.num_steps=2")
     for stage in ("prepare", "cache_latents"):
         workspace.run(stage, *overrides)
@@ -152,7 +152,7 @@ def test_a_dropped_caption_is_what_the_pipeline_guides_away_from(workspace: Work
 
 @torch.no_grad()
 def test_dropped_captions_stay_it_where_text_encoders_are_trained(workspace: Workspace, forces_zeros: bool) -> None:
-    """Half of a batch; the trained encoders are asked for the others alone, and for the empty one where it is asked."""
+    """Half of a batch is dropped; trained encoders encode only the other captions, and the empty one if it is used."""
     changes = ("model.family=sdxl", "train.prompt_dropout=0.5", "train.batch_size=6", "lora.train_text_encoder=true")
     overrides = tuple(word for change in changes for word in ("--set", change))
     for stage in ("prepare", "cache_latents"):
@@ -173,7 +173,7 @@ def test_dropped_captions_stay_it_where_text_encoders_are_trained(workspace: Wor
 
 def make_run(overrides: tuple[str, ...]) -> Run:
     config = params.load(Path("params.yaml"), overrides[1::2])
-    base = layout.digests(model_params(), sdxl.COMPONENTS)
+    base = component_files.digests(model_params(), sdxl.COMPONENTS)
     return build(config, sdxl, LatentCache(Path("data/latents")), base)
 
 
@@ -192,7 +192,7 @@ def test_a_run_of_the_other_kind_is_another_run(workspace: Workspace, bases: dic
 
 
 @pytest.mark.parametrize("negative_prompt", ["", "blue boat"])
-def test_pictures_are_drawn_as_the_pipeline_draws_without_a_negative_prompt(
+def test_images_are_drawn_as_the_pipeline_draws_without_a_negative_prompt(
     forces_zeros: bool, negative_prompt: str
 ) -> None:
     size = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}

@@ -1,4 +1,4 @@
-"""What Z-Image alone has: a chat around every caption, captions of their own lengths, guidance that starts at 0."""
+"""Features of Z-Image: a chat template around captions, captions of different lengths, guidance from 0."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from diffusers import ZImagePipeline
 
 from lora_dag.adapters.targets import PRESETS, adaptable, matched_groups, presets
-from lora_dag.bases import layout
-from lora_dag.core.console import UserError
+from lora_dag.bases import component_files
 from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families import z_image
-from tests.conftest import Workspace
+from tests.helpers.errors import refused
 from tests.helpers.families import stock_of
+from tests.helpers.workspace import Workspace
 
 CPU = torch.device("cpu")
 CAPTIONS = ["red apple", "green circle, ink icon", "", "thing " * 20]  # 28, 41, 19 and 139 tokens: of 32, 64, 32, 160
@@ -63,10 +63,10 @@ def overrides(*changes: str) -> list[str]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(8, 8), (4, 12), (6, 6)], ids=str)  # 16, 12 and 9 patches, padded to 32
-def test_captions_of_any_length_stand_in_one_batch(
+def test_captions_of_different_lengths_share_a_batch(
     model: ModelParams, pipe: ZImagePipeline, size: tuple[int, int]
 ) -> None:
-    """The transformer is handed each caption's own tokens, as the pipeline hands them."""
+    """The transformer's input is each caption's own tokens, as in the pipeline."""
     noisy = torch.randn(4, 16, *size, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([3.0, 250.5, 700.0, 1000.0])
     prompt = z_image.encode_prompts(z_image.load_text(model, CPU), CAPTIONS)
@@ -79,7 +79,7 @@ def test_captions_of_any_length_stand_in_one_batch(
 
 
 @torch.no_grad()
-def test_what_stands_behind_the_mask_is_not_read(model: ModelParams) -> None:
+def test_padding_does_not_change_predictions(model: ModelParams) -> None:
     noisy = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     prompt = z_image.encode_prompts(z_image.load_text(model, CPU), CAPTIONS)
     assert not prompt["prompt_embeds"][prompt["prompt_embeds_mask"] == 0].any()
@@ -102,10 +102,10 @@ def test_a_caption_that_is_too_long_is_cut_as_the_pipeline_cuts(model: ModelPara
 def test_the_chat_template_is_part_of_the_base(bases: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(bases["z_image"], base)
-    before = layout.digests(params(base), z_image.COMPONENTS)
+    before = component_files.digests(params(base), z_image.COMPONENTS)
     template = base / "tokenizer/chat_template.jinja"
     template.write_text(template.read_text() + " ")
-    after = layout.digests(params(base), z_image.COMPONENTS)
+    after = component_files.digests(params(base), z_image.COMPONENTS)
     assert {name for name in before if before[name] != after[name]} == {"tokenizer"}
 
 
@@ -113,30 +113,20 @@ def test_the_chat_template_is_part_of_the_base(bases: dict[str, Path], tmp_path:
 def test_a_tokenizer_without_its_template_is_refused(on_z_image: Workspace, stage: str) -> None:
     Path("data/base/tokenizer/chat_template.jinja").unlink()
     on_z_image.run("prepare", *overrides())
-    with pytest.raises(UserError) as error:
+    with refused("base-incomplete", "data/base/tokenizer: no chat template", "chat_template.jinja"):
         on_z_image.run(stage, *overrides())
-    assert error.value.problems == (
-        "data/base/tokenizer: no chat template (chat_template.jinja, or in tokenizer_config.json); "
-        "fetch the model again",
-    )
 
 
-def test_check_says_how_long_a_caption_may_be(on_z_image: Workspace) -> None:
+def test_check_prints_the_token_limit(on_z_image: Workspace) -> None:
     assert "captions    up to 512 tokens, 19 of them the model's own" in on_z_image.run("check", *overrides())
 
 
 def test_sides_are_multiples_of_a_patch_and_have_an_end(on_z_image: Workspace) -> None:
-    with pytest.raises(UserError) as error:
+    place = "params.yaml dataset.resolution: got "
+    with refused("resolution-too-large", f"{place}260", "data/base", "multiple of 8 up to 256"):
         on_z_image.run("check", *overrides("dataset.resolution=260", "dataset.max_upscale=6"))
-    assert error.value.problems == (
-        "params.yaml dataset.resolution: 260 is above 256, the longest side that data/base has positions for; "
-        "use a multiple of 8 up to 256",
-    )
-    with pytest.raises(UserError) as error:
+    with refused("resolution-not-multiple", f"{place}36", "data/base", "multiples of 8", "Write 32 or 40."):
         on_z_image.run("check", *overrides("dataset.resolution=36"))
-    assert error.value.problems == (
-        "params.yaml dataset.resolution: 36 is no multiple of 8, which data/base needs; use 32 or 40",
-    )
 
 
 # Guidance
@@ -148,11 +138,8 @@ def test_guidance_starts_at_0(on_z_image: Workspace, scale: float) -> None:
     if scale:
         on_z_image.run("check", *changes)
         return
-    with pytest.raises(UserError) as error:
+    with refused("negative-prompt-ignored", "params.yaml validate.negative_prompt", "guidance_scale 0.0", "above 0"):
         on_z_image.run("check", *changes)
-    assert error.value.problems == (
-        "params.yaml validate: negative_prompt is ignored at guidance_scale 0.0; raise that above 0 or empty this",
-    )
 
 
 # Layers and exports
@@ -172,7 +159,7 @@ def test_presets_name_its_layers(model: ModelParams) -> None:
 
 
 def test_every_layer_through_every_format(on_z_image: Workspace) -> None:
-    """diffusers reads ComfyUI's file too, whatever its prefix is."""
+    """diffusers reads ComfyUI's file too, with any prefix."""
     formats = ["diffusers", "peft", "comfyui", "merged"]
     changes = overrides(
         "lora.target_modules=all-linear",
@@ -189,7 +176,7 @@ def test_every_layer_through_every_format(on_z_image: Workspace) -> None:
     assert load_metadata(file)["modelspec.architecture"] == "z-image/lora"
     assert len(load_tensors(file)) == 2 * 37 and all(name.startswith("transformer.") for name in load_tensors(file))
     lines = on_z_image.run("verify", str(file), *changes)
-    assert lines[-1] == "verified    the file is that of data/adapter and of params.yaml"
+    assert lines[-1].startswith("verified ")
 
     def drawn(export: Path | dict[str, torch.Tensor] | None) -> torch.Tensor:
         pipe = ZImagePipeline.from_pretrained("data/base")

@@ -13,9 +13,10 @@ import pytest
 from lora_dag.artifacts.lineage import save as save_lineage
 from lora_dag.core.files import read_json
 from lora_dag.formats import known_files
-from tests.conftest import REPOSITORY, Workspace
 from tests.helpers.adapters import adapt
+from tests.helpers.errors import assert_line
 from tests.helpers.reports import MADE, write_reports
+from tests.helpers.workspace import REPOSITORY, Workspace
 
 NEW_FORMAT = '''
 """One file of torch's own, with the tensors as PEFT names them."""
@@ -26,10 +27,10 @@ FILE = "adapter.pt"
 READER = "`torch.load`"
 IS_ADAPTER = True
 LOADED_BY_PEFT = False
-LIMIT = "A file of torch holds no record of its base."
+CAVEAT = "A file of torch holds no record of its base."
 
 
-def refuse(adapter):
+def unsupported_reason(adapter):
     return "it has no place for biases" if adapter.bias != "none" else ""
 
 
@@ -51,7 +52,7 @@ def load_back(export, folder):
 
 
 def usage(card):
-    return f"With torch: `torch.load('{card.place}/torch_file/{FILE}')`"
+    return f"With torch: `torch.load('{card.source}/torch_file/{FILE}')`"
 '''
 
 
@@ -84,7 +85,8 @@ def test_a_new_file_is_exported_checked_refused_and_described(workspace: Workspa
     adapt(workspace, bias="lora_only")
     refused = run(code, *argv[:-2])
     assert refused.returncode == 2
-    assert "torch_file cannot hold this adapter: it has no place for biases; use comfyui, diffusers" in refused.stderr
+    values = ("torch_file", "it has no place for biases", "Use comfyui, diffusers")
+    assert_line(refused.stderr, "format-unsupported", *values)
 
     write_reports(Path("reports"))
     files = {"torch_file/adapter.pt": {"bytes": 2000, "sha256": "a" * 64}, "torch_file/config.json": {"bytes": 1}}
@@ -107,7 +109,7 @@ def test_known_files_have_no_parameter_in_their_names() -> None:
 
 
 def test_a_format_is_read_without_torch() -> None:
-    """The Snakefile, `lora-dag check --help` and the report ask formats for words and names alone."""
+    """The Snakefile, `lora-dag check --help` and the report need only constants of the formats."""
     script = (
         "import sys; from lora_dag import formats; [formats.load_format(name) for name in formats.FORMATS];"
         "print(formats.FORMATS, {'torch', 'peft', 'diffusers'} & set(sys.modules))"

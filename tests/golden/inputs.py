@@ -19,25 +19,25 @@ import torch
 from PIL import Image
 
 from lora_dag.adapters import bias, init_from_pin
-from lora_dag.adapters.adapted import Adapted, text_configs
+from lora_dag.adapters.adapter_set import AdapterSet, text_configs
 from lora_dag.adapters.lora import make_config
 from lora_dag.adapters.params import LoraParams
 from lora_dag.artifacts import latent_cache
 from lora_dag.artifacts.adapter import FINAL, Adapter, bias_metadata, snapshot_name
 from lora_dag.artifacts.latent_cache import CachedItem
 from lora_dag.artifacts.manifest import Augmentation, Item, Manifest
-from lora_dag.bases import layout
+from lora_dag.bases import component_files
 from lora_dag.bases.resolve import resolve
 from lora_dag.core import params
 from lora_dag.core.files import sha256_file
 from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import save_tensors
 from lora_dag.families.protocol import Family, load_family
-from lora_dag.pictures.decode import preprocessing
+from lora_dag.images.decode import preprocessing
 from stages.validate import feature_files
 from tests.helpers import families, image_text, reports, single_files
 from tests.helpers.caches import half_mask
-from tests.helpers.workspace import TINY, picture, write_params, write_rows
+from tests.helpers.workspace import TINY, make_image, write_params, write_rows
 
 CPU = torch.device("cpu")
 CAPTIONS = ("red apple", "blue boat", "thing, round, small", "green circle, ink icon")
@@ -69,7 +69,7 @@ def workspace(folder: Path, settings: dict[str, str], bases: dict[str, Path]) ->
 def make(stage: str, settings: dict[str, str], overrides: list[str]) -> None:
     """All that the stage reads, in the current directory; adds the overrides that name files by their digest."""
     if stage == "prepare":
-        write_images(settings.get("pictures", "plain"))
+        write_images(settings.get("images", "plain"))
     elif stage == "cache_latents":
         write_images("plain")
         write_manifest(settings)
@@ -110,11 +110,11 @@ def write_images(kind: str) -> None:
     folder = Path("data/raw")
     if kind == "subsets":
         for name, numbers in (("a", (0, 1, 2, 3)), ("b", (4, 5))):
-            write_folder(folder / name, {f"{number:02}.bmp": picture(number) for number in numbers})
+            write_folder(folder / name, {f"{number:02}.bmp": make_image(number) for number in numbers})
         return
-    images = {f"{number:02}.bmp": picture(number) for number in range(5)}
-    images |= {"05.bmp": picture(5, 96, 48), "06.bmp": picture(6, 48, 80), "08.bmp": picture(3, 49, 48)}
-    clear = picture(7).convert("RGBA")
+    images = {f"{number:02}.bmp": make_image(number) for number in range(5)}
+    images |= {"05.bmp": make_image(5, 96, 48), "06.bmp": make_image(6, 48, 80), "08.bmp": make_image(3, 49, 48)}
+    clear = make_image(7).convert("RGBA")
     clear.putalpha(Image.linear_gradient("L").resize(clear.size))
     write_folder(folder, images | {"07.tiff": clear})
 
@@ -213,7 +213,7 @@ def write_latents(family: Family, model: ModelParams, shapes: list[tuple[int, in
         by_view = {name: tensor.clone() for name, tensor in views.items()}
         return {"mean": noise(key, (channels, *shape)), "std": torch.full((channels, *shape), 0.1)} | by_view
 
-    base = layout.digests(model, family.COMPONENTS)
+    base = component_files.digests(model, family.COMPONENTS)
     latent_cache.write(Path("data/latents"), items, captions, base, sorted(prompts), load, sorted(views))
 
 
@@ -222,7 +222,7 @@ def write_adapter(family: Family, model: ModelParams, settings: LoraParams) -> N
     denoiser = family.load_denoiser(model, CPU)
     text = family.load_trainable_text(model, CPU) if settings.train_text_encoder else None
     encoders = {} if text is None else family.text_encoders(text)
-    adapted = Adapted(denoiser, make_config(settings, denoiser), text_configs(settings, family, encoders), encoders)
+    adapted = AdapterSet(denoiser, make_config(settings, denoiser), text_configs(settings, family, encoders), encoders)
     for name, parameter in adapted.trainable.items():
         own = 0.1 * noise(name, parameter.shape)
         parameter.data = parameter.data + own if "magnitude" in name else own
@@ -234,9 +234,9 @@ def write_adapter(family: Family, model: ModelParams, settings: LoraParams) -> N
     for name, state in ((snapshot_name(2), halves), (FINAL, tensors)):
         save_tensors(folder / name, state, metadata)
         files[name] = sha256_file(folder / name)
-    made_from: dict[str, Any] = {"caption": "red apple", "num_pictures": 6, "packages": {}}
+    made_from: dict[str, Any] = {"caption": "red apple", "num_images": 6, "packages": {}}
     configs = {name: found for name, found in adapted.configs.items() if name}
-    base = layout.digests(model, family.COMPONENTS)
+    base = component_files.digests(model, family.COMPONENTS)
     Adapter(config, base, 4, [2], files, biases, made_from, configs).save(folder)
 
 

@@ -48,7 +48,7 @@ def prepared() -> dict[str, Any]:
     folder = REPORTS / "dataset"
     manifest = Manifest.load(Path("data/prepared"))
     rows = [json.loads(line) for line in Path("data/prepared/manifest.jsonl").read_text("utf-8").splitlines()]
-    table = read_csv(folder / "pictures.csv")
+    table = read_csv(folder / "images.csv")
     return {
         "items": {
             row.pop("file_name"): ", ".join(f"{key}={value!r}" for key, value in row.items() if "sha256" not in key)
@@ -57,8 +57,8 @@ def prepared() -> dict[str, Any]:
         "dataset": text(read_json(Path("data/prepared/dataset.json"))),
         "views": digest(manifest.augmentation.views(item, 4) for item in manifest.items if manifest.augmentation.flip),
         "metrics": read_json(folder / "metrics.json"),
-        "pictures": digest({key: value for key, value in row.items() if key != "sha256"} for row in table),
-        "contact": picture(folder / "contact.png"),
+        "images": digest({key: value for key, value in row.items() if key != "sha256"} for row in table),
+        "contact": measured_image(folder / "contact.png"),
     }
 
 
@@ -116,11 +116,11 @@ def validated() -> dict[str, Any]:
         "distances": vector(float(row["distance"]) for row in nearest),
         "base distances": vector(float(row["base_distance"]) for row in nearest),
         "table": text(origin.pop("table")),
-        "neighbours": origin.pop("neighbours"),
+        "neighbors": origin.pop("neighbors"),
         "made from": masked(origin),
-        "nearest sheet": picture(REPORTS / "validate/nearest.png"),
-        "samples": picture(REPORTS / "samples.png"),
-        "progress": picture(REPORTS / "progress.png"),
+        "nearest sheet": measured_image(REPORTS / "validate/nearest.png"),
+        "samples": measured_image(REPORTS / "samples.png"),
+        "progress": measured_image(REPORTS / "progress.png"),
     }
 
 
@@ -153,7 +153,7 @@ def reported() -> dict[str, Any]:
     return {
         **{path.name: sections(path.read_text("utf-8")) for path in pages},
         "headline": read_json(REPORTS / "headline.json"),
-        "loss": picture(REPORTS / "loss.png"),
+        "loss": measured_image(REPORTS / "loss.png"),
     }
 
 
@@ -186,7 +186,7 @@ def vector(values: Iterable[float]) -> dict[str, Any]:
     return {"size": len(whole), "norm": norm, "mix": float(whole @ pattern) / (norm or 1)}
 
 
-def picture(path: Path) -> dict[str, Any]:
+def measured_image(path: Path) -> dict[str, Any]:
     """Width and height, the mean of red, green and blue, 0 to 255, and the brightness of 8 x 8 tiles, 0 to 1."""
     with Image.open(path) as image:
         tiles = image.convert("L").convert("F").resize((8, 8), Image.Resampling.BOX)

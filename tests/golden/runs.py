@@ -36,7 +36,7 @@ PREPARE: dict[str, dict[str, str]] = {
     "alpha": {"dataset.mask": "alpha", "dataset.unmasked_weight": "0.25", "dataset.background": '"#102030"'},
     "subsets": {
         "dataset.subsets": "[{path: a, repeats: 3}, {path: b, regularization: true, loss_weight: 0.5}]",
-        "pictures": "subsets",
+        "images": "subsets",
     },
     "near-duplicates": {"dataset.near_duplicate_bits": "40", "dataset.seed": "3"},
 }
@@ -129,5 +129,5 @@ RUNS = {
     "export": EXPORT,
     "report": REPORT,
 }
-"""A key without a section chooses inputs: ``pictures``, ``views``, ``filter``, ``latents``, ``base``, ``start``,
+"""A key without a section chooses inputs: ``images``, ``views``, ``filter``, ``latents``, ``base``, ``start``,
 ``features``, ``reports``."""

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_dag.adapters import adapted, lora
+from lora_dag.adapters import adapter_set, lora
 from lora_dag.adapters.adapter_tensors import AdapterTensors
 from lora_dag.diffusion.objectives import VPrediction
-from lora_dag.pictures import decode
+from lora_dag.images import decode
 from stages.prepare import split
 from stages.report import page
 from stages.train import loss, noising
@@ -48,7 +48,7 @@ def noise(patch: Patch) -> None:
 
 
 def init(patch: Patch) -> None:
-    for owner in (lora, adapted.lora):
+    for owner in (lora, adapter_set.lora):
         change(patch, owner, "keyed_init", lambda original, module, config, seed, *a: original(module, config, 7, *a))
 
 
@@ -78,12 +78,12 @@ def heldout_noise(patch: Patch) -> None:
 def exchanged_columns(patch: Patch) -> None:
     """On samples.png the adapter's images are below the name of the base, and the base's below the adapter's."""
 
-    def draw(original: Any, reports: Path, evidence: ScoresAndSamples, *args: Any) -> Any:
-        (base, *other_seeds), after = evidence.pictures[0], evidence.scaled[1.0]
-        pictures = evidence.pictures | {0: [after, *other_seeds]}
-        return original(reports, dataclasses.replace(evidence, pictures=pictures, scaled={1.0: base}), *args)
+    def draw(original: Any, reports: Path, scored: ScoresAndSamples, *args: Any) -> Any:
+        (base, *other_seeds), after = scored.images[0], scored.scaled[1.0]
+        images = scored.images | {0: [after, *other_seeds]}
+        return original(reports, dataclasses.replace(scored, images=images, scaled={1.0: base}), *args)
 
-    change(patch, sheets, "draw", draw)
+    change(patch, sheets, "write_sheets", draw)
 
 
 def verdict(patch: Patch) -> None:

@@ -1,4 +1,4 @@
-"""Adapters of the tiny bases, most of them of Stable Diffusion: settings, layers, files as if trained for long."""
+"""Adapters of the tiny bases, mostly Stable Diffusion: settings, layers, and files as after a long training."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from peft import PeftModel
 from lora_dag.adapters import bias, lora
 from lora_dag.adapters.params import LoraParams
 from lora_dag.artifacts.adapter import FINAL, Adapter, bias_metadata
-from lora_dag.bases import layout
+from lora_dag.bases import component_files
 from lora_dag.core import seeding
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import sha256_file
 from lora_dag.core.params import ModelParams
 from lora_dag.core.params import load as load_params
@@ -66,7 +66,7 @@ def inject(denoiser: torch.nn.Module, seed: int = 0, **changes: Any) -> dict[str
 
 
 def fill(trainable: dict[str, torch.nn.Parameter]) -> None:
-    """As if it had been trained: B is no longer zero."""
+    """Fill the parameters with random values, as after a training: B is not zero."""
     generator = torch.Generator().manual_seed(1)
     for parameter in trainable.values():
         parameter.data = torch.randn(parameter.shape, generator=generator)
@@ -82,7 +82,8 @@ def predict(denoiser: torch.nn.Module) -> torch.Tensor:
         return sd.predict(denoiser, latents, torch.tensor([0, 999]), prompt)
 
 
-def refusal(denoiser: torch.nn.Module, **changes: Any) -> tuple[str, ...]:
+def refusal(denoiser: torch.nn.Module, **changes: Any) -> tuple[Problem, ...]:
+    """Return the problems of a config for the denoiser."""
     with pytest.raises(UserError) as caught:
         lora.make_config(params(**changes), denoiser)
     return caught.value.problems
@@ -101,7 +102,7 @@ ALGOS: dict[str, dict[str, Any]] = {
 
 
 def algo(name: str, **changes: Any) -> dict[str, Any]:
-    """Section lora with an algorithm, on linear layers and convolutions."""
+    """Return section lora with an algorithm, on linear layers and convolutions."""
     return (
         {"init_lora_weights": "kaiming", "target_modules": ["to_q", "to_k", "to_out.0", "conv1"]}
         | ALGOS[name]
@@ -127,7 +128,7 @@ def unet() -> Any:
 
 
 def adapt(workspace: Workspace, **changes: Any) -> torch.nn.Module:
-    """data/adapter as if trained for long, alpha twice the rank; returns the denoiser that carries it."""
+    """Write data/adapter as after a long training, alpha twice the rank; return the denoiser with it."""
     denoiser = unet()
     config = lora.make_config(params(**changes), denoiser)
     trainable = lora.inject(denoiser, config)
@@ -137,13 +138,13 @@ def adapt(workspace: Workspace, **changes: Any) -> torch.nn.Module:
     biases = list(bias.deltas(denoiser))
     metadata = {"format": "pt"} | bias_metadata(config["bias"], biases)
     save_tensors(ADAPTER / FINAL, lora.state_dict(denoiser), metadata)
-    base = layout.digests(load_params(Path("params.yaml")).section(ModelParams), sd.COMPONENTS)
+    base = component_files.digests(load_params(Path("params.yaml")).section(ModelParams), sd.COMPONENTS)
     Adapter(config, base, 4, [], {FINAL: sha256_file(ADAPTER / FINAL)}, biases).save(ADAPTER)
     return denoiser
 
 
 def adapt_family(family: str, **changes: Any) -> list[str]:
-    """data/adapter as if trained for long; the modules whose bias was (Z-Image's attention has none)."""
+    """Write data/adapter as after a long training; return the modules with a trained bias (not Z-Image's attention)."""
     config = load_params(Path("params.yaml"), [f"model.family={family}"])
     model, module = config.section(ModelParams), load_family(family)
     denoiser = module.load_denoiser(model, torch.device("cpu"))
@@ -156,7 +157,7 @@ def adapt_family(family: str, **changes: Any) -> list[str]:
     save_tensors(
         ADAPTER / FINAL, lora.state_dict(denoiser), {"format": "pt"} | bias_metadata(lora_config["bias"], biases)
     )
-    base = layout.digests(model, module.COMPONENTS)
+    base = component_files.digests(model, module.COMPONENTS)
     Adapter(lora_config, base, 4, [], {FINAL: sha256_file(ADAPTER / FINAL)}, biases).save(ADAPTER)
     return biases
 

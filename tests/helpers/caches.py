@@ -9,7 +9,7 @@ import torch
 
 from lora_dag.artifacts import latent_cache
 from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
-from lora_dag.bases import layout
+from lora_dag.bases import component_files
 from lora_dag.core import params, seeding
 from lora_dag.core.params import ModelParams
 from lora_dag.families import sd
@@ -49,9 +49,9 @@ def write_cache(
 
 
 def write_mixed_cache(folder: Path = Path("data/latents"), **every: Any) -> LatentCache:
-    """Twelve pictures of three shapes for the base of ./params.yaml; five have masks, others repeats or a weight.
+    """Twelve images of three shapes for the base of ./params.yaml; five have masks, others repeats or a weight.
 
-    Three wide and two tall ones are held out; two more pictures are for regularization, one of each side.
+    Three wide and two tall ones are held out; two more images are for regularization, one of each side.
     ``every`` is set in all items.
     """
     settings: list[tuple[tuple[int, int], dict[str, Any]]] = [
@@ -81,7 +81,7 @@ def write_mixed_cache(folder: Path = Path("data/latents"), **every: Any) -> Late
             masks |= {f"m{key}": half_mask(shape, view) for view, key in enumerate(views)}
         known_by = {"caption": captions[0], "captions": captions, "content": f"content {index}"}
         items.append(CachedItem(f"{index:02}.png", views=views, **known_by | fields))
-    base = layout.digests(params.load(Path("params.yaml")).section(ModelParams), sd.COMPONENTS)
+    base = component_files.digests(params.load(Path("params.yaml")).section(ModelParams), sd.COMPONENTS)
     return write_cache(folder, items, means, embeds, masks=masks, std=0.1, base=base)
 
 

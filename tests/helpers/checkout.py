@@ -1,4 +1,4 @@
-"""A small checkout of this repository in a folder of its own: git, DVC, a tiny base and eight pictures."""
+"""A small checkout of this repository in a folder of its own: git, DVC, a tiny base and eight images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.helpers.workspace import REPOSITORY, TINY, picture, write_params, write_rows
+from tests.helpers.workspace import REPOSITORY, TINY, make_image, write_params, write_rows
 
 CODE = (
     "lora_dag",
@@ -28,6 +28,9 @@ CODE = (
     ".gitignore",
     ".dvcignore",
 )
+
+RESULTS = 1
+"""Number RESULTS of each stage in a checkout, whatever the current code has."""
 
 
 class Checkout:
@@ -43,15 +46,17 @@ class Checkout:
                 shutil.copytree(source, path / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, path / name)
+        for file in path.glob("stages/*/__init__.py"):
+            file.write_text(re.sub(r"RESULTS = \d+", f"RESULTS = {RESULTS}", file.read_text(encoding="utf-8")))
         write_params(path / "params.yaml", TINY)
         shutil.copytree(base, path / "data/base")
         (path / "data/raw").mkdir()
         for index in range(8):
-            picture(index).save(path / f"data/raw/{index:02}.png")
+            make_image(index).save(path / f"data/raw/{index:02}.png")
         write_rows(path / "data/raw", [{"file_name": f"{i:02}.png", "text": f"thing {i}"} for i in range(8)])
         (path / "data/other").mkdir()  # six of the eight and two more, with captions beside them
         for index in range(2, 10):
-            picture(index).save(path / f"data/other/new-{index}.png")
+            make_image(index).save(path / f"data/other/new-{index}.png")
             (path / f"data/other/new-{index}.txt").write_text(f"thing {index}\n")
         self.git("init", "--quiet", "--initial-branch=main", str(top or path))
         self.dvc("init", "--quiet", *(["--subdir"] if top else []))

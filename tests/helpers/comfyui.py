@@ -1,6 +1,6 @@
 """ComfyUI itself, from the checkout that COMFYUI names: its model classes, key maps, loader and patcher, on the CPU.
 
-Packages that ComfyUI imports for pictures, sound and video are replaced where they are not installed: no adapter passes
+Packages that ComfyUI imports for images, sound and video are replaced where they are not installed: no adapter passes
 through them. Not ComfyUI's code, which stays where it is: its license is another than this repository's.
 """
 

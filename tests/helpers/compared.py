@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_dag.artifacts import metrics, picture_table
+from lora_dag.artifacts import image_table, metrics
 from lora_dag.artifacts.lineage import load as load_lineage
 from lora_dag.artifacts.lineage import save as save_lineage
 from lora_dag.core.files import write_text
@@ -22,17 +22,17 @@ from lora_dag.pages.sheets import save_png, sheet
 from tests.helpers import command
 
 PROMPTS = ["red apple", "blue boat"]
-COLOURS = {"base": "#cc2222", 8: "#22cc22", 16: "#2222cc"}
+COLORS = {"base": "#cc2222", 8: "#22cc22", 16: "#2222cc"}
 SCORES = Path("reports/validate/heldout.csv")
-PICTURE_TABLE = Path("reports/dataset/pictures.csv")
+IMAGE_TABLE = Path("reports/dataset/images.csv")
 
 
-def scores_of(gain: float, pictures: Sequence[str] = "01234567") -> list[Score]:
-    """Two rows for each picture of each split; the base's loss is 0.5, the adapter's lower by ``gain`` and a little."""
+def scores_of(gain: float, images: Sequence[str] = "01234567") -> list[Score]:
+    """Two rows for each image of each split; the base's loss is 0.5, the adapter's lower by ``gain`` and a little."""
     return [
         Score(f"{split}-{name}-{t}", f"{name}.png", split, t, 0.5, 0.5 - gain - 0.001 * ord(name[0]) + 0.048)
         for split in ("heldout", "train")
-        for name in pictures
+        for name in images
         for t in (100, 900)
     ]
 
@@ -43,12 +43,12 @@ def write_revision(
     seed: int = 0,
     table: str = "0123456789abcdef",
     prompts: list[str] = PROMPTS,
-    pictures: Sequence[str] = "01234567",
+    images: Sequence[str] = "01234567",
 ) -> None:
     """params.yaml and reports/ of an adapter of ``rank`` that is better than the base by ``gain``, in this folder."""
     text = f"lora:\n  rank: {rank}\n  alpha: null\ntrain:\n  seed: {seed}\nreport:\n  title: Rank {rank}\n"
     write_text(Path("params.yaml"), text)
-    write_scores(scores_of(gain, pictures), table)
+    scores_to_csv(scores_of(gain, images), table)
     metrics.save(Path("reports/train/metrics.json"), {"train.num_trainable_parameters": 100 * rank})
     settings = {"prompts": prompts, "scales": [0.5, 1.0], "seed": 0, "num_timesteps": 2}
     lineage = {
@@ -56,18 +56,18 @@ def write_revision(
         "dataset": {"content": "c"},
         "latents": "d",
         "model": {"dtype": "float32"},
-        "sheet": {"cell": 64, "picture": [64, 64]},
+        "sheet": {"cell": 64, "image": [64, 64]},
         "validate": settings,
     }
     save_lineage(Path("reports/validate/lineage.json"), lineage)
-    columns = (COLOURS["base"], "#888888", COLOURS[rank])
-    rows = [[Image.new("RGB", (64, 64), colour) for colour in columns] for _ in prompts]
+    columns = (COLORS["base"], "#888888", COLORS[rank])
+    rows = [[Image.new("RGB", (64, 64), color) for color in columns] for _ in prompts]
     save_png(Path("reports/samples.png"), sheet(rows, prompts, ["base", "adapter x 0.5", "adapter"], 64))
 
 
-def write_scores(scores: Sequence[Score], table: str) -> None:
-    write_text(SCORES, heldout_table.write_scores(scores))
-    measured = heldout_table.metrics(scores, 1000, seed=0)
+def scores_to_csv(scores: Sequence[Score], table: str) -> None:
+    write_text(SCORES, heldout_table.scores_to_csv(scores))
+    measured = heldout_table.loss_metrics(scores, 1000, seed=0)
     metrics.save(Path("reports/metrics.json"), measured | {"val.table": table, "val.best_step": 4})
 
 
@@ -123,10 +123,10 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
     return made
 
 
-def write_pictures(captions: dict[str, str], split: str = "train") -> None:
-    """pictures.csv of red squares, named by their captions' keys."""
+def write_images(captions: dict[str, str], split: str = "train") -> None:
+    """images.csv of red squares, named by their captions' keys."""
     rows = [
         {"file_name": f"{name}.png", "split": split, "captions": caption, "sha256": f"{ord(name):064x}"}
         for name, caption in captions.items()
     ]
-    picture_table.save(PICTURE_TABLE, rows)
+    image_table.save(IMAGE_TABLE, rows)

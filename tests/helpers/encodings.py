@@ -1,4 +1,4 @@
-"""Runs of prepare and cache_latents, what reached the encoders in them, and masks to go with the pictures."""
+"""Runs of prepare and cache_latents with counted calls of the encoders, and masks for the images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.families import sd
-from tests.helpers.workspace import Workspace, picture
+from tests.helpers.workspace import Workspace, make_image
 
 LATENTS = Path("data/latents")
 MASKED = ("dataset.mask=masks", "dataset.unmasked_weight=0.2")
@@ -24,23 +24,23 @@ def words(changes: tuple[str, ...]) -> list[str]:
 
 
 def encode(workspace: Workspace, *changes: str) -> tuple[str, str]:
-    """prepare and cache_latents; the lines about pictures and captions."""
+    """Run prepare and cache_latents; return the lines with the numbers of images and of captions."""
     workspace.run("prepare", *words(changes))
     lines = workspace.run("cache_latents", *words(changes))
-    return lines[-1], lines[-2]
+    return lines[-3], lines[-4]
 
 
 class Calls:
-    """What reached the encoders, without the padding of batches: distinct pictures and distinct captions."""
+    """Distinct images and captions that reached the encoders, without the padding of batches."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.pictures: set[bytes] = set()
+        self.images: set[bytes] = set()
         self.captions: set[str] = set()
         self.loaded: list[str] = []
         encode_images, encode_prompts = sd.encode_images, sd.encode_prompts
 
         def images(vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            self.pictures |= {value.numpy().tobytes() for value in pixel_values if value.any()}
+            self.images |= {value.numpy().tobytes() for value in pixel_values if value.any()}
             return encode_images(vae, pixel_values)
 
         def prompts(text: Any, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -60,9 +60,9 @@ class Calls:
         return loaded
 
     def take(self) -> tuple[int, int]:
-        """Pictures and captions since the last call."""
-        found = len(self.pictures), len(self.captions)
-        self.pictures.clear(), self.captions.clear(), self.loaded.clear()
+        """Return the numbers of images and captions since the last call."""
+        found = len(self.images), len(self.captions)
+        self.images.clear(), self.captions.clear(), self.loaded.clear()
         return found
 
 
@@ -73,13 +73,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 @pytest.fixture
 def cached(workspace: Workspace, calls: Calls) -> Workspace:
-    assert encode(workspace) == ("encoded 8, reused 0", "captions: encoded 9, reused 0")
+    assert encode(workspace) == ("images      encoded 8, reused 0", "captions    encoded 9, reused 0")
     assert calls.take() == (8, 8)  # and the empty caption
     return workspace
 
 
 def from_empty_store(workspace: Workspace, *changes: str) -> dict[str, bytes]:
-    """data/latents made anew with nothing to reuse."""
+    """Run cache_latents with an empty store and return data/latents."""
     shutil.rmtree(".state")
     shutil.rmtree(LATENTS)
     workspace.run("cache_latents", *words(changes))
@@ -93,18 +93,19 @@ def changed_shards(before: dict[str, bytes], after: dict[str, bytes]) -> list[st
 
 @pytest.fixture
 def masked(workspace: Workspace) -> Workspace:
-    """Masks whose left part, three quarters of a latent pixel beyond the first two, is white."""
+    """Write masks whose left part is white: two latent pixels and three quarters of the third."""
     folder = Path("data/raw/masks")
     folder.mkdir()
     for index in range(8):
         mask = Image.new("L", (32, 32))
         mask.paste(255, (0, 0, 11, 32))
         mask.save(folder / f"{index:02}.png")
-        picture(index, 32).save(f"data/raw/{index:02}.png")
+        make_image(index, 32).save(f"data/raw/{index:02}.png")
     return workspace
 
 
-def refusal(workspace: Workspace, *changes: str) -> tuple[str, ...]:
+def refusal(workspace: Workspace, *changes: str) -> tuple[Problem, ...]:
+    """Return the problems that cache_latents raises; it writes nothing."""
     with pytest.raises(UserError) as caught:
         workspace.run("cache_latents", *words(changes))
     assert not LATENTS.exists()

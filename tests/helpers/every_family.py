@@ -21,9 +21,9 @@ def stock_loss(pipe: Any, stock: Stock, image: Any, row: Any, seed: int) -> floa
     latents = pipe.vae.encode(pipe.image_processor.preprocess(image)).latent_dist.mean
     latents = (latents - (config.shift_factor or 0)) * config.scaling_factor
     noise = row_noise(seed, row, latents.shape[1:])[None]
-    given = stock.encode(pipe, [row.picture.caption])
+    given = stock.encode(pipe, [row.image.caption])
     given["add_time_ids"] = torch.tensor([[48.0, 48, 0, 0, 32, 32]])
-    if hasattr(pipe.scheduler, "scale_noise"):  # flow matching; the schedule runs from noise to picture
+    if hasattr(pipe.scheduler, "scale_noise"):  # flow matching; the schedule runs from noise to image
         timesteps = pipe.scheduler.timesteps[[-1 - row.timestep]]
         noisy, target = pipe.scheduler.scale_noise(latents, timesteps, noise), noise - latents
     else:

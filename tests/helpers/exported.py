@@ -9,7 +9,7 @@ import torch
 
 from lora_dag.adapters import lora
 from lora_dag.artifacts.adapter import FINAL, Adapter
-from lora_dag.bases import layout
+from lora_dag.bases import component_files
 from lora_dag.core import params, seeding
 from lora_dag.core.files import sha256_file
 from lora_dag.core.params import ModelParams
@@ -19,7 +19,7 @@ from lora_dag.families import sd
 ADAPTER = Path("data/adapter")
 CONFIG: dict[str, Any] = {
     "r": 2,
-    "lora_alpha": 6.0,  # three times the rank: lost, the picture would be another
+    "lora_alpha": 6.0,  # three times the rank: lost, the image would be another
     "lora_dropout": 0.0,
     "target_modules": ["to_k", "to_out.0", "to_q", "to_v"],
     "init_lora_weights": "gaussian",
@@ -34,5 +34,5 @@ def write_adapter() -> None:
     for name, parameter in lora.inject(denoiser, CONFIG).items():
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=seeding.generator(0, "test", name))
     save_tensors(ADAPTER / FINAL, lora.state_dict(denoiser))
-    digests = layout.digests(model, sd.COMPONENTS)
+    digests = component_files.digests(model, sd.COMPONENTS)
     Adapter(CONFIG, digests, 4, [], {FINAL: sha256_file(ADAPTER / FINAL)}).save(ADAPTER)

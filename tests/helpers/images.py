@@ -1,4 +1,4 @@
-"""What the tests of pictures share: encoded pictures, things like photographs, section ``dataset`` with changes."""
+"""What the tests of images share: encoded images, things like photographs, section ``dataset`` with changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 
 def photo(seed: int, width: int = 96, height: int = 72) -> Image.Image:
-    """Smooth colours with some grain, another scene for each seed."""
+    """Smooth colors with some grain, another scene for each seed."""
     draw = np.random.default_rng(seed)
     coarse = draw.integers(0, 256, (6, 8, 3), np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(int)

@@ -1,4 +1,4 @@
-"""Manifests of small pictures, built by hand: what prepare would have made of them."""
+"""Manifests of small images, built by hand: what prepare would have made of them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from PIL import Image
 
 from lora_dag.artifacts.manifest import Augmentation, Item, Manifest
-from lora_dag.pictures.decode import preprocessing
+from lora_dag.images.decode import preprocessing
 
 CENTER = Augmentation("center", flip=False, seed=0)
 
 
 def item_of(folder: Path, file_name: str, **changes: Any) -> Item:
-    """An item of a picture in ``folder``: 32 x 32 pixels, captioned by its name, to train on."""
+    """An item of an image in ``folder``: 32 x 32 pixels, captioned by its name, to train on."""
     blob = (folder / file_name).read_bytes()
     with Image.open(io.BytesIO(blob)) as image:
         width, height = image.size
-    caption = changes.pop("caption", f"a picture of {Path(file_name).stem}")
+    caption = changes.pop("caption", f"an image of {Path(file_name).stem}")
     values: dict[str, Any] = {
         "file_name": file_name,
         "sha256": hashlib.sha256(blob).hexdigest(),

@@ -10,16 +10,16 @@ import pytest
 from PIL import Image, ImageCms
 
 from lora_dag.artifacts.manifest import Item, View
-from lora_dag.core.console import UserError
-from lora_dag.pictures.checks import Checked, check_picture
-from lora_dag.pictures.decode import load_view, preprocessing
-from tests.conftest import picture
+from lora_dag.core.console import Problem, UserError
+from lora_dag.images.checks import ImageFacts, check_image
+from lora_dag.images.decode import load_view, preprocessing
 from tests.helpers.images import encoded
+from tests.helpers.workspace import make_image
 
 
 def frames(form: str) -> bytes:
     """Red, then blue."""
-    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     return encoded(red, form, save_all=True, append_images=[blue])
 
 
@@ -36,11 +36,11 @@ def seen(blob: bytes, size: int, crop: tuple[int, int, int, int], flip: bool = F
     return np.asarray(image).astype(int)
 
 
-def checked(blob: bytes, first_frame: bool = False) -> Checked:
-    return check_picture(blob, "x.png", first_frame)
+def checked(blob: bytes, first_frame: bool = False) -> ImageFacts:
+    return check_image(blob, "x.png", first_frame)
 
 
-def refusal(blob: bytes, first_frame: bool = False) -> str:
+def refusal(blob: bytes, first_frame: bool = False) -> Problem:
     with pytest.raises(UserError) as caught:
         checked(blob, first_frame)
     (problem,) = caught.value.problems
@@ -50,7 +50,7 @@ def refusal(blob: bytes, first_frame: bool = False) -> str:
 
 def rgba() -> Image.Image:
     """60 x 40, opaque on the right and transparent on the left."""
-    image = picture(3, 60, 40)
+    image = make_image(3, 60, 40)
     image.putalpha(Image.fromarray((np.mgrid[0:40, 0:60][1] * 4).astype(np.uint8)))
     return image
 
@@ -61,7 +61,7 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-def grey16() -> Image.Image:
+def gray16() -> Image.Image:
     y, x = np.mgrid[0:40, 0:60]
     return Image.fromarray((x * 1000 + y * 7).astype(np.uint16))
 
@@ -70,11 +70,11 @@ def srgb() -> bytes:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
-def grey_profile(gamma: float = 1.0) -> bytes:
-    """An ICC profile for one grey channel; Little CMS makes none through Pillow."""
+def gray_profile(gamma: float = 1.0) -> bytes:
+    """An ICC profile for one gray channel; Little CMS makes none through Pillow."""
     white = struct.pack(">iii", 0xF6D6, 0x10000, 0xD32D)
     tags = {
-        b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"grey\0" + bytes(78),
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"gray\0" + bytes(78),
         b"wtpt": b"XYZ " + bytes(4) + white,
         b"kTRC": b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2),
     }
@@ -120,7 +120,7 @@ def deep_tiff(photometric: int, planes: np.ndarray, planar: bool = False) -> byt
 
 
 def deep_png(*more: bytes) -> bytes:
-    """One pixel of 16-bit colours."""
+    """One pixel of 16-bit colors."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
     pixel = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">HHH", 65535, 32768, 257)))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + pixel + chunk(b"IEND", b"")

@@ -15,25 +15,27 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from lora_dag.artifacts import metrics, picture_table
+from lora_dag.artifacts import image_table, metrics
 from lora_dag.artifacts.lineage import save as save_lineage
+from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import sha256_json, write_text
 from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Score
 from lora_dag.pipeline.code import dvc_md5, is_code
-from stages.validate import curve, neighbours
-from tests.helpers.checkout import Checkout
+from stages.validate import curve, neighbors
+from tests.helpers import command
+from tests.helpers.checkout import RESULTS, Checkout
 from tests.helpers.workspace import REPOSITORY
 
 PROMPTS = ["red apple", "blue boat"]
-NUM_PICTURES, THRESHOLD, FAR = 8, 0.3, 0.8
+NUM_IMAGES, THRESHOLD, FAR = 8, 0.3, 0.8
 Clone = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bare repository with honest branches: main (rank 2), rank-4 (better), worse; and two better ones that hold out
-    other pictures: overlapping has half of main's, disjoint none.
+    other images: overlapping has half of main's, disjoint none.
     """
     folder = tmp_path_factory.mktemp("published")
     (folder / "base").mkdir()
@@ -42,13 +44,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("requirements.lock", "pyproject.toml"):
         (checkout.path / name).write_bytes((REPOSITORY / name).read_bytes())
     shutil.copytree(REPOSITORY / ".github", checkout.path / ".github")
-    checkout.set(validate__max_pictures=NUM_PICTURES, export__formats=["diffusers", "peft"])
+    checkout.set(validate__max_images=NUM_IMAGES, export__formats=["diffusers", "peft"])
     commit_run(checkout, 0.5)
     for branch, loss, rank, first in (
         ("rank-4", 0.4, 4, 0),
         ("worse", 0.6, 2, 0),
-        ("overlapping", 0.4, 2, NUM_PICTURES // 2),
-        ("disjoint", 0.4, 2, NUM_PICTURES),
+        ("overlapping", 0.4, 2, NUM_IMAGES // 2),
+        ("disjoint", 0.4, 2, NUM_IMAGES),
     ):
         checkout.git("switch", "--quiet", "--create", branch, "main")
         checkout.set(lora__rank=rank)
@@ -84,14 +86,14 @@ def plant(root: Path, loss: float, first: int = 0) -> None:
     """Every report that dvc.yaml lists, of an adapter whose held-out loss is about ``loss`` (the base's is 1).
 
     Args:
-        first: number of the first held-out picture.
+        first: number of the first held-out image.
     """
     for stage in read(root / "dvc.yaml")["stages"].values():
         for path in (path for path, cached in outputs(stage).items() if not cached):
             write_text(root / path, f"{path}\n")
     reports, params = root / "reports", read(root / "params.yaml")
-    names = {"heldout": [f"h{first + i}.png" for i in range(NUM_PICTURES)]}
-    names["train"] = [f"t{i}.png" for i in range(NUM_PICTURES)]
+    names = {"heldout": [f"h{first + i}.png" for i in range(NUM_IMAGES)]}
+    names["train"] = [f"t{i}.png" for i in range(NUM_IMAGES)]
     plant_dataset(reports, names)
     measured = plant_losses(reports, names, loss, params["train"]["num_steps"])
     measured |= {"val.table": sha256_json(names)[:16], "drift.loss_change": 0.1, "drift.loss_change_low": 0.05}
@@ -108,8 +110,8 @@ def plant(root: Path, loss: float, first: int = 0) -> None:
         "latents": made["latents"][:12],
         "lora_config": {"exclude_modules": []},
         "model": {"dtype": "float32"},
-        "neighbours": {"threshold": THRESHOLD, "far_threshold": FAR},
-        "sheet": {"cell": 64, "picture": [64, 64]},
+        "neighbors": {"threshold": THRESHOLD, "far_threshold": FAR},
+        "sheet": {"cell": 64, "image": [64, 64]},
         "table": {"num_train_timesteps": 1000},
         "validate": {"prompts": PROMPTS, "scales": [1.0], "seed": 0},
     }
@@ -126,8 +128,8 @@ def plant_dataset(reports: Path, names: dict[str, list[str]]) -> None:
         for split in names
         for name in names[split]
     ]
-    picture_table.save(reports / "dataset/pictures.csv", rows)
-    counts = {"num_pictures": len(rows), "num_train": NUM_PICTURES, "num_heldout": NUM_PICTURES, "num_left_out": 0}
+    image_table.save(reports / "dataset/images.csv", rows)
+    counts = {"num_images": len(rows), "num_train": NUM_IMAGES, "num_heldout": NUM_IMAGES, "num_left_out": 0}
     metrics.save(reports / "dataset/metrics.json", dict(counts))
 
 
@@ -141,16 +143,16 @@ def plant_losses(reports: Path, names: dict[str, list[str]], loss: float, num_st
     ]
     of = {
         split: [
-            bootstrap.by_picture((s.file_name, getattr(s, side)) for s in scores if s.split == split)
+            bootstrap.by_image((s.file_name, getattr(s, side)) for s in scores if s.split == split)
             for side in ("base", "adapter")
         ]
         for split in names
     }
     heldout, probe = (dict(zip((0, num_steps), of[split], strict=True)) for split in ("heldout", "train"))
     points = curve.make_curve(heldout, probe, seed=0)
-    write_text(reports / "validate/heldout.csv", heldout_table.write_scores(scores))
-    write_text(reports / "validate/curve.csv", curve.write(points))
-    return {**heldout_table.metrics(scores, 1000, seed=0), **curve.metrics(points)}
+    write_text(reports / "validate/heldout.csv", heldout_table.scores_to_csv(scores))
+    write_text(reports / "validate/curve.csv", curve.to_csv(points))
+    return {**heldout_table.loss_metrics(scores, 1000, seed=0), **curve.metrics(points)}
 
 
 def plant_nearest(reports: Path, num_seeds: int) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def plant_nearest(reports: Path, num_seeds: int) -> dict[str, Any]:
         (*key, f"{distance:.6g}", "t0.png", int(distance < THRESHOLD), "0.9", "t1.png", 0)
         for key, distance in zip(asked, near, strict=True)
     ]
-    write_text(reports / "validate/nearest.csv", heldout_table.write_csv(neighbours.FIELDS, lines))
+    write_text(reports / "validate/nearest.csv", heldout_table.csv_text(neighbors.FIELDS, lines))
     found = {"samples.copied_share": 1 / len(near), "samples.nearest_distance": float(np.median(near))}
     found["samples.far_share"] = float(np.mean([distance > FAR for distance in near]))
     return found | {"samples.copied_share_base": 0.0, "samples.nearest_distance_base": 0.9}
@@ -192,7 +194,7 @@ def write_lock(root: Path) -> None:
             "deps": [pin(root, path) for path in sorted(deps)],
             "params": {
                 "params.yaml": {key: value(params, key) for key in stage["params"] if isinstance(key, str)},
-                f"stages/{name}/__init__.py": {"RESULTS": 1},
+                f"stages/{name}/__init__.py": {"RESULTS": RESULTS},
             },
             "outs": [pin(root, path) for path in sorted(outputs(stage))],
         }
@@ -225,3 +227,19 @@ def value(params: dict[str, Any], key: str) -> Any:
 
 def read(path: Path) -> Any:
     return YAML(typ="safe", pure=True).load(path)
+
+
+def edit(path: str, old: str, new: str) -> None:
+    """Replace a text in a file of the current folder."""
+    text = Path(path).read_text(encoding="utf-8")
+    assert old in text
+    Path(path).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def gate_problems(*arguments: str) -> list[Problem]:
+    """Return the problems with which `lora-dag gate` fails; empty if it passes."""
+    try:
+        command.run("gate", *arguments)
+    except UserError as error:
+        return list(error.problems)
+    return []

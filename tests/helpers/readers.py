@@ -1,4 +1,4 @@
-"""Which programs read which of our files right: readers.json, README's table, and the kinds of adapters in it."""
+"""Which programs read which exports right: readers.json, its table in docs/export.md, and the kinds of adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_dag.adapters import adapted, adapter_tensors, bias, lora
+from lora_dag.adapters import adapter_set, adapter_tensors, bias, lora
 from lora_dag.core import seeding
 from tests.helpers.adapters import params
 
@@ -48,7 +48,7 @@ def verdict(family: str, kind: str, file: str, reader: str) -> str | None:
 
 
 def markdown() -> str:
-    """README's table."""
+    """Return the table of docs/export.md."""
     rows = [["`export.formats`", "family", "what it holds", *TABLE["columns"].values()]]
     for row in TABLE["rows"]:
         families = ", ".join(f"`{name}`" for name in row["families"])
@@ -84,14 +84,14 @@ def train(family: Family, modules: dict[str, Any], kind: str) -> Trained:
     settings = params(**KINDS[kind])
     denoiser, text = modules[family.DENOISER], {n: m for n, m in modules.items() if n in family.TEXT_ENCODERS}
     configs = {family.DENOISER: lora.make_config(settings, denoiser)}
-    configs |= adapted.text_configs(settings, family, text) if settings.train_text_encoder else {}
+    configs |= adapter_set.text_configs(settings, family, text) if settings.train_text_encoder else {}
     trained = Trained({}, states(modules), states(modules))
     for name, config in configs.items():
         carrier = copy.deepcopy(modules[name])
         for key, parameter in lora.inject(carrier, config).items():
             parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=seeding.generator(0, key))
         trained.parts[name] = adapter_tensors.read(config, carrier)
-        for target in lora.targets(carrier):
+        for target in lora.target_names(carrier):
             change = carrier.get_submodule(target).get_delta_weight(lora.NAME).detach()
             trained.without_dora[name][f"{target}.weight"] += change
         for module, delta in bias.deltas(carrier).items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_dag.artifacts import metrics, picture_table
+from lora_dag.artifacts import image_table, metrics
 from lora_dag.artifacts.lineage import save as save_lineage
 from lora_dag.core.files import write_text
 
@@ -40,7 +40,7 @@ LINEAGE: dict[str, Any] = {
     "model": {"family": "sd", "pretrained": "base", "variant": None, "dtype": "float32"},
     "num_steps": 4,
     "sheet": {"cell": 128},
-    "table": {"num_pictures": {"heldout": 2, "train": 2}, "num_rows": 8, "prediction_type": "v_prediction"},
+    "table": {"num_images": {"heldout": 2, "train": 2}, "num_rows": 8, "prediction_type": "v_prediction"},
     "validate": {
         "prompts": ["red apple"],
         "num_inference_steps": 2,
@@ -59,7 +59,7 @@ TRAIN = {
     "train.base_unchanged": True,
 }
 DATASET: dict[str, Any] = {
-    "num_pictures": 8,
+    "num_images": 8,
     "num_train": 6,
     "num_heldout": 2,
     "num_left_out": 0,
@@ -102,7 +102,7 @@ MADE: dict[str, Any] = {
     "lora_config": {"r": 8, "lora_alpha": 4.0, "target_modules": ["to_k", "to_q"], "bias": "none"},
     "num_steps": 4,
     "packages": {"peft": "0.21.2"},
-    "pictures": "2" * 64,
+    "images": "2" * 64,
     "pipeline": {
         "class": "StableDiffusionPipeline",
         "denoiser": "unet",
@@ -122,10 +122,10 @@ up.0.attn1.to_k,4,0.8
 """
 
 
-def row(file_name: str, **changes: str) -> picture_table.Row:
-    """One of pictures.csv: kept, to train on."""
+def row(file_name: str, **changes: str) -> image_table.Row:
+    """One of images.csv: kept, to train on."""
     values = {"split": "train", "width": "64", "height": "64", "bucket": "32x32", "repeats": "1", "num_captions": "1"}
-    return values | {"file_name": file_name, "captions": f"picture {file_name}", "sha256": file_name} | changes
+    return values | {"file_name": file_name, "captions": f"image {file_name}", "sha256": file_name} | changes
 
 
 ROWS = [row(f"{index}.png", split="train" if index < 6 else "heldout") for index in range(8)]
@@ -141,7 +141,7 @@ def write_reports(folder: Path, overfit: bool = False) -> None:
     write_text(folder / "train" / "loss.csv", "step,loss,learning_rate,grad_norm\n" + rows)
     metrics.save(folder / "dataset" / "metrics.json", DATASET)
     metrics.save(folder / "latents" / "metrics.json", LATENTS)
-    picture_table.save(folder / "dataset" / "pictures.csv", ROWS)
+    image_table.save(folder / "dataset" / "images.csv", ROWS)
     metrics.save(
         folder / "export" / "metrics.json",
         {"export.diffusers.max_abs_error": 1.5e-7, "export.effect": 0.5, "export.megabytes": 0.43},

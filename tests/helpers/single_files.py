@@ -1,4 +1,4 @@
-"""Tiny pipelines as the community ships checkpoints: one .safetensors file with the original trainers' tensor names.
+"""Tiny checkpoints in one .safetensors file with the original tensor names, as in the community.
 
 The inverse of what diffusers does in ``from_single_file``, after CompVis' and Stability's module names.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lora_dag.bases.layout import weight_files
+from lora_dag.bases.component_files import weight_files
 from lora_dag.core.tensors import load_tensors, save_tensors
 
 Tensors = dict[str, torch.Tensor]
@@ -74,7 +74,7 @@ SD3 = {
 
 
 def checkpoint(base: Path) -> Tensors:
-    """Of a folder in the diffusers layout, family sd or sdxl."""
+    """Return the tensors of a checkpoint, made of a folder in the diffusers layout of family sd or sdxl."""
     parts = {name: of(base / name) for name in ("unet", "vae", "text_encoder")}
     is_sdxl = (base / "text_encoder_2").exists()
     clip = "conditioner.embedders.0.transformer." if is_sdxl else "cond_stage_model.transformer."
@@ -86,7 +86,7 @@ def checkpoint(base: Path) -> Tensors:
 
 
 def sd3_transformer(base: Path) -> Tensors:
-    """The transformer alone, as SD 3's file without encoders has it; queries, keys and values are in one matrix."""
+    """Return the transformer's tensors as in SD 3's file without encoders; queries, keys and values are one matrix."""
     tensors = of(base / "transformer")
     last = max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer_blocks"))
     swapped = (f"transformer_blocks.{last}.norm1_context.", "norm_out.")  # scale and shift in the other order
@@ -121,7 +121,7 @@ def unet(tensors: Tensors) -> Tensors:
 
 
 def unet_name(name: str, tensors: Tensors, per_block: int) -> str:
-    """Inputs and outputs are counted through all blocks, ``per_block`` each: a block's resnets and its sampler's."""
+    """Return the original name, with numbers through all blocks, ``per_block`` each: resnets and a sampler."""
     for ours, theirs in TOP.items():
         if name.startswith(f"{ours}."):
             return replaced(name.replace(ours, theirs, 1), RESNET if "resnets" in ours else {})
@@ -156,7 +156,7 @@ def wrapped(tensors: Tensors) -> Tensors:
 
 
 def open_clip(tensors: Tensors) -> Tensors:
-    """As open_clip keeps them: queries, keys and values in one matrix, the projection from the left."""
+    """Return open_clip's tensors: queries, keys and values in one matrix, the projection transposed."""
     found, joined = {}, {}
     for name, tensor in wrapped(tensors).items():
         new = replaced(name.removeprefix("text_model."), OPEN_CLIP)
@@ -175,7 +175,7 @@ def replaced(name: str, mapping: dict[str, str]) -> str:
 
 
 def lay_out(folder: Path, base: Path, tensors: Tensors, beside: tuple[str, ...] = ()) -> Path:
-    """A folder as the README says, configs and tokenizers of the base and the checkpoint; returns the file.
+    """Write a folder as docs/models.md describes it: configs and tokenizers of the base, and the checkpoint.
 
     Args:
         beside: components whose weights stand in the folder.

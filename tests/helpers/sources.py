@@ -1,4 +1,4 @@
-"""What the tests of sources share: dataset params, small pictures, Parquet and .tar files, problems of a listing."""
+"""Helpers for tests of sources: dataset params, small images, Parquet and .tar files, problems of a listing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from lora_dag.core import params
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from stages.prepare.listing import Listing
 from stages.prepare.params import DatasetParams
 from stages.prepare.sources import list_entries
-from tests.helpers.workspace import REPOSITORY, picture
+from tests.helpers.workspace import REPOSITORY, make_image
 
 DEFAULTS = params.load(REPOSITORY / "params.yaml").section(DatasetParams).model_dump()
 
@@ -31,8 +31,8 @@ def listed(source: Path | str, **changes: Any) -> Listing:
     return list_entries(DatasetParams.model_validate(DEFAULTS | {"source": str(source)} | changes))
 
 
-def refusal(source: Path | str, **changes: Any) -> str:
-    """The one line that a source is refused with."""
+def refusal(source: Path | str, **changes: Any) -> Problem:
+    """Return the only problem that a source is refused with."""
     with pytest.raises(UserError) as caught:
         listed(source, **changes)
     (problem,) = caught.value.problems
@@ -40,8 +40,8 @@ def refusal(source: Path | str, **changes: Any) -> str:
     return problem
 
 
-def problems(source: Path | str, **changes: Any) -> list[str]:
-    return [str(problem) for problem in listed(source, **changes).problems]
+def problems(source: Path | str, **changes: Any) -> list[Problem]:
+    return [problem.problem for problem in listed(source, **changes).problems]
 
 
 def captions(listing: Listing) -> dict[str, tuple[str, ...]]:
@@ -52,23 +52,14 @@ def splits(listing: Listing) -> dict[str, str | None]:
     return {entry.file_name: entry.split for entry in listing.entries}
 
 
-def others(count: int, shown: str, place: str = "data/raw") -> str:
-    """The warning about files that may be pictures."""
-    if count == 1:
-        return f"1 file in {place} is no picture by its suffix and is left out ({shown}); convert it if it is one"
-    return (
-        f"{count} files in {place} are no pictures by their suffix and are left out ({shown}); convert those that are"
-    )
-
-
 def png(index: int = 0) -> bytes:
     buffer = io.BytesIO()
-    picture(index, 8).save(buffer, format="PNG")
+    make_image(index, 8).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def write_files(folder: Path, *names: str, **texts: str) -> Path:
-    """Empty files, and with keywords .txt files (``a="cat"`` is a.txt): a listing opens no picture."""
+    """Empty files, and with keywords .txt files (``a="cat"`` is a.txt): a listing opens no image."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"")
@@ -98,5 +89,5 @@ def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
 
 
 def embedded(count: int) -> list[dict[str, Any]]:
-    """Pictures as ``datasets`` embeds them."""
+    """Images as ``datasets`` embeds them."""
     return [{"bytes": png(index), "path": f"{index}.png"} for index in range(count)]

@@ -1,4 +1,4 @@
-"""Trainings in the workspace: undisturbed, broken off by a test, or started by another program; and what they wrote."""
+"""Trainings in the workspace: undisturbed, interrupted by a test, or started by another program; and their outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from lora_dag.artifacts.adapter import FINAL
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.core import params
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_tensors
 from lora_dag.families import sd
@@ -27,7 +27,7 @@ from stages.train.noising import make_timesteps
 from stages.train.run import Run
 from tests.helpers.caches import write_mixed_cache
 from tests.helpers.settings import train_params
-from tests.helpers.workspace import TINY, Workspace, picture, write_params, write_rows
+from tests.helpers.workspace import TINY, Workspace, make_image, write_params, write_rows
 
 LONG = ("--set", "train.num_steps=6", "--set", "lora.dropout=0.25", "--set", "train.prompt_dropout=0.5")
 """Six steps with everything random in them."""
@@ -35,12 +35,12 @@ LONG = ("--set", "train.num_steps=6", "--set", "lora.dropout=0.25", "--set", "tr
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """A folder where prepare, cache_latents and ``train LONG`` ran without a disturbance."""
+    """Return a folder where prepare, cache_latents and ``train LONG`` ran undisturbed."""
     folder = tmp_path_factory.mktemp("reference")
     write_params(folder / "params.yaml", TINY)
     (folder / "data/raw").mkdir(parents=True)
     for index in range(8):
-        picture(index).save(folder / f"data/raw/{index:02}.png")
+        make_image(index).save(folder / f"data/raw/{index:02}.png")
     write_rows(folder / "data/raw", [{"file_name": f"{i:02}.png", "text": f"thing {i}"} for i in range(8)])
     (folder / "data/base").symlink_to(tiny_base)
     with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +54,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path
 
 @pytest.fixture
 def encoded(workspace: Workspace, reference: Path) -> Workspace:
-    """The workspace with data/prepared and data/latents."""
+    """Return the workspace with data/prepared and data/latents."""
     for name in ("prepared", "latents"):
         shutil.copytree(reference / "data" / name, workspace.path / "data" / name)
     return workspace
@@ -62,7 +62,7 @@ def encoded(workspace: Workspace, reference: Path) -> Workspace:
 
 @pytest.fixture
 def interrupt(workspace: Workspace) -> Callable[..., None]:
-    """``interrupt(3, *argv)`` runs train and breaks off in place of step 3."""
+    """Return a function: ``interrupt(3, *argv)`` runs train and interrupts it instead of step 3."""
 
     def train(at: int, *argv: str) -> None:
         with broken_off(at):
@@ -77,12 +77,12 @@ def history() -> list[dict[str, float]]:
 
 
 def outputs(workspace: Workspace) -> dict[str, bytes]:
-    """What DVC hashes or git versions; run.json holds time and speed."""
+    """Return the files that DVC or git track; run.json, with time and speed, is empty."""
     return workspace.tree("data/adapter") | workspace.tree("reports/train") | {"run.json": b""}
 
 
 def squared_errors(batch: Batch, index: int) -> torch.Tensor:
-    """Of one picture of a batch under the base alone, in float64 [C, h, w]: v of Salimans & Ho 2022, against sd's."""
+    """Return the base's squared errors for one image of a batch, float64 [C, h, w], with v of Salimans & Ho 2022."""
     model = params.load(Path("params.yaml")).section(ModelParams)
     denoiser, t = sd.load_denoiser(model, torch.device("cpu")), batch.timesteps[index : index + 1]
     signal = sd.load_scheduler(model).alphas_cumprod[int(t)].double()
@@ -98,7 +98,8 @@ def weights() -> dict[str, torch.Tensor]:
     return load_tensors(Path("data/adapter") / FINAL)
 
 
-def refusal(workspace: Workspace, *argv: str) -> str:
+def refusal(workspace: Workspace, *argv: str) -> Problem:
+    """Return the only problem of a training, which must write nothing."""
     with pytest.raises(UserError) as caught:
         workspace.run("train", *argv)
     assert not Path("data/adapter").exists() and not Path("reports/train").exists()
@@ -107,7 +108,7 @@ def refusal(workspace: Workspace, *argv: str) -> str:
 
 
 def batches(cache: LatentCache, accumulation: int = 1) -> Batches:
-    """The tiny parameters' batches."""
+    """Return batches with the tiny settings."""
     from diffusers import DDPMScheduler
 
     settings = train_params("batch_size=2", f"gradient_accumulation_steps={accumulation}")
@@ -117,14 +118,14 @@ def batches(cache: LatentCache, accumulation: int = 1) -> Batches:
 
 @pytest.fixture
 def mixed(workspace: Workspace) -> Workspace:
-    """The workspace with latents of three shapes."""
+    """Return the workspace with latents of three shapes."""
     write_mixed_cache()
     return workspace
 
 
 @contextlib.contextmanager
 def broken_off(at: int) -> Iterator[None]:
-    """A training inside breaks off in place of step ``at``; the test fails where it does not."""
+    """Interrupt a training inside the block instead of step ``at``; fail if there is none."""
     from stages.train import loop
 
     original = loop.training_step
@@ -141,7 +142,7 @@ def broken_off(at: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signalled(at: int, number: signal.Signals) -> Iterator[None]:
-    """A training inside gets the signal before step ``at``."""
+    """Send a signal to the training inside the block before step ``at``."""
     from stages.train import loop
 
     original = loop.training_step
@@ -157,7 +158,7 @@ def signalled(at: int, number: signal.Signals) -> Iterator[None]:
 
 
 def process_with(variable: str) -> int:
-    """Process id of the ``stages.train`` that has ``NAME=value`` in its environment."""
+    """Return the process id of the ``stages.train`` with ``NAME=value`` in its environment."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
             words = (path / "cmdline").read_bytes().split(b"\0")

@@ -8,7 +8,7 @@ import torch
 
 from lora_dag.adapters import lora
 from lora_dag.artifacts.adapter import FINAL, Adapter, snapshot_name
-from lora_dag.bases import layout
+from lora_dag.bases import component_files
 from lora_dag.core import params, seeding
 from lora_dag.core.files import sha256_file
 from lora_dag.core.params import ModelParams
@@ -32,7 +32,7 @@ def write_adapter(strength: float, rank: int = 2) -> None:
             parameter.data = noise * (step * strength if "lora_B" in key else 0.2)
         save_tensors(Path("data/adapter") / name, lora.state_dict(denoiser))
         files[name] = sha256_file(Path("data/adapter") / name)
-    Adapter(config, layout.digests(model, sd.COMPONENTS), 4, [2], files).save(Path("data/adapter"))
+    Adapter(config, component_files.digests(model, sd.COMPONENTS), 4, [2], files).save(Path("data/adapter"))
 
 
 def reports(workspace: Workspace) -> dict[str, bytes]:

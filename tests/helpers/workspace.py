@@ -19,8 +19,8 @@ from ruamel.yaml import YAML
 from lora_dag.core import console
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-Pictures = Callable[..., Path]
-"""The fixture ``pictures``."""
+Images = Callable[..., Path]
+"""The fixture ``images``."""
 TINY: dict[str, dict[str, Any]] = {
     "model": {"dtype": "float32"},
     "dataset": {"resolution": 32, "heldout_fraction": 0.25, "near_duplicate_bits": None},
@@ -36,7 +36,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "validate": {
         "num_timesteps": 2,
-        "max_pictures": 4,
+        "max_images": 4,
         "batch_size": 4,
         "prompts": ["red apple", "blue boat"],
         "num_inference_steps": 2,
@@ -114,13 +114,13 @@ def write_params(path: Path, changes: dict[str, dict[str, Any]]) -> None:
         yaml.dump(tree, file)
 
 
-def picture(index: int, width: int = 48, height: int | None = None) -> Image.Image:
-    """A coloured ramp with a disc, another one for each index."""
+def make_image(index: int, width: int = 48, height: int | None = None) -> Image.Image:
+    """A colored ramp with a disc, another one for each index."""
     height = height or width
     y, x = np.mgrid[0:height, 0:width]
     array = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 37 * index % 256)], axis=-1)
-    centre = (13 * index % width, 7 * index % height)
-    array[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 < (width // 4) ** 2] = (20 * index % 256, 0, 90)
+    center = (13 * index % width, 7 * index % height)
+    array[(x - center[0]) ** 2 + (y - center[1]) ** 2 < (width // 4) ** 2] = (20 * index % 256, 0, 90)
     return Image.fromarray(array.astype(np.uint8))
 
 

@@ -10,16 +10,16 @@ from lora_dag.evaluation.bootstrap import Estimate
 from lora_dag.pages import findings
 from lora_dag.pages.findings import Share
 from lora_dag.pages.markdown import decimals, interval, plain, signed
-from stages.validate.neighbours import Neighbours
+from stages.validate.neighbors import Neighbors
 
 
 @pytest.mark.parametrize(("num_heldout", "size"), [(5, 24), (25, 24), (60, 48)])
 def test_so_many_samples_are_that_near_by_chance_as_drawn(num_heldout: int, size: int) -> None:
-    """Samples drawn as held-out pictures are, beside held-out pictures that set the limit."""
+    """Samples drawn as held-out images are, beside held-out images that set the limit."""
     rng = np.random.default_rng(0)
     counts = []
     for drawn in rng.normal(size=(4000, num_heldout + size)):
-        found = Neighbours([], [], drawn[:num_heldout], (1.0, 1.0), 9)
+        found = Neighbors([], [], drawn[:num_heldout], (1.0, 1.0), 9)
         counts.append(int((drawn[num_heldout:] < found.threshold).sum()))
     known = max(0.05, 1 / (num_heldout + 1))
     beyond = [count for count in range(size + 1) if Share(count / size, 0, known, size, num_heldout).is_beyond_chance]
@@ -34,11 +34,11 @@ def test_thousands_of_samples_are_counted_too() -> None:
     assert not Share(0.05, 0, 0.05, 20_000, 200).is_beyond_chance
 
 
-def test_an_older_run_that_does_not_say_how_many_it_drew_has_a_share() -> None:
-    lineage = {"validate": {}, "neighbours": {"num_heldout": 25}}
-    (clause,) = findings.crossed({"samples.copied_share": 0.25, "samples.copied_share_base": 0.0}, lineage)
-    assert clause == "25 % of the samples count as copies of training pictures (5 % by chance, the base's 0 %)"
-    assert findings.crossed({}, {"validate": {}}) == [] and findings.overfits({}, 4) == ""
+def test_a_run_without_a_number_of_samples_has_a_share() -> None:
+    lineage = {"validate": {}, "neighbors": {"num_heldout": 25}}
+    (clause,) = findings.concerns({"samples.copied_share": 0.25, "samples.copied_share_base": 0.0}, lineage)
+    assert clause == "25 % of the samples count as copies of training images (5 % by chance, base: 0 %)"
+    assert findings.concerns({}, {"validate": {}}) == [] and findings.overfitting({}, 4) == ""
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def test_small_differences_keep_two_digits() -> None:
     assert percent(Estimate(-1e-4, -3e-4, 1e-4), 1.0) == "−0.010 % [−0.030, +0.010]"
 
 
-def test_the_cure_for_few_pictures_is_of_what_limits_them() -> None:
-    limited = {"dataset": {"heldout": 40, "train": 360}, "table": {"num_pictures": {"heldout": 4}}}
-    assert findings.cannot_tell(4, limited) == "4 held-out pictures cannot tell; set validate.max_pictures=40"
-    shared = limited | {"table": {"num_pictures": {"heldout": 40}}}  # by another revision, which holds out others
-    assert findings.cannot_tell(4, shared) == "4 held-out pictures cannot tell; set dataset.heldout_fraction=0.15"
-    assert findings.cannot_tell(4, shared, is_named=True) == "4 held-out pictures cannot tell; hold out more pictures"
+def test_suggestion_for_few_images_raises_the_limit_in_effect() -> None:
+    limited = {"dataset": {"heldout": 40, "train": 360}, "table": {"num_images": {"heldout": 4}}}
+    assert findings.too_few_images(4, limited).endswith(" Set validate.max_images=40.")
+    shared = limited | {"table": {"num_images": {"heldout": 40}}}  # by another revision, which holds out others
+    assert findings.too_few_images(4, shared).endswith(" Set dataset.heldout_fraction=0.15.")
+    assert findings.too_few_images(4, shared, is_named=True).endswith(" Hold out more images.")

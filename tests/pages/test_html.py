@@ -1,4 +1,4 @@
-"""Pages: text stays text, nothing is loaded, and in a browser tables sort, pictures enlarge and the slider moves."""
+"""Pages: text stays text, nothing is loaded, and in a browser tables sort, images enlarge and the slider moves."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ EVIL = "<script>document.title = 'owned'</script>"
 ROWS = [("a", "1,200"), ("b", "−0.5 [−0.6, −0.4]"), ("c", ""), ("d", "1e-3"), ("e", "110 %")]
 
 
-def png(colour: str, side: int = 64) -> bytes:
+def png(color: str, side: int = 64) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+    Image.new("RGB", (side, side), color).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def write_example(folder: Path) -> Path:
     """A page with everything in it."""
-    (folder / "a picture.png").write_bytes(png("orange"))
+    (folder / "an image.png").write_bytes(png("orange"))
     sliders = {name: html.slider(png("red"), png("blue"), ("base", name)) for name in (f"apple {EVIL}", "boat")}
     parts = [
         f"# Icons {EVIL}",
-        image("A picture", folder / "a picture.png", folder),
+        image("An image", folder / "an image.png", folder),
         "![Gone](gone.png) ![Far](https://example.org/far.png)",
         table(("name", "value"), ROWS),
         table(("Facts", ""), [("z", "2"), ("y", "1")]),
@@ -41,7 +41,10 @@ def write_example(folder: Path) -> Path:
         "The sliders, and more",
         "The plot",
     ]
-    extras = {"The sliders": html.choice("Prompt", sliders), "The plot": html.picture(png("white"), "Plot", plot=True)}
+    extras = {
+        "The sliders": html.choice("Prompt", sliders),
+        "The plot": html.embedded_image(png("white"), "Plot", plot=True),
+    }
     path = folder / "page.html"
     path.write_text(html.page(f"Icons {EVIL}", "\n\n".join(parts), folder, extras), encoding="utf-8")
     return path
@@ -96,8 +99,8 @@ def test_tables_sort_by_number_and_facts_do_not(page: Browser) -> None:
     assert names(page, 1) == "zy" and page.evaluate("document.querySelectorAll('th button').length") == 2
 
 
-def test_a_picture_enlarges_and_escape_closes_it(page: Browser) -> None:
-    page.click(".picture")
+def test_a_image_enlarges_and_escape_closes_it(page: Browser) -> None:
+    page.click(".image")
     assert page.evaluate("document.querySelector('dialog').open")
     assert page.evaluate("document.querySelector('dialog img').getBoundingClientRect().width") > 900
     page.press("Escape")

@@ -10,10 +10,10 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from lora_dag.pages.sheets import MAX_BYTES, cell_sides, cut, save_png, save_sheet, sheet
-from tests.conftest import picture
+from tests.helpers.workspace import make_image
 
 
-def test_pictures_stand_unchanged_in_a_grid_that_text_leaves_free() -> None:
+def test_images_stand_unchanged_in_a_grid_that_text_leaves_free() -> None:
     cells = [[Image.new("RGB", (32, 32), (10 * row, 10 * column, 77)) for column in range(3)] for row in range(2)]
     long = "a very long label that cannot possibly fit into so small a cell, whatever is done"
     result = np.asarray(sheet(cells, [long, "b"], ["one", long, "three"], 32, "A title", [["x", long, "y"]] * 2))
@@ -28,7 +28,7 @@ def test_pictures_stand_unchanged_in_a_grid_that_text_leaves_free() -> None:
     assert len({x for _, x in places}) == 3
 
 
-def test_missing_pictures_leave_their_cell_empty() -> None:
+def test_missing_images_leave_their_cell_empty() -> None:
     black = Image.new("RGB", (16, 16))
     full = sheet([[black, black], [black, black]], None, None, 16)
     holes = sheet([[black, None], [black]], None, None, 16)
@@ -36,13 +36,13 @@ def test_missing_pictures_leave_their_cell_empty() -> None:
     assert (np.asarray(holes)[:, -20:] == 255).all()
 
 
-def test_wide_pictures_keep_their_shape() -> None:
+def test_wide_images_keep_their_shape() -> None:
     result = np.asarray(sheet([[Image.new("RGB", (64, 32), "red")]], None, None, 32))
     assert (result == (255, 0, 0)).all(axis=-1).sum() == 32 * 16 - 2 * 16
 
 
 def test_png_bytes_depend_on_pixels_alone(tmp_path: Path) -> None:
-    image = picture(1)
+    image = make_image(1)
     save_png(tmp_path / "a.png", image)
     image.info["comment"] = "made today"
     save_png(tmp_path / "b.png", image)
@@ -63,8 +63,8 @@ def test_png_is_kept_under_its_limit(tmp_path: Path) -> None:
     )
 
 
-def test_cut_gives_the_pictures_back() -> None:
-    cells = [[picture(3 * row + column, 64) for column in range(3)] for row in range(2)]
+def test_cut_gives_the_images_back() -> None:
+    cells = [[make_image(3 * row + column, 64) for column in range(3)] for row in range(2)]
     made = sheet(cells, ["one", "two"], ["a", "b", "c"], 64, "A title")
     for row, found in zip(cells, cut(made, 2, 3, 64), strict=True):
         for expected, actual in zip(row, found, strict=True):
@@ -76,14 +76,14 @@ def test_cut_gives_the_pictures_back() -> None:
 
 
 def photograph(side: int, seed: int) -> Image.Image:
-    """As hard to compress as one: soft shapes of all colours, and grain."""
+    """As hard to compress as one: soft shapes of all colors, and grain."""
     rng = np.random.default_rng(seed)
     shapes = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     grain = rng.normal(0, 16, (side, side, 1))
     return Image.fromarray((np.asarray(shapes) + grain).clip(0, 255).astype(np.uint8))
 
 
-def test_pictures_that_git_keeps_of_an_experiment_are_at_most_300_kb() -> None:
+def test_images_that_git_keeps_of_an_experiment_are_at_most_300_kb() -> None:
     assert sum(MAX_BYTES.values()) <= 300_000
     outs = {Path(next(iter(out))) for stage in read_dvc_yaml().values() for out in stage.get("plots", [])}
     assert {path.stem for path in outs if path.suffix == ".png"} == set(MAX_BYTES)
@@ -96,7 +96,7 @@ def read_dvc_yaml() -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_photographs_shrink_until_they_fit(tmp_path: Path) -> None:
-    """Eight rows of three pictures of 512 pixels: not refused, not in eight colours, the same bytes again."""
+    """Eight rows of three images of 512 pixels: not refused, not in eight colors, the same bytes again."""
     rows = [[photograph(512, 3 * row + column) for column in range(3)] for row in range(8)]
     sides = cell_sides(512, 256)
     assert sides == [32, 48, 64, 96, 128, 192, 256]
@@ -122,11 +122,11 @@ def test_noise_that_fits_nowhere_is_written_all_the_same(tmp_path: Path) -> None
         assert len(image.convert("RGB").getcolors() or []) <= 8
 
 
-def test_small_pictures_are_shown_pixel_by_pixel(tmp_path: Path) -> None:
+def test_small_images_are_shown_pixel_by_pixel(tmp_path: Path) -> None:
     """Multiples of their own side alone; nothing is lost where it fits."""
     assert cell_sides(64, 128) == [32, 48, 64, 128]
     assert cell_sides(40, 128) == [32, 40, 80, 120] and cell_sides(96, 80) == [32, 48, 64, 80]
-    icon = picture(1, 64).quantize(16).convert("RGB")
+    icon = make_image(1, 64).quantize(16).convert("RGB")
     cell = save_sheet(
         tmp_path / "a.png", lambda side: sheet([[icon]], ["one"], None, side), cell_sides(64, 128), 90_000
     )

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from snakemake.persistence.file import FilePersistence
 
-from lora_dag.core.console import UserError
 from lora_dag.pipeline.snakemake_records import METADATA, accept_code, read_record, recorded_paths
+from tests.helpers.errors import refused
 
 CODE = "c" * 64
 JOB = {
@@ -82,10 +82,10 @@ def test_no_record_of_a_job_that_did_not_finish_or_of_a_file_that_is_gone() -> N
 @pytest.mark.parametrize("changes", [{"params": []}, {"params": ["f("]}, {"input_checksums": None}, {"input": 1}])
 def test_a_record_of_another_snakemake_is_one_line(changes: dict[str, Any]) -> None:
     place = write("runs/a.json", **changes)
-    with pytest.raises(UserError, match="not as Snakemake 9 writes it .*; delete runs/a.json and run snakemake again"):
+    with refused("record-damaged", str(place), "runs/a.json", "`snakemake`"):
         read_record("runs/a.json")
     place.write_text("{")
-    with pytest.raises(UserError, match=f"^{place}: not as Snakemake 9"):
+    with refused("record-damaged", str(place)):
         read_record("runs/a.json")
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from base import bundle
-from lora_dag.core.console import UserError
-from lora_dag.pipeline.sharing import CURE, unshared
-from tests.conftest import REPOSITORY
+from lora_dag.pipeline.sharing import REMEDY, unshared_data
+from tests.helpers.errors import refused
 from tests.helpers.planted import git
+from tests.helpers.workspace import REPOSITORY
 
 
 def dvc(*words: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +29,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(REPOSITORY / ".dvc/config", ".dvc/config")
     shutil.copy(REPOSITORY / ".gitignore", ".gitignore")
     Path("data").mkdir()
-    add("raw", "the demo's pictures")
+    add("raw", "the demo's images")
     pin("raw")
     cache = Path(".dvc/cache")
     bundle.fill(Path(".dvc/store"), cache, [digest("raw")])
@@ -55,23 +55,25 @@ def digest(name: str) -> str:
 
 
 def test_the_demo_is_shared(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert unshared() == []
+    assert unshared_data() == []
     clone = project.parent / f"{project.name}-clone"
     git("clone", "--quiet", str(project), str(clone))
     monkeypatch.chdir(clone)
     assert dvc("pull").returncode == 0
-    assert Path("data/raw/a.txt").read_text() == "the demo's pictures"
+    assert Path("data/raw/a.txt").read_text() == "the demo's images"
 
 
 def test_own_data_is_named_until_a_remote_is_set_and_never_goes_into_the_store(project: Path) -> None:
     add("mine", "mine")
     add("rex", "rex")
-    assert unshared() == [f"data/mine.dvc, data/rex.dvc: nobody else can get this data: no DVC remote is set; {CURE}"]
+    assert unshared_data() == [
+        f"data/mine.dvc, data/rex.dvc: others cannot download this data: no DVC remote is set. {REMEDY}"
+    ]
     refused = dvc("push")
     assert refused.returncode != 0 and "no remote specified" in refused.stderr
     assert git("status", "--porcelain", ".dvc") == ""
     assert dvc("remote", "add", "--default", "ours", str(project.parent / f"{project.name}-ours")).returncode == 0
-    assert unshared() == [] and dvc("push").returncode == 0
+    assert unshared_data() == [] and dvc("push").returncode == 0
     assert git("status", "--porcelain", ".dvc/store") == ""
     assert len(list((project.parent / f"{project.name}-ours").rglob("*.dir"))) == 2
 
@@ -79,29 +81,30 @@ def test_own_data_is_named_until_a_remote_is_set_and_never_goes_into_the_store(p
 def test_a_remote_inside_of_the_clone_shares_nothing(project: Path) -> None:
     add("mine", "mine")
     dvc("remote", "default", "bundled")
-    (line,) = unshared()
-    reason = "nobody else can get this data: the remote 'bundled' is a folder of this clone"
-    assert line == f"data/mine.dvc: {reason}; {CURE}"
+    (line,) = unshared_data()
+    reason = "others cannot download this data: the remote 'bundled' is a folder of this clone"
+    assert line == f"data/mine.dvc: {reason}. {REMEDY}"
     dvc("push")
     assert ".dvc/store" in git("status", "--porcelain", "--untracked-files=all")  # to be seen
-    assert unshared() == [line]
+    assert unshared_data() == [line]
 
 
 def test_a_demo_that_was_edited_is_not_the_demo(project: Path) -> None:
-    add("raw", "other pictures")
-    reason = "nobody else can get this data: `push: false` keeps it out of the remote 'bundled'"
-    assert unshared() == [f"data/raw.dvc: {reason}; delete the lines `remote:` and `push:` there, {CURE}"]
+    add("raw", "other images")
+    (line,) = unshared_data()
+    assert line.startswith("data/raw.dvc: ") and line.endswith(REMEDY)
+    assert all(part in line for part in ("`push: false`", "'bundled'", "the lines `remote:` and `push:`"))
     assert dvc("push").returncode != 0 and git("status", "--porcelain", ".dvc/store") == ""
 
 
 def test_without_dvc_there_is_nothing_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert unshared() == []
+    assert unshared_data() == []
 
 
 def test_the_store_holds_the_demo_and_nothing_else(project: Path) -> None:
     store, cache = Path(".dvc/store"), Path(".dvc/cache")
-    add("raw", "new pictures")
+    add("raw", "new images")
     bundle.fill(store, cache, [digest("raw")])
     assert sorted(path.stat().st_size for path in store.rglob("*") if path.is_file()) == sorted(
         path.stat().st_size for path in cache_files(digest("raw"))
@@ -109,7 +112,7 @@ def test_the_store_holds_the_demo_and_nothing_else(project: Path) -> None:
     shutil.rmtree(cache)
     bundle.fill(store, cache, [digest("raw")])  # what is there needs no cache
     before = sorted(store.rglob("*"))
-    with pytest.raises(UserError, match="DVC's cache lacks 1 objects, such as .*; run `dvc repro` first"):
+    with refused("cache-incomplete", "1 objects", "`dvc repro`"):
         bundle.fill(store, cache, ["0" * 32])
     assert sorted(store.rglob("*")) == before
 

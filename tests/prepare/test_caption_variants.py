@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from stages.prepare.caption_variants import captions_of, variant, warnings
+from lora_dag.core.console import Problem
+from stages.prepare.caption_variants import caption_warnings, captions_of, variant
 from stages.prepare.listing import Entry
+from tests.helpers.errors import assert_are, assert_is, invalid_setting
 from tests.helpers.images import dataset
 
 TAGS = "a cat, sofa, window, red, night"
@@ -19,7 +21,7 @@ def test_without_variants_captions_are_used_as_written() -> None:
     assert captions_of(("",), "", plain) == ("", ("",))
 
 
-def test_evidence_is_measured_with_the_first_caption_as_written() -> None:
+def test_evaluation_uses_the_first_caption_as_written() -> None:
     params = dataset(shuffle_tags=True, tag_dropout=0.5, num_caption_variants=3)
     canonical, trained = captions_of((TAGS, "other"), "sks, ", params)
     assert canonical == f"sks, {TAGS}"
@@ -52,7 +54,7 @@ def test_all_tags_may_go() -> None:
     assert "" in captions_of(("a, b",), "", params)[1]
 
 
-def test_variants_depend_on_caption_index_and_seed_alone() -> None:
+def test_variants_depend_only_on_caption_index_and_seed() -> None:
     def variants(num: int, captions: tuple[str, ...] = (TAGS,), seed: int = 0) -> tuple[str, ...]:
         params = dataset(shuffle_tags=True, tag_dropout=0.3, num_caption_variants=num, seed=seed)
         return captions_of(captions, "", params)[1]
@@ -64,7 +66,7 @@ def test_variants_depend_on_caption_index_and_seed_alone() -> None:
     assert variants(9, seed=1) != variants(9)
 
 
-def test_shuffling_does_not_change_what_is_dropped() -> None:
+def test_shuffling_does_not_change_the_dropped_tags() -> None:
     ordered = dataset(tag_dropout=0.5, num_caption_variants=9)
     shuffled = dataset(tag_dropout=0.5, num_caption_variants=9, shuffle_tags=True)
     for index in range(9):
@@ -72,12 +74,12 @@ def test_shuffling_does_not_change_what_is_dropped() -> None:
         assert sorted(variant(TAGS, index, shuffled).split(", ")) == sorted(tags)
 
 
-def test_tags_are_told_by_commas() -> None:
+def test_tags_are_split_at_commas() -> None:
     params = dataset(shuffle_tags=True, keep_tags=9, num_caption_variants=2)
     assert variant(" a cat ,,b,  c, ", 0, params) == "a cat, b, c"
 
 
-def test_very_many_tags_take_no_time() -> None:
+def test_very_many_tags_are_fast() -> None:
     """Hashing the caption for every tag took hours."""
     caption = ", ".join(f"t{index}" for index in range(150_000))
     start = time.process_time()
@@ -92,8 +94,8 @@ def test_variants_of_the_first_version_stay() -> None:
     assert captions_of((TAGS,), "", params)[1] == ("window, red, sofa, a cat", "night, red, sofa")
 
 
-def test_leading_tags_that_no_setting_could_move() -> None:
-    with pytest.raises(ValueError, match="keep_tags 2 needs shuffle_tags or tag_dropout; without them no tag is moved"):
+def test_keep_tags_needs_shuffle_or_dropout() -> None:
+    with invalid_setting("keep-tags-without-effect", "keep_tags 2"):
         dataset(keep_tags=2)
 
 
@@ -106,7 +108,7 @@ def test_loss_weight_has_a_bound() -> None:
 @pytest.mark.parametrize("key", ["caption_prefix", "instance_prompt"])
 def test_control_characters_in_params(key: str) -> None:
     for changes in ({key: "sks\0, "}, {"subsets": [{"path": ".", key: "sks\0, "}]}):
-        with pytest.raises(ValueError, match="holds a control character; write the caption as plain text"):
+        with invalid_setting("caption-characters", '"sks\\u0000, "'):
             dataset(**changes)
     assert dataset(**{key: "a\tb\n"})
 
@@ -115,8 +117,8 @@ def test_control_characters_in_params(key: str) -> None:
     ("changes", "key"),
     [({"shuffle_tags": True}, "shuffle_tags true"), ({"tag_dropout": 0.1}, "tag_dropout 0.1")],
 )
-def test_one_variant_would_be_one_drawn_caption_for_good(changes: dict[str, Any], key: str) -> None:
-    with pytest.raises(ValueError, match=f"{key} with num_caption_variants 1 would .*; set num_caption_variants to 8"):
+def test_one_variant_is_refused(changes: dict[str, Any], key: str) -> None:
+    with invalid_setting("caption-variants-frozen", key, "num_caption_variants: 8"):
         dataset(**changes)
 
 
@@ -174,9 +176,9 @@ def test_tags_of_another_separator(separator: str, caption: str, orders: set[str
     assert (canonical, set(trained)) == (caption, orders)
 
 
-def warned(captions: list[str], **changes: Any) -> list[str]:
+def warned(captions: list[str], **changes: Any) -> list[Problem]:
     params = dataset(**changes)
-    return warnings([Entry(f"{i}.png", (text,), "x") for i, text in enumerate(captions)], params)
+    return caption_warnings([Entry(f"{i}.png", (text,), "x") for i, text in enumerate(captions)], params)
 
 
 SHUFFLED = {"shuffle_tags": True, "num_caption_variants": 8}
@@ -192,25 +194,21 @@ SHUFFLED = {"shuffle_tags": True, "num_caption_variants": 8}
         (["猫、雪", "狐、夜"], "、"),
     ],
 )
-def test_shuffling_that_shuffles_nothing_names_the_cure_that_works(captions: list[str], separator: str) -> None:
+def test_ineffective_shuffle_suggests_the_separator(captions: list[str], separator: str) -> None:
     (warning,) = warned(captions, **SHUFFLED)
-    assert warning.startswith(
-        "dataset.shuffle_tags moves nothing in 2 of 2 captions, which have fewer than 2 tags; tags"
-    )
-    assert warning.endswith(f"if these part the tags, set dataset.tag_separator to '{separator}'")
+    found = ("params.yaml dataset.shuffle_tags: ", "2 of 2 captions", "fewer than 2 tags")
+    assert_is(warning, "setting-ignored", *found, f"dataset.tag_separator to '{separator}'")
     assert warned(captions, **SHUFFLED, tag_separator=separator) == []
     varied = captions_of((captions[0],), "", dataset(**SHUFFLED, tag_separator=separator))[1]
     assert len(set(varied)) > 1
     (warning,) = warned(captions, tag_dropout=0.2, num_caption_variants=8, keep_tags=1)
-    assert warning.startswith("dataset.tag_dropout drops nothing in 2 of 2 captions, which have fewer than 2 tags (")
+    assert_is(warning, "setting-ignored", "params.yaml dataset.tag_dropout: ", "2 of 2 captions")
 
 
 def test_captions_of_one_word_have_nothing_to_shuffle() -> None:
     (warning,) = warned(["fox", "owl", "a, b"], **SHUFFLED)
-    assert warning.startswith(
-        "dataset.shuffle_tags moves nothing in 2 of 3 captions, which have fewer than 2 tags; tags"
-    )
-    assert warning.endswith("tags are separated by ','")
+    assert_is(warning, "setting-ignored", "dataset.shuffle_tags", "2 of 3 captions", "fewer than 2 tags", "','")
+    assert "tag_separator" not in warning
     assert warned(["a, b", "c, d", "fox"], **SHUFFLED) == []
     assert len(warned(["a, b", "c, d"], **SHUFFLED, keep_tags=1)) == 1
 
@@ -228,21 +226,18 @@ def test_captions_of_one_word_have_nothing_to_shuffle() -> None:
         ("a [fox:owl:0.5]", "[a:b:0.5]"),
         ("a ((fox)) in snow", "((word))"),
         ("[trigger], a fox", "[trigger]"),
-        ("a __colour__ fox", "__wildcard__"),
+        ("a __color__ fox", "__wildcard__"),
         ("a fox BREAK snow", "BREAK"),
         ("miku \\(vocaloid\\)", "\\("),
         ("a fox --n blurry", "--n"),
     ],
 )
-def test_marks_that_other_programs_act_on_are_counted(caption: str, mark: str) -> None:
-    assert warned([caption, "a fox"]) == [
-        f"1 caption holds marks that other programs act on and that are learned as words here: {mark} in 1; remove them"
-    ]
-    (warning,) = warned([caption, caption, "a {b|c}"], caption_prefix="x, ")
-    assert warning.startswith("3 captions hold marks")
+def test_syntax_of_other_programs_is_counted(caption: str, mark: str) -> None:
+    assert_are(warned([caption, "a fox"]), ("caption-syntax", "1 caption", f"{mark} in 1"))
+    assert_are(warned([caption, caption, "a {b|c}"], caption_prefix="x, "), ("caption-syntax", "3 captions"))
 
 
-def test_plain_captions_hold_no_marks() -> None:
+def test_plain_captions_have_no_syntax_warning() -> None:
     plain = ["a fox (red) at 10:30", "ratio 16:9 (16:9)", "what a break", "a [red] fox", "a dash -- and more"]
     plain += ["snake_case __init", "f(x) = {1, 2}", "a | b", "a <3 b", "half-timbered house, 1990s, 50mm f/1.8"]
     plain += ["sign: 'open (9:00-17:00)'", "open (from 9:00)", "a (fox: red) thing"]
@@ -253,25 +248,24 @@ def test_plain_captions_hold_no_marks() -> None:
 
 
 @pytest.mark.parametrize("character", ["\u200b", "\ufeff", "\u202e", "\u2060", "\u00ad"])
-def test_invisible_characters_are_told_by_their_number(character: str) -> None:
-    told = f"1 caption holds invisible characters (U+{ord(character):04X}), which the text encoder reads; remove them"
-    assert warned([f"a{character} fox", "an owl"]) == [told]
-    assert warned(["a fox"], caption_prefix=f"sks{character}, ") == [told]
-    assert warned([character]) == [told]
+def test_invisible_characters_are_listed_by_code_point(character: str) -> None:
+    expected = ("caption-invisible-characters", "1 caption", f"U+{ord(character):04X}")
+    assert_are(warned([f"a{character} fox", "an owl"]), expected)
+    assert_are(warned(["a fox"], caption_prefix=f"sks{character}, "), expected)
+    assert_are(warned([character]), expected)
 
 
-def test_joiners_of_emoji_and_of_words_are_meant() -> None:
+def test_joiners_of_emoji_and_words_are_allowed() -> None:
     assert warned(["👩\u200d🎨 paints", "می\u200cخواهم", "flag 🏴\U000e0067\U000e007f"]) == []
 
 
 @pytest.mark.parametrize("pair", ['""', "“”", "''", "‘’", "«»", "「」"])
-def test_captions_between_quote_marks_are_told(pair: str) -> None:
+def test_quoted_captions_are_warned_about(pair: str) -> None:
     (warning,) = warned([f"{pair[0]}a fox{pair[1]}", f"{pair[0]}an owl{pair[1]} ", "a hen"])
-    assert warning == "2 captions stand between quote marks, which are learned as words; remove them"
+    assert_is(warning, "caption-quoted", "2 captions")
     assert warned([f"{pair[0]}stop{pair[1]} and {pair[0]}go{pair[1]}", f"a sign, {pair[0]}stop{pair[1]}"]) == []
 
 
-def test_a_separator_that_separates_nothing_is_told() -> None:
-    assert warned(["a; b"], tag_separator=";") == [
-        "dataset.tag_separator ';' changes nothing without dataset.shuffle_tags or dataset.tag_dropout"
-    ]
+def test_ineffective_separator_is_warned_about() -> None:
+    expected = ("setting-ignored", "params.yaml dataset.tag_separator: ';'", "dataset.shuffle_tags")
+    assert_are(warned(["a; b"], tag_separator=";"), expected)

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_dag.core.console import UserError
-from lora_dag.pictures import checks as picture_checks
+from lora_dag.core.console import Problem, UserError
+from lora_dag.images import checks as image_checks
 from stages.prepare import inspection
 from stages.prepare.inspection import Inspected, inspect
 from stages.prepare.inspection_cache import InspectionCache
-from stages.prepare.listing import Entry, Problem
-from tests.conftest import picture
+from stages.prepare.listing import Entry
+from tests.helpers.errors import assert_are, assert_is
 from tests.helpers.images import dataset, encoded
+from tests.helpers.workspace import make_image
 
 
 class Blobs:
@@ -39,13 +40,13 @@ def entry(name: str, mask: str | None = None) -> Entry:
     return Entry(name, ("",), f"meta.jsonl:{name[:2]}", mask=mask)
 
 
-def look(files: Blobs, masks: dict[str, str] | None = None, **changes: Any) -> Inspected:
+def inspected(files: Blobs, masks: dict[str, str] | None = None, **changes: Any) -> Inspected:
     names = [name for name in files.blobs if name not in (masks or {}).values()]
     return inspect([entry(name, (masks or {}).get(name)) for name in names], dataset(**changes), files.read)
 
 
 def many(number: int) -> Blobs:
-    return Blobs(**{f"{index:03}__png": encoded(picture(index, 70, 64)) for index in range(number)})
+    return Blobs(**{f"{index:03}__png": encoded(make_image(index, 70, 64)) for index in range(number)})
 
 
 @pytest.fixture(autouse=True)
@@ -56,23 +57,23 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the pictures that are decoded."""
+    """Names of the images that are decoded."""
     names: list[str] = []
-    real = picture_checks.check_picture
+    real = image_checks.check_image
 
-    def check_picture(blob: bytes, name: str, first_frame: bool) -> picture_checks.Checked:
+    def check_image(blob: bytes, name: str, first_frame: bool) -> image_checks.ImageFacts:
         names.append(name)
         return real(blob, name, first_frame)
 
-    monkeypatch.setattr(picture_checks, "check_picture", check_picture)
+    monkeypatch.setattr(image_checks, "check_image", check_image)
     return names
 
 
-def test_rows_say_what_was_found() -> None:
-    image = picture(1, 90, 64)
+def test_rows_hold_sizes_digest_and_alpha() -> None:
+    image = make_image(1, 90, 64)
     image.putalpha(128)
-    files = Blobs(a__png=encoded(image), b__jpg=encoded(picture(2, 64, 100), "JPEG"))
-    first, second = look(files, resolution=64, aspect_buckets=True).rows
+    files = Blobs(a__png=encoded(image), b__jpg=encoded(make_image(2, 64, 100), "JPEG"))
+    first, second = inspected(files, resolution=64, aspect_buckets=True).rows
     assert (first.entry, first.width, first.height) == (entry("a.png"), 90, 64)
     assert (first.target_width, first.target_height, first.has_alpha) == (80, 48, True)
     assert first.sha256 == hashlib.sha256(files.blobs["a.png"]).hexdigest()  # type: ignore[arg-type]
@@ -80,9 +81,9 @@ def test_rows_say_what_was_found() -> None:
     assert (second.target_width, second.target_height, second.has_alpha) == (48, 80, False)
 
 
-def test_order_is_that_of_the_source_and_each_picture_is_read_once() -> None:
+def test_order_is_that_of_the_source_and_each_image_is_read_once() -> None:
     files = many(60)
-    found = look(files)
+    found = inspected(files)
     assert [row.entry.file_name for row in found.rows] == [f"{index:03}.png" for index in range(60)]
     assert set(files.reads.values()) == {1}
     assert (found.problems, found.warnings) == ([], [])
@@ -90,48 +91,43 @@ def test_order_is_that_of_the_source_and_each_picture_is_read_once() -> None:
 
 def test_all_problems_are_reported_in_one_pass() -> None:
     files = Blobs(
-        a__png=encoded(picture(1, 64)),
+        a__png=encoded(make_image(1, 64)),
         b__png=b"",
-        c__png=encoded(picture(1, 20)),
-        d__png=UserError("'d.png' is no file any more"),
+        c__png=encoded(make_image(1, 20)),
+        d__png=UserError(Problem("file-missing", "'d.png' no longer exists.")),
         e__png=IsADirectoryError(21, "Is a directory"),
-        f__png=encoded(picture(2, 64)),
-        g__png=encoded(picture(3))[:-30],
+        f__png=encoded(make_image(2, 64)),
+        g__png=encoded(make_image(3))[:-30],
     )
-    found = look(files)
+    found = inspected(files)
     assert [row.entry.file_name for row in found.rows] == ["a.png", "f.png"]
-    assert found.problems[:4] == [
-        Problem("meta.jsonl:b.", "'b.png' is an empty file; restore it or remove it", "b.png"),
-        Problem(
-            "meta.jsonl:c.",
-            "'c.png' has 20 x 20 pixels and would be enlarged 3.2 times to 64 x 64; use a larger picture or a smaller "
-            "dataset.resolution, or allow it: dataset.max_upscale 3.2",
-            "c.png",
-        ),
-        Problem("meta.jsonl:d.", "'d.png' is no file any more", "d.png"),
-        Problem(
-            "meta.jsonl:e.", "'e.png' cannot be read (Is a directory); restore it or remove it", "e.png"
-        ),
-    ]  # fmt: skip
-    assert found.problems[4].text.startswith("'g.png' is damaged (")
+    assert_are(
+        found.problems,
+        ("image-empty", "meta.jsonl:b.: 'b.png'"),
+        ("image-too-small", "meta.jsonl:c.: 'c.png'", "20 x 20", "3.2 times", "dataset.max_upscale to 3.2"),
+        ("file-missing", "meta.jsonl:d.: 'd.png'"),
+        ("file-missing", "meta.jsonl:e.: 'e.png'", "Is a directory"),
+        ("image-damaged", "meta.jsonl:g.: 'g.png'"),
+    )
+    assert [problem.file_name for problem in found.problems] == [f"{letter}.png" for letter in "bcdeg"]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE])
-def test_the_machines_faults_are_no_bad_pictures(number: int) -> None:
+def test_io_errors_are_not_bad_images(number: int) -> None:
     """With on_bad skip, a hiccup of a network drive would change the dataset."""
     for on_bad in ("error", "skip"):
-        files = Blobs(a__png=encoded(picture(1, 64)), b__png=OSError(number, "it says no", "/mnt/b.png"))
-        with pytest.raises(OSError, match="it says no"):
-            look(files, on_bad=on_bad)
+        files = Blobs(a__png=encoded(make_image(1, 64)), b__png=OSError(number, "the drive fails", "/mnt/b.png"))
+        with pytest.raises(OSError, match="the drive fails"):
+            inspected(files, on_bad=on_bad)
 
 
-def test_a_full_memory_is_no_bad_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_not_a_bad_image(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryError):
-        look(Blobs(a__png=MemoryError()), on_bad="skip")
+        inspected(Blobs(a__png=MemoryError()), on_bad="skip")
     for error in (MemoryError(), OSError("out of memory error when reading image file")):  # so says Pillow
         monkeypatch.setattr(Image.Image, "resize", raising(error))
         with pytest.raises(MemoryError, match="out of memory while 'a.png' was decoded"):
-            look(Blobs(a__png=encoded(picture(1, 64))), on_bad="skip")
+            inspected(Blobs(a__png=encoded(make_image(1, 64))), on_bad="skip")
 
 
 def raising(error: BaseException) -> Any:
@@ -141,27 +137,26 @@ def raising(error: BaseException) -> Any:
     return call
 
 
-def test_warnings_are_one_line_for_all_pictures() -> None:
+def test_warnings_are_one_line_for_all_images() -> None:
     blobs = {f"{index}__jpg": encoded(Image.new("CMYK", (64, 64), (index, 0, 0, 0)), "JPEG") for index in range(5)}
-    found = look(Blobs(**blobs, x__jpg=encoded(picture(1, 64))))
-    assert found.warnings == [
-        "5 pictures are CMYK and converted to sRGB (0.jpg, 1.jpg, 2.jpg, ...)",
-        "1 picture holds PNG data under another format's suffix (x.jpg)",
-    ]
+    found = inspected(Blobs(**blobs, x__jpg=encoded(make_image(1, 64))))
+    assert_are(
+        found.warnings,
+        ("image-cmyk", "5 images (0.jpg, 1.jpg, 2.jpg, ...) are CMYK"),
+        ("image-wrong-suffix", "1 image (x.jpg) holds PNG"),
+    )
 
 
-def test_settings_that_do_nothing_are_warned_about() -> None:
-    files = Blobs(a__png=encoded(picture(1, 64)), b__png=encoded(picture(2, 90, 64)))
-    assert look(files, crop="random").warnings == [
-        "1 picture has the shape that the model sees, so that dataset.crop random changes nothing (a.png)"
-    ]
-    assert look(files, mask="alpha").warnings == [
-        "2 pictures have no transparent pixel, so that with dataset.mask alpha the loss looks at all of them "
-        "(a.png, b.png)"
-    ]
-    assert look(files, max_upscale=2.0, resolution=96).warnings == [
-        "2 pictures are enlarged, as dataset.max_upscale allows (a.png, b.png)"
-    ]
+def test_settings_without_effect_on_some_images() -> None:
+    files = Blobs(a__png=encoded(make_image(1, 64)), b__png=encoded(make_image(2, 90, 64)))
+    assert_are(inspected(files, crop="random").warnings, ("image-never-cropped", "1 image (a.png) has", "dataset.crop"))
+    assert_are(
+        inspected(files, mask="alpha").warnings, ("image-opaque", "2 images (a.png, b.png)", "dataset.mask alpha")
+    )
+    assert_are(
+        inspected(files, max_upscale=2.0, resolution=96).warnings,
+        ("image-enlarged", "2 images (a.png, b.png)", "dataset.max_upscale"),
+    )
 
 
 # Masks
@@ -169,74 +164,65 @@ def test_settings_that_do_nothing_are_warned_about() -> None:
 
 def masked(mask: Image.Image | bytes, **changes: Any) -> Inspected:
     blob = mask if isinstance(mask, bytes) else encoded(mask)
-    files = Blobs(a__png=encoded(picture(1, 90, 60)), m__png=blob)
-    return look(files, {"a.png": "m.png"}, resolution=32, mask="masks", **changes)
+    files = Blobs(a__png=encoded(make_image(1, 90, 60)), m__png=blob)
+    return inspected(files, {"a.png": "m.png"}, resolution=32, mask="masks", **changes)
 
 
-def test_masks_are_checked_with_their_pictures() -> None:
+def test_masks_are_checked_with_their_images() -> None:
     (row,) = masked(Image.new("L", (45, 30), 9)).rows
     assert row.mask_sha256 == hashlib.sha256(encoded(Image.new("L", (45, 30), 9))).hexdigest()
     assert not masked(Image.new("L", (901, 601), 9)).problems  # rounded when it was scaled
 
 
 @pytest.mark.parametrize(
-    ("mask", "message"),
+    ("mask", "expected"),
     [
-        (
-            Image.new("L", (60, 90), 9),
-            "mask 'm.png' has 60 x 90 pixels, another shape than the 90 x 60 of 'a.png'; turn it as the picture's EXIF",
-        ),
-        (
-            Image.new("L", (92, 60), 9),
-            "mask 'm.png' has 92 x 60 pixels, another shape than the 90 x 60 of 'a.png'; make",
-        ),
-        (Image.new("L", (90, 60)), "mask 'm.png' is black all over, so that the loss would look at nothing; mend it"),
-        (Image.new("L", (90, 60), 1), "mask 'm.png' holds 0 and 1, and white is 255; multiply it by 255"),
-        (b"text", "'m.png' is no JPEG, PNG, WebP, GIF, TIFF or BMP picture"),
+        (Image.new("L", (60, 90), 9), ("mask-shape", "60 x 90", "90 x 60 of 'a.png'", "EXIF")),
+        (Image.new("L", (92, 60), 9), ("mask-shape", "92 x 60", "90 x 60 of 'a.png'", "aspect ratio")),
+        (Image.new("L", (90, 60)), ("mask-empty", "dataset.unmasked_weight")),
+        (Image.new("L", (90, 60), 1), ("mask-range", "255")),
+        (b"text", ("image-format-unsupported",)),
     ],
 )
-def test_masks_that_cannot_be_used(mask: Image.Image | bytes, message: str) -> None:
+def test_unusable_masks(mask: Image.Image | bytes, expected: tuple[str, ...]) -> None:
     found = masked(mask)
     assert found.rows == []
     (problem,) = found.problems
     assert (problem.place, problem.file_name) == ("meta.jsonl:a.", "a.png")
-    assert problem.text.startswith(message)
+    assert_is(problem, *expected, "'m.png'")
 
 
-def right_half(mode: str, colour: Any) -> Image.Image:
-    """160 x 40, of which the centred square sees nothing."""
+def right_half(mode: str, color: Any) -> Image.Image:
+    """160 x 40, of which the centered square sees nothing."""
     image = Image.new(mode, (160, 40))
-    image.paste(colour, (110, 0, 160, 40))
+    image.paste(color, (110, 0, 160, 40))
     return image
 
 
-def test_masks_that_show_only_what_is_cut_off(checks: list[str]) -> None:
-    nothing = "all over the centred crop that the model sees, so that the loss would look at nothing; mend it, or set"
-    files = Blobs(a__png=encoded(picture(1, 160, 40)), m__png=encoded(right_half("L", 255)))
+def test_masks_empty_inside_the_center_crop(checks: list[str]) -> None:
+    files = Blobs(a__png=encoded(make_image(1, 160, 40)), m__png=encoded(right_half("L", 255)))
     for _ in ("found", "remembered"):
-        found = look(files, {"a.png": "m.png"}, resolution=32, mask="masks")
-        assert [problem.text for problem in found.problems] == [
-            f"mask 'm.png' is black {nothing} dataset.unmasked_weight above 0"
-        ]
+        found = inspected(files, {"a.png": "m.png"}, resolution=32, mask="masks")
+        assert_are(found.problems, ("mask-empty", "mask 'm.png'", "center crop", "dataset.unmasked_weight"))
     assert files.reads["m.png"] == 3  # the second time for its digest alone
     see_through = Blobs(a__png=encoded(right_half("RGBA", (9, 9, 9, 255))))
-    (problem,) = look(see_through, resolution=32, mask="alpha").problems
-    assert problem.text.startswith(f"'a.png' is transparent {nothing}")
+    (problem,) = inspected(see_through, resolution=32, mask="alpha").problems
+    assert_is(problem, "mask-empty", "'a.png'", "center crop")
     for changes in ({"crop": "random"}, {"unmasked_weight": 0.1}, {"aspect_buckets": True, "max_aspect_ratio": 4.0}):
         sizes = {"resolution": 32, "bucket_step": 8} | changes
-        assert not look(files, {"a.png": "m.png"}, mask="masks", **sizes).problems
+        assert not inspected(files, {"a.png": "m.png"}, mask="masks", **sizes).problems
 
 
-def test_a_black_mask_is_fine_where_what_is_masked_counts_a_little() -> None:
+def test_black_mask_is_allowed_with_unmasked_weight() -> None:
     assert not masked(Image.new("L", (90, 60)), unmasked_weight=0.1).problems
 
 
-def test_pictures_that_alpha_hides_altogether_are_refused() -> None:
+def test_images_that_alpha_hides_altogether_are_refused() -> None:
     files = Blobs(a__png=encoded(Image.new("RGBA", (64, 64))))
-    (problem,) = look(files, mask="alpha").problems
-    assert problem.text.startswith("'a.png' is transparent all over, so that the loss would look at nothing; mend it")
-    assert not look(files, mask="alpha", unmasked_weight=0.5).problems
-    assert not look(files).problems
+    (problem,) = inspected(files, mask="alpha").problems
+    assert_is(problem, "mask-empty", "'a.png'", "dataset.unmasked_weight")
+    assert not inspected(files, mask="alpha", unmasked_weight=0.5).problems
+    assert not inspected(files).problems
 
 
 # What is remembered
@@ -244,67 +230,64 @@ def test_pictures_that_alpha_hides_altogether_are_refused() -> None:
 
 def test_a_second_run_decodes_nothing(state: Path, checks: list[str]) -> None:
     files = many(20)
-    first = look(files)
+    first = inspected(files)
     assert len(checks) == 20
     (path,) = state.iterdir()
     before = path.stat()
-    assert look(files) == first
+    assert inspected(files) == first
     assert len(checks) == 20
     assert path.stat() == before  # nor writes anything
 
 
-def test_only_what_is_new_is_decoded_whatever_its_name(checks: list[str]) -> None:
+def test_only_new_content_is_decoded(checks: list[str]) -> None:
     files = many(6)
-    look(files)
+    inspected(files)
     files.blobs = {f"renamed-{name}": blob for name, blob in files.blobs.items()}
-    files.blobs["renamed-002.png"] = encoded(picture(77, 64))
+    files.blobs["renamed-002.png"] = encoded(make_image(77, 64))
     checks.clear()
-    look(files)
+    inspected(files)
     assert checks == ["renamed-002.png"]
 
 
 def test_first_frame_is_another_check(checks: list[str]) -> None:
-    red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    red, blue = (Image.new("RGB", (64, 64), color) for color in ("red", "blue"))
     files = Blobs(a__gif=encoded(red, "GIF", save_all=True, append_images=[blue]))
-    assert look(files, first_frame=True).warnings == [
-        "1 picture has several frames or pages, of which the first is taken (a.gif)"
-    ]
-    (problem,) = look(files).problems
-    assert "is animated or has several pages" in problem.text
+    assert_are(inspected(files, first_frame=True).warnings, ("image-first-frame", "1 image (a.gif) has"))
+    assert_are(inspected(files).problems, ("image-animated", "'a.gif'", "dataset.first_frame"))
     assert len(checks) == 2
 
 
-def test_refused_pictures_are_not_remembered(checks: list[str]) -> None:
+def test_refusals_are_not_cached(checks: list[str]) -> None:
     files = Blobs(a__png=b"text")
-    assert "'a.png'" in look(files).problems[0].text
+    assert "'a.png'" in inspected(files).problems[0].text
     files.blobs = {"b.png": b"text"}
-    assert "'b.png'" in look(files).problems[0].text
+    assert "'b.png'" in inspected(files).problems[0].text
     assert len(checks) == 2
 
 
-def test_what_was_remembered_is_the_same_as_what_is_found(checks: list[str]) -> None:
-    image = picture(1, 64)
+def test_cached_results_equal_computed_ones(checks: list[str]) -> None:
+    image = make_image(1, 64)
     image.putalpha(Image.fromarray(np.full((64, 64), 7, np.uint8)))
     files = Blobs(a__png=encoded(image), b__jpg=encoded(Image.new("CMYK", (64, 64)), "JPEG"))
-    first = look(files)
-    assert look(files) == first
+    first = inspected(files)
+    assert inspected(files) == first
     assert checks == ["a.png", "b.jpg"]
 
 
-def test_an_interrupted_check_is_remembered(monkeypatch: pytest.MonkeyPatch, checks: list[str]) -> None:
+def test_an_interrupted_inspection_keeps_its_results(monkeypatch: pytest.MonkeyPatch, checks: list[str]) -> None:
     files = many(30)
     files.blobs["025.png"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        look(files)
+        inspected(files)
     num_checked = len(checks)
     assert num_checked > 20
-    files.blobs["025.png"] = encoded(picture(25, 64))
+    files.blobs["025.png"] = encoded(make_image(25, 64))
     checks.clear()
-    look(files)
+    inspected(files)
     assert len(checks) <= 30 - num_checked + inspection.NUM_READERS
 
 
-def test_few_pictures_are_read_ahead() -> None:
+def test_few_images_are_read_ahead() -> None:
     """A dataset is never in memory as a whole."""
     files = many(60)
     params = dataset()
@@ -320,67 +303,59 @@ def test_few_pictures_are_read_ahead() -> None:
 
 
 def pano(number: int, width: int = 640, height: int = 64) -> Blobs:
-    return Blobs(**{f"{index}__png": encoded(picture(index, width, height)) for index in range(number)})
+    return Blobs(**{f"{index}__png": encoded(make_image(index, width, height)) for index in range(number)})
 
 
-def test_pictures_that_lose_much_to_the_crop_are_named_with_what_keeps_them() -> None:
-    (warning,) = look(pano(3)).warnings
-    assert warning == (
-        "3 pictures lose more than a third of the area to the crop, up to 90% (0.png, 1.png, 2.png); "
-        "dataset.aspect_buckets=true with dataset.max_aspect_ratio=10 keeps them"
-    )
-    assert look(pano(3), aspect_buckets=True, max_aspect_ratio=10.0).warnings == []
-    (warning,) = look(pano(1, 120, 64)).warnings
-    assert warning.startswith("1 picture loses more than a third of the area to the crop, up to 47% (0.png); ")
-    assert warning.endswith("dataset.aspect_buckets=true keeps them")
-    assert look(pano(1, 120, 64), aspect_buckets=True).warnings == []
-    assert look(pano(2, 96, 64)).warnings == []  # 3:2 loses a third
-    (warning,) = look(pano(1, 120, 64), bucket_step=24).warnings
-    assert warning.endswith("cut them to shape yourself, so that the caption fits what is left")
+def test_heavy_crops_suggest_sufficient_buckets() -> None:
+    (warning,) = inspected(pano(3)).warnings
+    fix = "dataset.aspect_buckets=true with dataset.max_aspect_ratio=10 "
+    assert_is(warning, "image-heavily-cropped", "3 images", "90%", "(0.png, 1.png, 2.png)", fix)
+    assert inspected(pano(3), aspect_buckets=True, max_aspect_ratio=10.0).warnings == []
+    (warning,) = inspected(pano(1, 120, 64)).warnings
+    assert_is(warning, "image-heavily-cropped", "1 image loses", "47%", "(0.png)", "dataset.aspect_buckets=true to")
+    assert inspected(pano(1, 120, 64), aspect_buckets=True).warnings == []
+    assert inspected(pano(2, 96, 64)).warnings == []  # 3:2 loses a third
+    (warning,) = inspected(pano(1, 120, 64), bucket_step=24).warnings
+    assert_is(warning, "image-heavily-cropped")
+    assert "aspect_buckets" not in warning
 
 
-def test_settings_that_change_nothing_on_these_pictures() -> None:
-    square = Blobs(a__png=encoded(picture(1, 64)), b__png=encoded(picture(2, 64)))
-    assert look(square, background="#000000").warnings == [
-        "dataset.background #000000 changes nothing: no picture has a transparent pixel"
-    ]
-    assert look(square, aspect_buckets=True).warnings == [
-        "dataset.aspect_buckets changes nothing: every picture is seen as 64 x 64"
-    ]
-    assert look(square, subsets=[{"path": ".", "repeats": 4}]).warnings == [
-        "repeats 4 in dataset.subsets changes nothing: it is the same for all pictures"
-    ]
-    assert look(square, first_frame=True).warnings == [
-        "dataset.first_frame changes nothing: no picture has several frames or pages"
-    ]
-    assert look(square, max_aspect_ratio=3.0).warnings == [
-        "dataset.max_aspect_ratio 3 changes nothing without dataset.aspect_buckets"
-    ]
+def test_ineffective_settings() -> None:
+    square = Blobs(a__png=encoded(make_image(1, 64)), b__png=encoded(make_image(2, 64)))
+    for changes, text in (
+        ({"background": "#000000"}, "background: #000000 "),
+        ({"aspect_buckets": True}, "aspect_buckets: true "),
+        ({"subsets": [{"path": ".", "repeats": 4}]}, "subsets: repeats 4 "),
+        ({"first_frame": True}, "first_frame: true "),
+        ({"max_aspect_ratio": 3.0}, "max_aspect_ratio: 3 "),
+    ):
+        assert_are(inspected(square, **changes).warnings, ("setting-ignored", f"params.yaml dataset.{text}"))
     clear = Image.new("RGBA", (64, 64), (9, 9, 9, 99))
-    assert look(Blobs(a__png=encoded(clear)), background="#000000").warnings == []
+    assert inspected(Blobs(a__png=encoded(clear)), background="#000000").warnings == []
 
 
-# Grey pictures beside colour ones
+# Gray images beside color ones
 
 
-def test_grey_pictures_that_are_named_like_colour_ones_are_told() -> None:
-    grey = encoded(picture(1, 64).convert("L").convert("RGB"))
-    files = Blobs(x__png=encoded(picture(1, 64)), y__png=encoded(picture(2, 64)), z__png=grey)
-    assert look(files).warnings == []
-    said = "and named like a colour picture of the same size and caption"
-    files.blobs["x_foo.png"] = grey
-    assert look(files).warnings[0].startswith(f"1 picture is grey {said} (x_foo.png); if they are masks or control")
-    files.blobs["other/y.png"] = encoded(picture(5, 64).convert("L"))
-    assert look(files).warnings[0].startswith(f"2 pictures are grey {said} (x_foo.png, other/y.png); ")
-    files.blobs["x_foo.png"] = encoded(picture(1, 65, 64).convert("L"))  # of another size
-    assert look(files).warnings[0].startswith(f"1 picture is grey {said} (other/y.png)")
+def test_gray_images_named_like_color_ones_are_warned_about() -> None:
+    gray = encoded(make_image(1, 64).convert("L").convert("RGB"))
+    files = Blobs(x__png=encoded(make_image(1, 64)), y__png=encoded(make_image(2, 64)), z__png=gray)
+    assert inspected(files).warnings == []
+    files.blobs["x_foo.png"] = gray
+    assert_is(inspected(files).warnings[0], "gray-twins", "1 image is gray", "(x_foo.png)", "dataset.mask")
+    files.blobs["other/y.png"] = encoded(make_image(5, 64).convert("L"))
+    assert_is(inspected(files).warnings[0], "gray-twins", "2 images are gray", "(x_foo.png, other/y.png)")
+    files.blobs["x_foo.png"] = encoded(make_image(1, 65, 64).convert("L"))  # of another size
+    assert_is(inspected(files).warnings[0], "gray-twins", "1 image is gray", "(other/y.png)")
 
 
-def test_a_set_of_grey_pictures_is_no_set_of_masks() -> None:
-    blobs = {f"a{ending}__png": encoded(picture(i, 64).convert("L")) for i, ending in enumerate(["", "_1", "_2", "-b"])}
-    assert look(Blobs(**blobs)).warnings == []
+def test_a_gray_dataset_is_not_taken_for_masks() -> None:
+    blobs = {
+        f"a{ending}__png": encoded(make_image(i, 64).convert("L")) for i, ending in enumerate(["", "_1", "_2", "-b"])
+    }
+    assert inspected(Blobs(**blobs)).warnings == []
 
 
-def test_looking_stops_when_the_time_is_up() -> None:
+def test_inspection_stops_at_the_time_limit() -> None:
     found = inspect([entry(name) for name in many(9).blobs], dataset(), many(9).read, seconds=-1)
-    assert (found.rows, found.num_seen) == ([], 0)
+    assert (found.rows, found.num_inspected) == ([], 0)

@@ -1,4 +1,4 @@
-"""What is kept of inspected images: through kills and damage, with two writers, and never of other code."""
+"""Cache of inspected images: kills, damage, two writers, other code versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pytest
 
 from stages.prepare import inspection_cache
 from stages.prepare.inspection_cache import InspectionCache
-from tests.conftest import REPOSITORY
+from tests.helpers.errors import assert_line
+from tests.helpers.workspace import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def test_values_come_back_as_they_were() -> None:
     assert InspectionCache("measured").find([1, True]) is None
 
 
-def test_nothing_is_written_where_nothing_is_added(store: Path) -> None:
+def test_no_file_is_written_without_new_values(store: Path) -> None:
     with InspectionCache("checked") as cache:
         assert cache.find("x") is None
     assert not store.exists()
@@ -59,7 +60,7 @@ def test_nothing_is_written_where_nothing_is_added(store: Path) -> None:
 def test_a_database_that_fails_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An open one keeps its file, and its lock, until Python frees it."""
     failing = Mock(execute=Mock(side_effect=sqlite3.OperationalError("disk I/O error")))
-    monkeypatch.setattr(inspection_cache, "opened", lambda path: failing)
+    monkeypatch.setattr(inspection_cache, "open_database", lambda path: failing)
     add(1)
     assert failing.close.call_count == 1
 
@@ -81,20 +82,20 @@ def test_a_killed_run_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize("damage", ["another file", "torn"])
-def test_a_damaged_file_is_set_aside_and_begun_anew(store: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_a_damaged_file_is_set_aside_and_replaced(store: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     add(*range(200))
     path = database(store)
     blob = path.read_bytes()
     path.write_bytes(b"no database" * 500 if damage == "another file" else blob[:100] + b"\xff" * 8000 + blob[8100:])
     damaged = path.read_bytes()
     assert known(5) == []
-    assert f"warning: {path} is damaged (" in caplog.text and ") and is begun anew" in caplog.text
+    assert_line("\n".join(caplog.messages), "cache-damaged", str(path))
     assert path.with_suffix(".sqlite-damaged").read_bytes() == damaged
     add(3)
     assert known(5) == [3]
 
 
-def test_a_value_found_after_damage_is_kept_in_the_same_run(store: Path) -> None:
+def test_values_added_after_damage_are_kept(store: Path) -> None:
     add(1)
     database(store).write_bytes(b"no database" * 500)
     with InspectionCache("checked") as cache:
@@ -103,17 +104,17 @@ def test_a_value_found_after_damage_is_kept_in_the_same_run(store: Path) -> None
     assert known(5) == [2]
 
 
-def test_a_store_that_cannot_be_written_costs_a_warning(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unwritable_store_gives_a_warning(store: Path, caplog: pytest.LogCaptureFixture) -> None:
     store.write_text("a file where a folder should be")
     with InspectionCache("checked") as cache:
         for key in range(3):
             cache.add([key, True], {})
         assert cache.find([1, True]) is None
-    assert caplog.text.count("cannot be used (") == 1
-    assert "images are looked at again next time" in caplog.text
+    (line,) = caplog.messages
+    assert_line(line, "cache-unusable", str(store))
 
 
-def test_a_file_that_another_process_holds_costs_a_warning(
+def test_a_locked_file_gives_a_warning(
     store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inspection_cache, "LOCK_SECONDS", 0.05)
@@ -123,9 +124,8 @@ def test_a_file_that_another_process_holds_costs_a_warning(
     with InspectionCache("checked") as cache:
         assert cache.find([1, True]) is None
         cache.add([2, True], {})
-    assert caplog.messages == [
-        f"warning: {database(store)} cannot be used (database is locked); images are looked at again next time"
-    ]
+    (line,) = caplog.messages
+    assert_line(line, "cache-unusable", str(database(store)), "database is locked")
     other.close()
     assert known(5) == [1]
 
@@ -145,7 +145,7 @@ def test_two_processes_at_once_lose_nothing() -> None:
     assert known(600) == list(range(600))
 
 
-def test_a_group_may_write_what_one_of_it_made(store: Path) -> None:
+def test_the_file_is_writable_for_the_group(store: Path) -> None:
     before = os.umask(0o002)
     try:
         add(1)
@@ -154,7 +154,7 @@ def test_a_group_may_write_what_one_of_it_made(store: Path) -> None:
     assert database(store).stat().st_mode & 0o777 == 0o664
 
 
-def test_what_other_code_found_is_not_used_and_removed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_other_code_versions_are_removed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add(1)
     monkeypatch.setattr(inspection_cache, "code_version", lambda: "other")
     assert known(3) == []
@@ -187,7 +187,7 @@ def test_it_is_bounded_and_the_latest_stay(monkeypatch: pytest.MonkeyPatch) -> N
     assert known(20, kind="measured") == list(range(10))
 
 
-def test_what_a_run_used_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_used_values_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     add(*range(10))
     monkeypatch.setattr(inspection_cache, "MAX_OTHERS", 3)
     with InspectionCache("checked") as cache:

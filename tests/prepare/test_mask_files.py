@@ -1,11 +1,12 @@
-"""The folder of masks beside the pictures."""
+"""Mask files: in a folder, or beside the images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tests.conftest import write_rows
+from tests.helpers.errors import assert_are, assert_is
 from tests.helpers.sources import listed, problems, refusal, write_files
+from tests.helpers.workspace import write_rows
 
 
 def test_masks_below_each_subset(here: Path) -> None:
@@ -19,17 +20,12 @@ def test_masks_below_each_subset(here: Path) -> None:
         "one/sub/b.jpg": "one/masks/sub/b.webp",
         "class/a.png": None,
     }
-    assert [(str(problem), problem.file_name) for problem in listing.problems] == [
-        (
-            "data/raw/two/a.png: 'two/a.png' has no mask in folder 'masks'; add one of the same name, white all over"
-            " for all of it",
-            "two/a.png",
-        )
-    ]
-    assert listing.warnings == ["1 mask in data/raw/one belongs to no picture and is left out"]
+    assert_are(listing.problems, ("mask-missing", "data/raw/two/a.png: 'two/a.png'", "folder 'masks'"))
+    assert listing.problems[0].file_name == "two/a.png"
+    assert_are(listing.warnings, ("mask-without-image", "1 mask in data/raw/one"))
 
 
-def test_masks_beside_metadata_are_no_pictures(here: Path) -> None:
+def test_masks_beside_metadata_are_no_images(here: Path) -> None:
     write_files(here, "a.png", "masks/a.png")
     write_rows(here, [{"file_name": "a.png", "text": "x"}])
     listing = listed(here, mask="masks")
@@ -41,41 +37,32 @@ def test_bad_masks(here: Path) -> None:
     (Path("data") / "secret.png").write_bytes(b"")
     (here / "masks/b.png").symlink_to("../../secret.png")
     first, second = problems(here, instance_prompt="x", mask="masks")
-    assert first == "data/raw/a.png: 'a.png' has 2 masks (masks/a.jpg, masks/a.png); keep one"
-    assert second.startswith("data/raw/b.png: 'masks/b.png' is a link that leaves data/raw;")
+    assert_is(first, "mask-ambiguous", "data/raw/a.png: 'a.png'", "2 masks (masks/a.jpg, masks/a.png)")
+    assert_is(second, "name-outside-source", "data/raw/b.png: 'masks/b.png'")
 
 
-def test_no_folder_of_masks(here: Path) -> None:
+def test_mask_folder_missing_or_outside(here: Path) -> None:
     write_files(here, "a.png")
-    assert refusal(here, instance_prompt="x", mask="mask") == (
-        "params.yaml dataset.mask: no folder 'mask' in data/raw; add it, or null"
-    )
+    problem = refusal(here, instance_prompt="x", mask="mask")
+    assert_is(problem, "mask-folder-missing", "params.yaml dataset.mask: ", "data/raw", "'mask'", "null")
     (here / "link").symlink_to("../..")
-    assert refusal(here, instance_prompt="x", mask="../m").startswith(
-        "params.yaml dataset.mask: '../m' leaves data/raw;"
-    )
-    assert refusal(here, instance_prompt="x", mask="link").startswith(
-        "params.yaml dataset.mask: 'link' is a link that leaves data/raw;"
-    )
+    for mask in ("../m", "link"):
+        problem = refusal(here, instance_prompt="x", mask=mask)
+        assert_is(problem, "name-outside-source", f"params.yaml dataset.mask: '{mask}'")
 
 
 def test_mask_folder_that_is_the_source(here: Path) -> None:
     write_files(here, "a.png", a="x")
     for mask in (".", "./"):
-        assert refusal(here, mask=mask) == (
-            f"params.yaml dataset.mask: '{mask}' is the folder of the pictures themselves; name a folder below it that"
-            " holds the masks alone"
-        )
+        assert_is(refusal(here, mask=mask), "mask-invalid", f"params.yaml dataset.mask: '{mask}'")
 
 
-def test_masks_beside_pictures(here: Path) -> None:
-    """As OneTrainer names them."""
+def test_masks_beside_images(here: Path) -> None:
+    """OneTrainer uses the ending -masklabel."""
     write_files(here, "a.jpg", "a-masklabel.png", "sub/b.png", "c-masklabel.png")
     write_rows(here, [{"file_name": "a.jpg", "text": "x"}, {"file_name": "sub/b.png", "text": "x"}])
     listing = listed(here, mask="*-masklabel")
     assert [(entry.file_name, entry.mask) for entry in listing.entries] == [("a.jpg", "a-masklabel.png")]
-    assert [str(problem) for problem in listing.problems] == [
-        "data/raw/metadata.jsonl:2: 'sub/b.png' has no mask 'b-masklabel' beside it; add one, white all over for all"
-        " of it"
-    ]
-    assert (listing.unlisted, listing.warnings) == ([], ["1 mask in data/raw belongs to no picture and is left out"])
+    assert_are(listing.problems, ("mask-missing", "data/raw/metadata.jsonl:2: 'sub/b.png'", "'b-masklabel'"))
+    assert listing.unlisted == []
+    assert_are(listing.warnings, ("mask-without-image", "1 mask in data/raw"))

@@ -1,4 +1,4 @@
-"""dataset.source: its kinds, its subsets, what is none, and what is said of its captions."""
+"""dataset.source: kinds of sources, subsets, refused sources, warnings about captions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 
 from lora_dag.core.console import UserError
 from stages.prepare.sources import UNFINISHED
-from tests.conftest import write_rows
+from tests.helpers.errors import assert_are, assert_is
 from tests.helpers.sources import listed, refusal, write_files
+from tests.helpers.workspace import write_rows
 
 # The kinds of sources
 
@@ -33,63 +34,54 @@ def test_metadata_folders_as_datasets_reads_them(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "fix"),
     [
-        ("data/none", "'data/none' is no folder; `dvc pull` brings tracked data, or name a folder of your own"),
-        ("acme/icons@main", "unpack it once: `lora-dag import acme/icons@main data/mine`"),
-        ("acme/icons", "unpack it once: `lora-dag import acme/icons data/mine`, and set dataset.source=data/mine"),
-        (f"acme/icons@{'ab' * 20}", f"unpack it once: `lora-dag import acme/icons@{'ab' * 20} data/mine`"),
-        ("https://huggingface.co/datasets/acme/icons", "unpack it once: `lora-dag import acme/icons data/mine`"),
+        ("data/none", "`dvc pull`"),
+        ("acme/icons@main", "`lora-dag import acme/icons@main data/mine`"),
+        ("acme/icons", "`lora-dag import acme/icons data/mine`, then set dataset.source=data/mine"),
+        (f"acme/icons@{'ab' * 20}", f"`lora-dag import acme/icons@{'ab' * 20} data/mine`"),
+        ("https://huggingface.co/datasets/acme/icons", "`lora-dag import acme/icons data/mine`"),
     ],
 )
-def test_missing_source(here: Path, source: str, message: str) -> None:
-    problem = refusal(source)
-    assert problem.startswith(f"params.yaml dataset.source: '{source}' is no folder; ")
-    assert message in problem
+def test_missing_source(here: Path, source: str, fix: str) -> None:
+    assert_is(refusal(source), "source-missing", f"params.yaml dataset.source: '{source}'", fix)
 
 
 def test_source_of_another_kind(here: Path) -> None:
     write_files(here, "a.zip", "b.md", "pin.yaml")
     start = "params.yaml dataset.source: "
-    assert refusal(here / "a.zip") == f"{start}'data/raw/a.zip' is a file; name a folder"
-    assert refusal(here / "pin.yaml") == (
-        f"{start}'data/raw/pin.yaml' is a file; name a folder; of a Hub dataset, unpack it once: `lora-dag import"
-        " OWNER/NAME@COMMIT data/mine`, and set dataset.source=data/mine"
-    )
-    assert refusal(here) == (
-        "data/raw: no pictures and no metadata.jsonl; the dataset is empty (found 1 .md, 1 .yaml, 1 .zip)"
-    )
+    assert_is(refusal(here / "a.zip"), "source-not-folder", f"{start}'data/raw/a.zip'")
+    command = "`lora-dag import OWNER/NAME@COMMIT data/mine`"
+    assert_is(refusal(here / "pin.yaml"), "source-not-folder", f"{start}'data/raw/pin.yaml'", command)
+    assert_is(refusal(here), "dataset-empty", "data/raw: ", "1 .md, 1 .yaml, 1 .zip")
 
 
 @pytest.mark.parametrize("name", ["00.tar", "a.tar.gz", "a.parquet", "metadata.parquet"])
-def test_files_of_many_pictures_are_imported_first(here: Path, name: str) -> None:
+def test_files_of_many_images_are_imported_first(here: Path, name: str) -> None:
     write_files(here, name)
-    cure = "unpack it once: `lora-dag import {} data/mine`, and set dataset.source=data/mine"
-    assert refusal(here) == f"data/raw: {name} is not read by the stages; {cure.format('data/raw')}"
+    fix = "`lora-dag import {} data/mine`, then set dataset.source=data/mine"
+    assert_is(refusal(here), "source-not-imported", "data/raw: ", name, fix.format("data/raw"))
     path = f"data/raw/{name}"
-    assert refusal(path) == (f"params.yaml dataset.source: '{path}' is a file of many pictures; {cure.format(path)}")
-    assert refusal(here, subsets=[{"path": name}]) == (
-        f"params.yaml dataset.subsets: path '{name}' is a file; {cure.format(path)}"
-    )
+    assert_is(refusal(path), "source-not-imported", f"params.yaml dataset.source: '{path}'", fix.format(path))
+    problem = refusal(here, subsets=[{"path": name}])
+    assert_is(problem, "source-not-folder", f"params.yaml dataset.subsets: path '{name}'", fix.format(path))
     write_files(here, "b.png")
-    assert "is not read by the stages" in refusal(here, instance_prompt="x")
+    assert_is(refusal(here, instance_prompt="x"), "source-not-imported", name)
     write_rows(here, [{"file_name": "b.png", "text": "x"}])
-    assert listed(here).warnings == ["1 .parquet or .tar file in data/raw is not read beside metadata.jsonl"]
+    assert_are(listed(here).warnings, ("archive-ignored", "1 .parquet or .tar file in data/raw", "metadata.jsonl"))
 
 
-def test_an_import_that_did_not_finish_is_no_source(here: Path) -> None:
+def test_an_unfinished_import_is_refused(here: Path) -> None:
     write_files(here / "images", "a.png", a="x")
     write_files(here, UNFINISHED)
     for folder in (here, here / "images"):
-        assert refusal(folder) == (
-            f"params.yaml dataset.source: '{folder}' is an import that did not finish; run the same `lora-dag import`"
-            " again, which goes on, and name the folder that it makes"
-        )
+        problem = refusal(folder)
+        assert_is(problem, "import-unfinished", f"params.yaml dataset.source: '{folder}'", "`lora-dag import`")
 
 
 def test_source_that_would_hang(here: Path) -> None:
     os.mkfifo("data/a.tar")
-    assert refusal("data/a.tar").startswith("params.yaml dataset.source: 'data/a.tar' is no folder; ")
+    assert_is(refusal("data/a.tar"), "source-missing", "params.yaml dataset.source: 'data/a.tar'")
 
 
 def test_the_current_folder_as_source(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,27 +110,27 @@ def test_subsets_of_every_kind(here: Path) -> None:
 def test_subsets_that_overlap(here: Path) -> None:
     write_files(here, "ink/a.png", "ink/b.png", "c.png")
     subsets = [{"path": "."}, {"path": "ink"}]
-    assert refusal(here, subsets=subsets, instance_prompt="x") == (
-        "params.yaml dataset.subsets: '.' and 'ink' both list 2 pictures, such as 'ink/a.png';"
-        " choose paths that do not overlap, and use repeats to show pictures more often"
-    )
+    problem = refusal(here, subsets=subsets, instance_prompt="x")
+    found = ("'.' and 'ink'", "2 images", "'ink/a.png'")
+    assert_is(problem, "subsets-overlap", "params.yaml dataset.subsets: ", *found)
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
+    ("path", "expected"),
     [
-        ("../other", "path '../other' leaves data/raw; expected a name relative to that folder"),
-        ("/etc", "path '/etc' leaves data/raw; expected a name relative to that folder"),
-        ("none", "path 'none' is not in data/raw; add it or correct the path"),
-        ("link", "path 'link' is a link that leaves data/raw; put the pictures themselves there"),
-        ("a\n", 'path "a\\n" holds a control character; rename the file'),
+        ("../other", ("name-outside-source", "path '../other'")),
+        ("/etc", ("name-outside-source", "path '/etc'")),
+        ("none", ("folder-missing", "path 'none'")),
+        ("link", ("name-outside-source", "path 'link'")),
+        ("a\n", ("name-unsafe", 'path "a\\n"')),
     ],
 )
-def test_subset_that_leaves_the_source(here: Path, path: str, message: str) -> None:
+def test_subset_that_leaves_the_source(here: Path, path: str, expected: tuple[str, ...]) -> None:
     write_files(here, "a.png", a="x")
     write_files(Path("data/other"), "a.png", a="x")
     (here / "link").symlink_to("../other")
-    assert refusal(here, subsets=[{"path": path}]) == f"params.yaml dataset.subsets: {message}"
+    code, value = expected
+    assert_is(refusal(here, subsets=[{"path": path}]), code, f"params.yaml dataset.subsets: {value}")
 
 
 def test_every_bad_subset_and_every_problem_at_once(here: Path) -> None:
@@ -160,35 +152,34 @@ def test_every_bad_subset_and_every_problem_at_once(here: Path) -> None:
 
 def test_kohya_repeats_in_folder_names(here: Path) -> None:
     write_files(here, "10_sks dog/a.png")
-    assert listed(here, instance_prompt="x").warnings == [
-        "folder names such as '10_sks dog' set no repeats here; write dataset.subsets:"
-        " [{path: 10_sks dog, repeats: 10}]"
-    ]
+    warnings = listed(here, instance_prompt="x").warnings
+    fix = "dataset.subsets: [{path: 10_sks dog, repeats: 10}]"
+    assert_are(warnings, ("folder-repeats-ignored", "'10_sks dog'", fix))
 
 
-# What is said of captions
+# Warnings about captions
 
 
-def test_captions_that_are_no_captions_are_told(here: Path) -> None:
+def test_captions_without_tags_are_warned_about(here: Path) -> None:
     write_files(here, "a.png", "b.png", "c.png", a=", ,", b="one, two", c="")
-    assert listed(here).warnings == ["1 caption holds nothing but commas"]
+    assert_are(listed(here).warnings, ("caption-without-tags", "1 caption", "','"))
     varied = {"shuffle_tags": True, "num_caption_variants": 4}
-    few = "which have fewer than {} tags (dataset.keep_tags keeps {}); tags are separated by ','"
-    for kept in (1, 2):
-        assert listed(here, **varied, keep_tags=kept).warnings == [
-            "1 caption holds nothing but commas",
-            f"dataset.shuffle_tags moves nothing in 2 of 2 captions, {few.format(kept + 2, kept)}",
-        ]
+    for keep_tags in (1, 2):
+        assert_are(
+            listed(here, **varied, keep_tags=keep_tags).warnings,
+            ("caption-without-tags", "1 caption"),
+            (
+                "setting-ignored", "params.yaml dataset.shuffle_tags: ", "2 of 2 captions",
+                f"fewer than {keep_tags + 2} tags", f"keep_tags is {keep_tags}",
+            ),
+        )  # fmt: skip
 
 
-def test_variants_without_a_tag_are_told(here: Path) -> None:
+def test_empty_variants_are_warned_about(here: Path) -> None:
     write_files(here, "a.png", "b.png", a="one", b="one, two, three, four, five, six, seven, eight, nine")
     changes = {"tag_dropout": 0.5, "num_caption_variants": 8}
     (warning,) = listed(here, **changes).warnings
-    assert warning.endswith(
-        " variants have no tag left (of 1 caption) and will be learned without a prompt; lower dataset.tag_dropout 0.5,"
-        " or raise dataset.keep_tags 0"
-    )
+    assert_is(warning, "caption-variant-empty", "1 caption", "dataset.tag_dropout 0.5", "dataset.keep_tags 0")
     assert 0 < int(warning.split()[0]) < 8
     assert listed(here, **changes, keep_tags=1).warnings == []
     assert listed(here, **changes, caption_prefix="sks").warnings == []

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import write_rows
+from tests.helpers.errors import assert_are, assert_is
 from tests.helpers.sources import listed, problems, refusal, splits, write_files
+from tests.helpers.workspace import write_rows
 
 
 @pytest.fixture
@@ -52,16 +53,15 @@ def test_column_before_folder(here: Path) -> None:
     assert splits(listed(here)) == {"train/a.png": "test", "train/b.png": "train"}
 
 
-def test_pictures_in_no_split(here: Path) -> None:
+def test_images_in_no_split(here: Path) -> None:
     write_files(here, "train/a.png", "test/b.png", "c.png")
     listing = listed(here, **held("test"))
-    assert [(str(problem), problem.file_name) for problem in listing.problems] == [
-        ("data/raw/c.png: 'c.png' is in no split, and dataset.heldout_split is 'test'; put it into one", "c.png")
-    ]
+    assert_are(listing.problems, ("image-without-split", "data/raw/c.png: 'c.png'", "'test'"))
+    assert listing.problems[0].file_name == "c.png"
     assert splits(listing) == {"train/a.png": "train", "test/b.png": "test"}
 
 
-def test_regularization_pictures_need_no_split(here: Path) -> None:
+def test_regularization_images_need_no_split(here: Path) -> None:
     write_files(here, "mine/train/a.png", "mine/test/b.png", "class/c.png")
     subsets = [{"path": "mine"}, {"path": "class", "regularization": True}]
     listing = listed(here, subsets=subsets, **held("test"))
@@ -69,12 +69,10 @@ def test_regularization_pictures_need_no_split(here: Path) -> None:
     assert listing.problems == []
 
 
-def test_no_such_split(here: Path) -> None:
+def test_missing_heldout_split(here: Path) -> None:
     write_files(here, "train/a.png", "val/b.png", "train/c.png")
-    assert refusal(here, **held("test")) == (
-        "params.yaml dataset.heldout_split: no picture is in split 'test'; name one of train, val, or make it by"
-        " folders such as train and test, or a column 'split'"
-    )
+    problem = refusal(here, **held("test"))
+    assert_is(problem, "split-missing", "params.yaml dataset.heldout_split: ", "'test'", "train, val")
     write_files(here.parent / "flat", "a.png")
-    assert "no picture is in split 'test'; make splits by folders" in refusal(here.parent / "flat", **held("test"))
+    assert_is(refusal(here.parent / "flat", **held("test")), "split-missing", "Make splits")
     assert problems(here, **held("train")) == []

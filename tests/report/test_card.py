@@ -12,8 +12,8 @@ from PIL import Image
 
 from lora_dag.artifacts import model_card
 from lora_dag.artifacts.lineage import save as save_lineage
-from tests.conftest import Workspace
 from tests.helpers.reports import MADE, write_reports
+from tests.helpers.workspace import Workspace
 
 CARD = Path("reports/model_card.md")
 
@@ -45,22 +45,22 @@ def test_front_matter_is_the_hubs(workspace: Workspace) -> None:
     assert not {"license", "base_model", "base_model_relation"} & set(data)  # a folder is no model of the Hub
 
 
-def test_body_says_what_was_measured_and_made_from(workspace: Workspace) -> None:
+def test_body_has_metrics_and_provenance(workspace: Workspace) -> None:
     text = card(workspace).text
     for words in (
         "# Ink icons",
         "A LoRA for StableDiffusionPipeline: rank 8, alpha 4, on `to_k`, `to_q`; 107,520 parameters, 0.43 MB in",
-        "trained for 4 steps on 6 pictures.",
-        "**Held-out loss fell by 0.0400 (−31 %), 95 % interval [−0.0450, −0.0350]",
+        "trained for 4 steps on 6 images.",
+        "Held-out loss fell by 0.0400 (−31 %), 95 % interval [−0.0450, −0.0350]",
         "![Samples](samples.png)",
         "| Held-out loss | 0.1300 | 0.0900 | −0.0400 [−0.0450, −0.0350] |",
         "| `train.batch_size` | `16` |",
-        "| to train on | 6 |",
-        f"| Pictures, SHA-256 | `{'2' * 16}` |",
+        "| for training | 6 |",
+        f"| Images, SHA-256 | `{'2' * 16}` |",
         f"| `diffusers/pytorch_lora_weights.safetensors` | 0.45 MB | `{'e' * 16}` |",
         f"| Base: unet | `{'c' * 16}` |",
-        "With peft 0.21.2.",
-        "on 2 pictures of the same dataset and one training seed",
+        "Packages: peft 0.21.2.",
+        "on 2 images of the same dataset, with one training seed",
         "Not stated.",
     ):
         assert words in text, words
@@ -77,7 +77,7 @@ def test_only_what_was_exported_is_named(workspace: Workspace) -> None:
     assert 'StableDiffusionPipeline.from_pretrained("data/export/merged")' in text and "omfy" not in text
     text = card(workspace, export={"formats": ["peft"], "resized_ranks": [4, 2]}).text
     assert text.count(MADE["pipeline"]["load"]) == 1 and "load_lora_weights(" not in text
-    assert "at smaller ranks, by their largest singular values: `resized/rank-4/`, `resized/rank-2/`." in text
+    assert "at smaller ranks, with the largest singular values: `resized/rank-4/`, `resized/rank-2/`." in text
 
 
 def test_lines_for_any_prompt_variant_and_left_out_component(workspace: Workspace) -> None:
@@ -113,12 +113,12 @@ def test_elsewhere_the_lines_name_the_folder(workspace: Workspace) -> None:
         ("FLUX-1-dev", {"license": "other", "license_name": "flux-1-dev"}),
     ],
 )
-def test_licence_and_base(workspace: Workspace, name: str, fields: dict[str, str]) -> None:
+def test_license_and_base(workspace: Workspace, name: str, fields: dict[str, str]) -> None:
     found = card(workspace, export={"license": name}, base_model="owner/base")
     data = found.data.to_dict()
     assert {key: data[key] for key in data if key.startswith("license")} == fields
     assert (data["base_model"], data["base_model_relation"]) == ("owner/base", "adapter")
-    assert f"`{name}`, as stated by who trained it." in found.text
+    assert f"`{name}`, as stated by the author." in found.text
     assert "see [its model card](https://huggingface.co/owner/base)" in found.text
 
 
@@ -157,15 +157,15 @@ def test_trained_biases_are_named(workspace: Workspace) -> None:
 
 def test_an_adapter_that_cannot_be_fused_says_so(workspace: Workspace) -> None:
     text = card(workspace, unfusable=12).text
-    assert "raise an error for this adapter: 12 of its layers have no bias that a trained one" in text
+    assert "raise an error for this adapter, because the base has no bias in 12 layers" in text
     assert "fuse_lora" not in card(workspace).text
 
 
 def test_the_mark_goes_by_reports_and_settings(workspace: Workspace) -> None:
     card(workspace)
     paths = Path("reports"), Path("reports/export")
-    mark = model_card.mark(*paths, "Ink icons", None)
-    assert CARD.read_text().endswith(f"\n\n{mark}\n")
-    others = [model_card.mark(*paths, "Ink icons", "a/b"), model_card.mark(*paths, "Other", None)]
+    fingerprint = model_card.fingerprint(*paths, "Ink icons", None)
+    assert CARD.read_text().endswith(f"\n\n{fingerprint}\n")
+    others = [model_card.fingerprint(*paths, "Ink icons", "a/b"), model_card.fingerprint(*paths, "Other", None)]
     Image.new("RGB", (9, 9)).save("reports/samples.png")
-    assert len({mark, *others, model_card.mark(*paths, "Ink icons", None)}) == 4
+    assert len({fingerprint, *others, model_card.fingerprint(*paths, "Ink icons", None)}) == 4

@@ -1,4 +1,4 @@
-"""The moving average against a loop in float64; schedule-free's two sets of weights; what is trained comes back."""
+"""EMA against a loop in float64; the two sets of weights of schedule-free; trained weights are restored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def run(changes: list[str], steps: int) -> tuple[AveragedWeights, torch.nn.Parameter, list[torch.Tensor]]:
-    """The weights that each step left behind, in float64."""
+    """Return the weights after each step, in float64."""
     asked = train_params("lr_scheduler=constant", "learning_rate=0.1", *changes)
     parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
     optimizer = optimizers.make_optimizer(asked, {"a.lora_A.default.weight": parameter}, {}, CPU)
@@ -34,7 +34,7 @@ def inside(averaged: AveragedWeights, parameter: torch.nn.Parameter) -> torch.Te
 
 
 @pytest.mark.parametrize("power", [None, 2 / 3])
-def test_the_average_is_the_formula_and_the_trained_weights_come_back(power: float | None) -> None:
+def test_ema_equals_the_formula_and_trained_weights_are_restored(power: float | None) -> None:
     changes = ["ema_decay=0.6", *([] if power is None else [f"ema_power={power}"])]
     averaged, parameter, passed = run(changes, 12)
     average = torch.tensor([1.0, -2.0, 3.0]).double()
@@ -51,7 +51,7 @@ def test_without_an_average_the_last_weights_are_saved() -> None:
     assert torch.equal(inside(averaged, parameter), passed[-1]) and averaged.state_dict() == {}
 
 
-def test_schedule_free_keeps_its_averaged_weights_and_trains_on_as_if_never_looked_at() -> None:
+def test_schedule_free_saves_its_average_without_changing_the_training() -> None:
     averaged, parameter, passed = run(["optimizer=schedule_free", "weight_decay=0"], 5)
     seen = inside(averaged, parameter)
     assert not torch.equal(seen, passed[-1]) and torch.equal(parameter.detach().double(), passed[-1])
@@ -61,7 +61,7 @@ def test_schedule_free_keeps_its_averaged_weights_and_trains_on_as_if_never_look
     torch.testing.assert_close((1 - beta) * state["z"].double() + beta * seen, passed[-1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_resumed_average_goes_on_to_the_bit() -> None:
+def test_a_resumed_ema_is_bit_identical() -> None:
     averaged, parameter, _ = run(["ema_decay=0.6"], 4)
     other, _, _ = run(["ema_decay=0.6"], 0)
     other.parameters = [torch.nn.Parameter(parameter.detach().clone())]
@@ -73,8 +73,8 @@ def test_a_resumed_average_goes_on_to_the_bit() -> None:
     assert torch.equal(inside(averaged, averaged.parameters[0]), inside(other, other.parameters[0]))
 
 
-def test_a_resumed_average_stands_where_the_parameters_are() -> None:
-    """A checkpoint is read to the CPU; meta stands for a GPU."""
+def test_a_resumed_ema_is_on_the_device_of_the_parameters() -> None:
+    """A checkpoint is loaded to the CPU; the meta device simulates a GPU."""
     averaged, _, _ = run(["ema_decay=0.6"], 2)
     elsewhere = torch.nn.Parameter(torch.empty(3, device="meta"))
     other = AveragedWeights(train_params("ema_decay=0.6"), [elsewhere], None)

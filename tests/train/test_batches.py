@@ -1,4 +1,4 @@
-"""Batches are functions of (seed, step, slot): full, of one shape, and fair to every picture."""
+"""Batches are functions of (seed, step, slot): full, of one shape, and fair to every image."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from diffusers import DDPMScheduler
 
 from lora_dag.artifacts.latent_cache import CachedItem, LatentCache
-from stages.train.batches import Batch, Batches, Bucket, Order, by_shape
+from stages.train.batches import Batch, Batches, BatchOrder, Bucket, buckets_by_shape
 from stages.train.noising import make_timesteps
 from tests.helpers.caches import write_cache
 from tests.helpers.settings import train_params
 
 SHAPE = (4, 8, 8)
-NUM_PICTURES = 6
+NUM_IMAGES = 6
 EMPTY = -1.0
 
 
@@ -29,11 +29,11 @@ def make_cache(
     std: float = 0.0,
     num_views: int = 1,
     num_captions: int = 1,
-    shapes: tuple[tuple[int, ...], ...] = (SHAPE,) * NUM_PICTURES,
+    shapes: tuple[tuple[int, ...], ...] = (SHAPE,) * NUM_IMAGES,
     masked: tuple[int, ...] = (),
     changes: dict[int, dict[str, Any]] | None = None,
 ) -> LatentCache:
-    """Picture i has latents around i (each further view 0.1 more) and a prompt embedding of i (likewise per caption).
+    """Image i has latents around i (each further view 0.1 more) and a prompt embedding of i (likewise per caption).
 
     The empty caption's embedding is -1. Masks are filled with 0.5 for the first view and 0.1 more for each further one.
     """
@@ -55,7 +55,7 @@ def make_cache(
 
 
 def batches(cache: LatentCache, **changes: Any) -> Batches:
-    """Of 4 pictures without prompt dropout; ``changes`` are of section ``train``."""
+    """Return batches of 4 images without prompt dropout; ``changes`` are settings of section ``train``."""
     settings = train_params(
         *(f"{key}={value}" for key, value in ({"batch_size": 4, "prompt_dropout": 0.0} | changes).items())
     )
@@ -64,7 +64,7 @@ def batches(cache: LatentCache, **changes: Any) -> Batches:
 
 
 def indices(batch: Batch) -> list[int]:
-    """Which pictures, where std is 0."""
+    """Return the numbers of the images, if std is 0."""
     return [round(value) for value in batch.latents[:, 0, 0, 0].tolist()]
 
 
@@ -90,7 +90,7 @@ def test_shapes_and_types(tmp_path: Path) -> None:
     assert torch.equal(batch.first(2).noise, batch.noise[:2]) and batch.first(2).prompt["prompt_embeds"].shape[0] == 2
 
 
-def test_a_batch_is_a_function_of_seed_and_step_whatever_was_drawn_before(tmp_path: Path) -> None:
+def test_a_batch_is_a_function_of_seed_and_step_only(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, std=1.0, num_views=2)
     settings = {"gradient_accumulation_steps": 2, "prompt_dropout": 0.5}
     expected = batches(cache, **settings).batch(7, 1)
@@ -105,7 +105,7 @@ def test_a_batch_is_a_function_of_seed_and_step_whatever_was_drawn_before(tmp_pa
 
 
 @pytest.mark.parametrize(("seed", "step", "micro"), [(1, 7, 1), (0, 8, 1), (0, 7, 0)])
-def test_seed_step_and_slot_all_matter(tmp_path: Path, seed: int, step: int, micro: int) -> None:
+def test_seed_step_and_slot_change_the_draws(tmp_path: Path, seed: int, step: int, micro: int) -> None:
     cache = make_cache(tmp_path, std=1.0)
     expected = batches(cache, gradient_accumulation_steps=2).batch(7, 1)
     other = batches(cache, gradient_accumulation_steps=2, seed=seed).batch(step, micro)
@@ -113,11 +113,11 @@ def test_seed_step_and_slot_all_matter(tmp_path: Path, seed: int, step: int, mic
         assert not torch.equal(getattr(other, name), getattr(expected, name)), name
 
 
-def test_every_epoch_visits_every_picture_once_in_another_order(tmp_path: Path) -> None:
+def test_every_epoch_visits_every_image_once_in_another_order(tmp_path: Path) -> None:
     source = batches(make_cache(tmp_path))  # 4 does not divide 6: batches cross the epochs' ends
     visited = [index for step in range(9) for index in indices(source.batch(step, 0))]
-    epochs = [tuple(visited[start : start + NUM_PICTURES]) for start in range(0, 36, NUM_PICTURES)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(NUM_PICTURES))] * 6
+    epochs = [tuple(visited[start : start + NUM_IMAGES]) for start in range(0, 36, NUM_IMAGES)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(NUM_IMAGES))] * 6
     assert len(set(epochs)) > 1
 
 
@@ -134,17 +134,17 @@ def test_accumulated_batches_draw_the_samples_of_one_large_batch(tmp_path: Path)
 
 
 @pytest.mark.parametrize("prompt_dropout", [0.0, 0.3, 1.0])
-def test_prompt_dropout_is_the_share_of_empty_captions(tmp_path: Path, prompt_dropout: float) -> None:
+def test_prompt_dropout_is_the_fraction_of_empty_captions(tmp_path: Path, prompt_dropout: float) -> None:
     source = batches(make_cache(tmp_path), batch_size=1, prompt_dropout=prompt_dropout)
     drawn = [source.batch(step, 0) for step in range(300)]
     prompts = [batch.prompt["prompt_embeds"][0, 0, 0].item() for batch in drawn]
     kept = [(prompt, indices(batch)[0]) for prompt, batch in zip(prompts, drawn, strict=True) if prompt != EMPTY]
-    assert all(prompt == index for prompt, index in kept)  # each picture with its own caption
+    assert all(prompt == index for prompt, index in kept)  # each image with its own caption
     share = 1 - len(kept) / 300
     assert share == prompt_dropout if prompt_dropout in (0, 1) else abs(share - prompt_dropout) < 0.1
 
 
-def test_latents_are_drawn_from_the_posterior_with_noise_of_their_own(tmp_path: Path) -> None:
+def test_latents_are_drawn_from_the_posterior_with_separate_noise(tmp_path: Path) -> None:
     sharp, wide = (batches(make_cache(tmp_path / str(std), std=std)).batch(2, 0) for std in (0.0, 0.5))
     posterior_noise = (wide.latents - sharp.latents) / 0.5
     assert torch.equal(wide.noise, sharp.noise)
@@ -158,11 +158,11 @@ def test_every_view_and_timestep_is_drawn(tmp_path: Path) -> None:
     drawn = [source.batch(step, 0) for step in range(30)]
     assert {t for batch in drawn for t in batch.timesteps.tolist()} == {0, 1, 2}
     values = {round(v, 1) for batch in drawn for v in batch.latents[:, 0, 0, 0].tolist()}
-    assert values == {round(index + 0.1 * view, 1) for index in range(NUM_PICTURES) for view in range(2)}
+    assert values == {round(index + 0.1 * view, 1) for index in range(NUM_IMAGES) for view in range(2)}
 
 
 def test_one_shape_keeps_the_order_and_draws_of_the_first_release(tmp_path: Path) -> None:
-    """Recorded from the code before there were buckets: a locked adapter must not change its bytes."""
+    """Values recorded before buckets existed: adapters in dvc.lock must stay bit-identical."""
     source = batches(make_cache(tmp_path / "sharp"), gradient_accumulation_steps=2)
     assert [[indices(source.batch(step, micro)) for micro in range(2)] for step in range(5)] == [
         [[1, 2, 0, 4], [3, 5, 5, 3]],
@@ -187,8 +187,8 @@ WIDE, TALL, ODD = (4, 4, 12), (4, 12, 4), (4, 6, 10)
 MIXED = (WIDE, TALL, WIDE, ODD, WIDE, TALL, WIDE, WIDE)
 
 
-def order(repeats: list[list[int]], batch_size: int, seed: int = 0) -> Order:
-    """``order([[1, 1], [3]], 4)`` has a bucket of two pictures and one of a picture that repeats three times."""
+def order(repeats: list[list[int]], batch_size: int, seed: int = 0) -> BatchOrder:
+    """``order([[1, 1], [3]], 4)`` has a bucket of two images and one of an image that repeats three times."""
     buckets = []
     for index, bucket in enumerate(repeats):
         items = [
@@ -196,18 +196,18 @@ def order(repeats: list[list[int]], batch_size: int, seed: int = 0) -> Order:
             for number, count in enumerate(bucket)
         ]
         buckets.append(Bucket(8, 8 + index, items))
-    return Order(buckets, batch_size, seed)
+    return BatchOrder(buckets, batch_size, seed)
 
 
-def names(source: Order, numbers: range) -> list[list[str]]:
+def names(source: BatchOrder, numbers: range) -> list[list[str]]:
     return [[item.file_name for item in source.items(number)] for number in numbers]
 
 
 def test_buckets_are_found_without_reading_a_latent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache in half precision would be copied to float32, all of it at once."""
+    """Reading latents would copy a whole half-precision cache to float32."""
     cache = make_cache(tmp_path, shapes=((4, 8, 8), (4, 4, 12), (4, 8, 8)))
     monkeypatch.setattr(LatentCache, "latents", None)
-    found = [(bucket.height, bucket.width, len(bucket.items)) for bucket in by_shape(cache, cache.items)]
+    found = [(bucket.height, bucket.width, len(bucket.items)) for bucket in buckets_by_shape(cache, cache.items)]
     assert found == [(4, 12, 1), (8, 8, 2)]
 
 
@@ -223,8 +223,8 @@ def test_batches_of_mixed_shapes_are_full_and_of_one_shape(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7, 64])
 @pytest.mark.parametrize("repeats", [[[1, 1, 1]], [[1] * 10, [1]], [[1, 3], [2] * 5, [1], [7]]], ids=str)
-def test_every_picture_comes_up_as_often_as_it_repeats(repeats: list[list[int]], batch_size: int) -> None:
-    """``batch_size`` cycles are as many epochs of every bucket, with nothing left over."""
+def test_every_image_is_used_as_often_as_its_repeats(repeats: list[list[int]], batch_size: int) -> None:
+    """``batch_size`` cycles are exactly ``batch_size`` epochs of every bucket."""
     source = order(repeats, batch_size)
     drawn = names(source, range(sum(map(sum, repeats))))
     assert all(len(batch) == batch_size for batch in drawn)
@@ -232,9 +232,9 @@ def test_every_picture_comes_up_as_often_as_it_repeats(repeats: list[list[int]],
     assert Counter(itertools.chain(*drawn)) == expected
 
 
-def test_every_cycle_gives_each_bucket_its_share() -> None:
+def test_every_cycle_has_each_bucket_in_proportion() -> None:
     source = order([[1] * 11, [1] * 6, [2]], 4)
-    turns = [source.turn(number)[0] for number in range(19 * 5)]
+    turns = [source.bucket_turn(number)[0] for number in range(19 * 5)]
     for cycle in range(20):
         seen = Counter(turns[: sum(source.num_before(cycle))])
         for bucket, entries in enumerate((11, 6, 2)):
@@ -245,7 +245,7 @@ def test_every_cycle_gives_each_bucket_its_share() -> None:
 
 
 def test_each_bucket_goes_through_its_own_epochs() -> None:
-    """Pictures of a bucket in the order of their turns are permutation after permutation, unlike the other bucket's."""
+    """The images of a bucket form one permutation after another, different from the other bucket's."""
     source = order([[1] * 6, [1] * 6], 4)
     streams: list[list[str]] = [[], []]
     for number in range(36):
@@ -256,20 +256,20 @@ def test_each_bucket_goes_through_its_own_epochs() -> None:
     assert len(set(epochs[0])) > 1 and not any(one == other for one, other in zip(*epochs, strict=True))
 
 
-def test_the_turn_of_a_micro_batch_is_found_without_counting_up_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bucket_turn_of_a_high_number_needs_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     repeats = [[1] * 11, [1] * 6, [2], [1]]
     source = order(repeats, 8)
     scanned: list[tuple[int, int]] = []
     had = Counter[int]()
     for number in range(300):
-        bucket = source.turn(number)[0]
+        bucket = source.bucket_turn(number)[0]
         scanned.append((bucket, had[bucket]))
         had[bucket] += 1
-    assert [order(repeats, 8).turn(number) for number in reversed(range(300))] == scanned[::-1]
+    assert [order(repeats, 8).bucket_turn(number) for number in reversed(range(300))] == scanned[::-1]
 
-    calls, original = [], Order.num_before
-    monkeypatch.setattr(Order, "num_before", lambda self, cycle: calls.append(cycle) or original(self, cycle))
-    bucket, rank = source.turn(10**9)
+    calls, original = [], BatchOrder.num_before
+    monkeypatch.setattr(BatchOrder, "num_before", lambda self, cycle: calls.append(cycle) or original(self, cycle))
+    bucket, rank = source.bucket_turn(10**9)
     assert len(calls) < 50
     assert rank == pytest.approx(10**9 * sum(repeats[bucket]) / 20, rel=1e-6)
 
@@ -282,7 +282,7 @@ def test_buckets_smaller_than_a_batch_are_filled_with_repetitions(num_buckets: i
     assert set(Counter(batch[0] for batch in drawn).values()) == {3}
 
 
-def test_seed_decides_the_order_of_buckets_and_pictures() -> None:
+def test_seed_changes_the_order_of_buckets_and_images() -> None:
     repeats = [[1] * 9, [1] * 7]
     one, same, other = (names(order(repeats, 2, seed), range(40)) for seed in (0, 0, 1))
     assert one == same != other
@@ -302,7 +302,7 @@ def test_mixed_batches_are_a_function_of_the_step(tmp_path: Path, start: int) ->
 # Captions, masks, weights
 
 
-def test_every_caption_is_drawn_about_equally_often_and_from_its_own_picture(tmp_path: Path) -> None:
+def test_every_caption_is_drawn_about_equally_often_and_from_its_own_image(tmp_path: Path) -> None:
     source = batches(make_cache(tmp_path, num_captions=3), prompt_dropout=0.2)
     counts = Counter[int]()
     for step in range(300):
@@ -315,8 +315,8 @@ def test_every_caption_is_drawn_about_equally_often_and_from_its_own_picture(tmp
     assert all(count / total == pytest.approx(1 / 3, abs=0.06) for count in counts.values())
 
 
-def test_a_batch_names_the_captions_whose_embeddings_it_holds(tmp_path: Path) -> None:
-    """What trained text encoders are asked is what the cache was asked."""
+def test_captions_of_a_batch_belong_to_its_embeddings(tmp_path: Path) -> None:
+    """Trained text encoders encode the same captions as the cache."""
     source = batches(make_cache(tmp_path, num_captions=3), prompt_dropout=0.5)
     seen = set()
     for batch in (source.batch(step, 0) for step in range(30)):
@@ -324,10 +324,10 @@ def test_a_batch_names_the_captions_whose_embeddings_it_holds(tmp_path: Path) ->
             assert torch.equal(row, source.cache.prompt(caption)["prompt_embeds"])
         assert batch.first(3).captions == batch.captions[:3]
         seen |= set(batch.captions)
-    assert len(seen) == 1 + 3 * NUM_PICTURES and "" in seen
+    assert len(seen) == 1 + 3 * NUM_IMAGES and "" in seen
 
 
-def test_more_captions_change_nothing_but_the_caption(tmp_path: Path) -> None:
+def test_more_captions_change_only_the_caption(tmp_path: Path) -> None:
     one, many = (
         batches(make_cache(tmp_path / str(count), std=1.0, num_views=2, num_captions=count)).batch(5, 0)
         for count in (1, 4)
@@ -338,7 +338,7 @@ def test_more_captions_change_nothing_but_the_caption(tmp_path: Path) -> None:
     assert_same(again, many)
 
 
-def test_a_mask_belongs_to_its_view_and_other_pictures_count_everywhere(tmp_path: Path) -> None:
+def test_a_mask_belongs_to_its_view_and_other_images_have_no_mask(tmp_path: Path) -> None:
     source = batches(make_cache(tmp_path, num_views=3, masked=(0, 2, 5)))
     seen = set()
     for step in range(30):
@@ -349,7 +349,7 @@ def test_a_mask_belongs_to_its_view_and_other_pictures_count_everywhere(tmp_path
             expected = 0.5 + 0.1 * view if index in (0, 2, 5) else 1.0
             torch.testing.assert_close(mask, torch.full_like(mask, expected))
             seen.add((index, view))
-    assert len(seen) == 3 * NUM_PICTURES
+    assert len(seen) == 3 * NUM_IMAGES
 
 
 def test_masks_change_no_draw(tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_masks_change_no_draw(tmp_path: Path) -> None:
     assert_same(dataclasses.replace(masked, masks=None), plain)
 
 
-def test_each_picture_brings_its_weight_regularization_or_not(tmp_path: Path) -> None:
+def test_each_image_has_its_loss_weight(tmp_path: Path) -> None:
     changes = {1: {"loss_weight": 0.25, "regularization": True}, 4: {"loss_weight": 2.0}}
     source = batches(make_cache(tmp_path, changes=changes))
     seen = set()

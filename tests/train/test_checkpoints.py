@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stages.train.checkpoints import Checkpoints
+from tests.helpers.errors import assert_line
 
 
 def state(step: int) -> dict[str, Any]:
@@ -38,19 +39,21 @@ def loaded_step(checkpoints: Checkpoints) -> int | None:
     return found["step"]
 
 
-def test_newest_is_loaded_and_the_one_before_it_kept(saved: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
+def test_newest_checkpoint_is_loaded_and_the_previous_one_kept(
+    saved: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
     assert loaded_step(saved) == 6
     names = sorted(path.name for path in saved.folder.iterdir())
     assert names == ["step-000004.pt", "step-000004.sha256", "step-000006.pt", "step-000006.sha256"]
     assert not caplog.records
 
 
-def test_nothing_saved(tmp_path: Path) -> None:
+def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "none").load(1000) is None
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
-def test_damaged_newest_is_passed_over_with_a_warning(
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     saved: Checkpoints, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     newest = saved.folder / "step-000006.pt"
@@ -59,31 +62,33 @@ def test_damaged_newest_is_passed_over_with_a_warning(
     newest.write_bytes({"flipped": blob, "truncated": blob[:-100], "empty": b""}[damage])
     assert loaded_step(saved) == 4
     (record,) = caplog.records
-    assert record.getMessage() == f"warning: {newest} is damaged or unfinished; trying the checkpoint before it"
+    assert_line(record.getMessage(), "checkpoint-damaged", str(newest))
 
 
-def test_all_damaged_is_a_start_from_nothing(saved: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_checkpoint_is_loaded_if_all_are_damaged(saved: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
     for path in saved.paths(1000):
         path.write_bytes(b"x")
     assert saved.load(1000) is None
     assert len(caplog.records) == 2
 
 
-def test_killed_while_writing_leaves_the_previous(saved: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
-    """What SIGKILL leaves: a temporary file, half full, under a name that is no checkpoint's."""
+def test_a_kill_while_writing_leaves_the_previous_checkpoint(
+    saved: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SIGKILL leaves an incomplete temporary file whose name is not a checkpoint's."""
     (saved.folder / ".step-000008.pt.ab12").write_bytes((saved.folder / "step-000006.pt").read_bytes()[:50])
     assert loaded_step(saved) == 6
     assert not caplog.records
 
 
-def test_killed_between_file_and_checksum_leaves_the_previous(saved: Checkpoints) -> None:
+def test_a_kill_between_file_and_checksum_leaves_the_previous_checkpoint(saved: Checkpoints) -> None:
     (saved.folder / "step-000006.sha256").unlink()
     assert loaded_step(saved) == 4
     saved.save(6, state(6))
     assert loaded_step(saved) == 6
 
 
-def test_an_error_while_writing_leaves_no_trace(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_writing_leaves_no_file(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path, blob: bytes) -> int:
         with path.open("wb") as file:
             file.write(b"half")
@@ -98,7 +103,7 @@ def test_an_error_while_writing_leaves_no_trace(saved: Checkpoints, monkeypatch:
 
 
 class Code:
-    """Runs when unpickled."""
+    """Object whose code runs when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("code ran",))

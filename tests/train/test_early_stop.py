@@ -1,4 +1,4 @@
-"""``train.early_stop_patience``: when it ends, the bytes that it leaves, and that nothing disturbs them."""
+"""``train.early_stop_patience``: the step of the stop and a bit-identical adapter, also after interrupts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from lora_dag.artifacts.adapter import Adapter
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.core import params
-from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json
 from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_tensors
 from lora_dag.families import sd
 from stages.train.early_stop import EarlyStop
-from tests.conftest import Workspace
+from tests.helpers.errors import refused
 from tests.helpers.settings import train_params
 from tests.helpers.trainings import broken_off
+from tests.helpers.workspace import Workspace
 
 CHANGES = (
     "train.num_steps=20",
@@ -41,26 +41,26 @@ def encoded(workspace: Workspace) -> Workspace:
 
 
 def heldout(lines: list[str]) -> dict[int, float]:
-    words = [line.replace(":", "").replace(";", "").split() for line in lines if line.startswith("held-out ")]
+    words = [line.split() for line in lines if line.startswith("held-out ")]
     return {int(row[2]): float(row[4]) for row in words}
 
 
 def asked(workspace: Workspace, *argv: str) -> tuple[EarlyStop, list[str]]:
     """After a run."""
     made: list[EarlyStop] = []
-    is_over = EarlyStop.is_over
+    should_stop = EarlyStop.should_stop
 
     def noted(self: EarlyStop, step: int, loss: float) -> bool:
         made[:] = [self]
-        return is_over(self, step, loss)
+        return should_stop(self, step, loss)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EarlyStop, "is_over", noted)
+        patch.setattr(EarlyStop, "should_stop", noted)
         lines = workspace.run("train", *argv)
     return made[0], lines
 
 
-def test_it_ends_with_the_bytes_of_the_undisturbed_runs_snapshot(encoded: Workspace) -> None:
+def test_early_stop_equals_the_snapshot_of_a_full_run(encoded: Workspace) -> None:
     encoded.run("train", *LONG)
     undisturbed = encoded.tree("data/adapter")
     lines = encoded.run("train", *STOPPING)
@@ -68,7 +68,8 @@ def test_it_ends_with_the_bytes_of_the_undisturbed_runs_snapshot(encoded: Worksp
     end = max(losses)
     best = min(losses, key=losses.__getitem__)
     assert end < 20 and best == end - 4 and list(losses) == list(range(2, end + 1, 2))
-    assert f"early stop  at step {end}; for the best: dvc exp run -S export.step={best}" in lines
+    (line,) = [line for line in lines if line.startswith(f"early stop  at step {end}.")]
+    assert line.endswith(f"dvc exp run -S export.step={best}")
     assert encoded.tree("data/adapter")["adapter.safetensors"] == undisturbed[f"snapshots/step-{end:06d}.safetensors"]
     adapter = Adapter.load(Path("data/adapter"))
     assert adapter.num_steps == end and adapter.snapshots == list(range(2, end, 2))
@@ -80,7 +81,7 @@ def test_it_ends_with_the_bytes_of_the_undisturbed_runs_snapshot(encoded: Worksp
     encoded.run("export", "--set", f"export.step={best}")
 
 
-def test_broken_off_anywhere_it_ends_in_the_same_bytes(encoded: Workspace) -> None:
+def test_an_interrupted_early_stop_is_bit_identical(encoded: Workspace) -> None:
     lines = encoded.run("train", *STOPPING)
     losses, undisturbed = heldout(lines), encoded.tree("data/adapter")
     assert "resumed" not in "".join(lines)
@@ -100,8 +101,8 @@ def test_broken_off_anywhere_it_ends_in_the_same_bytes(encoded: Workspace) -> No
     )
 
 
-def test_the_rows_are_frozen_and_their_loss_equals_an_independent_computation(encoded: Workspace) -> None:
-    """Of the snapshot, merged into the base by the formula, in v of Salimans & Ho 2022; without dropout."""
+def test_heldout_rows_are_fixed_and_their_loss_equals_an_independent_computation(encoded: Workspace) -> None:
+    """The loss is computed from the merged snapshot, with v of Salimans & Ho 2022, without dropout."""
     argv = ("--set", "lora.dropout=0.5", "--set", "train.learning_rate=0.05", "--set", "train.snapshot_every_n_steps=1")
     early_stop, lines = asked(encoded, *argv, "--set", "train.early_stop_patience=2")
     model = params.load(Path("params.yaml")).section(ModelParams)
@@ -128,26 +129,26 @@ def test_the_rows_are_frozen_and_their_loss_equals_an_independent_computation(en
 def test_patience_counts_snapshots_since_the_lowest() -> None:
     early_stop = EarlyStop(None, patience=2)  # type: ignore[arg-type]
     losses = [float("nan"), 3.0, 2.0, 2.5, 1.0, 1.0, float("nan")]
-    assert [early_stop.is_over(step, loss) for step, loss in enumerate(losses)] == [False] * 6 + [True]
+    assert [early_stop.should_stop(step, loss) for step, loss in enumerate(losses)] == [False] * 6 + [True]
 
 
-def test_off_it_is_in_no_record_and_on_it_is(encoded: Workspace) -> None:
+def test_patience_is_recorded_only_if_set(encoded: Workspace) -> None:
     assert "early_stop_patience" not in train_params().recorded(set())
     assert train_params("early_stop_patience=2").recorded({"seed"})["early_stop_patience"] == 2
-    with pytest.raises(UserError, match=r"early_stop_patience \(3\) must be below the number of snapshots \(3\)"):
+    with refused("patience-too-long", "early_stop_patience is 3", "(3)"):
         train_params("early_stop_patience=3")
 
 
-def test_nothing_held_out_is_refused(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_stop_without_heldout_images_is_refused(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     split = LatentCache.split
     monkeypatch.setattr(LatentCache, "split", lambda self, name: split(self, name) if name == "train" else [])
-    with pytest.raises(UserError, match="early_stop_patience: no picture is held out") as caught:
+    with refused("no-heldout-images", "train.early_stop_patience", "dataset.heldout_fraction"):
         encoded.run("train", *STOPPING)
-    assert len(caught.value.problems) == 1 and not Path("data/adapter").exists()
+    assert not Path("data/adapter").exists()
 
 
 @pytest.mark.slow
-def test_two_processes_end_at_the_same_step_in_the_same_bytes(encoded: Workspace) -> None:
+def test_two_processes_stop_early_bit_identically(encoded: Workspace) -> None:
     argv = (*STOPPING, "--set", "train.gradient_accumulation_steps=2")
     assert encoded.process("train", *argv).returncode == 0
     alone = encoded.tree("data/adapter")

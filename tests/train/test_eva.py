@@ -1,4 +1,4 @@
-"""EVA's start: the directions of the layers' inputs by a full SVD, deterministic, and refused where it cannot be."""
+"""EVA against a full SVD of the layers' inputs: deterministic, with errors where it is impossible."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from lora_dag.core.console import UserError
 from lora_dag.families import sd
 from stages.train import eva
 from stages.train.batches import Batch
-from tests.conftest import Workspace
 from tests.helpers.adapters import inject, load, predict
+from tests.helpers.errors import assert_problem, refused
 from tests.helpers.trainings import broken_off
+from tests.helpers.workspace import Workspace
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def start(denoiser: Any, *batches: Batch) -> int:
 
 
 def inputs_of(denoiser: Any, names: list[str], batches: list[Batch]) -> dict[str, torch.Tensor]:
-    """What each layer sees of all batches, [rows, in]."""
+    """Return each layer's inputs for all batches, [rows, in]."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for name in names:
         denoiser.get_submodule(name).register_forward_hook(
@@ -50,7 +51,7 @@ def inputs_of(denoiser: Any, names: list[str], batches: list[Batch]) -> dict[str
     return {name: torch.cat(rows).double() for name, rows in seen.items()}
 
 
-def test_a_spans_the_directions_of_most_variance(denoiser: torch.nn.Module, tiny_base: Path) -> None:
+def test_eva_spans_the_directions_of_most_variance(denoiser: torch.nn.Module, tiny_base: Path) -> None:
     """Paischer et al. 2024 (arXiv:2410.07170), section 3: right singular vectors of the inputs, here all at once."""
     batches = [batch(seed) for seed in range(4)]
     targets = ["attn1.to_q", "attn1.to_k", "attn2.to_k", "to_out.0"]
@@ -58,19 +59,19 @@ def test_a_spans_the_directions_of_most_variance(denoiser: torch.nn.Module, tiny
     base = predict(denoiser)
     assert start(denoiser, *batches) >= 4
     assert torch.equal(predict(denoiser), base)
-    for name, rows in inputs_of(load(tiny_base), lora.targets(denoiser), batches).items():
+    for name, rows in inputs_of(load(tiny_base), lora.target_names(denoiser), batches).items():
         layer = denoiser.get_submodule(name)
         a = layer.lora_A[lora.NAME].weight.detach().double()  # [rank, in]
         assert len(a) == (4 if name.endswith("attn1.to_k") else 2)
         torch.testing.assert_close(a @ a.T, torch.eye(len(a)).double(), atol=1e-5, rtol=0)
-        centred = rows - rows.mean(0)
-        best = torch.linalg.svdvals(centred)[: len(a)].square().sum()
-        kept = (centred @ a.T).square().sum()
+        centered = rows - rows.mean(0)
+        best = torch.linalg.svdvals(centered)[: len(a)].square().sum()
+        kept = (centered @ a.T).square().sum()
         assert best * 0.97 < kept <= best * 1.0001, name
         assert not layer.lora_B[lora.NAME].weight.any()
 
 
-def test_twice_the_same_whatever_the_generator_says(tiny_base: Path) -> None:
+def test_eva_is_deterministic(tiny_base: Path) -> None:
     found = []
     for seed in (1, 2):
         denoiser = load(tiny_base)
@@ -81,7 +82,7 @@ def test_twice_the_same_whatever_the_generator_says(tiny_base: Path) -> None:
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
-def test_convolutions_keep_their_start_and_dropout_stays_on(tiny_base: Path) -> None:
+def test_eva_keeps_convolutions_and_dropout(tiny_base: Path) -> None:
     one, other = load(tiny_base), load(tiny_base)
     for denoiser in (one, other):
         inject(denoiser, target_modules=["to_q", "conv1"], dropout=0.5, init_lora_weights="eva")
@@ -93,33 +94,32 @@ def test_convolutions_keep_their_start_and_dropout_stays_on(tiny_base: Path) -> 
     assert dropouts and all(module.training for module in dropouts) and not one.training
 
 
-def test_what_it_cannot_start_is_named(denoiser: torch.nn.Module, tiny_base: Path, monkeypatch: Any) -> None:
+def test_layers_that_eva_cannot_use_are_refused(denoiser: torch.nn.Module, tiny_base: Path, monkeypatch: Any) -> None:
     inject(denoiser, target_modules=["to_q", "linear_1", "time_emb_proj"], rank_pattern={"to_q": 17}, bias="all")
     with pytest.raises(UserError) as caught:
         start(denoiser, batch(0))
-    found = ("2 inputs per batch of 'linear_1'", "2 inputs per batch of 'time_emb_proj'", "32 features of 'to_q'")
-    cure = "are too few for twice the rank 17; lower lora.rank, or name it in lora.exclude_modules"
-    assert sorted(caught.value.problems) == [
-        f"params.yaml lora.init_lora_weights: eva: {what} {cure}" for what in found
-    ]
+    for layer, count in (("linear_1", "2 inputs"), ("time_emb_proj", "2 inputs"), ("to_q", "32 features")):
+        place = f"params.yaml lora.init_lora_weights: '{layer}'"
+        assert_problem(caught.value, "eva-too-few-inputs", place, count, "rank 17", "lora.exclude_modules")
+    assert len(caught.value.problems) == 3
 
     convolutions, same = load(tiny_base), load(tiny_base)
     inject(convolutions, target_modules=["conv1"])
-    with pytest.raises(UserError, match="eva: no target is a linear layer; use kaiming"):
+    with refused("eva-needs-linear-layers", "lora.init_lora_weights", "kaiming"):
         start(convolutions, batch(0))
     monkeypatch.setattr(eva, "MAX_PASSES", 3)
     inject(same, target_modules=["attn2.to_k"])
-    with pytest.raises(UserError, match="eva: the directions of to_k do not settle; name them in lora.exclude_modules"):
+    with refused("eva-not-converged", "lora.init_lora_weights", "to_k", "lora.exclude_modules", "kaiming"):
         start(same, *(batch(seed) for seed in range(9)))
 
 
-def test_the_stages_end_in_the_same_bytes_after_a_kill(workspace: Workspace) -> None:
+def test_a_killed_run_with_eva_is_bit_identical(workspace: Workspace) -> None:
     for stage in ("prepare", "cache_latents"):
         workspace.run(stage)
     argv = ("--set", "lora.init_lora_weights=eva", "--set", "train.gradient_accumulation_steps=2")
     with broken_off(1):  # before the first checkpoint: the next run starts anew
         workspace.run("train", *argv)
-    assert any(line.startswith("eva         settled after ") for line in workspace.run("train", *argv))
+    assert any(line.startswith("eva         converged after ") for line in workspace.run("train", *argv))
     expected = workspace.tree("data/adapter")
     with broken_off(3):
         workspace.run("train", *argv)

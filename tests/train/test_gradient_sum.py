@@ -1,4 +1,4 @@
-"""Gradients add up to the same bits whatever the order and the number of processes."""
+"""Sums of gradients are bit-identical for every order and number of processes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from lora_dag.core.console import UserError
 from stages.train.gradient_sum import GradientSum, require_same
+from tests.helpers.errors import refused
 
 
 def gradients(count: int, scale: float = 1.0) -> list[list[torch.Tensor | None]]:
-    """Of ``count`` micro-batches for three parameters; the last never gets one."""
+    """Return gradients of ``count`` micro-batches for three parameters; the last parameter has none."""
     generator = torch.Generator().manual_seed(5)
     return [
         [scale * torch.randn(3, 4, generator=generator), 1e-6 * torch.randn(5, generator=generator), None]
@@ -33,7 +33,7 @@ def summed(parts: list[list[torch.Tensor | None]], order: tuple[int, ...]) -> li
     return [parameter.grad for parameter in parameters]
 
 
-def test_the_order_of_micro_batches_does_not_change_a_bit() -> None:
+def test_the_sum_is_bit_identical_for_every_order() -> None:
     parts = gradients(4)
     first = summed(parts, (0, 1, 2, 3))
     for order in itertools.permutations(range(4)):
@@ -45,7 +45,7 @@ def test_the_order_of_micro_batches_does_not_change_a_bit() -> None:
     assert any(not torch.equal(plain[0], other) for other in plain)  # type: ignore[arg-type]
 
 
-def test_the_sum_is_exact_to_a_rounding() -> None:
+def test_the_sum_is_exact_up_to_one_rounding() -> None:
     parts = gradients(4)
     found = summed(parts, (2, 0, 3, 1))
     for index in (0, 1):
@@ -54,8 +54,8 @@ def test_the_sum_is_exact_to_a_rounding() -> None:
         torch.testing.assert_close(found[index].double(), exact, rtol=1e-7, atol=4 * 2.0**-45)  # type: ignore[union-attr]
 
 
-def test_one_micro_batch_alone_keeps_its_gradients() -> None:
-    """They are not rounded: 1e-20 is below the sum's smallest part."""
+def test_gradients_of_a_single_micro_batch_are_unchanged() -> None:
+    """They are not rounded: 1e-20 is below the resolution of the sum."""
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([1e-20, 1e9])
     alone = GradientSum([parameter], 1)
@@ -70,7 +70,7 @@ def test_a_parameter_without_gradient_keeps_none() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
-def test_what_does_not_fit_becomes_nan_and_not_a_wrong_number(bad: float) -> None:
+def test_an_overflow_becomes_nan(bad: float) -> None:
     parts = gradients(2)
     parts[1][0][0, 0] = bad  # type: ignore[index]
     found = summed(parts, (0, 1))
@@ -78,9 +78,7 @@ def test_what_does_not_fit_becomes_nan_and_not_a_wrong_number(bad: float) -> Non
 
 
 @pytest.mark.parametrize("theirs", [["digest", 2], ["another", 2], ["digest", None]])
-def test_processes_that_would_start_from_different_states_are_refused(
-    theirs: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_with_different_states_are_refused(theirs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     def all_gather_object(found: list[object], value: object) -> None:
         found[:] = [value, theirs]
 
@@ -89,5 +87,5 @@ def test_processes_that_would_start_from_different_states_are_refused(
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
     if theirs == ["digest", 2]:
         return require_same(["digest", 2])
-    with pytest.raises(UserError, match="use machines of one kind, with one state directory"):
+    with refused("processes-differ", "$LORA_STATE_DIR"):
         require_same(["digest", 2])

@@ -1,4 +1,4 @@
-"""Timesteps by their distribution functions, and the noises by their formulas."""
+"""Timesteps against their distribution functions, and noises against their formulas."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from lora_dag.core import seeding
-from lora_dag.core.console import UserError
 from stages.train import noising
+from tests.helpers.errors import refused
 from tests.helpers.settings import train_params
 
 DDPM = DDPMScheduler(1000)
@@ -26,18 +26,18 @@ def draw(purpose: str) -> torch.Generator:
 
 
 def shares(*changes: str, num_tokens: int = 256, scheduler: DDPMScheduler = DDPM) -> np.ndarray:
-    """Sorted draws over 1000."""
+    """Return sorted draws, divided by 1000."""
     timesteps = noising.make_timesteps(train_params(*changes), scheduler)
     found = [int(timesteps.draw(seeding.generator(0, "t", i), num_tokens)) for i in range(NUM_DRAWS)]
     return np.sort((np.array(found) + 0.5) / 1000)
 
 
 def distance(found: np.ndarray, cumulative: list[float]) -> float:
-    """Kolmogorov and Smirnov's; 0.03 comes up once in 700 samples of 4000."""
+    """Return the Kolmogorov-Smirnov distance; 0.03 occurs once in 700 samples of 4000."""
     return float(np.abs((np.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS - np.array(cumulative)).max())
 
 
-def test_uniform_is_one_plain_draw() -> None:
+def test_uniform_timesteps_are_one_draw() -> None:
     timesteps = noising.make_timesteps(train_params(), DDPM)
     for step in range(5):
         expected = torch.randint(1000, (), generator=seeding.generator(0, "timestep", step, 0))
@@ -45,7 +45,7 @@ def test_uniform_is_one_plain_draw() -> None:
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 1.5)])
-def test_logit_normal_timesteps_are_distributed_so(mean: float, std: float) -> None:
+def test_logit_normal_timesteps_have_the_distribution(mean: float, std: float) -> None:
     found = shares("timestep_sampling=logit_normal", f"logit_mean={mean}", f"logit_std={std}")
     assert distance(found, [NormalDist(mean, std).cdf(math.log(t / (1 - t))) for t in found]) < 0.03
 
@@ -57,11 +57,11 @@ def test_a_shift_maps_uniform_timesteps(shift: float) -> None:
     assert distance(found, [t / (shift - (shift - 1) * t) for t in found]) < 0.03
 
 
-def test_auto_shifts_as_the_scheduler_samples() -> None:
-    """Against the sigmas that the scheduler itself makes with the mu of FLUX's pipeline."""
+def test_auto_shift_equals_the_schedulers() -> None:
+    """The reference is the scheduler's sigmas with the mu of FLUX's pipeline."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-    shift = noising.make_shift("auto", DYNAMIC)
+    shift = noising.make_shift(train_params("timestep_shift=auto"), DYNAMIC)
     for num_tokens in (256, 1024, 4096):
         scheduler = FlowMatchEulerDiscreteScheduler(1000, use_dynamic_shifting=True)
         scheduler.set_timesteps(sigmas=[0.25, 0.5, 0.75], mu=calculate_shift(num_tokens))
@@ -70,28 +70,28 @@ def test_auto_shifts_as_the_scheduler_samples() -> None:
 
 
 def test_auto_without_dynamic_shifting_is_refused() -> None:
-    with pytest.raises(UserError, match="auto is for schedulers with use_dynamic_shifting, not this DDPMScheduler"):
+    with refused("no-dynamic-shift", "train.timestep_shift: auto", "DDPMScheduler", "1.0"):
         noising.make_timesteps(train_params("timestep_shift=auto"), DDPM)
 
 
 @pytest.mark.parametrize("more", [[], ["timestep_sampling=logit_normal", "logit_std=4.0"], ["timestep_shift=5.0"]])
-def test_a_range_holds_under_every_sampling(more: list[str]) -> None:
+def test_a_range_applies_to_every_sampling(more: list[str]) -> None:
     found = shares("timestep_range=[0.25, 0.5]", *more)
     assert found.min() > 0.25 and found.max() < 0.5
     assert found.min() < 0.27 and found.max() > 0.48
 
 
 def test_an_empty_range_is_refused() -> None:
-    with pytest.raises(UserError, match=r"timestep_range \[0.5, 0.5\] is empty"):
+    with refused("empty-timestep-range", "timestep_range [0.5, 0.5]", "[0.0, 1.0]"):
         train_params("timestep_range=[0.5, 0.5]")
-    with pytest.raises(UserError, match=r"\[0.5, 0.5001\] holds none of 1000 timesteps"):
+    with refused("empty-timestep-range", "train.timestep_range: [0.5, 0.5001]", "1000"):
         noising.make_timesteps(train_params("timestep_range=[0.5, 0.5001]"), DDPM)
 
 
 # Noise
 
 
-def test_plain_noise_is_one_draw_and_both_are_the_same() -> None:
+def test_default_noise_is_one_draw() -> None:
     noise, added = noising.draw_noise(draw, SHAPE, train_params())
     assert torch.equal(noise, torch.randn(SHAPE, generator=draw("noise"))) and added is noise
 

@@ -1,4 +1,4 @@
-"""Broken off and started again, a training ends in the bytes of an undisturbed one; any other run starts anew."""
+"""An interrupted training resumes bit-identically; a run with other inputs starts from step 0."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from lora_dag.artifacts.adapter import FINAL
 from lora_dag.artifacts.latent_cache import LatentCache
-from lora_dag.bases import layout
+from lora_dag.bases import component_files
 from lora_dag.core import params
 from lora_dag.core.files import read_json
 from lora_dag.core.locks import last_holder
@@ -27,15 +27,16 @@ from stages.train import identity, loop
 from stages.train.build import build
 from stages.train.checkpoints import Checkpoints
 from stages.train.run import Run
-from tests.conftest import REPOSITORY, Workspace, picture
 from tests.helpers import forked
 from tests.helpers.caches import write_mixed_cache
+from tests.helpers.errors import assert_line
 from tests.helpers.trainings import LONG, outputs, refusal, signalled, weights
+from tests.helpers.workspace import REPOSITORY, Workspace, make_image
 
 
 def make_run(*overrides: str) -> Run:
     config = params.load(Path("params.yaml"), overrides)
-    digests = layout.digests(config.section(ModelParams), sd.COMPONENTS)
+    digests = component_files.digests(config.section(ModelParams), sd.COMPONENTS)
     return build(config, sd, LatentCache(Path("data/latents")), digests)
 
 
@@ -50,20 +51,20 @@ def test_a_checkpoint_holds_every_part_that_has_a_state(encoded: Workspace) -> N
 def test_a_checkpoint_with_other_parts_is_not_resumed(
     encoded: Workspace, reference: Path, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As an older version may have written it."""
+    """An older version may have written such a checkpoint."""
     interrupt(3, *LONG)
     folder = make_run(*LONG[1::2]).checkpoints.folder
     state = Checkpoints(folder).load(2)
     assert state is not None and state.pop("step") == 2
     Checkpoints(folder).save(2, {name: part for name, part in state.items() if name != "history"})
     encoded.run("train", *LONG)
-    assert f"warning: starts over: the checkpoint of step 2 in {folder.parent} has other parts" in caplog.messages
+    assert_line("\n".join(caplog.messages), "checkpoint-of-other-version", str(folder.parent), "step 2")
     assert (Path("data/adapter") / FINAL).read_bytes() == (reference / "data/adapter" / FINAL).read_bytes()
 
 
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
-def test_resumed_run_gives_the_bytes_of_an_undisturbed_one(
+def test_a_resumed_run_is_bit_identical(
     encoded: Workspace, reference: Path, interrupt: Callable[..., None], at: int, every: int
 ) -> None:
     argv = (*LONG, "--set", f"train.checkpoint_every_n_steps={every}")
@@ -78,7 +79,7 @@ def test_resumed_run_gives_the_bytes_of_an_undisturbed_one(
         assert Path("reports/train", name).read_bytes() == (reference / "reports/train" / name).read_bytes()
 
 
-def test_interrupted_twice_and_with_the_newest_checkpoint_damaged(
+def test_two_interrupts_and_a_damaged_checkpoint_are_bit_identical(
     encoded: Workspace, reference: Path, interrupt: Callable[..., None]
 ) -> None:
     argv = (*LONG, "--set", "train.checkpoint_every_n_steps=1")
@@ -87,11 +88,12 @@ def test_interrupted_twice_and_with_the_newest_checkpoint_damaged(
     (newest,) = Path(".state/runs").glob("*/checkpoints/step-000005.pt")
     newest.write_bytes(newest.read_bytes()[:1000])
     lines = encoded.run("train", *argv)
-    assert "resumed from step 4" in lines and any("is damaged or unfinished" in line for line in lines)
+    assert "resumed from step 4" in lines
+    assert_line("\n".join(lines), "checkpoint-damaged", newest.name)
     assert (Path("data/adapter") / FINAL).read_bytes() == (reference / "data/adapter" / FINAL).read_bytes()
 
 
-def test_killed_before_a_step_the_same_command_gives_the_same_bytes(encoded: Workspace, reference: Path) -> None:
+def test_a_run_killed_before_a_step_is_bit_identical(encoded: Workspace, reference: Path) -> None:
     argv = (*LONG, "--set", "train.checkpoint_every_n_steps=1")
 
     def run() -> None:
@@ -106,7 +108,9 @@ def test_killed_before_a_step_the_same_command_gives_the_same_bytes(encoded: Wor
 
 
 @pytest.mark.usefixtures("encoded")
-def test_only_the_very_same_run_is_resumed(interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+def test_only_a_run_with_the_same_inputs_resumes(
+    interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
     def resumed(*argv: str) -> bool:
         interrupt(3, *LONG, *argv)
         return "resumed from step 2" in caplog.messages
@@ -118,8 +122,8 @@ def test_only_the_very_same_run_is_resumed(interrupt: Callable[..., None], caplo
         assert resumed("--set", change), change
 
 
-def test_alpha_null_is_the_run_of_the_rank_written_out(encoded: Workspace, interrupt: Callable[..., None]) -> None:
-    """The same bytes, with what adapter.json says of the settings, and one checkpoint."""
+def test_alpha_null_is_the_same_run_as_alpha_equal_to_rank(encoded: Workspace, interrupt: Callable[..., None]) -> None:
+    """Adapter, record and checkpoint are the same."""
     patterns = ("--set", "lora.rank=4", "--set", "lora.rank_pattern={to_k: 3}")
     interrupt(3, *LONG, *patterns, "--set", "lora.alpha=null")
     argv = (*LONG, *patterns, "--set", "lora.alpha=4", "--set", "lora.alpha_pattern={to_k: 3}")
@@ -130,7 +134,7 @@ def test_alpha_null_is_the_run_of_the_rank_written_out(encoded: Workspace, inter
     assert '"alpha": 4.0' in written_out["adapter.json"].decode()
 
 
-def test_other_latents_or_results_are_no_resume(
+def test_other_latents_or_results_do_not_resume(
     encoded: Workspace, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     interrupt(3)
@@ -138,7 +142,7 @@ def test_other_latents_or_results_are_no_resume(
         patch.setattr(identity, "RESULTS", identity.RESULTS + 1)
         interrupt(3)
         assert "resumed from step 2" not in caplog.messages
-    picture(50).save("data/raw/00.png")
+    make_image(50).save("data/raw/00.png")
     encoded.run("prepare")
     encoded.run("cache_latents")
     interrupt(3)
@@ -146,26 +150,26 @@ def test_other_latents_or_results_are_no_resume(
 
 
 GOES_ON = ("--set", "train.lr_scheduler=constant")  # keeps its checkpoints, for a longer run to go on from
-EDITED = "starts over: the code of train has changed since this run ended"
+EDITED = "restart     from step 0: the code of train has changed since this run finished"
 
 
 @pytest.fixture
 def edit(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """``edit("new")``: the code of train has this digest from now on."""
+    """Return a function: ``edit("new")`` gives the code of train this digest."""
     return lambda code: monkeypatch.setattr(train_main, "stage_digest", lambda *args: code)
 
 
-def test_what_broke_off_goes_on_under_mended_code_and_what_ended_starts_over(
+def test_edited_code_resumes_an_interrupted_run_and_restarts_a_finished_one(
     encoded: Workspace, interrupt: Callable[..., None], edit: Callable[[str], None]
 ) -> None:
-    """An error in a message at step 9,000 costs no step; an edited loss does not get the adapter of the loss before."""
+    """A fixed message at step 9,000 costs no step; an edited loss does not reuse the old loss's adapter."""
     argv = (*LONG, *GOES_ON)
     edit("old")
     interrupt(3, *argv)
     edit("mended")
     lines = encoded.run("train", *argv)
     assert "resumed from step 2" in lines
-    assert any(line.startswith("warning: other code of train began this run, of the same RES") for line in lines)
+    assert_line("\n".join(lines), "code-changed", "RESULTS", "stages/train/__init__.py")
     assert read_json(Path("reports/train/run.json"))["code"] == ["old", "mended"]
     assert "resumed from step 6" in encoded.run("train", *argv)
     ended = outputs(encoded)
@@ -176,10 +180,10 @@ def test_what_broke_off_goes_on_under_mended_code_and_what_ended_starts_over(
     assert outputs(encoded) == ended
 
 
-def test_an_edit_while_a_run_is_at_work_is_of_the_next_run(
+def test_an_edit_during_a_run_counts_for_the_next_run(
     encoded: Workspace, edit: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The adapter is the old loss's, so the new loss must not get its last checkpoint."""
+    """The run trains the old loss, so the new loss must not resume its last checkpoint."""
     original = loop.training_step
 
     def training_step(run: Run, step: int) -> bool:
@@ -195,10 +199,10 @@ def test_an_edit_while_a_run_is_at_work_is_of_the_next_run(
     assert EDITED in lines and not any("resumed" in line for line in lines)
 
 
-def test_a_start_that_was_killed_does_not_hide_that_the_run_had_ended(
+def test_a_killed_start_does_not_hide_that_the_run_had_finished(
     encoded: Workspace, interrupt: Callable[..., None], edit: Callable[[str], None]
 ) -> None:
-    """Also of a longer run that broke off: what it trained since is the old code's too."""
+    """This includes an interrupted longer run, whose further steps are from the old code too."""
     edit("old")
     encoded.run("train", *LONG, *GOES_ON)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -209,10 +213,10 @@ def test_a_start_that_was_killed_does_not_hide_that_the_run_had_ended(
     assert EDITED in encoded.run("train", *LONG, *GOES_ON, "--set", "train.num_steps=10")
 
 
-def test_a_run_that_broke_off_after_its_last_step_is_delivered_by_no_other_code(
+def test_edited_code_does_not_write_the_adapter_of_a_run_killed_after_its_last_step(
     encoded: Workspace, interrupt: Callable[..., None], edit: Callable[[str], None]
 ) -> None:
-    """Zero steps under the new loss would deliver the old one's adapter; nor does it matter to a shorter run."""
+    """Zero steps with the new loss would write the old loss's adapter; the same holds for a shorter run."""
     edit("old")
     interrupt(5, *LONG, *GOES_ON)
     edit("new")
@@ -235,14 +239,12 @@ def test_a_second_process_on_the_same_run_is_refused(encoded: Workspace, interru
         assert holder.stdin
         holder.stdin.write(b"\n")
         holder.stdin.close()
-    assert problem == (
-        f"{folder}: process {holder.pid} is at work on this run; wait for it, or stop it: kill {holder.pid}"
-    )
+    assert f"{folder}: process {holder.pid} " in problem and f"`kill {holder.pid}`" in problem
     assert "resumed from step 2" in encoded.run("train")
 
 
 @pytest.mark.parametrize("at", [1, 4])
-def test_a_mixed_run_resumes_to_the_same_bytes(mixed: Workspace, interrupt: Callable[..., None], at: int) -> None:
+def test_a_mixed_run_resumes_bit_identically(mixed: Workspace, interrupt: Callable[..., None], at: int) -> None:
     argv = (*LONG, "--set", "train.gradient_accumulation_steps=2", "--set", "train.checkpoint_every_n_steps=1")
     mixed.run("train", *argv)
     expected = outputs(mixed)
@@ -253,7 +255,7 @@ def test_a_mixed_run_resumes_to_the_same_bytes(mixed: Workspace, interrupt: Call
 
 
 @pytest.mark.parametrize("change", [{"repeats": 3}, {"loss_weight": 0.9}, {"captions": ("caption 0",)}], ids=str)
-def test_another_weight_repetition_or_choice_of_captions_is_another_run(
+def test_other_weights_repeats_or_captions_are_another_run(
     workspace: Workspace, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture, change: dict[str, Any]
 ) -> None:
     write_mixed_cache()
@@ -268,7 +270,7 @@ def test_another_weight_repetition_or_choice_of_captions_is_another_run(
 
 @pytest.mark.parametrize("target_modules", ["attention", "all-linear+conv"])
 @pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
-def test_every_kind_of_adapter_trains_and_resumes_to_the_same_bytes(
+def test_every_kind_of_adapter_resumes_bit_identically(
     encoded: Workspace, interrupt: Callable[..., None], variant: str, target_modules: str
 ) -> None:
     changes = (f"lora.{variant}=true", f"lora.target_modules={target_modules}", "lora.rank_pattern={to_k: 3}")

@@ -1,4 +1,4 @@
-"""What a training notices of itself: losses that are no numbers, a changed base, layers that nothing reaches."""
+"""Checks during a training: losses that are not finite, a changed base, layers without gradient."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from lora_dag.adapters import lora
-from lora_dag.core.console import UserError
 from lora_dag.diffusion.objectives import VPrediction
 from stages.train import loop
 from stages.train.run import Run
 from stages.train.self_checks import GradientMonitor
-from tests.conftest import Workspace
-from tests.helpers.trainings import LONG, history, refusal, weights
+from tests.helpers.errors import assert_line, codes_of, refused
+from tests.helpers.trainings import LONG, history, weights
+from tests.helpers.workspace import Workspace
 
 
-def test_clipping_that_does_not_clip_is_noticed(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clipping_without_effect_is_an_error(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "accelerate.Accelerator.clip_grad_norm_",
         lambda self, p, norm: torch.nn.utils.get_total_norm([parameter.grad for parameter in p]),
@@ -31,7 +31,7 @@ def test_clipping_that_does_not_clip_is_noticed(encoded: Workspace, monkeypatch:
 
 @pytest.fixture
 def broken_targets(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
-    """``broken_targets({2})`` makes the loss of the second step NaN."""
+    """Return a function: ``broken_targets({2})`` makes the loss of the second step NaN."""
 
     def make(steps: set[int]) -> None:
         original, count = VPrediction.target, iter(range(1, 1000))
@@ -44,21 +44,20 @@ def broken_targets(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None
     return make
 
 
-def test_three_losses_in_a_row_that_are_no_numbers_stop(
+def test_three_nan_losses_in_a_row_stop_the_training(
     encoded: Workspace, broken_targets: Callable[[set[int]], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     broken_targets({3, 4, 5})
-    assert refusal(encoded, *LONG) == (
-        "train: no finite loss and gradient in 3 steps in a row (last: step 4); "
-        "lower train.learning_rate, or set model.dtype to float32"
-    )
-    warned = [line for line in caplog.messages if line.startswith("warning: step")]
-    assert warned == [f"warning: step {step}: loss nan, gradient norm nan; no update" for step in (2, 3, 4)]
+    with refused("training-diverged", "3 steps in a row", "step 4", "train.learning_rate", "float32"):
+        encoded.run("train", *LONG)
+    assert not Path("data/adapter").exists() and not Path("reports/train").exists()
+    log = "\n".join(caplog.messages)
+    assert codes_of(log) == ["step-not-finite"] * 3
+    for step in (2, 3, 4):
+        assert_line(log, "step-not-finite", f"step {step} ", "loss nan", "norm nan")
 
 
-def test_a_single_loss_that_is_no_number_changes_nothing(
-    encoded: Workspace, broken_targets: Callable[[set[int]], None]
-) -> None:
+def test_a_step_with_a_nan_loss_is_skipped(encoded: Workspace, broken_targets: Callable[[set[int]], None]) -> None:
     broken_targets({3, 4, 6})
     lines = encoded.run("train", *LONG)
     assert sum(line.startswith("warning: step") for line in lines) == 3
@@ -66,13 +65,13 @@ def test_a_single_loss_that_is_no_number_changes_nothing(
     assert all(tensor.isfinite().all() for tensor in weights().values())
 
 
-def test_a_strength_beyond_float32_is_one_line(encoded: Workspace) -> None:
-    with pytest.raises(UserError, match="params.yaml lora.alpha: so large that"):
+def test_an_alpha_beyond_float32_is_refused(encoded: Workspace) -> None:
+    with refused("alpha-too-large", "lora.alpha", "null"):
         encoded.run("train", "--set", "lora.alpha=1e300")
     assert not Path("data/adapter").exists()
 
 
-def test_an_adapter_that_changes_step_zero_is_noticed(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_that_changes_step_zero_is_an_error(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     original = lora.keyed_init
 
     def nonzero(denoiser: torch.nn.Module, *args: Any) -> None:
@@ -80,12 +79,12 @@ def test_an_adapter_that_changes_step_zero_is_noticed(encoded: Workspace, monkey
         next(p for name, p in denoiser.named_parameters() if "lora_B" in name).data[0, 0] = 0.1
 
     monkeypatch.setattr(lora, "keyed_init", nonzero)
-    with pytest.raises(RuntimeError, match="the fresh adapter changes the base's output by"):
+    with pytest.raises(RuntimeError, match="adapter changes the base's output by"):
         encoded.run("train")
     assert not Path("data/adapter").exists()
 
 
-def test_a_changed_base_is_noticed(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_base_is_an_error(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     original = loop.training_step
 
     def training_step(run: Run, step: int) -> None:
@@ -98,7 +97,7 @@ def test_a_changed_base_is_noticed(encoded: Workspace, monkeypatch: pytest.Monke
     assert not Path("data/adapter").exists()
 
 
-def test_a_layer_without_gradient_is_noticed(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_a_layer_without_gradient_is_an_error(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     original = GradientMonitor.note_gradients
 
     def note_gradients(self: GradientMonitor) -> None:
@@ -110,16 +109,16 @@ def test_a_layer_without_gradient_is_noticed(encoded: Workspace, monkeypatch: py
         encoded.run("train")
 
 
-def test_an_adapter_without_any_gradient_is_no_layer_that_nothing_reads() -> None:
+def test_an_adapter_without_any_gradient_is_an_error() -> None:
     names = [f"{layer}.lora_{which}.default.weight" for layer in ("a.to_q", "b.to_q") for which in "AB"]
     monitor = GradientMonitor({name: torch.nn.Parameter(torch.zeros(1)) for name in names}, 1.0)
     for _ in range(4):
         monitor.note_gradients()
-    with pytest.raises(UserError, match="no gradient was left for any layer; look at train.learning_rate"):
+    with refused("no-gradient", "train.learning_rate"):
         monitor.check_end()
 
 
-def test_weights_that_are_not_finite_are_not_delivered(encoded: Workspace) -> None:
-    with pytest.raises(UserError, match="train: the run ended in "):
+def test_weights_that_are_not_finite_are_not_written(encoded: Workspace) -> None:
+    with refused("training-diverged", "train.weight_decay"):
         encoded.run("train", "--set", "train.learning_rate=1e6", "--set", "train.weight_decay=1e6")
     assert not Path("data/adapter").exists()

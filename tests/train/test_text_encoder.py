@@ -15,13 +15,13 @@ import torch
 from peft import PeftModel
 
 from lora_dag import formats
-from lora_dag.adapters import adapted, lora
+from lora_dag.adapters import adapter_set, lora
 from lora_dag.adapters.adapter_tensors import AdapterTensors
 from lora_dag.adapters.params import LoraParams
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.manifest import Manifest
-from lora_dag.bases import layout
+from lora_dag.bases import component_files
 from lora_dag.core import params as parameters
 from lora_dag.core import seeding
 from lora_dag.core.console import UserError
@@ -32,17 +32,18 @@ from lora_dag.families import sd
 from lora_dag.families.protocol import all_families, load_family
 from lora_dag.formats import AdapterKind
 from lora_dag.formats.comfyui import reader
-from lora_dag.pictures.decode import load_view
-from stages.export.params import format_refusals
+from lora_dag.images.decode import load_view
+from stages.export.params import format_problems
 from stages.train.optimizers import make_optimizer
 from stages.train.params import TrainParams, cross_problems
 from stages.validate.heldout_loss import make_eval_set
 from stages.validate.params import ValidateParams
-from tests.conftest import REPOSITORY, Workspace
 from tests.helpers.adapters import params
+from tests.helpers.errors import refused
 from tests.helpers.every_family import overrides, stock_loss
 from tests.helpers.families import stock_of
 from tests.helpers.trainings import broken_off
+from tests.helpers.workspace import REPOSITORY, Workspace
 
 CPU = torch.device("cpu")
 ADAPTER = Path("data/adapter")
@@ -86,7 +87,8 @@ def test_the_dag_end_to_end(on_base: Workspace, name: str) -> None:
     assert all(bool(tensor.any()) for tensor in tensors.values())
     metrics = read_json(Path("reports/train/metrics.json"))
     assert metrics["train.num_trainable_parameters"] == sum(tensor.numel() for tensor in tensors.values())
-    assert [line for line in lines if line.startswith("text ")][-1].endswith("of them is not used")
+    text_lines = [line for line in lines if line.startswith("text ")]
+    assert len(text_lines) == len(encoders) + 1 and "not used" in text_lines[-1]
     for component in encoders:
         num = sum(tensor.numel() for key, tensor in tensors.items() if key.startswith(f"{component}."))
         assert any(line.startswith(f"text        {component}: rank 2") and f" {num:,} param" in line for line in lines)
@@ -104,7 +106,7 @@ def test_the_dag_end_to_end(on_base: Workspace, name: str) -> None:
 
 
 def measured_by_stock_code(name: str, argv: list[str]) -> None:
-    """Every adapter loss of heldout.csv, from the exported file through diffusers alone; and the base's without it."""
+    """Return the losses of heldout.csv, computed by stock diffusers from the exported file, and the base's losses."""
     pipe = stock_pipeline(name)
     pipe.load_lora_weights("data/export/diffusers")
     config = parameters.load(Path("params.yaml"), argv[1::2])
@@ -116,7 +118,7 @@ def measured_by_stock_code(name: str, argv: list[str]) -> None:
         scores = list(csv.DictReader(file))
     assert len(eval_set.rows) == len(scores) == 4
     for row, score in zip(eval_set.rows, scores, strict=True):
-        item = items[row.picture.file_name]
+        item = items[row.image.file_name]
         view = manifest.augmentation.views(item, 1)[0]
         image = load_view((Path("data/raw") / item.file_name).read_bytes(), item, view, manifest.preprocessing)
         with torch.no_grad():
@@ -129,7 +131,7 @@ def measured_by_stock_code(name: str, argv: list[str]) -> None:
 
 
 def drawn_by_stock_code(name: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Pictures: W + alpha / rank * B A added by hand, the diffusers file, PEFT's folders, the merged pipeline."""
+    """Return images with W + alpha / rank * B A, the diffusers file, PEFT's folders and the merged pipeline."""
     by_hand = stock_pipeline(name)
     denoiser = load_family(name).DENOISER
     for key, a in tensors.items():
@@ -162,13 +164,13 @@ def draw(pipeline: Any) -> torch.Tensor:
 
 
 def test_training_in_bfloat16(workspace: Workspace) -> None:
-    """Frozen encoders and autocast in half precision: step 0 equals the base, and the cache, or train would stop."""
+    """With half precision, step 0 must equal the base and the cache; otherwise train stops."""
     for stage in ("prepare", "cache_latents", "train"):
         workspace.run(stage, "--set", "model.dtype=bfloat16", "--set", ON)
     assert {tensor.dtype for tensor in load_tensors(ADAPTER / FINAL).values()} == {torch.float32}
 
 
-def test_encoders_that_do_not_say_what_the_cache_says_are_noticed(
+def test_text_encoders_that_differ_from_the_cache_are_an_error(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for stage in ("prepare", "cache_latents"):
@@ -182,7 +184,7 @@ def test_encoders_that_do_not_say_what_the_cache_says_are_noticed(
     assert not ADAPTER.exists()
 
 
-def test_each_rate_is_its_own() -> None:
+def test_text_encoders_have_their_own_rate() -> None:
     names = ("a.lora_A.default.weight", "a.lora_magnitude_vector.default.weight")
     one, other = ({name: torch.nn.Parameter(torch.ones(1)) for name in names} for _ in range(2))
     changes = ["train.learning_rate=1e-3", "train.text_encoder_lr=1e-5", "train.weight_decay=0.5"]
@@ -205,15 +207,15 @@ KOHYAS = {"sd": {"lora_te_"}, "sdxl": {"lora_te1_", "lora_te2_"}}
 
 
 def adapt(name: str, **changes: Any) -> Any:
-    """data/adapter as if trained for long; the pipeline that carries it."""
+    """Write data/adapter as after a long training; return a pipeline with it."""
     model = parameters.load(Path("params.yaml"), [f"model.family={name}"]).section(ModelParams)
     family, settings = load_family(name), params(**changes)
     pipeline = family.load_pipeline(model, CPU)
     encoders = family.text_encoders(family.text_of(pipeline))
     config = lora.make_config(settings, getattr(pipeline, family.DENOISER))
-    base = layout.digests(model, family.COMPONENTS)
-    adapter = Adapter(config, base, 4, [], {}, text_lora=adapted.text_configs(settings, family, encoders))
-    layers = adapted.in_pipeline(pipeline, family.DENOISER, adapter)
+    base = component_files.digests(model, family.COMPONENTS)
+    adapter = Adapter(config, base, 4, [], {}, text_lora=adapter_set.text_configs(settings, family, encoders))
+    layers = adapter_set.inject_into_pipeline(pipeline, family.DENOISER, adapter)
     layers.keyed_init(0)
     for key, parameter in layers.trainable.items():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=seeding.generator(0, "test", key))
@@ -226,11 +228,11 @@ def adapt(name: str, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", WITH_TEXT, indirect=True)
-def test_every_format_says_what_the_adapted_encoders_say(on_base: Workspace, name: str) -> None:
+def test_every_format_gives_the_embeddings_of_the_adapted_encoders(on_base: Workspace, name: str) -> None:
     pipeline = adapt(name, **KINDS.get(name, {}))
     formats = FORMATS.get(name, ["diffusers", "comfyui"])
     if "diffusers" not in formats:
-        with pytest.raises(UserError, match=r"diffusers cannot hold this adapter: it loses text encoders' magnitudes"):
+        with pytest.raises(UserError, match=r"export.formats: diffusers .*lora.train_text_encoder.*lora.use_dora"):
             on_base.run("export", *overrides(name))
     on_base.run("export", *overrides(name, f"export.formats=[{', '.join(formats)}]"))
     encode = torch.no_grad()(stock_of(name).encode)
@@ -248,10 +250,10 @@ def test_every_format_says_what_the_adapted_encoders_say(on_base: Workspace, nam
 
 
 @pytest.mark.parametrize("name", ["sd"], indirect=True)
-def test_an_encoders_other_alpha_stops_the_stage(
+def test_a_wrong_alpha_of_a_text_encoder_stops_the_export(
     on_base: Workspace, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parity gate asks from the prompt on, through the encoders that were loaded."""
+    """The parity check runs from the prompt on, with the loaded text encoders."""
     adapt(name)
     original = AdapterTensors.peft_config
 
@@ -260,13 +262,13 @@ def test_an_encoders_other_alpha_stops_the_stage(
         return original(part, **changes) | ({"lora_alpha": 1.0} if is_encoder else {})
 
     monkeypatch.setattr(AdapterTensors, "peft_config", forgetful)
-    with pytest.raises(RuntimeError, match="the diffusers export answers otherwise than the adapter"):
+    with pytest.raises(RuntimeError, match=r"diffusers export \D+: [\d.e-]+ > "):
         on_base.run("export", *overrides(name, "export.formats=[diffusers]"))
     assert not Path("data/export").exists()
 
 
 def loaded(name: str, kind: str) -> Any:
-    """A stock pipeline with the file; ComfyUI's keys are put in for good."""
+    """Return a stock pipeline with the file; ComfyUI's weights are merged."""
     if kind == "merged":
         return stock_pipeline(name, "data/export/merged")
     pipeline, components = stock_pipeline(name), load_family(name).TEXT_ENCODERS
@@ -289,37 +291,37 @@ def loaded(name: str, kind: str) -> Any:
 # Settings
 
 
-def test_off_leaves_no_trace(workspace: Workspace) -> None:
-    """But for the settings themselves in the record of them all."""
+def test_without_trained_text_encoders_files_do_not_mention_them(workspace: Workspace) -> None:
+    """Only the record of all settings mentions them."""
     for stage in ("prepare", "cache_latents", "train", "export"):
         workspace.run(stage)
     for text in (*workspace.tree("data").values(), *workspace.tree("reports").values()):
         assert b"text_lora" not in text
     workspace.run("verify", str(DIFFUSERS))
-    with pytest.raises(UserError, match="made with lora.train_text_encoder False, params.yaml says True"):
+    with pytest.raises(UserError, match=r"lora.train_text_encoder False, .*lora.train_text_encoder is True"):
         workspace.run("verify", str(DIFFUSERS), "--set", ON)
 
 
-def test_a_rate_that_would_be_ignored_and_a_family_without_are_refused(
+def test_a_rate_without_effect_and_a_family_without_text_encoders_are_refused(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = "params.yaml train.text_encoder_lr: 1e-05 is ignored without lora.train_text_encoder; set that, or null here"
     for stage in ("train", "check"):
-        with pytest.raises(UserError) as caught:
+        with refused(
+            "setting-ignored", "params.yaml train.text_encoder_lr: got 1e-05", "lora.train_text_encoder", "null"
+        ):
             workspace.run(stage, "--set", "train.text_encoder_lr=1e-5")
-        assert caught.value.problems == (line,)
     config = parameters.load(Path("params.yaml"), [ON])
     settings = config.section(LoraParams), config.section(TrainParams)
     assert cross_problems(*settings, load_family("sd")) == []
     monkeypatch.setattr(sd, "TEXT_ENCODERS", {})
-    assert cross_problems(*settings, load_family("sd")) == [
-        "params.yaml lora.train_text_encoder: no text encoder of StableDiffusionPipeline can be trained, "
-        "those of flux, sd3, sdxl can; set it to false"
-    ]
+    (problem,) = cross_problems(*settings, load_family("sd"))
+    assert problem.code == "no-trainable-text-encoder" and problem.startswith("params.yaml lora.train_text_encoder: ")
+    assert "StableDiffusionPipeline" in problem and "flux, sd3, sdxl" in problem and "false" in problem
 
 
-def test_what_a_format_cannot_hold_names_the_way_out() -> None:
-    (line,) = format_refusals(
+def test_formats_without_text_encoders_suggest_others() -> None:
+    (line,) = format_problems(
         list(formats.FORMATS), AdapterKind("lora", "none", True, 4, "transformer", trains_text=True)
     )
-    assert line.endswith("(lora.train_text_encoder with lora.use_dora); use comfyui, peft or merged")
+    assert "lora.train_text_encoder" in line and "lora.use_dora" in line
+    assert line.endswith("Use comfyui, peft or merged.")

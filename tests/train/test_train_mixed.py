@@ -11,30 +11,30 @@ import torch
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.core.files import read_json
 from lora_dag.diffusion.objectives import VPrediction
-from tests.conftest import Workspace
 from tests.helpers.caches import write_mixed_cache
-from tests.helpers.trainings import batches, history, refusal, squared_errors, weights
+from tests.helpers.errors import assert_line, codes_of, refused
+from tests.helpers.trainings import batches, history, squared_errors, weights
+from tests.helpers.workspace import Workspace
 
 
-def test_mixed_pictures_are_trained_and_told_about(mixed: Workspace) -> None:
+def test_mixed_images_are_trained_and_told_about(mixed: Workspace) -> None:
     lines = mixed.run("train")
-    assert "pictures    6 for training, 7 per epoch" in lines
-    assert "buckets     latents of 12 x 4 (2), 8 x 8 (2), 4 x 12 (2)" in lines
+    assert "images      6 for training, 7 per epoch with repeats" in lines
+    assert "buckets     latent sizes 12 x 4 (2), 8 x 8 (2), 4 x 12 (2)" in lines
     metrics = read_json(Path("reports/train/metrics.json"))
-    assert metrics["train.num_pictures"] == 6 and metrics["train.epochs"] == pytest.approx(4 * 2 / 7, rel=1e-4)
+    assert metrics["train.num_images"] == 6 and metrics["train.epochs"] == pytest.approx(4 * 2 / 7, rel=1e-4)
     assert all(tensor.isfinite().all() and tensor.any() for tensor in weights().values())
 
 
 def test_buckets_smaller_than_a_batch_are_named_once(mixed: Workspace) -> None:
     lines = mixed.run("train", "--set", "train.batch_size=3")
-    assert [line for line in lines if "warning" in line] == [
-        f"warning: bucket {size}: 2 pictures for batches of 3; some come up twice in a batch"
-        for size in ("12 x 4", "8 x 8", "4 x 12")
-    ]
+    assert codes_of("\n".join(lines)) == ["bucket-small"] * 3
+    for size in ("12 x 4", "8 x 8", "4 x 12"):
+        assert_line("\n".join(lines), "bucket-small", f"bucket {size}", "2 images", "batches of 3")
 
 
-def test_first_loss_of_mixed_pictures_equals_an_independent_computation(mixed: Workspace) -> None:
-    """Masked, weighted, and each micro-batch in its own shape."""
+def test_first_loss_of_mixed_images_equals_an_independent_computation(mixed: Workspace) -> None:
+    """Micro-batches have masks, weights and different shapes."""
     mixed.run("train", "--set", "train.num_steps=2", "--set", "train.gradient_accumulation_steps=3")
     source = batches(LatentCache(Path("data/latents")), accumulation=3)
     losses, shapes, factors = [], set(), set()
@@ -52,7 +52,7 @@ def test_first_loss_of_mixed_pictures_equals_an_independent_computation(mixed: W
 
 
 def test_what_the_target_is_under_black_does_not_matter(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All masks are black in the upper half: two kinds of garbage there give one adapter, to the bit."""
+    """All masks are black in the upper half: two kinds of noise there give bit-identical adapters."""
     original = VPrediction.target
 
     def trained(garbage: float, **every: Any) -> dict[str, torch.Tensor]:
@@ -82,7 +82,6 @@ def test_a_weight_scales_the_loss(workspace: Workspace) -> None:
 
 
 def test_repeats_count_towards_a_full_batch(mixed: Workspace) -> None:
-    assert refusal(mixed, "--set", "train.batch_size=8") == (
-        "params.yaml train.batch_size: 8 is more than the 6 training pictures and their repeats (7)"
-    )
+    with refused("batch-too-large", "params.yaml train.batch_size: got 8", "6 training images (7 with repeats)"):
+        mixed.run("train", "--set", "train.batch_size=8")
     mixed.run("train", "--set", "train.batch_size=7", "--set", "train.num_steps=2")

@@ -18,11 +18,11 @@ from lora_dag.families import sd
 from stages.validate.cost import tflop_per_image
 from stages.validate.heldout_loss import make_eval_set
 from stages.validate.params import ValidateParams
-from tests.conftest import Workspace
 from tests.helpers.caches import write_mixed_cache
+from tests.helpers.workspace import Workspace
 
 
-def test_what_is_counted_without_computing_is_what_the_stock_step_computes(workspace: Workspace) -> None:
+def test_counted_arithmetic_equals_a_computed_training_step(workspace: Workspace) -> None:
     write_mixed_cache()
     config, cache = params.load(Path("params.yaml")), LatentCache(Path("data/latents"))
     eval_set = make_eval_set(
@@ -40,7 +40,7 @@ def test_what_is_counted_without_computing_is_what_the_stock_step_computes(works
 
 
 def count(unet: UNet2DConditionModel, backward: bool) -> int:
-    """Of one picture whose latents are 4 x 12."""
+    """Of one image whose latents are 4 x 12."""
     with FlopCounterMode(display=False) as counter:
         output = unet(torch.zeros(1, 4, 4, 12), torch.zeros(1), torch.zeros(1, 5, 32)).sample
         if backward:

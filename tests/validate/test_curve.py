@@ -8,13 +8,13 @@ import pytest
 from stages.validate import curve
 
 
-def losses(*means: float, num_pictures: int = 30, spread: float = 0.01) -> dict[int, np.ndarray]:
-    """Step -> per-picture losses: pictures differ much, and move together up to ``spread``."""
+def losses(*means: float, num_images: int = 30, spread: float = 0.01) -> dict[int, np.ndarray]:
+    """Step -> per-image losses: images differ much, and move together up to ``spread``."""
     rng = np.random.default_rng(0)
-    pictures = rng.uniform(0, 1, num_pictures)
-    noise = [rng.normal(0, spread, num_pictures) for _ in means]
+    images = rng.uniform(0, 1, num_images)
+    noise = [rng.normal(0, spread, num_images) for _ in means]
     return {
-        50 * index: pictures + mean + (own - own.mean())
+        50 * index: images + mean + (own - own.mean())
         for index, (mean, own) in enumerate(zip(means, noise, strict=True))
     }
 
@@ -39,7 +39,7 @@ def test_onset(heldout: tuple[float, ...], probe: dict[int, np.ndarray], onset: 
 
 
 def test_final_minus_best_is_paired() -> None:
-    """Pictures differ by up to 1, so that an interval which is not paired would be 0.2 wide."""
+    """Images differ by up to 1, so that an interval which is not paired would be 0.2 wide."""
     heldout = losses(0.9, 0.5, 0.45, 0.5)
     measured = curve.metrics(curve.make_curve(heldout, FALLING, seed=0))
     difference = heldout[150] - heldout[100]
@@ -50,8 +50,8 @@ def test_final_minus_best_is_paired() -> None:
         assert measured[f"val.final_minus_best_{bound}"] == pytest.approx(0.05 + sign * margin, abs=0.1 * margin)
 
 
-def test_one_picture_has_a_best_step_and_no_onset() -> None:
-    points = curve.make_curve(losses(0.9, 0.4, 0.5, num_pictures=1), losses(0.9, 0.4, 0.3, num_pictures=1), seed=0)
+def test_one_image_has_a_best_step_and_no_onset() -> None:
+    points = curve.make_curve(losses(0.9, 0.4, 0.5, num_images=1), losses(0.9, 0.4, 0.3, num_images=1), seed=0)
     measured = curve.metrics(points)
     assert (measured["val.best_step"], measured["val.onset_step"]) == (50, None)
-    assert curve.write(points).splitlines()[3].endswith(",nan,nan")
+    assert curve.to_csv(points).splitlines()[3].endswith(",nan,nan")

@@ -83,7 +83,7 @@ def test_distances_of_two_draws_of_one_distribution_are_zero_on_average(
 
 
 @KERNELS
-def test_intervals_hold_the_true_change(
+def test_intervals_contain_the_true_change(
     kernel: distances.Kernel, loop: Callable[[list[float], list[float]], float]
 ) -> None:
     """Base and adapter share half of what differs from prompt to prompt."""
@@ -106,14 +106,14 @@ def test_intervals_hold_the_true_change(
     assert 0.90 <= held / 300 < 1
 
 
-def test_an_adapter_that_draws_as_the_base_does_changes_nothing() -> None:
+def test_equal_samples_give_no_change() -> None:
     rng = np.random.default_rng(0)
     same, real = unit(rng, 4, 6), unit(rng, 5, 6)
     change = distances.mmd_change(distances.cubic, same, same, real)
     assert (change.mean, change.low, change.high) == (0, 0, 0)
 
 
-def test_too_few_pictures_give_no_figure() -> None:
+def test_too_few_images_give_nan() -> None:
     rng = np.random.default_rng(0)
     one, few = unit(rng, 1, 6), unit(rng, 4, 6)
     assert math.isnan(distances.mmd(distances.cubic, one, few)) and math.isnan(distances.mmd(distances.cubic, few, one))
@@ -121,7 +121,7 @@ def test_too_few_pictures_give_no_figure() -> None:
     assert math.isnan(distances.mmd_change(distances.cubic, few, few, one).low)
 
 
-def test_scores_by_hand() -> None:
+def test_scores_equal_a_hand_computation() -> None:
     images = np.array([[1, 0], [0.6, 0.8], [0, 1]], dtype=np.float32)
     texts = np.array([[1, 0], [1, 0], [0, -1]], dtype=np.float32)
     assert distances.cosines(images, texts) == pytest.approx([1, 0.6, -1])

@@ -14,8 +14,8 @@ from lora_dag.artifacts import metrics
 from lora_dag.core import params, seeding
 from lora_dag.evaluation import heldout_table
 from stages.validate.params import ValidateParams
-from tests.conftest import Workspace
 from tests.helpers.validated import write_adapter
+from tests.helpers.workspace import Workspace
 
 
 def stock_losses(prompts: list[str]) -> list[float]:
@@ -33,7 +33,9 @@ def stock_losses(prompts: list[str]) -> list[float]:
             vae: AutoencoderKL = pipe.vae
             latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
             states = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
-        for stratum, t in enumerate(heldout_table.strata(0, f"drift {prompt}", settings.num_timesteps, 1000)):
+        for stratum, t in enumerate(
+            heldout_table.stratified_timesteps(0, f"drift {prompt}", settings.num_timesteps, 1000)
+        ):
             generator = seeding.generator(0, "validate-noise", f"drift {prompt}", stratum)
             noise, step = torch.randn(latents.shape[1:], generator=generator)[None], torch.tensor([t])
             with torch.no_grad():
@@ -43,7 +45,7 @@ def stock_losses(prompts: list[str]) -> list[float]:
     return found
 
 
-def test_the_base_is_asked_about_its_own_pictures(cached: Workspace) -> None:
+def test_drift_equals_an_independent_computation_on_the_bases_images(cached: Workspace) -> None:
     write_adapter(0.3)
     cached.run("validate")
     measured = metrics.load(Path("reports/metrics.json"))
@@ -54,7 +56,7 @@ def test_the_base_is_asked_about_its_own_pictures(cached: Workspace) -> None:
     assert measured["drift.loss_change_low"] <= change <= measured["drift.loss_change_high"]  # type: ignore[operator]
 
 
-def test_no_prompts_measure_no_drift(cached: Workspace) -> None:
+def test_drift_needs_prompts(cached: Workspace) -> None:
     write_adapter(0.3)
     lines = cached.run("validate", "--set", "validate.drift_prompts=[]", "--set", "validate.num_seeds=1")
     measured = metrics.load(Path("reports/metrics.json"))
@@ -64,7 +66,7 @@ def test_no_prompts_measure_no_drift(cached: Workspace) -> None:
     assert measured["samples.diversity"] is None and measured["samples.copied_share"] is not None
 
 
-def test_an_encoder_that_is_trained_drifts_too(cached: Workspace) -> None:
+def test_drift_includes_trained_text_encoders(cached: Workspace) -> None:
     """The denoiser's own adapter is untrained: what changes comes from the prompts, encoded anew under the adapter."""
     cached.run("train", "--set", "lora.train_text_encoder=true", "--set", "train.text_encoder_lr=0.1")
     cached.run("validate", "--set", "lora.train_text_encoder=true")

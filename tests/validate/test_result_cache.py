@@ -1,4 +1,4 @@
-"""What the base answered is kept by all that decides it, and gives the same reports."""
+"""The result cache: keys depend on everything that determines a result, and reports do not depend on hits."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from stages.validate.heldout_loss import make_eval_set
 from stages.validate.params import ValidateParams
 from stages.validate.result_cache import ResultCache
 from stages.validate.score_snapshots import SnapshotScorer
-from tests.conftest import Workspace
 from tests.helpers.caches import write_mixed_cache
+from tests.helpers.errors import assert_line
 from tests.helpers.validated import reports, write_adapter
+from tests.helpers.workspace import Workspace
 
 
 def counted(result: Any) -> tuple[list[int], Any]:
@@ -42,58 +43,58 @@ def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORA_STATE_DIR", str(tmp_path / ".state"))
 
 
-def test_what_is_kept_is_exact_and_goes_by_everything() -> None:
+def test_cached_results_are_exact_and_keyed_by_conditions_and_request() -> None:
     losses = [0.1, 1 / 3, 1e-30]
-    picture = Image.frombytes("RGB", (3, 2), bytes(range(18)))
+    image = Image.frombytes("RGB", (3, 2), bytes(range(18)))
     calls, make = counted(losses)
-    for conditions, asked in (({"base": "a"}, "x"), ({"base": "a"}, "y"), ({"base": "b"}, "x"), ({"base": "a"}, "x")):
-        assert ResultCache(conditions).losses(asked, make) == losses
+    for conditions, request in (({"base": "a"}, "x"), ({"base": "a"}, "y"), ({"base": "b"}, "x"), ({"base": "a"}, "x")):
+        assert ResultCache(conditions).losses(request, make) == losses
     assert len(calls) == 3
-    calls, make = counted([picture])
+    calls, make = counted([image])
     for _ in range(2):
-        (found,) = ResultCache({}).pictures("x", make)
-        assert (found.mode, found.size, found.tobytes()) == ("RGB", (3, 2), picture.tobytes())
+        (found,) = ResultCache({}).images("x", make)
+        assert (found.mode, found.size, found.tobytes()) == ("RGB", (3, 2), image.tobytes())
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 100, None])
-def test_a_damaged_entry_is_made_again(damage: bytes | None, caplog: pytest.LogCaptureFixture) -> None:
-    kept = ResultCache({})
-    kept.losses("x", lambda: [0.5, 0.25])
-    (path,) = (result_cache.root() / "losses").iterdir()
+def test_damaged_entry_is_computed_again(damage: bytes | None, caplog: pytest.LogCaptureFixture) -> None:
+    cache = ResultCache({})
+    cache.losses("x", lambda: [0.5, 0.25])
+    (path,) = (result_cache.cache_root() / "losses").iterdir()
     blob = path.read_bytes()
     path.write_bytes(blob[:-1] + b"\1" if damage is None else damage)
-    assert kept.losses("x", lambda: [0.5, 0.25]) == [0.5, 0.25]
-    assert f"{path} is damaged and is made again" in caplog.text
+    assert cache.losses("x", lambda: [0.5, 0.25]) == [0.5, 0.25]
+    assert_line(caplog.text, "cached-result-damaged", str(path))
     assert path.read_bytes() == blob
 
 
-def test_the_last_used_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = ResultCache({})
-    kept.losses("a", lambda: [0.0])
-    (entry,) = (result_cache.root() / "losses").iterdir()
+def test_least_recently_used_entries_are_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ResultCache({})
+    cache.losses("a", lambda: [0.0])
+    (entry,) = (result_cache.cache_root() / "losses").iterdir()
     monkeypatch.setattr(result_cache, "MAX_BYTES", 2 * entry.stat().st_size)
-    for age, asked in ((30, "a"), (20, "b")):
-        kept.losses(asked, lambda: [0.0])
-        for path in (result_cache.root() / "losses").iterdir():
+    for age, request in ((30, "a"), (20, "b")):
+        cache.losses(request, lambda: [0.0])
+        for path in (result_cache.cache_root() / "losses").iterdir():
             os.utime(path, (path.stat().st_atime - age, path.stat().st_mtime - age))
-    kept.losses("a", lambda: [0.0])  # used again
-    kept.losses("c", lambda: [0.0])
-    kept.end()
+    cache.losses("a", lambda: [0.0])  # used again
+    cache.losses("c", lambda: [0.0])
+    cache.log_and_trim()
     calls, make = counted([0.0])
-    for asked in ("a", "c"):
-        kept.losses(asked, make)
+    for request in ("a", "c"):
+        cache.losses(request, make)
     assert not calls
-    kept.losses("b", make)
+    cache.losses("b", make)
     assert calls
 
 
-def test_losses_go_by_every_tensor_that_the_table_is_about_and_no_other(workspace: Workspace) -> None:
+def test_digest_depends_on_the_tensors_of_the_rows_only(workspace: Workspace) -> None:
     config, cache = params.load(Path("params.yaml")), write_mixed_cache()
     eval_set = make_eval_set(
         config.section(ValidateParams), config.section(ModelParams), sd, cache, torch.device("cpu")
     )
-    before, (asked, *_) = eval_set.digest(), (row.picture for row in eval_set.rows if row.picture.mask)
+    before, (asked, *_) = eval_set.digest(), (row.image for row in eval_set.rows if row.image.mask)
     caption = cache.manifest["captions"][asked.caption]
     about = [f"{asked.view}.mean", f"{asked.mask}.mask", f"{caption}.prompt_embeds"]
     for name in (*about, "9a.mean", "9b.mean", f"{asked.view}.std"):
@@ -104,13 +105,13 @@ def test_losses_go_by_every_tensor_that_the_table_is_about_and_no_other(workspac
 
 
 def reused(lines: list[str]) -> tuple[int, int]:
-    """Tables of losses, rows of pictures."""
+    """Return the number of reused loss tables and sample rows from the log."""
     found = re.search(r"^reused +(\d+) tables? of losses, (\d+) rows?", "\n".join(lines), re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def test_what_was_answered_and_drawn_is_not_asked_again(cached: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Base, one snapshot and the end: losses of each, drift of two; two seeds, of the snapshot one; drift prompts."""
+def test_losses_and_samples_are_not_computed_twice(cached: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base, a snapshot and the final adapter have 3 loss tables, drift 2; samples have 2 seeds (snapshot 1)."""
     base, both = (2, 3), (5, 6)
     write_adapter(0.3)
     assert reused(cached.run("validate")) == (0, 0)
@@ -135,11 +136,11 @@ def test_what_was_answered_and_drawn_is_not_asked_again(cached: Workspace, monke
         {"biases": ["conv_in"]},
     ],
 )
-def test_an_adapter_s_part_goes_by_its_weights_and_its_settings(change: dict[str, Any]) -> None:
+def test_cache_key_depends_on_weights_and_settings_of_the_adapter(change: dict[str, Any]) -> None:
     known = Adapter({"r": 2, "lora_alpha": 2}, {}, 4, [], {"adapter.safetensors": "1"})
     scorer = SnapshotScorer(None, None, None, None, None, ResultCache({"base": "a"}), None)  # type: ignore[arg-type]
     keys = [
-        scorer.of(adapter, "adapter.safetensors", scale).result_cache.conditions
+        scorer.for_adapter(adapter, "adapter.safetensors", scale).result_cache.conditions
         for adapter, scale in ((known, 1.0), (known, 0.5), (replace(known, **change), 1.0))
     ]
     assert all(a != b for a, b in itertools.combinations([scorer.result_cache.conditions, *keys], 2))

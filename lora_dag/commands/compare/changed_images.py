@@ -1,7 +1,7 @@
-"""A sheet of the images that were added, removed, edited or recaptioned between the datasets of two revisions.
+"""Draw a sheet of the images that were added, removed, edited or recaptioned between two revisions.
 
-No image is fetched. One of a commit is read from DVC's cache by the commit's dvc.lock; one of the workspace, or one
-that is still the same, from dataset.source. An image that this machine has in neither place is a grey cell.
+No image is downloaded. An image of a commit is read from DVC's cache by the commit's dvc.lock; an image of the
+workspace, or one with unchanged bytes, is read from dataset.source. Images that are in neither place are gray cells.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from lora_dag.commands.compare.dataset_changes import Row, changes_between
-from lora_dag.commands.compare.sides import DAMAGED, Side
+from lora_dag.commands.compare.revision_report import DAMAGED, RevisionReport
+from lora_dag.images.decode import to_rgb
+from lora_dag.images.file_formats import FORMATS
 from lora_dag.pages.sheets import sheet
-from lora_dag.pictures.decode import to_rgb
-from lora_dag.pictures.formats import FORMATS
 from lora_dag.pipeline.dvc_files import parse_lock
 
 COLUMNS, MAX_ROWS = 8, 2  # for each kind of change
@@ -31,21 +31,21 @@ MAX_BYTES = 200_000
 
 
 class Cell(NamedTuple):
-    side: Side
+    revision: RevisionReport
     row: Row
-    """Of the side's pictures.csv."""
+    """Row of the revision's images.csv."""
     caption: str
 
 
-def changes_sheet(a: Side, b: Side) -> Image.Image | None:
-    """Rows of what was edited (before and now), added, removed and recaptioned; None where no image is found."""
-    read = {side.name: reader(side) for side in (a, b)}
+def changes_sheet(a: RevisionReport, b: RevisionReport) -> Image.Image | None:
+    """Draw rows of edited (before and now), added, removed and recaptioned images; None if no image is here."""
+    read = {revision.name: reader(revision) for revision in (a, b)}
     rows, labels, captions = [], [], list[list[str | None]]()
     num_found = 0
-    for label, cells in shown(a, b):
+    for label, cells in changed_cells(a, b):
         for start in range(0, len(cells), COLUMNS):
             part = cells[start : start + COLUMNS]
-            found = [small(read[cell.side.name](cell.row)) for cell in part]
+            found = [thumbnail(read[cell.revision.name](cell.row)) for cell in part]
             num_found += sum(image is not None for image in found)
             padding = COLUMNS - len(part)
             rows.append([*(image or Image.new("RGB", (CELL, CELL), MISSING) for image in found), *[None] * padding])
@@ -54,30 +54,30 @@ def changes_sheet(a: Side, b: Side) -> Image.Image | None:
     return sheet(rows, labels, None, CELL, captions=captions) if num_found else None
 
 
-def shown(a: Side, b: Side) -> Iterator[tuple[str, list[Cell]]]:
-    """The first images of each kind of change."""
+def changed_cells(a: RevisionReport, b: RevisionReport) -> Iterator[tuple[str, list[Cell]]]:
+    """Yield the first images of each kind of change."""
     changes = changes_between(a, b)
-    edited = [cell for old, new in changes.edited for cell in (named(a, old, "before"), named(b, new, "now"))]
+    edited = [cell for old, new in changes.edited for cell in (cell_of(a, old, "before"), cell_of(b, new, "now"))]
     for label, cells in (
         ("edited", edited),
-        ("added", [named(b, row) for row in changes.added]),
-        ("removed", [named(a, row) for row in changes.removed]),
+        ("added", [cell_of(b, row) for row in changes.added]),
+        ("removed", [cell_of(a, row) for row in changes.removed]),
         ("recaptioned", [Cell(b, new, new["captions"]) for _, new in changes.recaptioned]),
-        ("taken back", [named(b, row) for row in changes.taken_back]),
+        ("restored", [cell_of(b, row) for row in changes.restored]),
     ):
         if cells:
             yield label, cells[: COLUMNS * MAX_ROWS]
 
 
-def named(side: Side, row: Row, when: str = "") -> Cell:
+def cell_of(revision: RevisionReport, row: Row, when: str = "") -> Cell:
     name = row["file_name"].rpartition("/")[2]
-    return Cell(side, row, f"{when} {name}".strip())
+    return Cell(revision, row, f"{when} {name}".strip())
 
 
-def reader(side: Side) -> Callable[[Row], bytes | None]:
-    """Reads the bytes of a row's image; None where this machine has them no more."""
-    source = str(side.params.get("dataset.source", ""))
-    cached = cached_files(side.lock, source) if side.commit is not None and side.lock is not None else {}
+def reader(revision: RevisionReport) -> Callable[[Row], bytes | None]:
+    """Return a function from a row to the bytes of its image; None if this machine does not have them."""
+    source = str(revision.params.get("dataset.source", ""))
+    cached = cached_files(revision.lock, source) if revision.commit is not None and revision.lock is not None else {}
 
     def read(row: Row) -> bytes | None:
         name = row["file_name"]
@@ -92,7 +92,7 @@ def reader(side: Side) -> Callable[[Row], bytes | None]:
 
 
 def cached_files(lock: bytes, source: str) -> dict[str, Path]:
-    """File name below dataset.source -> where DVC's cache keeps it; empty where nothing says."""
+    """Return file name below dataset.source -> path in DVC's cache; empty if DVC does not have the dataset."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -104,8 +104,8 @@ def cached_files(lock: bytes, source: str) -> dict[str, Path]:
     return {}
 
 
-def small(blob: bytes | None) -> Image.Image | None:
-    """A thumbnail; None for bytes that are no image."""
+def thumbnail(blob: bytes | None) -> Image.Image | None:
+    """Return a thumbnail; None if the bytes are not an image."""
     if blob is None:
         return None
     try:

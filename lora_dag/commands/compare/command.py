@@ -1,8 +1,8 @@
-"""Revisions side by side: what was set differently, what came of it, and whether the held-out pictures can tell.
+"""Compare revisions: parameters, metrics, and whether the held-out loss differs by more than noise.
 
 In: params.yaml and reports/ of two or more revisions (commit, branch, tag, DVC experiment, or the workspace).
 Out: compare/A..B/compare.md and compare.html, samples.png and, where datasets differ, dataset-B.png with the images
-that changed; the page on the terminal.
+that changed; the page is also printed.
 Run: `lora-dag compare [A] [B ...]`, such as `lora-dag compare main brave-owl`
 """
 
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from lora_dag.commands.compare.page import write_page
 from lora_dag.commands.compare.repeats import find_repeats
+from lora_dag.commands.compare.revision_report import RevisionReport, read_revision
 from lora_dag.commands.compare.revisions import add_revisions, with_defaults
-from lora_dag.commands.compare.sheets import draw_pictures, file_name, sliders
-from lora_dag.commands.compare.sides import Side, read_side
+from lora_dag.commands.compare.sheets import draw_images, file_name, sliders
 from lora_dag.commands.compare.verdict import judge
-from lora_dag.core.console import UserError, as_path, log
+from lora_dag.core.console import Problem, UserError, as_path, log
 from lora_dag.core.files import replaced, sha256_json, write_text
 
 MAX_FOLDER = 100  # characters
@@ -31,51 +31,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     names = with_defaults(args.revisions)
-    compare(read_sides(names), args.out / folder_name(names))
+    compare(read_revisions(names), args.out / folder_name(names))
 
 
 def folder_name(names: Sequence[str]) -> str:
-    """``main..rank-16``; many names end in a digest of all."""
+    """Return a name like ``main..rank-16``; a long name is cut and gets a digest."""
     whole = "..".join(map(file_name, names))
     return whole if len(whole) <= MAX_FOLDER else f"{whole[:MAX_FOLDER]}-{sha256_json(list(names))[:8]}"
 
 
-def read_sides(names: Sequence[str]) -> list[Side]:
-    """Each revision.
+def read_revisions(names: Sequence[str]) -> list[RevisionReport]:
+    """Read the reports of each revision.
 
     Raises:
-        UserError: what is wrong with any of them.
+        UserError: the problems of all revisions.
     """
-    sides: list[Side] = []
-    problems: list[str] = []
+    revisions: list[RevisionReport] = []
+    problems: list[Problem] = []
     for name in names:
         try:
-            sides.append(read_side(name))
+            revisions.append(read_revision(name))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    return sides
+    return revisions
 
 
-def compare(sides: Sequence[Side], out: Path) -> None:
-    """Write and log the page of ``sides``."""
-    first, *others = sides
-    repeats = find_repeats(sides)
-    verdicts = [judge(first, side, [*others, *repeats]) for side in others]
+def compare(revisions: Sequence[RevisionReport], out: Path) -> None:
+    """Write the page and print it."""
+    first, *others = revisions
+    repeats = find_repeats(revisions)
+    verdicts = [judge(first, revision, [*others, *repeats]) for revision in others]
     with replaced(out) as folder:
-        page = write_page(sides, verdicts, draw_pictures(sides, folder), folder)
+        page = write_page(revisions, verdicts, draw_images(revisions, folder), folder)
         write_text(folder / "compare.md", page)
-        write_text(folder / "compare.html", html_page(sides, page, folder))
+        write_text(folder / "compare.html", html_page(revisions, page, folder))
     log.info("%s", page)
     log.info("wrote       %s", out)
 
 
-def html_page(sides: Sequence[Side], markdown: str, folder: Path) -> str:
-    """The same with sliders from the first one's samples to the last one's."""
+def html_page(revisions: Sequence[RevisionReport], markdown: str, folder: Path) -> str:
+    """Return the page as HTML, with sliders between the samples of the first and the last revision."""
     from lora_dag.pages.html import page
 
     title = markdown.partition("\n")[0].removeprefix("# ")
     heading = "## Samples\n\n"
     before, _, after = markdown.rpartition(heading)
-    return page(title, f"{before}{heading}SLIDERS\n\n{after}", folder, {"SLIDERS": sliders(sides)})
+    return page(title, f"{before}{heading}SLIDERS\n\n{after}", folder, {"SLIDERS": sliders(revisions)})

@@ -1,4 +1,4 @@
-"""Two versions of a dataset, each as the rows of its pictures.csv: which pictures came, went and changed."""
+"""Compare two versions of a dataset by their images.csv: added, removed and changed images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
-from lora_dag.commands.compare.sides import Side
+from lora_dag.commands.compare.revision_report import RevisionReport
 from lora_dag.pages.markdown import code, codes
 
 Row = Mapping[str, str]
@@ -20,41 +20,41 @@ SPLITS = {"train": "training", "heldout": "held-out", "left out": "left out"}
 
 @dataclass(frozen=True)
 class Changes:
-    """Rows in the order of their names. A picture can stand in several lists: edited and recaptioned, say."""
+    """Changed rows, sorted by name. An image can be in several lists, such as edited and recaptioned."""
 
     added: list[Row] = field(default_factory=list)
     removed: list[Row] = field(default_factory=list)
     edited: list[Pair] = field(default_factory=list)
-    """The same name, other bytes."""
+    """Same name, other bytes."""
     recaptioned: list[Pair] = field(default_factory=list)
     renamed: list[Pair] = field(default_factory=list)
-    """The same bytes, another name."""
+    """Same bytes, another name."""
     moved: list[Pair] = field(default_factory=list)
-    """The same bytes on the other side of the split."""
+    """Same bytes, other split (training or held-out)."""
     left_out: list[Row] = field(default_factory=list)
-    """Part of the dataset no more, or not yet, though the source has them."""
-    taken_back: list[Row] = field(default_factory=list)
-    """Left out before."""
+    """Images of the source that are not in the new dataset."""
+    restored: list[Row] = field(default_factory=list)
+    """Images that were left out before and are in the dataset now."""
 
     def __bool__(self) -> bool:
         return any(getattr(self, each.name) for each in fields(self))
 
     def summary(self) -> str:
-        """``2 added, 1 edited, 3 recaptioned``, or ``none``."""
+        """Return ``2 added, 1 edited, 3 recaptioned``, or ``none``."""
         words = {each.name: each.name.replace("_", " ") for each in fields(self)} | {"moved": "moved across the split"}
         counts = [f"{len(getattr(self, name))} {word}" for name, word in words.items() if getattr(self, name)]
         return ", ".join(counts) or "none"
 
     def markdown(self) -> str:
-        """One list per kind of change, each cut at MAX_LISTED lines."""
+        """Return a list per kind of change, each cut at MAX_LISTED lines."""
         parts = [
             bullets("added", map(name_and_caption, self.added)),
             bullets("removed", map(name_and_caption, self.removed)),
-            bullets("edited: other pixels, or saved anew", (code(new["file_name"]) for _, new in self.edited)),
+            bullets("edited: other pixels, or saved again", (code(new["file_name"]) for _, new in self.edited)),
             bullets(
                 "recaptioned", (f"{code(new['file_name'])}: {captions(old, new)}" for old, new in self.recaptioned)
             ),
-            bullets("renamed", (became(old["file_name"], new["file_name"]) for old, new in self.renamed)),
+            bullets("renamed", (arrow(old["file_name"], new["file_name"]) for old, new in self.renamed)),
             bullets(
                 "moved across the split",
                 (
@@ -66,18 +66,18 @@ class Changes:
                 "left out",
                 (f"{code(row['file_name'])}: {code(row.get('reason', ''), MAX_REASON)}" for row in self.left_out),
             ),
-            bullets("taken back", map(name_and_caption, self.taken_back)),
+            bullets("restored", map(name_and_caption, self.restored)),
         ]
         return "\n\n".join(part for part in parts if part)
 
 
-def changes_between(a: Side, b: Side) -> Changes:
-    """None where a revision has no table of its pictures."""
-    return Changes() if a.pictures is None or b.pictures is None else compare_tables(a.pictures, b.pictures)
+def changes_between(a: RevisionReport, b: RevisionReport) -> Changes:
+    """Return the changes from A to B; none if a revision has no table of its images."""
+    return Changes() if a.images is None or b.images is None else compare_tables(a.images, b.images)
 
 
 def compare_tables(old: Iterable[Row], new: Iterable[Row]) -> Changes:
-    """What has to happen to the rows ``old`` to become ``new``."""
+    """Return the changes that turn the rows ``old`` into ``new``."""
     before, out_before = by_name(old)
     after, out_after = by_name(new)
     gone = [before[name] for name in sorted(before.keys() - after.keys() - out_after.keys())]
@@ -96,12 +96,12 @@ def compare_tables(old: Iterable[Row], new: Iterable[Row]) -> Changes:
         renamed=renamed,
         moved=[(a, b) for a, b in stayed if a["sha256"] == b["sha256"] and a["split"] != b["split"]],
         left_out=[out_after[name] for name in sorted(out_after.keys() - out_before.keys())],
-        taken_back=[after[name] for name in sorted(after.keys() & out_before.keys() - before.keys())],
+        restored=[after[name] for name in sorted(after.keys() & out_before.keys() - before.keys())],
     )
 
 
 def by_name(rows: Iterable[Row]) -> tuple[dict[str, Row], dict[str, Row]]:
-    """Pictures of the dataset, and those left out that are not also in it."""
+    """Return the images of the dataset, and the left-out images without a row in the dataset."""
     inside: dict[str, Row] = {}
     out: dict[str, Row] = {}
     for row in rows:
@@ -110,7 +110,7 @@ def by_name(rows: Iterable[Row]) -> tuple[dict[str, Row], dict[str, Row]]:
 
 
 def same_bytes(gone: list[Row], come: list[Row]) -> list[Pair]:
-    """Each picture that went beside one that came with its bytes, in the order of their names."""
+    """Pair removed and added images with the same bytes, sorted by name."""
     waiting = defaultdict(list)
     for row in gone:
         waiting[row["sha256"]].append(row)
@@ -118,7 +118,7 @@ def same_bytes(gone: list[Row], come: list[Row]) -> list[Pair]:
 
 
 def bullets(what: str, lines: Iterable[str]) -> str:
-    """``**3 added**`` and its list; empty where there is none."""
+    """Return ``**3 added**`` and its list; empty without lines."""
     listed = list(lines)
     if not listed:
         return ""
@@ -130,13 +130,13 @@ def name_and_caption(row: Row) -> str:
     return f"{code(row['file_name'])}: {code(row.get('captions', ''))}"
 
 
-def became(old: str, new: str) -> str:
+def arrow(old: str, new: str) -> str:
     return " → ".join(codes((old, new)))
 
 
 def captions(old: Row, new: Row) -> str:
-    """What a caption became; where only other ones of a list changed, that."""
+    """Return the old and the new caption, or the change of an image's other captions."""
     if old.get("captions") != new.get("captions"):
-        return became(old.get("captions", ""), new.get("captions", ""))
+        return arrow(old.get("captions", ""), new.get("captions", ""))
     before, after = old.get("num_captions"), new.get("num_captions")
-    return f"{before} → {after} captions" if before != after else f"another of its {after} captions"
+    return f"{before} → {after} captions" if before != after else f"one of its {after} captions changed"

@@ -1,8 +1,8 @@
-"""The 95 % interval of a difference of two settings: held-out pictures are a sample, and so are training seeds.
+"""Compute the 95 % interval of a difference of two settings over held-out images and training seeds.
 
-NumPy only. The two sources are added as Banerjee (1960, Sankhya 22, 357-358) adds them: each half-width at its own
-degrees of freedom, squared. That covers at least 95 % however the two variances compare; adding the variances first
-and approximating the degrees of freedom does not, when two seeds happen to agree.
+The two sources of noise are added as by Banerjee (1960, Sankhya 22, 357-358): each half-width at its own degrees of
+freedom, squared. The result covers at least 95 % for any ratio of the two variances. Adding the variances first, with
+approximate degrees of freedom, covers less if two seeds happen to agree. Needs NumPy only.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from lora_dag.evaluation.bootstrap import CONFIDENCE, Estimate
 from lora_dag.evaluation.t_distribution import t_quantile
 
 
-def widened(pictures: Estimate, seeds: float) -> Estimate:
-    """An interval over pictures, widened by the half-width over training seeds."""
-    mean = pictures.mean
-    low, high = math.hypot(mean - pictures.low, seeds), math.hypot(pictures.high - mean, seeds)
+def widened(images: Estimate, seeds: float) -> Estimate:
+    """Widen an interval over images by the half-width over training seeds."""
+    mean = images.mean
+    low, high = math.hypot(mean - images.low, seeds), math.hypot(images.high - mean, seeds)
     return Estimate(mean, mean - low, mean + high)
 
 
 def pooled_sd(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """Standard deviation between the repeats of a setting, pooled over settings, and its degrees of freedom.
+    """Return the standard deviation between repeats, pooled over settings, and its degrees of freedom.
 
-    It takes for granted that another seed moves the loss of every setting as much.
+    Assumes that the seed has the same effect on the loss of every setting.
 
     Args:
-        groups: a mean loss per repeat, for each setting; one without repeats says nothing.
+        groups: a mean loss per repeat, for each setting; settings without repeats add nothing.
 
     Returns:
-        NaN and 0 where no setting was repeated.
+        NaN and 0 if no setting was repeated.
     """
     df = sum(len(group) - 1 for group in groups)
     squares = sum(float(np.var(group)) * len(group) for group in groups)
@@ -40,5 +40,5 @@ def pooled_sd(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
 
 
 def over_seeds(sd: float, df: int, num_a: int, num_b: int) -> float:
-    """Half-width of the interval of a difference of means over ``num_a`` and ``num_b`` runs."""
+    """Return the half-width of the interval of a difference of means over ``num_a`` and ``num_b`` runs."""
     return t_quantile(df, CONFIDENCE) * sd * math.sqrt(1 / num_a + 1 / num_b)

@@ -1,4 +1,4 @@
-"""Names that a person gives to a revision -> commits: branches, tags, hashes, DVC experiments; and what lies there."""
+"""Find the commit of a branch, tag, hash or DVC experiment, and read its files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.pipeline.git import git
 
 WORKSPACE = "workspace"
@@ -18,27 +18,28 @@ Experiments = dict[tuple[str, str], str]
 
 
 def add_revisions(parser: argparse.ArgumentParser) -> None:
-    text = "the others are compared with the first (default: HEAD workspace)"
+    text = "revisions; all others are compared with the first (default: HEAD workspace)"
     parser.add_argument("revisions", nargs="*", metavar="REVISION", help=text)
 
 
 def with_defaults(names: Sequence[str]) -> list[str]:
-    """The names that were given; HEAD and the workspace for those that were not."""
+    """Return the given names, completed with HEAD and the workspace."""
     return [*names, *("HEAD", WORKSPACE)[len(names) :]]
 
 
 def find_commit(name: str) -> str | None:
-    """Commit of a branch, tag, hash or DVC experiment; None for the workspace.
+    """Return the commit of a branch, tag, hash or DVC experiment; None for the workspace.
 
     Raises:
-        UserError: nothing of that name; the nearest names are given. Or several experiments have it.
+        UserError: no such revision (near names are listed), or several experiments with this name.
     """
     if name == WORKSPACE:
         return None
     if shutil.which("git") is None:
-        raise UserError("git: not found on PATH; install it")
+        raise UserError(Problem("git-missing", "git: the program is not on PATH. Install it."))
     if git("rev-parse", "--git-dir") is None:
-        raise UserError("this folder is in no git repository; run the command in a clone")
+        text = "the current folder is not in a git repository. Run the command in a clone."
+        raise UserError(Problem("not-a-repository", text))
     commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     return commit.decode().strip() if commit else find_experiment(name)
 
@@ -53,12 +54,13 @@ def find_experiment(name: str) -> str:
     head = head_commit()
     if head not in found:
         listed = ", ".join(sorted(commit[:7] for commit in found.values()))
-        raise UserError(f"{name}: experiments of {len(found)} commits have this name; name one by its hash: {listed}")
+        text = f"got '{name}', but experiments of {len(found)} commits have this name. Use a hash: {listed}."
+        raise UserError(Problem("revision-ambiguous", text))
     return found[head]
 
 
 def list_experiments() -> Experiments:
-    """DVC keeps them as refs/exps/<2 digits>/<38 digits>/<name>."""
+    """Return DVC's experiments, which git has as refs/exps/<2 digits>/<38 digits>/<name>."""
     arguments = ("--sort=-committerdate", "--format=%(refname) %(objectname)", "refs/exps")
     found = {}
     for line in (git("for-each-ref", *arguments) or b"").decode().splitlines():
@@ -74,12 +76,13 @@ def unknown_revision(name: str, experiments: Iterable[str]) -> UserError:
     known = [*runs, *sorted({*refs.decode().split(), WORKSPACE}.difference(runs))]
     near = difflib.get_close_matches(name, known, n=3) or known[:5]
     shallow = (git("rev-parse", "--is-shallow-repository") or b"").strip() == b"true"
-    cure = "; this clone is shallow: `git fetch --unshallow` brings the others" if shallow else ""
-    return UserError(f"{name}: no commit, branch, tag or DVC experiment of that name (near: {', '.join(near)}){cure}")
+    hint = " This clone is shallow: `git fetch --unshallow` fetches all commits." if shallow else ""
+    text = f"got '{name}', but no commit, branch, tag or DVC experiment has this name (near: {', '.join(near)}).{hint}"
+    return UserError(Problem("unknown-revision", text))
 
 
 def head_commit() -> str:
-    """Empty outside of a repository."""
+    """Return the commit of HEAD; empty outside of a repository."""
     return (git("rev-parse", "--verify", "--quiet", "HEAD") or b"").decode().strip()
 
 
@@ -88,7 +91,7 @@ def parents(commit: str) -> list[str]:
 
 
 def read_file(commit: str | None, path: str) -> bytes | None:
-    """A file of a commit or of the workspace, by its path from the current folder; None where there is none."""
+    """Return a file of a commit or of the workspace (None) by its path from the current folder; None if missing."""
     if commit is not None:
         return git("show", f"{commit}:./{path}")
     return Path(path).read_bytes() if Path(path).is_file() else None

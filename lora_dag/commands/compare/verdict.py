@@ -1,7 +1,7 @@
-"""Is B better than A? Both answer the same held-out rows, so their losses are paired, row by row.
+"""Decide whether revision B is better than revision A, by their paired losses on the same held-out rows.
 
-Two things are random: which pictures are held out, and the training seed. The first is always in the interval, the
-second where a setting was run under several seeds; where it was not, the verdict says so.
+Two things are random: the choice of held-out images and the training seed. The interval always covers the first. It
+covers the second if a setting was run with several seeds; otherwise the verdict notes that it does not.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 
 from lora_dag.commands.compare.interval import over_seeds, pooled_sd, widened
 from lora_dag.commands.compare.repeats import repeats_of
-from lora_dag.commands.compare.settings import same_setting, setting
-from lora_dag.commands.compare.sides import Side
+from lora_dag.commands.compare.revision_report import RevisionReport
+from lora_dag.commands.compare.run_inputs import same_setting, setting
 from lora_dag.evaluation import bootstrap
 from lora_dag.evaluation.bootstrap import Estimate
 from lora_dag.evaluation.heldout_table import Score
 from lora_dag.pages.markdown import decimals, interval, signed
 
-MIN_PICTURES = 2  # one has no interval
+MIN_IMAGES = 2  # one image has no interval
 Word = Literal["better", "worse", "within noise", "equal", "not comparable"]
 DECIDE_TARGETS = ("vae", "scheduler")  # of the base
 DECIDE_ROWS = ("seed", "num_timesteps")  # of section validate
@@ -30,85 +30,89 @@ DECIDE_ROWS = ("seed", "num_timesteps")  # of section validate
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the held-out pictures say of B against A, and no more."""
+    """Result of the comparison of B with A on held-out images."""
 
     word: Word
     why: str = ""
-    """Of what cannot be compared."""
+    """Reason of "not comparable"."""
     loss: float = math.nan
     """Mean held-out loss of A's runs on the shared rows."""
     change: Estimate = Estimate(math.nan, math.nan, math.nan)
     """B's loss minus A's, with its 95 % interval."""
-    num_pictures: int = 0
-    """Held-out pictures that both were asked about,"""
+    num_images: int = 0
+    """Number of shared held-out images."""
     num_each: tuple[int, int] = (0, 0)
-    """of A's and of B's."""
+    """Numbers of held-out images of A and of B."""
     runs: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     """Names of the runs whose losses were averaged: A and its repeats, B and its repeats."""
     seed_sd: float = math.nan
-    """Standard deviation of the loss between seeds; NaN where no setting was repeated."""
+    """Standard deviation of the loss between seeds; NaN if no setting was repeated."""
     df: int = 0
-    """Degrees of freedom of it."""
+    """Degrees of freedom of ``seed_sd``."""
     same_setting: bool = False
-    """They differ in train.seed at most."""
+    """Whether A and B differ at most in train.seed."""
 
     def __str__(self) -> str:
-        """``better, −3.1 % [−4.0, −2.2]``, in percent of A's loss; one setting and seed twice have no interval."""
+        """Return ``better, −3.1 % [−4.0, −2.2]``, in percent of A's loss; no bounds for one setting and seed."""
         if self.word == "not comparable":
             return f"not comparable: {self.why}"
         if self.word == "equal":
-            return "equal: the held-out losses are the same to the last digit"
+            return "equal: all held-out losses are identical"
         change = percent(self.change, self.loss, has_bounds=bool(self.df) or not self.same_setting)
         once = ", with one seed each" if self.word in ("better", "worse") and not self.df else ""
         return f"{self.word}, {change}{once}"
 
 
 def percent(change: Estimate, of: float, has_bounds: bool = True) -> str:
-    """``−3.1 % [−4.0, −2.2]``; without bounds where one picture has none."""
+    """Return ``−3.1 % [−4.0, −2.2]``; without bounds if they are NaN, as for one image."""
     mean, low, high = (100 * value / of for value in (change.mean, change.low, change.high))
     spec = decimals(mean, low, high, least=1)
     return f"{signed(mean, spec)} %" + (f" {interval(low, high, spec)}" if has_bounds and low == low else "")
 
 
-def judge(a: Side, b: Side, others: Sequence[Side] = ()) -> Verdict:
-    """B against A, each averaged with its repeats.
+def judge(a: RevisionReport, b: RevisionReport, others: Sequence[RevisionReport] = ()) -> Verdict:
+    """Compare B with A, each averaged with its repeats.
 
     Args:
-        others: more runs. Those that differ from A or B in train.seed alone are averaged with it; any that differ in
-            that alone tell how much a seed matters.
+        others: more runs. Runs that differ from A or B only in train.seed are averaged with it. All runs that differ
+            only in train.seed estimate the effect of a seed.
     """
     by_position = not (a.scores[0].row and b.scores[0].row)
-    answers = {id(side): heldout(side, by_position) for side in (a, b, *others)}
-    shared = [row for row in answers[id(a)] if row in answers[id(b)]]
-    pictures = [answers[id(a)][row].file_name for row in shared]
-    if len(set(pictures)) < MIN_PICTURES:
-        return Verdict("not comparable", why_not(a, b, len(set(pictures))), num_pictures=len(set(pictures)))
+    rows_of = {id(revision): heldout(revision, by_position) for revision in (a, b, *others)}
+    shared = [row for row in rows_of[id(a)] if row in rows_of[id(b)]]
+    images = [rows_of[id(a)][row].file_name for row in shared]
+    if len(set(images)) < MIN_IMAGES:
+        return Verdict("not comparable", why_not(a, b, len(set(images))), num_images=len(set(images)))
     losses = {}
-    for side in (a, b, *others):
-        if answers[id(side)].keys() >= set(shared):
-            values = (answers[id(side)][row].adapter for row in shared)
-            losses[id(side)] = bootstrap.by_picture(zip(pictures, values, strict=True))
-    for side in (a, b):
-        if not np.isfinite(losses[id(side)]).all():
-            why = f"a held-out loss of {side.name} is not a number"
-            return Verdict("not comparable", why, num_pictures=len(set(pictures)))
-    num_a, num_b = (len({score.file_name for score in answers[id(side)].values()}) for side in (a, b))
-    runs = [side for side in (a, b, *others) if np.isfinite(losses.get(id(side), np.nan)).all()]
-    return replace(weigh(a, b, runs, losses), num_each=(num_a, num_b))
+    for revision in (a, b, *others):
+        if rows_of[id(revision)].keys() >= set(shared):
+            values = (rows_of[id(revision)][row].adapter for row in shared)
+            losses[id(revision)] = bootstrap.by_image(zip(images, values, strict=True))
+    for revision in (a, b):
+        if not np.isfinite(losses[id(revision)]).all():
+            why = f"a held-out loss of {revision.name} is not a number"
+            return Verdict("not comparable", why, num_images=len(set(images)))
+    num_a, num_b = (len({score.file_name for score in rows_of[id(revision)].values()}) for revision in (a, b))
+    runs = [revision for revision in (a, b, *others) if np.isfinite(losses.get(id(revision), np.nan)).all()]
+    return replace(judge_shared_rows(a, b, runs, losses), num_each=(num_a, num_b))
 
 
-def heldout(side: Side, by_position: bool) -> dict[str, Score]:
-    """Held-out rows by their names; by position in the table, which its digest names, where they have none."""
-    named = ((f"{side.metrics.get('val.table')} {i}" if by_position else s.row, s) for i, s in enumerate(side.scores))
+def heldout(revision: RevisionReport, by_position: bool) -> dict[str, Score]:
+    """Return name -> held-out row; the name is table digest and position if the rows have no names."""
+    named = (
+        (f"{revision.metrics.get('val.table')} {i}" if by_position else s.row, s) for i, s in enumerate(revision.scores)
+    )
     return {name: score for name, score in named if score.split == "heldout"}
 
 
-def weigh(a: Side, b: Side, runs: Sequence[Side], losses: Mapping[int, np.ndarray]) -> Verdict:
-    """The verdict on the shared rows.
+def judge_shared_rows(
+    a: RevisionReport, b: RevisionReport, runs: Sequence[RevisionReport], losses: Mapping[int, np.ndarray]
+) -> Verdict:
+    """Return the verdict on the shared rows.
 
     Args:
-        runs: A, B and all others with an answer to every shared row.
-        losses: of each run, by its id: mean per shared picture, float64 [pictures].
+        runs: A, B and all others that have every shared row.
+        losses: id of a run -> mean loss per shared image, float64 [images].
     """
     same = same_setting(a, b)
     of_a, of_b = ([a], [b]) if same else (repeats_of(a, runs), repeats_of(b, runs))
@@ -120,10 +124,10 @@ def weigh(a: Side, b: Side, runs: Sequence[Side], losses: Mapping[int, np.ndarra
         change = widened(change, over_seeds(sd, df, len(of_a), len(of_b)))
     equal = np.array_equal(losses[id(a)], losses[id(b)])
     return Verdict(
-        word="equal" if equal else "within noise" if same else in_words(change),
+        word="equal" if equal else "within noise" if same else verdict_word(change),
         loss=float(mean_a.mean()),
         change=change,
-        num_pictures=len(mean_a),
+        num_images=len(mean_a),
         runs=(tuple(run.name for run in of_a), tuple(run.name for run in of_b)),
         seed_sd=sd,
         df=df,
@@ -131,34 +135,35 @@ def weigh(a: Side, b: Side, runs: Sequence[Side], losses: Mapping[int, np.ndarra
     )
 
 
-def in_words(change: Estimate) -> Word:
-    """Of a loss, which is better where it is lower."""
+def verdict_word(change: Estimate) -> Word:
+    """Return the word for a change of a loss: lower is better."""
     return "better" if change.high < 0 else "worse" if change.low > 0 else "within noise"
 
 
-def why_not(a: Side, b: Side, num_shared: int) -> str:
-    """What keeps the two tables from sharing pictures, as far as lineage.json and pictures.csv tell."""
+def why_not(a: RevisionReport, b: RevisionReport, num_shared: int) -> str:
+    """Return why the two tables do not share enough images, from lineage.json and images.csv."""
     if num_shared:
-        return f"the held-out tables share {num_shared} picture, and an interval takes {MIN_PICTURES}"
+        return f"the held-out tables share {num_shared} image, but an interval needs {MIN_IMAGES}"
     reasons = [f"the {name}" for name in DECIDE_TARGETS if a.lineage["base"].get(name) != b.lineage["base"].get(name)]
-    asked_a, asked_b = a.lineage["validate"], b.lineage["validate"]
-    reasons += [f"validate.{key}" for key in DECIDE_ROWS if asked_a.get(key) != asked_b.get(key)]
+    settings_a, settings_b = a.lineage["validate"], b.lineage["validate"]
+    reasons += [f"validate.{key}" for key in DECIDE_ROWS if settings_a.get(key) != settings_b.get(key)]
     if not reasons:
-        reasons = [pictures_or_captions(a, b)]
-    unnamed = [side.name for side in (a, b) if not side.scores[0].row]
+        reasons = [images_or_captions(a, b)]
+    unnamed = [revision.name for revision in (a, b) if not revision.scores[0].row]
     if unnamed:
-        reasons.append(f"{' and '.join(unnamed)} from before its rows had names")
-    return f"the held-out table differs ({', '.join(reasons)})"
+        reasons.append(f"rows of {' and '.join(unnamed)} have no names")
+    return f"the held-out tables differ ({', '.join(reasons)})"
 
 
-def pictures_or_captions(a: Side, b: Side) -> str:
-    """Which of the two, where nothing else explains that no row is shared."""
-    if a.pictures is None or b.pictures is None:
-        return "pictures, their sizes or captions"
+def images_or_captions(a: RevisionReport, b: RevisionReport) -> str:
+    """Return what differs if nothing else explains that no row is shared."""
+    if a.images is None or b.images is None:
+        return "images, their sizes or captions"
     of_a, of_b = (
-        {row["sha256"]: row["captions"] for row in side.pictures or () if row["split"] == "heldout"} for side in (a, b)
+        {row["sha256"]: row["captions"] for row in revision.images or () if row["split"] == "heldout"}
+        for revision in (a, b)
     )
     shared = of_a.keys() & of_b.keys()
     if not shared:
-        return "pictures"
-    return "captions" if any(of_a[sha256] != of_b[sha256] for sha256 in shared) else "sizes or crops of the pictures"
+        return "images"
+    return "captions" if any(of_a[sha256] != of_b[sha256] for sha256 in shared) else "sizes or crops of the images"

@@ -1,26 +1,29 @@
-"""May this experiment be merged? Told without any data: from params.yaml, code, dvc.lock and reports/ alone.
+"""Decide whether an experiment may be merged, without its data: from params.yaml, code, dvc.lock and reports/ alone.
 
-In: the current folder, or with --commit what a merge of that commit would give, which is read and never imported; and
-params.yaml and reports/ of the revision compared with.
-Out: a Markdown page with the verdict, the comparison and the sheets; on stderr a line per reason not to pass.
-Run: `lora-dag gate --against main`; exit code 0 passed or neutral, 2 not passed
+In: the current folder, or with --commit the result of merging that commit, whose code is never run; and params.yaml
+and reports/ of the revision to compare with.
+Out: a Markdown page with the verdict, the comparison and the sample sheets; on stderr one line per failure.
+Run: `lora-dag gate --against main`; exit code 0: passed or neutral, 2: failed
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from lora_dag.artifacts import metrics
+from lora_dag.commands.compare.revision_report import METRICS_FILES
 from lora_dag.commands.compare.revisions import find_commit
-from lora_dag.commands.compare.sides import METRICS_FILES
-from lora_dag.commands.gate import against, figures, limits, lock, rules, tree
-from lora_dag.commands.gate.page import Place, write_page, write_unread
+from lora_dag.commands.gate import limits, lock, merged_tree, recomputed_metrics, rule_changes
+from lora_dag.commands.gate.comparison import commit_to_compare, compare_with
+from lora_dag.commands.gate.limits import GateResult
+from lora_dag.commands.gate.page import PageContext, write_page, write_unread
 from lora_dag.core import params
-from lora_dag.core.console import UserError, as_path, log, plural
+from lora_dag.core.console import Problem, UserError, as_path, log, plural, warn
 from lora_dag.core.files import write_text
 from lora_dag.core.param_errors import explain
 from lora_dag.pipeline import sharing
@@ -30,12 +33,12 @@ from stages.report.params import Gates
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", metavar="REV", help="compare with this commit, branch, tag or DVC experiment")
-    parser.add_argument("--out", type=as_path, metavar="FILE", help="the page (default: the terminal)")
+    parser.add_argument("--out", type=as_path, metavar="FILE", help="write the page to this file (default: print it)")
     parser.add_argument(
-        "--repository", metavar="URL", help="link pictures there by commit: https://github.com/OWNER/NAME"
+        "--repository", metavar="URL", help="link images in this repository, such as https://github.com/OWNER/NAME"
     )
     parser.add_argument(
-        "--commit", metavar="REV", help="judge this commit, merged into that of --against (default: the current folder)"
+        "--commit", metavar="REV", help="check this commit, merged into --against (default: the current folder)"
     )
 
 
@@ -43,52 +46,57 @@ def main(args: argparse.Namespace) -> None:
     if args.out is not None:
         require_free(args.out)
         args.out = args.out.absolute()
-    there = against.other(args.against) if args.against is not None else None
+    target = commit_to_compare(args.against) if args.against is not None else None
     commit = reviewed(args.commit)
-    place = Place(args.repository, commit, args.against, there, own_gate=args.commit is None)
+    context = PageContext(args.repository, commit, args.against, target, own_gate=args.commit is None)
     with contextlib.ExitStack() as stack:
         if args.commit and commit:
             try:
-                stack.enter_context(tree.merged(commit, there))
+                stack.enter_context(merged_tree.merged(commit, target))
             except UserError as error:
-                show(write_unread(place, error.problems), args.out)
+                show(write_unread(context, error.problems), args.out)
                 raise
-        judge(place, args.out)
+        check_folder(context, args.out)
 
 
-def judge(place: Place, out: Path | None) -> None:
-    """The current folder.
+def check_folder(context: PageContext, out: Path | None) -> None:
+    """Check the current folder and write the page.
 
     Raises:
-        UserError: it does not pass; a line per reason.
+        UserError: the folder fails; one problem per reason.
     """
-    problems = list(dict.fromkeys([*lock.problems(), *figures.problems()]))
-    comparison = (
-        against.compare(place.against, place.against_commit) if place.against and place.against_commit else None
+    problems = list(dict.fromkeys([*lock.problems(), *recomputed_metrics.problems()]))
+    compared = (
+        compare_with(context.against, context.against_commit) if context.against and context.against_commit else None
     )
-    changes = rules.changes(place.against_commit) if place.against_commit else []
+    changes = rule_changes.find_changes(context.against_commit) if context.against_commit else []
     try:
-        answers = limits.answers(gates(), measured(), comparison)
+        results = limits.check_limits(gates(), measured(), compared)
     except UserError as error:
-        problems, answers = list(dict.fromkeys([*problems, *error.problems])), []
-    unshared = sharing.unshared()
-    show(write_page(place, problems, answers, comparison, changes, unshared), out)
-    for line in unshared:
-        log.warning("warning: %s", line)
-    closed = [str(answer) for answer in answers if not answer.passed]
-    if problems or closed:
-        raise UserError(*problems, *closed)
-    for answer in answers:
-        if answer.neutral:
-            log.info("neutral     report.gates.%s: %s", answer.gate, answer.measured)
-    log.info("passed      %s", plural(sum(not answer.neutral for answer in answers), "gate"))
+        problems, results = list(dict.fromkeys([*problems, *error.problems])), []
+    unshared = sharing.unshared_data()
+    show(write_page(context, problems, results, compared, changes, unshared), out)
+    failed = [result.problem for result in results if not result.passed]
+    if out is not None:  # a printed page says the same
+        log_results(results, unshared)
+    if problems or failed:
+        raise UserError(*problems, *failed)
+
+
+def log_results(results: Sequence[GateResult], unshared: Sequence[str]) -> None:
+    for text in unshared:
+        warn("data-not-shared", text)
+    for result in results:
+        if result.neutral:
+            log.info("neutral     report.gates.%s: %s", result.gate, result.measured)
+    log.info("passed      %s", plural(sum(result.passed and not result.neutral for result in results), "gate"))
 
 
 def gates() -> Gates:
-    """``report.gates`` alone: the branch's other settings may be newer than this gate.
+    """Read ``report.gates`` alone: other settings of the branch may be newer than this code.
 
     Raises:
-        UserError: no params.yaml, or other gates in it than there are.
+        UserError: params.yaml is missing, or its gates are invalid.
     """
     path = Path("params.yaml")
     report = params.read_yaml(path).get("report")
@@ -99,14 +107,15 @@ def gates() -> Gates:
 
 
 def require_free(out: Path) -> None:
-    """Before anything is written.
+    """Check ``--out`` before anything is written.
 
     Raises:
-        UserError: the page would take the place of a file that the run reads or writes.
+        UserError: the page would overwrite a file that the run reads or writes.
     """
     taken = next((path for path in lock.paths() if out.resolve().is_relative_to(path.resolve())), None)
     if taken:
-        raise UserError(f"--out: {out} is, or lies in, {taken} of the run; name another file, such as gate.md")
+        text = f"--out: got {out}, but the run uses {taken}. Write the page to another file: --out gate.md."
+        raise UserError(Problem("out-in-use", text))
 
 
 def show(page: str, out: Path | None) -> None:
@@ -118,22 +127,23 @@ def show(page: str, out: Path | None) -> None:
 
 
 def reviewed(name: str | None) -> str | None:
-    """The commit named, or HEAD's; None outside of a repository.
+    """Return the named commit, or the commit of HEAD; None outside of a repository.
 
     Raises:
-        UserError: nothing of that name, or the folder itself.
+        UserError: no such revision, or the name of this folder.
     """
     if name is not None:
         commit = find_commit(name) if name else None
         if commit is None:
-            raise UserError(f"--commit: got '{name}'; name a commit, branch or tag, or leave it out for this folder")
+            expected = "a commit, branch or tag is expected. Omit --commit to check this folder."
+            raise UserError(Problem("revision-unusable", f"--commit: got '{name}', but {expected}"))
         return commit
     head = git("rev-parse", "--verify", "--quiet", "HEAD")
     return head.decode().strip() if head else None
 
 
 def measured() -> dict[str, metrics.Value]:
-    """Every figure in reports/; a file that is missing has none.
+    """Return all metrics in reports/; missing files are skipped.
 
     Raises:
         UserError: a file is damaged.

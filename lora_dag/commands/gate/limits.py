@@ -1,4 +1,4 @@
-"""The gates of section ``report.gates``, held against the figures in reports/."""
+"""Compare the metrics of reports/ with the limits of section ``report.gates``."""
 
 from __future__ import annotations
 
@@ -7,57 +7,60 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_dag.artifacts.metrics import Value
-from lora_dag.commands.gate.against import Comparison
+from lora_dag.commands.gate.comparison import Comparison
+from lora_dag.core.console import Problem
 from lora_dag.evaluation.metrics import METRICS, Metric, key_of
 from lora_dag.pages.markdown import signed
 from stages.report.params import Gates
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one gate says."""
+class GateResult:
+    """Result of one gate."""
 
     gate: str
     limit: float
     measured: str
     passed: bool
     neutral: bool = False
-    """It passed without a measurement, as ``when_not_comparable`` allows."""
-    cure: str = ""
-    """A setting that would let it pass."""
+    """Whether the gate passed without a measurement, as ``when_not_comparable`` allows."""
+    hint: str = ""
+    """A setting that would let the gate pass."""
     is_least: bool = False
-    """Higher is better."""
-
-    def __str__(self) -> str:
-        return f"report.gates.{self.gate}: {self.measured}; the limit is {self.shown_limit}{self.cure}"
+    """Whether the limit is the lowest value that passes."""
 
     @property
-    def shown_limit(self) -> str:
+    def problem(self) -> Problem:
+        text = f"report.gates.{self.gate}: {self.measured}, but the limit is {self.limit_text}.{self.hint}"
+        return Problem("gate-failed", text)
+
+    @property
+    def limit_text(self) -> str:
         return f"at least {self.limit:g}" if self.is_least else f"{self.limit:g}"
 
     @property
     def word(self) -> str:
-        return "**not passed**" if not self.passed else "neutral" if self.neutral else "passed"
+        return "**failed**" if not self.passed else "neutral" if self.neutral else "passed"
 
 
-def answers(gates: Gates, metrics: Mapping[str, Value], comparison: Comparison | None) -> list[Answer]:
-    """One per gate that is set. A figure that is missing closes its gate.
+def check_limits(gates: Gates, metrics: Mapping[str, Value], comparison: Comparison | None) -> list[GateResult]:
+    """Return one result per gate that is set. A missing metric fails its gate.
 
     Args:
-        metrics: of reports/**/metrics.json together.
-        comparison: None where no revision was given, which leaves ``max_heldout_change`` out.
+        metrics: all of reports/**/metrics.json.
+        comparison: None if no revision was given; ``max_heldout_change`` is skipped then.
     """
     found = []
     if gates.max_heldout_change is not None and comparison:
-        found.append(ask_change(gates, gates.max_heldout_change, comparison))
-    return found + [ask(name, limit, metrics) for name, limit in gates.limits.items()]
+        found.append(check_heldout_change(gates, gates.max_heldout_change, comparison))
+    return found + [check_limit(name, limit, metrics) for name, limit in gates.limits.items()]
 
 
-def ask(name: str, limit: float, metrics: Mapping[str, Value]) -> Answer:
-    """The worst figure of a metric against its limit; closed where one is no number, or there is none.
+def check_limit(name: str, limit: float, metrics: Mapping[str, Value]) -> GateResult:
+    """Compare the worst value of a metric with its limit. A missing value, or one that is not a number, fails.
 
     Args:
-        name: of a metric; ``export.*.max_abs_error`` is of every format.
+        name: name of a metric; ``export.*.max_abs_error`` covers every format.
     """
     metric = METRICS[key_of(name) or name]
     is_least = metric.better == "higher"
@@ -66,37 +69,39 @@ def ask(name: str, limit: float, metrics: Mapping[str, Value]) -> Answer:
     values = {each: as_number(metrics.get(f"{each}_{bound}" if bound else each)) for each in names}
     numbers = {each: number for each, number in values.items() if number is not None}
     if not numbers or len(numbers) < len(values):
-        lacking = sorted(values.keys() - numbers.keys()) or [name]
-        return Answer("limits", limit, f"{', '.join(lacking)} was not measured", passed=False, is_least=is_least)
+        missing = sorted(values.keys() - numbers.keys()) or [name]
+        return GateResult("limits", limit, f"{', '.join(missing)} was not measured", passed=False, is_least=is_least)
     worst = (min if is_least else max)(numbers, key=lambda each: numbers[each])
     passed = numbers[worst] >= limit if is_least else numbers[worst] <= limit
-    what = {"": "", "low": "lower bound of ", "high": "upper bound of "}[bound] + worst
-    return Answer("limits", limit, f"{what} is {numbers[worst]:z.4g}", passed=passed, is_least=is_least)
+    label = {"": "", "low": "lower bound of ", "high": "upper bound of "}[bound] + worst
+    return GateResult("limits", limit, f"{label} is {numbers[worst]:z.4g}", passed=passed, is_least=is_least)
 
 
 def has_interval(name: str, metric: Metric) -> bool:
-    """Of a metric that the base has as well, the change alone has one."""
+    """Return whether a metric has an interval. If the base has the metric too, only its change has one."""
     return metric.has_interval and (not metric.has_base or name.endswith("_change"))
 
 
 def as_number(value: Value) -> float | None:
-    """None for NaN too, which no limit is below."""
+    """Return the value as a number; None for NaN, because it is not above any limit."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return None
     return float(value)
 
 
-def ask_change(gates: Gates, limit: float, comparison: Comparison) -> Answer:
-    """Closed where the whole interval lies above ``limit``, or there is none; undecided where a setting says so."""
+def check_heldout_change(gates: Gates, limit: float, comparison: Comparison) -> GateResult:
+    """Fail if the whole interval lies above ``limit``, or if there is none; ``when_not_comparable`` can allow that."""
     gate, change = "max_heldout_change", comparison.change
     if isinstance(change, str):
         if not comparison.nothing_common:
-            return Answer(gate, limit, change, passed=False)
+            return GateResult(gate, limit, change, passed=False)
         if gates.when_not_comparable == "neutral":
-            return Answer(gate, limit, change, passed=True, neutral=True)
-        return Answer(gate, limit, change, passed=False, cure="; report.gates.when_not_comparable=neutral lets it pass")
+            return GateResult(gate, limit, change, passed=True, neutral=True)
+        return GateResult(
+            gate, limit, change, passed=False, hint=" Set report.gates.when_not_comparable=neutral to let it pass."
+        )
     if change.low != change.low:
-        return Answer(gate, limit, "one held-out picture has no interval", passed=False)
+        return GateResult(gate, limit, "one held-out image gives no interval", passed=False)
     mean, low, high = (signed(100 * share, ".2f") for share in (change.mean, change.low, change.high))
     over = f" over {comparison.shared}" if comparison.shared else ""
-    return Answer(gate, limit, f"held-out loss {mean} % [{low}, {high}]{over}", passed=change.low <= limit)
+    return GateResult(gate, limit, f"held-out loss {mean} % [{low}, {high}]{over}", passed=change.low <= limit)

@@ -1,7 +1,7 @@
-"""Samples -> a folder of images that prepare reads, and ``datasets`` as well: SPLIT/NAME and SPLIT/metadata.jsonl.
+"""Write samples as a folder of images that prepare and ``datasets`` read: SPLIT/NAME and SPLIT/metadata.jsonl.
 
-Written into FOLDER.partial, which takes its name when it is whole. After a kill the same images are found there by
-their bytes and not written again.
+The files are written into FOLDER.partial, which is renamed to FOLDER at the end. After a kill, files with the same
+bytes are not written again.
 """
 
 from __future__ import annotations
@@ -16,44 +16,50 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_dag.commands.import_dataset.samples import Sample
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import write_json, write_text
 from lora_dag.core.locks import writing
-from lora_dag.pictures.formats import SUFFIXES, format_of
-from stages.prepare import names
-from stages.prepare.names import Root, checked_name, clash, folded
+from lora_dag.images.file_formats import SUFFIXES, identify_format
+from stages.prepare import file_tree
+from stages.prepare.file_names import Root, checked_name, folded, name_clash
 from stages.prepare.sources import UNFINISHED
 
 MASKS = "masks"
 METADATA = "metadata.jsonl"
 PROVENANCE = "provenance.json"
-BY_NUMBER = "--number names images by file and row"
+BY_NUMBER = "Or use --number to name images by file and row."
 CAPTION_COLUMN = "text"
-"""As params.yaml has dataset.caption_column."""
+"""Default of dataset.caption_column."""
 
 
 @contextmanager
 def unfinished(folder: Path) -> Iterator[Path]:
-    """Yield ``folder``.partial, which holds what an earlier import was killed in; on success the folder in it named
-    ``images`` takes the name ``folder``.
+    """Yield ``folder``.partial, with files of an earlier import that was killed. On success its subfolder ``images`` is
+    renamed to ``folder``.
 
     Raises:
         UserError: ``folder`` exists, or another import is writing it.
     """
     if not folder.name:
-        raise UserError(f"'{folder}': the folder to write needs a name of its own, such as data/mine")
+        raise UserError(
+            Problem("folder-without-name", f"'{folder}' has no name. Name a new folder, such as data/mine.")
+        )
     partial = folder.with_name(f"{folder.name}.partial")
     with writing(folder):
         if folder.exists():
-            raise UserError(f"{folder}: exists already; name a new folder, or remove this one to import it again")
+            text = f"{folder}: the folder exists already. Name a new one, or remove this one to import it again."
+            raise UserError(Problem("folder-exists", text))
         if partial.exists() and not (partial / UNFINISHED).exists():
-            raise UserError(f"{partial}: needed for the import, and exists without being one; rename it")
+            text = f"{partial}: the import needs this name, but it exists and is no unfinished import. Rename it."
+            raise UserError(Problem("folder-exists", text))
         (partial / "images").mkdir(parents=True, exist_ok=True)
-        write_text(partial / UNFINISHED, f"`lora-dag import` did not finish {folder.name}; the same command goes on.\n")
+        write_text(
+            partial / UNFINISHED, f"`lora-dag import` did not finish {folder.name}. Run the same command to resume.\n"
+        )
         write_text(partial / ".gitignore", "*\n")
         try:
             yield partial
-        except UserError:  # nothing half-written; a download is whole, and serves the corrected command
+        except UserError:  # a complete download stays for the corrected command
             shutil.rmtree(partial / "images")
             if not (partial / "download").exists():
                 shutil.rmtree(partial)
@@ -67,13 +73,13 @@ class ImageFolder:
     """Writes samples below a folder.
 
     Args:
-        shown: the name that the folder takes when it is whole, for messages.
-        numbered: name images by file and row, not as the source does.
+        final_folder: final name of the folder, for messages.
+        numbered: name images by file and row instead of their names in the source.
     """
 
-    def __init__(self, folder: Path, shown: Path, numbered: bool) -> None:
+    def __init__(self, folder: Path, final_folder: Path, numbered: bool) -> None:
         self.folder, self.numbered = folder, numbered
-        self.root = Root(folder, f"{shown}/")
+        self.root = Root(folder, f"{final_folder}/")
         self.places: dict[str, tuple[str, str]] = {}
         """``folded`` file name -> the name, and the place of its sample."""
         self.parents: set[str] = set()
@@ -84,25 +90,39 @@ class ImageFolder:
         self.num_masks = 0
 
     def add(self, sample: Sample) -> None:
-        """Write an image, and its mask.
+        """Write an image and its mask.
 
         Raises:
-            UserError: it is no image, or its name is unsafe or that of another image.
+            UserError: the bytes are no image, or the name is unsafe or belongs to another image.
         """
-        kind = format_of(sample.image)
+        try:
+            kind = identify_format(sample.image)
+        except UserError as error:
+            raise error.about("the image") from None
         name = self.name_of(sample, kind)
+        if folded(sample.split) == MASKS:
+            text = f"the split '{sample.split}' has the name of the folder for masks. Rename the split in the source."
+            raise UserError(Problem("split-named-masks", text))
         file_name = f"{checked_name(sample.split, self.root)}/{name}"
         first, place = self.places.setdefault(folded(file_name), (file_name, sample.place))
         parents = {folded(str(parent)) for parent in PurePosixPath(file_name).parents}
         if folded(file_name) in self.parents or parents & self.places.keys():
-            raise UserError(f"'{name}': a file and a folder of this name are in the source; {BY_NUMBER}")
+            text = f"'{name}' is the name of a file and of a folder in the source. Rename one of them. {BY_NUMBER}"
+            raise UserError(Problem("names-clash", text))
         self.parents |= parents
         if place != sample.place:
-            same = f"'{name}' is the name of {place} too" if first == file_name else clash(file_name, first, place)
-            raise UserError(f"{same}; {BY_NUMBER}")
+            problem = (
+                Problem("names-clash", f"'{name}' is also the name of {place}. Rename one of them.")
+                if first == file_name
+                else name_clash(file_name, first, place)
+            )
+            raise UserError(Problem(problem.code, f"{problem} {BY_NUMBER}"))
         self.write(file_name, sample.image)
         if sample.mask is not None:
-            suffix = SUFFIXES[format_of(sample.mask)][0]
+            try:
+                suffix = SUFFIXES[identify_format(sample.mask)][0]
+            except UserError as error:
+                raise error.about("the mask") from None
             self.write(str(PurePosixPath(MASKS, file_name).with_suffix(suffix)), sample.mask)
             self.num_masks += 1
         row: dict[str, Any] = {"file_name": name}
@@ -111,19 +131,23 @@ class ImageFolder:
         self.rows[sample.split].append(row)
 
     def name_of(self, sample: Sample, kind: str) -> str:
-        """The source's own name where it has one, with a suffix that an image has."""
+        """Return the name in the source if there is one, with a suffix of images.
+
+        Raises:
+            UserError: the name is unsafe.
+        """
         name = sample.number
         if sample.name is not None and not self.numbered:
             try:
                 name = checked_name(sample.name, self.root)
             except UserError as error:
-                raise UserError(f"{error}; {BY_NUMBER}") from None
-        if PurePosixPath(name).suffix.lower() in names.SUFFIXES:
+                raise UserError(*(Problem(each.code, f"{each} {BY_NUMBER}") for each in error.problems)) from None
+        if PurePosixPath(name).suffix.lower() in file_tree.IMAGE_SUFFIXES:
             return name
         return name + SUFFIXES[kind][0]
 
     def finish(self, provenance: dict[str, Any]) -> None:
-        """Write what belongs to all images, and remove what an earlier import with other options left."""
+        """Write the metadata and the provenance, and remove files of an earlier import with other options."""
         for split, rows in self.rows.items():
             if CAPTION_COLUMN in rows[0]:
                 lines = [json.dumps(row, ensure_ascii=False) for row in rows]
@@ -139,7 +163,7 @@ class ImageFolder:
 
 
 def write_once(path: Path, blob: bytes) -> None:
-    """Leave a file alone that has these bytes, as an import that was killed may have left it."""
+    """Write a file unless it already has these bytes from an import that was killed."""
     if path.is_file() and path.read_bytes() == blob:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a file of a source holds: one image after the other with its captions, its mask and the name of its split."""
+"""Samples of a file with many images: each image with its captions, its mask and the name of its split."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from stages.prepare.listing import Problem
+from stages.prepare.listing import RowProblem
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the parts of a sample are."""
+    """Names of the columns of a sample's parts."""
 
     image: str | None
-    """None for the only column of images."""
+    """None for the default: ``image``, or the only column of images."""
     caption: str | None
-    """None where captions are not imported."""
+    """None to import no captions."""
     mask: str | None
 
 
 @dataclass(frozen=True)
 class Sample:
     place: str
-    """As messages name it: file and row, or file and member."""
+    """Place in messages: file and row, or file and member."""
     name: str | None
-    """File name that the source gives the image."""
+    """File name of the image in the source."""
     image: bytes
     captions: tuple[str, ...] | None
     split: str
     number: str
-    """File and row, for images that have no name of their own: ``train-00000-of-00002-000017``."""
+    """Name by file and row, for images without a name: ``train-00000-of-00002-000017``."""
     mask: bytes | None = None
 
 
@@ -38,7 +38,7 @@ class Shard(Protocol):
     """A file of many samples."""
 
     def __len__(self) -> int:
-        """Rows, or groups of members."""
+        """Return the number of rows, or of groups of members."""
 
-    def samples(self) -> Iterator[Sample | Problem]:
-        """In the order of the file."""
+    def samples(self) -> Iterator[Sample | RowProblem]:
+        """Yield samples and problems in the order of the file."""

@@ -1,4 +1,4 @@
-"""SOURCE of an import -> its files on this machine: a file, a folder, or a dataset of the Hub at one commit."""
+"""Source of an import: the files of a file or folder on this machine, or of a dataset of the Hub at one commit."""
 
 from __future__ import annotations
 
@@ -8,57 +8,57 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_dag.bases import hub
-from lora_dag.core.console import UserError, log, plural
+from lora_dag.core.console import Problem, UserError, log, plural
 
+COMMAND = "lora-dag import"
 HUB_DATASET = re.compile(rf"(?:https://huggingface\.co/datasets/)?({hub.NAME})(?:@([\w./-]+))?/?")
 
 
 @dataclass(frozen=True)
 class Source:
     name: str
-    """As messages name it: the path as it was given, or owner/name."""
+    """Name in messages: the path as given, or owner/name."""
     folder: Path
-    """Holds the files."""
+    """Folder of the files."""
     files: tuple[str, ...]
-    """Below the folder, sorted; hidden ones left out."""
+    """Sorted names below the folder, without hidden files."""
     is_file: bool = False
     revision: str | None = None
     """Commit of a Hub dataset."""
     license: str | list[str] | None = None
-    """As its card (README.md) states it."""
+    """License in its card (README.md)."""
 
     def place(self, file: str) -> str:
-        """How a message names one of the files."""
+        """Return the name of a file for messages."""
         return self.name if self.is_file else f"{self.name.rstrip('/')}/{file}"
 
 
 def open_source(text: str, patterns: Sequence[str], download: Path) -> Source:
-    """The files of a source; those of a Hub dataset are downloaded into ``download``, unless they are there already.
+    """Return the files of a source. Files of a Hub dataset are downloaded into ``download``, unless they are there.
 
     Args:
-        text: a path, or ``owner/name@revision``; a revision that can move is resolved to its commit.
-        patterns: of a Hub dataset, the files to download; empty for all.
+        text: a path, or ``owner/name@revision``. A branch or tag is resolved to its commit.
+        patterns: files of a Hub dataset to download. Empty for all.
 
     Raises:
-        UserError: there is no such file, folder or dataset, or the Hub does not give it.
+        UserError: the file, folder or dataset does not exist, or cannot be downloaded.
     """
     path = Path(text).expanduser()
     if path.exists():
         if patterns:
-            raise UserError(f"--files: {text} is on this machine; name the folder or the file itself in its place")
-        return on_this_machine(text, path)
-    named = HUB_DATASET.fullmatch(text)
-    if not named:
-        raise UserError(
-            f"{text}: no such file or folder; expected one, or a dataset of the Hugging Face Hub such as"
-            " owner/name@COMMIT"
-        )
-    return from_hub(named[1], named[2], patterns, download)
+            message = f"--files: {text} is on this machine, but --files is for Hub datasets. Name the file itself."
+            raise UserError(Problem("option-without-effect", message))
+        return open_local(text, path)
+    hub_name = HUB_DATASET.fullmatch(text)
+    if not hub_name:
+        fix = "Name a file, a folder, or a dataset of the Hugging Face Hub such as owner/name@COMMIT."
+        raise UserError(Problem("source-missing", f"{text}: the file or folder does not exist. {fix}"))
+    return open_hub(hub_name[1], hub_name[2], patterns, download)
 
 
-def on_this_machine(text: str, path: Path) -> Source:
+def open_local(text: str, path: Path) -> Source:
     if not path.is_dir() and not path.is_file():
-        raise UserError(f"{text}: is neither a file nor a folder")
+        raise UserError(Problem("source-not-regular", f"{text}: the source is neither a file nor a folder. Name one."))
     if path.is_dir():
         return Source(text, path, files_below(path), license=license_of(path))
     return Source(text, path.parent, (path.name,), is_file=True)
@@ -69,25 +69,26 @@ def files_below(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(str(name) for name in names if not any(part.startswith(".") for part in name.parts)))
 
 
-def from_hub(name: str, revision: str | None, patterns: Sequence[str], download: Path) -> Source:
-    """A download that was killed goes on: files that are whole are not fetched again."""
+def open_hub(name: str, revision: str | None, patterns: Sequence[str], download: Path) -> Source:
+    """Download a dataset. After a kill, complete files are not downloaded again."""
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
     wanted_revision = revision or "the default branch"
     api = huggingface_hub.HfApi()
-    with hub.explained(name, name, "dataset", wanted_revision):
+    with hub.user_errors(COMMAND, name, "dataset", wanted_revision):
         info = api.dataset_info(name, revision=revision)
     commit = str(info.sha)
     if revision != commit:
         log.info("revision    %s of %s is commit %s", wanted_revision, name, commit)
-    there = sorted(sibling.rfilename for sibling in info.siblings or [])
-    wanted = list(filter_repo_objects(there, allow_patterns=list(patterns) or None, ignore_patterns=hub.NEVER_FETCHED))
+    names = sorted(sibling.rfilename for sibling in info.siblings or [])
+    wanted = list(filter_repo_objects(names, allow_patterns=list(patterns) or None, ignore_patterns=hub.NEVER_FETCHED))
     if not wanted:
-        shown = ", ".join(there[:5]) or "no files"
-        raise UserError(f"--files: no file of {name} matches {list(patterns) or ['*']}; it has {shown}")
+        found = ", ".join(names[:5]) or "no files"
+        text = f"--files: no file of {name} matches {' '.join(patterns) or '*'}. The dataset has {found}."
+        raise UserError(Problem("files-unmatched", text))
     log.info("download    %s of %s at %s", plural(len(wanted), "file"), name, commit[:12])
-    with hub.explained(name, name, "dataset", commit):
+    with hub.user_errors(COMMAND, name, "dataset", commit):
         api.snapshot_download(
             name,
             repo_type="dataset",
@@ -96,17 +97,18 @@ def from_hub(name: str, revision: str | None, patterns: Sequence[str], download:
             allow_patterns=list(patterns) or None,
             ignore_patterns=hub.NEVER_FETCHED,
         )
-    # The client takes a folder half full for the snapshot where it loses the Hub in between.
+    # The client returns an incomplete folder if it loses the connection in between.
     missing = [file for file in wanted if not (download / file).is_file()]
     if missing:
-        raise UserError(f"{name}: {plural(len(missing), 'file')} did not arrive, such as {missing[0]}; run again")
+        text = f"{name}: {plural(len(missing), 'file')} did not arrive, such as {missing[0]}. Run the command again."
+        raise UserError(Problem("download-incomplete", text))
     stated = info.card_data.get("license") if info.card_data else None
     files = tuple(file for file in wanted if not file.startswith("."))
     return Source(name, download, files, revision=commit, license=stated)
 
 
 def license_of(folder: Path) -> str | list[str] | None:
-    """What the header of a folder's README.md states, as the Hub's dataset cards do."""
+    """Return the license in the header of a folder's README.md, as in dataset cards of the Hub."""
     import huggingface_hub
 
     card = folder / "README.md"
@@ -114,5 +116,5 @@ def license_of(folder: Path) -> str | list[str] | None:
         return None
     try:
         return huggingface_hub.DatasetCard.load(card).data.get("license")
-    except (ValueError, OSError):  # a README.md of another kind
+    except (ValueError, OSError):  # a README.md that is no dataset card
         return None

@@ -1,8 +1,8 @@
-"""WebDataset files (.tar): members with one name up to its first dot -> samples.
+"""WebDataset files (.tar): members with the same name up to its first dot are one sample.
 
-One member is the image; ``.json`` holds the caption column, else each line of ``.txt`` or ``.caption`` is one caption;
-``a.mask.png`` is the mask of ``a.jpg``. Read by ``tarfile``: the reader of ``datasets`` refuses a file that mixes .png
-and .jpg images, and takes one that was cut off for a whole one.
+One member is the image. ``.json`` holds the caption column, or each line of ``.txt`` or ``.caption`` is one caption.
+``a.mask.png`` is the mask of ``a.jpg``. ``tarfile`` reads the members: the reader of ``datasets`` refuses a file that
+mixes .png and .jpg images, and does not notice one that was cut off.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from lora_dag.commands.import_dataset.samples import Columns, Sample
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from stages.prepare import captions
-from stages.prepare.listing import Problem
-from stages.prepare.names import NUM_EXAMPLES, SUFFIXES, TEXTS, nfc, short
-from stages.prepare.side_files import MASKS
-from stages.prepare.tables import parse_object
+from stages.prepare.file_names import NUM_EXAMPLES, nfc, short
+from stages.prepare.file_tree import IMAGE_SUFFIXES, TEXTS
+from stages.prepare.listing import RowProblem, row_problems
+from stages.prepare.metadata_tables import parse_object
+from stages.prepare.side_images import MASKS
 
 BLOCK = 512
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\x00": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 END_READ = 2**20
-"""Bytes behind a file's end mark that are looked at in one read."""
+"""Bytes after a file's end mark that are checked in one read."""
 
 
 @dataclass
 class Group:
-    """Members with one name up to its first dot."""
+    """Members with the same name up to its first dot."""
 
     images: list[tarfile.TarInfo] = field(default_factory=list)
     masks: list[tarfile.TarInfo] = field(default_factory=list)
@@ -44,13 +45,13 @@ class TarShard:
     split: str
     columns: Columns
     groups: dict[str, Group]
-    """Of those with an image, by their common name."""
-    problems: list[Problem]
+    """Groups with an image, by their common name."""
+    problems: list[RowProblem]
 
     def __len__(self) -> int:
         return len(self.groups)
 
-    def samples(self) -> Iterator[Sample | Problem]:
+    def samples(self) -> Iterator[Sample | RowProblem]:
         yield from self.problems
         with tarfile.open(self.path, "r:") as tar:
             for number, (key, group) in enumerate(self.groups.items()):
@@ -58,14 +59,15 @@ class TarShard:
                 try:
                     yield self.sample(tar, key, group, number, place)
                 except UserError as error:
-                    yield Problem(place, str(error))
+                    yield from row_problems(error.problems, place)
 
     def sample(self, tar: tarfile.TarFile, key: str, group: Group, number: int, place: str) -> Sample:
         kinds = {"images": group.images, "masks": group.masks, "caption members": group.texts, ".json": group.jsons}
-        for what, members in kinds.items():
+        for noun, members in kinds.items():
             if len(members) > 1:
                 names = ", ".join(short(member.name) for member in members[:NUM_EXAMPLES])
-                raise UserError(f"'{short(key)}' has {len(members)} {what} ({names}); keep one")
+                text = f"'{short(key)}' has {len(members)} {noun} ({names}). Keep one."
+                raise UserError(Problem("sample-ambiguous", text))
         (image,) = group.images
         return Sample(
             place,
@@ -87,55 +89,62 @@ class TarShard:
                 return captions.from_value(record, column)
         if group.texts:
             return captions.from_text(read_member(tar, group.texts[0]), short(group.texts[0].name))
-        cure = f"a .txt, or a .json with '{column}', beside it (--caption-column names another key)"
-        raise UserError(f"no caption; pack {cure}, or import without captions: --no-captions")
+        text = (
+            f"the image has no caption. Add a .txt member or a .json member with '{column}' of the same name, choose"
+            " another key with --caption-column, or use --no-captions."
+        )
+        raise UserError(Problem("caption-missing", text))
 
 
 def open_tar(path: Path, place: str, split: str, columns: Columns) -> TarShard:
-    """A .tar file whose members were listed to its end.
+    """Return a .tar file after listing its members to the end.
 
     Raises:
-        UserError: it is compressed, damaged, cut off, joined from several files, or no .tar at all.
+        UserError: the file is compressed, damaged, cut off, joined from several files, or no .tar file.
     """
     with path.open("rb") as file:
         start = file.read(8)
-    if cure := next((command for magic, command in COMPRESSED.items() if start.startswith(magic)), None):
-        raise UserError(f"{place}: compressed; unpack it first: {cure}")
+    if command := next((command for magic, command in COMPRESSED.items() if start.startswith(magic)), None):
+        raise UserError(Problem("archive-compressed", f"{place}: the file is compressed. Unpack it with {command}."))
     try:
         with tarfile.open(path, "r:") as tar:
             members = tar.getmembers()
             require_end(tar, len(members), place)
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
-        if getattr(error, "errno", errno.EINVAL) != errno.EINVAL:  # that is a place that no file has
+        if getattr(error, "errno", errno.EINVAL) != errno.EINVAL:  # EINVAL: an offset that no file has
             raise
         reason = str(error) or type(error).__name__
-        raise UserError(f"{place}: no .tar file, or a damaged one ({reason}); restore it") from None
-    groups, problems = grouped(members, place)
+        text = f"{place}: the file is damaged or is no .tar file ({reason}). Restore it."
+        raise UserError(Problem("shard-damaged", text)) from None
+    groups, problems = group_members(members, place)
     return TarShard(path, place, split, columns, groups, problems)
 
 
 def require_end(tar: tarfile.TarFile, num_members: int, place: str) -> None:
-    """``tarfile`` stops without an error at a header that it cannot read, and at the end mark of the first of two files
-    that were joined.
+    """Require an end mark after the last member, and nothing after the end mark.
+
+    ``tarfile`` stops without an error at an invalid header, and at the end mark of the first of two joined files.
 
     Raises:
-        UserError: it did.
+        UserError: the file is cut off or joined from several files.
     """
     file = tar.fileobj
     assert file is not None
     file.seek(tar.offset)
     if file.read(BLOCK) != bytes(BLOCK):
-        raise UserError(f"{place}: damaged or cut off after {num_members} members; restore it")
+        text = f"{place}: the file is damaged or cut off after {num_members} members. Restore it."
+        raise UserError(Problem("shard-damaged", text))
     while rest := file.read(END_READ):
         if any(rest):
-            raise UserError(
-                f"{place}: goes on behind its end mark, after {num_members} members, as .tar files do that were joined"
-                " by cat; unpack it with tar --ignore-zeros and pack it anew"
+            text = (
+                f"{place}: data follows the end mark after {num_members} members, as in .tar files joined by cat."
+                " Unpack it with tar --ignore-zeros and pack it again."
             )
+            raise UserError(Problem("shard-joined", text))
 
 
-def grouped(members: list[tarfile.TarInfo], place: str) -> tuple[dict[str, Group], list[Problem]]:
-    """The groups that have an image; and images that are links, devices or in the file twice."""
+def group_members(members: list[tarfile.TarInfo], place: str) -> tuple[dict[str, Group], list[RowProblem]]:
+    """Return the groups with an image, and problems for images that are links, devices or in the file twice."""
     groups: dict[str, Group] = {}
     problems = []
     seen: set[str] = set()
@@ -145,14 +154,19 @@ def grouped(members: list[tarfile.TarInfo], place: str) -> tuple[dict[str, Group
         if member.isdir() or path.name.startswith("."):  # macOS packs a hidden file beside each
             continue
         if str(path) in seen or not member.isreg() or member.sparse:
-            if suffix in SUFFIXES:
-                what = "is in the file twice" if str(path) in seen else "is a link or device, not an image"
-                problems.append(Problem(f"{place}::{short(member.name)}", f"{what}; pack the files anew"))
+            if suffix in IMAGE_SUFFIXES:
+                member_place = f"{place}::{short(member.name)}"
+                if str(path) in seen:
+                    text = "the member is in the file twice. Pack the files again."
+                    problems.append(RowProblem("member-twice", text, member_place))
+                else:
+                    text = "the member is a link or device, not an image. Pack the images themselves."
+                    problems.append(RowProblem("member-not-regular", text, member_place))
             continue
         seen.add(str(path))
         base, _, rest = path.name.partition(".")
         group = groups.setdefault(nfc(str(path.parent / base)), Group())
-        if suffix in SUFFIXES:
+        if suffix in IMAGE_SUFFIXES:
             (group.masks if rest.partition(".")[0].lower() in MASKS else group.images).append(member)
         elif suffix in TEXTS:
             group.texts.append(member)
@@ -162,14 +176,15 @@ def grouped(members: list[tarfile.TarInfo], place: str) -> tuple[dict[str, Group
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """A regular file's bytes.
+    """Return the bytes of a regular member.
 
     Raises:
-        UserError: the .tar file changed since its members were listed.
+        UserError: the .tar file changed after its members were listed.
     """
     try:
         file = tar.extractfile(member)
         assert file is not None  # regular
         return file.read()
     except tarfile.TarError as error:
-        raise UserError(f"changed while it was read ({error}); restore the .tar file") from None
+        text = f"the .tar file changed while it was read ({error}). Restore it and run the command again."
+        raise UserError(Problem("shard-changed", text)) from None

@@ -1,4 +1,4 @@
-"""Tables -> two DataFrames: a row for each run, which is leaderboard.csv, and a row for each setting."""
+"""Tables -> two DataFrames: one row per run, which is leaderboard.csv, and one row per setting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.commands.compare.confounds import confounds
-from lora_dag.commands.leaderboard.ranking import Standing, Table, front
+from lora_dag.commands.leaderboard.ranking import SettingResult, Table, front
 from lora_dag.commands.leaderboard.results import Result
 from lora_dag.evaluation import bootstrap
 from lora_dag.evaluation.bootstrap import Estimate
@@ -40,11 +40,11 @@ class Board:
     tables: Sequence[Table]
     unfinished: Sequence[Result]
     keys: list[str]
-    """Swept keys but the seed's."""
+    """Swept keys without the seed."""
     runs: pd.DataFrame
     """FIELDS and ``keys``: the runs of the best setting of the first table first, those without a result last."""
     settings: pd.DataFrame
-    """By table and rank, from 1: MEASURED and train_seconds, means over seeds, NaN where a run lacks one; and front."""
+    """Row per table and rank, from 1: front, MEASURED and train_seconds, as means over seeds; NaN if a run has none."""
 
 
 def make_board(tables: Sequence[Table], unfinished: Sequence[Result]) -> Board:
@@ -53,12 +53,12 @@ def make_board(tables: Sequence[Table], unfinished: Sequence[Result]) -> Board:
     swept = swept_keys([*runs_of(tables), *(result.run for result in unfinished)])
     keys = [key for key in swept if key != SEED]
     lines = [
-        {"table": number, "rank": rank} | of_run(result, keys) | of_result(each, standing, index)
+        {"table": number, "rank": rank} | run_columns(result, keys) | result_columns(each, standing, index)
         for number, each in enumerate(tables, 1)
-        for rank, standing in enumerate(each.standings, 1)
+        for rank, standing in enumerate(each.ranking, 1)
         for index, result in enumerate(standing.results)
     ]
-    lines += [of_run(result, keys) | {"state": "not finished", "reason": result.reason} for result in unfinished]
+    lines += [run_columns(result, keys) | {"state": "not finished", "reason": result.reason} for result in unfinished]
     runs = pd.DataFrame(lines, columns=[*(field for field in FIELDS if field != "front"), *keys])
     runs = runs.astype({"table": "Int64", "rank": "Int64"} | dict.fromkeys(NUMBERS, "float64"))
     settings = mean_costs(runs)
@@ -67,13 +67,13 @@ def make_board(tables: Sequence[Table], unfinished: Sequence[Result]) -> Board:
     return Board(tables, unfinished, keys, runs[[*FIELDS, *keys]], settings.drop(columns="setting_loss"))
 
 
-def of_run(result: Result, keys: Sequence[str]) -> dict[str, object]:
-    overrides = {key: show(asked(result.run, key)) for key in keys}
+def run_columns(result: Result, keys: Sequence[str]) -> dict[str, object]:
+    overrides = {key: format_value(planned_value(result.run, key)) for key in keys}
     return {"run": result.run.name, "dataset": result.run.value(SOURCE), "seed": result.seed} | overrides
 
 
-def of_result(each: Table, standing: Standing, index: int) -> dict[str, object]:
-    """Losses are in MSE; the change of one run is over pictures alone."""
+def result_columns(each: Table, standing: SettingResult, index: int) -> dict[str, object]:
+    """Return the columns of a result. Losses are MSE; the change of one run is estimated over images only."""
     result, losses = standing.results[index], standing.losses[index]
     change = bootstrap.estimate(losses - standing.base, seed=0)
     best = standing.against_best or Estimate(0.0, 0.0, 0.0)
@@ -88,18 +88,18 @@ def of_result(each: Table, standing: Standing, index: int) -> dict[str, object]:
         "seed_sd": each.seed_sd,
         **{column: result.number(name) for column, name in MEASURED.items()},
         "train_seconds": result.seconds,
-        "differs_too": re.sub(r"\*\*|`", "", " ".join(confounds(result.done, each.standings[0].results[0].done))),
+        "differs_too": re.sub(r"\*\*|`", "", " ".join(confounds(result.done, each.ranking[0].results[0].done))),
     }
 
 
 def mean_costs(runs: pd.DataFrame) -> pd.DataFrame:
-    """By table and rank: means over the setting's runs, NaN where one of them lacks the number."""
+    """Return means over the runs of each setting, by table and rank; NaN if a run lacks the number."""
     groups = runs.groupby(["table", "rank"])[["setting_loss", *MEASURED, "train_seconds"]]
     return groups.mean().where(groups.count().eq(groups.size(), axis="index"))
 
 
 def fronts(settings: pd.DataFrame) -> pd.Series:
-    """``size time``: the Pareto fronts of loss against size and time (two digits), where known of all of a table."""
+    """Return ``size time``: the Pareto fronts of loss against size and time (two digits), if known for the table."""
     found = settings["setting_loss"].map(lambda loss: "")
     times = settings["train_seconds"].map(lambda seconds: float(f"{seconds:.2g}"))
     for name, costs in (("size", settings["megabytes"]), ("time", times)):
@@ -111,7 +111,7 @@ def fronts(settings: pd.DataFrame) -> pd.Series:
 
 
 def write_csv(board: Board) -> str:
-    """Every run; six significant digits."""
+    """Return the CSV of all runs, with six significant digits."""
     columns = [column for column in board.runs if column != SOURCE]  # which is `dataset`
     return board.runs.to_csv(columns=columns, index=False, float_format="%.6g", lineterminator="\n")
 
@@ -120,19 +120,19 @@ def write_csv(board: Board) -> str:
 
 
 def runs_of(tables: Sequence[Table]) -> list[Run]:
-    return [result.run for each in tables for standing in each.standings for result in standing.results]
+    return [result.run for each in tables for standing in each.ranking for result in standing.results]
 
 
 def swept_keys(runs: Sequence[Run]) -> list[str]:
-    """Dotted keys that the sweep gives more than one value."""
+    """Return dotted keys with more than one value in the sweep."""
     keys = dict.fromkeys(key for run in runs for key in run.overrides)
-    return [key for key in keys if len({json.dumps(asked(run, key), sort_keys=True) for run in runs}) > 1]
+    return [key for key in keys if len({json.dumps(planned_value(run, key), sort_keys=True) for run in runs}) > 1]
 
 
-def asked(run: Run, key: str) -> Any:
-    """The run's value; null where it overrides with that, such as ``lora.alpha``, which then is each run's own rank."""
+def planned_value(run: Run, key: str) -> Any:
+    """Return the run's value; null if the override is null, as for ``lora.alpha``, which then is the run's rank."""
     return None if run.overrides.get(key, ...) is None else run.value(key)
 
 
-def show(value: object) -> str:
+def format_value(value: object) -> str:
     return f"{value}" if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)

@@ -1,10 +1,11 @@
-"""``NAME.safetensors`` with keys as ComfyUI reads them; no program here runs ComfyUI, so reader.py reads them back.
+"""``NAME.safetensors`` with the keys that ComfyUI reads. ComfyUI itself is not run here: reader.py loads the file back.
 
-Of a UNet kohya's: lora_down, lora_up, alpha. Of a transformer diffusers' own, lora_A and lora_B without an alpha,
-the strength in B: diffusers reads that file too. Besides dora_scale, diff_b; of LyCORIS lokr_*, hada_*, alpha.
-ComfyUI divides a DoRA layer by the base's row norms where PEFT divides by those of W + s B A: dora_scale is the
-magnitude times their ratio, exact at strength 1. It brings the rows of B A into the order of the original
-checkpoint, and takes those of dora_scale for being in it.
+A UNet has kohya's keys: lora_down, lora_up, alpha. A transformer has diffusers' keys, lora_A and lora_B without alpha
+and with the strength in B, so that diffusers reads the file too. Further keys are dora_scale and diff_b, and for
+LyCORIS lokr_*, hada_* and alpha.
+For DoRA, ComfyUI divides by the row norms of the base, PEFT by the row norms of W + s B A. So dora_scale is the
+magnitude times the ratio of both norms, which is exact at strength 1. ComfyUI reorders the rows of B A for the original
+checkpoint, but expects dora_scale in the checkpoint's order.
 """
 
 from __future__ import annotations
@@ -26,18 +27,20 @@ FILE = "{name}.safetensors"
 READER = "a reader of ComfyUI's keys"
 IS_ADAPTER = True
 LOADED_BY_PEFT = False
-LIMIT = "The file for ComfyUI was read by a reader of its keys and rows; ComfyUI itself was not run."
+CAVEAT = "The ComfyUI file was checked by a reader of ComfyUI's keys, not by ComfyUI itself."
 TOLERANCE = 1e-5  # of a layer's largest weight, float32
 
 
-def refuse(adapter: AdapterKind) -> str:
+def unsupported_reason(adapter: AdapterKind) -> str:
+    """Return why the format cannot hold the adapter; empty if it can."""
     if adapter.denoiser != "unet" and adapter.bias != "none":
-        return "ComfyUI joins a transformer's q, k and v into one layer, whose bias no key names"
+        return "ComfyUI joins q, k and v of a transformer into one layer, and no key names its bias (lora.bias)"
     return ""
 
 
 def write(export: Export, folder: Path) -> None:
-    from lora_dag.adapters.adapted import file_name
+    """Write the files into ``folder``."""
+    from lora_dag.adapters.adapter_set import file_name
     from lora_dag.adapters.adapter_tensors import kohya_network
 
     tensors: Tensors = {}
@@ -55,12 +58,12 @@ def write(export: Export, folder: Path) -> None:
 
 
 def key(name: str, prefix: str) -> str:
-    """``down_blocks.0.conv`` -> ``lora_unet_down_blocks_0_conv``; a prefix that ends in a dot keeps the name."""
+    """Return the key of a layer: ``lora_unet_down_blocks_0_conv``. A prefix that ends in a dot keeps the dots."""
     return prefix + (name if prefix.endswith(".") else name.replace(".", "_"))
 
 
 def layer_tensors(part: AdapterTensors, name: str, is_kohyas: bool) -> Tensors:
-    """A target's tensors by their last names."""
+    """Return the tensors of a layer by the last part of their keys."""
     import torch
 
     from lora_dag.adapters.original_layout import swap_halves
@@ -79,15 +82,16 @@ def layer_tensors(part: AdapterTensors, name: str, is_kohyas: bool) -> Tensors:
 
 
 def lycoris_tensors(part: AdapterTensors, name: str) -> Tensors:
-    """A target's tensors and alpha, as LyCORIS names them; so does PEFT.
+    """Return the tensors and alpha of a layer by the names of LyCORIS, which PEFT also uses.
 
-    LoKr's second factor of a convolution in Tucker form is written whole: ComfyUI 0.29.0 leaves out a layer with
-    lokr_t2. Two whole factors have the strength in the first one: LyCORIS and ComfyUI do not scale them, PEFT does.
+    A second factor of LoKr in Tucker form (convolutions) is multiplied out, because ComfyUI 0.29.0 skips layers with
+    lokr_t2. With two full factors the strength is multiplied into the first one, because PEFT scales them, but LyCORIS
+    and ComfyUI do not.
     """
     import torch
     from peft.tuners.lokr.layer import make_weight_cp
 
-    scaling, tensors = part.scalings[name], part.of_layer(name)
+    scaling, tensors = part.scalings[name], part.layer_tensors(name)
     if "lokr_t2" in tensors:
         tucker = (tensors.pop(leaf) for leaf in ("lokr_t2", "lokr_w2_a", "lokr_w2_b"))
         tensors["lokr_w2"] = make_weight_cp(*tucker).contiguous()
@@ -98,28 +102,28 @@ def lycoris_tensors(part: AdapterTensors, name: str) -> Tensors:
 
 
 def load_back(export: Export, folder: Path) -> LoadedBack:
-    """Our own reader of ComfyUI's keys, on the layers of the original checkpoint."""
+    """Load the file by our own reader of ComfyUI's keys, into the layers of the original checkpoint."""
     from lora_dag.formats.comfyui import reader
 
     modules = export.load_base()
     denoiser, *encoders = modules.adapted.values()
-    found = reader.read(denoiser, folder / FILE.format(name=export.name), text_encoders=encoders)
-    if not found.unread:
-        require_layers(export, modules, found.weights)
+    patch = reader.read(denoiser, folder / FILE.format(name=export.name), text_encoders=encoders)
+    if not patch.unread:
+        require_layers(export, modules, patch.weights)
     patched = contextlib.ExitStack()
-    patched.enter_context(reader.in_place(reader.parameters(denoiser, encoders), found.weights))
-    return LoadedBack(modules, found.unread, patched.close)
+    patched.enter_context(reader.swapped_in(reader.parameters(denoiser, encoders), patch.weights))
+    return LoadedBack(modules, patch.unread, patched.close)
 
 
 def require_layers(export: Export, modules: BaseModules, weights: Tensors) -> None:
-    """Compare every adapted layer, of which outputs show few.
+    """Compare the weights of every adapted layer, since outputs hardly depend on some layers.
 
     Args:
-        modules: the fresh base; it is the same afterwards.
-        weights: parameter's name -> its value with the file in it.
+        modules: the fresh base, which is restored afterwards.
+        weights: parameter -> value with the file applied.
 
     Raises:
-        RuntimeError: the file makes a layer another one than training did.
+        RuntimeError: a layer differs from the trained one.
     """
     import torch
 
@@ -134,15 +138,16 @@ def require_layers(export: Export, modules: BaseModules, weights: Tensors) -> No
                 layer = module.get_submodule(name)
                 base = layer.get_base_layer().weight
                 expected = (base + layer.get_delta_weight(lora.NAME)) * part.row_factors.get(name, 1.0)
-                own = weights.get(f"{prefix}{name}.weight", base)
-                error = float((own - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+                patched_weight = weights.get(f"{prefix}{name}.weight", base)
+                error = float((patched_weight - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
             worst = max(worst, error)
             if not error <= TOLERANCE:
-                raise RuntimeError(f"the comfyui export makes {prefix}{name} other than training did: {error:.3g}")
+                raise RuntimeError(f"{prefix}{name} of the comfyui export differs from the trained layer: {error:.3g}")
         lora.delete(module)
-    log.info("comfyui     in the original checkpoint's layers, largest relative difference of a weight %.2g", worst)
+    log.info("comfyui     largest relative difference of a weight in the original checkpoint's layers %.2g", worst)
 
 
 def usage(card: Card) -> str:
+    """Return Markdown on how to load the files."""
     end = ", and load it at strength 1, where DoRA is exact." if card.use_dora else "."
     return f"With ComfyUI: put `comfyui/{FILE.format(name=card.name)}` below `models/loras`{end}"

@@ -25,10 +25,10 @@ function sorted(rows, column, sign) {
     isText(a) - isText(b) || sign * (isText(a) ? text(a).localeCompare(text(b)) : number(a) - number(b)));
 }
 
-// Enlarge a picture; Escape or a click closes it.
+// Enlarge an image; Escape or a click closes it.
 const dialog = document.querySelector("dialog");
 dialog.onclick = () => dialog.close();
-for (const button of document.querySelectorAll(".picture")) {
+for (const button of document.querySelectorAll(".image")) {
   button.onclick = () => {
     dialog.className = button.classList.contains("plot") ? "plot" : "";
     dialog.replaceChildren(button.firstElementChild.cloneNode());

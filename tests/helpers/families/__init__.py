@@ -1,4 +1,4 @@
-"""What tests know of each family, a file each: its tiny pipeline, the stock calls, and the numbers that are recorded.
+"""Test data of each family, a file each: a tiny pipeline, calls of the unchanged pipeline, and recorded numbers.
 
 A file here has, for the family of its name:
 
@@ -27,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Stock:
-    """One pipeline class."""
+    """Unchanged pipeline of one class."""
 
     cls: str
     encode: Callable[[Any, list[str]], Tensors]
@@ -35,7 +35,7 @@ class Stock:
     call: Callable[[Any, torch.Tensor, torch.Tensor, Tensors], torch.Tensor]
     """(pipeline, noisy latents, timesteps as the model counts them, conditioning) -> the denoiser's output."""
     unpack: Callable[[Any, Any], torch.Tensor] = lambda pipeline, latents: latents
-    """(pipeline, what the denoiser takes and returns for a square picture) -> [B, C, h, w]."""
+    """(pipeline, what the denoiser takes and returns for a square image) -> [B, C, h, w]."""
     sign: int = 1
     """What the pipeline multiplies the denoiser's output by."""
     options: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
@@ -45,7 +45,7 @@ class Stock:
 
 
 def case(name: str) -> Any:
-    """The file of a family; its pipeline's classes are imported with it."""
+    """Return the file of a family, which imports its pipeline's classes."""
     return importlib.import_module(f"tests.helpers.families.{name}")
 
 
@@ -54,7 +54,7 @@ def stock_of(name: str) -> Stock:
 
 
 def save(name: str, folder: Path) -> Path:
-    """The family's tiny pipeline in the diffusers layout."""
+    """Save the family's tiny pipeline in the diffusers layout."""
     torch.manual_seed(0)
     pipeline = case(name).build()
     modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]

@@ -13,7 +13,7 @@ from tests.helpers.pipelines import clip, clip_tokenizer, t5, t5_tokenizer, vae
 from tests.helpers.single_files import sd3_transformer
 
 LOSSES = [1.69002, 1.71176, 1.66376]
-ENCODERS = (1, "0142be795761f09f")
+ENCODERS = (1, "870952353671c3b2")
 COMFYUI = ("SD3", {})
 ATTENTIONS = ("0.x_block.attn", "0.x_block.attn2", "0.context_block.attn", "1.x_block.attn", "1.context_block.attn")
 ORIGINAL_NORMS = [
@@ -24,7 +24,7 @@ SINGLE_FILE = sd3_transformer
 
 
 def build() -> StableDiffusion3Pipeline:
-    """As SD 3.5: normalised queries and keys, a block with a second attention; CLIP's features are padded to T5's."""
+    """Build a pipeline like SD 3.5: normalized queries and keys, a second attention, CLIP padded to T5's width."""
     tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
     return StableDiffusion3Pipeline(
         vae=vae(16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),

@@ -19,7 +19,7 @@ SINGLE_FILE = checkpoint
 
 
 def build() -> StableDiffusionXLPipeline:
-    """Encoders of 16 and 32 features, so that a swap shows; pixels in multiples of 8."""
+    """Build encoders of 16 and 32 features, so that a swap is noticed; pixels in multiples of 8."""
     tokenizer = clip_tokenizer()
     return StableDiffusionXLPipeline(
         vae=vae(force_upcast=True),

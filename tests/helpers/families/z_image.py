@@ -11,7 +11,7 @@ from tests.helpers.families import Stock, Tensors
 from tests.helpers.pipelines import qwen, qwen_tokenizer, vae
 
 LOSSES = [1.63893, 1.70048, 1.58624]
-ENCODERS = (1, "ba35c8040ff18250")
+ENCODERS = (1, "e8b68857baa6a4e1")
 COMFYUI = (
     "ZImage",
     {
@@ -26,7 +26,7 @@ SINGLE_FILE = None
 
 
 def build() -> ZImagePipeline:
-    """Trained padding tokens are not the zeros that they start as."""
+    """Build the pipeline, with padding tokens other than the initial zeros."""
     tokenizer = qwen_tokenizer()
     transformer = ZImageTransformer2DModel(
         dim=32,
@@ -50,7 +50,7 @@ def build() -> ZImagePipeline:
 
 
 def encode(pipe: Any, captions: list[str]) -> Tensors:
-    """The list that the pipeline returns, one [its length, D] each, laid into zeros of the longest it reads."""
+    """Return the pipeline's list of [length, D], padded with zeros to the limit."""
     embeds, _ = pipe.encode_prompt(list(captions), do_classifier_free_guidance=False)  # it edits the list
     found = {"prompt_embeds": torch.zeros(len(embeds), 512, embeds[0].shape[1])}
     found["prompt_embeds_mask"] = torch.zeros(len(embeds), 512)
