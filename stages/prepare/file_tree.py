@@ -22,7 +22,7 @@ COMPANIONS = {".md", ".rst", ".dvc", ".npz", ".npy", ".pt", ".safetensors", ".xm
 """Suffixes of files beside images that are ignored silently, such as the caches of other trainers."""
 SYSTEMS = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information", "lost+found"}
 """Folders that network disks, macOS, Windows and Linux make, in lower case, such as thumbnails and deleted files."""
-ABOUT = {"authors", "changelog", "copying", "credits", "license", "notice", "readme"}
+ABOUT = {"authors", "changelog", "copying", "credits", "licence", "license", "notice", "readme"}
 """Names without their suffix, in lower case, of files about a dataset."""
 
 

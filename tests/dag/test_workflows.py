@@ -163,7 +163,7 @@ class Runner:
 
     def would_run(self, job: str) -> bool:
         """The job's condition."""
-        text = load("experiment.yml")["jobs"][job]["if"].replace("!canceled()", "True")
+        text = load("experiment.yml")["jobs"][job]["if"].replace("!cancelled()", "True")
         text = text.replace("&&", " and ").replace("||", " or ")
         return bool(eval(re.sub(r"\b(?:github|needs)(?:\.\w+)+", lambda m: repr(self.values.get(m[0], "")), text)))
 

@@ -30,7 +30,7 @@ def test_text_files_beside_images(here: Path) -> None:
 
 
 def test_captions_named_like_licenses(here: Path) -> None:
-    write_files(here, "license plate 1.png", "README.png", "notice.jpg", "LICENSE.txt")
+    write_files(here, "license plate 1.png", "README.png", "notice.jpg", "LICENSE.txt", "LICENCE")
     write_files(here, **{"license plate 1": "a plate", "README": "a page", "notice": "a sign"})
     listing = listed(here)
     assert captions(listing) == {
