@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import shutil
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lora_dag.bases import image_sizes, resolve
@@ -19,6 +20,7 @@ from lora_dag.commands.check_machine import (
     existing,
     package_problems,
 )
+from lora_dag.commands.check_memory import check_memory
 from lora_dag.commands.check_settings import (
     machine_notes,
     mapping_notes,
@@ -55,6 +57,9 @@ OPEN_SECONDS = 30.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
+    parser.add_argument(
+        "--memory", type=float, metavar="GB", help="memory that the run must fit into (default: this device's own)"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -65,8 +70,8 @@ def main(args: argparse.Namespace) -> None:
     family = load_family(model.family)
     base = resolve.check(model, family)
     found: list[Problem] = [*package_problems(), *base.problems, *size_problems(config, base.configs)]
-    opened: list[str] = []
-    found += [*dataset_problems(config, opened), *setting_problems(config), *disk_problems()]
+    seen = check_dataset(config)
+    found += [*seen.problems, *setting_problems(config), *disk_problems()]
     found += feature_files.model_problems(config.section(ValidateParams).feature_model)
     notes = dict.fromkeys(text for each in runs for text in snapshot_notes(each.config))
     notes |= dict.fromkeys(mapping_notes(config))
@@ -75,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
     others = {
         each.stage_folders["prepare"]: each.config for each in runs if each.config.section(DatasetParams) != dataset
     }
-    found += [problem for other in others.values() for problem in dataset_problems(other, [])]
+    found += [problem for other in others.values() for problem in check_dataset(other).problems]
     found += [problem for problem in sweep_problems(runs) if problem not in found]
     if found:
         raise UserError(*found)
@@ -86,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     if base.to_do:
         log.info("            %s", base.to_do)
     log.info("dataset     %s", dataset.source)
-    log.info("images      %s", *opened)
+    log.info("images      %s", seen.opened)
     log.info("packages    %s", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
     log.info("disk        %.1f GB free for the state directory", shutil.disk_usage(existing(state_dir())).free / 1e9)
     device = check_device(config, base.configs)  # from here on it imports torch, which takes seconds
@@ -94,6 +99,8 @@ def main(args: argparse.Namespace) -> None:
         check_objective(config, base.configs)
         check_captions(base.configs)
         check_training(config, base.configs, device)
+        size = max(buckets(dataset), key=lambda size: size[0] * size[1])
+        check_memory(config, base.configs, size, seen.captions, device, args.memory and args.memory * 1e9)
     check_features(config.section(ValidateParams), device)
 
 
@@ -102,21 +109,25 @@ def size_problems(config: Config, configs: ModelParams | None) -> list[Problem]:
     if configs is None:
         return []
     model, dataset = config.section(ModelParams), config.section(DatasetParams)
-    sizes = buckets(dataset) if dataset.aspect_buckets else [(dataset.resolution, dataset.resolution)]
-    return [*image_sizes.size_problems(configs, load_family(model.family), sizes, model.pretrained)]
+    return [*image_sizes.size_problems(configs, load_family(model.family), buckets(dataset), model.pretrained)]
 
 
-def dataset_problems(config: Config, opened: list[str]) -> list[Problem]:
-    """Return the problems of rows, images and split that prepare would find.
+@dataclass(frozen=True)
+class CheckedDataset:
+    problems: list[Problem]
+    """Problems of rows, images and split that prepare would find."""
+    opened: str = ""
+    """Text with the number of opened images."""
+    captions: list[str] = field(default_factory=list)
+    """First caption of each image, with the prefix of its subset."""
 
-    Args:
-        opened: gets a text with the number of opened images.
-    """
+
+def check_dataset(config: Config) -> CheckedDataset:
+    """Read the rows, open images for some seconds, and log warnings and notes."""
     dataset = config.section(DatasetParams)
     try:
         listing = list_entries(dataset)
         inspected = open_images(listing, dataset)
-        opened.append(opened_text(inspected, listing))
         num_problems = len(listing.problems) + len(inspected.problems)
         is_all = inspected.num_inspected == len(listing.entries)
         assignment = split.assign_splits(inspected.rows, dataset, num_problems) if is_all and inspected.rows else None
@@ -130,12 +141,11 @@ def dataset_problems(config: Config, opened: list[str]) -> list[Problem]:
         ]
         if unrelated := default_texts.unrelated_prompts(config.section(ValidateParams).prompts, captions):
             warn(unrelated.code, unrelated)
-        found: list[Problem] = [*batch_problems(listing, config)]
         for reason in leave_out_bad([*listing.problems, *inspected.problems], listing.entries, dataset).values():
             warn("image-left-out", f"will be left out: {reason}")
     except UserError as error:
-        return list(error.problems)
-    return found
+        return CheckedDataset(list(error.problems))
+    return CheckedDataset(batch_problems(listing, config), opened_text(inspected, listing), captions)
 
 
 def open_images(listing: Listing, dataset: DatasetParams) -> Inspected:

@@ -6,8 +6,10 @@ the family specifies the class of each component.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 Text = dict[str, tuple[Any, Any]]
 """Folder of a text encoder -> its tokenizer and the encoder."""
+_weightless: ContextVar[list[torch.nn.Module] | None] = ContextVar("weightless", default=None)
 SWAPPED = "halves swapped: "
 """Prefix in ORIGINAL_LAYERS for a modulation whose scale and shift, two halves of its rows, are in reverse order."""
 
@@ -60,8 +63,39 @@ def load_frozen(model: ModelParams, folder: str, device: torch.device) -> Any:
     """Load a component in eval mode, without gradients, in ``model.dtype``."""
     quiet.disable_progress_bars()
     cls = component_class(model, folder)
+    if (built := _weightless.get()) is not None:
+        built.append(_empty(cls, model, folder))
+        return built[-1]
     module = cls.from_pretrained(model.pretrained, subfolder=folder, variant=model.variant, **_load_options(model))
     return module.eval().requires_grad_(False).to(device)
+
+
+@contextlib.contextmanager
+def weightless() -> Iterator[list[torch.nn.Module]]:
+    """Build components from their configs on the device ``meta`` inside the block, without reading weights.
+
+    Yields:
+        A list that gets each component that is built.
+    """
+    built: list[torch.nn.Module] = []
+    token = _weightless.set(built)
+    try:
+        yield built
+    finally:
+        _weightless.reset(token)
+
+
+def _empty(cls: Any, model: ModelParams, folder: str) -> Any:
+    import torch
+
+    dtype = getattr(torch, model.dtype)
+    with torch.device("meta"), quiet.without_warnings():  # of weights that are cast, and there are none
+        if folder.startswith("text_encoder"):
+            own = cls.config_class.from_pretrained(model.pretrained, subfolder=folder, local_files_only=True)
+            module = cls._from_config(own, dtype=dtype)
+        else:
+            module = cls.from_config(config(model, folder)).to(dtype)
+    return module.eval().requires_grad_(False)
 
 
 def load_tokenizer(model: ModelParams, folder: str = "tokenizer") -> Any:

@@ -89,7 +89,9 @@ def encode_prompts(
 
 def load_denoiser(model: ModelParams, device: torch.device) -> UNet2DConditionModel:
     denoiser = common.load_denoiser(model, device)
-    return denoiser if model.dtype == "float32" else _choose_attention(denoiser)  # in float32, SDPA takes 4 % less
+    if model.dtype == "float32":
+        return denoiser  # SDPA takes 4 % less
+    return _choose_attention(denoiser, device)
 
 
 def predict(
@@ -103,14 +105,14 @@ def predict(
 
 def load_pipeline(model: ModelParams, device: torch.device) -> StableDiffusionPipeline:
     pipeline = common.load_pipeline(model, device, feature_extractor=None, requires_safety_checker=False)
-    _choose_attention(pipeline.unet)
+    _choose_attention(pipeline.unet, device)
     return pipeline
 
 
-def _choose_attention(denoiser: UNet2DConditionModel) -> UNet2DConditionModel:
+def _choose_attention(denoiser: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
     """Set the plain processor for small latents on a CPU: 237 ms, SDPA 327 ms (16 latents of 16x16, bf16)."""
     from diffusers.models.attention_processor import AttnProcessor
 
-    if denoiser.device.type == "cpu" and denoiser.config.sample_size <= 32:
+    if device.type == "cpu" and denoiser.config.sample_size <= 32:
         denoiser.set_attn_processor(AttnProcessor())
     return denoiser

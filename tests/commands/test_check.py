@@ -54,6 +54,7 @@ def test_all_is_well(workspace: Workspace) -> None:
     lines = [line for line in lines if not line.startswith(("note: ", "warning: "))]
     assert lines.pop(3) == "images      8 opened"
     names = ["parameters", "base", "dataset", "packages", "disk", "device", "objective", "captions", "adapter"]
+    names += ["memory", "train:", "arithmetic"]
     assert [line.split()[0] for line in lines] == names
     assert lines[6] == "objective   v_prediction"
     assert "torch 2.13" in lines[3] and lines[5] == "device      cpu, 1 thread, float32"
