@@ -52,7 +52,7 @@ def folder_problems(
             text = f"{folder}: no such folder, but {family.PIPELINE} needs {expected or 'it'}."
             problems.append(Problem("base-incomplete", text + (null if component in family.OPTIONAL else "")))
         elif expected and str(declared).removesuffix("Fast") != expected:
-            text = f"{index} {component}: got {declared}, but family '{model.family}' needs {expected}."
+            text = f"{index} {component}: got {declared or 'null'}, but family '{model.family}' needs {expected}."
             problems.append(Problem("wrong-family", f"{text} Choose a base model of that family."))
         elif component in weightless:
             problems += config_problems(folder) or text_problems(folder)
@@ -106,7 +106,8 @@ def component_problems(folder: Path, variant: str | None) -> list[Problem]:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
         text = f"{folder}: no weights of model.variant '{variant or 'null'}'. The folder has {', '.join(others)}."
-        return [Problem("variant-missing", text)]
+        variants = sorted({name.split(".")[1].split("-")[0] if name.count(".") > 1 else "null" for name in others})
+        return [Problem("variant-missing", f"{text} Set model.variant: {' or '.join(variants)}.")]
     return [Problem("base-incomplete", f"{folder}: no .safetensors weights. {FETCH_AGAIN}")]
 
 

@@ -52,7 +52,8 @@ def check_training(config: Config, configs: ModelParams, device: torch.device) -
     family = load_family(configs.family)
     cls = getattr(diffusers, family.COMPONENTS[family.DENOISER])
     with torch.device("meta"), quiet.without_warnings():  # of weights that are cast, and there are none
-        denoiser = cls.from_config(common.config(configs, family.DENOISER)).to(getattr(torch, configs.dtype))
+        with common.refuse_damage(configs, family.DENOISER):
+            denoiser = cls.from_config(common.config(configs, family.DENOISER)).to(getattr(torch, configs.dtype))
         lora.inject(denoiser, lora.make_config(lora_params, denoiser))
     log.info("adapter     %s", plural(len(lora.target_names(denoiser)), "layer"))
     if lora_params.init_from is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.core import quiet
+from lora_dag.core.console import Problem, UserError, machine_fault, plural
 from lora_dag.core.files import from_json, read_json
 from lora_dag.families.protocol import load_family
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from lora_dag.core.params import Dtype, ModelParams
     from lora_dag.families.protocol import Family
 
+MAX_CAUSE = 200
+"""Characters of a library's error in a message."""
 Text = dict[str, tuple[Any, Any]]
 """Folder of a text encoder -> its tokenizer and the encoder."""
 _weightless: ContextVar[list[torch.nn.Module] | None] = ContextVar("weightless", default=None)
@@ -46,6 +49,24 @@ def declared_null(model: ModelParams, components: Iterable[str]) -> set[str]:
 # Loading
 
 
+@contextlib.contextmanager
+def refuse_damage(model: ModelParams, folder: str) -> Iterator[None]:
+    """Turn an error of diffusers or transformers about a component's files into a UserError.
+
+    Raises:
+        UserError: the library cannot build the component from its files.
+    """
+    try:
+        yield
+    except Exception as error:  # configs and weights that do not fit each other raise errors of any class
+        if isinstance(error, UserError) or machine_fault(error):
+            raise
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        cause = f"{type(error).__name__}: {first.partition('. ')[0].rstrip('.')}"[:MAX_CAUSE]
+        text = f"{Path(model.pretrained) / folder}: its files cannot be loaded ({cause}). Fetch the model again."
+        raise UserError(Problem("base-damaged", text)) from None
+
+
 def load_denoiser(model: ModelParams, device: torch.device) -> Any:
     """Load the UNet or transformer, frozen, in ``model.dtype``."""
     return load_frozen(model, load_family(model.family).DENOISER, device)
@@ -60,13 +81,26 @@ def load_vae(model: ModelParams, device: torch.device, tiling: bool = False) -> 
 
 
 def load_frozen(model: ModelParams, folder: str, device: torch.device) -> Any:
-    """Load a component in eval mode, without gradients, in ``model.dtype``."""
+    """Load a component in eval mode, without gradients, in ``model.dtype``.
+
+    Raises:
+        UserError: its files do not fit each other, or weights are missing.
+    """
     quiet.disable_progress_bars()
     cls = component_class(model, folder)
     if (built := _weightless.get()) is not None:
         built.append(_empty(cls, model, folder))
         return built[-1]
-    module = cls.from_pretrained(model.pretrained, subfolder=folder, variant=model.variant, **_load_options(model))
+    options = _load_options(model) | {"output_loading_info": True}
+    if is_text(folder):
+        options["ignore_mismatched_sizes"] = True  # returns them, where the error names none
+    with refuse_damage(model, folder), quiet.without_warnings():  # of tensors that are checked below
+        module, found = cls.from_pretrained(model.pretrained, subfolder=folder, variant=model.variant, **options)
+    bad = sorted({*found["missing_keys"], *(names[0] for names in found["mismatched_keys"])})
+    if bad:  # both libraries would make up the values
+        count = plural(len(bad), "tensor of config.json is", "tensors of config.json are")
+        text = f"{Path(model.pretrained) / folder}: {count} missing or of another size, such as {bad[0]}."
+        raise UserError(Problem("base-damaged", f"{text} Fetch the model again."))
     return module.eval().requires_grad_(False).to(device)
 
 
@@ -89,8 +123,8 @@ def _empty(cls: Any, model: ModelParams, folder: str) -> Any:
     import torch
 
     dtype = getattr(torch, model.dtype)
-    with torch.device("meta"), quiet.without_warnings():  # of weights that are cast, and there are none
-        if folder.startswith("text_encoder"):
+    with refuse_damage(model, folder), torch.device("meta"), quiet.without_warnings():  # of casts of no weights
+        if is_text(folder):
             own = cls.config_class.from_pretrained(model.pretrained, subfolder=folder, local_files_only=True)
             module = cls._from_config(own, dtype=dtype)
         else:
@@ -99,13 +133,15 @@ def _empty(cls: Any, model: ModelParams, folder: str) -> Any:
 
 
 def load_tokenizer(model: ModelParams, folder: str = "tokenizer") -> Any:
-    return component_class(model, folder).from_pretrained(model.pretrained, subfolder=folder, local_files_only=True)
+    with refuse_damage(model, folder):
+        return component_class(model, folder).from_pretrained(model.pretrained, subfolder=folder, local_files_only=True)
 
 
 def load_scheduler(model: ModelParams) -> Any:
     """Load the scheduler; for a family that accepts any scheduler, DDPM's, which reads the config of each."""
     cls = component_class(model, "scheduler", "DDPMScheduler")
-    return cls.from_pretrained(model.pretrained, subfolder="scheduler", local_files_only=True)
+    with refuse_damage(model, "scheduler"):
+        return cls.from_pretrained(model.pretrained, subfolder="scheduler", local_files_only=True)
 
 
 def load_pipeline(model: ModelParams, device: torch.device, **components: Any) -> Any:
@@ -132,8 +168,12 @@ def pipeline_class(family: Family) -> Any:
 
 def component_class(model: ModelParams, folder: str, default: str = "") -> Any:
     """Return the class in COMPONENTS: of transformers for text, of diffusers for other components."""
-    library = "transformers" if folder.startswith(("tokenizer", "text_encoder")) else "diffusers"
+    library = "transformers" if is_text(folder) else "diffusers"
     return getattr(importlib.import_module(library), load_family(model.family).COMPONENTS[folder] or default)
+
+
+def is_text(folder: str) -> bool:
+    return folder.startswith(("tokenizer", "text_encoder"))
 
 
 def _load_options(model: ModelParams) -> dict[str, Any]:
