@@ -9,6 +9,7 @@ from typing import TypeGuard
 
 from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import read_json, write_json
+from lora_dag.core.labels import type_name
 
 Value = float | int | str | bool | None
 
@@ -25,7 +26,7 @@ def load(path: Path) -> dict[str, Value]:
     """
     values = read_json(path)
     if not isinstance(values, dict):
-        text = f"{path}: got {type(values).__name__}, but a JSON object is expected. Run `dvc repro`."
+        text = f"{path}: got {type_name(values)}, but a JSON object is expected. Run `dvc repro`."
         raise UserError(Problem("artifact-damaged", text))
     return values
 

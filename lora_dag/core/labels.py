@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import unicodedata
 from collections import defaultdict
@@ -64,6 +65,16 @@ def numbered_heads(count: int) -> list[str]:
 def exact_number(number: float) -> str:
     """Return the shortest text of exactly this number."""
     return f"{number:g}" if float(f"{number:g}") == number else repr(number)
+
+
+def as_yaml(value: object) -> str:
+    """Return a value as a person writes it in YAML and JSON, such as null and true; texts have single quotes."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def type_name(value: object) -> str:
+    """Return the name of a value's type, such as ``list``; ``null`` for None."""
+    return "null" if value is None else type(value).__name__
 
 
 def shorten(text: str, max_length: int) -> str:

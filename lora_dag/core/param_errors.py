@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from lora_dag.core.console import Problem
+from lora_dag.core.labels import as_yaml
 from lora_dag.core.param_kinds import innermost, is_union
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+
+LENGTH = re.compile(r"should have (at (?:least|most) (\d+) \w+)")
 
 
 def explain(path: Path, section: str, cls: type[BaseModel], error: ValidationError) -> list[Problem]:
@@ -42,22 +46,32 @@ def explain_one(details: list[ErrorDetails], key: str, cls: type[BaseModel]) -> 
         return Problem("missing-setting", f"{key}: missing. {describe(inner, str(detail['loc'][-1]))}")
     if detail["type"] == "model_type":
         example = ", ".join(f"{name}: ..." for name, field in inner.model_fields.items() if field.is_required())
-        return Problem("wrong-type", f"{key}: got {detail['input']!r}, but {{{example}}} is expected.")
+        return Problem("wrong-type", f"{key}: got {as_yaml(detail['input'])}, but {{{example}}} is expected.")
     if detail["type"] == "value_error":
         return Problem("wrong-value", f"{key}: {detail['msg'].removeprefix('Value error, ')}")
     if detail["type"] == "problem":
         return Problem(detail["ctx"]["code"], f"{key}: {detail['msg']}")
-    hint = nearest(details) or unquoted(detail)
-    return Problem("wrong-value", f"{key}: got {detail['input']!r}{expected(details)}{hint}")
+    got, hint = f"{key}: got {as_yaml(detail['input'])}", nearest(details) or unquoted(detail)
+    if detail["type"] == "string_pattern_mismatch" and (example := example_of(inner, detail["loc"])):
+        return Problem("wrong-value", f"{got}, but a text such as {example} is expected.")
+    return Problem("wrong-value", f"{got}{expected(details)}{hint}")
 
 
 def expected(details: list[ErrorDetails]) -> str:
     """Return ``, but a valid integer is expected.``, or pydantic's own sentence where it is of another form."""
     start = "Input should be "
+    if length := LENGTH.search(details[0]["msg"]):
+        return f", but {length[1]} {'is' if length[2] == '1' else 'are'} expected."
     if not details[0]["msg"].startswith(start):
         return f". {details[0]['msg']}."
     accepted = " or ".join(detail["msg"].removeprefix(start) for detail in details)
     return f", but {'a value ' if accepted.startswith(('greater', 'less')) else ''}{accepted} is expected."
+
+
+def example_of(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """Return the example of a field with a pattern, in quotes; empty if it has none."""
+    field = next((cls.model_fields[str(part)] for part in reversed(location) if str(part) in cls.model_fields), None)
+    return repr(field.examples[0]) if field and field.examples else ""
 
 
 def decisive(alternatives: list[ErrorDetails]) -> list[ErrorDetails]:

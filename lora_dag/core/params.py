@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML, YAMLError
 
 from lora_dag.core.console import Problem, UserError
+from lora_dag.core.labels import type_name
 from lora_dag.core.param_errors import explain, unknown_setting
 from lora_dag.core.param_kinds import accepts_null, is_free_text
 from lora_dag.core.setting_problem import setting_problem
@@ -250,7 +251,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a date such as 2026-99-99, or thousands of brackets
         raise UserError(Problem("invalid-yaml", f"{path}: invalid YAML ({error}). Put text in quotes.")) from None
     if not isinstance(tree, dict):
-        text = f"{path}: got {type(tree).__name__}, but a mapping of sections is expected."
+        text = f"{path}: got {type_name(tree)}, but a mapping of sections is expected."
         raise UserError(Problem("no-mapping", text))
     return tree
 

@@ -25,7 +25,7 @@ REPO_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
 class PushParams(Params):
     """Target of ``lora-dag push``. No stage uploads anything."""
 
-    repo_id: str = Field(pattern=REPO_ID, max_length=96)
+    repo_id: str = Field(pattern=REPO_ID, max_length=96, examples=["user/name"])
     """Model repository on the Hugging Face Hub: user/name."""
     private: bool
     """Visibility of a new repository. An existing repository with another visibility is rejected."""
@@ -37,7 +37,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 class DatasetWords(Params):
     """Name, prompt and title of a dataset, used if ``export.name``, ``export.prompt`` and ``report.title`` are null."""
 
-    name: Name | None = None
+    name: Name | None = Field(default=None, examples=["ink-icons"])
     """Used where ``export.name`` is null."""
     prompt: str | None = None
     """Used where ``export.prompt`` is null."""
@@ -48,7 +48,7 @@ class DatasetWords(Params):
 class ExportParams(Params):
     """Section ``export``."""
 
-    name: Name | None
+    name: Name | None = Field(examples=["ink-icons"])
     """Title in the file headers and file name in comfyui/. null: name of the dataset."""
     formats: Annotated[list[Format], Field(min_length=1)]
     """Formats to write. merged is the whole pipeline in float32."""
@@ -61,9 +61,9 @@ class ExportParams(Params):
     datasets: dict[str, DatasetWords] | None
     """``dataset.source`` -> name, prompt and title, used where these settings are null. A dataset that is not
     listed uses its folder's name and one of its captions."""
-    base_model: str | None = Field(pattern=REPO_ID, max_length=96)
+    base_model: str | None = Field(pattern=REPO_ID, max_length=96, examples=["owner/name"])
     """Hub id of the base, for file headers and model card. null: not stated."""
-    license: str | None = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$", max_length=100)
+    license: str | None = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$", max_length=100, examples=["apache-2.0"])
     """SPDX or Hub id of the adapter's license, for file headers and model card. null: not stated."""
     seed: int = Field(ge=0)
     """Seed of the noise in the load-back check."""

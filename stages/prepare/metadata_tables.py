@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lora_dag.core.console import Problem, UserError, plural
+from lora_dag.core.labels import type_name
 from lora_dag.images.read import read_regular
 from stages.prepare.captions import MAX_TEXT_BYTES, UTF16, decoded
 from stages.prepare.file_names import MAX_SHOWN, Root, checked_file, has_controls
@@ -115,7 +116,7 @@ def jsonl_row(line: bytes, number: int, place: str) -> Row | RowProblem:
     except (ValueError, RecursionError) as error:
         return RowProblem("json-invalid", f"the line is not valid JSON ({error}). Write one object per line.", place)
     if not isinstance(value, dict):
-        text = f"got {type(value).__name__}, but one JSON object per line is expected."
+        text = f"got {type_name(value)}, but one JSON object per line is expected."
         return RowProblem("json-not-object", text, place)
     return Row(number, place, value)
 
@@ -175,7 +176,7 @@ def parse_object(blob: bytes, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(Problem("json-invalid", f"'{name}' is not valid JSON ({error}). Correct it.")) from None
     if not isinstance(value, dict):
-        text = f"'{name}' holds a {type(value).__name__}, but one JSON object is expected."
+        text = f"'{name}' holds {type_name(value)}, but one JSON object is expected."
         raise UserError(Problem("json-not-object", text))
     return value
 

@@ -81,7 +81,7 @@ class DatasetParams(Params):
     """Position of the crop: the center, or ``cache.num_variants`` seeded positions per image."""
     flip: bool
     """Whether every second variant of an image is mirrored. Needs ``cache.num_variants`` of 2 or more."""
-    background: str = Field(pattern="^#[0-9a-fA-F]{6}$")
+    background: str = Field(pattern="^#[0-9a-fA-F]{6}$", examples=["#ffffff"])
     """Color #rrggbb behind transparent pixels."""
     mask: str | None = Field(min_length=1)
     """Area that the loss covers: null for everything, ``alpha`` for opaque pixels, a folder of masks below a

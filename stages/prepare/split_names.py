@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_dag.core.console import Problem, UserError
+from lora_dag.core.labels import as_yaml
 from stages.prepare.file_names import nfc
 from stages.prepare.listing import Entry, RowProblem
 from stages.prepare.params import DatasetParams
@@ -36,7 +37,7 @@ def from_column(value: Any, heldout_split: str | None) -> str | None:
         return nfc(value)
     if heldout_split is None or value is None or value == "":
         return None
-    text = f"split: got {value!r}, but the name of a split is expected, such as '{heldout_split}'."
+    text = f"split: got {as_yaml(value)}, but the name of a split is expected, such as '{heldout_split}'."
     raise UserError(Problem("split-invalid", text))
 
 

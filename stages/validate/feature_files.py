@@ -17,6 +17,7 @@ from lora_dag.bases import component_files, diffusers_folder, hub
 from lora_dag.bases.resolve import NUM_DIGITS, PINS
 from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import read_json, sha256_file
+from lora_dag.core.labels import as_yaml
 
 if TYPE_CHECKING:
     from lora_dag.bases.hub import Pin
@@ -130,7 +131,7 @@ def folder_problems(folder: Path) -> list[Problem]:
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in KINDS:
         key = f"{folder / 'config.json'} model_type"
-        return [Problem("no-feature-model", f"{key}: got {kind!r}, which is no image-text model. {expected}")]
+        return [Problem("no-feature-model", f"{key}: got {as_yaml(kind)}, which is no image-text model. {expected}")]
     problems = [] if any((folder / name).exists() for name in PROCESSORS) else [missing_file(folder, PROCESSORS[0])]
     tokenizer = folder / "tokenizer_config.json"
     if not tokenizer.exists():

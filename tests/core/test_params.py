@@ -95,7 +95,7 @@ def test_alpha_null_is_the_rank_of_each_layer(
     [
         ("lora.rank=x", "params.yaml lora.rank: got 'x'"),
         ("lora.rank=-3", "params.yaml lora.rank: got -3"),
-        ("lora.rank=true", "params.yaml lora.rank: got True"),
+        ("lora.rank=true", "params.yaml lora.rank: got true"),
         ("lora.rank_pattern=3", "params.yaml lora.rank_pattern: got 3"),
         ("lora.rank_pattern={to_k: 0}", "params.yaml lora.rank_pattern.to_k: got 0"),
         ("lora.rank_pattern={to_(k: 2}", "params.yaml lora.rank_pattern: got 'to_(k'"),
@@ -156,6 +156,10 @@ def test_all_problems_are_reported_at_once(file: Path) -> None:
         ("train.timestep_shift=-1", ("train.timestep_shift: got -1", "greater than 0")),
         ("lora.rank_pattern={str: x}", ("lora.rank_pattern.str: got 'x'", "a valid integer")),
         ("validate.prompts=3", ("validate.prompts: got 3", "a valid list")),
+        ("train.timestep_range=[0.1]", ("train.timestep_range: got [0.1]", "at least 2 items are expected.")),
+        ("dataset.background=red", ("dataset.background: got 'red'", "'#ffffff'")),
+        ("export.license='a b'", ("export.license: got 'a b'", "'apache-2.0'")),
+        ("dataset.resolution=", ("dataset.resolution: got null", "a valid integer")),
         ("dataset.crop=cente", ("dataset.crop: got 'cente'", "'center' or 'random'", " center?")),
     ],
 )
@@ -198,7 +202,7 @@ def test_a_section_that_is_no_mapping(file: Path) -> None:
         (None, "params-missing", "params.yaml: "),
         (b"\xff", "not-utf8", "params.yaml: "),
         (b"- 1\n", "no-mapping", "params.yaml: got list"),
-        (b"", "no-mapping", "params.yaml: got NoneType"),
+        (b"", "no-mapping", "params.yaml: got null"),
         (b"lora:\n  rank: 4\n  rank: 8\n", "invalid-yaml", "params.yaml:3: "),
         (b"lora:\n  rank: [4\n", "invalid-yaml", "params.yaml:"),
         (b"report:\n  title: 2026-99-99\n", "invalid-yaml", "params.yaml: invalid YAML (month must be in 1..12)"),
@@ -299,7 +303,7 @@ def test_a_text_in_quotes_arrives_as_written(file: Path, text: str) -> None:
 def test_a_comment_in_the_file_that_took_the_text_is_named(file: Path) -> None:
     file.write_text(file.read_text().replace('background: "#ffffff"', "background: #ffffff"))
     assert_refused(
-        file, (), "wrong-value", "params.yaml dataset.background: got None", "'#' begins a comment", "quotes"
+        file, (), "wrong-value", "params.yaml dataset.background: got null", "'#' begins a comment", "quotes"
     )
     changes = ("dataset.background='#000000'", "validate.prompts=[a fox: night]")
     start = "params.yaml validate.prompts.0: got {'a fox': 'night'}"
