@@ -46,11 +46,11 @@ def problems(path: str, pinned: str | None, setting: str = SETTING) -> list[Prob
     found = digest(file)
     if pinned == found:
         return []
-    command = override("lora.init_from", path, found)
+    argument = override("lora.init_from", path, found)
     if pinned is None:
-        text = f"{place} has no pinned sha256. To start from this file: {command}"
+        text = f"{place} has no pinned sha256. To start from this file: {argument}"
         return [Problem("pin-missing", text)]
-    text = f"{place} has the sha256 {found}, but {pinned} is pinned. To start from this file: {command}"
+    text = f"{place} has the sha256 {found}, but {pinned} is pinned. To start from this file: {argument}"
     return [Problem("pin-differs", text)]
 
 

@@ -32,15 +32,15 @@ def size_problems(
     sides = sorted({side for size in sizes for side in size})
     problems = []
     if limit is not None and sides[-1] > limit:
-        problems.append(too_long(pretrained, sides, multiple, limit))
+        problems.append(too_long(model, pretrained, sides, multiple, limit))
     bad = [side for side in sides if side % multiple]
     if bad and not (problems and len(sides) == 1):  # the text of too_long names the multiple too
-        problems.append(not_multiple(pretrained, sides, bad, multiple))
+        problems.append(not_multiple(model, pretrained, sides, bad, multiple))
     return problems
 
 
-def too_long(pretrained: str, sides: list[int], multiple: int, limit: int) -> Problem:
-    setting, limited = "params.yaml dataset.resolution", f"but {pretrained} supports sides of up to {limit} pixels"
+def too_long(model: ModelParams, pretrained: str, sides: list[int], multiple: int, limit: int) -> Problem:
+    setting, limited = model.setting("dataset.resolution"), f"but {pretrained} supports sides of up to {limit} pixels"
     if len(sides) > 1:
         text = f"{setting}: its buckets have sides of up to {sides[-1]} pixels, {limited}. Lower it or"
         return Problem("resolution-too-large", f"{text} dataset.max_aspect_ratio.")
@@ -48,17 +48,17 @@ def too_long(pretrained: str, sides: list[int], multiple: int, limit: int) -> Pr
     return Problem("resolution-too-large", text)
 
 
-def not_multiple(pretrained: str, sides: list[int], bad: list[int], multiple: int) -> Problem:
+def not_multiple(model: ModelParams, pretrained: str, sides: list[int], bad: list[int], multiple: int) -> Problem:
     needed = f"{pretrained} needs multiples of {multiple}"
     if len(sides) > 1:
         more = f" and {len(bad) - NUM_EXAMPLES:,} more" if len(bad) > NUM_EXAMPLES else ""
         examples = ", ".join(map(str, bad[:NUM_EXAMPLES])) + more
         return Problem(
             "resolution-not-multiple",
-            f"params.yaml dataset.bucket_step: it gives sides of {examples} pixels, but {needed}. Write {multiple}.",
+            f"{model.setting('dataset.bucket_step')}: it gives sides of {examples} pixels, but {needed}."
+            f" Write {multiple}.",
         )
     below = bad[0] - bad[0] % multiple
     near = f"{below} or {below + multiple}" if below else str(multiple)
-    return Problem(
-        "resolution-not-multiple", f"params.yaml dataset.resolution: got {bad[0]}, but {needed}. Write {near}."
-    )
+    text = f"{model.setting('dataset.resolution')}: got {bad[0]}, but {needed}. Write {near}."
+    return Problem("resolution-not-multiple", text)

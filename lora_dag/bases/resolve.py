@@ -63,7 +63,7 @@ def resolve(model: ModelParams, family: Family, make: bool = True) -> Base:
     path = Path(model.pretrained)
     if path.suffix in PINS:
         return resolve_pin(path, model, family, make)
-    file = single_file.find_checkpoint(path, family)
+    file = single_file.find_checkpoint(model, family)
     if file is None:
         diffusers_folder.require_base(model, family)
         return Base(model, model.pretrained, path.name)
@@ -96,7 +96,7 @@ def check(model: ModelParams, family: Family) -> BaseCheck:
     path = Path(model.pretrained)
     try:
         if path.suffix not in PINS:
-            return check_folder(path, model, family)
+            return check_folder(model, family)
         pin = pin_with_files(path, model, family)
         if hub.is_fetched(pin):
             return BaseCheck([], resolve_pin(path, model, family, make=False).model)
@@ -107,8 +107,8 @@ def check(model: ModelParams, family: Family) -> BaseCheck:
     return BaseCheck([], to_do=f"not downloaded yet: `python -m stages.cache_latents` downloads {files}")
 
 
-def check_folder(path: Path, model: ModelParams, family: Family) -> BaseCheck:
-    file = single_file.find_checkpoint(path, family)
+def check_folder(model: ModelParams, family: Family) -> BaseCheck:
+    file = single_file.find_checkpoint(model, family)
     if file is None:
         problems = diffusers_folder.folder_problems(model, family)
         return BaseCheck(problems, None if problems else model)

@@ -38,19 +38,20 @@ QUANTIZATION_SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")
 LORA_MARKS = ("lora_", ".lora", "hada_w1", "lokr_w1")
 
 
-def find_checkpoint(root: Path, family: Family) -> Path | None:
-    """Return the checkpoint file of a folder; None if the folder has the denoiser's weights in the diffusers layout.
+def find_checkpoint(model: ModelParams, family: Family) -> Path | None:
+    """Return the checkpoint file of the folder ``model.pretrained``; None if the folder has the diffusers layout.
 
     Raises:
-        UserError: ``root`` is itself a file, or the folder has several checkpoints or only a pickle.
+        UserError: it is itself a file, or the folder has several checkpoints or only a pickle.
     """
+    root = Path(model.pretrained)
     if root.is_file():
         folder = root.parent / root.stem
         raise UserError(
             Problem(
                 "checkpoint-not-in-folder",
-                f"params.yaml model.pretrained: '{root}' is a file. Move it into a folder, set model.pretrained to the "
-                f"folder, and add the configs of its base model: {download_command(SingleFile(), folder)}",
+                f"{model.setting('pretrained')}: '{root}' is a file. Move it into a folder, set model.pretrained to "
+                f"the folder, and add the configs of its base model: {download_command(SingleFile(), folder)}",
             )
         )
     files = sorted(root.glob("*.safetensors"))

@@ -72,7 +72,8 @@ def main(args: argparse.Namespace) -> None:
     found: list[Problem] = [*package_problems(), *base.problems, *size_problems(config, base.configs)]
     seen = check_dataset(config)
     found += [*seen.problems, *setting_problems(config), *disk_problems()]
-    found += feature_files.model_problems(config.section(ValidateParams).feature_model)
+    validate = config.section(ValidateParams)
+    found += feature_files.model_problems(validate.feature_model, validate.setting("feature_model"))
     notes = dict.fromkeys(text for each in runs for text in snapshot_notes(each.config))
     notes |= dict.fromkeys(mapping_notes(config))
     for text in [*notes, *machine_notes(config), *sharing.unshared_data()]:
@@ -101,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
         check_training(config, base.configs, device)
         size = max(buckets(dataset), key=lambda size: size[0] * size[1])
         check_memory(config, base.configs, size, seen.captions, device, args.memory and args.memory * 1e9)
-    check_features(config.section(ValidateParams), device)
+    check_features(validate, device)
 
 
 def size_problems(config: Config, configs: ModelParams | None) -> list[Problem]:
@@ -139,8 +140,9 @@ def check_dataset(config: Config) -> CheckedDataset:
         captions = [
             caption_variants.with_prefix(prefixes[entry.subset], entry.captions[0]) for entry in listing.entries
         ]
-        if unrelated := default_texts.unrelated_prompts(config.section(ValidateParams).prompts, captions):
-            warn(unrelated.code, unrelated)
+        validate = config.section(ValidateParams)
+        if unrelated := default_texts.unrelated_prompts(validate.prompts, captions):
+            warn(unrelated.code, unrelated.at(validate.setting("prompts")))
         for reason in leave_out_bad([*listing.problems, *inspected.problems], listing.entries, dataset).values():
             warn("image-left-out", f"will be left out: {reason}")
     except UserError as error:

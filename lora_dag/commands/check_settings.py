@@ -63,7 +63,7 @@ def setting_problems(config: Config) -> list[Problem]:
     found: list[Problem] = [*flip_problems(config.section(DatasetParams).flip, config.section(CacheParams))]
     found += export_problems(config)
     if start := lora.init_from:
-        found += init_from_pin.problems(start.path, start.sha256)
+        found += init_from_pin.problems(start.path, start.sha256, lora.setting("init_from"))
     return [*found, *cross_problems(lora, train, family), *prompt_problems(config.section(ValidateParams), family)]
 
 
@@ -81,10 +81,11 @@ def pin_problems(config: Config) -> list[Problem]:
 
     The digest is checked by validate: it takes seconds per gigabyte, and every Snakemake job makes the plan again.
     """
-    model = config.section(ValidateParams).feature_model
+    validate = config.section(ValidateParams)
+    model = validate.feature_model
     if model is None or (model.sha256 and Path(model.path).exists()):
         return []
-    return list(feature_files.model_problems(model))
+    return list(feature_files.model_problems(model, validate.setting("feature_model")))
 
 
 def export_problems(config: Config) -> list[Problem]:

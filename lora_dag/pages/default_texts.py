@@ -53,14 +53,14 @@ def folder_name(source: str) -> str:
 
 
 def unrelated_prompts(prompts: Iterable[str], captions: Iterable[str]) -> Problem | None:
-    """Return the problem of prompts that share no word with any caption."""
+    """Return the problem of prompts that share no word with any caption, without the place of the setting."""
     captions, prompts = list(captions), list(prompts)
     known = {word for caption in captions for word in distinct_words(caption)}
     used = {word for prompt in prompts for word in distinct_words(prompt)}
     if not known or not used or known & used:
         return None
     example = f"such as '{prompts[0]}' and '{captions[0]}'"
-    text = f"params.yaml validate.prompts: no prompt shares a word with a caption ({example}). Describe your images."
+    text = f"no prompt shares a word with a caption ({example}). Describe your images."
     return Problem("prompts-unrelated", text)
 
 

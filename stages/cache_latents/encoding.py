@@ -84,7 +84,7 @@ def encode_all(
                 require_finite(encoder.kind, tensors, encoder.model)
             if size > 1 and encoder.shape(batch[0]) not in verified_shapes:
                 alone = encode_batch(encoder, [padding] * (size - 1) + values[:1])[-1]
-                require_independent(entries[0], alone, size)
+                require_independent(entries[0], alone, encoder)
                 verified_shapes.add(encoder.shape(batch[0]))
             for key, tensors in zip(batch, entries, strict=False):  # entries beyond the batch are padding
                 save(key, tensors)
@@ -199,15 +199,16 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY_TEXTS)
 
 
-def require_independent(first: Tensors, alone: Tensors, size: int) -> None:
+def require_independent(first: Tensors, alone: Tensors, encoder: Encoder[T]) -> None:
     import torch
 
     if any(not torch.equal(first[name], alone[name]) for name in first):
         raise UserError(
             Problem(
                 "batch-dependent",
-                f"params.yaml cache.batch_size: got {size}, but on this device an entry then depends on the other "
-                "entries of its batch, so results would not be reproducible. Set cache.batch_size: 1.",
+                f"{encoder.model.setting('cache.batch_size')}: got {encoder.batch_size}, but on this device an entry "
+                "then depends on the other entries of its batch, so results would not be reproducible. "
+                "Set cache.batch_size: 1.",
             )
         )
 

@@ -36,7 +36,7 @@ def main() -> None:
     title = default_texts.page_title(config.section(ReportParams).title, export, dataset_section["source"], caption)
     captions = [row["captions"] for row in inputs.rows]
     if unrelated := default_texts.unrelated_prompts(inputs.lineage["validate"]["prompts"], captions):
-        warn(unrelated.code, unrelated)
+        warn(unrelated.code, unrelated.at(config.sections["validate"].setting("prompts")))
     metrics.save(args.reports / "headline.json", headline.numbers(inputs))
     plot_losses(inputs, inputs.images["loss"])
     write_text(args.reports / "dataset.md", dataset.write_page(title, inputs, args.reports))

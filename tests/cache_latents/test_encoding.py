@@ -56,8 +56,9 @@ def test_an_entry_depends_neither_on_place_nor_on_neighbors(tiny_base: Path, dty
 
 
 def test_a_device_where_neighbors_matter_is_refused() -> None:
+    encoder = make_encoder(None, model_params(Path("base")))
     with refused("batch-dependent", "params.yaml cache.batch_size: got 4", "cache.batch_size: 1."):
-        require_independent({"mean": torch.ones(2)}, {"mean": torch.ones(2) + 1e-6}, 4)
+        require_independent({"mean": torch.ones(2)}, {"mean": torch.ones(2) + 1e-6}, encoder)
 
 
 def test_the_next_batch_is_read_while_one_is_encoded_and_no_more() -> None:

@@ -141,6 +141,23 @@ def test_params_of_all_sections_at_once(copied: Workspace) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        (("dataset.resolution=36", "dataset.max_upscale=9"), "resolution-not-multiple"),
+        (("model.pretrained=other.yaml.safetensors",), "checkpoint-not-in-folder"),
+        (("lora.init_from={path: data/nowhere.safetensors}",), "file-missing"),
+        (("validate.feature_model={path: data/nowhere}",), "feature-model-missing"),
+    ],
+)
+def test_the_params_file_that_was_read_is_named(copied: Workspace, changes: tuple[str, ...], code: str) -> None:
+    Path("params.yaml").rename("other.yaml")
+    Path("other.yaml.safetensors").write_bytes(b"")
+    with refused(code) as raised:
+        copied.run("check", "--params", "other.yaml", *(word for change in changes for word in ("--set", change)))
+    assert raised.value.problems[0].startswith("other.yaml ")
+
+
 # The base
 
 
@@ -256,7 +273,7 @@ def test_wrong_variant(copied: Workspace) -> None:
     for component, problem in zip(("vae", "text_encoder", "unet"), found, strict=True):
         assert problem.startswith(f"data/base/{component}: no weights of model.variant 'fp16'")
         name = "model" if component == "text_encoder" else "diffusion_pytorch_model"
-        assert f" {name}.safetensors" in problem
+        assert f" {name}.safetensors" in problem and problem.endswith("Set model.variant: null.")
 
 
 @pytest.mark.parametrize(("resolution", "near"), [(36, "32 or 40"), (100, "96 or 104")])

@@ -81,7 +81,7 @@ def require_current(config: Config, adapter: Path, export: Path, export_reports:
     table = reports / "dataset/images.csv"
     captions = [row["captions"] for row in image_table.load(table)] if table.exists() else []
     if unrelated := default_texts.unrelated_prompts(validated["validate"]["prompts"], captions):
-        warn(unrelated.code, unrelated)
+        warn(unrelated.code, unrelated.at(config.sections["validate"].setting("prompts")))
     if problems:
         advice = "Nothing was uploaded. Run `dvc repro`, then `lora-dag push` again."
         raise UserError(*problems, Problem("nothing-uploaded", advice))
