@@ -1,11 +1,11 @@
-# The DAG of dvc.yaml for Snakemake: every run of params.yaml's section sweep, with what runs have in common made once.
-#   snakemake                                                        params.yaml as it is
-#   snakemake --config 'grid={lora.rank: [4, 8, 16]}' seeds=[0,1]    keys of sweep, for this command alone
-# Writes below runs/ and reports/sweep, never to DVC's paths. Where to look:
-#   rules/*.smk                     a rule for each stage: its inputs, outputs and command
+# The DAG of dvc.yaml as Snakemake rules: all runs of section sweep in params.yaml. A stage that runs share runs once.
+#   snakemake                                                        the runs of params.yaml
+#   snakemake --config 'grid={lora.rank: [4, 8, 16]}' seeds=[0,1]    other values in sweep, for this command only
+# It writes to runs/ and reports/sweep, never to DVC's paths. Files:
+#   rules/*.smk                     one rule per stage: inputs, outputs, command
 #   dvc.yaml                        code and parameters of each stage
-#   lora_dag/sweeps/grid.py         the runs of a sweep, and their folders
-#   lora_dag/sweeps/snakemake.py    JOBS: what a rule reads from the run that its wildcards name
+#   lora_dag/sweeps/grid.py         runs of a sweep, and their folders
+#   lora_dag/sweeps/snakemake.py    JOBS: settings and files of a run, by its wildcards
 
 import os
 from pathlib import Path
@@ -16,8 +16,8 @@ from lora_dag.commands.check_settings import sweep_problems
 from lora_dag.sweeps import grid
 from lora_dag.sweeps.snakemake import Jobs, read_runs, save_params, workflow_errors
 
-# Jobs, on a cluster too, read what this command started with: params.yaml may be edited while they run, and Snakemake
-# hands them --config through a shell, which changes quotes and backslashes.
+# Jobs read a copy of params.yaml, so you may edit params.yaml while they run. The copy includes --config, because
+# Snakemake passes --config to jobs through a shell, which changes quotes and backslashes.
 if workflow.is_main_process or not Path(os.environ.get("LORA_PARAMS", "")).is_file():
     with workflow_errors():
         os.environ["LORA_PARAMS"] = save_params(config)
@@ -55,8 +55,8 @@ include: "rules/adapter.smk"
 include: "rules/reports.smk"
 
 
-# Names the outputs of every stage: with the last ones alone, results of an earlier setting would pass for current
-# ones after a stage in the middle has failed.
+# All stages are listed. With the last stages only, results of earlier settings would count as current after a failure
+# in an earlier stage.
 rule all:
     default_target: True
     input:
@@ -69,7 +69,7 @@ rule all:
         ["reports/sweep/leaderboard.md"] if len(RUNS) > 1 else [],
 
 
-# What failed belongs on the leaderboard, whose rule waits for every run.
+# The leaderboard's rule needs all runs, so after a failure the leaderboard is written here. It lists failed runs too.
 onerror:
     if len(RUNS) > 1:
         shell("python -m lora_dag leaderboard --params $LORA_PARAMS || true")

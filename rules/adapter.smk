@@ -1,4 +1,4 @@
-# Latents and embeddings -> an adapter -> files that other programs load.
+# Rules of train and export: latents and embeddings -> an adapter -> files for other programs.
 
 from lora_dag.formats import known_files
 

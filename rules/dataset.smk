@@ -1,5 +1,5 @@
-# Images and captions -> a checked manifest -> latents and embeddings.
-# The messages replace Snakemake's lists of inputs, which here are all images by name.
+# Rules of prepare and cache_latents: images and captions -> a checked manifest -> latents and embeddings.
+# Each rule has a message, because Snakemake would otherwise log its inputs, which are the names of all images.
 
 
 rule prepare:

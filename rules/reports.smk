@@ -1,4 +1,4 @@
-# What each adapter changed, a page for each run, and the leaderboard of all runs.
+# Rules of validate, report and leaderboard: measurements of each adapter, a page per run, and a page of all runs.
 
 
 rule validate:

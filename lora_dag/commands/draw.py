@@ -184,4 +184,4 @@ def draw_grid(eval_set: EvalSet, settings: ValidateParams, entries: list[ScaledF
     rows = [list(row) for row in zip(*columns, strict=True)]
     heads = numbered_heads(len(settings.prompts))
     save_png(OUTPUT, sheet(rows, settings.prompts, labels, cell, row_heads=heads), max_bytes=SHEET_BYTES)
-    log.info("written     %s", OUTPUT)
+    log.info("wrote       %s", OUTPUT)

@@ -153,7 +153,7 @@ def log_end(folder: Path, views: LatentEncoder, captions: CaptionEncoder) -> Non
     num_encoded = len({views.jobs[key].item.file_name for key in views.encoded})
     log.info("captions    encoded %d, reused %d", len(captions.encoded), len(captions.jobs) - len(captions.encoded))
     log.info("images      encoded %d, reused %d", num_encoded, len(views.keys) - num_encoded)
-    log.info("written     %s", folder / "manifest.json")
+    log.info("wrote       %s", folder / "manifest.json")
     log.info("next        python -m stages.train")
 
 

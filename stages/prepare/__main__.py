@@ -128,7 +128,7 @@ def log_end(manifest: Manifest, prepared: Path, reports: Path) -> None:
     more = f" and {len(sizes) - 3} more sizes" if len(sizes) > 3 else ""
     log.info("images      %d from %s, as %s%s pixels", len(manifest.items), manifest.source, largest, more)
     log.info("split       %d train, %d held out", counts["train"], counts["heldout"])
-    log.info("written     %s, %s", prepared / "manifest.jsonl", reports / "contact.png")
+    log.info("wrote       %s, %s", prepared / "manifest.jsonl", reports / "contact.png")
 
 
 if __name__ == "__main__":

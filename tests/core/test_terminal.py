@@ -85,7 +85,7 @@ def test_command_and_path_stay_in_one_piece() -> None:
     assert command in terminal.wrap(text, 60)
     following = "next        git add params.yaml dvc.lock reports && git commit -m 'a message'"
     assert terminal.wrap(following, 50) == following
-    path = "written     " + "folder/" * 20
+    path = "wrote       " + "folder/" * 20
     assert terminal.wrap(path, 80) == path
 
 

@@ -130,7 +130,7 @@ def test_a_turn_ends_after_its_steps_and_the_next_is_as_long_as_asked(monkeypatc
     assert json.loads(channel.getvalue().splitlines()[0])["cpu"] >= 0
 
 
-def test_the_table_sets_the_sides_against_each_other(script: Path) -> None:
+def test_the_table_compares_both_sides(script: Path) -> None:
     theirs = turn(2.0, **{"VAE encode": 0.5, "denoiser forward": 1.0, "backward": 0.5})
     ours = turn(1.0, **{"batch from the cache": 0.1, "denoiser forward": 0.5, "backward": 0.4})
     turns = {side_by_side.REFERENCE: [theirs], side_by_side.OURS: [ours]}
@@ -198,7 +198,7 @@ def test_adapters_in_one_pass_have_the_gradients_of_each_alone(monkeypatch: pyte
     assert "| products one by one, float32 | 1 |" in text.replace("together, ", "") and "| 0 | yes |" in text
 
 
-def test_a_side_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
+def test_a_failed_side_is_reported_with_its_output(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("raise SystemExit('no such model')")
     variant = Variant("the script", (str(tmp_path / "broken.py"),))
     with pytest.raises(Failed, match=r"the script:\nno such model"):

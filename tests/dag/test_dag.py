@@ -202,7 +202,7 @@ def test_dvc_sees_all_of_a_dataset(tiny_checkout: Checkout, name: str) -> None:
     assert ignored == [own]
 
 
-def test_snakemake_refuses_braces_in_a_image_s_name(tiny_checkout: Checkout) -> None:
+def test_snakemake_refuses_braces_in_an_image_name(tiny_checkout: Checkout) -> None:
     path = tiny_checkout.path / "data/raw/{GUID}.png"
     path.write_bytes(b"")
     done = tiny_checkout.run(sys.executable, "-m", "snakemake", "--cores", "1", "--dry-run", check=False)

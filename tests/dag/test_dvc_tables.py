@@ -21,7 +21,7 @@ def dvc(*words: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_the_headline_is_of_what_the_stages_measured(workspace: Workspace) -> None:
+def test_headline_metrics_equal_the_measurements_of_the_stages(workspace: Workspace) -> None:
     write_reports(Path("reports"))
     workspace.run("report")
     found = json.loads(Path("reports/headline.json").read_text())
@@ -31,7 +31,7 @@ def test_the_headline_is_of_what_the_stages_measured(workspace: Workspace) -> No
     assert found == {name: measured[name] for name in names} | {"export.megabytes": 0.43}
 
 
-def test_experiments_have_the_headline_s_columns_alone(clone: Clone) -> None:
+def test_dvc_exp_show_has_only_the_headline_columns(clone: Clone) -> None:
     clone("rank-4")
     names = list(json.loads(Path("reports/headline.json").read_text()))
     columns = next(csv.reader(io.StringIO(dvc("exp", "show", "--csv").stdout)))
@@ -40,7 +40,7 @@ def test_experiments_have_the_headline_s_columns_alone(clone: Clone) -> None:
     assert not [name for name in columns if "lineage.json:" in name or "metrics.json:" in name]
 
 
-def test_a_comparison_has_the_headline_alone_and_any_file_on_request(clone: Clone) -> None:
+def test_dvc_metrics_diff_shows_the_headline_and_other_files_on_request(clone: Clone) -> None:
     clone("rank-4")
     few = json.loads(dvc("metrics", "diff", "--json", "origin/main").stdout)
     found = {path: set(changes) for path, changes in few.items()}
@@ -49,7 +49,7 @@ def test_a_comparison_has_the_headline_alone_and_any_file_on_request(clone: Clon
     assert {"val.train_loss", "val.loss_low_noise"} <= set(more["reports/metrics.json"])
 
 
-def test_pages_of_plots_do_not_stumble_over_the_details(clone: Clone, tmp_path: Path) -> None:
+def test_dvc_plots_accepts_the_files_of_detailed_metrics(clone: Clone, tmp_path: Path) -> None:
     """DVC warns of every empty list that it finds in an object."""
     clone("rank-4")
     details = ["reports/metrics.json", "reports/validate/lineage.json", "reports/train/metrics.json"]

@@ -77,7 +77,7 @@ def test_a_full_disk_at_any_point_is_one_line_and_loses_nothing(
 # Cheap ones, without a whole DAG
 
 
-def test_what_safetensors_says_of_a_disk_names_the_file(tmp_path: Path) -> None:
+def test_disk_errors_of_safetensors_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_tensors(path, {"a": torch.zeros(2)})
     before = path.read_bytes()
@@ -111,7 +111,9 @@ def test_a_disk_of_its_own(
 @pytest.mark.parametrize(
     "make", [lambda: torch.empty(10**15), lambda: fail(torch.OutOfMemoryError("CUDA out of memory."))]
 )
-def test_short_memory_says_what_to_lower(make: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory_names_the_settings_to_lower(
+    make: Callable[[], object], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         console.run(lambda: make() and None)
     (line,) = capsys.readouterr().err.splitlines()
@@ -177,7 +179,7 @@ def test_a_run_that_another_machine_has_ended_is_one_line(
     assert Path("data/adapter/mine").exists()
 
 
-def test_what_a_killed_write_left_is_swept(workspace: Workspace) -> None:
+def test_temporary_files_of_a_killed_write_are_deleted(workspace: Workspace) -> None:
     constant = ("--set", "train.lr_scheduler=constant")
     for stage in ("prepare", "cache_latents"):
         workspace.run(stage)
@@ -205,7 +207,7 @@ def test_an_orphan_keeps_its_last_checkpoint(workspace: Workspace, monkeypatch: 
     assert not list(Path(".state/runs").glob("*/checkpoints"))
 
 
-def test_parent_pids_are_what_ps_says() -> None:
+def test_parent_pids_equal_those_of_ps() -> None:
     found, pid = [], os.getpid()
     while pid > 1:
         pid = int(subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True).stdout)

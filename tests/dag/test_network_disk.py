@@ -85,7 +85,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_killed_training_goes_on_on_the_other_machine(checkout: Checkout, nodes: list[Node]) -> None:
+def test_a_killed_training_resumes_on_the_other_machine(checkout: Checkout, nodes: list[Node]) -> None:
     process = nodes[0].train("out/killed")
     wait_for_step(process, 25)
     process.send_signal(signal.SIGKILL)
@@ -95,7 +95,7 @@ def test_a_killed_training_goes_on_on_the_other_machine(checkout: Checkout, node
     assert checkout.adapter("out/killed") == undisturbed(checkout)
 
 
-def test_of_one_training_on_two_machines_one_goes_on(checkout: Checkout, nodes: list[Node]) -> None:
+def test_only_one_of_two_machines_continues_the_same_training(checkout: Checkout, nodes: list[Node]) -> None:
     """The second is refused where the disk carries locks; else the first gives way, or has ended before it noticed."""
     seed = ("--set", "train.seed=1")
     first = nodes[0].train("out/first", *seed)

@@ -39,7 +39,7 @@ def test_nothing_runs_when_nothing_changed(reproduced: Checkout) -> None:
 
 
 @pytest.mark.slow
-def test_lora_reruns_training_and_what_follows_and_going_back_restores(reproduced: Checkout) -> None:
+def test_a_lora_setting_reruns_train_and_later_stages_and_undoing_it_restores_results(reproduced: Checkout) -> None:
     before = reproduced.adapter()
     with changed(reproduced, lora__rank=4) as stages:
         assert stages == AFTER_TRAIN
@@ -51,13 +51,15 @@ def test_lora_reruns_training_and_what_follows_and_going_back_restores(reproduce
 @pytest.mark.parametrize(
     ("change", "expected"), CHANGES, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
 )
-def test_a_change_reruns_what_it_can_affect(reproduced: Checkout, change: dict[str, Any], expected: set[str]) -> None:
+def test_a_change_reruns_only_the_stages_that_it_affects(
+    reproduced: Checkout, change: dict[str, Any], expected: set[str]
+) -> None:
     with changed(reproduced, **change) as stages:
         assert stages == expected
 
 
 @pytest.mark.slow
-def test_a_change_of_the_cache_section_reruns_no_more_than_its_bits_reach(reproduced: Checkout) -> None:
+def test_a_cache_setting_reruns_only_stages_whose_inputs_change(reproduced: Checkout) -> None:
     """Another batch size encodes again; what follows runs only where the last bits of the latents differ."""
     with changed(reproduced, cache__batch_size=3) as stages:
         assert {"cache_latents"} <= stages <= {"cache_latents", *AFTER_TRAIN}
@@ -83,7 +85,7 @@ def test_an_edited_image_is_the_only_one_encoded(reproduced: Checkout) -> None:
 
 
 @pytest.mark.slow
-def test_another_source_runs_everything_and_encodes_what_is_new(reproduced: Checkout) -> None:
+def test_another_source_reruns_all_stages_and_encodes_only_new_images(reproduced: Checkout) -> None:
     reproduced.set(dataset__source="data/other")
     output = reproduced.dvc("repro")
     assert ran(output) == {"prepare", "cache_latents", *AFTER_TRAIN}
@@ -94,7 +96,7 @@ def test_another_source_runs_everything_and_encodes_what_is_new(reproduced: Chec
     assert reproduced.git("status", "--porcelain") == ""
 
 
-def test_two_runs_give_the_same_bytes_from_nothing(reproduced: Checkout) -> None:
+def test_two_runs_from_scratch_are_bit_identical(reproduced: Checkout) -> None:
     """Without DVC's caches and with an empty state directory, every file in git comes out as it was."""
     before = reproduced.adapter()
     reproduced.run("rm", "-rf", ".state", "data/latents", "data/adapter")
@@ -105,7 +107,7 @@ def test_two_runs_give_the_same_bytes_from_nothing(reproduced: Checkout) -> None
 
 
 @pytest.mark.slow
-def test_killed_in_training_and_run_again_gives_the_same_bytes(reproduced: Checkout) -> None:
+def test_a_killed_training_resumes_bit_identically(reproduced: Checkout) -> None:
     change = ["--set", "train.num_steps=400", "--set", "train.snapshot_every_n_steps=100"]
     command = ["-m", "stages.train", *change, "--adapter", "out/a", "--train-reports", "out/ra"]
     reproduced.python(*command)
@@ -154,7 +156,7 @@ def test_a_temporary_experiment_runs_what_is_affected_and_compares(reproduced: C
     assert "val.loss" in rows[0] and not any("/" in column for column in rows[0])
 
 
-def test_data_less_gate_notices_a_report_edited_by_hand(reproduced: Checkout) -> None:
+def test_the_gate_detects_an_edited_report_without_the_data(reproduced: Checkout) -> None:
     gate = ("-m", "dvc", "repro", "--dry", "--allow-missing")
     up_to_date = "Data and pipelines are up to date."
     assert up_to_date in reproduced.python(*gate).stdout

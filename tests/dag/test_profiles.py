@@ -33,12 +33,12 @@ def script(folder: Path, kubectl: str, name: str, *words: str, **environment: st
         ("echo 'connection refused' >&2; exit 1", "running"),
     ],
 )
-def test_status_is_that_of_the_job_s_conditions(tmp_path: Path, kubectl: str, status: str) -> None:
+def test_status_follows_the_conditions_of_the_job(tmp_path: Path, kubectl: str, status: str) -> None:
     done = script(tmp_path, kubectl, "status", "lora-dag-failed-1")
     assert done.stdout == f"{status}\n" and done.returncode == 0
 
 
-def test_a_job_asks_for_what_its_rule_does(tmp_path: Path) -> None:
+def test_a_job_requests_the_resources_of_its_rule(tmp_path: Path) -> None:
     names = {"LORA_IMAGE": "image", "LORA_CLAIM": "claim", "LORA_MOUNT": "/mnt", "LORA_PARAMS": "runs/.params/a.yaml"}
     done = script(tmp_path, "cat > job.yaml; printf job-1", "submit", "4", "16000", "2", "480", "/jobs/a.sh", **names)
     assert (done.stdout, done.stderr) == ("job-1", "")

@@ -54,7 +54,9 @@ def planned(checkout: Checkout) -> set[str]:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_change_would_rerun_what_it_can_affect(stubbed: Stubbed, change: dict[str, Any], expected: set[str]) -> None:
+def test_dvc_status_lists_only_the_stages_that_a_change_affects(
+    stubbed: Stubbed, change: dict[str, Any], expected: set[str]
+) -> None:
     stubbed.set(**change)
     assert planned(stubbed) == expected
 
@@ -82,7 +84,7 @@ def test_an_edited_image_reruns_everything_and_putting_it_back_nothing(stubbed: 
     assert stubbed.git("status", "--porcelain") == ""
 
 
-def test_after_a_new_lock_one_command_makes_a_fresh_clone_whole(stubbed: Stubbed) -> None:
+def test_after_a_new_lock_one_command_restores_a_fresh_clone(stubbed: Stubbed) -> None:
     """``python -m base.bundle``: plain `dvc pull`, `dvc status`, `dvc exp apply` succeed, and `dvc push` refuses."""
     released, clone = copy.copy(stubbed), copy.copy(stubbed)
     released.path, clone.path = stubbed.path.with_name("released"), stubbed.path.with_name("clone")

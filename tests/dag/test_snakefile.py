@@ -158,7 +158,7 @@ def put_back(stubbed: Stubbed) -> Iterator[None]:
         pytest.param("sweep__seeds", [0], set(), marks=pytest.mark.slow),
     ],
 )
-def test_a_change_reruns_what_it_can_affect_as_under_dvc(
+def test_a_change_reruns_the_same_stages_as_under_dvc(
     stubbed: Stubbed, key: str, value: object, expected: set[str] | None
 ) -> None:
     """The table of test_pipeline.py, for every section; of DVC's, cache may end early, where the bits are the same."""
@@ -167,7 +167,7 @@ def test_a_change_reruns_what_it_can_affect_as_under_dvc(
 
 
 @pytest.mark.slow
-def test_a_sweep_makes_once_what_its_runs_share(stubbed: Stubbed) -> None:
+def test_a_sweep_runs_shared_stages_once(stubbed: Stubbed) -> None:
     grid = "grid={lora.rank: [2, 4, 8], validate.guidance_scale: [1.5, 2.0]}"
     plan = stubbed.plan("--config", grid, "seeds=[0,1]", "datasets=[data/raw,data/other]")
     # prepare and cache_latents of data/raw are there
@@ -184,7 +184,7 @@ def test_a_sweep_makes_once_what_its_runs_share(stubbed: Stubbed) -> None:
     )
 
 
-def test_a_crash_after_a_change_leaves_nothing_that_looks_current(stubbed: Stubbed) -> None:
+def test_a_crash_after_a_change_leaves_no_outdated_results(stubbed: Stubbed) -> None:
     stubbed.checkout.set(lora__rank=3)
     failed = stubbed.snakemake("--retries", "0", FAIL="train")
     assert failed.returncode != 0 and "asked to fail" in failed.stdout + failed.stderr
@@ -297,7 +297,7 @@ def test_parameters_edited_while_jobs_run_reach_none_of_them(stubbed: Stubbed) -
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_the_same_command_goes_on(stubbed: Stubbed) -> None:
+def test_the_same_command_resumes_after_a_kill(stubbed: Stubbed) -> None:
     """After SIGKILL a lock and half a result stand; the first is named with its cure, the second made again."""
     words = ["--config", "grid={lora.rank: [5]}"]
     command = [sys.executable, "-m", "snakemake", "--cores", "1", *words]
@@ -328,7 +328,7 @@ def wait(done: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     [
         pytest.param(
             ["grid={lora.rnak: [4]}"],
-            "params.yaml sweep.grid lora.rnak: unknown setting. Did you mean rank",
+            "params.yaml sweep.grid lora.rnak: unknown setting. Did you mean lora.rank",
             marks=pytest.mark.slow,
         ),
         pytest.param(

@@ -49,7 +49,7 @@ def steps(name: str) -> list[tuple[str, dict[str, Any]]]:
 # What they may do
 
 
-def test_there_are_two() -> None:
+def test_there_are_two_workflows() -> None:
     assert NAMES == ["checks.yml", "experiment.yml"]
 
 
@@ -60,7 +60,7 @@ def test_actions_are_pinned_by_commit_with_their_release_named(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_job_says_what_it_may_do_and_how_long(name: str) -> None:
+def test_every_job_has_permissions_and_a_timeout(name: str) -> None:
     workflow = load(name)
     assert workflow["permissions"] == {}
     for job in workflow["jobs"].values():
@@ -68,7 +68,7 @@ def test_every_job_says_what_it_may_do_and_how_long(name: str) -> None:
         assert "concurrency" in job or "concurrency" in workflow or "needs" in job
 
 
-def test_what_each_job_may_write() -> None:
+def test_write_permissions_of_each_job() -> None:
     jobs = load("experiment.yml")["jobs"]
     assert {name: job["permissions"] for name, job in jobs.items()} == {
         "gate": {"contents": "read"},
@@ -82,7 +82,7 @@ def test_what_each_job_may_write() -> None:
     assert not any("uses" in step for job, step in steps("experiment.yml") if job == "comment")  # none of its code
 
 
-def test_where_a_token_may_write_no_code_of_a_pull_request_runs(tmp_path: Path) -> None:
+def test_jobs_with_a_write_token_run_no_code_of_a_pull_request(tmp_path: Path) -> None:
     """On ``pull_request_target``: only the base branch is checked out, and there are no secrets and no uploads."""
     assert "pull_request_target" not in load("checks.yml")["on"]
     runner = Runner(tmp_path / "runner", {"github.event_name": "pull_request_target"})
@@ -105,7 +105,7 @@ def test_no_text_of_a_pull_request_is_part_of_a_script(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_script_calls_what_exists(name: str) -> None:
+def test_scripts_call_only_existing_commands_and_files(name: str) -> None:
     """Programs of this environment, modules of this repository, and files in it."""
     for job, step in steps(name):
         script = step.get("run", "").replace("\\\n", " ")
@@ -247,7 +247,7 @@ def tamper() -> None:
     git("commit", "--quiet", "--all", "--message", "Better than it is")
 
 
-def test_a_tampered_pull_request_is_red_and_says_which_files_and_why(clone: Clone, tmp_path: Path) -> None:
+def test_a_tampered_pull_request_fails_with_files_and_reasons(clone: Clone, tmp_path: Path) -> None:
     clone("rank-4")
     tamper()
     runner = pull_request(tmp_path / "runner")
@@ -277,7 +277,7 @@ def test_a_pull_request_that_brings_its_own_gate_is_judged_by_the_base_branch_s(
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_pull_request_that_conflicts_is_red_and_says_where(clone: Clone, tmp_path: Path) -> None:
+def test_a_conflicting_pull_request_fails_with_the_files(clone: Clone, tmp_path: Path) -> None:
     clone("rank-4")
     root = git("rev-parse", "origin/main~1")
     git("reset", "--quiet", "--soft", root)  # as if it had left before main had reports
@@ -287,7 +287,7 @@ def test_a_pull_request_that_conflicts_is_red_and_says_where(clone: Clone, tmp_p
     assert "conflicts with" in runner.page() and "reports/metrics.json" in runner.page()
 
 
-def test_who_gets_a_comment_and_who_a_run(clone: Clone, tmp_path: Path) -> None:
+def test_events_that_start_a_comment_or_a_full_run(clone: Clone, tmp_path: Path) -> None:
     clone("rank-4")
     ours, fork = (pull_request(tmp_path / name, fork=name == "fork") for name in ("ours", "fork"))
     for runner in (ours, fork):
@@ -329,7 +329,7 @@ def test_a_label_starts_a_full_run_or_nothing(tmp_path: Path, label: str, head: 
     ("action", "base", "started"),
     [("synchronize", "", ["gate"]), ("edited", "", []), ("edited", "release", ["gate"])],
 )
-def test_another_base_branch_is_another_gate_and_another_title_none(
+def test_the_gate_runs_again_for_another_base_branch_but_not_for_another_title(
     tmp_path: Path, action: str, base: str, started: list[str]
 ) -> None:
     values = {"github.event_name": "pull_request_target", "github.event.action": action}
@@ -341,7 +341,7 @@ LABEL = "github.event.label.name"
 
 
 @pytest.mark.slow
-def test_a_full_run_makes_a_branch_honest(
+def test_a_full_run_replaces_tampered_reports(
     reproduced: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A branch with another rank and nothing else: stages run, data go to the remote, reports to the branch."""

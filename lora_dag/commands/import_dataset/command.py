@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
         )
     for line in summary:
         log.info(line)
-    log.info("written     %s, %s", args.folder, args.folder / PROVENANCE)
+    log.info("wrote       %s, %s", args.folder, args.folder / PROVENANCE)
     log.info("next        dvc add %s", shlex.quote(str(args.folder)))
 
 
