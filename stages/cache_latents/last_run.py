@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import AliasChoices, Field, TypeAdapter
 
 from lora_dag.artifacts.manifest import Item
 from lora_dag.artifacts.store import Kind, Store
@@ -24,7 +24,8 @@ from stages.cache_latents.latents import LatentEncoder
 class ItemInputs:
     """Inputs of the entries of one image, besides the settings."""
 
-    image: str
+    image: Annotated[str, Field(validation_alias=AliasChoices("image", "picture"))]
+    """SHA-256 of the image; ``picture`` in files of older versions."""
     size: list[int]
     views: list[list[int]]
     """Left, top, right, bottom in pixels, and 1 for a mirrored view."""

@@ -181,7 +181,7 @@ def test_an_edited_caption_shows_after_prepare(cached: Workspace) -> None:
 def test_outdated_prepared_comes_first(cached: Workspace, changes: tuple[str, ...], before: str, now: str) -> None:
     shutil.copytree("data/raw", "data/other")
     first, *lines = [line for line in status(cached, *changes) if not line.startswith("warning: ")]
-    assert first.startswith(f"data/prepared was made with {before}, but params.yaml now has {now}.")
+    assert first.startswith(f"data/prepared was made with {before}, but the settings now have {now}.")
     assert lines == NOTHING
     lines = prepared_status(cached, *changes)
     assert not any("was made with" in line for line in lines)
@@ -193,14 +193,14 @@ def test_buckets_of_another_resolution_are_seen(workspace: Workspace) -> None:
     changes = ("dataset.aspect_buckets=true", "dataset.bucket_step=8")
     assert "made with" not in prepared_status(workspace, *changes)[0]
     first = status(workspace, *changes, "dataset.resolution=48")[0]
-    assert "dataset.resolution 40x24, but params.yaml now has 48." in first
-    assert "dataset.resolution 40x24, but params.yaml now has 32." in status(workspace)[0]
+    assert "dataset.resolution 40x24, but the settings now have 48." in first
+    assert "dataset.resolution 40x24, but the settings now have 32." in status(workspace)[0]
 
 
 def test_a_removed_flip_is_accepted(cached: Workspace) -> None:
     cached.run("prepare", "--set", "dataset.flip=true")
     lines = status(cached)
-    assert lines[0].startswith("data/prepared was made with dataset.flip true, but params.yaml now has false.")
+    assert lines[0].startswith("data/prepared was made with dataset.flip true, but the settings now have false.")
     assert lines[1:] == NOTHING
 
 
@@ -280,6 +280,15 @@ def test_last_run_of_another_version_is_ignored(cached: Workspace) -> None:
         assert status(cached, "cache.batch_size=3")[0] == "00.png: new"
     path.write_text('{"other": 1}')
     assert status(cached, "cache.batch_size=3")[0] == "00.png: new"
+
+
+def test_last_run_with_the_older_name_of_images_is_read(cached: Workspace) -> None:
+    path = Path(".state/store/last.json")
+    notes = read_json(path)
+    for inputs in notes["items"].values():
+        inputs["picture"] = inputs.pop("image")
+    path.write_text(json.dumps(notes))
+    assert status(cached, "cache.batch_size=3")[0] == "00.png: batch_size 4 -> 3"
 
 
 def test_the_exit_code_is_zero_with_invalid_images(cached: Workspace) -> None:

@@ -89,7 +89,7 @@ def read_commit(name: str, commit: str | None) -> RevisionReport:
             found[path] = None if blob is None else parse(blob)
         except DAMAGED as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            text = f"{name}: {path} is damaged ({reason}). {how_to_report(commit)}"
+            text = f"{name}: {path} is damaged or of another version ({reason}). {how_to_report(commit)}"
             problems.append(Problem("report-damaged", text))
     needed = [path for path in parsers if path not in (*METRICS_FILES[1:], IMAGES, LOCK)]
     missing = [path for path in needed if path in found and found[path] is None]
