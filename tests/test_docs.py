@@ -35,7 +35,7 @@ FIGURES = ("flowchart", "graph", "sequenceDiagram", "stateDiagram-v2", "timeline
 ROOTS = (
     "lora_dag", "stages", "tests", "docs", "base", "benchmarks", "profiles", "rules", "reports", ".github", ".ci",
 )  # fmt: skip
-OF_ONE_SETTING = ("wrong-type", "wrong-value", "unknown-key")
+OF_ONE_SETTING = ("wrong-type", "wrong-value", "unknown-setting")
 """Codes of problems that no other setting can cure."""
 HISTORY = "CHANGELOG.md"
 """It may name settings and files that are gone."""

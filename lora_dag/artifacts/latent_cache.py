@@ -164,7 +164,7 @@ def load_shard(path: Path, digest: str) -> dict[str, torch.Tensor]:
         if path.is_file() and sha256_file(path) == digest:
             return load_tensors(path)
     text = f"{path}: missing or damaged. Run `python -m stages.cache_latents` again."
-    raise UserError(Problem("shard-damaged", text))
+    raise UserError(Problem("artifact-damaged", text))
 
 
 def write(

@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     tree = params.read_with_overrides(args.params, args.overrides)
-    config = params.check(tree, args.params)
-    runs = grid.plan(tree, args.params)
+    config = params.check(tree, params.Origin(args.params, args.overrides))
+    runs = grid.plan(tree, args.params, args.overrides)
     model, dataset = config.section(ModelParams), config.section(DatasetParams)
     family = load_family(model.family)
     base = resolve.check(model, family)

@@ -125,7 +125,7 @@ def with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> grid.Run:
     for key, value in overrides.items():
         section, _, name = key.partition(".")
         changed[section][name] = value
-    config = params.check(changed, PARAMS)
+    config = params.check(changed, params.Origin(PARAMS))
     return grid.Run(overrides, config, {name: grid.dumped(each) for name, each in config.sections.items()}, {})
 
 

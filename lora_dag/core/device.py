@@ -40,7 +40,7 @@ def setup(runtime: RuntimeParams, model: ModelParams) -> torch.device:
         raise UserError(Problem("device-unavailable", text))
     if name == "cpu" and model.dtype == "float16":
         text = f"{model.setting('dtype')}: float16 needs a GPU. Use bfloat16 or float32 on a CPU."
-        raise UserError(Problem("float16-on-cpu", text))
+        raise UserError(Problem("needs-gpu", text))
     if name == "cpu":
         keep_freed_memory()
     if runtime.num_threads:

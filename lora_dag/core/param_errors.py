@@ -6,7 +6,7 @@ import difflib
 import itertools
 import json
 import re
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -22,36 +22,42 @@ if TYPE_CHECKING:
 LENGTH = re.compile(r"should have (at (?:least|most) (\d+) \w+)")
 
 
-def explain(path: Path, section: str, cls: type[BaseModel], error: ValidationError) -> list[Problem]:
-    """Return one problem per validation error: file, dotted key, value, what is expected."""
+def explain(section: str, cls: type[BaseModel], error: ValidationError, place: Callable[[str], str]) -> list[Problem]:
+    """Return one problem per validation error: place, value, what is expected.
+
+    Args:
+        place: function that returns the place of a dotted key, such as ``params.yaml lora.rank``.
+    """
     problems: list[Problem] = []
     for _, alternatives in itertools.groupby(error.errors(), lambda detail: up_to_union(cls, detail["loc"])):
         details = decisive(list(alternatives))
-        key = ".".join([section, *key_names(cls, details[0]["loc"])])
-        problems.append(explain_one(details, key, cls).at(str(path), glue=" "))
+        own_key = details[0].get("ctx", {}).get("key")
+        key = ".".join([section, *key_names(cls, details[0]["loc"]), *([own_key] if own_key else [])])
+        problems.append(explain_one(details, key, cls, place(key)))
     return problems
 
 
-def explain_one(details: list[ErrorDetails], key: str, cls: type[BaseModel]) -> Problem:
-    """Return the problem of one setting, whose text begins with its key.
+def explain_one(details: list[ErrorDetails], key: str, cls: type[BaseModel], place: str) -> Problem:
+    """Return the problem of one setting.
 
     Args:
         details: pydantic's errors of it, one for each member of a union.
+        place: where the setting is, with its key.
     """
     detail = details[0]
     inner = innermost(cls, detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return unknown_setting("", key, inner.model_fields)
+        return unknown_setting(place.removesuffix(key).rstrip(), key, inner.model_fields)
     if detail["type"] == "missing":
-        return Problem("missing-setting", f"{key}: missing. {describe(inner, str(detail['loc'][-1]))}")
+        return Problem("missing-setting", f"{place}: missing. {describe(inner, str(detail['loc'][-1]))}")
     if detail["type"] == "model_type":
         example = ", ".join(f"{name}: ..." for name, field in inner.model_fields.items() if field.is_required())
-        return Problem("wrong-type", f"{key}: got {as_yaml(detail['input'])}, but {{{example}}} is expected.")
+        return Problem("wrong-type", f"{place}: got {as_yaml(detail['input'])}, but {{{example}}} is expected.")
     if detail["type"] == "value_error":
-        return Problem("wrong-value", f"{key}: {detail['msg'].removeprefix('Value error, ')}")
+        return Problem("wrong-value", f"{place}: {detail['msg'].removeprefix('Value error, ')}")
     if detail["type"] == "problem":
-        return Problem(detail["ctx"]["code"], f"{key}: {detail['msg']}")
-    got, hint = f"{key}: got {as_yaml(detail['input'])}", nearest(details) or unquoted(detail)
+        return Problem(detail["ctx"]["code"], f"{place}: {detail['msg']}")
+    got, hint = f"{place}: got {as_yaml(detail['input'])}", nearest(details) or unquoted(detail)
     if detail["type"] == "string_pattern_mismatch" and (example := example_of(inner, detail["loc"])):
         return Problem("wrong-value", f"{got}, but a text such as {example} is expected.")
     return Problem("wrong-value", f"{got}{expected(details)}{hint}")
@@ -128,7 +134,8 @@ def describe(cls: type[BaseModel], field: str) -> str:
 
 
 def unknown_setting(place: str, key: str, known: Any, noun: str = "setting") -> Problem:
-    """Return ``params.yaml lora.rnak: unknown setting. Did you mean rank?``"""
-    near = difflib.get_close_matches(key.rpartition(".")[2], list(known), n=2)
+    """Return ``params.yaml lora.rnak: unknown setting. Did you mean lora.rank?``"""
+    parent, dot, name = key.rpartition(".")
+    near = [f"{parent}{dot}{similar}" for similar in difflib.get_close_matches(name, list(known), n=2)]
     hint = f"Did you mean {' or '.join(near)}?" if near else f"Known {noun}s: {', '.join(known)}."
-    return Problem("unknown-setting", f"{f'{place} ' if place else ''}{key}: unknown {noun}. {hint}")
+    return Problem("unknown-setting", f"{place} {key}: unknown {noun}. {hint}")

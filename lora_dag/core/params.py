@@ -11,7 +11,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -74,6 +75,21 @@ HomePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser
 """A file that no stage lists as a dependency. Its path may have ``~``."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The file and the overrides that settings come from."""
+
+    path: Path = Path("params.yaml")
+    overrides: Sequence[str] = ()
+    """``section.key=value`` of ``--set``."""
+
+    def place(self, key: str) -> str:
+        """Return the place of a key or a section for a message: ``params.yaml lora.rank`` or ``--set lora.rank``."""
+        given = [f"{override.partition('=')[0]}." for override in self.overrides]
+        is_given = any(f"{key}.".startswith(name) or name.startswith(f"{key}.") for name in given)
+        return f"{'--set' if is_given else self.path} {key}"
+
+
 class Params(BaseModel):
     """A section of params.yaml: frozen, strict, no unknown keys. Every field is required: defaults live in the file."""
 
@@ -94,12 +110,12 @@ class Params(BaseModel):
     def setting(self, key: str) -> str:
         """Return the place of a setting for a message: the file that was read and the dotted key.
 
-        ``params.setting("rank")`` is ``params.yaml lora.rank``, or ``runs/.params/a.yaml lora.rank`` in a sweep. A key
-        that begins with another section, such as ``dataset.crop``, stays as it is.
+        ``params.setting("rank")`` is ``params.yaml lora.rank``, ``runs/.params/a.yaml lora.rank`` in a sweep, or
+        ``--set lora.rank``. A key that begins with another section, such as ``dataset.crop``, stays as it is.
         """
         names = {path.partition(":")[2]: name for name, path in SECTIONS.items()}
         section = "" if key.partition(".")[0] in SECTIONS else f"{names[type(self).__name__]}."
-        return f"{vars(self).get('_file', 'params.yaml')} {section}{key}"
+        return vars(self).get("_origin", Origin()).place(f"{section}{key}")
 
 
 class ModelParams(Params):
@@ -135,8 +151,8 @@ class RuntimeParams(Params):
     @model_validator(mode="after")
     def is_even(self) -> RuntimeParams:
         if self.num_processes % self.num_machines:
-            counts = f"num_processes is {self.num_processes} and num_machines is {self.num_machines}"
-            raise setting_problem("uneven-processes", f"{counts}. Make num_processes a multiple of num_machines.")
+            text = f"got {self.num_processes}, which is not a multiple of num_machines ({self.num_machines})"
+            raise setting_problem("uneven-processes", f"{text}. Write a multiple of it.", "num_processes")
         return self
 
 
@@ -173,7 +189,7 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     Raises:
         UserError: all problems, one line each.
     """
-    return check(read_with_overrides(path, overrides), path)
+    return check(read_with_overrides(path, overrides), Origin(path, overrides))
 
 
 def read_with_overrides(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
@@ -184,15 +200,16 @@ def read_with_overrides(path: Path, overrides: list[str] | tuple[str, ...]) -> d
     return tree
 
 
-def check(tree: dict[str, Any], path: Path) -> Config:
+def check(tree: dict[str, Any], origin: Origin) -> Config:
     """Return every section as its class.
 
     Args:
-        path: file to name in messages.
+        origin: file and overrides that the tree was read from, for messages.
 
     Raises:
         UserError: all problems, one line each.
     """
+    path = origin.path
     problems = [unknown_setting(str(path), str(key), SECTIONS, "section") for key in tree if key not in SECTIONS]
     missing = [name for name in SECTIONS if name not in tree]
     problems += [Problem("missing-section", f"{path}: section '{name}' is missing. Add it.") for name in missing]
@@ -200,7 +217,7 @@ def check(tree: dict[str, Any], path: Path) -> Config:
     for name in SECTIONS:
         if name in tree:
             try:
-                sections[name] = check_section(path, name, tree[name])
+                sections[name] = check_section(origin, name, tree[name])
             except UserError as error:
                 problems += error.problems
     if problems:
@@ -208,7 +225,7 @@ def check(tree: dict[str, Any], path: Path) -> Config:
     return Config(sections, path, tree)
 
 
-def check_section(path: Path, name: str, values: Any) -> Params:
+def check_section(origin: Origin, name: str, values: Any) -> Params:
     """Return one section as its class.
 
     Raises:
@@ -217,8 +234,8 @@ def check_section(path: Path, name: str, values: Any) -> Params:
     try:
         params = params_class(name).model_validate(values)
     except ValidationError as error:
-        raise UserError(*explain(path, name, params_class(name), error)) from None
-    vars(params)["_file"] = path  # no field, so that sections of two files with the same values are equal
+        raise UserError(*explain(name, params_class(name), error, origin.place)) from None
+    vars(params)["_origin"] = origin  # no field, so that sections of two files with the same values are equal
     return params
 
 

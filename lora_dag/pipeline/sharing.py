@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_dag.core.console import UserError
+from lora_dag.core.console import Problem, UserError
 from lora_dag.core.params import read_yaml
 from lora_dag.pipeline.git import git
 
@@ -18,8 +18,8 @@ STORE = ".dvc/store"
 REMEDY = "Run `dvc remote add --default NAME URL`, then `dvc push`."
 
 
-def unshared_data() -> list[str]:
-    """Return a line for each reason why others cannot download data of a .dvc file; none without DVC or git."""
+def unshared_data() -> list[Problem]:
+    """Return a problem for each reason why others cannot download data of a .dvc file; none without DVC or git."""
     config = dvc_config()
     if config is None:
         return []
@@ -29,7 +29,10 @@ def unshared_data() -> list[str]:
         digest = str(out.get("md5", ""))
         if f"{STORE}/files/md5/{digest[:2]}/{digest[2:]}" not in committed and (reason := obstacle(out, config)):
             pointers_by_reason.setdefault(reason, []).append(f"{pointer}")
-    return [f"{', '.join(dict.fromkeys(pointers))}: {reason}" for reason, pointers in pointers_by_reason.items()]
+    return [
+        Problem("data-not-shared", f"{', '.join(dict.fromkeys(pointers))}: {reason}")
+        for reason, pointers in pointers_by_reason.items()
+    ]
 
 
 def obstacle(out: dict[str, Any], config: dict[str, str]) -> str | None:

@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,7 @@ from lora_dag.core.console import Problem, UserError, plural
 from lora_dag.core.files import from_json
 from lora_dag.core.param_errors import unknown_setting
 from lora_dag.core.param_kinds import accepts_null, inside, is_text
-from lora_dag.core.params import SECTIONS, Config, Params, annotation_of, check, check_section, params_class
+from lora_dag.core.params import SECTIONS, Config, Origin, Params, annotation_of, check, check_section, params_class
 from lora_dag.core.time_estimate import duration
 from lora_dag.pipeline.yaml_edit import to_flow_yaml
 
@@ -108,32 +108,37 @@ class Run:
         return self.values[section][name] if name else self.values[section]
 
 
-def plan(tree: dict[str, Any], source: Path = Path("params.yaml")) -> list[Run]:
+def plan(tree: dict[str, Any], source: Path = Path("params.yaml"), overrides: Sequence[str] = ()) -> list[Run]:
     """Return the runs of the section ``sweep``, in its order, without duplicates.
+
+    Args:
+        source: file of the tree, for messages.
+        overrides: ``section.key=value`` of ``--set``, which are applied already.
 
     Raises:
         UserError: all problems of the file, of the section, and of the settings of its runs.
     """
-    base = check(tree, source)
+    origin = Origin(source, overrides)
+    base = check(tree, origin)
     sweep = base.section(SweepParams)
-    if problems := list(key_problems(sweep)):
-        raise UserError(*(problem.at(f"{source} sweep.", glue="") for problem in problems))
-    combined = combinations(sweep, source)
-    reader = Reader(tree, base, source)
+    if problems := list(key_problems(sweep, origin)):
+        raise UserError(*problems)
+    combined = combinations(sweep, origin.place("sweep"))
+    reader = Reader(tree, base, origin)
     runs = [reader.run(overrides) for overrides in combined]
     if reader.problems:
         raise UserError(*dict.fromkeys(reader.problems))
     kept = [run for run in runs if not any(has_values(run, pattern) for pattern in sweep.exclude)]
     idle = [pattern for pattern in sweep.exclude if not any(has_values(run, pattern) for run in runs)]
-    place = f"{source} sweep.exclude:"
+    place = origin.place("sweep.exclude")
     problems = [
-        Problem("exclude-unused", f"{place} {pattern} matches no run. Correct or delete it.") for pattern in idle
+        Problem("exclude-unused", f"{place}: {pattern} matches no run. Correct or delete it.") for pattern in idle
     ]
     if not kept:
-        problems.append(Problem("sweep-empty", f"{place} all runs are excluded. Delete an entry."))
+        problems.append(Problem("sweep-empty", f"{place}: all runs are excluded. Delete an entry."))
     if problems:
         raise UserError(*problems)
-    return with_stage_folders(kept, constant_keys(runs, tree), source)
+    return with_stage_folders(kept, constant_keys(runs, tree), origin.place("sweep"))
 
 
 def from_command_line(tree: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -186,42 +191,40 @@ def parse_text(value: Any, kind: Any) -> Any:
     return read
 
 
-def key_problems(sweep: SweepParams) -> Iterator[Problem]:
-    """Yield a problem for keys that no section has, that have their own axis, or that two axes set.
-
-    Their texts begin with a key of the section sweep.
-    """
+def key_problems(sweep: SweepParams, origin: Origin) -> Iterator[Problem]:
+    """Yield a problem for keys that no section has, that have their own axis, or that two axes set."""
     datasets = [item for item in sweep.datasets if isinstance(item, dict)]
     per_dataset = {key for item in datasets for key in item}
     for index, item in enumerate(datasets):
         if "dataset.source" not in item:
             add = f"Add dataset.source to entry {index + 1} of the entries with overrides."
-            yield Problem("dataset-without-source", f"datasets: {item} has no source. {add}")
+            yield Problem("dataset-without-source", f"{origin.place('sweep.datasets')}: {item} has no source. {add}")
     keys_by_axis = {"datasets": per_dataset, "grid": sweep.grid, "rows": [key for row in sweep.rows for key in row]}
     keys_by_axis["exclude"] = [key for pattern in sweep.exclude for key in pattern]
-    for place, keys in keys_by_axis.items():
+    for name, keys in keys_by_axis.items():
+        place = origin.place(f"sweep.{name}")
         for key in dict.fromkeys(keys):
-            section, _, name = key.partition(".")
+            section, _, setting = key.partition(".")
             axis = OWN_AXIS.get(key)
-            if section not in SWEPT or not name:
+            if section not in SWEPT or not setting:
                 expected = "SECTION.KEY is expected, such as lora.rank."
                 yield Problem("unknown-setting", f"{place} {key}: {expected} Known sections: {', '.join(SWEPT)}.")
-            elif name not in params_class(section).model_fields:
+            elif setting not in params_class(section).model_fields:
                 yield unknown_setting(place, key, params_class(section).model_fields)
-            elif axis and place not in ("exclude", axis):
+            elif axis and name not in ("exclude", axis):
                 yield Problem("key-with-own-axis", f"{place} {key}: list its values in sweep.{axis} instead.")
-            elif place in ("grid", "rows") and key in per_dataset:
+            elif name in ("grid", "rows") and key in per_dataset:
                 text = f"{place} {key}: sweep.datasets sets this key too. Delete it in one of them."
                 yield Problem("key-set-twice", text)
 
 
-def combinations(sweep: SweepParams, source: Path) -> list[Overrides]:
+def combinations(sweep: SweepParams, place: str) -> list[Overrides]:
     """Return the overrides of each dataset with each setting and each seed."""
     datasets = [item if isinstance(item, dict) else {"dataset.source": item} for item in sweep.datasets] or [{}]
     count = math.prod(map(len, sweep.grid.values())) if sweep.grid else 0
     total = len(datasets) * max(1, count + len(sweep.rows)) * max(1, len(sweep.seeds))
     if total > MOST_RUNS:
-        text = f"{source} sweep: got {total:,} runs, but at most {MOST_RUNS:,} are possible. Shorten its lists."
+        text = f"{place}: got {total:,} runs, but at most {MOST_RUNS:,} are possible. Shorten its lists."
         raise UserError(Problem("sweep-too-large", text))
     grid = [dict(zip(sweep.grid, point, strict=True)) for point in itertools.product(*sweep.grid.values())]
     settings = [*(grid if sweep.grid else []), *sweep.rows] or [{}]
@@ -232,8 +235,9 @@ def combinations(sweep: SweepParams, source: Path) -> list[Overrides]:
 class Reader:
     """Reader of runs that validates each distinct section once, however many runs share it."""
 
-    def __init__(self, tree: dict[str, Any], base: Config, source: Path) -> None:
-        self.tree, self.base, self.source = tree, base, source
+    def __init__(self, tree: dict[str, Any], base: Config, origin: Origin) -> None:
+        self.tree, self.base = tree, base
+        self.origin = Origin(Path(f"{origin.place('sweep')}:"))
         self.problems: list[Problem] = []
         self.known = {(name, "{}"): (section, dumped(section)) for name, section in base.sections.items()}
 
@@ -250,13 +254,13 @@ class Reader:
             else values[key.partition(".")[0]][key.partition(".")[2]]
             for key, value in overrides.items()
         }
-        return Run(exact, Config(sections, self.source), values, {})
+        return Run(exact, Config(sections, self.base.source), values, {})
 
     def section(self, name: str, own: Overrides) -> tuple[Params, dict[str, Any]]:
         key = (name, canonical_json(own))
         if key not in self.known:
             try:
-                section = check_section(Path(f"{self.source} sweep:"), name, self.tree[name] | own)
+                section = check_section(self.origin, name, self.tree[name] | own)
             except UserError as error:
                 self.problems += error.problems
                 section = self.base.sections[name]
@@ -294,11 +298,12 @@ def constant_keys(runs: list[Run], tree: dict[str, Any]) -> dict[str, bool]:
     return {key: own[key] in values[key] for key in keys if len(values[key]) == 1}
 
 
-def with_stage_folders(runs: list[Run], constant: dict[str, bool], source: Path) -> list[Run]:
+def with_stage_folders(runs: list[Run], constant: dict[str, bool], place: str) -> list[Run]:
     """Return the runs with each stage in the folder of the first run that has equal upstream sections.
 
     Args:
         constant: result of ``constant_keys``.
+        place: place of the section sweep for messages.
 
     Raises:
         UserError: two settings would write into one folder.
@@ -315,7 +320,7 @@ def with_stage_folders(runs: list[Run], constant: dict[str, bool], source: Path)
     users = Counter((key[0], folder) for key, folder in known.items())
     if twice := [f"runs/{folder} ({stage})" for (stage, folder), count in users.items() if count > 1]:
         text = "two settings would write into this folder. Sweep one of them, or remove their difference."
-        raise UserError(*(Problem("folder-name-clash", f"{source} sweep: {folder}: {text}") for folder in twice))
+        raise UserError(*(Problem("folder-name-clash", f"{place}: {folder}: {text}") for folder in twice))
     return list(found.values())
 
 

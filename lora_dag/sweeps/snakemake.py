@@ -20,7 +20,7 @@ from snakemake.exceptions import WorkflowError
 
 from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import write_text
-from lora_dag.core.params import RuntimeParams, check, read_yaml
+from lora_dag.core.params import Origin, RuntimeParams, check, read_yaml
 from lora_dag.pipeline import dvc_files
 from lora_dag.pipeline.code import command_digest, digest, results_of
 from lora_dag.pipeline.yaml_edit import to_flow_yaml
@@ -49,7 +49,7 @@ def save_params(changes: dict[str, Any]) -> str:
     text = PARAMS.read_text(encoding="utf-8")
     if changes:
         tree = grid.from_command_line(read_yaml(PARAMS), changes)
-        check(tree, PARAMS)
+        check(tree, Origin(PARAMS))
         text = to_flow_yaml(tree)
     path = Path(f"runs/.params/{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml")
     if not path.exists():

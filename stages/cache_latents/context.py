@@ -130,7 +130,7 @@ def warn_of_one_crop(manifest: Manifest, cache: CacheParams) -> None:
         )
     if manifest.augmentation.crop == "center" and not manifest.augmentation.flip and cache.num_variants > 1:
         warn(
-            "identical-variants",
+            "setting-ignored",
             f"{cache.setting('num_variants')}: {cache.num_variants} has no effect with dataset.crop center and "
             "dataset.flip false. Set cache.num_variants to 1, or change one of the two.",
         )

@@ -26,7 +26,7 @@ def flip_problems(flip: bool, cache: CacheParams) -> list[Problem]:
         return []
     return [
         Problem(
-            "flip-without-effect",
+            "setting-ignored",
             f"{cache.setting('num_variants')}: got 1 with dataset.flip true, but the first variant of an image is "
             "never mirrored. Set cache.num_variants to 2 or more, or dataset.flip to false.",
         )

@@ -29,7 +29,7 @@ def describe_outdated_settings(manifest: Manifest, prepared: Path, config: Confi
         return ""
     before = ", ".join(f"{name} {as_yaml(then)}" for name, (then, _) in differ.items())
     now = ", ".join(as_yaml(value) for _, value in differ.values())
-    return f"{prepared} was made with {before}, but {config.source} now has {now}"
+    return f"{prepared} was made with {before}, but the settings now have {now}"
 
 
 def sizes(manifest: Manifest, dataset: dict[str, Any]) -> int | str:

@@ -81,8 +81,8 @@ class ExportParams(Params):
     def resized_ranks_have_a_format(self) -> ExportParams:
         if self.resized_ranks and not self.resizable:
             others = any_of([name for name in FORMATS if not is_pipeline(name)])
-            text = f"resized_ranks: {self.formats[0]} cannot hold a copy of smaller rank. Add {others} to formats."
-            raise setting_problem("no-format-for-rank", text)
+            text = f"{self.formats[0]} cannot hold a copy of smaller rank. Add {others} to export.formats."
+            raise setting_problem("no-format-for-rank", text, "resized_ranks")
         return self
 
     def with_words(self, source: str, caption: str) -> ExportParams:
@@ -160,7 +160,7 @@ def rank_problems(
         return [Problem("rank-unsupported", f"{setting}: an adapter with {cause} cannot be resized. Use [].")]
     return [
         Problem(
-            "rank-too-large", f"{setting}: {rank} is not below the adapter's rank {adapter.rank}. Use a smaller rank."
+            "rank-too-high", f"{setting}: {rank} is not below the adapter's rank {adapter.rank}. Use a smaller rank."
         )
         for rank in resized_ranks
         if rank >= adapter.rank

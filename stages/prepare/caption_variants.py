@@ -130,7 +130,7 @@ def caption_warnings(entries: Iterable[Entry], dataset: DatasetParams) -> list[P
 
 
 def invisible_warnings(captions: list[str]) -> list[Problem]:
-    return [Problem("caption-invisible-characters", text) for text in invisible_character_warnings("caption", captions)]
+    return [Problem("invisible-characters", text) for text in invisible_character_warnings("caption", captions)]
 
 
 def quote_warnings(captions: list[str]) -> list[Problem]:

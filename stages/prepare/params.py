@@ -124,51 +124,47 @@ class DatasetParams(Params):
     @model_validator(mode="after")
     def _check(self) -> DatasetParams:
         if self.caption_column == "file_name":
-            text = "caption_column 'file_name' is the column of file names. Name the column of the captions."
-            raise setting_problem("caption-column-invalid", text)
-        if (self.heldout_fraction is None) == (self.heldout_split is None):
-            found = "both are null. Set" if self.heldout_fraction is None else "both are set. Set null for"
-            text = f"exactly one of heldout_fraction and heldout_split is expected, but {found} one of them."
-            raise setting_problem("heldout-ambiguous", text)
+            text = "got 'file_name', which is the column of file names. Name the column of the captions."
+            raise setting_problem("caption-column-invalid", text, "caption_column")
+        if self.heldout_fraction is None and self.heldout_split is None:
+            text = "got null, and heldout_split is null too. Set one of them."
+            raise setting_problem("heldout-ambiguous", text, "heldout_fraction")
+        if self.heldout_fraction is not None and self.heldout_split is not None:
+            split = f"heldout_split is '{self.heldout_split}'"
+            text = f"got {self.heldout_fraction}, but {split}. Set one of them to null."
+            raise setting_problem("heldout-ambiguous", text, "heldout_fraction")
         self._check_variants()
         if self.unmasked_weight and self.mask is None:
-            text = (
-                f"unmasked_weight {self.unmasked_weight} has no effect without mask. Set mask, or unmasked_weight: 0."
-            )
-            raise setting_problem("unmasked-weight-without-mask", text)
+            text = f"{self.unmasked_weight} has no effect without dataset.mask. Set dataset.mask, or this to 0."
+            raise setting_problem("setting-ignored", text, "unmasked_weight")
         paths = [subset.path for subset in self.subsets or []]
         if twice := next((path for path in paths if paths.count(path) > 1), None):
-            text = f"subsets names the path '{twice}' twice. Name it once and set its repeats."
-            raise setting_problem("subset-twice", text)
+            text = f"the path '{twice}' is listed twice. List it once and set its repeats."
+            raise setting_problem("value-twice", text, "subsets")
         if self.aspect_buckets and self.resolution % self.bucket_step:
-            text = (
-                f"resolution {self.resolution} is not a multiple of bucket_step {self.bucket_step}. "
-                f"Set resolution: {max(1, round(self.resolution / self.bucket_step)) * self.bucket_step}."
-            )
-            raise setting_problem("resolution-step-mismatch", text)
+            near = max(1, round(self.resolution / self.bucket_step)) * self.bucket_step
+            text = f"got {self.resolution}, which is not a multiple of bucket_step {self.bucket_step}. Write {near}."
+            raise setting_problem("resolution-not-multiple", text, "resolution")
         return self
 
     def _check_variants(self) -> None:
         varied = self.shuffle_tags or self.tag_dropout > 0
         if self.num_caption_variants > 1 and not varied:
             text = (
-                f"num_caption_variants {self.num_caption_variants} needs shuffle_tags or tag_dropout, "
-                "without which all variants are equal. Set one of them, or num_caption_variants: 1."
+                f"{self.num_caption_variants} has no effect without shuffle_tags or tag_dropout, as all variants are "
+                "equal. Set one of them, or this to 1."
             )
-            raise setting_problem("caption-variants-equal", text)
+            raise setting_problem("setting-ignored", text, "num_caption_variants")
         if varied and self.num_caption_variants == 1:
             key = "shuffle_tags true" if self.shuffle_tags else f"tag_dropout {self.tag_dropout}"
             text = (
-                f"{key} with num_caption_variants 1 would fix one random order or choice of tags for all steps."
-                " Set num_caption_variants: 8, or shuffle_tags: false and tag_dropout: 0."
+                f"1 with {key} would fix one random order or choice of tags for all steps. Set it to 8, or"
+                " shuffle_tags to false and tag_dropout to 0."
             )
-            raise setting_problem("caption-variants-frozen", text)
+            raise setting_problem("caption-variants-frozen", text, "num_caption_variants")
         if self.keep_tags and not varied:
-            text = (
-                f"keep_tags {self.keep_tags} needs shuffle_tags or tag_dropout, without which tags never change."
-                " Set one of them, or keep_tags: 0."
-            )
-            raise setting_problem("keep-tags-without-effect", text)
+            text = f"{self.keep_tags} has no effect without shuffle_tags or tag_dropout. Set one of them, or this to 0."
+            raise setting_problem("setting-ignored", text, "keep_tags")
 
     def as_subsets(self) -> list[Subset]:
         """Return the sources, with this section's values for the keys that a subset leaves out."""

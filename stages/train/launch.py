@@ -116,4 +116,4 @@ def require_even_split(params: TrainParams, num_processes: int) -> None:
             f"{params.setting('gradient_accumulation_steps')}: {num_processes} processes cannot share {accumulation} "
             f"micro-batches evenly. Use {near}, or change runtime.num_processes."
         )
-        raise UserError(Problem("uneven-split", text))
+        raise UserError(Problem("uneven-micro-batches", text))

@@ -119,45 +119,46 @@ class TrainParams(Params):
         try:
             json.dumps(self.optimizer_args, allow_nan=False)
         except (TypeError, ValueError):
-            text = f"optimizer_args: got {self.optimizer_args}, but numbers must be finite. Correct them."
-            raise setting_problem("number-not-finite", text) from None
+            text = f"got {self.optimizer_args}, but finite numbers are expected. Correct them."
+            raise setting_problem("wrong-value", text, "optimizer_args") from None
         if self.lr_warmup_steps >= self.num_steps:
-            text = f"lr_warmup_steps is {self.lr_warmup_steps}, not below num_steps ({self.num_steps}). Use fewer."
-            raise setting_problem("warmup-too-long", text)
+            text = f"got {self.lr_warmup_steps}, but fewer than num_steps ({self.num_steps}) are expected. Lower it."
+            raise setting_problem("warmup-too-long", text, "lr_warmup_steps")
         if self.needs_gamma and self.snr_gamma is None:
-            text = f"loss_weighting {self.loss_weighting} needs snr_gamma. Set it, for example to 5.0."
-            raise setting_problem("missing-setting", text)
+            text = f"got null, but loss_weighting {self.loss_weighting} needs a number. Set it, for example to 5.0."
+            raise setting_problem("missing-setting", text, "snr_gamma")
         if self.huber_c is None and self.huber_schedule != "constant":
-            text = f"huber_schedule {self.huber_schedule} needs huber_c. Set it, for example to 0.1."
-            raise setting_problem("missing-setting", text)
+            text = f"got null, but huber_schedule {self.huber_schedule} needs a number. Set it, for example to 0.1."
+            raise setting_problem("missing-setting", text, "huber_c")
         if self.ema_power is not None and self.ema_decay is None:
-            raise setting_problem("missing-setting", "ema_power needs ema_decay. Set it, for example to 0.999.")
+            text = f"got null, but ema_power {self.ema_power:g} needs a number. Set it, for example to 0.999."
+            raise setting_problem("missing-setting", text, "ema_decay")
         if self.timestep_range[0] >= self.timestep_range[1]:
-            text = f"timestep_range {self.timestep_range} is empty. Use [0.0, 1.0] for all timesteps."
-            raise setting_problem("empty-timestep-range", text)
+            text = f"got {self.timestep_range}, which is empty. Use [0.0, 1.0] for all timesteps."
+            raise setting_problem("empty-timestep-range", text, "timestep_range")
         num_snapshots = len(self.snapshot_steps)
         if (self.early_stop_patience or 0) >= max(1, num_snapshots):
-            text = f"early_stop_patience is {self.early_stop_patience}, but it must be below the number of snapshots"
-            raise setting_problem("patience-too-long", f"{text} ({num_snapshots}). Lower it, or set it to null.")
+            fewer = f"fewer than the number of snapshots ({num_snapshots})"
+            text = f"got {self.early_stop_patience}, but {fewer} are expected. Lower it, or set it to null."
+            raise setting_problem("patience-too-long", text, "early_stop_patience")
         return self
 
     @model_validator(mode="after")
     def reject_ignored_settings(self) -> TrainParams:
         """Reject settings that would have no effect because of another setting."""
         if not self.needs_gamma and self.snr_gamma is not None:
-            text = (
-                f"snr_gamma {self.snr_gamma} has no effect with loss_weighting {self.loss_weighting}. Set it to null."
-            )
-            raise setting_problem("setting-ignored", text)
+            text = f"{self.snr_gamma} has no effect with loss_weighting {self.loss_weighting}. Set it to null."
+            raise setting_problem("setting-ignored", text, "snr_gamma")
         if self.timestep_sampling == "uniform" and (self.logit_mean, self.logit_std) != (0, 1):
-            text = "logit_mean and logit_std have no effect with timestep_sampling uniform. Use logit_normal."
-            raise setting_problem("setting-ignored", text)
+            key, default = ("logit_mean", 0) if self.logit_mean else ("logit_std", 1)
+            text = f"{getattr(self, key)} has no effect with timestep_sampling uniform. Use logit_normal, or {default}."
+            raise setting_problem("setting-ignored", text, key)
         if self.lr_num_cycles != 1 and self.lr_scheduler != "cosine_with_restarts":
-            text = f"lr_num_cycles has no effect with lr_scheduler {self.lr_scheduler}. Use cosine_with_restarts."
-            raise setting_problem("setting-ignored", text)
+            text = f"{self.lr_num_cycles} has no effect with lr_scheduler {self.lr_scheduler}. Set it to 1."
+            raise setting_problem("setting-ignored", text, "lr_num_cycles")
         if self.lr_power != 1 and self.lr_scheduler != "polynomial":
-            text = f"lr_power has no effect with lr_scheduler {self.lr_scheduler}. Use polynomial."
-            raise setting_problem("setting-ignored", text)
+            text = f"{self.lr_power:g} has no effect with lr_scheduler {self.lr_scheduler}. Set it to 1."
+            raise setting_problem("setting-ignored", text, "lr_power")
         return self
 
     @property

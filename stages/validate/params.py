@@ -81,9 +81,9 @@ def prompt_problems(settings: ValidateParams, family: Family) -> list[Problem]:
         return []
     if family.NO_GUIDANCE is None:
         reason = f"{family.PIPELINE} passes guidance_scale to the model and ignores a negative prompt"
-        return [Problem("negative-prompt-ignored", f"{settings.setting('negative_prompt')}: {reason}. Set it to ''.")]
+        return [Problem("setting-ignored", f"{settings.setting('negative_prompt')}: {reason}. Set it to ''.")]
     if settings.guidance_scale <= family.NO_GUIDANCE:
         reason = f"it is ignored at guidance_scale {settings.guidance_scale}"
         remedy = f"Set guidance_scale above {family.NO_GUIDANCE:g}, or negative_prompt to ''"
-        return [Problem("negative-prompt-ignored", f"{settings.setting('negative_prompt')}: {reason}. {remedy}.")]
+        return [Problem("setting-ignored", f"{settings.setting('negative_prompt')}: {reason}. {remedy}.")]
     return []

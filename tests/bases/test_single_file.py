@@ -321,7 +321,7 @@ def test_a_file_of_something_else(sd: Path) -> None:
 
 def test_a_file_cut_short(sd: Path) -> None:
     sd.write_bytes(sd.read_bytes()[:-1])
-    refusal("checkpoint-damaged", str(sd))
+    refusal("base-damaged", str(sd))
 
 
 @pytest.mark.parametrize("change", [{"shape": [-1, 2]}, {"dtype": None}, {"dtype": "F4"}], ids=str)
@@ -333,7 +333,7 @@ def test_a_damaged_header(sd: Path, change: dict[str, object]) -> None:
     header[name] = {key: value for key, value in (header[name] | change).items() if value is not None}
     text = json.dumps(header).encode()
     sd.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    refusal("checkpoint-damaged", str(sd))
+    refusal("base-damaged", str(sd))
 
 
 def test_quantized_weights(sd: Path) -> None:

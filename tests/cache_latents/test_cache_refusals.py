@@ -32,13 +32,13 @@ def test_resolution_must_fit_the_base(workspace: Workspace) -> None:
 def test_a_flip_without_effect_is_refused(workspace: Workspace) -> None:
     workspace.run("prepare", "--set", "dataset.flip=true")
     values = ("params.yaml cache.num_variants: got 1", "dataset.flip true", "2 or more", "dataset.flip to false")
-    with refused("flip-without-effect", *values):
+    with refused("setting-ignored", *values):
         workspace.run("cache_latents", "--set", "dataset.flip=true")
 
 
 def test_outdated_prepared_is_a_warning(workspace: Workspace) -> None:
     workspace.run("prepare", "--set", "dataset.flip=true")
-    values = ("data/prepared", "dataset.flip true", "params.yaml now has false", "`python -m stages.prepare`")
+    values = ("data/prepared", "dataset.flip true", "settings now have false", "`python -m stages.prepare`")
     with refused("prepared-outdated", *values):
         workspace.run("cache_latents")
     lines = workspace.run("cache_latents", "--set", "cache.num_variants=2")
@@ -57,8 +57,8 @@ def test_a_single_random_crop_is_a_warning(workspace: Workspace) -> None:
 def test_identical_views_are_a_warning(workspace: Workspace) -> None:
     workspace.run("prepare")
     lines = workspace.run("cache_latents", "--set", "cache.num_variants=2")
-    values = ("params.yaml cache.num_variants: 2 ", "dataset.crop center", "dataset.flip false")
-    assert_line("\n".join(lines), "identical-variants", *values)
+    values = ("--set cache.num_variants: 2 ", "dataset.crop center", "dataset.flip false")
+    assert_line("\n".join(lines), "setting-ignored", *values)
     assert codes_of("\n".join(workspace.run("cache_latents"))) == []
 
 
@@ -84,7 +84,7 @@ def test_a_changed_mask_is_named(masked: Workspace) -> None:
 def test_base_that_is_no_pipeline(workspace: Workspace) -> None:
     workspace.run("prepare")
     Path("data/empty").mkdir()
-    with refused("no-model-index", "params.yaml model.pretrained: 'data/empty'", "model_index.json"):
+    with refused("no-model-index", "--set model.pretrained: 'data/empty'", "model_index.json"):
         workspace.run("cache_latents", "--set", "model.pretrained=data/empty")
 
 
@@ -102,7 +102,7 @@ def test_latents_that_are_not_finite(workspace: Workspace) -> None:
     path = Path("data/broken/vae/diffusion_pytorch_model.safetensors")
     tensors = load_tensors(path)
     save_tensors(path, tensors | {"quant_conv.bias": torch.full_like(tensors["quant_conv.bias"], torch.nan)})
-    with refused("not-finite", "params.yaml model.dtype: float32", "latents"):
+    with refused("encoding-not-finite", "params.yaml model.dtype: float32", "latents"):
         workspace.run("cache_latents", "--set", "model.pretrained=data/broken")
 
 

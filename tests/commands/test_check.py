@@ -15,7 +15,7 @@ import pytest
 from lora_dag.commands import check, check_machine
 from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import read_json
-from lora_dag.core.params import FAMILIES
+from lora_dag.core.params import FAMILIES, read_with_overrides
 from lora_dag.pipeline import sharing
 from tests.helpers.errors import assert_are, assert_is, assert_line, refused
 from tests.helpers.workspace import Workspace, read_rows, write_rows
@@ -63,8 +63,8 @@ def test_all_is_well(workspace: Workspace) -> None:
 def test_a_training_without_snapshots_is_noted(workspace: Workspace) -> None:
     """Also for a run of a sweep."""
     lines = workspace.run("check", "--set", "train.snapshot_every_n_steps=5")
-    (note,) = [line for line in lines if line.startswith("note: params.yaml")]
-    assert note.startswith("note: params.yaml train.snapshot_every_n_steps: got 5 for 4 steps")
+    (note,) = [line for line in lines if line.startswith("note: --set")]
+    assert note.startswith("note: --set train.snapshot_every_n_steps: got 5 for 4 steps")
     lines = workspace.run("check", "--set", "sweep.grid={train.snapshot_every_n_steps: [4, 9]}")
     (note,) = [line for line in lines if "snapshot" in line]
     assert "train.snapshot_every_n_steps: got 9 for 4 steps" in note
@@ -86,8 +86,8 @@ def test_problems_are_lines_and_exit_code_2(workspace: Workspace) -> None:
     done = workspace.process("check", *(word for change in changes for word in ("--set", change)))
     assert (done.returncode, done.stdout) == (2, "")
     base, dataset = done.stderr.splitlines()
-    assert base.startswith("error: params.yaml model.pretrained: ") and "'data/none'" in base and "`dvc pull" in base
-    assert dataset.startswith("error: params.yaml dataset.source: ") and "'data/nothing'" in dataset
+    assert base.startswith("error: --set model.pretrained: ") and "'data/none'" in base and "`dvc pull" in base
+    assert dataset.startswith("error: --set dataset.source: ") and "'data/nothing'" in dataset
 
 
 PROBE = """
@@ -116,14 +116,14 @@ def test_problems_are_found_before_anything_slow_is_imported(workspace: Workspac
 @pytest.mark.parametrize(
     ("change", "code", "values"),
     [
-        ("lora.rnak=4", "unknown-setting", ("params.yaml lora.rnak: ", "rank?")),
-        ("train.batch_sise=4", "unknown-setting", ("params.yaml train.batch_sise: ", "batch_size")),
-        ("lora.rank=0", "wrong-value", ("params.yaml lora.rank: got 0", "1")),
-        ("lora.rank=eight", "wrong-value", ("params.yaml lora.rank: got 'eight'", "integer")),
+        ("lora.rnak=4", "unknown-setting", ("--set lora.rnak: ", " lora.rank?")),
+        ("train.batch_sise=4", "unknown-setting", ("--set train.batch_sise: ", " train.batch_size")),
+        ("lora.rank=0", "wrong-value", ("--set lora.rank: got 0", "1")),
+        ("lora.rank=eight", "wrong-value", ("--set lora.rank: got 'eight'", "integer")),
         (
             "model.family=sdd",
             "wrong-value",
-            ("params.yaml model.family: got 'sdd'", "sd or sd3", repr(FAMILIES[-1])),
+            ("--set model.family: got 'sdd'", "sd or sd3", repr(FAMILIES[-1])),
         ),
     ],
 )
@@ -135,9 +135,9 @@ def test_params(copied: Workspace, change: str, code: str, values: tuple[str, ..
 def test_params_of_all_sections_at_once(copied: Workspace) -> None:
     found = problems(copied, "lora.rnak=4", "train.lr_warmup_steps=9", "validate.seed=-1")
     assert [line.split(":")[0] for line in found] == [
-        "params.yaml lora.rnak",
-        "params.yaml train",
-        "params.yaml validate.seed",
+        "--set lora.rnak",
+        "--set train.lr_warmup_steps",
+        "--set validate.seed",
     ]
 
 
@@ -151,10 +151,11 @@ def test_params_of_all_sections_at_once(copied: Workspace) -> None:
     ],
 )
 def test_the_params_file_that_was_read_is_named(copied: Workspace, changes: tuple[str, ...], code: str) -> None:
-    Path("params.yaml").rename("other.yaml")
+    tree = read_with_overrides(Path("params.yaml"), changes)
+    Path("other.yaml").write_text(json.dumps(tree))
     Path("other.yaml.safetensors").write_bytes(b"")
     with refused(code) as raised:
-        copied.run("check", "--params", "other.yaml", *(word for change in changes for word in ("--set", change)))
+        copied.run("check", "--params", "other.yaml")
     assert raised.value.problems[0].startswith("other.yaml ")
 
 
@@ -178,7 +179,7 @@ def check_base(workspace: Workspace, code: str, *values: str, changes: tuple[str
 def test_a_hub_id_gets_the_command_that_fetches_it(copied: Workspace) -> None:
     name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     command = f"`hf download {name} --local-dir data/stable-diffusion-v1-5`"
-    values = (f"params.yaml model.pretrained: '{name}'", f"`hub: {name}`", "data/stable-diffusion-v1-5.yaml", command)
+    values = (f"--set model.pretrained: '{name}'", f"`hub: {name}`", "data/stable-diffusion-v1-5.yaml", command)
     check_base(copied, "base-missing", *values, changes=(f"model.pretrained={name}",))
 
 
@@ -278,7 +279,7 @@ def test_wrong_variant(copied: Workspace) -> None:
 
 @pytest.mark.parametrize(("resolution", "near"), [(36, "32 or 40"), (100, "96 or 104")])
 def test_resolution_must_fit_the_base(copied: Workspace, resolution: int, near: str) -> None:
-    place = f"params.yaml dataset.resolution: got {resolution}, "
+    place = f"--set dataset.resolution: got {resolution}, "
     values = ("data/base needs multiples of 8", f"Write {near}.")
     changes = (f"dataset.resolution={resolution}", "dataset.max_upscale=9")
     check_base(copied, "resolution-not-multiple", place, *values, changes=changes)
@@ -297,7 +298,7 @@ def test_bucket_sides(copied: Workspace) -> None:
     path = Path("data/base/unet/config.json")
     path.write_text(json.dumps(read_json(path) | {"block_out_channels": [32] * 3}))
     values = (" 56, 72 pixels", "data/base needs multiples of 16", "Write 16.")
-    check_base(copied, "resolution-not-multiple", "params.yaml dataset.bucket_step: ", *values, changes=changes)
+    check_base(copied, "resolution-not-multiple", "--set dataset.bucket_step: ", *values, changes=changes)
 
 
 def test_hundreds_of_bucket_sides_are_shown_in_part(copied: Workspace) -> None:
@@ -310,7 +311,7 @@ def test_hundreds_of_bucket_sides_are_shown_in_part(copied: Workspace) -> None:
     path = Path("data/base/unet/config.json")
     path.write_text(json.dumps(read_json(path) | {"block_out_channels": [32] * 5}))
     values = (" 1448, 1456, 1464, 1480, 1488 and 154 more pixels", "multiples of 64", "Write 64.")
-    check_base(copied, "resolution-not-multiple", "params.yaml dataset.bucket_step: ", *values, changes=changes)
+    check_base(copied, "resolution-not-multiple", "--set dataset.bucket_step: ", *values, changes=changes)
 
 
 # The dataset
@@ -321,7 +322,7 @@ def test_images_without_captions(copied: Workspace) -> None:
     assert_is(problem(copied), "captions-missing", "data/raw: ")
 
 
-def test_bad_rows_that_are_left_out_are_said(copied: Workspace) -> None:
+def test_bad_rows_that_are_left_out_are_reported(copied: Workspace) -> None:
     rows = read_rows(Path("data/raw"))
     rows[2]["text"] = None
     write_rows(Path("data/raw"), rows)
@@ -334,11 +335,11 @@ def test_bad_rows_that_are_left_out_are_said(copied: Workspace) -> None:
 def test_batch_of_more_images_than_there_are(copied: Workspace) -> None:
     found = problem(copied, "train.batch_size=9")
     assert found.code == "batch-too-large"
-    assert found.startswith("params.yaml train.batch_size: got 9, ") and "train.batch_size=8" in found
+    assert found.startswith("--set train.batch_size: got 9, ") and "train.batch_size=8" in found
 
 
 def test_mirrors_without_a_second_view(copied: Workspace) -> None:
-    check_base(copied, "flip-without-effect", "params.yaml cache.num_variants: got 1", changes=("dataset.flip=true",))
+    check_base(copied, "setting-ignored", "params.yaml cache.num_variants: got 1", changes=("dataset.flip=true",))
 
 
 def test_metadata_that_is_empty(copied: Workspace) -> None:
@@ -349,7 +350,7 @@ def test_metadata_that_is_empty(copied: Workspace) -> None:
 def test_a_hub_dataset_is_imported_first(copied: Workspace) -> None:
     found = problem(copied, "dataset.source=acme/icons")
     fix = "`lora-dag import acme/icons data/mine`, then set dataset.source=data/mine"
-    assert_is(found, "source-missing", "params.yaml dataset.source: 'acme/icons'", fix)
+    assert_is(found, "source-missing", "--set dataset.source: 'acme/icons'", fix)
 
 
 def test_every_bad_row_is_named(copied: Workspace) -> None:
@@ -365,7 +366,7 @@ def test_every_bad_row_is_named(copied: Workspace) -> None:
 def test_wrong_caption_column(copied: Workspace) -> None:
     write_rows(Path("data/raw"), [{**row, "tags": "x"} for row in read_rows(Path("data/raw"))])
     found = problem(copied, "dataset.caption_column=caption")
-    place = "params.yaml dataset.caption_column: 'caption'"
+    place = "--set dataset.caption_column: 'caption'"
     assert_is(found, "column-missing", place, "data/raw/metadata.jsonl", "tags, text")
 
 
@@ -431,12 +432,12 @@ def test_full_disk(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_float16_needs_a_gpu(copied: Workspace) -> None:
-    assert_is(problem(copied, "model.dtype=float16"), "float16-on-cpu", "params.yaml model.dtype: ", "bfloat16")
+    assert_is(problem(copied, "model.dtype=float16"), "needs-gpu", "--set model.dtype: ", "bfloat16")
 
 
 def test_a_device_that_is_not_here(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    assert_is(problem(copied, "runtime.device=mps"), "device-unavailable", "params.yaml runtime.device: 'mps'", "cpu")
+    assert_is(problem(copied, "runtime.device=mps"), "device-unavailable", "--set runtime.device: 'mps'", "cpu")
 
 
 def test_check_writes_nothing_but_the_inspection_cache(copied: Workspace) -> None:
@@ -472,7 +473,7 @@ def test_a_set_that_cannot_be_split(copied: Workspace) -> None:
 def test_a_mapping_that_dvc_would_add_to_is_noted(workspace: Workspace) -> None:
     lines = workspace.run("check", "--set", "lora.rank_pattern={to_k: 1}", "--set", "lora.alpha=null")
     (note,) = [line for line in lines if "adds to it" in line]
-    assert note.startswith('note: params.yaml lora.rank_pattern: got {"to_k": 1}. `-S` adds to it')
+    assert note.startswith('note: --set lora.rank_pattern: got {"to_k": 1}. `-S` adds to it')
     assert "`-S lora.rank_pattern=null`" in note
     assert not any("adds to it" in line for line in workspace.run("check"))
 

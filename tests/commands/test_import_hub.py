@@ -104,7 +104,7 @@ def test_a_choice_of_files(hub: Hub) -> None:
 
 def test_files_option_without_a_match(hub: Hub) -> None:
     files = "README.md, data/test-00000-of-00001.parquet, data/train-00000-of-00001.parquet, icons.py"
-    assert_are(problems("acme/icons", "--files", "*.tar"), ("files-unmatched", "acme/icons", "*.tar", files))
+    assert_are(problems("acme/icons", "--files", "*.tar"), ("hub-no-match", "acme/icons", "*.tar", files))
 
 
 def test_an_interrupted_download_resumes(hub: Hub) -> None:

@@ -187,7 +187,7 @@ def test_no_output_or_file_contains_the_token(
 
 def test_repository_must_be_set(workspace: Workspace, hub: Hub) -> None:
     error = refusal(workspace, hub, "--set", "export.push_to_hub=null")
-    assert_problem(error, "no-repository", "params.yaml export.push_to_hub", "{repo_id: user/name, private: true}")
+    assert_problem(error, "missing-setting", "--set export.push_to_hub: ", "{repo_id: user/name, private: true}")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_settings_are_checked_and_a_token_is_not_accepted(
     workspace: Workspace, hub: Hub, value: str, code: str, key: str
 ) -> None:
     error = refusal(workspace, hub, "--set", f"export.push_to_hub={value}")
-    assert_problem(error, code, f"params.yaml export.push_to_hub.{key}:")
+    assert_problem(error, code, f"--set export.push_to_hub.{key}:")
     assert len(error.problems) == 1 and "hf_x" not in error.problems[0]
 
 
@@ -263,7 +263,7 @@ def test_other_visibility_is_refused(workspace: Workspace, hub: Hub, private: bo
     value, visibility = ("false", "private") if private else ("true", "public")
     values = (value, f"someone/other is {visibility}", f"{hub.endpoint}/someone/other/settings")
     error = refusal(workspace, hub, *changed)
-    assert_problem(error, "repository-visibility", "params.yaml export.push_to_hub.private: ", *values)
+    assert_problem(error, "repository-visibility", "--set export.push_to_hub.private: ", *values)
 
 
 def test_card_with_invalid_metadata_is_refused(workspace: Workspace, hub: Hub) -> None:

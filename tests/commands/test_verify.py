@@ -52,8 +52,8 @@ def test_other_settings_and_another_adapter_are_named(exported: Workspace) -> No
     kept.write_bytes(FILES[2].read_bytes())
     rank, seed = differences(exported, kept, "--set", "lora.rank=4", "--set", "train.seed=7")
     assert rank.code == seed.code == "other-setting"
-    assert rank.startswith("old.safetensors: made with lora.rank 2, ") and "params.yaml lora.rank is 4" in rank
-    assert seed.startswith("old.safetensors: made with train.seed 0, ") and "params.yaml train.seed is 7" in seed
+    assert rank.startswith("old.safetensors: made with lora.rank 2, ") and "--set lora.rank is 4" in rank
+    assert seed.startswith("old.safetensors: made with train.seed 0, ") and "--set train.seed is 7" in seed
     exported.run("train", "--set", "train.seed=1")
     (problem,) = differences(exported, kept)
     assert problem.code == "other-adapter" and problem.startswith("old.safetensors: ") and "data/adapter" in problem
@@ -107,7 +107,7 @@ def test_another_step_than_params_selects_is_named(exported: Workspace) -> None:
     exported.run("export", "--set", "export.step=2")
     with refused("other-step", f"{FILES[2]}: ", "at step 2", "params.yaml export.step selects 4"):
         exported.run("verify", str(FILES[2]))
-    with refused("other-step", "end.safetensors: ", "at step 4", "params.yaml export.step selects 2"):
+    with refused("other-step", "end.safetensors: ", "at step 4", "--set export.step selects 2"):
         exported.run("verify", str(end), "--set", "export.step=2")
     assert "step        2" in exported.run("verify", str(FILES[2]), "--set", "export.step=2")
     exported.run("verify", str(end), "--set", "export.step=4")

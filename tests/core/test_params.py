@@ -59,7 +59,7 @@ def test_scientific_notation_is_a_number(file: Path, text: str) -> None:
 
 
 def test_no_is_a_string(file: Path) -> None:
-    assert_refused(file, ("dataset.flip=no",), "wrong-value", "params.yaml dataset.flip: got 'no'", "boolean")
+    assert_refused(file, ("dataset.flip=no",), "wrong-value", "--set dataset.flip: got 'no'", "boolean")
 
 
 def test_overrides_leave_the_rest(file: Path) -> None:
@@ -93,14 +93,14 @@ def test_alpha_null_is_the_rank_of_each_layer(
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("lora.rank=x", "params.yaml lora.rank: got 'x'"),
-        ("lora.rank=-3", "params.yaml lora.rank: got -3"),
-        ("lora.rank=true", "params.yaml lora.rank: got true"),
-        ("lora.rank_pattern=3", "params.yaml lora.rank_pattern: got 3"),
-        ("lora.rank_pattern={to_k: 0}", "params.yaml lora.rank_pattern.to_k: got 0"),
-        ("lora.rank_pattern={to_(k: 2}", "params.yaml lora.rank_pattern: got 'to_(k'"),
-        ("train.optimizer=adam", "params.yaml train.optimizer: got 'adam'"),
-        ("dataset.subsets=[{path: a}, {path: a}]", "params.yaml dataset: "),
+        ("lora.rank=x", "--set lora.rank: got 'x'"),
+        ("lora.rank=-3", "--set lora.rank: got -3"),
+        ("lora.rank=true", "--set lora.rank: got true"),
+        ("lora.rank_pattern=3", "--set lora.rank_pattern: got 3"),
+        ("lora.rank_pattern={to_k: 0}", "--set lora.rank_pattern.to_k: got 0"),
+        ("lora.rank_pattern={to_(k: 2}", "--set lora.rank_pattern: got 'to_(k'"),
+        ("train.optimizer=adam", "--set train.optimizer: got 'adam'"),
+        ("dataset.subsets=[{path: a}, {path: a}]", "--set dataset.subsets: "),
     ],
 )
 def test_wrong_setting_is_one_problem(file: Path, override: str, line: str) -> None:
@@ -109,7 +109,51 @@ def test_wrong_setting_is_one_problem(file: Path, override: str, line: str) -> N
 
 
 def test_unknown_key_names_the_near_one(file: Path) -> None:
-    assert_refused(file, ("lora.rnak=4",), "unknown-setting", "params.yaml lora.rnak: ", "rank?")
+    assert_refused(file, ("lora.rnak=4",), "unknown-setting", "--set lora.rnak: ", " lora.rank?")
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "values"),
+    [
+        ("train.lr_warmup_steps=200", "warmup-too-long", ("--set train.lr_warmup_steps: got 200", "num_steps (200)")),
+        ("train.early_stop_patience=99", "patience-too-long", ("--set train.early_stop_patience: got 99", "null")),
+        ("train.ema_power=0.7", "missing-setting", ("params.yaml train.ema_decay: got null", "ema_power 0.7")),
+        ("train.timestep_range=[0.5, 0.5]", "empty-timestep-range", ("--set train.timestep_range: got [0.5, 0.5]",)),
+        ("train.logit_std=2", "setting-ignored", ("--set train.logit_std: 2.0", "timestep_sampling uniform", " 1.")),
+        ("train.lr_num_cycles=2", "setting-ignored", ("--set train.lr_num_cycles: 2", "lr_scheduler cosine", "to 1.")),
+        ("train.lr_power=2", "setting-ignored", ("--set train.lr_power: 2", "lr_scheduler cosine", "to 1.")),
+        ("train.optimizer_args={eps: .nan}", "wrong-value", ("--set train.optimizer_args: got {'eps': nan}",)),
+        ("runtime.num_machines=2", "uneven-processes", ("params.yaml runtime.num_processes: got 1", "(2)")),
+        (
+            "dataset.heldout_split=test",
+            "heldout-ambiguous",
+            ("params.yaml dataset.heldout_fraction: got 0.1", "'test'"),
+        ),
+        ("dataset.heldout_fraction=null", "heldout-ambiguous", ("--set dataset.heldout_fraction: got null",)),
+        ("dataset.caption_column=file_name", "caption-column-invalid", ("--set dataset.caption_column: got 'file_n",)),
+        ("dataset.unmasked_weight=0.5", "setting-ignored", ("--set dataset.unmasked_weight: 0.5", "dataset.mask")),
+        ("dataset.num_caption_variants=2", "setting-ignored", ("--set dataset.num_caption_variants: 2", "to 1.")),
+    ],
+)
+def test_a_problem_of_several_settings_names_one_to_change(
+    file: Path, override: str, code: str, values: tuple[str, ...]
+) -> None:
+    assert_refused(file, (override,), code, *values)
+
+
+def test_a_problem_names_the_file_or_the_override(file: Path) -> None:
+    file.write_text(file.read_text().replace("\n  rank: 8", "\n  rank: 0"))
+    rank, num_steps = problems(file, "train.num_steps=0")
+    assert rank.startswith("params.yaml lora.rank: got 0") and num_steps.startswith("--set train.num_steps: got 0")
+
+
+def test_the_place_of_a_setting_is_the_file_or_the_override(file: Path) -> None:
+    config = params.load(file, ["lora.rank=4", "lora.rank_pattern={to_k: 2}"])
+    lora, train = config.section(LoraParams), config.section(TrainParams)
+    assert lora.setting("rank") == train.setting("lora.rank") == "--set lora.rank"
+    assert (lora.setting("alpha"), train.setting("seed")) == ("params.yaml lora.alpha", "params.yaml train.seed")
+    assert lora.setting("rank_pattern.to_k") == "--set lora.rank_pattern.to_k"
+    assert lora == params.load(file, ["lora.rank=4", "lora.rank_pattern={to_k: 2}"]).section(LoraParams)
 
 
 def test_unknown_section_names_the_near_one(file: Path) -> None:
@@ -128,7 +172,7 @@ def test_missing_key_says_what_is_expected(file: Path) -> None:
 def test_a_family_is_one_of_the_files_there_are(file: Path) -> None:
     names = {path.stem for path in (REPOSITORY / "lora_dag/families").glob("*.py")}
     assert set(FAMILIES) == names - {"__init__", "common", "long_texts", "protocol", "unet"}
-    values = ("params.yaml model.family: got 'z_imag'", *map(repr, FAMILIES), " z_image?")
+    values = ("--set model.family: got 'z_imag'", *map(repr, FAMILIES), " z_image?")
     assert_refused(file, ("model.family=z_imag",), "wrong-value", *values)
     file.write_text(re.sub("  family: .*", "  #", file.read_text()))
     assert_refused(file, (), "missing-setting", "params.yaml model.family: ", json.dumps(FAMILIES))
@@ -137,10 +181,10 @@ def test_a_family_is_one_of_the_files_there_are(file: Path) -> None:
 def test_all_problems_are_reported_at_once(file: Path) -> None:
     found = problems(file, "lora.rank=0", "train.num_steps=-1", "model.family=sdxxl", "dataset.resolution=sixty")
     assert [problem.split(":")[0] for problem in found] == [
-        "params.yaml model.family",
-        "params.yaml dataset.resolution",
-        "params.yaml lora.rank",
-        "params.yaml train.num_steps",
+        "--set model.family",
+        "--set dataset.resolution",
+        "--set lora.rank",
+        "--set train.num_steps",
     ]
     assert "got 'sixty'" in found[1]
     assert "got 0" in found[2]
@@ -164,7 +208,7 @@ def test_all_problems_are_reported_at_once(file: Path) -> None:
     ],
 )
 def test_value_of_another_type_is_one_line(file: Path, change: str, values: tuple[str, ...]) -> None:
-    assert_refused(file, (change,), "wrong-value", f"params.yaml {values[0]}", *values[1:])
+    assert_refused(file, (change,), "wrong-value", f"--set {values[0]}", *values[1:])
 
 
 @pytest.mark.parametrize(
@@ -172,13 +216,13 @@ def test_value_of_another_type_is_one_line(file: Path, change: str, values: tupl
 )
 def test_half_a_character_is_refused(file: Path, key: str) -> None:
     value = {"validate.prompts": '["\\ud800"]', "dataset.subsets": '[{path: "\\ud800"}]'}.get(key, '"a\\ud800"')
-    assert_refused(file, (f"{key}={value}",), "half-character", f"params.yaml {key}: ", r"'\ud800'")
+    assert_refused(file, (f"{key}={value}",), "half-character", f"--set {key}: ", r"'\ud800'")
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 def test_numbers_are_finite(file: Path, value: str) -> None:
     change = f"train.learning_rate={value}"
-    assert_refused(file, (change,), "wrong-value", "params.yaml train.learning_rate: got ", "a finite number")
+    assert_refused(file, (change,), "wrong-value", "--set train.learning_rate: got ", "a finite number")
 
 
 @pytest.mark.parametrize("override", ["lora.rank", "rank=4", ".rank=4", "lora.=4"])
@@ -237,13 +281,13 @@ def test_params_are_frozen(file: Path) -> None:
 @pytest.mark.parametrize(
     ("subsets", "values"),
     [
-        ("[{pth: a}]", ("unknown-setting", "params.yaml dataset.subsets.0.pth: ", " path?")),
+        ("[{pth: a}]", ("unknown-setting", "--set dataset.subsets.0.pth: ", " dataset.subsets.0.path?")),
         (
             "[{path: a}, {path: b, repeets: 2}]",
-            ("unknown-setting", "params.yaml dataset.subsets.1.repeets: ", "repeats?"),
+            ("unknown-setting", "--set dataset.subsets.1.repeets: ", "dataset.subsets.1.repeats?"),
         ),
-        ("[{path: a, repeats: 0}]", ("wrong-value", "params.yaml dataset.subsets.0.repeats: got 0", "equal to 1")),
-        ("[ink]", ("wrong-type", "params.yaml dataset.subsets.0: got 'ink'", "{path: ...}")),
+        ("[{path: a, repeats: 0}]", ("wrong-value", "--set dataset.subsets.0.repeats: got 0", "equal to 1")),
+        ("[ink]", ("wrong-type", "--set dataset.subsets.0: got 'ink'", "{path: ...}")),
     ],
 )
 def test_a_mistake_inside_a_list_names_its_place(file: Path, subsets: str, values: tuple[str, str, str]) -> None:
@@ -306,7 +350,7 @@ def test_a_comment_in_the_file_that_took_the_text_is_named(file: Path) -> None:
         file, (), "wrong-value", "params.yaml dataset.background: got null", "'#' begins a comment", "quotes"
     )
     changes = ("dataset.background='#000000'", "validate.prompts=[a fox: night]")
-    start = "params.yaml validate.prompts.0: got {'a fox': 'night'}"
+    start = "--set validate.prompts.0: got {'a fox': 'night'}"
     assert_refused(file, changes, "wrong-value", start, "': ' makes a mapping", "quotes")
 
 
@@ -372,7 +416,7 @@ def test_a_tilde_is_expanded_where_no_stage_depends_on_the_path(file: Path, monk
     assert sections["lora"].init_from.path == "/home/someone/a.safetensors"  # type: ignore[attr-defined]
     assert sections["validate"].feature_model.path == "/home/someone/clip"  # type: ignore[attr-defined]
     for key in ("dataset.source", "model.pretrained"):
-        assert_refused(file, (f"{key}=~/x",), "path-with-tilde", f"params.yaml {key}: got '~/x'", "/home/someone/x")
+        assert_refused(file, (f"{key}=~/x",), "path-with-tilde", f"--set {key}: got '~/x'", "/home/someone/x")
 
 
 @pytest.mark.parametrize("path", ["data/x.safetensors", "data/é 雪.safetensors", "data/it's, mine.safetensors", "a/$b"])

@@ -113,7 +113,13 @@ def test_check_refuses_before_training(workspace: Workspace) -> None:
         ("use_dora: got true", "false"),
         ("init_lora_weights", "kaiming"),
     ):
-        assert_problem(caught.value, "setting-of-other-algo", f"params.yaml lora.{start}", "lokr", value)
+        assert_problem(
+            caught.value,
+            "setting-of-other-algo",
+            f"{'params.yaml' if start == 'init_lora_weights' else '--set'} lora.{start}",
+            "lokr",
+            value,
+        )
 
 
 # The stages

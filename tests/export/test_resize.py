@@ -136,17 +136,17 @@ def test_stage_writes_loadable_copies_and_logs_their_loss(workspace: Workspace) 
 
 def test_rank_that_is_not_smaller_is_refused_before_and_after_training(workspace: Workspace) -> None:
     assert rank_problems([1, 7], kind(rank=8)) == []
-    place = "params.yaml export.resized_ranks"
-    with refused("rank-too-large", f"{place}: 2 ", "rank 2"):
+    place = "--set export.resized_ranks"
+    with refused("rank-too-high", f"{place}: 2 ", "rank 2"):
         workspace.run("check", *RESIZED)
     adapt(workspace)
-    with refused("rank-too-large", f"{place}: 2 ", "rank 2"):
+    with refused("rank-too-high", f"{place}: 2 ", "rank 2"):
         workspace.run("export", *RESIZED)
     assert not Path("data/export").exists()
     with refused("value-twice", place, "2"):
         workspace.run("export", "--set", "export.resized_ranks=[2, 2]")
     with refused("wrong-value", place, "0", "greater than or equal to 1"):
         workspace.run("export", "--set", "export.resized_ranks=[0]")
-    with refused("no-format-for-rank", "resized_ranks", "merged", "comfyui, diffusers or peft"):
+    with refused("no-format-for-rank", "export.resized_ranks: merged", "comfyui, diffusers or peft"):
         workspace.run("export", "--set", "export.resized_ranks=[1]", "--set", "export.formats=[merged]")
     assert FINAL in workspace.tree("data/adapter")

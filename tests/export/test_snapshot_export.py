@@ -67,7 +67,7 @@ def test_last_step_gives_the_same_bytes_as_null(trained: Workspace) -> None:
 
 
 def test_a_step_without_a_snapshot_is_refused_before_anything_is_written(trained: Workspace) -> None:
-    with refused("no-snapshot", "params.yaml export.step: ", "step 3", "Snapshots: 2 ", "null", "4"):
+    with refused("no-snapshot", "--set export.step: ", "step 3", "Snapshots: 2 ", "null", "4"):
         trained.run("export", "--set", "export.step=3")
     assert not Path("data/export").exists() and not Path("reports/export").exists()
     done = trained.process("check", "--set", "export.step=3")

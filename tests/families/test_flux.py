@@ -66,14 +66,12 @@ def on_flux(workspace: Workspace, bases: dict[str, Path]) -> Workspace:
 
 @pytest.mark.parametrize("stage", ["check", "validate"])
 def test_a_negative_prompt_is_refused(on_flux: Workspace, stage: str) -> None:
-    with refused("negative-prompt-ignored", "params.yaml validate.negative_prompt", "FluxPipeline", "''"):
+    with refused("setting-ignored", "--set validate.negative_prompt", "FluxPipeline", "''"):
         on_flux.run(stage, "--set", "model.family=flux", "--set", "validate.negative_prompt=blurry")
 
 
 def test_a_side_that_cannot_be_packed_is_refused(on_flux: Workspace) -> None:
-    with refused(
-        "resolution-not-multiple", "params.yaml dataset.resolution: got 36", "multiples of 8", "Write 32 or 40."
-    ):
+    with refused("resolution-not-multiple", "--set dataset.resolution: got 36", "multiples of 8", "Write 32 or 40."):
         on_flux.run("check", "--set", "model.family=flux", "--set", "dataset.resolution=36")
 
 

@@ -122,7 +122,7 @@ def test_min_snr_is_refused(workspace: Workspace, bases: dict[str, Path]) -> Non
         workspace.run(stage, *overrides)
     weighting = ["--set", "train.loss_weighting=min_snr", "--set", "train.snr_gamma=5.0"]
     for stage in ("check", "train"):
-        with refused("needs-snr", "params.yaml train.loss_weighting: min_snr", "flow_prediction", "uniform"):
+        with refused("needs-snr", "--set train.loss_weighting: min_snr", "flow_prediction", "uniform"):
             workspace.run(stage, *overrides, *weighting)
 
 
@@ -145,5 +145,5 @@ def test_a_side_without_positions_is_refused_before_anything_is_cut(
     overrides = [
         word for change in ("model.family=sd3", "dataset.max_upscale=2", *changes) for word in ("--set", change)
     ]
-    with refused("resolution-too-large", "params.yaml dataset.resolution: ", "data/base", *values):
+    with refused("resolution-too-large", "--set dataset.resolution: ", "data/base", *values):
         workspace.run("check", *overrides)

@@ -122,7 +122,7 @@ def test_check_prints_the_token_limit(on_z_image: Workspace) -> None:
 
 
 def test_sides_are_multiples_of_a_patch_and_have_an_end(on_z_image: Workspace) -> None:
-    place = "params.yaml dataset.resolution: got "
+    place = "--set dataset.resolution: got "
     with refused("resolution-too-large", f"{place}260", "data/base", "multiple of 8 up to 256"):
         on_z_image.run("check", *overrides("dataset.resolution=260", "dataset.max_upscale=6"))
     with refused("resolution-not-multiple", f"{place}36", "data/base", "multiples of 8", "Write 32 or 40."):
@@ -138,7 +138,7 @@ def test_guidance_starts_at_0(on_z_image: Workspace, scale: float) -> None:
     if scale:
         on_z_image.run("check", *changes)
         return
-    with refused("negative-prompt-ignored", "params.yaml validate.negative_prompt", "guidance_scale 0.0", "above 0"):
+    with refused("setting-ignored", "--set validate.negative_prompt", "guidance_scale 0.0", "above 0"):
         on_z_image.run("check", *changes)
 
 

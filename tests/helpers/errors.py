@@ -54,12 +54,18 @@ def assert_are(problems: Sequence[HasCode], *expected: tuple[str, ...]) -> None:
 
 @contextmanager
 def invalid_setting(code: str, *values: str) -> Iterator[None]:
-    """Expect a params class to refuse its values by ``setting_problem`` with this code and each of the values."""
+    """Expect a params class to refuse its values by ``setting_problem`` with this code.
+
+    Args:
+        values: parts of ``SETTING: TEXT``, such as ``keep_tags: 2``.
+    """
     with pytest.raises(ValidationError) as raised:
         yield
     (error,) = raised.value.errors()
-    assert error.get("ctx", {}).get("code") == code, error
-    assert_has(error["msg"], values)
+    context = error.get("ctx", {})
+    assert context.get("code") == code, error
+    setting = ".".join([*map(str, error["loc"]), *filter(None, [context["key"]])])
+    assert_has(f"{setting}: {error['msg']}", values)
 
 
 def assert_line(output: str, code: str, *values: str) -> None:

@@ -103,7 +103,7 @@ def test_no_word_of_the_demo_reaches_the_card_of_other_images(workspace: Workspa
     prompts = ("validate.prompts=[owl, ink icon]",)
     argv = [word for change in (*changes, *prompts) for word in ("--set", change)]
     (warning,) = [line for line in workspace.run("check", *argv) if "[prompts-unrelated]" in line]
-    assert "params.yaml validate.prompts: " in warning and "'owl' and 'thing 0'" in warning
+    assert "--set validate.prompts: " in warning and "'owl' and 'thing 0'" in warning
     for stage in ("prepare", "cache_latents", "train", "validate", "export"):
         workspace.run(stage, *argv)
     assert any("[prompts-unrelated]" in line for line in workspace.run("report", *argv))

@@ -63,7 +63,7 @@ def test_the_demo_is_shared(project: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert Path("data/raw/a.txt").read_text() == "the demo's images"
 
 
-def test_own_data_is_named_until_a_remote_is_set_and_never_goes_into_the_store(project: Path) -> None:
+def test_own_data_without_a_remote_is_reported_and_never_pushed_into_the_store(project: Path) -> None:
     add("mine", "mine")
     add("rex", "rex")
     assert unshared_data() == [
@@ -82,6 +82,7 @@ def test_a_remote_inside_of_the_clone_shares_nothing(project: Path) -> None:
     add("mine", "mine")
     dvc("remote", "default", "bundled")
     (line,) = unshared_data()
+    assert line.code == "data-not-shared"
     reason = "others cannot download this data: the remote 'bundled' is a folder of this clone"
     assert line == f"data/mine.dvc: {reason}. {REMEDY}"
     dvc("push")
@@ -89,7 +90,7 @@ def test_a_remote_inside_of_the_clone_shares_nothing(project: Path) -> None:
     assert unshared_data() == [line]
 
 
-def test_a_demo_that_was_edited_is_not_the_demo(project: Path) -> None:
+def test_an_edited_demo_dataset_counts_as_own_data(project: Path) -> None:
     add("raw", "other images")
     (line,) = unshared_data()
     assert line.startswith("data/raw.dvc: ") and line.endswith(REMEDY)
@@ -97,7 +98,7 @@ def test_a_demo_that_was_edited_is_not_the_demo(project: Path) -> None:
     assert dvc("push").returncode != 0 and git("status", "--porcelain", ".dvc/store") == ""
 
 
-def test_without_dvc_there_is_nothing_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_dvc_nothing_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert unshared_data() == []
 

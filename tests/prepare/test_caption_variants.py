@@ -95,7 +95,7 @@ def test_variants_of_the_first_version_stay() -> None:
 
 
 def test_keep_tags_needs_shuffle_or_dropout() -> None:
-    with invalid_setting("keep-tags-without-effect", "keep_tags 2"):
+    with invalid_setting("setting-ignored", "keep_tags: 2", "shuffle_tags or tag_dropout"):
         dataset(keep_tags=2)
 
 
@@ -118,7 +118,7 @@ def test_control_characters_in_params(key: str) -> None:
     [({"shuffle_tags": True}, "shuffle_tags true"), ({"tag_dropout": 0.1}, "tag_dropout 0.1")],
 )
 def test_one_variant_is_refused(changes: dict[str, Any], key: str) -> None:
-    with invalid_setting("caption-variants-frozen", key, "num_caption_variants: 8"):
+    with invalid_setting("caption-variants-frozen", "num_caption_variants: 1 with", key, "Set it to 8"):
         dataset(**changes)
 
 
@@ -249,7 +249,7 @@ def test_plain_captions_have_no_syntax_warning() -> None:
 
 @pytest.mark.parametrize("character", ["\u200b", "\ufeff", "\u202e", "\u2060", "\u00ad"])
 def test_invisible_characters_are_listed_by_code_point(character: str) -> None:
-    expected = ("caption-invisible-characters", "1 caption", f"U+{ord(character):04X}")
+    expected = ("invisible-characters", "1 caption", f"U+{ord(character):04X}")
     assert_are(warned([f"a{character} fox", "an owl"]), expected)
     assert_are(warned(["a fox"], caption_prefix=f"sks{character}, "), expected)
     assert_are(warned([character]), expected)

@@ -206,7 +206,7 @@ def test_subsets_with_their_own_settings(workspace: Workspace, images: Callable[
 
 def test_background_is_a_color(workspace: Workspace) -> None:
     (problem,) = problems(workspace, "--set", "dataset.background=white")
-    assert problem.startswith("params.yaml dataset.background: ") and "'white'" in problem
+    assert problem.startswith("--set dataset.background: ") and "'white'" in problem
 
 
 def spoil_four() -> None:
@@ -263,7 +263,7 @@ def test_too_many_bad_images_are_refused(workspace: Workspace) -> None:
     spoil_four()
     *rows, last = problems(workspace, "--set", "dataset.on_bad=skip", "--set", "dataset.max_bad_fraction=0.25")
     assert len(rows) == 4
-    assert_is(last, "too-many-bad", "params.yaml dataset.max_bad_fraction: 4 of 9 images", "0.25")
+    assert_is(last, "too-many-bad", "--set dataset.max_bad_fraction: 4 of 9 images", "0.25")
 
 
 def test_the_command_refuses_in_one_line(workspace: Workspace) -> None:
@@ -278,7 +278,7 @@ def test_the_command_refuses_in_one_line(workspace: Workspace) -> None:
     ("source", "overlap"), [("data", "contains data/prepared"), ("data/prepared/x", "inside of data/prepared")]
 )
 def test_a_source_that_overlaps_an_output_is_refused(workspace: Workspace, source: str, overlap: str) -> None:
-    with refused("source-overlaps-output", f"params.yaml dataset.source: '{source}'", overlap):
+    with refused("source-overlaps-output", f"--set dataset.source: '{source}'", overlap):
         workspace.run("prepare", "--set", f"dataset.source={source}")
 
 

@@ -43,7 +43,7 @@ def stage_folders(stage: str, **changes: Any) -> list[str]:
     return sorted({run.stage_folders[stage] for run in sweep.plan(tree(**changes))})
 
 
-def test_the_committed_section_is_one_run_of_params_as_they_stand() -> None:
+def test_the_committed_sweep_is_one_run_of_params_yaml() -> None:
     (run,) = sweep.plan(read_yaml(REPOSITORY / "params.yaml"))
     assert run.name == "raw/default-s0" and run.overrides == {}
     assert set(run.folders) == set(PATHS)
@@ -66,7 +66,7 @@ def test_rows_alone_are_the_settings() -> None:
     assert names(rows=[{}, {"lora.rank": 4}]) == ["raw/default-s0", "raw/rank-4-s0"]
 
 
-def test_exclude_takes_runs_by_what_they_have_overridden_or_not() -> None:
+def test_exclude_matches_overridden_and_default_values() -> None:
     grid = {"lora.rank": [4, 16], "lora.alpha": [4, 8]}
     assert names(grid=grid, exclude=[{"lora.rank": 4, "lora.alpha": 8}]) == [
         "raw/rank-4,alpha-4-s0",
@@ -76,7 +76,7 @@ def test_exclude_takes_runs_by_what_they_have_overridden_or_not() -> None:
     assert names(rows=[{}, {"lora.rank": 4}], exclude=[{"lora.rank": 8}]) == ["raw/rank-4-s0"]  # 8 is the default
 
 
-def test_stages_with_equal_sections_behind_them_are_shared() -> None:
+def test_stages_with_equal_upstream_settings_share_a_folder() -> None:
     """The latents once for all ranks, a training once for all guidance scales, an export likewise."""
     ranks = {"lora.rank": [4, 8, 16], "validate.guidance_scale": [1.0, 2.0]}
     assert stage_folders("prepare", grid=ranks, seeds=[0, 1]) == ["raw"]
@@ -94,7 +94,7 @@ def test_stages_with_equal_sections_behind_them_are_shared() -> None:
     ]
 
 
-def test_the_default_written_out_is_the_same_run() -> None:
+def test_an_explicit_default_gives_the_same_run() -> None:
     """By value, not by name: rank 8 is what params.yaml says, so no second training of it."""
     assert names(rows=[{}, {"lora.rank": 8}, {"lora.rank": 4}]) == ["raw/default-s0", "raw/rank-4-s0"]
     rows = [{"lora.rank": 4}, {"lora.rank": 4, "dataset.resolution": 64}, {"lora.rank": 4, "dataset.resolution": 32}]
@@ -117,7 +117,7 @@ def test_alpha_null_is_the_run_of_its_number_and_stays_null_for_the_stages() -> 
     assert len(sweep.plan(tree(rows=rows, exclude=[{"lora.alpha": None}]))) == 1
 
 
-def test_names_carry_what_differs() -> None:
+def test_names_contain_the_settings_that_differ() -> None:
     """What all runs have in common is a digest, or nothing where params.yaml has it too; alone it is spelled out."""
     common = {"train.num_steps": [40], "train.batch_size": [4], "validate.prompts": [["a fox in snow"]]}
     (first, second) = names(grid={"lora.rank": [4, 16]} | common)
@@ -137,7 +137,7 @@ def test_names_do_not_change_when_the_sweep_grows() -> None:
     assert few[0] in names(rows=[{"train.num_steps": 90}, {"lora.rank": 4}], seeds=[3, 0])
 
 
-def test_names_are_safe_and_tell_values_apart() -> None:
+def test_names_are_safe_and_differ_for_different_values() -> None:
     values = [["to_q"], ["to_q", "to_k"], "to_q", "To_q", "to_q ", "attention", r".*\.to_[qk]$", "x" * 300, ["x" * 300]]
     found = names(grid={"lora.target_modules": values})
     assert len({name.casefold() for name in found}) == len(values)
@@ -170,7 +170,7 @@ def test_two_settings_in_one_folder_are_refused(monkeypatch: pytest.MonkeyPatch)
     assert found[-1].code == "folder-name-clash"
 
 
-def test_keys_of_several_sections_are_named_with_theirs() -> None:
+def test_names_have_the_section_of_keys_that_several_sections_have() -> None:
     assert names(rows=[{"train.batch_size": 4}, {"validate.batch_size": 4}]) == [
         "raw/train.batch_size-4-s0",
         "raw/validate.batch_size-4-s0",
@@ -184,7 +184,7 @@ def test_a_dataset_may_bring_settings_of_its_own() -> None:
     assert len({run.stage_folders["cache_latents"] for run in runs}) == 2
 
 
-def test_every_problem_is_said_at_once() -> None:
+def test_every_problem_is_reported_at_once() -> None:
     found = problems(
         datasets=[{"dataset.flip": True}],
         grid={"lora.rnak": [4], "train.seed": [1], "runtime.device": ["cpu"], "rank": [4], "dataset.flip": [True]},
@@ -193,7 +193,7 @@ def test_every_problem_is_said_at_once() -> None:
     )
     wanted = [
         "sweep.datasets: {'dataset.flip': True} has no source",
-        "sweep.grid lora.rnak: unknown setting. Did you mean rank",
+        "sweep.grid lora.rnak: unknown setting. Did you mean lora.rank",
         "sweep.grid train.seed: list its values in sweep.seeds",
         "sweep.grid runtime.device: SECTION.KEY",
         "sweep.grid rank: SECTION.KEY is expected, such as lora.rank",
@@ -206,7 +206,7 @@ def test_every_problem_is_said_at_once() -> None:
         assert line.startswith("params.yaml " + start), line
 
 
-def test_every_value_goes_through_its_section_once() -> None:
+def test_every_value_is_validated_once_by_its_section() -> None:
     found = problems(grid={"lora.rank": [0, "x", 4], "train.learning_rate": [-1.0, 1e-3]}, seeds=[0, 1])
     assert found == [
         "params.yaml sweep: lora.rank: got 0, but a value greater than or equal to 1 is expected.",
@@ -220,7 +220,7 @@ def test_every_value_goes_through_its_section_once() -> None:
     [
         ({"grid": {"lora.rank": []}}, r"sweep\.grid\.lora\.rank: got \[\]. List should have at least 1 item"),
         ({"seeds": ["a"]}, r"sweep\.seeds\.0: got 'a', but a valid integer"),
-        ({"seed": [1]}, r"sweep\.seed: unknown setting. Did you mean seeds"),
+        ({"seed": [1]}, r"sweep\.seed: unknown setting. Did you mean sweep\.seeds"),
         ({"exclude": [{"lora.rank": 9}]}, r"exclude: \{'lora.rank': 9\} matches no run"),
         ({"exclude": [{"lora.rank": 8}]}, r"exclude: all runs"),
         ({"grid": {"lora.rank": list(range(1, 200)), "lora.alpha": list(range(1, 200))}}, r"got 39,601 runs.* 10,000"),
@@ -238,17 +238,17 @@ def test_settings_that_do_not_go_together_are_named_with_their_run() -> None:
     assert re.search(r"\(sweep: raw/resized_ranks-\S+-s0\)$", line)
 
 
-def test_check_says_what_the_sweep_would_be_refused_for(workspace: Any) -> None:
+def test_check_reports_the_problems_of_the_sweep(workspace: Any) -> None:
     done = workspace.process("check", "--set", "sweep.grid={lora.rank: [2, 0]}")
     assert done.returncode == 2
-    assert_line(done.stderr, "wrong-value", "params.yaml sweep: lora.rank", "got 0", "1")
+    assert_line(done.stderr, "wrong-value", "--set sweep: lora.rank", "got 0", "1")
 
 
 @pytest.mark.parametrize("sha256", [None, "0" * 64])
-def test_a_feature_model_that_no_job_could_load_is_refused_before_the_first(sha256: str | None) -> None:
+def test_a_missing_feature_model_is_refused_before_the_first_job(sha256: str | None) -> None:
     missing = {"path": "data/nothere", "sha256": sha256}
     (problem,) = sweep_problems(sweep.plan(tree(rows=[{"validate.feature_model": missing}, {}])))
-    assert problem.startswith("params.yaml validate.feature_model: 'data/nothere' ")
+    assert problem.startswith("params.yaml sweep: validate.feature_model: 'data/nothere' ")
     assert "(sweep: raw/feature_model-" in problem
 
 
@@ -311,7 +311,7 @@ def test_a_mapping_without_an_entry_is_null_in_names_patterns_and_jobs() -> None
         assert [r.name for r in sweep.plan(tree(grid=grid, exclude=[{"lora.rank_pattern": none}]))] == [second.name]
 
 
-def test_any_text_comes_back_from_the_words_of_a_job() -> None:
+def test_any_text_survives_the_command_line_of_a_job() -> None:
     texts = [*TEXT_VALUES, "a\x85b\u2028c\x7fd\ufffe", "back\\slash", "\U000e0041"]
     for run, wanted in zip(sweep.plan(tree(grid={"export.prompt": texts})), texts, strict=True):
         (word,) = sweep.cli_overrides(run, ["export.prompt"])[1:]
@@ -331,7 +331,7 @@ def test_keys_that_are_no_text_are_refused_with_the_others() -> None:
     assert len(found) == 2 and "lora.rank: got {(1,): 2}" in found[0] and "optimizer_args" in found[1]
 
 
-def test_words_of_a_stage_are_those_that_it_reads_and_come_back_as_they_were() -> None:
+def test_the_command_line_of_a_stage_has_its_own_overrides_unchanged() -> None:
     values = {"lora.rank_pattern": {"attn2.to_k": 16}, "lora.init_lora_weights": "kaiming", "train.learning_rate": 1e-5}
     (run,) = sweep.plan(tree(rows=[values | {"validate.prompts": ["a: b, 'c'"], "export.name": "x"}]))
     words = sweep.cli_overrides(run, ["model", "lora", "train"])
@@ -382,7 +382,7 @@ def test_summary_counts_and_estimates_from_earlier_trainings(tmp_path: Path) -> 
     assert line.endswith(". 400 of the steps are done")
 
 
-def test_sections_behind_a_stage_are_those_of_dvc_s_dag() -> None:
+def test_upstream_sections_equal_those_of_dvc_yaml() -> None:
     """Folders are shared by them: a section too few would let two settings write to one folder."""
     stages = read_yaml(REPOSITORY / "dvc.yaml")["stages"]
 

@@ -135,7 +135,7 @@ def test_patience_counts_snapshots_since_the_lowest() -> None:
 def test_patience_is_recorded_only_if_set(encoded: Workspace) -> None:
     assert "early_stop_patience" not in train_params().recorded(set())
     assert train_params("early_stop_patience=2").recorded({"seed"})["early_stop_patience"] == 2
-    with refused("patience-too-long", "early_stop_patience is 3", "(3)"):
+    with refused("patience-too-long", "--set train.early_stop_patience: got 3", "(3)"):
         train_params("early_stop_patience=3")
 
 

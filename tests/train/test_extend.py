@@ -232,10 +232,10 @@ def test_torchrun_is_bit_identical_to_one_process(encoded: Workspace) -> None:
 def test_several_machines_need_a_launcher(encoded: Workspace) -> None:
     done = encoded.process("train", *ACCUMULATED, "--set", "runtime.num_processes=4", "--set", "runtime.num_machines=2")
     assert done.returncode == 2
-    assert_line(done.stderr, "needs-launcher", "params.yaml runtime.num_machines: got 2", "profiles/slurm")
+    assert_line(done.stderr, "needs-launcher", "--set runtime.num_machines: got 2", "profiles/slurm")
     done = encoded.process("train", "--set", "runtime.num_processes=3", "--set", "runtime.num_machines=2")
     assert done.returncode == 2
-    assert_line(done.stderr, "uneven-processes", "num_processes is 3", "num_machines is 2")
+    assert_line(done.stderr, "uneven-processes", "--set runtime.num_processes: got 3", "num_machines (2)")
 
 
 @pytest.mark.slow
@@ -254,8 +254,8 @@ def test_a_process_that_dies_ends_the_training_in_one_line(encoded: Workspace) -
 def test_an_uneven_split_is_refused_by_every_process(encoded: Workspace) -> None:
     done = encoded.process("train", "--set", "runtime.num_processes=2")
     assert done.returncode == 2
-    assert codes_of(done.stderr) == ["uneven-split"] and len(done.stderr.splitlines()) == 1
-    assert_line(done.stderr, "uneven-split", "train.gradient_accumulation_steps: 2 processes", "Use 2,")
+    assert codes_of(done.stderr) == ["uneven-micro-batches"] and len(done.stderr.splitlines()) == 1
+    assert_line(done.stderr, "uneven-micro-batches", "train.gradient_accumulation_steps: 2 processes", "Use 2,")
 
 
 # Killed for real

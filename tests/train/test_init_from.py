@@ -608,10 +608,10 @@ def test_a_training_starts_from_the_file_and_resumes_bit_identically(workspace: 
         shutil.copy(f"data/adapter/{name}", f"data/start/{name}")
     path = FILES["ours"]
     workspace.run("check", *pinned(path))
-    with refused("init-from-differs", "params.yaml lora.rank: got 4", "lora.rank=2 lora.alpha=null"):
+    with refused("init-from-differs", "--set lora.rank: got 4", "lora.rank=2 lora.alpha=null"):
         workspace.run("check", *pinned(path), "--set", "lora.rank=4")
     for stage in ("check", "train"):
-        with refused("pin-differs", "params.yaml lora.init_from: ", "f" * 64, "-S "):
+        with refused("pin-differs", "--set lora.init_from: ", "f" * 64, "-S "):
             workspace.run(stage, *pinned(path, "f" * 64))
     assert workspace.tree("data/adapter") == fresh
 

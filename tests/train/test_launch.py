@@ -33,6 +33,6 @@ def test_the_first_failed_process_is_named_with_its_reason(tmp_path: Path, monke
 )
 def test_processes_that_cannot_share_a_step_are_refused(accumulation: int, num_processes: int, use: str) -> None:
     counts = (f"{num_processes} processes", f"{accumulation} micro-batches")
-    with refused("uneven-split", "train.gradient_accumulation_steps", *counts, use):
+    with refused("uneven-micro-batches", "train.gradient_accumulation_steps", *counts, use):
         launch.require_even_split(train_params(f"gradient_accumulation_steps={accumulation}"), num_processes)
     launch.require_even_split(train_params("gradient_accumulation_steps=4"), 2)

@@ -82,7 +82,7 @@ def test_a_range_applies_to_every_sampling(more: list[str]) -> None:
 
 
 def test_an_empty_range_is_refused() -> None:
-    with refused("empty-timestep-range", "timestep_range [0.5, 0.5]", "[0.0, 1.0]"):
+    with refused("empty-timestep-range", "train.timestep_range: got [0.5, 0.5]", "[0.0, 1.0]"):
         train_params("timestep_range=[0.5, 0.5]")
     with refused("empty-timestep-range", "train.timestep_range: [0.5, 0.5001]", "1000"):
         noising.make_timesteps(train_params("timestep_range=[0.5, 0.5001]"), DDPM)

@@ -306,16 +306,14 @@ def test_a_rate_without_effect_and_a_family_without_text_encoders_are_refused(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for stage in ("train", "check"):
-        with refused(
-            "setting-ignored", "params.yaml train.text_encoder_lr: got 1e-05", "lora.train_text_encoder", "null"
-        ):
+        with refused("setting-ignored", "--set train.text_encoder_lr: got 1e-05", "lora.train_text_encoder", "null"):
             workspace.run(stage, "--set", "train.text_encoder_lr=1e-5")
     config = parameters.load(Path("params.yaml"), [ON])
     settings = config.section(LoraParams), config.section(TrainParams)
     assert cross_problems(*settings, load_family("sd")) == []
     monkeypatch.setattr(sd, "TEXT_ENCODERS", {})
     (problem,) = cross_problems(*settings, load_family("sd"))
-    assert problem.code == "no-trainable-text-encoder" and problem.startswith("params.yaml lora.train_text_encoder: ")
+    assert problem.code == "no-trainable-text-encoder" and problem.startswith("--set lora.train_text_encoder: ")
     assert "StableDiffusionPipeline" in problem and "flux, sd3, sdxl" in problem and "false" in problem
 
 

@@ -82,6 +82,6 @@ def test_a_weight_scales_the_loss(workspace: Workspace) -> None:
 
 
 def test_repeats_count_towards_a_full_batch(mixed: Workspace) -> None:
-    with refused("batch-too-large", "params.yaml train.batch_size: got 8", "6 training images (7 with repeats)"):
+    with refused("batch-too-large", "--set train.batch_size: got 8", "6 training images (7 with repeats)"):
         mixed.run("train", "--set", "train.batch_size=8")
     mixed.run("train", "--set", "train.batch_size=7", "--set", "train.num_steps=2")

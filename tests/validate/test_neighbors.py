@@ -125,9 +125,7 @@ def test_copied_share_counts_samples_below_the_5_percent_quantile() -> None:
 
 def limited(max_copied_share: float | None) -> ValidateParams:
     settings = params.load(REPOSITORY / "params.yaml").section(ValidateParams)
-    settings = settings.model_copy(update={"max_copied_share": max_copied_share})
-    vars(settings)["_file"] = "params.yaml"
-    return settings
+    return settings.model_copy(update={"max_copied_share": max_copied_share})
 
 
 def test_far_share_counts_samples_above_the_95_percent_quantile() -> None:
@@ -189,7 +187,7 @@ def test_planted_copies_fail_the_stage_and_the_base_does_not(
 
     monkeypatch.setattr(score_snapshots.SnapshotScorer, "draw", draw)
     write_adapter(0.3)
-    with refused("too-many-copies", "params.yaml validate.max_copied_share", "0.9", "1 of the samples"):
+    with refused("too-many-copies", "--set validate.max_copied_share", "0.9", "1 of the samples"):
         cached.run("validate", "--set", "validate.max_copied_share=0.9")
     measured = metrics.load(Path("reports/metrics.json"))  # there to be looked at
     assert (measured["samples.copied_share"], measured["samples.copied_share_base"]) == (1, 0)

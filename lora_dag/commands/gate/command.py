@@ -83,9 +83,9 @@ def check_folder(context: PageContext, out: Path | None) -> None:
         raise UserError(*problems, *failed)
 
 
-def log_results(results: Sequence[GateResult], unshared: Sequence[str]) -> None:
-    for text in unshared:
-        warn("data-not-shared", text)
+def log_results(results: Sequence[GateResult], unshared: Sequence[Problem]) -> None:
+    for problem in unshared:
+        warn(problem.code, problem)
     for result in results:
         if result.neutral:
             log.info("neutral     report.gates.%s: %s", result.gate, result.measured)
@@ -103,7 +103,7 @@ def gates() -> Gates:
     try:
         return Gates.model_validate(report.get("gates") if isinstance(report, dict) else None)
     except ValidationError as error:
-        raise UserError(*explain(path, "report.gates", Gates, error)) from None
+        raise UserError(*explain("report.gates", Gates, error, params.Origin(path).place)) from None
 
 
 def require_free(out: Path) -> None:

@@ -86,7 +86,7 @@ def open_hub(name: str, revision: str | None, patterns: Sequence[str], download:
     if not wanted:
         found = ", ".join(names[:5]) or "no files"
         text = f"--files: no file of {name} matches {' '.join(patterns) or '*'}. The dataset has {found}."
-        raise UserError(Problem("files-unmatched", text))
+        raise UserError(Problem("hub-no-match", text))
     log.info("download    %s of %s at %s", plural(len(wanted), "file"), name, commit[:12])
     with hub.user_errors(COMMAND, name, "dataset", commit):
         api.snapshot_download(
@@ -101,7 +101,7 @@ def open_hub(name: str, revision: str | None, patterns: Sequence[str], download:
     missing = [file for file in wanted if not (download / file).is_file()]
     if missing:
         text = f"{name}: {plural(len(missing), 'file')} did not arrive, such as {missing[0]}. Run the command again."
-        raise UserError(Problem("download-incomplete", text))
+        raise UserError(Problem("hub-incomplete", text))
     stated = info.card_data.get("license") if info.card_data else None
     files = tuple(file for file in wanted if not file.startswith("."))
     return Source(name, download, files, revision=commit, license=stated)

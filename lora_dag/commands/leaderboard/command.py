@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    runs = grid.plan(params.read_with_overrides(args.params, args.overrides), args.params)
+    runs = grid.plan(params.read_with_overrides(args.params, args.overrides), args.params, args.overrides)
     if not any(Path(f"runs/{each.stage_folders['prepare']}").is_dir() for each in runs):
         text = f"runs/: the sweep in {args.params} has {plural(len(runs), 'run')}, and none has started."
         raise UserError(Problem("sweep-not-started", f"{text} Run `snakemake` first."))

@@ -42,8 +42,8 @@ def push(config: Config, adapter: Path, export: Path, export_reports: Path, repo
     """
     settings = config.section(ExportParams)
     if settings.push_to_hub is None:
-        setting, example = settings.setting("push_to_hub"), "{repo_id: user/name, private: true}"
-        raise UserError(Problem("no-repository", f"{setting}: it is null, so no repository is set. Write {example}."))
+        text = "got null, but a repository is expected. Write {repo_id: user/name, private: true}."
+        raise UserError(Problem("missing-setting", f"{settings.setting('push_to_hub')}: {text}"))
     require_current(config, adapter, export, export_reports, reports)
     files = {"README.md": reports / model_card.NAME, SHEET: reports / SHEET} | files_below(export)
     upload(settings, files, f"Adapter {Adapter.load(adapter).files[FINAL][:16]}")
