@@ -66,6 +66,7 @@ def test_gate_names_all_problems_at_once(clone: Clone) -> None:
     assert_line(done.stderr, "report-missing", "reports/metrics.json: ")
     assert_line(done.stderr, "dependency-changed", "stages/train: ")
     assert_line(done.stderr, "gate-failed", "report.gates.limits: samples.copied_share was not measured", "0.1")
+    assert_line(done.stdout, "data-not-shared", "data/base.dvc, data/other.dvc, data/raw.dvc: ", "dvc remote add")
     page = Path("page.md").read_text(encoding="utf-8")
     assert page.startswith("# Experiment: failed") and "- `` params.yaml lora.rank: got 8, but dvc.lock has 2" in page
     assert len(lines) == 4
