@@ -25,7 +25,7 @@ class ItemInputs:
     """Inputs of the entries of one image, besides the settings."""
 
     image: Annotated[str, Field(validation_alias=AliasChoices("image", "picture"))]
-    """SHA-256 of the image; ``picture`` in files of older versions."""
+    """SHA-256 of the image. Its second alias is the name in files of older versions."""
     size: list[int]
     views: list[list[int]]
     """Left, top, right, bottom in pixels, and 1 for a mirrored view."""
