@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from lora_dag.commands.check_settings import sweep_problems
 from lora_dag.core.console import PATHS, UserError
 from lora_dag.core.files import write_json
+from lora_dag.core.labels import as_yaml
 from lora_dag.core.params import read_yaml
 from lora_dag.sweeps import grid as sweep
 from stages.validate import feature_files
@@ -218,7 +219,7 @@ def test_every_value_is_validated_once_by_its_section() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": {"lora.rank": []}}, r"sweep\.grid\.lora\.rank: got \[\]. List should have at least 1 item"),
+        ({"grid": {"lora.rank": []}}, r"sweep\.grid\.lora\.rank: got \[\], but at least 1 item is expected"),
         ({"seeds": ["a"]}, r"sweep\.seeds\.0: got 'a', but a valid integer"),
         ({"seed": [1]}, r"sweep\.seed: unknown setting. Did you mean sweep\.seeds"),
         ({"exclude": [{"lora.rank": 9}]}, r"exclude: \{'lora.rank': 9\} matches no run"),
@@ -323,7 +324,7 @@ def test_a_section_of_another_kind_is_one_line_under_config_too(section: object)
     with pytest.raises(UserError) as error:
         sweep.plan(sweep.from_command_line(tree() | {"sweep": section}, {"seeds": [1]}))
     (line,) = error.value.problems
-    assert line.startswith(f"params.yaml sweep: got {section!r}, but {{datasets: ..., grid:")
+    assert line.startswith(f"params.yaml sweep: got {as_yaml(section)}, but {{datasets: ..., grid:")
 
 
 def test_keys_that_are_no_text_are_refused_with_the_others() -> None:
