@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from lora_dag.adapters import bias, lycoris
 from lora_dag.adapters.targets import lora_settings
 from lora_dag.core import seeding
+from lora_dag.core.progress import ByteBar
 
 if TYPE_CHECKING:
     from lora_dag.adapters.params import LoraParams
@@ -163,10 +164,12 @@ def require_sound(denoiser: Any, trainable: dict[str, torch.nn.Parameter]) -> No
 
 def frozen_digest(denoiser: Any) -> str:
     """Return the sha256 over the base's parameters and buffers, which is the same with and without an adapter."""
-    total = hashlib.sha256()
     tensors = [*denoiser.named_parameters(), *denoiser.named_buffers()]
     frozen = [(bias.base_name(name), tensor) for name, tensor in tensors if not tensor.requires_grad]
-    for name, tensor in sorted(frozen, key=lambda pair: pair[0]):
-        total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    total = hashlib.sha256()
+    with ByteBar("hash", sum(tensor.nbytes for _, tensor in frozen)) as bar:
+        for name, tensor in sorted(frozen, key=lambda pair: pair[0]):
+            total.update(name.encode())
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # without a copy
+            bar.add_bytes(tensor.nbytes)
     return total.hexdigest()

@@ -1,4 +1,7 @@
-"""Files of the base model's components: which ones are loaded, and their digests. Nothing is imported or built."""
+"""Files of the base model's components: which ones are loaded, and their digests. Nothing is imported or built.
+
+Digests of files are kept (``core/kept_digests.py``), so that a file is read once, by the first stage that loads it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_dag.core.console import Problem, UserError
-from lora_dag.core.files import sha256_file
+from lora_dag.core.kept_digests import sha256_files
 from lora_dag.families.common import declared_null
 
 if TYPE_CHECKING:
@@ -43,15 +46,21 @@ def digests(model: ModelParams, components: Iterable[str]) -> dict[str, str]:
     """
     names = sorted(components)
     null = declared_null(model, names)
-    return {name: "absent" if name in null else digest(Path(model.pretrained) / name, model.variant) for name in names}
+    folders = {name: Path(model.pretrained) / name for name in names if name not in null}
+    return dict.fromkeys(names, "absent") | folder_digests(folders, model.variant)
 
 
 def digest(folder: Path, variant: str | None) -> str:
     """Return the sha256 over the names and bytes of a component's files."""
-    total = hashlib.sha256()
-    for path in loaded_files(folder, variant):
-        total.update(f"{path.name} {sha256_file(path)}\n".encode())
-    return total.hexdigest()
+    return folder_digests({"": folder}, variant)[""]
+
+
+def folder_digests(folders: dict[str, Path], variant: str | None) -> dict[str, str]:
+    """Return the digest of each folder. All files are read with one progress bar."""
+    files = {name: loaded_files(folder, variant) for name, folder in folders.items()}
+    by_file = sha256_files(path for paths in files.values() for path in paths)
+    lines = {name: [f"{path.name} {by_file[path]}\n" for path in paths] for name, paths in files.items()}
+    return {name: hashlib.sha256("".join(lines[name]).encode()).hexdigest() for name in lines}
 
 
 def require_same_base(recorded: dict[str, str], actual: dict[str, str], artifact: Path) -> None:

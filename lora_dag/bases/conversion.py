@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.bases.component_files import loaded_files, weight_files
-from lora_dag.bases.hub import is_whole, state_of
+from lora_dag.bases.hub import changed_files, file_states
 from lora_dag.bases.single_file import FLOATS, components_in_file, tensor_names
 from lora_dag.core import quiet
 from lora_dag.core.console import Problem, UserError, log
-from lora_dag.core.files import from_json, replaced, sha256_file, sha256_json, state_dir, write_json
+from lora_dag.core.files import from_json, replaced, sha256_json, state_dir, write_json
+from lora_dag.core.kept_digests import sha256_files
 from lora_dag.core.locks import lock
 from lora_dag.core.tensors import read_header
 from lora_dag.families.common import pipeline_class
@@ -61,7 +62,7 @@ def convert(file: Path, model: ModelParams, family: Family, make: bool = True) -
                 require_space(file)
                 with replaced(target) as folder:
                     write_folder(folder, file, model, family)
-                    record = {path.relative_to(folder).as_posix(): state_of(path) for path in files_in(folder)}
+                    record = file_states(folder, [path.relative_to(folder).as_posix() for path in files_in(folder)])
                     write_json(folder / "conversion.json", {"made_from": inputs, "files": record})
     return target, inputs["checkpoint"]
 
@@ -69,10 +70,11 @@ def convert(file: Path, model: ModelParams, family: Family, make: bool = True) -
 def conversion_inputs(file: Path, model: ModelParams, family: Family) -> dict[str, Any]:
     """Return all inputs that determine the bytes of the converted folder; paths are no part of them."""
     copied = files_to_copy(file, model, family)
+    digests = sha256_files([file, *copied])
     return {
-        "checkpoint": sha256_file(file),
+        "checkpoint": digests[file],
         "family": model.family,
-        "files": {path.relative_to(file.parent).as_posix(): sha256_file(path) for path in copied},
+        "files": {path.relative_to(file.parent).as_posix(): digests[path] for path in copied},
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "variant": model.variant,
         "version": VERSION,
@@ -95,7 +97,7 @@ def is_complete(folder: Path) -> bool:
     """Return whether the folder has all files that were written, with the same bytes."""
     try:
         record = from_json((folder / "conversion.json").read_text(encoding="utf-8"))["files"]
-        return all(is_whole(folder / name, state, verify=True) for name, state in record.items())
+        return not changed_files(folder, record, verify=True)
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return False
 

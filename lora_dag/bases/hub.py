@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -20,7 +20,8 @@ from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.events import AliasEvent
 
 from lora_dag.core.console import REMEDIES, Problem, UserError, log, plural, warn
-from lora_dag.core.files import from_json, sha256_file, sha256_json, state_dir, write_json
+from lora_dag.core.files import from_json, sha256_json, state_dir, write_json
+from lora_dag.core.kept_digests import sha256_files
 from lora_dag.core.param_errors import unknown_setting
 from lora_dag.core.params import read_yaml
 
@@ -77,7 +78,7 @@ def fetch(path: Path, verify: bool = True, pin: Pin | None = None) -> Path:
     """
     pin = pin or read_pin(path)
     recorded = read_marker(pin)
-    changed = [name for name, state in recorded.items() if not is_whole(pin.folder / name, state, verify)]
+    changed = changed_files(pin.folder, recorded, verify)
     if recorded and not changed:
         if verify:
             refuse_extra_files(path, pin, recorded)
@@ -90,14 +91,14 @@ def fetch(path: Path, verify: bool = True, pin: Pin | None = None) -> Path:
         (pin.folder / name).unlink(missing_ok=True)
     log.info("download    %s at %s from the Hugging Face Hub", pin.hub, pin.revision[:12])
     names = download(path, pin)
-    write_json(pin.marker, {name: state_of(pin.folder / name) for name in names})
+    write_json(pin.marker, file_states(pin.folder, names))
     return pin.folder
 
 
 def is_fetched(pin: Pin) -> bool:
     """Return whether ``fetch`` needs no network, judged by the sizes of the files."""
     recorded = read_marker(pin)
-    return bool(recorded) and all(is_whole(pin.folder / name, state, verify=False) for name, state in recorded.items())
+    return bool(recorded) and not changed_files(pin.folder, recorded, verify=False)
 
 
 def read_marker(pin: Pin) -> dict[str, FileState]:
@@ -109,12 +110,21 @@ def read_marker(pin: Pin) -> dict[str, FileState]:
         return {}
 
 
-def is_whole(path: Path, state: FileState, verify: bool) -> bool:
-    """Return whether a file has the recorded size and, with ``verify``, the recorded digest."""
+def changed_files(folder: Path, recorded: Mapping[str, FileState], verify: bool) -> list[str]:
+    """Return the files that lack the recorded size or, with ``verify``, the recorded digest."""
+    sizes = {name: file_size(folder / name) for name in recorded}
+    same = [name for name, state in recorded.items() if sizes[name] == state["bytes"]]
+    found = sha256_files(folder / name for name in same) if verify else {}
+    changed = {name for name in same if verify and found[folder / name] != recorded[name]["sha256"]}
+    return [name for name in recorded if name in changed or name not in same]
+
+
+def file_size(path: Path) -> int | None:
+    """Return a file's bytes; None if there is none."""
     try:
-        return path.stat().st_size == state["bytes"] and (not verify or sha256_file(path) == state["sha256"])
+        return path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return None
 
 
 def refuse_extra_files(path: Path, pin: Pin, recorded: dict[str, FileState]) -> None:
@@ -131,8 +141,11 @@ def is_hidden(name: Path) -> bool:
     return any(part.startswith(".") for part in name.parts)
 
 
-def state_of(path: Path) -> FileState:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+def file_states(folder: Path, names: Iterable[str]) -> dict[str, FileState]:
+    """Return size and digest of each file."""
+    paths = {name: folder / name for name in names}
+    digests = sha256_files(paths.values())
+    return {name: {"bytes": path.stat().st_size, "sha256": digests[path]} for name, path in paths.items()}
 
 
 def read_pin(path: Path) -> Pin:

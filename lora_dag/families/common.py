@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dag.core import quiet
 from lora_dag.core.console import Problem, UserError, machine_fault, plural
 from lora_dag.core.files import from_json, read_json
+from lora_dag.core.progress import elapsed
 from lora_dag.families.protocol import load_family
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def load_frozen(model: ModelParams, folder: str, device: torch.device) -> Any:
     options = _load_options(model) | {"output_loading_info": True}
     if is_text(folder):
         options["ignore_mismatched_sizes"] = True  # returns them, where the error names none
-    with refuse_damage(model, folder), quiet.without_warnings():  # of tensors that are checked below
+    # Without warnings of tensors that are checked below.
+    with elapsed("load", folder), refuse_damage(model, folder), quiet.without_warnings():
         module, found = cls.from_pretrained(model.pretrained, subfolder=folder, variant=model.variant, **options)
     bad = sorted({*found["missing_keys"], *(names[0] for names in found["mismatched_keys"])})
     if bad:  # both libraries would make up the values
@@ -153,11 +155,12 @@ def load_pipeline(model: ModelParams, device: torch.device, **components: Any) -
     family = load_family(model.family)
     quiet.disable_progress_bars()
     passed = dict.fromkeys(family.left_out(model)) | components
-    pipeline = pipeline_class(family).from_pretrained(
-        model.pretrained, variant=model.variant, **_load_options(model), **passed
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    with elapsed("load", "pipeline"):
+        pipeline = pipeline_class(family).from_pretrained(
+            model.pretrained, variant=model.variant, **_load_options(model), **passed
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(device)
 
 
 def pipeline_class(family: Family) -> Any:

@@ -16,6 +16,7 @@ from lora_dag.core import seeding
 from lora_dag.core.console import log, plural, warn
 from lora_dag.core.files import drop_leftovers, write_json
 from lora_dag.core.locks import require_held
+from lora_dag.core.progress import elapsed
 from lora_dag.core.tensors import has_all_bytes
 from stages.train import eva, self_checks
 from stages.train.gradient_sum import require_same
@@ -139,7 +140,7 @@ def check_step_zero(run: Run) -> None:
     """Check the adapter; a new one must equal the base on two samples of the first batch."""
     batch = run.batches.batch(0, 0).first(2)
     run.adapter.require_sound()
-    with torch.no_grad(), run.accelerator.autocast():
+    with torch.no_grad(), run.accelerator.autocast(), elapsed("check", "step 0 against the base model"):
         self_checks.check_step_zero(run.adapter, lambda: run.predict(batch), is_new=not run.init_from_summary)
         if run.base.text is not None:
             self_checks.check_prompt_embeddings(run.prompt(batch), batch.prompt, run.model.dtype)

@@ -10,12 +10,13 @@ import re
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
 
 from lora_dag.core import progress, time_estimate
-from lora_dag.core.progress import Bar, counted
+from lora_dag.core.progress import Bar, ByteBar, counted, elapsed
 from lora_dag.core.time_estimate import Work, duration
 from tests.helpers.workspace import REPOSITORY, Workspace
 
@@ -186,3 +187,20 @@ def test_every_long_stage_says_it_before_it_loads_anything(encoded: Workspace, m
     assert len(list(Path(os.environ["LORA_STATE_DIR"]).glob("took/*.json"))) == 5
     other = encoded.run("train", "--set", "train.num_steps=9", "--set", "runtime.num_threads=2")
     assert not any(line.startswith("time") for line in other)  # nothing is known of two threads
+
+
+def test_bytes_are_shown_in_mb(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="lora-dag")
+    with ByteBar("hash", 6_000_000_000) as bar:
+        for clock[0] in (5.0, 10.0):
+            bar.add_bytes(600_000_001)
+    assert caplog.messages == ["hash           1200 of 6000 MB     120.0 MB/s  ETA 40 s"]
+
+
+def test_work_without_a_count_shows_its_time(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="lora-dag")
+    with elapsed("load", "unet", every=0.05):
+        time.sleep(0.12)
+    with elapsed("load", "vae"):
+        pass
+    assert caplog.messages == ["load        unet: 0 s so far"] * 2
