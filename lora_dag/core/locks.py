@@ -16,6 +16,7 @@ from typing import IO, Any
 from lora_dag.core.console import Problem, UserError, log
 from lora_dag.core.files import state_dir
 
+UNKNOWN = "unknown"
 THIS_PROCESS = secrets.token_hex(8)  # beside its number, which a container's may share
 
 
@@ -48,9 +49,11 @@ def lock(folder: Path, shown_as: Path | None = None, wait: bool = False) -> Iter
             process, host = last_holder(folder)
             on_host = "" if host == platform.node() else f" on {host}"
             if not wait:
-                text = f"{shown_as or folder}: process {process}{on_host} is writing there."
-                stop = f"Wait for it, or stop it with `kill {process}`{on_host}."
-                raise UserError(Problem("folder-locked", f"{text} {stop}"))
+                known = process != UNKNOWN
+                holder = f"process {process}{on_host}" if known else "another process"
+                stop = f", or stop it with `kill {process}`{on_host}" if known else ""
+                text = f"{shown_as or folder}: {holder} is writing there. Wait for it{stop}."
+                raise UserError(Problem("folder-locked", text))
             log.info("wait        for process %s%s, which is writing to %s", process, on_host, shown_as or folder)
             flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -92,4 +95,4 @@ def last_holder(folder: Path) -> tuple[str, str]:
     with contextlib.suppress(OSError, ValueError):
         process, host, *_ = (folder / "lock").read_text(encoding="utf-8").split()
         return process, host
-    return "unknown", platform.node()
+    return UNKNOWN, platform.node()

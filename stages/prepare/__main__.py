@@ -68,13 +68,15 @@ def require_apart(dataset: DatasetParams, outputs: Iterable[Path]) -> None:
     """Raise UserError for a source that contains an output of a stage, or lies in one."""
     source = Path(dataset.source).resolve()
     for output in outputs:
-        if output.resolve().is_relative_to(source):
-            overlap = f"contains {output}"
+        if output.resolve() == source:
+            overlap = "is a folder that a stage writes"
+        elif output.resolve().is_relative_to(source):
+            overlap = f"contains {output}, which a stage writes"
         elif source.is_relative_to(output.resolve()):
-            overlap = f"is inside of {output}"
+            overlap = f"is inside of {output}, which a stage writes"
         else:
             continue
-        text = f"'{dataset.source}' {overlap}, which a stage writes. Name a folder that holds only images."
+        text = f"'{dataset.source}' {overlap}. Name a folder that holds only images."
         raise UserError(Problem("source-overlaps-output", text).at(dataset.setting("source")))
 
 
@@ -113,7 +115,8 @@ def log_warnings(warnings: Iterable[Problem], items: list[Item], left_out: dict[
         warn(problem.code, problem)
     num_blank = sum(not item.caption.strip() for item in items)
     if num_blank:
-        warn("caption-empty", f"{plural(num_blank, 'caption is', 'captions are')} empty and train without a prompt.")
+        train = plural(num_blank, "caption is empty and trains", "captions are empty and train")
+        warn("caption-empty", f"{train} without a prompt.")
     for name, reason in list(left_out.items())[:MAX_LEFT_OUT]:
         warn("image-left-out", reason if name in reason else f"{name}: {reason}")
     if len(left_out) > MAX_LEFT_OUT:

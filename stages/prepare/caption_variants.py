@@ -119,10 +119,11 @@ def caption_warnings(entries: Iterable[Entry], dataset: DatasetParams) -> list[P
     ]
     if any(blank):
         have = plural(sum(blank), "caption variant has", "caption variants have")
+        train = "trains" if sum(blank) == 1 else "train"
         problems.append(
             Problem(
                 "caption-variant-empty",
-                f"{have} no tag left, for {plural(sum(map(bool, blank)), 'caption')}, and train without a prompt."
+                f"{have} no tag left, for {plural(sum(map(bool, blank)), 'caption')}, and {train} without a prompt."
                 f" Lower dataset.tag_dropout {dataset.tag_dropout}, or raise dataset.keep_tags {dataset.keep_tags}.",
             )
         )

@@ -128,7 +128,8 @@ def checked_name(name: Any, root: Root, below: str = "") -> str:
         got = json.dumps(name, default=str)[:80]
         raise UserError(Problem("name-invalid", f"got {got}, but the name of an image in {folder} is expected."))
     if has_controls(name):
-        raise UserError(Problem("name-unsafe", f"{short(name)} holds a control character. Rename the file."))
+        text = f"{short(name)} holds a control character or a byte that is not UTF-8. Rename the file."
+        raise UserError(Problem("name-unsafe", text))
     quoted = f"'{short(name)}'"
     if len(name) > MAX_NAME:
         text = f"{quoted} has {len(name):,} characters, but at most {MAX_NAME:,} are allowed. Rename the file."
@@ -165,7 +166,7 @@ def checked_file(name: str, root: Root) -> str:
         raise UserError(
             Problem(
                 "name-outside-source",
-                f"{quoted} is a link that leads out of {root.place('')}. Put the image itself there (for images linked"
+                f"{quoted} is a link that leads out of {root.place('')}. Put the file itself there (for files linked"
                 " by DVC: `dvc config cache.type reflink,hardlink,copy`, then `dvc checkout --relink`).",
             )
         )

@@ -91,8 +91,9 @@ def leave_out_bad(problems: list[RowProblem], entries: Sequence[Entry], dataset:
     left_out = reasons(problems)
     total = len({entry.file_name for entry in entries} | left_out.keys())
     if len(left_out) > dataset.max_bad_fraction * total:
+        be = "is" if len(left_out) == 1 else "are"
         text = (
-            f"{dataset.setting('max_bad_fraction')}: {len(left_out)} of {total} images are bad, more than the limit"
+            f"{dataset.setting('max_bad_fraction')}: {len(left_out)} of {total} images {be} bad, more than the limit"
             f" {dataset.max_bad_fraction}. Correct them, or raise the limit."
         )
         raise UserError(*first_problems(problems), Problem("too-many-bad", text))

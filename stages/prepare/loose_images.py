@@ -220,11 +220,9 @@ def warn_of_kohya_repeats(reader: SubsetReader) -> None:
     folders = {
         reader.relative_name(name).partition("/")[0] for name in reader.names if "/" in reader.relative_name(name)
     }
-    counted = sorted(folder for folder in folders if REPEATS.match(folder))
-    if counted:
-        times = counted[0].partition("_")[0]
-        text = (
-            f"folder names such as '{counted[0]}' set no repeats here."
-            f" Write dataset.subsets: [{{path: {counted[0]}, repeats: {times}}}]."
-        )
+    times = {folder: int(folder.partition("_")[0]) if REPEATS.match(folder) else 1 for folder in sorted(folders)}
+    if len(set(times.values())) > 1:  # equal repeats have no effect
+        counted = next(folder for folder in times if times[folder] > 1)
+        subsets = ", ".join(f"{{path: {folder}, repeats: {number}}}" for folder, number in times.items())
+        text = f"folder names such as '{counted}' set no repeats here. Write dataset.subsets: [{subsets}]."
         reader.warnings.append(Problem("folder-repeats-ignored", text))

@@ -123,7 +123,8 @@ def instance_prompt(
 
 def missing_column(reader: SubsetReader, columns: list[str], place: str) -> Problem:
     others = sorted(set(columns) - {"file_name"})
-    fix = f"Name one of {', '.join(others)}." if others else "Add the captions, since it has only file_name."
+    names = f"one of {', '.join(others)}" if len(others) > 1 else "".join(others)
+    fix = f"Name {names}." if others else "Add the captions, since it has only file_name."
     return Problem(
         "column-missing", f"{reader.key('caption_column')}: '{reader.column}' is no column of {place}. {fix}"
     )

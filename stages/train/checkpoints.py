@@ -40,11 +40,13 @@ class Checkpoints:
 
     def load(self, last: int) -> dict[str, Any] | None:
         """Return the newest undamaged state up to step ``last``, or None. Damaged files cause a warning."""
-        for path in reversed(self.paths(last)):
+        paths = self.paths(last)
+        for path in reversed(paths):
             checksum = path.with_suffix(".sha256")
             if checksum.exists() and checksum.read_bytes() == sha256_file(path).encode():
                 return torch.load(path, weights_only=True, map_location="cpu")
-            warn("checkpoint-damaged", f"{path} is damaged or incomplete. The checkpoint before it is used.")
+            then = "The run starts from step 0." if path == paths[0] else "The checkpoint before it is used."
+            warn("checkpoint-damaged", f"{path} is damaged or incomplete. {then}")
         return None
 
     def describe_newest(self) -> str:

@@ -140,8 +140,9 @@ def check_step_zero(run: Run) -> None:
     """Check the adapter; a new one must equal the base on two samples of the first batch."""
     batch = run.batches.batch(0, 0).first(2)
     run.adapter.require_sound()
+    is_new, dtype = not run.init_from_summary, run.model.dtype
     with torch.no_grad(), run.accelerator.autocast(), elapsed("check", "step 0 against the base model"):
-        self_checks.check_step_zero(run.adapter, lambda: run.predict(batch), is_new=not run.init_from_summary)
+        self_checks.check_step_zero(run.adapter, lambda: run.predict(batch), is_new, dtype)
         if run.base.text is not None:
             self_checks.check_prompt_embeddings(run.prompt(batch), batch.prompt, run.model.dtype)
 

@@ -20,12 +20,15 @@ MAX_DISTANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 5e-2, "float16"
 MAX_OVERFLOWS = 20  # the same with a GradScaler, which halves its scale of 65,536 at each
 
 
-def check_step_zero(adapter: AdapterSet, predict: Callable[[], torch.Tensor], is_new: bool = True) -> None:
+def check_step_zero(
+    adapter: AdapterSet, predict: Callable[[], torch.Tensor], is_new: bool = True, dtype: Dtype = "float32"
+) -> None:
     """Check that a new adapter does not change the base's output before the first step; it must be bit-identical.
 
     Args:
         predict: forward pass, including text encoders that are trained.
         is_new: False for an adapter that starts from a file.
+        dtype: ``model.dtype``, for the advice.
 
     Raises:
         UserError: the base's or the adapter's output is not finite.
@@ -36,8 +39,10 @@ def check_step_zero(adapter: AdapterSet, predict: Callable[[], torch.Tensor], is
         with adapter.disabled():
             base_output = predict()
     if not base_output.isfinite().all():
-        text = "model.pretrained: the base model predicts NaN or infinity. Use model.dtype float32, or fetch it again."
-        raise UserError(Problem("base-not-finite", text))
+        fix = "Fetch it again." if dtype == "float32" else "Set model.dtype: float32."
+        raise UserError(
+            Problem("base-not-finite", f"model.pretrained: the base model predicts NaN or infinity in {dtype}. {fix}")
+        )
     if not output.isfinite().all():
         text = "lora.alpha: it is so large that the new adapter gives NaN. Use null, which is the rank."
         raise UserError(Problem("alpha-too-large", text))

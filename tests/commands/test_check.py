@@ -327,7 +327,7 @@ def test_bad_rows_that_are_left_out_are_reported(copied: Workspace) -> None:
     rows[2]["text"] = None
     write_rows(Path("data/raw"), rows)
     *_, last = problems(copied, "dataset.on_bad=skip")
-    assert_is(last, "too-many-bad", "params.yaml dataset.max_bad_fraction: 1 of 8 images")
+    assert_is(last, "too-many-bad", "params.yaml dataset.max_bad_fraction: 1 of 8 images is ")
     lines = copied.run("check", "--set", "dataset.on_bad=skip", "--set", "dataset.max_bad_fraction=0.2")
     assert_line("\n".join(lines), "image-left-out", "data/raw/metadata.jsonl:3: text: ")
 

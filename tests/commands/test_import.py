@@ -485,7 +485,7 @@ def test_tar_with_sizes_that_cannot_be(here: Path, first: bytes) -> None:
 def test_two_kinds_of_files(here: Path) -> None:
     """``datasets`` would leave those of one kind out without a word."""
     write_files(here, "a.parquet", "b.tar", "c.tar")
-    assert_are(problems(here), ("shards-mixed", "data/raw: ", "(a.parquet, b.tar)", "--files"))
+    assert_are(problems(here), ("shards-mixed", "data/raw: ", "(a.parquet, b.tar)", "a folder of its own."))
 
 
 def test_compressed_tar(here: Path) -> None:

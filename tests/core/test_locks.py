@@ -29,6 +29,10 @@ def test_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
         values = (f"{tmp_path}: process {holder.pid} ", f"`kill {holder.pid}`.")
         with refused("folder-locked", *values), locks.lock(tmp_path):
             pass
+        (tmp_path / "lock").write_text("")  # the holder has not written its number yet
+        with refused("folder-locked", f"{tmp_path}: another process ", "Wait for it.") as raised, locks.lock(tmp_path):
+            pass
+        assert "kill" not in raised.value.problems[0]
     finally:
         holder.kill()
         holder.wait()

@@ -91,7 +91,7 @@ def test_text_files_are_opened_only_if_they_are_files(here: Path) -> None:
     (here / "c.txt").symlink_to(Path("../secret.txt"))
     first, second = problems(here)
     assert_is(first, "file-not-regular", "data/raw/b.png: 'b.txt'")
-    assert_is(second, "name-outside-source", "data/raw/c.png: 'c.txt'")
+    assert_is(second, "name-outside-source", "data/raw/c.png: 'c.txt'", "Put the file itself")
 
 
 def test_instance_prompt_for_images_without_captions(here: Path) -> None:

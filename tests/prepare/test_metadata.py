@@ -63,7 +63,10 @@ def append(folder: Path, row: bytes) -> None:
         (b'{"file_name": ".", "text": "x"}', ("file-not-regular", "file_name: '.'")),
         (b'{"file_name": "a\\u0000.png", "text": "x"}', ("name-unsafe", 'file_name: "a\\u0000.png"')),
         (b'{"file_name": "a\\n.png", "text": "x"}', ("name-unsafe", 'file_name: "a\\n.png"')),
-        (b'{"file_name": "\\ud800.png", "text": "x"}', ("name-unsafe", 'file_name: "\\ud800.png"')),
+        (
+            b'{"file_name": "\\ud800.png", "text": "x"}',
+            ("name-unsafe", 'file_name: "\\ud800.png"', "a byte that is not UTF-8"),
+        ),
         (b'{"file_name": "-c.png", "text": "x"}', ("name-unsafe", "file_name: '-c.png'")),
         (b'{"file_name": "outside.png", "text": "x"}', ("name-outside-source", "file_name: 'outside.png'")),
         (b'{"file_name": "away/x.png", "text": "x"}', ("name-outside-source", "file_name: 'away/x.png'")),
@@ -169,7 +172,11 @@ def test_accents_in_the_other_unicode_form_find_their_file(raw: Path) -> None:
 def test_wrong_caption_column_is_one_line(raw: Path) -> None:
     problem = refusal(raw, caption_column="caption")
     assert_is(
-        problem, "column-missing", "params.yaml dataset.caption_column: 'caption'", "data/raw/metadata.jsonl", " text."
+        problem,
+        "column-missing",
+        "params.yaml dataset.caption_column: 'caption'",
+        "data/raw/metadata.jsonl",
+        " Name text.",
     )
     problem = refusal(raw, subsets=[{"path": ".", "caption_column": "x"}])
     assert_is(problem, "column-missing", "params.yaml dataset.subsets.0.caption_column: 'x'")

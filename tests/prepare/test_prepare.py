@@ -116,7 +116,7 @@ def test_empty_captions_are_counted(workspace: Workspace) -> None:
     rows = read_rows(RAW)
     rows[0]["text"] = ""
     write_rows(RAW, rows)
-    assert_line("\n".join(workspace.run("prepare")), "caption-empty", "1 caption is")
+    assert_line("\n".join(workspace.run("prepare")), "caption-empty", "1 caption is empty and trains ")
 
 
 # Every kind of source gives the same images and captions
@@ -275,7 +275,12 @@ def test_the_command_refuses_in_one_line(workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "overlap"), [("data", "contains data/prepared"), ("data/prepared/x", "inside of data/prepared")]
+    ("source", "overlap"),
+    [
+        ("data", "contains data/prepared"),
+        ("data/prepared", "'data/prepared' is a folder that a stage writes."),
+        ("data/prepared/x", "inside of data/prepared"),
+    ],
 )
 def test_a_source_that_overlaps_an_output_is_refused(workspace: Workspace, source: str, overlap: str) -> None:
     with refused("source-overlaps-output", f"--set dataset.source: '{source}'", overlap):

@@ -152,8 +152,10 @@ def test_every_bad_subset_and_every_problem_at_once(here: Path) -> None:
 
 def test_kohya_repeats_in_folder_names(here: Path) -> None:
     write_files(here, "10_sks dog/a.png")
+    assert listed(here, instance_prompt="x").warnings == []  # equal for all images
+    write_files(here, "1_dog/b.png", "more/c.png")
     warnings = listed(here, instance_prompt="x").warnings
-    fix = "dataset.subsets: [{path: 10_sks dog, repeats: 10}]"
+    fix = "[{path: 10_sks dog, repeats: 10}, {path: 1_dog, repeats: 1}, {path: more, repeats: 1}]."
     assert_are(warnings, ("folder-repeats-ignored", "'10_sks dog'", fix))
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lora_dag.adapters import lora
+from lora_dag.core.params import Dtype
 from lora_dag.diffusion.objectives import VPrediction
 from stages.train import loop
 from stages.train.run import Run
-from stages.train.self_checks import GradientMonitor
+from stages.train.self_checks import GradientMonitor, check_step_zero
 from tests.helpers.errors import assert_line, codes_of, refused
 from tests.helpers.trainings import LONG, history, weights
 from tests.helpers.workspace import Workspace
@@ -27,6 +30,14 @@ def test_clipping_without_effect_is_an_error(encoded: Workspace, monkeypatch: py
     )
     with pytest.raises(RuntimeError, match=r"gradient norm is 0\.\d+ after clipping to 0.01"):
         encoded.run("train", "--set", "train.max_grad_norm=0.01")
+
+
+@pytest.mark.parametrize(("dtype", "fix"), [("float32", "Fetch it again."), ("bfloat16", "Set model.dtype: float32.")])
+def test_a_base_that_predicts_nan_gets_advice_for_its_dtype(dtype: Dtype, fix: str) -> None:
+    adapter: Any = SimpleNamespace(disabled=contextlib.nullcontext)
+    with refused("base-not-finite", "model.pretrained: ", dtype, fix) as raised:
+        check_step_zero(adapter, lambda: torch.tensor([math.nan]), dtype=dtype)
+    assert raised.value.problems[0].endswith(f"in {dtype}. {fix}")
 
 
 @pytest.fixture

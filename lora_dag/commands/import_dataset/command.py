@@ -109,7 +109,7 @@ def shard_files(source: Source, config: str | None) -> dict[str, str]:
     if len(first) > 1:
         text = (
             f"{source.name}: the source has both Parquet and .tar files ({', '.join(sorted(first.values()))})."
-            " Import each kind by itself, from a folder of its own or with --files."
+            f" Import each kind by itself, {'with --files' if source.revision else 'from a folder of its own'}."
         )
         raise UserError(Problem("shards-mixed", text))
     if not shards or source.is_file:
