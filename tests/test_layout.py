@@ -62,13 +62,10 @@ def test_no_module_imports_another_that_imports_it() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-PAGES = {"README.md": "Files", "CONTRIBUTING.md": "Layout and import rule"}
-"""Page -> the heading below which it shows the layout: the first level, and the packages."""
-
-
-def layout(page: str) -> str:
-    """Return the section of a page that shows the layout."""
-    section = (REPOSITORY / page).read_text(encoding="utf-8").split(f"\n## {PAGES[page]}\n")[1]
+def layout() -> str:
+    """Return the section of CONTRIBUTING.md that shows the layout."""
+    page = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = page.split("\n## Layout and import rule\n")[1]
     return section.split("\n## ")[0]
 
 
@@ -81,8 +78,8 @@ def paths_in(tree: str) -> Iterator[str]:
         folder = folder if line.startswith(" ") else line.split("  ")[0]
 
 
-def test_the_pages_name_every_package_and_nothing_that_is_gone() -> None:
-    shown = [path for page in PAGES for path in paths_in(layout(page).split("```")[1].strip())]
+def test_contributing_names_every_package_and_nothing_that_is_gone() -> None:
+    shown = list(paths_in(layout().split("```")[1].strip()))
     assert [name for name in shown if not (REPOSITORY / name).exists()] == []
     modules = [path for root in ("lora_dag", "stages") for path in REPOSITORY.glob(f"{root}/*/__init__.py")]
     packages = {f"{path.parent.relative_to(REPOSITORY)}/" for path in modules}
@@ -92,6 +89,6 @@ def test_the_pages_name_every_package_and_nothing_that_is_gone() -> None:
 
 def test_the_import_rule_is_written_down() -> None:
     stages = {path.parent.name for path in REPOSITORY.glob("stages/*/__init__.py")}
-    line = next(line for line in layout("CONTRIBUTING.md").splitlines() if line.startswith("`commands -> "))
+    line = next(line for line in layout().splitlines() if line.startswith("`commands -> "))
     floors = [set(floor.split(", ")) for floor in line.strip("`.").split(" -> ")]
     assert floors[::-1] == [{"stages"} if floor == stages else floor for floor in FLOORS]
