@@ -76,7 +76,8 @@ def main(args: argparse.Namespace) -> None:
     found += feature_files.model_problems(validate.feature_model, validate.setting("feature_model"))
     notes = dict.fromkeys(text for each in runs for text in snapshot_notes(each.config))
     notes |= dict.fromkeys(mapping_notes(config))
-    for text in [*notes, *machine_notes(config), *sharing.unshared_data()]:
+    sources = [f"{each.config.section(DatasetParams).source}" for each in runs]
+    for text in [*notes, *machine_notes(config), *sharing.unshared_data([*sources, f"{model.pretrained}"])]:
         log.info("note: %s", text)
     others = {
         each.stage_folders["prepare"]: each.config for each in runs if each.config.section(DatasetParams) != dataset

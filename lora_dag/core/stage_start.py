@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_dag.core.console import PATHS, log
+from lora_dag.core.console import PATHS, log, plural
 from lora_dag.core.labels import shorten
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def describe(stage: str, config: Config, args: argparse.Namespace) -> str:
     if not Path("dvc.yaml").exists():
         return ""
     found = list(reasons(stage, config.tree))
-    more = f"; {len(found) - MAX_REASONS} more changes" if len(found) > MAX_REASONS else ""
-    return "; ".join(found[:MAX_REASONS]) + more
+    left = len(found) - MAX_REASONS
+    return "; ".join(found[:MAX_REASONS]) + (f"; {plural(left, 'more change')}" if left > 0 else "")
 
 
 def reasons(stage: str, tree: Mapping[str, Any]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,42 @@ STORE = ".dvc/store"
 """The folder of the remote ``bundled``: the demo's data, committed to git (base/bundle.py)."""
 REMEDY = "Run `dvc remote add --default NAME URL`, then `dvc push`."
 
+UNTRACKED = "neither DVC nor git tracks it, so others cannot download it. Run `dvc add {}`, then commit the .dvc file."
 
-def unshared_data() -> list[Problem]:
-    """Return a problem for each reason why others cannot download data of a .dvc file; none without DVC or git."""
+
+def unshared_data(sources: Iterable[str] = ()) -> list[Problem]:
+    """Return a problem for each reason why others cannot download data; none without DVC or git.
+
+    Args:
+        sources: paths of the dataset and the base model. A path outside of the clone is skipped.
+    """
     config = dvc_config()
     if config is None:
         return []
     committed = set((git("ls-files", STORE) or b"").decode().split())
+    untracked = [
+        Problem("data-not-shared", f"{source}: {UNTRACKED.format(source)}")
+        for source in dict.fromkeys(sources)
+        if is_untracked(source)
+    ]
     pointers_by_reason: dict[str, list[str]] = {}
     for pointer, out in tracked():
         digest = str(out.get("md5", ""))
         if f"{STORE}/files/md5/{digest[:2]}/{digest[2:]}" not in committed and (reason := obstacle(out, config)):
             pointers_by_reason.setdefault(reason, []).append(f"{pointer}")
-    return [
+    return untracked + [
         Problem("data-not-shared", f"{', '.join(dict.fromkeys(pointers))}: {reason}")
         for reason, pointers in pointers_by_reason.items()
     ]
+
+
+def is_untracked(source: str) -> bool:
+    """Return whether a path in the clone is tracked neither by DVC nor by git."""
+    path = Path(source).resolve()
+    if not path.is_relative_to(Path().resolve()) or git("ls-files", "--", str(path)):
+        return False
+    outs = [(pointer.parent / str(out.get("path"))).resolve() for pointer, out in tracked()]
+    return not any(path.is_relative_to(out) or out.is_relative_to(path) for out in outs)
 
 
 def obstacle(out: dict[str, Any], config: dict[str, str]) -> str | None:

@@ -134,7 +134,7 @@ def make_eval_set(
     rows = heldout_table.make_rows(images, settings.num_timesteps, num_train_timesteps, settings.seed)
     log_device(device, model)
     log.info("evaluation  %d held-out images, %d training images for comparison", counts["heldout"], counts["train"])
-    log.info("rows        %s: %s per image", plural(len(rows), "row"), plural(settings.num_timesteps, "timestep"))
+    log.info("rows        %s, %s per image", f"{len(rows):,}", plural(settings.num_timesteps, "timestep"))
     return EvalSet(rows, cache, objective, family, model, device, settings.seed, settings.batch_size)
 
 

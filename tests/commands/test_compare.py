@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lora_dag.commands.compare.page import ONE_COMMIT
 from lora_dag.core.files import read_json, sha256_file, write_json, write_text
 from lora_dag.evaluation import heldout_table
 from lora_dag.pages.sheets import cut
@@ -70,7 +71,8 @@ def test_a_worse_workspace_against_an_experiment(repository: Repository) -> None
 def test_head_and_an_untouched_workspace_are_the_same(repository: Repository) -> None:
     page = repository.run()
     assert "equal: all held-out losses are identical." in page
-    assert "No parameter and no input differs." in page and "equal." in page
+    assert "No parameter and no input differs." in page and "equal." in page and ONE_COMMIT not in page
+    assert ONE_COMMIT in repository.run("HEAD", "HEAD")  # such as a branch whose commit was forgotten
 
 
 def shift(*changes: float) -> None:

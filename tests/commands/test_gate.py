@@ -72,6 +72,19 @@ def test_gate_names_all_problems_at_once(clone: Clone) -> None:
     assert len(lines) == 4
 
 
+def test_the_page_names_uncommitted_changes(clone: Clone) -> None:
+    """A forgotten commit: the gate judges the folder, but a pull request contains commits."""
+    clone("main")
+    Path("notes.txt").touch()  # untracked: it is no part of the run
+    assert gate_problems("--out", "page.md") == []
+    assert "With uncommitted changes" not in Path("page.md").read_text(encoding="utf-8")
+    edit("params.yaml", "rank: 2", "rank: 2  # a comment")
+    assert gate_problems("--out", "page.md") == []
+    assert "`. **With uncommitted changes:**" in Path("page.md").read_text(encoding="utf-8")
+    assert gate_problems("--commit", "HEAD", "--out", "page.md") == []
+    assert "With uncommitted changes" not in Path("page.md").read_text(encoding="utf-8")
+
+
 def test_a_printed_page_is_all_of_stdout(clone: Clone) -> None:
     clone("main")
     done = subprocess.run([sys.executable, "-m", "lora_dag", "gate"], capture_output=True, text=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from base import bundle
-from lora_dag.pipeline.sharing import REMEDY, unshared_data
+from lora_dag.pipeline.sharing import REMEDY, UNTRACKED, unshared_data
 from tests.helpers.errors import refused
 from tests.helpers.planted import git
 from tests.helpers.workspace import REPOSITORY
@@ -61,6 +61,21 @@ def test_the_demo_is_shared(project: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(clone)
     assert dvc("pull").returncode == 0
     assert Path("data/raw/a.txt").read_text() == "the demo's images"
+
+
+def test_a_dataset_that_nothing_tracks_is_named(project: Path) -> None:
+    Path("data/foxes").mkdir()
+    Path("data/foxes/a.txt").write_text("a fox")
+    assert unshared_data(["data/raw", "data/foxes", str(project.parent)]) == [
+        f"data/foxes: {UNTRACKED.format('data/foxes')}"
+    ]
+    assert dvc("add", "data/foxes").returncode == 0
+    assert unshared_data(["data/foxes"]) == [
+        f"data/foxes.dvc: others cannot download this data: no DVC remote is set. {REMEDY}"
+    ]
+    Path("data/model.yaml").write_text("hub: owner/name")
+    git("add", "data/model.yaml")
+    assert len(unshared_data(["data/model.yaml", "data/foxes/sub"])) == 1  # git has the first, DVC the second
 
 
 def test_own_data_without_a_remote_is_reported_and_never_pushed_into_the_store(project: Path) -> None:

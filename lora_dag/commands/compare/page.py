@@ -31,6 +31,7 @@ MEASURED = {
 }
 """Time and memory of a stage, and the metrics of the same run. Only the workspace has these files."""
 ORDER = {name: index for index, name in enumerate(METRICS)}
+ONE_COMMIT = " The names belong to one commit: if the results of an experiment are missing, commit them first."
 MAX_VALUE = 300  # characters of a parameter
 
 
@@ -142,6 +143,7 @@ def differences(revisions: Sequence[RevisionReport]) -> str:
     keys = sorted({key for revision in others for key in differing_params(first, revision)})
     inputs = dict.fromkeys(name for revision in others for name in changed_inputs(first, revision))
     params = [revision.params for revision in revisions]
+    commits = {revision.commit for revision in revisions}
     rows = [[show_name(key), *show_params(params, key)] for key in keys]
     rows += [
         [show_name(name), *(code(str(input_digests(revision).get(name))) for revision in revisions)] for name in inputs
@@ -149,7 +151,7 @@ def differences(revisions: Sequence[RevisionReport]) -> str:
     return (
         table(("Parameter or input", *(revision.name for revision in revisions)), rows)
         if rows
-        else "No parameter and no input differs."
+        else f"No parameter and no input differs.{ONE_COMMIT if len(commits) == 1 and None not in commits else ''}"
     )
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -26,7 +27,7 @@ from lora_dag.core import params
 from lora_dag.core.console import Problem, UserError, as_path, log, plural, warn
 from lora_dag.core.files import write_text
 from lora_dag.core.param_errors import explain
-from lora_dag.pipeline import sharing
+from lora_dag.pipeline import dvc_files, sharing
 from lora_dag.pipeline.git import git
 from stages.report.params import Gates
 
@@ -48,7 +49,9 @@ def main(args: argparse.Namespace) -> None:
         args.out = args.out.absolute()
     target = commit_to_compare(args.against) if args.against is not None else None
     commit = reviewed(args.commit)
-    context = PageContext(args.repository, commit, args.against, target, own_gate=args.commit is None)
+    own = args.commit is None
+    uncommitted = own and bool(git("status", "--porcelain", "--untracked-files=no"))
+    context = PageContext(args.repository, commit, args.against, target, own, uncommitted)
     with contextlib.ExitStack() as stack:
         if args.commit and commit:
             try:
@@ -74,7 +77,7 @@ def check_folder(context: PageContext, out: Path | None) -> None:
         results = limits.check_limits(gates(), measured(), compared)
     except UserError as error:
         problems, results = list(dict.fromkeys([*problems, *error.problems])), []
-    unshared = sharing.unshared_data()
+    unshared = sharing.unshared_data(sources())
     show(write_page(context, problems, results, compared, changes, unshared), out)
     failed = [result.problem for result in results if not result.passed]
     if out is not None:  # a printed page says the same
@@ -104,6 +107,15 @@ def gates() -> Gates:
         return Gates.model_validate(report.get("gates") if isinstance(report, dict) else None)
     except ValidationError as error:
         raise UserError(*explain("report.gates", Gates, error, params.Origin(path).place)) from None
+
+
+def sources() -> list[str]:
+    """Return the dataset and the base model of params.yaml; without those that are no text or missing."""
+    tree: Mapping[str, Any] = {}
+    with contextlib.suppress(UserError):  # check_folder reports it
+        tree = params.read_yaml(Path("params.yaml"))
+    found = [dvc_files.look_up(tree, key) for key in ("dataset.source", "model.pretrained")]
+    return [source for source in found if isinstance(source, str)]
 
 
 def require_free(out: Path) -> None:

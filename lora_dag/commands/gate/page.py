@@ -42,6 +42,8 @@ class PageContext:
     against_commit: str | None
     own_gate: bool = True
     """Whether the code of the gate is the code of the reviewed files."""
+    uncommitted: bool = False
+    """Whether the reviewed files differ from the commit."""
 
 
 def write_page(
@@ -60,7 +62,7 @@ def write_page(
     """
     parts = [title(context, problems, results, changes), subject(context), *changed_rules(context, changes)]
     if problems:
-        doubt = "The numbers below come from the files as committed and may not belong to this run."
+        doubt = "The numbers below come from files that may not belong to one run."
         parts += ["## Problems", bullets(in_line(line) for line in problems), doubt]
     parts += ["## Gates", gates_table(results), *(f"**Data not shared:** {in_line(line)}" for line in unshared)]
     if not problems:
@@ -108,7 +110,14 @@ def subject(context: PageContext) -> str:
     words = [f"Commit `{context.commit[:10]}`"] if context.commit else []
     if context.against and context.against_commit:
         words.append(f"against `{context.against}` (`{context.against_commit[:10]}`)")
-    return " ".join(words) + "." if words else ""
+    if not words:
+        return ""
+    note = (
+        " **With uncommitted changes:** a pull request contains commits only, so commit them."
+        if context.uncommitted
+        else ""
+    )
+    return " ".join(words) + "." + note
 
 
 def in_line(text: str) -> str:
