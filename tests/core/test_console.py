@@ -173,6 +173,23 @@ def test_on_windows_every_command_is_one_line(workspace: Workspace, command: str
     assert_line(done.stderr, "unsupported-system", "`wsl --install`")
 
 
+@pytest.mark.parametrize("command", ["stages.train", "lora_dag"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "import sys; sys.path[:] = [path for path in sys.path if 'site-packages' not in path]; sys.path.insert(0, '.')",
+        "import sys; sys.version_info = (3, 10, 13)",
+    ],
+    ids=["no-packages", "old-python"],
+)
+def test_without_the_virtual_environment_every_command_is_one_line(command: str, fault: str) -> None:
+    code = f"{fault}; import runpy; runpy.run_module({command!r}, run_name='__main__', alter_sys=True)"
+    start = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(start, capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert_line(done.stderr, "packages-missing", sys.executable, "`. .venv/bin/activate`")
+
+
 def test_a_tilde_in_an_argument_is_the_home_folder(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell leaves ``--params=~/x`` alone."""
     monkeypatch.setenv("HOME", str(workspace.path))
