@@ -148,7 +148,7 @@ def check_dataset(config: Config) -> CheckedDataset:
             warn("image-left-out", f"will be left out: {reason}")
     except UserError as error:
         return CheckedDataset(list(error.problems))
-    return CheckedDataset(batch_problems(listing, config), opened_text(inspected, listing), captions)
+    return CheckedDataset(batch_problems(listing, config, assignment), opened_text(inspected, listing), captions)
 
 
 def open_images(listing: Listing, dataset: DatasetParams) -> Inspected:
@@ -183,14 +183,22 @@ def split_notes(listing: Listing, dataset: DatasetParams) -> list[str]:
     return [f"{state}, but fewer than {split.FEW_HELDOUT} seldom show a difference between settings. {suggestion}."]
 
 
-def batch_problems(listing: Listing, config: Config) -> list[Problem]:
-    """Return the problem of a batch larger than the dataset, held-out images included; train checks again."""
+def batch_problems(listing: Listing, config: Config, assignment: split.Assignment | None) -> list[Problem]:
+    """Return the problem of a batch larger than the number of training images; train checks again.
+
+    Args:
+        assignment: None if not all images were opened; held-out images count too then.
+    """
     subsets = config.section(DatasetParams).as_subsets()
-    total = sum(subsets[entry.subset].repeats for entry in listing.entries)
+    total = sum(
+        subsets[entry.subset].repeats
+        for entry in listing.entries
+        if assignment is None or assignment.split_of.get(entry.file_name) == "train"
+    )
     train = config.section(TrainParams)
     size = train.batch_size
     if not total or size <= total:
         return []
     place = f"{train.setting('batch_size')}: got {size}"
-    text = f"{place}, but the dataset has {total} images (with repeats). Set train.batch_size={total} or lower."
+    text = f"{place}, but there are {total} training images (with repeats). Set train.batch_size={total} or lower."
     return [Problem("batch-too-large", text)]
