@@ -22,6 +22,7 @@ from ruamel.yaml.events import AliasEvent
 from lora_dag.core.console import REMEDIES, Problem, UserError, log, plural, warn
 from lora_dag.core.files import from_json, sha256_json, state_dir, write_json
 from lora_dag.core.kept_digests import sha256_files
+from lora_dag.core.labels import as_yaml
 from lora_dag.core.param_errors import unknown_setting
 from lora_dag.core.params import read_yaml
 
@@ -210,8 +211,8 @@ def revision_problem(tree: dict[str, Any]) -> Problem | None:
 
 
 def short_repr(value: Any) -> str:
-    """Return the value as Python writes it, cut after MAX_SHOWN characters."""
-    text = repr(value)
+    """Return the value as YAML writes it, cut after MAX_SHOWN characters."""
+    text = as_yaml(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import unicodedata
@@ -68,8 +69,12 @@ def exact_number(number: float) -> str:
 
 
 def as_yaml(value: object) -> str:
-    """Return a value as a person writes it in YAML and JSON, such as null and true; texts have single quotes."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    """Return a value as a person writes it in YAML, such as null, true, 2026-12-01, 'text' and {"lora.rank": 8}."""
+    if isinstance(value, str | float):
+        return repr(value)
+    with contextlib.suppress(TypeError):  # YAML has dates, and keys that are lists
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
 
 
 def type_name(value: object) -> str:

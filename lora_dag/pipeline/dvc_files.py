@@ -14,6 +14,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from lora_dag.core.labels import as_yaml
 from lora_dag.core.params import read_yaml
 
 PIPELINE, LOCK, PARAMS = Path("dvc.yaml"), Path("dvc.lock"), "params.yaml"
@@ -148,4 +149,4 @@ def changed_params(stage: Stage, locked: Locked, params: Mapping[str, Any]) -> I
 
 
 def show(value: Any) -> str:
-    return "no such key" if value is ABSENT else "null" if value is None else f"{value}"
+    return "no such key" if value is ABSENT else value if isinstance(value, str) else as_yaml(value)

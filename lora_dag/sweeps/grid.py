@@ -25,6 +25,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from lora_dag.core.console import Problem, UserError, plural
 from lora_dag.core.files import from_json
+from lora_dag.core.labels import as_yaml
 from lora_dag.core.param_errors import unknown_setting
 from lora_dag.core.param_kinds import accepts_null, inside, is_text
 from lora_dag.core.params import SECTIONS, Config, Origin, Params, annotation_of, check, check_section, params_class
@@ -132,7 +133,8 @@ def plan(tree: dict[str, Any], source: Path = Path("params.yaml"), overrides: Se
     idle = [pattern for pattern in sweep.exclude if not any(has_values(run, pattern) for run in runs)]
     place = origin.place("sweep.exclude")
     problems = [
-        Problem("exclude-unused", f"{place}: {pattern} matches no run. Correct or delete it.") for pattern in idle
+        Problem("exclude-unused", f"{place}: {as_yaml(pattern)} matches no run. Correct or delete it.")
+        for pattern in idle
     ]
     if not kept:
         problems.append(Problem("sweep-empty", f"{place}: all runs are excluded. Delete an entry."))
@@ -198,7 +200,9 @@ def key_problems(sweep: SweepParams, origin: Origin) -> Iterator[Problem]:
     for index, item in enumerate(datasets):
         if "dataset.source" not in item:
             add = f"Add dataset.source to entry {index + 1} of the entries with overrides."
-            yield Problem("dataset-without-source", f"{origin.place('sweep.datasets')}: {item} has no source. {add}")
+            yield Problem(
+                "dataset-without-source", f"{origin.place('sweep.datasets')}: {as_yaml(item)} has no source. {add}"
+            )
     keys_by_axis = {"datasets": per_dataset, "grid": sweep.grid, "rows": [key for row in sweep.rows for key in row]}
     keys_by_axis["exclude"] = [key for pattern in sweep.exclude for key in pattern]
     for name, keys in keys_by_axis.items():

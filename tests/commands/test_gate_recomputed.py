@@ -66,7 +66,7 @@ FORGED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "null": (
         set_metric(MEASURED, "val.loss_change_high", None),
         "metric-edited",
-        r".*val.loss_change_high: got None, but .* gives -0.49",
+        r".*val.loss_change_high: got null, but .* gives -0.49",
     ),
     "best step": (
         set_metric(MEASURED, "val.best_step", 2),

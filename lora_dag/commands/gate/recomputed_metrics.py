@@ -24,6 +24,7 @@ from lora_dag.artifacts.metrics import Value, rounded
 from lora_dag.commands.compare.revision_report import DAMAGED, IMAGES, LINEAGE, METRICS_FILE, SCORES
 from lora_dag.commands.gate import lock
 from lora_dag.core.console import Problem, UserError
+from lora_dag.core.labels import as_yaml
 from lora_dag.core.params import read_yaml
 from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import Score
@@ -95,7 +96,7 @@ def differing(path: str, source: str, computed: Mapping[str, Value]) -> Iterator
     claimed = metrics.load(Path(path))
     for name, value in computed.items():
         if name in claimed and not same(claimed[name], rounded(value)):
-            text = f"{path} {name}: got {claimed[name]}, but {source} gives {rounded(value)}. {UNDO}"
+            text = f"{path} {name}: got {as_yaml(claimed[name])}, but {source} gives {rounded(value)}. {UNDO}"
             yield Problem("metric-edited", text)
 
 
