@@ -19,7 +19,7 @@ from lora_dag.bases import component_files, resolve
 from lora_dag.core import params
 from lora_dag.core.console import Problem, UserError, add_settings, as_path, log
 from lora_dag.core.device import setup
-from lora_dag.core.files import from_json
+from lora_dag.core.files import from_json, missing_file
 from lora_dag.core.labels import exact_number, numbered_heads
 from lora_dag.core.params import ModelParams, RuntimeParams
 from lora_dag.core.tensors import load_metadata, read_header
@@ -90,7 +90,7 @@ def parse_entry(text: str) -> ScaledFile:
             raise UserError(Problem("invalid-scale", message))
     file = as_path(name if colon else text)
     if not file.is_file():
-        raise UserError(Problem("file-missing", f"{text}: no such file."))
+        raise UserError(missing_file(file))
     return ScaledFile(file, scales)
 
 

@@ -98,9 +98,12 @@ def read_lock(name: str) -> Revision:
             params=parse_params(params),
             packages=mapping(lineage.parse(exported).get("packages", {})) if exported else {},
         )
+    except UserError as error:
+        raise error.at(name) from None
     except DAMAGED as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        text = f"{name}: {LOCK}, {PARAMS} or {EXPORTED} is damaged ({reason}). Run `dvc repro` there."
+        fault = f"{LOCK}, {PARAMS} or {EXPORTED} is damaged or of another version ({reason})"
+        text = f"{name}: {fault}. Run `dvc repro` there."
         raise UserError(Problem("revision-damaged", text)) from None
 
 

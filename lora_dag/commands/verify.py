@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.bases import component_files, resolve
 from lora_dag.core.console import Problem, UserError, add_settings, as_path, log
-from lora_dag.core.files import artifact_errors, from_json, sha256_file
+from lora_dag.core.files import artifact_errors, from_json, missing_file, sha256_file
 from lora_dag.core.params import Config, ModelParams, load
 from lora_dag.core.tensors import load_metadata, load_tensors
 from lora_dag.families.protocol import load_family
@@ -76,7 +76,7 @@ def read_provenance(file: Path) -> dict[str, Any]:
     from lora_dag.adapters.adapter_tensors import tensors_digest
 
     if not file.is_file():
-        raise UserError(Problem("file-missing", f"{file}: no such file."))
+        raise UserError(missing_file(file))
     try:
         fields, tensors = load_metadata(file), load_tensors(file)
     except SafetensorError as error:

@@ -27,6 +27,12 @@ def state_dir() -> Path:
     return Path(os.path.expanduser(explicit)) if explicit else Path(os.environ.get("DVC_ROOT", ".")) / ".state"
 
 
+def missing_file(path: Path) -> Problem:
+    """Return the problem of an argument that is no file: a wrong path, or a folder."""
+    fault = "a folder, but a file is expected. Name a file in it" if path.is_dir() else "no such file. Correct the path"
+    return Problem("file-missing", f"{path}: {fault}.")
+
+
 @contextlib.contextmanager
 def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced and renamed, on an error removed.

@@ -254,9 +254,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, invalid or no mapping, or has a key twice.
     """
     try:
-        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if conflict := conflict_line(text):
+            raise UserError(markers_problem(f"{path}:{conflict}"))
+        tree = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
         text = f"{path}: no such file. Run the command in the root of the repository, or pass --params."
+        raise UserError(Problem("params-missing", text)) from None
+    except IsADirectoryError:
+        text = f"{path}: a folder, but a YAML file is expected. Name the file in it."
         raise UserError(Problem("params-missing", text)) from None
     except UnicodeDecodeError:
         raise UserError(Problem("not-utf8", f"{path}: not UTF-8 text. Save it as UTF-8.")) from None
@@ -264,13 +270,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         cause = getattr(error, "problem", None) or "no reason given"
-        raise UserError(Problem("invalid-yaml", f"{place}: invalid YAML ({cause}).")) from None
+        raise UserError(Problem("invalid-yaml", f"{place}: invalid YAML ({cause}). Correct it.")) from None
     except (ValueError, RecursionError) as error:  # a date such as 2026-99-99, or thousands of brackets
         raise UserError(Problem("invalid-yaml", f"{path}: invalid YAML ({error}). Put text in quotes.")) from None
     if not isinstance(tree, dict):
         text = f"{path}: got {type_name(tree)}, but a mapping of sections is expected."
         raise UserError(Problem("no-mapping", text))
     return tree
+
+
+def conflict_line(text: str) -> int | None:
+    """Return the number of the first line with a marker of a merge conflict; None without one."""
+    return next((number for number, line in enumerate(text.split("\n"), 1) if line.startswith("<<<<<<< ")), None)
+
+
+def markers_problem(place: str) -> Problem:
+    """Return the problem of a file in which git left the markers of a merge conflict."""
+    remedy = "Keep one version between <<<<<<< and >>>>>>>, delete the marked lines, and run `git add`."
+    return Problem("merge-conflict-left", f"{place}: git left a merge conflict here. {remedy}")
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -282,7 +299,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(Problem("wrong-override", text))
     if not isinstance(tree.get(section), dict):
         raise UserError(unknown_setting(f"--set {override}:", section, SECTIONS, "section"))
-    tree[section][name] = read_value(key, value)
+    target = tree[section]
+    while isinstance(inner := target.get(name.partition(".")[0]), dict) and "." in name:  # report.gates.limits
+        target, name = inner, name.partition(".")[2]
+    target[name] = read_value(key, value)
 
 
 def read_value(key: str, value: str) -> Any:

@@ -46,9 +46,10 @@ def save_params(changes: dict[str, Any]) -> str:
     Args:
         changes: values of ``snakemake --config``, such as ``{"seeds": [0, 1]}``.
     """
+    tree = read_yaml(PARAMS)  # its problems name params.yaml, not the copy
     text = PARAMS.read_text(encoding="utf-8")
     if changes:
-        tree = grid.from_command_line(read_yaml(PARAMS), changes)
+        tree = grid.from_command_line(tree, changes)
         check(tree, Origin(PARAMS))
         text = to_flow_yaml(tree)
     path = Path(f"runs/.params/{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml")

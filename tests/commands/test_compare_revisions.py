@@ -30,6 +30,7 @@ def test_a_shallow_clone_is_named(
     [
         ("clear-nwt", "unknown-revision", "(near: clear-newt)"),
         ("mian", "unknown-revision", "(near: main"),
+        ("xyzzy", "unknown-revision", "(known: "),  # no name is near
         ("start", "revision-incomplete", "reports/metrics.json, reports/validate/heldout.csv, "),
     ],
 )

@@ -69,7 +69,7 @@ def test_files_that_cannot_be_drawn(files: Workspace) -> None:
         assert not SHEET.exists()
 
     check("a.safetensors:x", "invalid-scale", "a.safetensors:x: got 'x'", "a.safetensors:0.8")
-    check("none.safetensors:1", "file-missing", "none.safetensors:1")
+    check("none.safetensors:1", "file-missing", "none.safetensors: ")
     Path("broken.safetensors").write_bytes(b"\0" * 100)
     check("broken.safetensors:1", "adapter-damaged", "broken.safetensors")
     tensors, header = load_tensors(Path("a.safetensors")), load_metadata(Path("a.safetensors"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from lora_dag.artifacts.lineage import load as load_lineage
+from lora_dag.commands import explain
 from lora_dag.commands.compare import revision_report
 from lora_dag.core.console import UserError
 from lora_dag.core.files import write_text
@@ -22,6 +24,16 @@ def test_a_damaged_table_is_one_line(repository: Repository) -> None:
     write_text(IMAGE_TABLE, "nonsense\n")
     with refused("report-damaged", "workspace: reports/dataset/images.csv", "`dvc repro`"):
         repository.run()
+
+
+@pytest.mark.parametrize("read", [revision_report.read_revision, explain.read_lock], ids=["compare", "explain"])
+def test_a_merge_conflict_in_the_settings_is_named(repository: Repository, read: Callable[[str], object]) -> None:
+    """`dvc repro`, the advice for damaged files, cannot read such a file."""
+    path = Path("params.yaml")
+    write_text(Path("dvc.lock"), "stages: {}\n")
+    write_text(path, "<<<<<<< HEAD\n" + path.read_text(encoding="utf-8"))
+    with refused("merge-conflict-left", "workspace: params.yaml:1: ", "`git add`"):
+        read("workspace")
 
 
 HEAD = "row,file_name,split,timestep,base,adapter\n"

@@ -75,6 +75,8 @@ def test_files_of_others_are_refused(exported: Workspace) -> None:
     Path("broken.safetensors").write_bytes(b"\0" * 100)
     with refused("adapter-damaged", "broken.safetensors: "):
         exported.run("verify", "broken.safetensors")
+    with refused("file-missing", "data: a folder"):
+        exported.run("verify", "data")
     with refused("file-missing", "none: "):
         exported.run("verify", "none")
 

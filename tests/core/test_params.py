@@ -350,7 +350,7 @@ def test_a_comment_in_the_file_that_took_the_text_is_named(file: Path) -> None:
         file, (), "wrong-value", "params.yaml dataset.background: got null", "'#' begins a comment", "quotes"
     )
     changes = ("dataset.background='#000000'", "validate.prompts=[a fox: night]")
-    start = "--set validate.prompts.0: got {'a fox': 'night'}"
+    start = '--set validate.prompts.0: got {"a fox": "night"}'
     assert_refused(file, changes, "wrong-value", start, "': ' makes a mapping", "quotes")
 
 
@@ -428,3 +428,41 @@ def test_the_line_that_pins_a_file_is_read_by_dvc_and_by_set(file: Path, path: s
         assert params.read_yaml(file) == by_set
         section, _, name = setting.partition(".")
         assert by_set[section][name] == {"path": path, "sha256": "ab" * 32}
+
+
+def test_an_override_reaches_a_nested_setting_as_in_dvc(file: Path) -> None:
+    change = "report.gates.max_heldout_change=0.5"
+    ours = params.read_with_overrides(file, [change, "report.gates.limits={samples.copied_share: 0.1}"])
+    assert ours["report"]["gates"]["max_heldout_change"] == 0.5
+    assert ours["report"]["gates"]["limits"] == {"samples.copied_share": 0.1}
+    with_override = params.read_with_overrides(file, [change])
+    apply_overrides(file, [change])
+    assert YAML(typ="safe", pure=True).load(file.read_text()) == with_override
+    with refused("unknown-setting", "--set lora.rank.x: "):
+        params.load(file, ["lora.rank.x=4"])
+
+
+def test_a_merge_conflict_is_named_with_its_line(file: Path) -> None:
+    text = file.read_text().replace("lora:\n", "<<<<<<< HEAD\nlora:\n=======\nlora:\n>>>>>>> other\n")
+    line = text[: text.index("<<<<<<<")].count("\n") + 1
+    file.write_text(text)
+    with refused("merge-conflict-left", f"params.yaml:{line}: ", "`git add`"):
+        params.load(file)
+
+
+def test_a_folder_instead_of_a_file_is_refused(file: Path) -> None:
+    with refused("params-missing", f"{file.absolute().parent}: a folder"):
+        params.load(file.absolute().parent)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.learning_rate=2026-12-01", "got 2026-12-01, "),
+        ("train.optimizer_args=[1, true]", "got [1, true], "),
+        ("report.gates=null", "got null, "),
+    ],
+)
+def test_a_wrong_value_is_shown_as_the_file_has_it(file: Path, override: str, value: str) -> None:
+    (problem,) = problems(file, override)
+    assert problem.startswith(f"--set {override.partition('=')[0]}: ") and value in problem

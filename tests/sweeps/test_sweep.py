@@ -18,8 +18,9 @@ from lora_dag.core.files import write_json
 from lora_dag.core.labels import as_yaml
 from lora_dag.core.params import read_yaml
 from lora_dag.sweeps import grid as sweep
+from lora_dag.sweeps.snakemake import save_params
 from stages.validate import feature_files
-from tests.helpers.errors import assert_line
+from tests.helpers.errors import assert_line, refused
 from tests.helpers.workspace import REPOSITORY
 
 EMPTY: dict[str, Any] = {"datasets": [], "grid": {}, "rows": [], "seeds": [], "exclude": []}
@@ -193,7 +194,7 @@ def test_every_problem_is_reported_at_once() -> None:
         exclude=[{"lora.rakn": 4}],
     )
     wanted = [
-        "sweep.datasets: {'dataset.flip': True} has no source",
+        'sweep.datasets: {"dataset.flip": true} has no source',
         "sweep.grid lora.rnak: unknown setting. Did you mean lora.rank",
         "sweep.grid train.seed: list its values in sweep.seeds",
         "sweep.grid runtime.device: SECTION.KEY",
@@ -222,7 +223,7 @@ def test_every_value_is_validated_once_by_its_section() -> None:
         ({"grid": {"lora.rank": []}}, r"sweep\.grid\.lora\.rank: got \[\], but at least 1 item is expected"),
         ({"seeds": ["a"]}, r"sweep\.seeds\.0: got 'a', but a valid integer"),
         ({"seed": [1]}, r"sweep\.seed: unknown setting. Did you mean sweep\.seeds"),
-        ({"exclude": [{"lora.rank": 9}]}, r"exclude: \{'lora.rank': 9\} matches no run"),
+        ({"exclude": [{"lora.rank": 9}]}, r"exclude: \{\"lora.rank\": 9\} matches no run"),
         ({"exclude": [{"lora.rank": 8}]}, r"exclude: all runs"),
         ({"grid": {"lora.rank": list(range(1, 200)), "lora.alpha": list(range(1, 200))}}, r"got 39,601 runs.* 10,000"),
     ],
@@ -409,3 +410,11 @@ def test_a_thousand_runs_are_planned_in_seconds() -> None:
     assert len({run.name for run in runs}) == 1000
     assert sweep_problems(runs) == []
     assert time.process_time() - start < 5  # 0.7 s where this was written; a YAML file read per run took 100 s
+
+
+def test_snakemake_names_params_yaml_and_not_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("lora: [\n")
+    with refused("invalid-yaml", "params.yaml:"):
+        save_params({})
+    assert not Path("runs").exists()

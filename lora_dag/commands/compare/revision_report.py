@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 from lora_dag.artifacts import image_table, lineage
 from lora_dag.commands.compare.revisions import find_commit, read_file
 from lora_dag.core.console import Problem, UserError
+from lora_dag.core.params import conflict_line, markers_problem
 from lora_dag.evaluation import heldout_table
 from lora_dag.evaluation.heldout_table import Score
 
@@ -82,11 +83,13 @@ def read_commit(name: str, commit: str | None) -> RevisionReport:
         LOCK: bytes,
     }
     found: dict[str, Any] = {}
-    problems = []
+    problems: list[Problem] = []
     for path, parse in parsers.items():
         blob = read_file(commit, path)
         try:
             found[path] = None if blob is None else parse(blob)
+        except UserError as error:
+            problems += error.at(name).problems
         except DAMAGED as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             text = f"{name}: {path} is damaged or of another version ({reason}). {how_to_report(commit)}"
@@ -121,7 +124,10 @@ def parse_params(blob: bytes) -> dict[str, Any]:
 
     Raises:
         DAMAGED: the file is not a valid params.yaml.
+        UserError: git left a merge conflict in it.
     """
+    if conflict := conflict_line(blob.decode()):
+        raise UserError(markers_problem(f"{PARAMS}:{conflict}"))
     found = flatten(mapping(YAML(typ="safe", pure=True).load(io.BytesIO(blob))))
     json.dumps(found, allow_nan=False)
     return found

@@ -74,10 +74,11 @@ def unknown_revision(name: str, experiments: Iterable[str]) -> UserError:
     refs = git("for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags", "refs/remotes") or b""
     runs = list(dict.fromkeys(experiments))
     known = [*runs, *sorted({*refs.decode().split(), WORKSPACE}.difference(runs))]
-    near = difflib.get_close_matches(name, known, n=3) or known[:5]
+    near = difflib.get_close_matches(name, known, n=3)
+    names = f"near: {', '.join(near)}" if near else f"known: {', '.join(known[:5])}{', ...' * (len(known) > 5)}"
     shallow = (git("rev-parse", "--is-shallow-repository") or b"").strip() == b"true"
     hint = " This clone is shallow: `git fetch --unshallow` fetches all commits." if shallow else ""
-    text = f"got '{name}', but no commit, branch, tag or DVC experiment has this name (near: {', '.join(near)}).{hint}"
+    text = f"got '{name}', but no commit, branch, tag or DVC experiment has this name ({names}).{hint}"
     return UserError(Problem("unknown-revision", text))
 
 
