@@ -30,7 +30,7 @@ CAPTION = "a red apple"
 def settings(base: Path, family: str, *changes: str) -> Config:
     words = [f"model.family={family}", f"model.pretrained={base}", "lora.rank=4", "lora.alpha=4", *changes]
     path = REPOSITORY / "params.yaml"
-    return params.check(params.read_with_overrides(path, words), path)
+    return params.load(path, words)
 
 
 class RealStep:
