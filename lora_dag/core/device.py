@@ -41,25 +41,32 @@ def setup(runtime: RuntimeParams, model: ModelParams) -> torch.device:
     if name == "cpu" and model.dtype == "float16":
         text = f"{model.setting('dtype')}: float16 needs a GPU. Use bfloat16 or float32 on a CPU."
         raise UserError(Problem("needs-gpu", text))
-    if name == "cpu":
-        keep_freed_memory()
     if runtime.num_threads:
         torch.set_num_threads(runtime.num_threads)
     torch.use_deterministic_algorithms(True)
+    # Its default fills every new tensor with NaN, to show reads before writes: time and memory at each load of a model.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     return torch.device(name)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory. The system would clear each page before its next use.
+    """Let glibc keep freed memory, for a training loop. The system would clear each page before its next use.
 
     It speeds up loops that need the same memory in each step: a float32 step of the embedded base (16 latents) took
-    12,000 page faults, and 6 to 15 % more time. Peak memory is the same; no result depends on it.
+    12,000 page faults, and 6 to 15 % more time. The peak of such a loop is the same, but memory of models that were
+    loaded and freed would never be returned. No result depends on it.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system, also between memory in use, where glibc would keep it after a large free."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def autocast(device: torch.device, model: ModelParams) -> contextlib.AbstractContextManager[object]:

@@ -109,6 +109,8 @@ def make_accelerator(runtime: RuntimeParams, model: ModelParams, params: TrainPa
     """
     require_tracker(runtime)
     own_device = device.setup(runtime, model)
+    if own_device.type == "cpu":
+        device.keep_freed_memory()
     num_threads = torch.get_num_threads()
     accelerator = Accelerator(
         cpu=own_device.type == "cpu",
