@@ -46,10 +46,10 @@ class Format(Protocol):
         """Return why the format would lose or change a part of the adapter; empty if it can hold the adapter."""
 
     def write(self, export: Export, folder: Path) -> None:
-        """Write the files into ``folder``, which does not exist yet."""
+        """Write the files into ``folder``, which does not exist yet. Only a whole pipeline may change the modules."""
 
     def load_back(self, export: Export, folder: Path) -> LoadedBack:
-        """Load the files into a fresh base, by a third-party loader if there is one.
+        """Load an adapter into the base's modules, or a whole pipeline from its files; by a third party's loader.
 
         Raises:
             RuntimeError: the files do not hold the exported adapter.
@@ -78,7 +78,7 @@ class AdapterKind:
 
 @dataclass(frozen=True)
 class LoadedBack:
-    """A fresh base with the files loaded."""
+    """The modules with the files loaded. The caller removes what was added to the base's modules."""
 
     modules: BaseModules
     unread: list[str]
@@ -104,13 +104,8 @@ class Export:
     """Component -> adapter tensors."""
     header: dict[str, str]
     """Fields of every file's header."""
-
-    def load_base(self, pretrained: Path | None = None) -> BaseModules:
-        """Load the modules that carry the adapter, from the base's files or from another folder."""
-        from lora_dag.adapters import base_modules
-
-        model = self.model.model_copy(update={"pretrained": str(pretrained)}) if pretrained else self.model
-        return base_modules.load(model, self.family, self.adapter.text_lora, self.device)
+    load_modules: Callable[[], BaseModules]
+    """Function that returns the base's modules in float32, without an adapter. They are loaded once for all formats."""
 
     def inject(self, modules: BaseModules) -> None:
         """Put the trained adapter on the base's modules."""
@@ -137,7 +132,6 @@ class Card:
     """Lines of Python that end in ``pipe = ...``; empty if the card already contains them."""
     pipeline: str
     """Class of the pipeline."""
-    variant: str | None
     denoiser: str
     text_encoders: list[str]
     """Components of the trained text encoders."""

@@ -63,7 +63,7 @@ def load_back(export: Export, folder: Path) -> LoadedBack:
     from lora_dag.core.quiet import without_loading_warnings
     from lora_dag.core.tensors import load_tensors
 
-    modules = export.load_base()
+    modules = export.load_modules()
     with without_loading_warnings():
         pipeline = pipeline_around(export, modules)
         pipeline.load_lora_weights(folder, adapter_name=lora.NAME)

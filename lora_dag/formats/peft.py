@@ -55,7 +55,7 @@ def load_back(export: Export, folder: Path) -> LoadedBack:
     from lora_dag.core.quiet import without_loading_warnings
     from lora_dag.core.tensors import load_tensors
 
-    modules, models, unread = export.load_base(), [], []
+    modules, models, unread = export.load_modules(), [], []
     for component, module in modules.adapted.items():
         subfolder = component_folder(export, folder, component)
         with without_loading_warnings():

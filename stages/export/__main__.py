@@ -36,7 +36,7 @@ def main() -> None:
     from lora_dag.core.time_estimate import Work
     from stages.export import resize
     from stages.export.header import export_lineage
-    from stages.export.parity import ParityCheck
+    from stages.export.parity import ParityCheck, ProofBase
     from stages.export.source import read_source
 
     source = read_source(config, args.adapter)
@@ -47,14 +47,18 @@ def main() -> None:
     work = Work("export", speed | files, num_steps(params))
     work.announce()
     with replaced(args.export) as folder, Bar("export", num_steps(params)) as bar:
-        parity = ParityCheck(source, device)
+        base = ProofBase(source, device)
+        parity = ParityCheck(source, base)
         bar.add()
         measured: dict[str, Value] = {"export.effect": parity.effect, "export.megabytes": source.megabytes}
-        for name in params.formats:
+        for name in params.adapter_formats:
             measured |= write_and_check(parity, name, folder / name, bar)
         svd = resize.factors(parity.export.tensors[denoiser]) if "algo" not in source.adapter.lora_config else {}
         for rank in params.resized_ranks:
             measured |= write_resized(parity, svd, rank, folder / "resized" / f"rank-{rank}", bar)
+        base.require_unchanged()
+        for name in params.pipeline_formats:  # they change the base's modules
+            measured |= write_and_check(parity, name, folder / name, bar)
     write_text(args.export_reports / "energy.csv", resize.energy_csv(svd, params.resized_ranks))
     metrics.save(args.export_reports / "metrics.json", measured)
     unfusable = parity.num_unfusable(params.formats)
@@ -66,7 +70,7 @@ def main() -> None:
 
 def num_steps(params: ExportParams) -> int:
     """Return the steps of the progress bar: two per file, and one per adapter whose output is computed."""
-    return 1 + 2 * len(params.formats) + len(params.resized_ranks) * (1 + 2 * len(params.resizable))
+    return 1 + 2 * len(params.formats) + len(params.resized_ranks) * (1 + 2 * len(params.adapter_formats))
 
 
 def write_and_check(parity: ParityCheck, name: Format, folder: Path, bar: Bar) -> dict[str, float]:
@@ -86,9 +90,9 @@ def write_resized(
     from stages.export.parity import ParityCheck
 
     log.info("%-11s keeping the largest singular values", f"rank {rank}")
-    copy = ParityCheck(resize.resized(parity.source, svd, rank), parity.device)
+    copy = ParityCheck(resize.resized(parity.source, svd, rank), parity.base)
     bar.add()
-    for name in parity.source.params.resizable:
+    for name in parity.source.params.adapter_formats:
         write_and_check(copy, name, folder / name, bar)
     return resized_metrics(parity, copy, rank, [layer.energy(rank) for layer in svd.values()])
 

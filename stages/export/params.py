@@ -79,7 +79,7 @@ class ExportParams(Params):
 
     @model_validator(mode="after")
     def resized_ranks_have_a_format(self) -> ExportParams:
-        if self.resized_ranks and not self.resizable:
+        if self.resized_ranks and not self.adapter_formats:
             others = any_of([name for name in FORMATS if not is_pipeline(name)])
             text = f"{self.formats[0]} cannot hold a copy of smaller rank. Add {others} to export.formats."
             raise setting_problem("no-format-for-rank", text, "resized_ranks")
@@ -95,9 +95,14 @@ class ExportParams(Params):
         return self.model_copy(update=texts)
 
     @property
-    def resizable(self) -> list[Format]:
-        """Formats in which the copies of ``resized_ranks`` are written."""
+    def adapter_formats(self) -> list[Format]:
+        """Formats that hold only the adapter; the copies of ``resized_ranks`` have them too."""
         return [name for name in self.formats if not is_pipeline(name)]
+
+    @property
+    def pipeline_formats(self) -> list[Format]:
+        """Formats that hold a whole pipeline."""
+        return [name for name in self.formats if is_pipeline(name)]
 
 
 def format_problems(

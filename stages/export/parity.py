@@ -1,9 +1,11 @@
 """The parity check: compares the denoiser's output with the trained adapter and with an exported file loaded back.
 
-Every comparison loads the base's own files in float32, so that the adapter in memory cannot hide a fault of the file.
-Only the adapted components are loaded, one at a time, after the text encoders ran once and were freed. The memory peak
-is 4 bytes per parameter of the denoiser (SD 1.5 3.4 GB, SDXL 10 GB, SD3 medium 8 GB, FLUX.1 48 GB), or the text
-encoders in ``model.dtype`` if they are larger. The inputs are small for every base.
+The base's modules are loaded once, in float32, after the text encoders ran once and were freed. Every adapter file is
+loaded into them and removed again. The base's parameters stay where they are and their checksums must not change, so
+neither the adapter in memory nor another file can hide a fault of a file. A whole pipeline is loaded from its own
+files, after the base was freed.
+The memory peak is 4 bytes per parameter of the denoiser (SD 1.5 3.4 GB, SDXL 10 GB, SD3 medium 8 GB, FLUX.1 48 GB), or
+the text encoders in ``model.dtype`` if they are larger. The inputs are small for every base.
 If text encoders were trained, outputs are computed from the prompt, through CLIP's encoders in float32.
 """
 
@@ -11,12 +13,14 @@ from __future__ import annotations
 
 import math
 import sys
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from lora_dag.adapters import adapter_tensors, base_modules
+from lora_dag.adapters import adapter_tensors, base_modules, lora
+from lora_dag.core import device as devices
 from lora_dag.core import seeding
 from lora_dag.core.console import log
 from lora_dag.diffusion.objectives import make_objective
@@ -35,33 +39,24 @@ TOLERANCE = 1e-5  # of the largest output, float32; files loaded by diffusers or
 LATENT_SIDE = 16  # minimum; more latent pixels would only use the same weights again
 
 
-class ParityCheck:
-    """Outputs of the base and of the trained adapter, to compare with every exported file."""
+class ProofBase:
+    """The base's modules in float32, loaded once for the checks of all formats, with their inputs and output."""
 
     def __init__(self, source: Source, device: torch.device) -> None:
         self.source, self.device = source, device
+        self.model = source.base.model.model_copy(update={"dtype": "float32"})
         self.inputs = make_inputs(source, device)
-        adapter, family = source.adapter, source.family
-        model = source.base.model.model_copy(update={"dtype": "float32"})
-        modules = base_modules.load(model, family, adapter.text_lora, device)
-        self.base_output = self.output(modules)
-        modules.inject(adapter, source.weights)
-        self.adapter_output = self.output(modules)
-        self.effect = float((self.adapter_output - self.base_output).abs().max())
-        """Largest change of the output by the adapter. With 0 every comparison would be meaningless."""
-        if self.effect == 0:
-            raise RuntimeError("the adapter changes nothing: its weights were not loaded")
-        configs = {family.DENOISER: adapter.lora_config} | adapter.text_lora
-        self.export = Export(
-            name=str(source.params.name),
-            model=model,
-            family=family,
-            device=device,
-            adapter=adapter,
-            weights=source.weights,
-            tensors={name: adapter_tensors.read(config, modules.adapted[name]) for name, config in configs.items()},
-            header=header.header_fields(source),
-        )
+        devices.return_freed_memory()  # of the text encoders
+        self.loaded: BaseModules | None = None
+        self.parameters, self.checksums = self.list_parameters(), self.weight_checksums()
+        self.base_output = self.output(self.modules)
+
+    @property
+    def modules(self) -> BaseModules:
+        """The base's modules; loaded if they are not in memory."""
+        if self.loaded is None:
+            self.loaded = base_modules.load(self.model, self.source.family, self.source.adapter.text_lora, self.device)
+        return self.loaded
 
     @torch.no_grad()
     def output(self, modules: BaseModules) -> torch.Tensor:
@@ -74,18 +69,90 @@ class ParityCheck:
                 prompt = prompt | family.encode_prompts(modules.text, [str(params.prompt)] * 2, prompt)
             return family.predict(modules.denoiser, inputs.noisy_latents, inputs.timesteps, prompt)
 
+    def list_parameters(self) -> list[tuple[str, str, int]]:
+        """Return component, name and address of every parameter, sorted."""
+        modules = self.modules.adapted.items()
+        return sorted((name, path, p.data_ptr()) for name, module in modules for path, p in module.named_parameters())
+
+    def weight_checksums(self) -> dict[tuple[str, str], int]:
+        """Return component and name -> CRC-32 of every parameter, which takes a quarter of the time of a SHA-256."""
+        return {
+            (name, path): zlib.crc32(parameter.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            for name, module in self.modules.adapted.items()
+            for path, parameter in module.named_parameters()
+        }
+
+    def remove_adapter(self) -> None:
+        """Remove the layers of an adapter, so that the next file is loaded into the base alone.
+
+        Raises:
+            RuntimeError: other parameters than the base's are left.
+        """
+        for module in self.modules.adapted.values():
+            if hasattr(module, "peft_config"):
+                lora.delete(module)
+            module.eval()
+        if self.list_parameters() != self.parameters:
+            raise RuntimeError("a part of an export was left in the base after its check")
+
+    def require_unchanged(self) -> None:
+        """Raise RuntimeError if a check has changed the base's weights, so that later checks would prove nothing."""
+        if self.weight_checksums() != self.checksums:
+            raise RuntimeError("the weights of the base changed while exports were checked")
+
+    def release(self) -> None:
+        """Free the modules."""
+        self.loaded = None
+        devices.return_freed_memory()
+
+
+class ParityCheck:
+    """Output of the trained adapter, to compare with every exported file."""
+
+    def __init__(self, source: Source, base: ProofBase) -> None:
+        self.source, self.base = source, base
+        adapter, modules = source.adapter, base.modules
+        modules.inject(adapter, source.weights)
+        self.adapter_output = base.output(modules)
+        self.effect = float((self.adapter_output - base.base_output).abs().max())
+        """Largest change of the output by the adapter. With 0 every comparison would be meaningless."""
+        if self.effect == 0:
+            raise RuntimeError("the adapter changes nothing: its weights were not loaded")
+        configs = {source.family.DENOISER: adapter.lora_config} | adapter.text_lora
+        self.tensors = {name: adapter_tensors.read(config, modules.adapted[name]) for name, config in configs.items()}
+        self.header = header.header_fields(source)
+        base.remove_adapter()
+
+    @property
+    def export(self) -> Export:
+        """The adapter to write."""
+        return Export(
+            name=str(self.source.params.name),
+            model=self.base.model,
+            family=self.source.family,
+            device=self.base.device,
+            adapter=self.source.adapter,
+            weights=self.source.weights,
+            tensors=self.tensors,
+            header=self.header,
+            load_modules=lambda: self.base.modules,
+        )
+
     def write(self, name: Format, folder: Path) -> None:
-        """Write the adapter in a format."""
+        """Write the adapter in a format. A whole pipeline is merged into the base's modules, which are freed then."""
         load_format(name).write(self.export, folder)
+        if not load_format(name).IS_ADAPTER:
+            self.base.release()
 
     def check(self, name: Format, folder: Path) -> dict[str, float]:
-        """Load the written files into a fresh base and compare the output; return the metrics of the format.
+        """Load the written files and compare the output; return the metrics of the format.
 
         Raises:
             RuntimeError: the output differs, a key is not read, or disabling the adapter does not restore the base.
         """
-        loaded = load_format(name).load_back(self.export, folder)
-        error = float((self.output(loaded.modules) - self.adapter_output).abs().max())
+        base, adapter_format = self.base, load_format(name)
+        loaded = adapter_format.load_back(self.export, folder)
+        error = float((base.output(loaded.modules) - self.adapter_output).abs().max())
         count = len(loaded.unread)
         log.info("%-11s loaded back, largest difference of the output %.2g, unmapped keys %d", name, error, count)
         if loaded.unread:
@@ -95,14 +162,15 @@ class ParityCheck:
             raise RuntimeError(f"output of the {name} export differs from the adapter's: {error:.3g} > {limit:.3g}")
         if loaded.disable:
             loaded.disable()
-            if not torch.equal(self.output(loaded.modules), self.base_output):
+            if not torch.equal(base.output(loaded.modules), base.base_output):
                 raise RuntimeError(f"the {name} export does not restore the base when it is disabled")
+            base.remove_adapter()
         return {f"export.{name}.max_abs_error": error, f"export.{name}.unmapped_keys": count}
 
     def num_unfusable(self, formats: list[Format]) -> int:
         """Return the number of layers that diffusers and PEFT cannot fuse after loading one of the formats."""
         is_loaded = any(load_format(name).LOADED_BY_PEFT for name in formats)
-        return len(self.export.tensors[self.source.family.DENOISER].unfusable) if is_loaded else 0
+        return len(self.tensors[self.source.family.DENOISER].unfusable) if is_loaded else 0
 
 
 @dataclass(frozen=True)

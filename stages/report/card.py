@@ -140,7 +140,6 @@ def facts_of_use(location: Location, inputs: Inputs) -> Card:
         is_repository=location.is_repository,
         load=f"from diffusers import {pipeline['class']}\n\n{pipeline['load']}",
         pipeline=pipeline["class"],
-        variant=pipeline["variant"],
         denoiser=pipeline["denoiser"],
         text_encoders=list(made.get("text_lora", {})),
         name=made["export"]["name"],

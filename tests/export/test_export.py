@@ -18,6 +18,7 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 from safetensors import safe_open
 
+from lora_dag.adapters import lora
 from lora_dag.adapters.adapter_tensors import tensors_digest
 from lora_dag.artifacts.adapter import FINAL, Adapter
 from lora_dag.artifacts.latent_cache import LatentCache
@@ -26,6 +27,7 @@ from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import read_json, sha256_file
 from lora_dag.core.tensors import load_metadata, load_tensors, save_tensors
 from lora_dag.families import sd
+from stages.export.parity import ProofBase
 from tests.helpers.exported import ADAPTER, CONFIG, write_adapter
 from tests.helpers.workspace import Workspace
 
@@ -205,7 +207,7 @@ def test_only_one_denoiser_is_in_memory(adapted: Workspace, monkeypatch: pytest.
         adapted.run("export", "--set", "export.formats=[diffusers, peft, comfyui, merged]")
     finally:
         gc.enable()
-    assert len(loaded) == 6 and sizes == {(2, 4, 16, 16)}
+    assert len(loaded) == 1 and sizes == {(2, 4, 16, 16)}
 
 
 def test_metrics_have_parity_and_effect(exported: Workspace) -> None:
@@ -309,3 +311,36 @@ def test_adapter_without_effect_is_refused(adapted: Workspace) -> None:
     Adapter(CONFIG, adapter.base, 4, [], {FINAL: sha256_file(ADAPTER / FINAL)}).save(ADAPTER)
     with pytest.raises(RuntimeError, match="the adapter changes nothing"):
         adapted.run("export")
+
+
+def test_a_part_of_a_format_that_is_left_in_the_base_is_noticed(
+    adapted: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = lora.delete
+    calls: list[object] = []
+
+    def forgets(module: Any) -> None:
+        calls.append(module)
+        if len(calls) != 2:  # after the trained adapter was removed
+            original(module)
+
+    monkeypatch.setattr(lora, "delete", forgets)
+    with pytest.raises(RuntimeError, match="a part of an export was left in the base"):
+        adapted.run("export")
+    assert not Path("data/export").exists()
+
+
+def test_a_weight_that_a_check_changes_is_noticed(adapted: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ProofBase.remove_adapter
+    calls: list[object] = []
+
+    def changes(base: ProofBase) -> None:
+        original(base)
+        calls.append(base)
+        if len(calls) == 2:  # after the file's check
+            base.modules.denoiser.conv_out.bias.data[0] += 1e-6
+
+    monkeypatch.setattr(ProofBase, "remove_adapter", changes)
+    with pytest.raises(RuntimeError, match="the weights of the base changed"):
+        adapted.run("export", "--set", "export.formats=[comfyui]")
+    assert not Path("data/export").exists()

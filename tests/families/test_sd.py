@@ -74,7 +74,7 @@ def test_every_stage_runs_on_it(workspace: Workspace, sd15: Path) -> None:
     metrics = json.loads(Path("reports/export/metrics.json").read_text())
     for name in ("diffusers", "peft", "comfyui", "merged"):
         assert metrics[f"export.{name}.max_abs_error"] <= 1e-5 < metrics["export.effect"]
-    assert Path("data/export/merged/unet/diffusion_pytorch_model.fp16.safetensors").exists()
+    assert Path("data/export/merged/unet/diffusion_pytorch_model.safetensors").exists()
     assert 'variant="fp16"' in Path("reports/model_card.md").read_text()
 
 

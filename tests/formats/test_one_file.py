@@ -46,7 +46,7 @@ def load_back(export, folder):
 
     from lora_dag.adapters import lora
 
-    modules = export.load_base()
+    modules = export.load_modules()
     modules.inject(export.adapter, torch.load(folder / FILE, weights_only=True))
     return LoadedBack(modules, [], lambda: lora.delete(modules.denoiser))
 

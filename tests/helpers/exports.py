@@ -23,6 +23,6 @@ def write(
 ) -> Path:
     """Write ``ink-icons`` in a format of an adapter; its file."""
     nothing: Any = None  # what only reading back needs
-    export = Export("ink-icons", nothing, family, nothing, nothing, {}, parts, dict(header))
+    export = Export("ink-icons", nothing, family, nothing, nothing, {}, parts, dict(header), nothing)
     load_format(kind).write(export, folder)
     return folder / load_format(kind).FILE.format(name=export.name)

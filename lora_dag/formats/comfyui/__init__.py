@@ -17,11 +17,13 @@ from lora_dag.core.console import log
 from lora_dag.formats import LoadedBack
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from lora_dag.adapters.adapter_tensors import AdapterTensors, Tensors
     from lora_dag.adapters.base_modules import BaseModules
     from lora_dag.formats import AdapterKind, Card, Export
+    from lora_dag.formats.comfyui.reader import Change
 
 FILE = "{name}.safetensors"
 READER = "a reader of ComfyUI's keys"
@@ -105,22 +107,22 @@ def load_back(export: Export, folder: Path) -> LoadedBack:
     """Load the file by our own reader of ComfyUI's keys, into the layers of the original checkpoint."""
     from lora_dag.formats.comfyui import reader
 
-    modules = export.load_base()
+    modules = export.load_modules()
     denoiser, *encoders = modules.adapted.values()
     patch = reader.read(denoiser, folder / FILE.format(name=export.name), text_encoders=encoders)
     if not patch.unread:
-        require_layers(export, modules, patch.weights)
-    patched = contextlib.ExitStack()
-    patched.enter_context(reader.swapped_in(reader.parameters(denoiser, encoders), patch.weights))
-    return LoadedBack(modules, patch.unread, patched.close)
+        require_layers(export, modules, patch.changes)
+    applied = contextlib.ExitStack()
+    applied.enter_context(reader.applied(patch, denoiser, encoders))
+    return LoadedBack(modules, patch.unread, applied.close)
 
 
-def require_layers(export: Export, modules: BaseModules, weights: Tensors) -> None:
+def require_layers(export: Export, modules: BaseModules, changes: Mapping[str, Change]) -> None:
     """Compare the weights of every adapted layer, since outputs hardly depend on some layers.
 
     Args:
-        modules: the fresh base, which is restored afterwards.
-        weights: parameter -> value with the file applied.
+        modules: the base, which is restored afterwards.
+        changes: parameter -> function that applies the file.
 
     Raises:
         RuntimeError: a layer differs from the trained one.
@@ -138,7 +140,8 @@ def require_layers(export: Export, modules: BaseModules, weights: Tensors) -> No
                 layer = module.get_submodule(name)
                 base = layer.get_base_layer().weight
                 expected = (base + layer.get_delta_weight(lora.NAME)) * part.row_factors.get(name, 1.0)
-                patched_weight = weights.get(f"{prefix}{name}.weight", base)
+                change = changes.get(f"{prefix}{name}.weight")
+                patched_weight = change(base) if change else base
                 error = float((patched_weight - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
             worst = max(worst, error)
             if not error <= TOLERANCE:

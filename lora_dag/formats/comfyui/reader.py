@@ -25,11 +25,13 @@ Everything is multiplied by the strength at which the file is loaded.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils import parametrize
 
 from lora_dag.adapters import original_layout
 from lora_dag.adapters.original_layout import StackedLayer, swap_halves
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 SAME = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 RANK_FIRST = ("lora_down.weight", "lokr_w2_b", "lokr_w1_b", "hada_w1_b")
@@ -50,13 +53,26 @@ LEAVES = (
 
 
 @dataclass(frozen=True)
-class PatchedWeights:
-    """Parameters with a file applied, and the keys of the file that were ignored."""
+class Patch:
+    """A file for the parameters of a model, and the keys of the file that were ignored."""
 
-    weights: Tensors
-    """Parameter -> value with the file applied. Names of text encoders begin with ``te1.`` or ``te2.``."""
+    changes: dict[str, Change]
+    """Parameter -> function of its base value that returns the value with the file applied. Names of text encoders
+    begin with ``te1.`` or ``te2.``."""
     unread: list[str]
     """Keys without any meaning for ComfyUI."""
+
+
+class Patched(torch.nn.Module):
+    """Parametrization that applies a file at each use of a parameter, so that no second copy of weights is kept."""
+
+    def __init__(self, change: Change) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, base: torch.Tensor) -> torch.Tensor:
+        """Return the parameter with the file applied, in the shape and dtype of ``base``."""
+        return self.change(base)
 
 
 @contextlib.contextmanager
@@ -65,67 +81,70 @@ def patched(
 ) -> Iterator[list[str]]:
     """Apply a file to the weights inside the block and yield the ignored keys. Afterwards the base is restored."""
     patch = read(denoiser, path, strength, text_encoders)
-    with swapped_in(parameters(denoiser, text_encoders), patch.weights):
+    with applied(patch, denoiser, text_encoders):
         yield patch.unread
 
 
 @contextlib.contextmanager
-def swapped_in(base: Tensors, weights: Tensors) -> Iterator[None]:
-    """Give parameters these values inside the block, and their base values afterwards."""
-    originals = {name: base[name].data for name in weights}
+def applied(patch: Patch, denoiser: torch.nn.Module, text_encoders: Sequence[torch.nn.Module] = ()) -> Iterator[None]:
+    """Apply a patch inside the block. The base's parameters are never written, and are restored bit-identically."""
+    owners = [(owner(name, denoiser, text_encoders), name.rpartition(".")[2]) for name in patch.changes]
+    for (module, leaf), change in zip(owners, patch.changes.values(), strict=True):
+        parametrize.register_parametrization(module, leaf, Patched(change), unsafe=True)
     try:
-        for name, tensor in weights.items():
-            base[name].data = tensor
         yield
     finally:
-        for name, tensor in originals.items():
-            base[name].data = tensor
+        for module, leaf in owners:
+            parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
 
 
-def parameters(denoiser: torch.nn.Module, text_encoders: Sequence[torch.nn.Module] = ()) -> Tensors:
-    """Return all parameters; names of text encoders begin with ``te1.`` or ``te2.``."""
-    parameters: Tensors = dict(denoiser.named_parameters())
-    for number, encoder in enumerate(text_encoders, 1):
-        parameters |= {f"te{number}.{name}": weight for name, weight in encoder.named_parameters()}
-    return parameters
+def owner(parameter: str, denoiser: torch.nn.Module, text_encoders: Sequence[torch.nn.Module]) -> torch.nn.Module:
+    """Return the module that has a parameter of this name."""
+    module = parameter.rpartition(".")[0]
+    first, _, rest = module.partition(".")
+    if first in ("te1", "te2"):
+        return text_encoders[int(first[-1]) - 1].get_submodule(rest)
+    return denoiser.get_submodule(module)
+
+
+def read(
+    denoiser: torch.nn.Module, path: Path, strength: float = 1.0, text_encoders: Sequence[torch.nn.Module] = ()
+) -> Patch:
+    """Read a file for each layer of the original checkpoint. Nothing is computed before a parameter is used."""
+    from safetensors.torch import load_file
+
+    changes: dict[str, Change] = {}
+    unread = load_file(path)
+    for part in original_layers(denoiser, text_encoders):
+        tensors = pop_tensors(unread, part.name)
+        if "diff_b" in tensors:
+            changes[f"{part.name}.bias"] = partial(patched_bias, strength=strength, tensors=tensors)
+        if tensors.keys() - {"diff_b"}:
+            changes[f"{part.name}.weight"] = partial(patched_weight, part=part, strength=strength, tensors=tensors)
+    return Patch(changes, sorted(unread))
 
 
 @torch.no_grad()
-def read(
-    denoiser: torch.nn.Module, path: Path, strength: float = 1.0, text_encoders: Sequence[torch.nn.Module] = ()
-) -> PatchedWeights:
-    """Apply a file to each layer of the original checkpoint, and convert the layer back to the denoiser's layout."""
-    from safetensors.torch import load_file
-
-    weights: Tensors = {}
-    unread, base = load_file(path), parameters(denoiser, text_encoders)
-    for layers in original_layers(denoiser, text_encoders):
-        changes = {part.name: pop_tensors(unread, part.name) for part in layers}
-        if any(tensors.keys() - {"diff_b"} for tensors in changes.values()):
-            rows = [reorder_rows(part, base[f"{part.name}.weight"]) for part in layers]
-            whole, start = torch.cat(rows), 0
-            for part, base_rows in zip(layers, rows, strict=True):
-                stacked_rows = whole.narrow(0, start, len(base_rows))
-                stacked_rows += strength * full_change(part, stacked_rows, changes[part.name])
-                start += len(base_rows)
-            split = whole.split([len(base_rows) for base_rows in rows])
-            weights |= {f"{part.name}.weight": reorder_rows(part, w) for part, w in zip(layers, split, strict=True)}
-        for name, tensors in changes.items():
-            if "diff_b" in tensors:
-                bias = base[f"{name}.bias"]
-                weights[f"{name}.bias"] = bias + strength * tensors["diff_b"].to(bias)
-    return PatchedWeights(weights, sorted(unread))
+def patched_weight(base: torch.Tensor, part: StackedLayer, strength: float, tensors: Tensors) -> torch.Tensor:
+    """Patch a module's rows in the order of the original checkpoint, and return them in the denoiser's order."""
+    rows = reorder_rows(part, base)
+    return reorder_rows(part, rows + strength * full_change(part, rows, tensors))
 
 
-def original_layers(
-    denoiser: torch.nn.Module, text_encoders: Sequence[torch.nn.Module]
-) -> Iterator[list[StackedLayer]]:
-    """Yield the parts that are stacked in each layer of the original checkpoint that can have a key."""
-    yield from original_layout.original_layers(denoiser).values()
+@torch.no_grad()
+def patched_bias(base: torch.Tensor, strength: float, tensors: Tensors) -> torch.Tensor:
+    """Return the bias with ``diff_b`` added."""
+    return base + strength * tensors["diff_b"].to(base)
+
+
+def original_layers(denoiser: torch.nn.Module, text_encoders: Sequence[torch.nn.Module]) -> Iterator[StackedLayer]:
+    """Yield each part of the original checkpoint's layers that can have a key. A part's change depends only on it."""
+    for stack in original_layout.original_layers(denoiser).values():
+        yield from stack
     for number, encoder in enumerate(text_encoders, 1):
         for name, module in encoder.named_modules():
             if isinstance(module, torch.nn.Linear):
-                yield [StackedLayer(f"te{number}.{name}", swapped=False)]
+                yield StackedLayer(f"te{number}.{name}", swapped=False)
 
 
 def reorder_rows(part: StackedLayer, rows: torch.Tensor) -> torch.Tensor:
