@@ -200,8 +200,12 @@ class Family(Protocol):
             prompt: output of ``encode_prompts`` and ``view_conditioning``, batched.
         """
 
-    def load_pipeline(self, model: ModelParams, device: torch.device) -> Any:
-        """Load the diffusers pipeline, to draw samples and to check exports."""
+    def load_pipeline(self, model: ModelParams, device: torch.device, **components: Any) -> Any:
+        """Load the diffusers pipeline, to draw samples and to check exports.
+
+        Args:
+            components: components to use instead of those in the folder; None leaves a component out.
+        """
 
 
 def load_family(name: str) -> Family:

@@ -5,7 +5,7 @@ The scheduler's config specifies v-prediction and zero terminal SNR.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_dag.families import common, unet
 from lora_dag.families.protocol import SingleFile
@@ -103,9 +103,11 @@ def predict(
     return denoiser(noisy_latents, timesteps, encoder_hidden_states=prompt["prompt_embeds"]).sample
 
 
-def load_pipeline(model: ModelParams, device: torch.device) -> StableDiffusionPipeline:
-    pipeline = common.load_pipeline(model, device, feature_extractor=None, requires_safety_checker=False)
-    _choose_attention(pipeline.unet, device)
+def load_pipeline(model: ModelParams, device: torch.device, **components: Any) -> StableDiffusionPipeline:
+    passed = {"feature_extractor": None, "requires_safety_checker": False} | components
+    pipeline = common.load_pipeline(model, device, **passed)
+    if pipeline.unet is not None:
+        _choose_attention(pipeline.unet, device)
     return pipeline
 
 

@@ -113,6 +113,8 @@ def predict(
     ).sample
 
 
-def load_pipeline(model: ModelParams, device: torch.device) -> StableDiffusionXLPipeline:
-    vae = common.decode_in_own_dtype(load_vae(model.model_copy(update={"dtype": vae_dtype(model)}), device))
-    return common.load_pipeline(model, device, vae=vae, add_watermarker=False)
+def load_pipeline(model: ModelParams, device: torch.device, **components: Any) -> StableDiffusionXLPipeline:
+    if "vae" not in components:
+        vae = load_vae(model.model_copy(update={"dtype": vae_dtype(model)}), device)
+        components["vae"] = common.decode_in_own_dtype(vae)
+    return common.load_pipeline(model, device, add_watermarker=False, **components)

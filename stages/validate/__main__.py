@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_dag.artifacts import lineage, metrics
 from lora_dag.core import params
 from lora_dag.core.console import log, parser, run
-from lora_dag.core.device import environment, speed_conditions
+from lora_dag.core.device import environment, return_freed_memory, speed_conditions
 from lora_dag.core.files import sha256_file, write_json, write_text
 from lora_dag.core.progress import Bar
 from lora_dag.core.stage_start import log_stage_start
@@ -30,7 +30,6 @@ from stages.validate.measures import Results, measure
 from stages.validate.provenance import provenance
 from stages.validate.result_cache import ResultCache
 from stages.validate.score_snapshots import score_snapshots
-from stages.validate.vae import Vae
 
 if TYPE_CHECKING:
     import torch
@@ -60,10 +59,11 @@ def evaluate(inputs: Inputs) -> Results:
     """Score base, snapshots and final adapter, generate samples, and find their nearest training images."""
     settings, eval_set, adapter = inputs.settings, inputs.eval_set, inputs.adapter
     feature_model = features.load(settings, eval_set.device)
-    result_cache, vae = ResultCache(cache_conditions(inputs)), Vae(eval_set)
+    result_cache = ResultCache(cache_conditions(inputs))
     with Bar("validate", passes.num_planned(eval_set, adapter, settings)) as bar:
-        scored = score_snapshots(inputs, result_cache, vae, bar)
+        scored, vae = score_snapshots(inputs, result_cache, bar)
     gc.collect()  # frees the pipeline, whose parts refer to each other
+    return_freed_memory()
     space = neighbors.FeatureSpace(eval_set, inputs.cache, vae, feature_model)
     nearest = neighbors.find_neighbors(space, settings.prompts, scored.images[0], scored.images[adapter.num_steps])
     return Results(inputs, scored, nearest, space, vae, feature_model, bar.done)

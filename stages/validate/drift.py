@@ -7,18 +7,17 @@ base and adapter are scored on them. Training images are not used, so a rising l
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_dag.evaluation import bootstrap, heldout_table
 from lora_dag.evaluation.heldout_table import EvalImage
-from stages.validate.heldout_loss import encode_captions
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
     from lora_dag.artifacts.metrics import Value
-    from stages.validate.heldout_loss import EvalSet
+    from stages.validate.heldout_loss import EvalSet, Prompts
     from stages.validate.vae import Vae
 
 
@@ -53,18 +52,18 @@ class DriftBaseline:
     """Loss of the base on each row."""
 
 
-def make_drift_set(eval_set: EvalSet, images: dict[str, Image.Image], vae: Vae, text: Any) -> EvalSet:
+def make_drift_set(eval_set: EvalSet, images: dict[str, Image.Image], vae: Vae, encoded: Prompts) -> EvalSet:
     """Return an evaluation set of generated images with the timesteps per image and the seed of ``eval_set``.
 
     Args:
         images: prompt -> image that the base generated for it.
-        text: the family's text object with the base's weights.
+        encoded: prompt -> embeddings of the base's text encoders.
     """
     means = {prompt: vae.encode(image) for prompt, image in images.items()}
-    captions = encode_captions(eval_set, list(images), text)
+    captions = {}
     for prompt, image in images.items():
         size = image.height, image.width
-        captions[prompt] |= eval_set.family.view_conditioning(size, (0, 0), size)
+        captions[prompt] = encoded[prompt] | eval_set.family.view_conditioning(size, (0, 0), size)
     eval_images = [EvalImage(f"drift {prompt}", prompt, "drift", prompt, prompt) for prompt in images]
     num_strata = 1 + max(row.stratum for row in eval_set.rows)
     rows = heldout_table.make_rows(eval_images, num_strata, eval_set.num_train_timesteps, eval_set.seed)

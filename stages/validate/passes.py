@@ -25,8 +25,13 @@ def num_planned(eval_set: EvalSet, adapter: Adapter, settings: ValidateParams) -
 
 def passes_per_image(eval_set: EvalSet, settings: ValidateParams) -> int:
     """Return the passes of the denoiser per generated image. Guidance needs two per step."""
+    return settings.num_inference_steps * (2 if is_guided(eval_set, settings) else 1)
+
+
+def is_guided(eval_set: EvalSet, settings: ValidateParams) -> bool:
+    """Return whether images are generated with classifier-free guidance."""
     limit = eval_set.family.NO_GUIDANCE
-    return settings.num_inference_steps * (2 if limit is not None and settings.guidance_scale > limit else 1)
+    return limit is not None and settings.guidance_scale > limit
 
 
 class Passes:

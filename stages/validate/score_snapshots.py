@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import asdict, dataclass, field, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts.adapter import FINAL, snapshot_name
 from lora_dag.core.console import Problem, UserError, log
 from lora_dag.evaluation import bootstrap
+from lora_dag.families import common
 from stages.validate import drift
-from stages.validate.heldout_loss import EvalSet, row_losses
-from stages.validate.passes import Passes, passes_per_image
+from stages.validate.heldout_loss import EvalSet, Prompts, encode_captions, row_losses
+from stages.validate.passes import Passes, is_guided, passes_per_image
+from stages.validate.vae import Vae
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,7 +28,10 @@ if TYPE_CHECKING:
     from stages.validate.inputs import Inputs
     from stages.validate.params import ValidateParams
     from stages.validate.result_cache import ResultCache
-    from stages.validate.vae import Vae
+
+MAX_DECODED_PIXELS = 2**20
+"""Pixels of a batch that the VAE decodes together, such as one image of 1024 x 1024. More are decoded one by one, which
+changes the last bits: SDXL's VAE needs 6 GB for such an image in float32."""
 
 
 @dataclass(frozen=True)
@@ -91,21 +98,25 @@ class SnapshotScorer:
         return [replace(self.sampling, index=index) for index in range(self.settings.num_seeds)]
 
 
-def score_snapshots(inputs: Inputs, result_cache: ResultCache, vae: Vae, bar: Bar) -> ScoresAndSamples:
-    """Score the base, every snapshot and the final adapter, and generate their samples."""
+def score_snapshots(inputs: Inputs, result_cache: ResultCache, bar: Bar) -> tuple[ScoresAndSamples, Vae]:
+    """Score the base, every snapshot and the final adapter, and generate their samples.
+
+    Returns:
+        The scores with the samples, and the VAE for later use.
+    """
     from lora_dag.adapters import adapter_set
 
     eval_set, adapter, settings = inputs.eval_set, inputs.adapter, inputs.settings
-    pipeline = eval_set.family.load_pipeline(eval_set.model, eval_set.device)
+    sampling = make_sampling(eval_set, settings, eval_set.family.vae_scale_factor(eval_set.model))
+    pipeline, drift_captions = load_pipeline(inputs, sampling)
     layers = adapter_set.inject_into_pipeline(pipeline, eval_set.family.DENOISER, adapter)
     text = eval_set.family.text_of(pipeline) if adapter.text_lora else None
-    sampling = make_sampling(eval_set, settings, pipeline.vae_scale_factor)
     passes = Passes(bar, getattr(pipeline, eval_set.family.DENOISER))
     scorer = SnapshotScorer(eval_set, pipeline, text, sampling, settings, result_cache, passes)
-    scored = ScoresAndSamples()
+    scored, vae = ScoresAndSamples(), Vae(eval_set, pipeline.vae)
 
     with layers.disabled():
-        drift_baseline = score_base(scorer, scored, vae)
+        drift_baseline = score_base(scorer, scored, vae, drift_captions)
     log_step(eval_set, scored, 0)
     for step in adapter.snapshots:
         layers.load_state_dict(adapter.weights(inputs.adapter_folder, step))
@@ -127,18 +138,56 @@ def score_snapshots(inputs: Inputs, result_cache: ResultCache, vae: Vae, bar: Ba
         scaled = scorer.for_adapter(adapter, FINAL, scale)
         scored.scaled[scale] = scored.images[step][0] if scale == 1 else scaled.draw(sampling)
     result_cache.log_and_trim()
-    return scored
+    return scored, vae
 
 
-def score_base(scorer: SnapshotScorer, scored: ScoresAndSamples, vae: Vae) -> drift.DriftBaseline | None:
-    """Score the base and generate its samples; return its losses on its own images, or None without drift prompts."""
+def load_pipeline(inputs: Inputs, sampling: Sampling) -> tuple[Any, Prompts]:
+    """Load the pipeline that draws, and encode the drift prompts as captions by the base's text encoders.
+
+    Text encoders without an adapter are loaded first, encode all prompts, and are freed before the denoiser is loaded:
+    T5 alone can be as large as half of the denoiser.
+    """
+    from lora_dag.core import device
+    from lora_dag.diffusion.sampling import encode_prompts, use_encoded
+
+    eval_set, settings = inputs.eval_set, inputs.settings
+    family, model = eval_set.family, eval_set.model
+    samplings = [sampling, *([replace(sampling, prompts=settings.drift_prompts)] if settings.drift_prompts else [])]
+    if inputs.adapter.text_lora:
+        pipeline = family.load_pipeline(model, eval_set.device)
+        captions = encode_captions(eval_set, settings.drift_prompts, family.text_of(pipeline))
+    else:
+        part = family.load_pipeline(model, eval_set.device, **{family.DENOISER: None, "vae": None})
+        denoiser_config = SimpleNamespace(**common.config(model, family.DENOISER))
+        setattr(part, family.DENOISER, SimpleNamespace(config=denoiser_config))  # SD 3 without T5 reads it
+        encoded = encode_prompts(part, samplings, is_guided(eval_set, settings), model)
+        captions = encode_captions(eval_set, settings.drift_prompts, family.text_of(part))
+        del part
+        gc.collect()
+        device.return_freed_memory()
+        encoders = [name for name in family.COMPONENTS if name.startswith("text_encoder")]
+        pipeline = family.load_pipeline(model, eval_set.device, **dict.fromkeys(encoders))
+        use_encoded(pipeline, encoded)
+    if sampling.height * sampling.width * min(sampling.batch_size, len(sampling.prompts)) > MAX_DECODED_PIXELS:
+        pipeline.vae.enable_slicing()
+    return pipeline, captions
+
+
+def score_base(
+    scorer: SnapshotScorer, scored: ScoresAndSamples, vae: Vae, drift_captions: Prompts
+) -> drift.DriftBaseline | None:
+    """Score the base and generate its samples; return its losses on its own images, or None without drift prompts.
+
+    Args:
+        drift_captions: drift prompt -> embeddings of the base's text encoders.
+    """
     eval_set, prompts = scorer.eval_set, scorer.settings.drift_prompts
     scored.losses[0] = scorer.losses(eval_set, "the base")
     scored.images[0] = [scorer.draw(sampling) for sampling in scorer.samplings_by_seed]
     if not prompts:
         return None
     images = dict(zip(prompts, scorer.draw(replace(scorer.sampling, prompts=prompts)), strict=True))
-    drift_set = drift.make_drift_set(eval_set, images, vae, eval_set.family.text_of(scorer.pipeline))
+    drift_set = drift.make_drift_set(eval_set, images, vae, drift_captions)
     return drift.DriftBaseline(drift_set, scorer.losses(drift_set, "the base on its own images"))
 
 

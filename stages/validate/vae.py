@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,12 +16,19 @@ if TYPE_CHECKING:
 
 
 class Vae:
-    """VAE in the dtype that cache_latents encodes in. It takes one image at a time to limit memory."""
+    """VAE in the dtype that cache_latents encodes in. It takes one image at a time to limit memory.
 
-    def __init__(self, eval_set: EvalSet) -> None:
+    Args:
+        loaded: VAE of the pipeline that draws, which is used if it has this dtype.
+    """
+
+    def __init__(self, eval_set: EvalSet, loaded: Any = None) -> None:
+        import torch
+
         self.family, self.device = eval_set.family, eval_set.device
         self.model = eval_set.model.model_copy(update={"dtype": eval_set.family.vae_dtype(eval_set.model)})
-        self.vae = eval_set.family.load_vae(self.model, self.device)
+        is_same = loaded is not None and loaded.dtype == getattr(torch, self.model.dtype)
+        self.vae = loaded if is_same else eval_set.family.load_vae(self.model, self.device)
 
     def encode(self, image: Image.Image) -> torch.Tensor:
         """Return the posterior's mean with the cache's shift and scale, float32 [C, H/f, W/f]."""

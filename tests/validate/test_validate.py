@@ -7,10 +7,14 @@ import itertools
 import json
 import re
 import shutil
+import weakref
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from lora_dag.artifacts import metrics
@@ -22,7 +26,7 @@ from lora_dag.core.console import UserError
 from lora_dag.core.files import read_json
 from lora_dag.core.params import ModelParams
 from lora_dag.evaluation import heldout_table
-from lora_dag.families import sd
+from lora_dag.families import common, sd
 from stages.validate import score_snapshots
 from tests.helpers.caches import write_mixed_cache
 from tests.helpers.errors import assert_line, refused
@@ -375,3 +379,48 @@ def test_long_captions_and_prompts_are_named_once(workspace: Workspace) -> None:
     assert "truncated" not in done.stdout and "indexing errors" not in done.stdout
     (glyphs,) = [line for line in lines if line.endswith("[glyphs-missing]")]
     assert "雪" in glyphs and "U+96EA" in glyphs
+
+
+@pytest.mark.parametrize("trains_text", [False, True])
+def test_text_encoders_are_freed_and_one_vae_is_loaded(
+    cached: Workspace, monkeypatch: pytest.MonkeyPatch, trains_text: bool
+) -> None:
+    """T5 is half as large as its denoiser. An adapter in the text encoders needs them for each snapshot."""
+    write_adapter(0.3)
+    if trains_text:
+        cached.run("train", "--set", "lora.train_text_encoder=true")
+    loaded: dict[str, list[weakref.ref[Any]]] = defaultdict(list)
+    load = common.load_pipeline
+
+    def counted(*args: Any, **components: Any) -> Any:
+        if loaded:
+            assert [ref for ref in loaded["text_encoder"] if ref() is not None] == []
+        pipeline = load(*args, **components)
+        for name in ("text_encoder", "unet", "vae"):
+            if getattr(pipeline, name) is not None:
+                loaded[name].append(weakref.ref(getattr(pipeline, name)))
+        return pipeline
+
+    monkeypatch.setattr(common, "load_pipeline", counted)
+    monkeypatch.setattr(sd, "load_vae", None)
+    cached.run("validate")
+    assert {name: len(refs) for name, refs in loaded.items()} == {"text_encoder": 1, "unet": 1, "vae": 1}
+
+
+def test_large_batches_are_decoded_image_by_image(cached: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_adapter(0.3)
+    sizes: list[int] = []
+    decode = AutoencoderKL._decode
+
+    def counted(self: AutoencoderKL, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(z))
+        return decode(self, z, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, "_decode", counted)
+    cached.run("validate")
+    assert max(sizes) == 2
+    sizes.clear()
+    shutil.rmtree(".state/evidence")
+    monkeypatch.setattr(score_snapshots, "MAX_DECODED_PIXELS", 32 * 32)
+    cached.run("validate")
+    assert max(sizes) == 1
