@@ -75,6 +75,7 @@ class Project:
         self.run("git", "init", "--quiet")
         self.dvc("init", "--quiet")
         self.dvc("config", "core.analytics", "false")
+        self.dvc("remote", "add", "--quiet", "project", ".")
         self.dvc("add", "--quiet", "data/raw", "data/base")
 
     def run(self, *words: str) -> tuple[float, str]:

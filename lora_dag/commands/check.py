@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -90,6 +91,9 @@ def main(args: argparse.Namespace) -> None:
     if len(runs) > 1:
         log.info("sweep       %s", plural(len(runs), "run"))
     log.info("base        %s, family %s", model.pretrained, model.family)
+    if os.path.isabs(model.pretrained):
+        text = "DVC finds a base model only below the clone; Snakemake finds it."
+        warn("base-path-absolute", f"{model.setting('pretrained')}: {text} {params.link_into_clone(model.pretrained)}")
     if base.to_do:
         log.info("            %s", base.to_do)
     log.info("dataset     %s", dataset.source)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dag.core.clone import PROJECT
 from lora_dag.core.console import Problem, UserError, log, plural, warn
 from lora_dag.core.files import write_text
 from lora_dag.core.params import read_yaml
@@ -166,6 +167,7 @@ def judge_stages(repo: Repo, assumed: int | None) -> list[Verdict]:
         stage, last = stages[name], locked.get(name)
         reasons = ["the stage has not run yet"]
         if last is not None:
+            fill_base(stage, last)
             reasons = [
                 *changed_settings(name, entry, last, params, assumed),
                 *changed_data(stage, outputs),
@@ -175,6 +177,16 @@ def judge_stages(repo: Repo, assumed: int | None) -> list[Verdict]:
         upstream = next((other for other in may_run if set(listed[other].outs) & {*entry.deps}), "")
         found.append(Verdict(name, changed_code(stage, last or Locked()), reasons, upstream))
     return found
+
+
+def fill_base(stage: PipelineStage, last: Locked) -> None:
+    """Give the base model its digest of the last run where dvc.lock has its path without the prefix."""
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    for dep in stage.deps:
+        if dep.def_path.startswith(PROJECT) and not dep.hash_info:
+            md5 = last.deps.get(dep.def_path.removeprefix(PROJECT), {}).get("md5")
+            dep.hash_info = HashInfo("md5", md5) if md5 else dep.hash_info
 
 
 def changed_settings(
@@ -203,15 +215,15 @@ def changed_data(stage: PipelineStage, outputs: dict[str, Output]) -> Iterator[s
     for dep in stage.deps:
         if is_parameters(dep) or code.is_code(dep.def_path):
             continue
-        state = dep.status().get(str(dep))
+        path, state = dep.def_path.removeprefix(PROJECT), dep.status().get(str(dep))
         if state == "deleted":  # a clone before `dvc pull`
             maker = outputs.get(dep.fs_path)
             if maker is None:
-                yield f"{dep.def_path} is missing. Run `dvc pull {dep.def_path}`"
+                yield f"{path} is missing. Run `dvc pull {path}`"
             elif maker.hash_info != dep.hash_info:
-                yield f"{dep.def_path} changed since the last run"
+                yield f"{path} changed since the last run"
         elif state:
-            yield f"{dep.def_path} changed since the last run"
+            yield f"{path} changed since the last run"
 
 
 def changed_outputs(stage: PipelineStage, entry: Stage, last: Locked) -> Iterator[str]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 MARKS = ("dvc.yaml", "lora_dag/__main__.py", "stages")
 """Paths in the root of a clone, and in the copy that DVC makes for an experiment."""
+PROJECT = "remote://project/"
+"""Prefix of the base model in dvc.yaml and dvc.lock: DVC's remote for the folder of the clone (see dvc.yaml)."""
 
 
 def find(folder: Path) -> Path | None:

@@ -71,6 +71,28 @@ def reject_tilde(path: str) -> str:
 
 
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(reject_tilde), AfterValidator(normalize_path)]
+
+
+def reject_unreadable_by_dvc(path: str) -> str:
+    """Reject a base model that DVC would look for in another place: dvc.yaml names it relative to the clone."""
+    if path.startswith("~"):
+        raise setting_problem("path-with-tilde", f"got '{path}', but DVC does not expand '~'. {link_into_clone(path)}")
+    if any(mark in path for mark in "?#"):
+        text = f"got '{path}', but DVC cannot read a path with '?' or '#'. Rename the folder."
+        raise setting_problem("base-path-character", text)
+    if os.path.isabs(path) and "DVC_STAGE" in os.environ:
+        text = f"got '{path}', but DVC finds a base model only below the clone. {link_into_clone(path)}"
+        raise setting_problem("base-path-absolute", text)
+    return path
+
+
+def link_into_clone(path: str) -> str:
+    """Return the sentence on how DVC can find a base model that is outside of the clone."""
+    name = f"data/{Path(path).name}"
+    return f"Run `ln -s {os.path.expanduser(path)} {name}` and set {name}."
+
+
+BasePath = Annotated[str, Field(min_length=1), AfterValidator(reject_unreadable_by_dvc), AfterValidator(normalize_path)]
 HomePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A file that no stage lists as a dependency. Its path may have ``~``."""
 
@@ -123,7 +145,7 @@ class ModelParams(Params):
 
     family: FamilyName
     """Model family: name of a file in lora_dag/families."""
-    pretrained: LocalPath
+    pretrained: BasePath
     """Folder in the diffusers layout, folder with one .safetensors checkpoint, or YAML file that pins a model of
     the Hub (``lora_dag/bases``)."""
     variant: str | None = Field(min_length=1)

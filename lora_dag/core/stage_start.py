@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dag.core.clone import PROJECT
 from lora_dag.core.console import PATHS, log, plural
 from lora_dag.core.labels import shorten
 
@@ -71,7 +72,7 @@ def reasons(stage: str, tree: Mapping[str, Any]) -> Iterator[str]:
     last = YAML(typ="safe", pure=True).load(stages[stage])
     recorded = last.get("params", {})
     yield from changed_settings(recorded.get("params.yaml", {}), tree)
-    deps = {dep["path"]: dep for dep in last.get("deps", [])}
+    deps = {dep["path"].removeprefix(PROJECT): dep for dep in last.get("deps", [])}
     code = [path for path in deps if path.startswith(CODE)]
     if changed := [path for path in code if digest(Path(path)) != deps[path]["md5"]]:
         changed.sort(key=lambda path: path != f"stages/{stage}")

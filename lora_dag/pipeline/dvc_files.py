@@ -14,6 +14,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from lora_dag.core.clone import PROJECT
 from lora_dag.core.labels import as_yaml
 from lora_dag.core.params import read_yaml
 
@@ -28,6 +29,7 @@ class Stage:
 
     cmd: str
     deps: list[str]
+    """Paths, without the prefix of the base model's."""
     params: dict[str, list[str]]
     """File, such as params.yaml -> sections or single keys."""
     outs: dict[str, bool]
@@ -40,7 +42,7 @@ class Locked:
 
     cmd: str = ""
     deps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Path -> md5, which ends in ``.dir`` for a folder, and the folder's nfiles."""
+    """Path, without the prefix of the base model's -> md5, which ends in ``.dir`` for a folder, and its nfiles."""
     outs: Mapping[str, str | None] = field(default_factory=dict)
     """Path -> md5."""
     params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -88,14 +90,15 @@ def parse_stage(entry: Mapping[str, Any]) -> Stage:
     outs = [item for kind in ("outs", "metrics", "plots") for item in entry.get(kind, [])]
     pairs = [next(iter(item.items())) if isinstance(item, dict) else (item, {}) for item in outs]
     cached = {path: options.get("cache", True) for path, options in pairs}
-    return Stage(str(entry["cmd"]), list(entry.get("deps", [])), keys, cached)
+    deps = [path.removeprefix(PROJECT) for path in entry.get("deps", [])]
+    return Stage(str(entry["cmd"]), deps, keys, cached)
 
 
 def locked_stages(tree: Mapping[str, Any]) -> dict[str, Locked]:
     return {
         str(name): Locked(
             cmd=entry["cmd"],
-            deps={dep["path"]: dep for dep in entry.get("deps", [])},
+            deps={dep["path"].removeprefix(PROJECT): dep for dep in entry.get("deps", [])},
             outs={out["path"]: out.get("md5") for out in entry.get("outs", [])},
             params=entry.get("params", {}),
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lora_dag.core.clone import PROJECT
 from tests.helpers.checkout import ran
 from tests.helpers.errors import assert_line
 from tests.helpers.planted import read
@@ -94,6 +96,22 @@ def test_an_edited_message_comment_and_progress_bar_run_nothing(checkout: Stubbe
     }
     assert changed == {"lora_dag/core", "stages/train"}
     assert "up to date  dvc.lock has the current code" in relock(checkout)[1]
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_the_base_of_an_older_dvc_lock_is_accepted(checkout: Stubbed, is_here: bool) -> None:
+    """Its path has no prefix there. The data need not be here."""
+    deps = recorded(checkout, "deps")
+    lock = checkout.path / "dvc.lock"
+    lock.write_text(lock.read_text().replace(f"path: {PROJECT}", "path: "))
+    edit(checkout, *MESSAGE)
+    if not is_here:
+        shutil.rmtree(checkout.path / "data/base")
+    assert relock(checkout)[0] == 0
+    base = f"{PROJECT}data/base"
+    assert recorded(checkout, "deps")["train"][base] == deps["train"][base]
+    checkout.dvc("checkout", "--quiet")
+    assert ran(checkout.dvc("repro")) == set()
 
 
 def test_the_run_cache_has_the_accepted_run(checkout: Stubbed) -> None:

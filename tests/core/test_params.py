@@ -419,6 +419,18 @@ def test_a_tilde_is_expanded_where_no_stage_depends_on_the_path(file: Path, monk
         assert_refused(file, (f"{key}=~/x",), "path-with-tilde", f"--set {key}: got '~/x'", "/home/someone/x")
 
 
+def test_a_base_where_dvc_would_look_in_another_place_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    for name in ("data/sd#1", "data/sd?"):
+        assert_refused(
+            file, (f"model.pretrained='{name}'",), "base-path-character", f"--set model.pretrained: got '{name}'"
+        )
+    setting = "model.pretrained=/mnt/sd15"
+    assert params.load(file, (setting,)).section(params.ModelParams).pretrained == "/mnt/sd15"  # Snakemake finds it
+    monkeypatch.setenv("DVC_STAGE", "train")
+    assert_refused(file, (setting,), "base-path-absolute", "--set model.pretrained: got", "ln -s /mnt/sd15 data/sd15")
+
+
 @pytest.mark.parametrize("path", ["data/x.safetensors", "data/é 雪.safetensors", "data/it's, mine.safetensors", "a/$b"])
 def test_the_line_that_pins_a_file_is_read_by_dvc_and_by_set(file: Path, path: str) -> None:
     for setting in ("lora.init_from", "validate.feature_model"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from lora_dag.core.clone import PROJECT
 from lora_dag.core.console import PATHS
 from lora_dag.core.params import SECTIONS, load, read_yaml
 from lora_dag.pipeline import code
@@ -149,7 +150,7 @@ def test_both_dags_have_the_same_inputs_outputs_and_parameters(stages: dict[str,
     wanted = jobs.pop("all")["input"].split(", ")
     for name, job in jobs.items():
         inputs, made = job["input"].split(", "), job["output"].split(", ")
-        for dep in (dep for dep in stages[name]["deps"] if not is_code(dep)):
+        for dep in (dep.removeprefix(PROJECT) for dep in stages[name]["deps"] if not is_code(dep)):
             assert any(is_within(file, moved(dep, run)) for file in inputs), f"rule {name} does not read {dep}"
         for out in outputs(stages[name]):
             assert any(is_within(file, moved(out, run)) for file in made), f"rule {name} does not name {out}"

@@ -61,6 +61,7 @@ class Checkout:
         self.git("init", "--quiet", "--initial-branch=main", str(top or path))
         self.dvc("init", "--quiet", *(["--subdir"] if top else []))
         self.dvc("config", "core.analytics", "false")
+        self.dvc("remote", "add", "--quiet", "project", ".")
         self.dvc("add", "--quiet", "data/raw", "data/other", "data/base")
         self.commit("start")
 

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 
 from lora_dag.artifacts import image_table, metrics
 from lora_dag.artifacts.lineage import save as save_lineage
+from lora_dag.core.clone import PROJECT
 from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import sha256_json, write_text
 from lora_dag.evaluation import bootstrap, heldout_table
@@ -191,7 +192,7 @@ def write_lock(root: Path) -> None:
         deps = [re.sub(r"\$\{(\w+)\.(\w+)\}", lambda key: params[key[1]][key[2]], path) for path in stage["deps"]]
         stages[name] = {
             "cmd": stage["cmd"],
-            "deps": [pin(root, path) for path in sorted(deps)],
+            "deps": [pin(root, path.removeprefix(PROJECT)) | {"path": path} for path in sorted(deps)],
             "params": {
                 "params.yaml": {key: value(params, key) for key in stage["params"] if isinstance(key, str)},
                 f"stages/{name}/__init__.py": {"RESULTS": RESULTS},
