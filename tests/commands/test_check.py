@@ -484,3 +484,13 @@ def test_a_caption_prefix_counts_as_a_word_of_the_captions(workspace: Workspace)
     assert any(stranger in line for line in workspace.run("check", *asked))
     lines = workspace.run("check", *asked, "--set", "dataset.caption_prefix='ohwx, '")
     assert not any(stranger in line for line in lines)
+
+
+def test_a_base_that_dvc_cannot_find_is_a_warning(workspace: Workspace) -> None:
+    base = Path("data/base").resolve()
+    (warning,) = [
+        line
+        for line in workspace.run("check", "--set", f"model.pretrained={base}")
+        if line.endswith("[base-path-absolute]")
+    ]
+    assert_line(warning, "base-path-absolute", "--set model.pretrained: ", f"`ln -s {base} data/base`")
