@@ -55,7 +55,7 @@ def lora_settings(params: LoraParams, denoiser: torch.nn.Module) -> dict[str, An
             problems.append(no_match_problem(params, "target_modules", label, scope, layers, hint))
         problems += rank_problems(params, label, [name for name in names if name not in excluded], layers)
     problems += dora_problems(params, [name for name in targets if isinstance(layers[name], torch.nn.Conv2d)], layers)
-    weights: dict[str, Any] = {name: layers[name].weight for name in targets}
+    weights = {name: weight_of(layers[name]) for name in targets}
     ranks = {name: rank_and_setting(params, name)[0] for name in targets}
     problems += lycoris.settings_without_effect(params, weights, ranks)
     if excluded and not targets:
@@ -70,6 +70,11 @@ def lora_settings(params: LoraParams, denoiser: torch.nn.Module) -> dict[str, An
         if value := getattr(params, name):
             settings[name] = value
     return settings
+
+
+def weight_of(layer: torch.nn.Module) -> torch.Tensor:
+    """Return a layer's weight; for a quantized layer one without values, since all floats at once would not fit."""
+    return layer.state_dict()["weight"]
 
 
 def adaptable(denoiser: torch.nn.Module) -> Layers:
@@ -131,7 +136,7 @@ def rank_problems(params: LoraParams, label: str, names: list[str], layers: Laye
     smallest_sizes: dict[str, tuple[int, int]] = {}
     for name in names:
         number, setting = rank_and_setting(params, name)
-        weight: Any = layers[name].weight
+        weight = weight_of(layers[name])
         smallest = min(weight.shape[:2] if lycoris.is_tucker(params, weight) else weight.flatten(1).shape)
         if number > smallest:
             smallest_sizes[setting] = min(smallest_sizes.get(setting, (smallest, number)), (smallest, number))
@@ -153,7 +158,7 @@ def dora_problems(params: LoraParams, convolutions: list[str], layers: Layers) -
 
     Under autocast PEFT computes their norms in the frozen dtype, and step 0 would differ from the base.
     """
-    if not params.use_dora or all(layers[name].weight.dtype == torch.float32 for name in convolutions):
+    if not params.use_dora or all(weight_of(layers[name]).dtype == torch.float32 for name in convolutions):
         return []
     kinds = ", ".join(sorted({ending(name) for name in convolutions}))
     text = (

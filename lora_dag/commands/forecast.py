@@ -41,7 +41,7 @@ class TrainStep:
     """Bytes of one process at the peak of a step, and the arithmetic of a step."""
 
     frozen: int
-    """Frozen weights."""
+    """Frozen weights and buffers."""
     adapter: int
     gradients: int
     """Gradients, and their sum if they are accumulated."""
@@ -111,7 +111,8 @@ class Forecast:
             batch = self._batch(vae, text, params.batch_size)
             counted = Allocations(self.num_tokens)
             modules = adapter.modules.values()
-            frozen = counted.track(p for module in modules for p in module.parameters() if not p.requires_grad)
+            tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+            frozen = counted.track(tensor for tensor in tensors if not tensor.requires_grad)
             num_adapter = counted.track(trainable.values())
             counted.track([batch.latents, batch.noise, batch.added_noise, *batch.prompt.values()])
             optimizer = optimizers.make_optimizer(params, trainable, {}, device)

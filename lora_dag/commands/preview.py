@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     log.info("run         %s", training.folder)
     draw_until_ended(
         training,
-        PreviewWriter(config.replaced(base.model_copy(update={"dtype": training.inputs["dtype"]})), training),
+        PreviewWriter(config.replaced(base.model_copy(update=training.model)), training),
         args.once,
     )
 
@@ -114,6 +114,11 @@ class TrainingRun:
             name: {key: 0.0 if key == "lora_dropout" else config[key] for key in config}
             for name, config in configs.items()
         }
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Settings of section ``model`` that the training used."""
+        return {"dtype": self.inputs["dtype"], "quantization": self.inputs.get("quantization")}
 
     def is_alive(self) -> bool:
         """Return whether the process that last held the run's lock runs; on another host, True is assumed."""

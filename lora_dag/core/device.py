@@ -41,6 +41,9 @@ def setup(runtime: RuntimeParams, model: ModelParams) -> torch.device:
     if name == "cpu" and model.dtype == "float16":
         text = f"{model.setting('dtype')}: float16 needs a GPU. Use bfloat16 or float32 on a CPU."
         raise UserError(Problem("needs-gpu", text))
+    if name == "mps" and model.quantization == "fp8":
+        text = f"{model.setting('quantization')}: fp8 does not work on mps, which has no float8. Use int8 or nf4."
+        raise UserError(Problem("fp8-on-mps", text))
     if runtime.num_threads:
         torch.set_num_threads(runtime.num_threads)
     torch.use_deterministic_algorithms(True)
@@ -100,7 +103,8 @@ def speed_conditions(device: torch.device, model: ModelParams, base: str) -> dic
         base: digest of the component that computes.
     """
     record = environment(device)
-    return {"base": base, "device": record["device"], "dtype": model.dtype, "num_threads": record["num_threads"]}
+    known = {"base": base, "device": record["device"], "dtype": model.dtype, "num_threads": record["num_threads"]}
+    return known | model.quantization_record
 
 
 def log_device(device: torch.device, model: ModelParams) -> None:

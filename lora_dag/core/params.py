@@ -14,9 +14,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from ruamel.yaml import YAML, YAMLError
 
 from lora_dag.core.console import Problem, UserError
@@ -52,6 +62,7 @@ if TYPE_CHECKING:
 else:
     FamilyName = Literal[FAMILIES]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "fp8", "nf4"]
 
 
 def normalize_path(path: str) -> str:
@@ -116,6 +127,14 @@ class Params(BaseModel):
     """A section of params.yaml: frozen, strict, no unknown keys. Every field is required: defaults live in the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    ADDED: ClassVar[Mapping[str, Any]] = {}
+    """Setting that earlier versions lack -> the value that acts as they did. Records leave out such values, so that
+    the same results have the same bytes and keys."""
+
+    @model_serializer(mode="wrap")
+    def leave_out_added(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        absent = object()
+        return {name: value for name, value in serialize(self).items() if self.ADDED.get(name, absent) != value}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -152,6 +171,15 @@ class ModelParams(Params):
     """Variant of the weight files, such as fp16 for ``*.fp16.safetensors``."""
     dtype: Dtype
     """Data type of the frozen weights and of autocast. Adapters are always float32."""
+    quantization: Quantization | None
+    """Form in which the denoiser's frozen weights are kept in memory (``families/quantized.py``); null: as they are."""
+
+    ADDED = {"quantization": None}
+
+    @property
+    def quantization_record(self) -> dict[str, str]:
+        """Entry of records on which results depend; empty for null, as in records of versions without the setting."""
+        return {"quantization": self.quantization} if self.quantization else {}
 
 
 class RuntimeParams(Params):

@@ -133,6 +133,25 @@ METRICS: dict[str, Metric] = {
         column="overfit_gap",
         spec="+.4f",
     ),
+    "val.quantization_price": Metric(
+        "Price of the quantized base",
+        "training",
+        "With `model.quantization`: held-out loss of the adapter on the quantized base minus its loss on the base as "
+        "it is, on the same rows, as a share of the latter. 0.01 means that the rounding costs 1 % of the loss. Both "
+        "have the same adapter: `python -m benchmarks.quantization` also trains on the base as it is.",
+        unit="share",
+        better="lower",
+        has_interval=True,
+        headline=("",),
+        spec="+.1%",
+    ),
+    "val.loss_unquantized": Metric(
+        "",
+        "training",
+        "With `model.quantization`: held-out loss of the adapter on the base as it is.",
+        unit="MSE",
+        better="lower",
+    ),
     "val.best_step": Metric(
         "Lowest held-out loss",
         "training",
@@ -352,6 +371,22 @@ METRICS: dict[str, Metric] = {
         "Largest absolute difference between the denoiser's output with the exported file, loaded back by a "
         "program of that format, and with the trained adapter. It is usually 0; the stage fails above 1e-5 of "
         "the largest output.",
+        unit="output",
+        better="lower",
+    ),
+    "export.*.max_abs_error_quantized": Metric(
+        "Output of the file loaded by {} into the quantized base: largest difference",
+        "export",
+        "With `model.quantization`: as `export.*.max_abs_error`, with file and trained adapter both on the quantized "
+        "base.",
+        unit="output",
+        better="lower",
+    ),
+    "export.quantization_error": Metric(
+        "Largest change of the adapted denoiser's output by the quantization of the base",
+        "export",
+        "With `model.quantization`: largest absolute difference between the outputs of the trained adapter on the "
+        "quantized base and on the base as it is. Compare it with `export.effect`.",
         unit="output",
         better="lower",
     ),

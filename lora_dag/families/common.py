@@ -69,8 +69,14 @@ def refuse_damage(model: ModelParams, folder: str) -> Iterator[None]:
 
 
 def load_denoiser(model: ModelParams, device: torch.device) -> Any:
-    """Load the UNet or transformer, frozen, in ``model.dtype``."""
-    return load_frozen(model, load_family(model.family).DENOISER, device)
+    """Load the UNet or transformer, frozen, in ``model.dtype`` or as ``model.quantization`` requires."""
+    from lora_dag.families import quantized
+
+    options = quantized.load_options(model.quantization)
+    denoiser = load_frozen(model, load_family(model.family).DENOISER, device, **options)
+    if model.quantization and _weightless.get() is not None:
+        quantized.quantize_layers(denoiser, model.quantization)
+    return denoiser
 
 
 def load_vae(model: ModelParams, device: torch.device, tiling: bool = False) -> Any:
@@ -81,7 +87,7 @@ def load_vae(model: ModelParams, device: torch.device, tiling: bool = False) -> 
     return vae
 
 
-def load_frozen(model: ModelParams, folder: str, device: torch.device) -> Any:
+def load_frozen(model: ModelParams, folder: str, device: torch.device, **options: Any) -> Any:
     """Load a component in eval mode, without gradients, in ``model.dtype``.
 
     Raises:
@@ -92,7 +98,7 @@ def load_frozen(model: ModelParams, folder: str, device: torch.device) -> Any:
     if (built := _weightless.get()) is not None:
         built.append(_empty(cls, model, folder))
         return built[-1]
-    options = _load_options(model) | {"output_loading_info": True}
+    options |= _load_options(model) | {"output_loading_info": True}
     if is_text(folder):
         options["ignore_mismatched_sizes"] = True  # returns them, where the error names none
     # Without warnings of tensors that are checked below.
@@ -155,6 +161,8 @@ def load_pipeline(model: ModelParams, device: torch.device, **components: Any) -
     family = load_family(model.family)
     quiet.disable_progress_bars()
     passed = dict.fromkeys(family.left_out(model)) | components
+    if model.quantization and family.DENOISER not in passed:
+        passed[family.DENOISER] = load_denoiser(model, device)
     with elapsed("load", "pipeline"):
         pipeline = pipeline_class(family).from_pretrained(
             model.pretrained, variant=model.variant, **_load_options(model), **passed

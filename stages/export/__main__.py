@@ -59,6 +59,8 @@ def main() -> None:
         base.require_unchanged()
         for name in params.pipeline_formats:  # they change the base's modules
             measured |= write_and_check(parity, name, folder / name, bar)
+        if model.quantization:
+            measured |= check_on_quantized_base(parity, folder)
     write_text(args.export_reports / "energy.csv", resize.energy_csv(svd, params.resized_ranks))
     metrics.save(args.export_reports / "metrics.json", measured)
     unfusable = parity.num_unfusable(params.formats)
@@ -79,6 +81,20 @@ def write_and_check(parity: ParityCheck, name: Format, folder: Path, bar: Bar) -
     bar.add()
     measured = parity.check(name, folder)
     bar.add()
+    return measured
+
+
+def check_on_quantized_base(parity: ParityCheck, folder: Path) -> dict[str, float]:
+    """Compare the files that PEFT loads on the quantized base too, and return the errors."""
+    from lora_dag.formats import load_format
+
+    quantized = parity.on_quantized_base()
+    log.info("quantized   %s: the same files on the quantized base", parity.source.base.model.quantization)
+    measured = {"export.quantization_error": float((quantized.adapter_output - parity.adapter_output).abs().max())}
+    for name in parity.source.params.adapter_formats:
+        if load_format(name).LOADED_BY_PEFT:
+            key = f"export.{name}.max_abs_error"
+            measured[f"{key}_quantized"] = quantized.check(name, folder / name)[key]
     return measured
 
 

@@ -7,6 +7,7 @@ files, after the base was freed.
 The memory peak is 4 bytes per parameter of the denoiser (SD 1.5 3.4 GB, SDXL 10 GB, SD3 medium 8 GB, FLUX.1 48 GB), or
 the text encoders in ``model.dtype`` if they are larger. The inputs are small for every base.
 If text encoders were trained, outputs are computed from the prompt, through CLIP's encoders in float32.
+With ``model.quantization``, files that PEFT loads are also compared on the quantized base.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_dag.adapters.base_modules import BaseModules
+    from lora_dag.core.params import Quantization
     from stages.export.params import Format
     from stages.export.source import Source
 
@@ -42,10 +44,16 @@ LATENT_SIDE = 16  # minimum; more latent pixels would only use the same weights 
 class ProofBase:
     """The base's modules in float32, loaded once for the checks of all formats, with their inputs and output."""
 
-    def __init__(self, source: Source, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: Source,
+        device: torch.device,
+        quantization: Quantization | None = None,
+        inputs: Inputs | None = None,
+    ) -> None:
         self.source, self.device = source, device
-        self.model = source.base.model.model_copy(update={"dtype": "float32"})
-        self.inputs = make_inputs(source, device)
+        self.model = source.base.model.model_copy(update={"dtype": "float32", "quantization": quantization})
+        self.inputs = inputs or make_inputs(source, device)
         devices.return_freed_memory()  # of the text encoders
         self.loaded: BaseModules | None = None
         self.parameters, self.checksums = self.list_parameters(), self.weight_checksums()
@@ -122,6 +130,12 @@ class ParityCheck:
         self.tensors = {name: adapter_tensors.read(config, modules.adapted[name]) for name, config in configs.items()}
         self.header = header.header_fields(source)
         base.remove_adapter()
+
+    def on_quantized_base(self) -> ParityCheck:
+        """Free the base's modules, and return the same check on the base as ``model.quantization`` has it."""
+        self.base.release()
+        quantization = self.source.base.model.quantization
+        return ParityCheck(self.source, ProofBase(self.source, self.base.device, quantization, self.base.inputs))
 
     @property
     def export(self) -> Export:

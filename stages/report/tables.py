@@ -103,13 +103,31 @@ def loss_notes(inputs: Inputs) -> tuple[str, ...]:
     )
 
 
+def quantized(model: Mapping[str, Any]) -> str:
+    """Return the quantization of the recorded section ``model``; empty without one."""
+    return f", {model['quantization']} in the blocks" if model.get("quantization") else ""
+
+
+def price(model: Mapping[str, Any], m: Metrics) -> dict[str, object]:
+    """Return the price of the quantization, ``int8: +0.3 % [+0.1, +0.5]``, if it was measured."""
+    name = "val.quantization_price"
+    if name not in m:
+        return {}
+    values = [100 * number(m, f"{name}{bound}") for bound in ("", "_low", "_high")]
+    spec = decimals(*values, least=1)
+    bounds = f" {interval(values[1], values[2], spec)}" if values[1] == values[1] else ""
+    text = f"{model['quantization']}: {signed(values[0], spec)} %{bounds} of the held-out loss"
+    return {METRICS[name].label: f"{text}, with this adapter on the base as it is"}
+
+
 def settings_facts(inputs: Inputs) -> dict[str, object]:
     """Return the main settings, as the stages recorded them."""
     lora, model, validate = (inputs.lineage[name] for name in ("lora_config", "model", "validate"))
     steps = int(number(inputs.train, "train.num_steps"))
     text = "".join(f", attention of {component}" for component in inputs.lineage.get("text_lora", {}))
     facts: dict[str, object] = {
-        "Base": f"{model['pretrained']}, family {model['family']}, {model['dtype']}",
+        "Base": f"{model['pretrained']}, family {model['family']}, {model['dtype']}" + quantized(model),
+        **price(model, inputs.measured),
         algorithm(lora): f"rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora.get('lora_dropout', 0):g}",
         "Adapted layers": ", ".join(f"`{name}`" for name in target_modules(lora["target_modules"])) + text,
         **fact("train.num_trainable_parameters", inputs.train),
@@ -176,8 +194,11 @@ def export_facts(inputs: Inputs) -> Mapping[str, object]:
     """Return all ``export.*`` metrics except for the size, under their labels."""
     export, error = inputs.export, METRICS["export.*.max_abs_error"].label
     labels = {"export.effect": METRICS["export.effect"].label}
+    quantized_error = METRICS["export.*.max_abs_error_quantized"].label
     for name in inputs.made["export"]["formats"]:
         labels[f"export.{name}.max_abs_error"] = error.format(load_format(name).READER)
+        labels[f"export.{name}.max_abs_error_quantized"] = quantized_error.format(load_format(name).READER)
+    labels["export.quantization_error"] = METRICS["export.quantization_error"].label
     names = [*(name for name in labels if name in export), *sorted(set(export) - {*labels, "export.megabytes"})]
     values = [export[name] for name in names]
     return {

@@ -14,10 +14,11 @@ from lora_dag.adapters import lora
 from lora_dag.adapters.adapter_set import DENOISER_KEY, AdapterSet, frozen_digest, text_configs
 from lora_dag.adapters.params import LoraParams
 from lora_dag.core import device
-from lora_dag.core.console import Problem, UserError, plural
+from lora_dag.core.console import Problem, UserError, log, plural
 from lora_dag.core.params import ModelParams, RuntimeParams
 from lora_dag.core.time_estimate import Work
 from lora_dag.diffusion.objectives import make_objective
+from lora_dag.families import quantized
 from stages.train import init_from, noising, optimizers, parent_processes
 from stages.train.averaging import AveragedWeights
 from stages.train.batches import Batches
@@ -153,6 +154,8 @@ def load_base(config: Config, family: Family, digests: dict[str, str], device: t
     """Load the denoiser and, if they are trained, the text encoders."""
     model = config.section(ModelParams)
     denoiser = family.load_denoiser(model, device)
+    if model.quantization:
+        log.info("quantized   %s", quantized.summary(denoiser))
     text = family.load_trainable_text(model, device) if config.section(LoraParams).train_text_encoder else None
     base = FrozenBase(family, denoiser, text, digests, "")
     return replace(base, frozen_digest=frozen_digest({DENOISER_KEY: denoiser, **base.text_encoders}))

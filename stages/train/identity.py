@@ -69,6 +69,7 @@ def run_inputs(config: Config, batches: Batches, adapter: AdapterSet, base_diges
         "optimizer": optimizers.package_version(params.optimizer),
         "results": RESULTS,
         "train": params.recorded(without),
+        **model.quantization_record,
     }
 
 
@@ -86,7 +87,7 @@ def provenance(config: Config, batches: Batches) -> dict[str, Any]:
         "captions": sha256_json(sorted(item.captions for item in items)),
         "latents": batches.cache.digest,
         "lora": config.section(LoraParams).model_dump(),
-        "model": {"dtype": model.dtype, "variant": model.variant},
+        "model": {"dtype": model.dtype, "variant": model.variant, **model.quantization_record},
         "num_images": len(items),
         "packages": packages | optimizers.package_version(params.optimizer),
         "images": sha256_json(sorted(item.content for item in items)),

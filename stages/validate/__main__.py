@@ -24,12 +24,12 @@ from lora_dag.core.time_estimate import Work
 from lora_dag.evaluation import heldout_table
 from lora_dag.evaluation.heldout_table import Score
 from lora_dag.pipeline.code import stage_digest
-from stages.validate import curve, features, neighbors, passes, sheets
+from stages.validate import curve, features, neighbors, passes, sheets, unquantized
 from stages.validate.inputs import Inputs, read_inputs
 from stages.validate.measures import Results, measure
 from stages.validate.provenance import provenance
 from stages.validate.result_cache import ResultCache
-from stages.validate.score_snapshots import score_snapshots
+from stages.validate.score_snapshots import score_snapshots, score_unquantized
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +62,11 @@ def evaluate(inputs: Inputs) -> Results:
     result_cache = ResultCache(cache_conditions(inputs))
     with Bar("validate", passes.num_planned(eval_set, adapter, settings)) as bar:
         scored, vae = score_snapshots(inputs, result_cache, bar)
-    gc.collect()  # frees the pipeline, whose parts refer to each other
-    return_freed_memory()
+        gc.collect()  # frees the pipeline, whose parts refer to each other
+        return_freed_memory()
+        if unquantized.is_measured(eval_set, settings):
+            scored.unquantized.extend(score_unquantized(inputs, result_cache, bar))
+    result_cache.log_and_trim()
     space = neighbors.FeatureSpace(eval_set, inputs.cache, vae, feature_model)
     nearest = neighbors.find_neighbors(space, settings.prompts, scored.images[0], scored.images[adapter.num_steps])
     return Results(inputs, scored, nearest, space, vae, feature_model, bar.done)
@@ -80,6 +83,7 @@ def cache_conditions(inputs: Inputs) -> dict[str, Any]:
         "dtype": eval_set.model.dtype,
         "environment": environment(eval_set.device),
         "family": eval_set.model.family,
+        **eval_set.model.quantization_record,
     }
 
 
@@ -126,7 +130,10 @@ def write_losses(reports: Path, results: Results) -> dict[str, metrics.Value]:
     points = curve.make_curve(by_step["heldout"], by_step["train"], seed)
     write_text(reports / "validate" / "heldout.csv", heldout_table.scores_to_csv(scores))
     write_text(reports / "validate" / "curve.csv", curve.to_csv(points))
-    return {**heldout_table.loss_metrics(scores, eval_set.num_train_timesteps, seed), **curve.metrics(points)}
+    measured = {**heldout_table.loss_metrics(scores, eval_set.num_train_timesteps, seed), **curve.metrics(points)}
+    if results.scored.unquantized:
+        measured |= unquantized.metrics(eval_set, losses_by_step[max(losses_by_step)], results.scored.unquantized)
+    return measured
 
 
 def resources_used(device: torch.device, began: float) -> dict[str, float]:
@@ -150,6 +157,9 @@ def log_end(reports: Path, measured: dict[str, Any], num_steps: int) -> None:
         if name in measured:
             values = (f"{measured[f'{name}{bound}']:+z.6f}" for bound in ("", "_low", "_high"))
             log.info("%-11s %s, 95%% interval %s to %s", label, *values)
+    if "val.quantization_price" in measured:
+        bounds = (100 * measured[f"val.quantization_price{bound}"] for bound in ("", "_low", "_high"))
+        log.info("quantized   held-out loss %+.2f %%, 95%% interval %+.2f to %+.2f, against the base as it is", *bounds)
     log.info(
         "copied      %.1f %% of the samples, base %.1f %%",
         *(100 * measured[f"samples.copied_share{suffix}"] for suffix in ("", "_base")),

@@ -53,11 +53,16 @@ class ValidateParams(Params):
     """Adapter strengths, one column of the sample sheet each. The progress sheet and all measurements use 1."""
     ink_measures: bool
     """Whether chroma and dark share of the samples are measured."""
+    unquantized_loss: bool
+    """With ``model.quantization``: whether the held-out loss is also measured on the base as it is, which then must fit
+    into memory. The difference is the price of the quantization."""
     feature_model: FeatureModelParams | None
     """Image-text model that measures how well samples match their prompts, and their distance to the held-out
     images."""
     seed: int = Field(ge=0)
     """Seed of timesteps, noise, bootstrap and samples."""
+
+    ADDED = {"unquantized_loss": True}
 
     @field_validator("prompts", "drift_prompts", "scales")
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.core.progress import Bar
+from stages.validate import unquantized
 
 if TYPE_CHECKING:
     from lora_dag.artifacts.adapter import Adapter
@@ -19,6 +20,8 @@ def num_planned(eval_set: EvalSet, adapter: Adapter, settings: ValidateParams) -
     num_snapshots, num_prompts = len(adapter.snapshots), len(settings.prompts)
     num_scaled = sum(scale != 1 for scale in settings.scales)
     num_rows = len(eval_set.rows) * (2 + num_snapshots) + 2 * settings.num_timesteps * len(settings.drift_prompts)
+    if unquantized.is_measured(eval_set, settings):
+        num_rows += len(unquantized.heldout(eval_set).rows)
     num_images = num_prompts * (2 * settings.num_seeds + num_snapshots + num_scaled) + len(settings.drift_prompts)
     return num_rows + num_images * passes_per_image(eval_set, settings)
 

@@ -12,7 +12,7 @@ from lora_dag.artifacts.adapter import FINAL, snapshot_name
 from lora_dag.core.console import Problem, UserError, log
 from lora_dag.evaluation import bootstrap
 from lora_dag.families import common
-from stages.validate import drift
+from stages.validate import drift, unquantized
 from stages.validate.heldout_loss import EvalSet, Prompts, encode_captions, row_losses
 from stages.validate.passes import Passes, is_guided, passes_per_image
 from stages.validate.vae import Vae
@@ -46,6 +46,8 @@ class ScoresAndSamples:
     """Strength of validate.scales -> samples of the final adapter by prompt."""
     drift: dict[str, Value] = field(default_factory=dict)
     """The ``drift.*`` metrics."""
+    unquantized: list[float] = field(default_factory=list)
+    """Loss of each held-out row with the final adapter on the unquantized base; empty if it is not measured."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,26 @@ def score_snapshots(inputs: Inputs, result_cache: ResultCache, bar: Bar) -> tupl
         layers.set_scale(scale)
         scaled = scorer.for_adapter(adapter, FINAL, scale)
         scored.scaled[scale] = scored.images[step][0] if scale == 1 else scaled.draw(sampling)
-    result_cache.log_and_trim()
     return scored, vae
+
+
+def score_unquantized(inputs: Inputs, result_cache: ResultCache, bar: Bar) -> list[float]:
+    """Return the loss of each held-out row with the final adapter on the base as it is."""
+    from lora_dag.adapters import base_modules
+
+    eval_set, adapter = unquantized.heldout(inputs.eval_set), inputs.adapter
+    modules = base_modules.load(eval_set.model, eval_set.family, adapter.text_lora, eval_set.device)
+    modules.inject(adapter, adapter.weights(inputs.adapter_folder))
+    passes = Passes(bar, modules.denoiser)
+
+    def make() -> list[float]:
+        losses = row_losses(eval_set, modules.denoiser, modules.text)
+        return require_finite(losses, "the final adapter on the unquantized base", eval_set.model)
+
+    request = {"exam": eval_set.digest(), "unquantized": adapter.files[FINAL], "lora": adapter.lora_config}
+    request |= {"text_lora": adapter.text_lora, "biases": adapter.biases}
+    with passes.segment(len(eval_set.rows)):
+        return result_cache.losses(request, make)
 
 
 def load_pipeline(inputs: Inputs, sampling: Sampling) -> tuple[Any, Prompts]:

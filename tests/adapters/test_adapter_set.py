@@ -36,7 +36,7 @@ def family(name: str) -> Family:
 
 @pytest.fixture
 def model(name: str, bases: dict[str, Path]) -> ModelParams:
-    return ModelParams(family=name, pretrained=str(bases[name]), variant=None, dtype="float32")
+    return ModelParams(family=name, pretrained=str(bases[name]), variant=None, dtype="float32", quantization=None)
 
 
 def load(family: Family, model: ModelParams, **changes: Any) -> tuple[AdapterSet, Any]:
@@ -109,7 +109,7 @@ def test_gradients_equal_plain_peft_in_the_stock_pipeline(
 
 def test_an_unused_text_encoder_layer_is_not_adapted(bases: dict[str, Path]) -> None:
     """SDXL uses the penultimate layer of the first encoder."""
-    model = ModelParams(family="sdxl", pretrained=str(bases["sdxl"]), variant=None, dtype="float32")
+    model = ModelParams(family="sdxl", pretrained=str(bases["sdxl"]), variant=None, dtype="float32", quantization=None)
     layers, text = load(load_family("sdxl"), model)
     targets = {component: lora.target_names(module) for component, module in layers.modules.items() if component}
     assert {len(found) for found in targets.values()} == {4, 8}
@@ -173,7 +173,7 @@ def test_saved_tensors_are_loaded_by_component(
 
 
 def test_two_encoders_have_different_starts_and_the_denoiser_its_own(bases: dict[str, Path]) -> None:
-    model = ModelParams(family="sd3", pretrained=str(bases["sd3"]), variant=None, dtype="float32")
+    model = ModelParams(family="sd3", pretrained=str(bases["sd3"]), variant=None, dtype="float32", quantization=None)
     layers, _ = load(load_family("sd3"), model)
     tensors, leaf = layers.state_dict(), "text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
     one, other = (tensors[f"{component}.{leaf}"].flatten()[:16] for component in ("text_encoder", "text_encoder_2"))
@@ -187,7 +187,7 @@ def test_two_encoders_have_different_starts_and_the_denoiser_its_own(bases: dict
 
 
 def test_a_rank_above_an_encoders_layers_is_refused(bases: dict[str, Path]) -> None:
-    model = ModelParams(family="sdxl", pretrained=str(bases["sdxl"]), variant=None, dtype="float32")
+    model = ModelParams(family="sdxl", pretrained=str(bases["sdxl"]), variant=None, dtype="float32", quantization=None)
     with pytest.raises(UserError) as caught:
         load(load_family("sdxl"), model, rank=33)
     for size, component in ((16, " text_encoder."), (32, " text_encoder_2.")):
@@ -197,7 +197,7 @@ def test_a_rank_above_an_encoders_layers_is_refused(bases: dict[str, Path]) -> N
 
 
 def test_patterns_and_biases_apply_to_the_denoiser_only(bases: dict[str, Path]) -> None:
-    model = ModelParams(family="sd", pretrained=str(bases["sd"]), variant=None, dtype="float32")
+    model = ModelParams(family="sd", pretrained=str(bases["sd"]), variant=None, dtype="float32", quantization=None)
     layers, _ = load(load_family("sd"), model, rank_pattern={"to_q": 4}, alpha_pattern={"to_q": 3.0}, bias="all")
     config = layers.configs["text_encoder"]
     assert (config["r"], config["lora_alpha"], config["bias"]) == (2, 4.0, "none")

@@ -89,7 +89,7 @@ def hub(workspace: Workspace, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def asked(family: str = "sd", variant: str | None = None) -> ModelParams:
-    return ModelParams(family=family, pretrained=PIN, variant=variant, dtype="float32")
+    return ModelParams(family=family, pretrained=PIN, variant=variant, dtype="float32", quantization=None)
 
 
 def resolve(model: ModelParams | None = None) -> bases.Base:

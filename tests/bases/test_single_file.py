@@ -45,7 +45,7 @@ def sd(tiny_base: Path) -> Path:
 
 
 def asked(family: str = "sd", pretrained: str = "data/mine", variant: str | None = None) -> ModelParams:
-    return ModelParams(family=family, pretrained=pretrained, variant=variant, dtype="float32")
+    return ModelParams(family=family, pretrained=pretrained, variant=variant, dtype="float32", quantization=None)
 
 
 def resolve(model: ModelParams | None = None, make: bool = True) -> Path:

@@ -35,7 +35,7 @@ LATENTS = Path("data/latents")
 
 
 def model_params(base: Path, dtype: str = "float32") -> ModelParams:
-    return ModelParams(family="sd", pretrained=str(base), variant=None, dtype=dtype)
+    return ModelParams(family="sd", pretrained=str(base), variant=None, dtype=dtype, quantization=None)
 
 
 def make_encoder(encode: Any, model: ModelParams) -> Encoder[torch.Tensor]:

@@ -66,7 +66,7 @@ def test_cached_loss_equals_uncached_loss(cached: Workspace, tiny_base: Path) ->
     """For every image, a sample of the VAE's own posterior equals mean + std * noise."""
     from diffusers import AutoencoderKL
 
-    model = ModelParams(family="sd", pretrained=str(tiny_base), variant=None, dtype="float32")
+    model = ModelParams(family="sd", pretrained=str(tiny_base), variant=None, dtype="float32", quantization=None)
     device = torch.device("cpu")
     unet, scheduler, text = sd.load_denoiser(model, device), sd.load_scheduler(model), sd.load_text(model, device)
     vae = AutoencoderKL.from_pretrained(tiny_base, subfolder="vae").eval()

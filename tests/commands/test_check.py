@@ -435,6 +435,12 @@ def test_float16_needs_a_gpu(copied: Workspace) -> None:
     assert_is(problem(copied, "model.dtype=float16"), "needs-gpu", "--set model.dtype: ", "bfloat16")
 
 
+def test_fp8_on_a_device_without_float8(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    found = problem(copied, "runtime.device=mps", "model.quantization=fp8")
+    assert_is(found, "fp8-on-mps", "model.quantization: ", "int8", "nf4")
+
+
 def test_a_device_that_is_not_here(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     assert_is(problem(copied, "runtime.device=mps"), "device-unavailable", "--set runtime.device: 'mps'", "cpu")

@@ -98,8 +98,10 @@ class RealStep:
         ["model.dtype=float32"],
         ["model.dtype=bfloat16"],
         ["model.dtype=float32", "train.gradient_checkpointing=true"],
+        ["model.dtype=float32", "model.quantization=int8"],
+        ["model.dtype=bfloat16", "model.quantization=nf4"],
     ],
-    ids=["float32", "bfloat16", "checkpointing"],
+    ids=["float32", "bfloat16", "checkpointing", "int8", "nf4"],
 )
 def test_a_step_takes_the_counted_memory(bases: dict[str, Path], name: str, changes: list[str]) -> None:
     config = settings(bases[name], name, "train.batch_size=4", *changes)
@@ -107,9 +109,8 @@ def test_a_step_takes_the_counted_memory(bases: dict[str, Path], name: str, chan
     (num_tokens,) = family.count_tokens(model, [CAPTION])
     counted = Forecast(config, family, (64, 64), num_tokens, CPU).train()
     step = RealStep(config)
-    assert counted.frozen == sum(
-        p.numel() * p.element_size() for p in step.denoiser.parameters() if not p.requires_grad
-    )
+    tensors = (*step.denoiser.parameters(), *step.denoiser.buffers())
+    assert counted.frozen == sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad)
     assert counted.adapter == sum(4 * parameter.numel() for parameter in step.trainable.values())
     assert counted.activations + counted.gradients == pytest.approx(step.peak(), rel=0.1)
 

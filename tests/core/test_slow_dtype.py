@@ -25,7 +25,7 @@ FAST = {"convolution": 0.002, "matrix product": 0.001}
 
 
 def model(dtype: str = "bfloat16", pretrained: Path | str = "data/base") -> ModelParams:
-    return ModelParams(family="sd", pretrained=str(pretrained), variant=None, dtype=dtype)
+    return ModelParams(family="sd", pretrained=str(pretrained), variant=None, dtype=dtype, quantization=None)
 
 
 def logged(convolution: float, product: float, caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -109,7 +109,7 @@ from lora_dag.core.params import ModelParams
 torch.set_num_threads(1)
 slow_dtype.widths = lambda model: (256, 640)
 began = time.thread_time()
-found = slow_dtype.times(ModelParams(family="sd", pretrained="-", variant=None, dtype="bfloat16"))
+found = slow_dtype.times(ModelParams(family="sd", pretrained="-", variant=None, dtype="bfloat16", quantization=None))
 print(json.dumps([time.thread_time() - began, found]))
 """
 

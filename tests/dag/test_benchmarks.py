@@ -240,5 +240,6 @@ def test_thin_bases_have_the_layout_that_stages_read(tmp_path: Path) -> None:
 
     Workplace(tmp_path, DRY_SD15, num_images=1).create("float32", "float32")
     assert TINY.family == DRY_SD15.family
-    model = ModelParams(family="sd", pretrained=str(tmp_path / "data/base"), variant=None, dtype="float32")
+    base = str(tmp_path / "data/base")
+    model = ModelParams(family="sd", pretrained=base, variant=None, dtype="float32", quantization=None)
     assert diffusers_folder.folder_problems(model, load_family("sd")) == []

@@ -27,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture
 def model(tiny_base: Path, tmp_path: Path) -> ModelParams:
     shutil.copytree(tiny_base, tmp_path / "base")
-    return ModelParams(family="sd", pretrained=str(tmp_path / "base"), variant=None, dtype="float32")
+    return ModelParams(family="sd", pretrained=str(tmp_path / "base"), variant=None, dtype="float32", quantization=None)
 
 
 def edit_weights(model: ModelParams, component: str, change: Callable[[Tensors], None]) -> None:

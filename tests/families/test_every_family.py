@@ -48,7 +48,7 @@ def family(name: str) -> Family:
 
 @pytest.fixture
 def model(name: str, bases: dict[str, Path]) -> ModelParams:
-    return ModelParams(family=name, pretrained=str(bases[name]), variant=None, dtype="float32")
+    return ModelParams(family=name, pretrained=str(bases[name]), variant=None, dtype="float32", quantization=None)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ SHAPES = ((1, 16, 8, 8), (2, 16, 4, 12), (3, 16, 12, 4), (2, 4, 2, 2))
 
 
 def params(base: Path) -> ModelParams:
-    return ModelParams(family="flux", pretrained=str(base), variant=None, dtype="float32")
+    return ModelParams(family="flux", pretrained=str(base), variant=None, dtype="float32", quantization=None)
 
 
 def draw(*shape: int) -> torch.Tensor:

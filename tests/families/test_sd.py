@@ -43,7 +43,7 @@ def sd15(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def params(folder: Path, variant: str | None = "fp16") -> ModelParams:
-    return ModelParams(family="sd", pretrained=str(folder), variant=variant, dtype="float32")
+    return ModelParams(family="sd", pretrained=str(folder), variant=variant, dtype="float32", quantization=None)
 
 
 def test_the_hub_layout_is_accepted_and_digests_cover_the_variant(sd15: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_everything_loaded_is_frozen_and_in_eval_mode(sd15: Path) -> None:
 
 def test_small_latents_in_bfloat16_are_attended_without_sdpa_on_a_cpu(tiny_base: Path) -> None:
     for dtype, processor in (("bfloat16", "AttnProcessor"), ("float32", "AttnProcessor2_0")):
-        model = ModelParams(family="sd", pretrained=str(tiny_base), variant=None, dtype=dtype)
+        model = ModelParams(family="sd", pretrained=str(tiny_base), variant=None, dtype=dtype, quantization=None)
         unet = sd.load_denoiser(model, torch.device("cpu"))
         assert {type(found).__name__ for found in unet.attn_processors.values()} == {processor}
 

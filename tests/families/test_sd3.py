@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def params(base: Path) -> ModelParams:
-    return ModelParams(family="sd3", pretrained=str(base), variant=None, dtype="float32")
+    return ModelParams(family="sd3", pretrained=str(base), variant=None, dtype="float32", quantization=None)
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_time_ids_are_no_part_of_the_store(prepared: Workspace) -> None:
 
 
 def test_the_vae_is_float32_for_every_model_dtype(bases: dict[str, Path]) -> None:
-    model = ModelParams(family="sdxl", pretrained=str(bases["sdxl"]), variant=None, dtype="bfloat16")
+    model = ModelParams(family="sdxl", pretrained=str(bases["sdxl"]), variant=None, dtype="bfloat16", quantization=None)
     assert sdxl.vae_dtype(model) == "float32"
     pipe = sdxl.load_pipeline(model, CPU)
     assert pipe.unet.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float32
@@ -132,7 +132,7 @@ def forces_zeros(request: pytest.FixtureRequest, workspace: Workspace, bases: di
 
 
 def model_params() -> ModelParams:
-    return ModelParams(family="sdxl", pretrained="data/base", variant=None, dtype="float32")
+    return ModelParams(family="sdxl", pretrained="data/base", variant=None, dtype="float32", quantization=None)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ Source: ComfyUI 17358c8, comfy/lora.py ``model_lora_keys_unet`` under Lumina2, c
 
 
 def params(base: Path) -> ModelParams:
-    return ModelParams(family="z_image", pretrained=str(base), variant=None, dtype="float32")
+    return ModelParams(family="z_image", pretrained=str(base), variant=None, dtype="float32", quantization=None)
 
 
 @pytest.fixture

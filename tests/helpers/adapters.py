@@ -50,7 +50,7 @@ PLAIN: dict[str, Any] = {
 
 
 def load(base: Path, dtype: Any = "float32") -> torch.nn.Module:
-    model = ModelParams(family="sd", pretrained=str(base), variant=None, dtype=dtype)
+    model = ModelParams(family="sd", pretrained=str(base), variant=None, dtype=dtype, quantization=None)
     return sd.load_denoiser(model, torch.device("cpu"))
 
 

@@ -108,7 +108,7 @@ def test_feature_model_is_optional() -> None:
 def test_heldout_images_equal_the_stock_vae(bases: dict[str, Path], name: str, tmp_path: Path) -> None:
     """Against encode and decode of the stock VAE, which knows no shift and scale; two shapes, batches of two."""
     family, device = load_family(name), torch.device("cpu")
-    model = ModelParams(family=name, pretrained=str(bases[name]), variant=None, dtype="float32")
+    model = ModelParams(family=name, pretrained=str(bases[name]), variant=None, dtype="float32", quantization=None)
     vae = family.load_vae(model, device)
     sizes = [(32, 32), (32, 32), (48, 32), (32, 32)]
     pixels = [

@@ -107,7 +107,8 @@ def base_inputs(revision: RevisionReport) -> dict[str, Any]:
     """Return all that affects the base's image for a prompt."""
     settings = {key: value for key, value in revision.lineage["validate"].items() if key in SAMPLING}
     size = revision.lineage["sheet"]["image"]
-    return settings | {"base": revision.lineage["base"], "dtype": revision.lineage["model"]["dtype"], "size": size}
+    model = {key: revision.lineage["model"].get(key) for key in ("dtype", "quantization")}
+    return settings | model | {"base": revision.lineage["base"], "size": size}
 
 
 def sliders(revisions: Sequence[RevisionReport]) -> Markup:
