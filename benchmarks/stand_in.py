@@ -18,8 +18,13 @@ SIDE = 96
 """Pixels of the images, before prepare brings them to 64."""
 
 
-def make_base(folder: Path) -> None:
-    """Write a random StableDiffusionPipeline of 0.1 M parameters, with 8 pixels per latent pixel."""
+def make_base(folder: Path, text_width: int = 16, attention: bool = False) -> None:
+    """Write a random StableDiffusionPipeline of 0.1 M parameters, with 8 pixels per latent pixel.
+
+    Args:
+        text_width: features of a token that the UNet takes.
+        attention: whether the UNet takes tokens at all.
+    """
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -53,9 +58,9 @@ def make_base(folder: Path) -> None:
         sample_size=8,
         block_out_channels=(8,),
         layers_per_block=1,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D" if attention else "DownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D" if attention else "UpBlock2D",),
+        cross_attention_dim=text_width,
         attention_head_dim=8,
         norm_num_groups=8,
     )

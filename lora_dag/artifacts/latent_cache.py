@@ -4,15 +4,17 @@ manifest.json       items (file name, split, captions, content id, keys), captio
 images/<p>.safetensors   per view key: ``<key>.mean`` and ``<key>.std``, float32 [C, H/f, W/f]; conditioning by the
                          view for some models, such as ``<key>.add_time_ids`` [6]
 masks/<p>.safetensors    per mask key: ``<key>.mask``, float32 [1, H/f, W/f]
-text/<p>.safetensors     per text key: one tensor per conditioning input, such as ``<key>.prompt_embeds`` [L, D]
+text/<p>.safetensors     per text key: one tensor per conditioning input, such as ``<key>.prompt_embeds`` [L, D], and
+                         its full shape if zeros at its end are left out; see packing.py
 
 Latents are in the denoiser's space: shifted and scaled by the VAE's config. An entry is in the shard of its owner, the
 first image by file name that uses it. Shards are named by the digest of their owners' names: an edited image rewrites
 one shard of images, an edited caption one shard of text (two, if the owner changes). Datasets of more than 2048 images
 have 256 shards of each kind instead of 16: image 2049 rewrites all shards once.
 
-Every entry is on the disk twice, in the store and here. A caption of SD 1.5 takes 237 KB, a view of 512 x 512
-pixels 131 KB: 10,000 images with one caption and one view take 3.7 GB here, with eight caption variants each 20 GB.
+Every entry is on the disk twice, in the store and here. A caption of SD 1.5 takes 237 KB in float32, and a view of
+512 x 512 pixels 131 KB: 10,000 images with one caption and one view take 3.7 GB here, with eight caption variants each
+20 GB. In bfloat16 or float16 a caption takes half, except for SD 1.5 on a GPU: autocast runs its last norm in float32.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
+from lora_dag.artifacts import packing
 from lora_dag.artifacts.manifest import Split
 from lora_dag.core.console import Problem, UserError
 from lora_dag.core.files import artifact_errors, from_json, sha256_file, sha256_json, write_json
-from lora_dag.core.tensors import load_tensors, save_tensors
+from lora_dag.core.tensors import MappedTensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +75,8 @@ class Contents:
     conditioning: Annotated[list[str], Field(min_length=1)]
     items: Annotated[list[CachedItem], Field(min_length=1)]
     shards: dict[ShardName, Digest]
+    text_form: Literal[1, 2] = 1
+    """Form of the embeddings. A version that does not know a form refuses the manifest."""
     view_conditioning: tuple[str, ...] = ()
 
 
@@ -79,9 +84,9 @@ CONTENTS = TypeAdapter(Contents)
 
 
 class LatentCache:
-    """The whole cache, mapped into memory: the system reads pages when they are used, and may drop them again.
+    """The whole cache, mapped into memory. Callers must not change its tensors.
 
-    The used part should fit into memory: for SD 1.5 in float32, 10,000 views take 1.3 GB and as many captions 2.4 GB.
+    The memory of the process grows with the tensors that callers keep, not with the cache, except for an index.
 
     Raises:
         UserError: a shard is missing or does not match its recorded digest.
@@ -97,9 +102,9 @@ class LatentCache:
             contents = CONTENTS.validate_json(text, strict=True)
             self.manifest: dict[str, Any] = from_json(text)
         self.items = contents.items
-        self.tensors: dict[str, torch.Tensor] = {}
+        self.tensors = MappedTensors()
         for name, digest in contents.shards.items():
-            self.tensors |= load_shard(folder / name, digest)
+            add_shard(self.tensors, folder / name, digest)
         with artifact_errors(path, "stages.cache_latents"):
             for item in self.items:  # check all entries that stages use
                 self._require(item)
@@ -132,13 +137,20 @@ class LatentCache:
         return self.tensors[f"{key}.mask"].float()
 
     def prompt(self, caption: str, view: str | None = None) -> dict[str, torch.Tensor]:
-        """Return conditioning without a batch dimension, such as ``{"prompt_embeds": [L, D]}``.
+        """Return conditioning without a batch dimension, such as ``{"prompt_embeds": [L, D]}``, in float32.
 
         Args:
             view: key of the view, for conditioning by the view.
         """
+        return {name: tensor.float() for name, tensor in self.stored_prompt(caption, view).items()}
+
+    def stored_prompt(self, caption: str, view: str | None = None) -> dict[str, torch.Tensor]:
+        """Return the same values in the dtypes of the files, which take less memory."""
         key = self.manifest["captions"][caption]
-        found = {name: self.tensors[f"{key}.{name}"] for name in self.manifest["conditioning"]}
+        found = {
+            name: packing.unpack(self.tensors[f"{key}.{name}"], self.tensors.get(f"{key}.{name}{packing.SHAPE}"))
+            for name in self.manifest["conditioning"]
+        }
         return found | ({} if view is None else {name: self.tensors[f"{view}.{name}"] for name in self.by_view})
 
     @property
@@ -157,12 +169,10 @@ class LatentCache:
             raise KeyError(missing[0] if missing else f"views of {item.file_name}")
 
 
-def load_shard(path: Path, digest: str) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-
-    with contextlib.suppress(SafetensorError):  # if the digest was edited too
-        if path.is_file() and sha256_file(path) == digest:
-            return load_tensors(path)
+def add_shard(tensors: MappedTensors, path: Path, digest: str) -> None:
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        if tensors.add(path) == digest:
+            return
     text = f"{path}: missing or damaged. Run `python -m stages.cache_latents` again."
     raise UserError(Problem("artifact-damaged", text))
 
@@ -175,14 +185,16 @@ def write(
     conditioning: list[str],
     load: Callable[[str, str], dict[str, torch.Tensor]],
     view_conditioning: Sequence[str] = (),
+    text_form: int = packing.FLOAT32,
 ) -> None:
     """Write the cache from entries that ``load(kind, key)`` returns, where kind is ``images``, ``masks`` or ``text``.
 
     Args:
         captions: caption -> key, including the empty caption.
         base: component -> digest of the base model.
-        conditioning: sorted names of a text entry's tensors.
+        conditioning: sorted names of a caption's embeddings.
         view_conditioning: sorted names of a view's tensors beside mean and std.
+        text_form: form of the embeddings.
     """
     rows = sorted(items, key=lambda item: item.file_name)
     digits = 1 if len(rows) <= MANY else 2
@@ -196,7 +208,7 @@ def write(
             tensors = {f"{key}.{part}": value for key in keys for part, value in load(kind, key).items()}
             save_tensors(folder / name, tensors, sync=False)  # its digest is in the manifest
             shards[name] = sha256_file(folder / name)
-    manifest = contents(rows, captions, base, conditioning, view_conditioning)
+    manifest = contents(rows, captions, base, conditioning, view_conditioning, text_form)
     write_json(folder / "manifest.json", manifest | {"shards": shards})
 
 
@@ -205,10 +217,13 @@ def contents(
     captions: dict[str, str],
     base: dict[str, str],
     conditioning: list[str],
-    view_conditioning: Sequence[str] = (),
+    view_conditioning: Sequence[str],
+    text_form: int,
 ) -> dict[str, Any]:
     """Return the manifest without digests of shards, for rows sorted by file name."""
-    fields = {"base": base, "captions": captions, "conditioning": conditioning, "items": [asdict(row) for row in rows]}
+    fields: dict[str, Any] = {"base": base, "captions": captions, "conditioning": conditioning}
+    fields |= {"items": [asdict(row) for row in rows]}
+    fields |= {} if text_form == packing.FLOAT32 else {"text_form": text_form}
     return fields | ({"view_conditioning": list(view_conditioning)} if view_conditioning else {})
 
 

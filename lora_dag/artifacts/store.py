@@ -1,7 +1,9 @@
 """The content-addressed store: encoded images and captions in the state directory, where no DAG tool deletes them.
 
 <state>/store/<kind>/<2 hex>/<key>.safetensors   kind: ``latents``, ``masks`` or ``text``; cache_latents/keys.py defines
-                                                 keys; the metadata has the environment of an entry
+                                                 keys; the metadata has the environment of an entry; packing.py
+                                                 defines the form of text. Earlier versions kept text in form 1, under
+                                                 other keys: cache_latents converts these entries, gc deletes them
 <state>/store/last.json, proven.json             notes of cache_latents; no result depends on them
 <state>/store/inspected-*.sqlite                 inspection cache of prepare
 """

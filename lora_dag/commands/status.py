@@ -50,6 +50,7 @@ def log_status(context: Context, prepared: Path, latents: Path) -> None:
         work.kind: unusable_entries(context.store, work.kind, work.jobs, environments)
         for work in (views, captions, masks)
     }
+    drop_convertible(unusable["text"], captions, environments)
     changed = changed_files(context, context.manifest.items)
     reasons = {
         item.file_name: file_changes(item, changed) or invalid_reasons(item, last_run, views, captions, masks, unusable)
@@ -117,6 +118,15 @@ def unusable_entries(store: Store, kind: Kind, keys: Iterable[str], environments
             exists = store.path(kind, key).exists()
             reasons[key] = "entry damaged" if exists else "entry missing from the store"
     return reasons
+
+
+def drop_convertible(unusable: dict[str, str], captions: CaptionEncoder, environments: EnvironmentMix) -> None:
+    """Remove the captions that a run converts from an earlier version instead of encoding them."""
+    for key in list(unusable):
+        entry = captions.load_earlier(key)
+        if entry is not None:
+            environments.add("text", key, entry.made_by)
+            del unusable[key]
 
 
 def fallbacks(*works: LatentEncoder | CaptionEncoder) -> list[Problem]:

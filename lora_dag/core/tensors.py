@@ -1,8 +1,12 @@
-"""safetensors files: written whole, one byte sequence for one content; their headers read without the tensors."""
+"""safetensors files: written whole, one byte sequence for one content; read whole, by tensor, or the header only."""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
+import mmap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +14,11 @@ from lora_dag.core.files import atomic, from_json
 
 if TYPE_CHECKING:
     import torch
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+"""Dtype in a safetensors header -> its name in torch, for files that are mapped."""
+MAX_MAPPED = 2**26
+LIBC = ctypes.CDLL(None)
 
 
 def save_tensors(
@@ -43,6 +52,70 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
+
+
+class MappedTensors(Mapping[str, "torch.Tensor"]):
+    """Tensors of safetensors files, mapped into memory and not copied; callers must not change them.
+
+    The process keeps about MAX_MAPPED bytes of the files in its memory, however large they are. A file that is replaced
+    meanwhile is still read as it was. Names are distinct over all files.
+    """
+
+    def __init__(self) -> None:
+        self.files: list[torch.Tensor] = []  # each the whole file, uint8 [bytes]
+        self.places: dict[str, tuple[int, int, int, str, tuple[int, ...]]] = {}  # file, begin, end, dtype, shape
+        self.num_bytes = 0  # read since the pages were last given back
+
+    def add(self, path: Path) -> str:
+        """Map a file and return the sha256 of the mapped bytes.
+
+        Raises:
+            ValueError: the file is damaged.
+            OSError, RuntimeError: the file cannot be read.
+        """
+        import torch
+
+        file = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        digest = hashlib.sha256()
+        for part in file.split(MAX_MAPPED):
+            digest.update(part.numpy())
+            give_back(file)
+        start = 8 + int.from_bytes(file[:8].numpy(), "little")
+        try:
+            header = json.loads(file[8:start].numpy().tobytes())
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    begin, end = (start + offset for offset in entry["data_offsets"])
+                    self.places[name] = (len(self.files), begin, end, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(str(path)) from error
+        self.files.append(file)
+        return digest.hexdigest()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        import torch
+
+        file, begin, end, dtype, shape = self.places[name]
+        self.num_bytes += end - begin
+        if self.num_bytes > MAX_MAPPED:
+            self.num_bytes = 0
+            for mapped in self.files:
+                give_back(mapped)
+        return self.files[file][begin:end].view(getattr(torch, dtype)).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+
+def give_back(file: torch.Tensor) -> None:
+    """Remove the pages of a mapped file from the memory of this process; the next use reads them again."""
+    LIBC.madvise(ctypes.c_void_p(file.data_ptr()), ctypes.c_size_t(file.numel()), mmap.MADV_DONTNEED)
 
 
 def load_metadata(path: Path) -> dict[str, str]:

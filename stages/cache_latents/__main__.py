@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_dag.artifacts import latent_cache, metrics
+from lora_dag.artifacts import latent_cache, metrics, packing
 from lora_dag.artifacts.latent_cache import CachedItem
 from lora_dag.core import params
 from lora_dag.core.console import log, parser, run, warn
@@ -115,10 +115,10 @@ def assemble(folder: Path, views: LatentEncoder, captions: CaptionEncoder, masks
     environments = EnvironmentMix()
     load = make_loader({"images": views, "text": captions, "masks": masks}, environments)
     (folder / "manifest.json").unlink(missing_ok=True)
-    conditioning = sorted(load("text", captions.keys[""]))
+    conditioning = packing.names(load("text", captions.keys[""]))
     by_view = sorted(views.conditioning(next(iter(views.jobs))))
     items, base = cached_items(views, masks), views.context.base
-    latent_cache.write(folder, items, captions.keys, base, conditioning, load, by_view)
+    latent_cache.write(folder, items, captions.keys, base, conditioning, load, by_view, captions.form)
     current = {"manifest.json", *read_json(folder / "manifest.json")["shards"]}
     for path in sorted(folder.rglob("*"), reverse=True):  # files before their folders
         if path.is_file() and path.relative_to(folder).as_posix() not in current:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from lora_dag.artifacts.store import Kind
 from lora_dag.core.console import Problem, UserError, plural, warn
 from lora_dag.core.time_estimate import Work
 from stages.cache_latents.context import Context
-from stages.cache_latents.encoding import Encoder, OutOfMemory, encode_all
+from stages.cache_latents.encoding import Encoder, OutOfMemory, Tensors, encode_all
 from stages.cache_latents.keys import Setting
 from stages.cache_latents.params import CacheParams
 
@@ -44,6 +43,12 @@ class EntryEncoder(EntryMaker, Protocol):
 
     def __init__(self, context: Context, setting: Setting) -> None: ...
 
+    def save(self, key: str, tensors: Tensors) -> None:
+        """Put an encoded entry into the store."""
+
+    def reuse(self, keys: list[str]) -> list[str]:
+        """Make missing entries from those of an earlier version, and return the keys that are still missing."""
+
     def units(self, key: str) -> int:
         """Return the amount that the time to encode an entry is proportional to."""
 
@@ -63,7 +68,7 @@ def encode_missing(build: type[E], context: Context) -> E:
     settings = settings_to_try(context.requested_setting(build.kind), build.kind)
     for setting, smaller in zip(settings, [*settings[1:], None], strict=True):
         work = build(context, setting)
-        missing = [key for key in work.jobs if not context.store.has(work.kind, key)]
+        missing = work.reuse([key for key in work.jobs if not context.store.has(work.kind, key)])
         try:
             if missing:
                 fill_timed(work, missing)
@@ -102,9 +107,7 @@ def fill_timed(work: EntryEncoder, keys: list[str]) -> None:
 
 
 def encode_into_store(work: EntryEncoder, encoder: Encoder[Any], keys: list[str]) -> None:
-    context = work.context
-    verified_shapes = context.verified_shapes(work.kind, work.setting)
-    encode_all(encoder, keys, partial(context.save, work.kind), verified_shapes)
+    encode_all(encoder, keys, work.save, work.context.verified_shapes(work.kind, work.setting))
     work.encoded |= set(keys)
 
 

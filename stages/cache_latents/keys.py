@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lora_dag.artifacts import packing
 from lora_dag.artifacts.manifest import Item, Manifest, View
 from lora_dag.core.files import sha256_json
 
@@ -48,9 +49,13 @@ def image_key(item: Item, view: View, manifest: Manifest, setting: Setting) -> s
     return sha256_json(view_inputs(item, view, manifest) | {"vae": setting.components} | setting.key_fields())
 
 
-def caption_key(caption: str, setting: Setting) -> str:
-    """Return the key of the embeddings of one caption."""
-    return sha256_json({"caption": caption, "text": setting.components} | setting.key_fields())
+def caption_key(caption: str, setting: Setting, form: int) -> str:
+    """Return the key of the embeddings of one caption in a form, which versions that do not know the form never read.
+
+    The key of form 1 does not name it, as in the first version.
+    """
+    fields = {"caption": caption, "text": setting.components} | setting.key_fields()
+    return sha256_json(fields | ({} if form == packing.FLOAT32 else {"text_form": form}))
 
 
 def mask_key(item: Item, view: View, manifest: Manifest, factor: int) -> str:

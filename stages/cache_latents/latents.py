@@ -43,6 +43,13 @@ class LatentEncoder:
         items = [self.jobs[key].item for key in keys]
         report_changed_files(lambda: encode_into_store(self, self.encoder, keys), self.context, items)
 
+    def save(self, key: str, tensors: Tensors) -> None:
+        self.context.save(self.kind, key, tensors)
+
+    def reuse(self, keys: list[str]) -> list[str]:
+        """Return all keys: latents have one form."""
+        return keys
+
     @cached_property
     def encoder(self) -> Encoder[torch.Tensor]:
         import torch

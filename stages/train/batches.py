@@ -28,7 +28,7 @@ class Batch:
     added_noise: torch.Tensor  # [B, C, h, w] float32, noise in the noisy latents: equal to noise, or perturbed
     timesteps: torch.Tensor  # [B] int64
     captions: list[str]  # B captions; empty where dropped
-    prompt: dict[str, torch.Tensor]  # name -> cached conditioning, [B, ...]
+    prompt: dict[str, torch.Tensor]  # name -> cached conditioning, [B, ...]; float32 on the device
     weights: torch.Tensor  # [B] float32, loss_weight of each image
     masks: torch.Tensor | None  # [B, 1, h, w] float32; None if no image of the run has a mask
 
@@ -42,8 +42,9 @@ class Batch:
         return replace(self._combine([self], lambda tensors: tensors[0][:count]), captions=self.captions[:count])
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
-        return self._combine([self], lambda tensors: tensors[0].to(device))
+        """Return the batch on a device, with the conditioning in float32."""
+        moved = self._combine([self], lambda tensors: tensors[0].to(device))
+        return replace(moved, prompt={name: tensor.float() for name, tensor in moved.prompt.items()})
 
     @classmethod
     def _combine(cls, parts: Sequence[Batch], combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> Batch:
@@ -114,7 +115,7 @@ class Batches:
         dropped = torch.rand((), generator=draw("prompt")) < self.params.prompt_dropout
         chosen = item.captions[int(torch.randint(len(item.captions), (), generator=draw("caption")))]
         caption = "" if dropped else chosen
-        prompt = self.cache.prompt(caption, item.views[view])
+        prompt = self.cache.stored_prompt(caption, item.views[view])
         if dropped:
             prompt |= {name: torch.zeros_like(prompt[name]) for name in self.zeroed}
         mask = self.cache.mask(item.masks[view]) if item.masks else torch.ones_like(mean[:1])  # [1, h, w]

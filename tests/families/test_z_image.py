@@ -12,6 +12,7 @@ import torch
 from diffusers import ZImagePipeline
 
 from lora_dag.adapters.targets import PRESETS, adaptable, matched_groups, presets
+from lora_dag.artifacts import packing
 from lora_dag.bases import component_files
 from lora_dag.core.params import ModelParams
 from lora_dag.core.tensors import load_metadata, load_tensors
@@ -87,6 +88,15 @@ def test_padding_does_not_change_predictions(model: ModelParams) -> None:
     expected = z_image.predict(denoiser, noisy, timesteps, prompt)
     prompt["prompt_embeds"] = torch.where(prompt["prompt_embeds_mask"][..., None] == 0, 9.0, prompt["prompt_embeds"])
     assert torch.equal(z_image.predict(denoiser, noisy, timesteps, prompt), expected)
+
+
+@torch.no_grad()
+def test_only_own_tokens_are_on_the_disk(model: ModelParams) -> None:
+    prompt = z_image.encode_prompts(z_image.load_text(model, CPU), CAPTIONS)
+    for index, length in enumerate([28, 41, 19, 139]):
+        packed = packing.pack({name: tensor[index] for name, tensor in prompt.items()}, model.dtype)
+        assert packed["prompt_embeds"].shape == (length, 32) and packed["prompt_embeds_mask"].shape == (length,)
+        assert packed["prompt_embeds.shape"].tolist() == [512, 32]
 
 
 @torch.no_grad()

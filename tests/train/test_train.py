@@ -173,14 +173,14 @@ def test_cached_loss_equals_uncached_loss(encoded: Workspace, reference: Path, m
         encodings.append(key)
         return mean, std
 
-    def prompt(self: LatentCache, caption: str, view: str | None = None) -> dict[str, torch.Tensor]:
+    def stored_prompt(self: LatentCache, caption: str, view: str | None = None) -> dict[str, torch.Tensor]:
         return {name: tensor[0].clone() for name, tensor in sd.encode_prompts(text, [caption]).items()}
 
     for key in list(by_key)[:3]:
         for cached, direct in zip(cache.latents(key), latents(cache, key), strict=True):
             torch.testing.assert_close(cached, direct, atol=1e-5, rtol=1e-4)
     monkeypatch.setattr(LatentCache, "latents", latents)
-    monkeypatch.setattr(LatentCache, "prompt", prompt)
+    monkeypatch.setattr(LatentCache, "stored_prompt", stored_prompt)
     encoded.run("train", *LONG)
     assert len(encodings) >= 3 + 12
     with (reference / "reports/train/loss.csv").open() as file:
