@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -16,8 +16,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lora_dag.core.console import log
 from lora_dag.core.time_estimate import duration
 
+if TYPE_CHECKING:
+    import torch
+
 MB = 10**6
 SECONDS = 10  # between two lines of a bar where there is no terminal
+SLOW = 0.1  # items per second; below, the seconds of an item are shown
 T = TypeVar("T")
 
 
@@ -57,7 +61,8 @@ class Bar:
         if self.bar.disable and self.done and now >= self.logged + SECONDS:
             self.logged, rate = now, self.done / (now - self.began)
             left, unit = duration((self.total - self.done) / rate), f" {self.unit}"
-            total, speed = f"{self.total}{unit.rstrip()}", f"{rate:8.1f}{unit}/s"
+            speed = f"{rate:8.1f}{unit}/s" if rate >= SLOW else f"{1 / rate:8.1f} s each"
+            total = f"{self.total}{unit.rstrip()}"
             log.info("%-11s %7d of %s  %s  ETA %s", self.name, self.done, total, speed, left)
 
     def skip(self, count: int) -> None:
@@ -104,6 +109,13 @@ def elapsed(name: str, text: str, every: float = SECONDS) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def show_elapsed(module: torch.nn.Module, name: str, text: str, every: float = SECONDS) -> None:
+    """Log a line at each interval while a call of the module runs, for calls that may take minutes on a CPU."""
+    running = contextlib.ExitStack()
+    module.register_forward_pre_hook(lambda *_: running.enter_context(elapsed(name, text, every)))
+    module.register_forward_hook(lambda *_: running.close(), always_call=True)
 
 
 def counted(name: str, items: Iterable[T], total: int) -> Iterator[T]:

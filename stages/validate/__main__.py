@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts import lineage, metrics
 from lora_dag.core import params
-from lora_dag.core.console import log, parser, run
+from lora_dag.core.console import log, parser, plural, run
 from lora_dag.core.device import environment, return_freed_memory, speed_conditions
 from lora_dag.core.files import sha256_file, write_json, write_text
-from lora_dag.core.progress import Bar
+from lora_dag.core.progress import Bar, elapsed
 from lora_dag.core.stage_start import log_stage_start
 from lora_dag.core.time_estimate import Work
 from lora_dag.evaluation import heldout_table
@@ -43,10 +43,14 @@ def main() -> None:
     began, eval_set = time.monotonic(), inputs.eval_set
     pixels = math.prod(eval_set.image_size)
     speed = speed_conditions(eval_set.device, eval_set.model, inputs.base_digests[eval_set.family.DENOISER])
-    work = Work("validate", speed, passes.num_planned(eval_set, inputs.adapter, inputs.settings) * pixels)
+    plan = passes.plan(eval_set, inputs.adapter, inputs.settings)
+    work = Work("validate", speed, plan.num_passes * pixels)
     work.announce("at most ")
+    counts = plan.num_passes, plan.num_losses, plural(plan.num_images, "image")
+    log.info("passes      at most %d of the denoiser, for %d losses and %s", *counts)
     results = evaluate(inputs)
-    measured = write_reports(args.reports, results)
+    with elapsed("write", "reports and sheets"):
+        measured = write_reports(args.reports, results)
     run_facts = {"environment": environment(eval_set.device), "of": sha256_file(args.reports / "metrics.json")}
     write_json(args.reports / "validate" / "run.json", run_facts | resources_used(eval_set.device, began))
     if results.num_passes * pixels > work.amount / 2:  # a run of cache hits spends its time on other things
@@ -60,7 +64,7 @@ def evaluate(inputs: Inputs) -> Results:
     settings, eval_set, adapter = inputs.settings, inputs.eval_set, inputs.adapter
     feature_model = features.load(settings, eval_set.device)
     result_cache = ResultCache(cache_conditions(inputs))
-    with Bar("validate", passes.num_planned(eval_set, adapter, settings)) as bar:
+    with Bar("validate", passes.plan(eval_set, adapter, settings).num_passes) as bar:
         scored, vae = score_snapshots(inputs, result_cache, bar)
         gc.collect()  # frees the pipeline, whose parts refer to each other
         return_freed_memory()
@@ -155,8 +159,9 @@ def log_end(reports: Path, measured: dict[str, Any], num_steps: int) -> None:
     log.info("held-out    loss %.6f, base %.6f", measured["val.loss"], measured["val.loss_base"])
     for label, name in (("change", "val.loss_change"), ("drift", "drift.loss_change")):
         if name in measured:
-            values = (f"{measured[f'{name}{bound}']:+z.6f}" for bound in ("", "_low", "_high"))
-            log.info("%-11s %s, 95%% interval %s to %s", label, *values)
+            change, low, high = (measured[f"{name}{bound}"] for bound in ("", "_low", "_high"))
+            interval = "no interval" if math.isnan(low) else f"95% interval {low:+z.6f} to {high:+z.6f}"
+            log.info("%-11s %+.6f, %s", label, change, interval)
     if "val.quantization_price" in measured:
         bounds = (100 * measured[f"val.quantization_price{bound}"] for bound in ("", "_low", "_high"))
         log.info("quantized   held-out loss %+.2f %%, 95%% interval %+.2f to %+.2f, against the base as it is", *bounds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_dag.core.progress import Bar
@@ -15,15 +16,25 @@ if TYPE_CHECKING:
     from stages.validate.params import ValidateParams
 
 
-def num_planned(eval_set: EvalSet, adapter: Adapter, settings: ValidateParams) -> int:
-    """Return the passes of the denoiser that ``score_snapshots`` needs for base, snapshots and final adapter."""
+@dataclass(frozen=True)
+class Plan:
+    """Work of ``score_snapshots`` for base, snapshots and final adapter, without cache hits."""
+
+    num_losses: int
+    num_images: int
+    num_passes: int
+    """Passes of the denoiser, one for each loss and one or two for each step of an image."""
+
+
+def plan(eval_set: EvalSet, adapter: Adapter, settings: ValidateParams) -> Plan:
+    """Count the losses and samples of all states."""
     num_snapshots, num_prompts = len(adapter.snapshots), len(settings.prompts)
     num_scaled = sum(scale != 1 for scale in settings.scales)
-    num_rows = len(eval_set.rows) * (2 + num_snapshots) + 2 * settings.num_timesteps * len(settings.drift_prompts)
+    num_losses = len(eval_set.rows) * (2 + num_snapshots) + 2 * settings.num_timesteps * len(settings.drift_prompts)
     if unquantized.is_measured(eval_set, settings):
-        num_rows += len(unquantized.heldout(eval_set).rows)
+        num_losses += len(unquantized.heldout(eval_set).rows)
     num_images = num_prompts * (2 * settings.num_seeds + num_snapshots + num_scaled) + len(settings.drift_prompts)
-    return num_rows + num_images * passes_per_image(eval_set, settings)
+    return Plan(num_losses, num_images, num_losses + num_images * passes_per_image(eval_set, settings))
 
 
 def passes_per_image(eval_set: EvalSet, settings: ValidateParams) -> int:

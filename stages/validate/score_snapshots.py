@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts.adapter import FINAL, snapshot_name
 from lora_dag.core.console import Problem, UserError, log
+from lora_dag.core.progress import elapsed, show_elapsed
 from lora_dag.evaluation import bootstrap
 from lora_dag.families import common
 from stages.validate import drift, unquantized
@@ -114,6 +115,7 @@ def score_snapshots(inputs: Inputs, result_cache: ResultCache, bar: Bar) -> tupl
     layers = adapter_set.inject_into_pipeline(pipeline, eval_set.family.DENOISER, adapter)
     text = eval_set.family.text_of(pipeline) if adapter.text_lora else None
     passes = Passes(bar, getattr(pipeline, eval_set.family.DENOISER))
+    show_elapsed(getattr(pipeline, eval_set.family.DENOISER), "validate", f"a pass of the {eval_set.family.DENOISER}")
     scorer = SnapshotScorer(eval_set, pipeline, text, sampling, settings, result_cache, passes)
     scored, vae = ScoresAndSamples(), Vae(eval_set, pipeline.vae)
 
@@ -180,8 +182,9 @@ def load_pipeline(inputs: Inputs, sampling: Sampling) -> tuple[Any, Prompts]:
         part = family.load_pipeline(model, eval_set.device, **{family.DENOISER: None, "vae": None})
         denoiser_config = SimpleNamespace(**common.config(model, family.DENOISER))
         setattr(part, family.DENOISER, SimpleNamespace(config=denoiser_config))  # SD 3 without T5 reads it
-        encoded = encode_prompts(part, samplings, is_guided(eval_set, settings), model)
-        captions = encode_captions(eval_set, settings.drift_prompts, family.text_of(part))
+        with elapsed("encode", "the prompts"):
+            encoded = encode_prompts(part, samplings, is_guided(eval_set, settings), model)
+            captions = encode_captions(eval_set, settings.drift_prompts, family.text_of(part))
         del part
         gc.collect()
         device.return_freed_memory()

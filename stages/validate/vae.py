@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_dag.core.device import autocast
+from lora_dag.core.progress import show_elapsed
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,9 @@ class Vae:
         self.model = eval_set.model.model_copy(update={"dtype": eval_set.family.vae_dtype(eval_set.model)})
         is_same = loaded is not None and loaded.dtype == getattr(torch, self.model.dtype)
         self.vae = loaded if is_same else eval_set.family.load_vae(self.model, self.device)
+        for vae in {id(vae): vae for vae in (loaded, self.vae) if vae is not None}.values():
+            show_elapsed(vae.encoder, "encode", "images")
+            show_elapsed(vae.decoder, "decode", "images")
 
     def encode(self, image: Image.Image) -> torch.Tensor:
         """Return the posterior's mean with the cache's shift and scale, float32 [C, H/f, W/f]."""

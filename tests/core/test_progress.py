@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_dag.core import progress, time_estimate
-from lora_dag.core.progress import Bar, ByteBar, counted, elapsed
+from lora_dag.core.progress import Bar, ByteBar, counted, elapsed, show_elapsed
 from lora_dag.core.time_estimate import Work, duration
 from tests.helpers.workspace import REPOSITORY, Workspace
 
@@ -106,10 +107,17 @@ def test_validate_counts_to_its_end(
     found = [line.split() for line in encoded.run("validate", *words) if line.startswith("validate ")]
     counts = [(int(done), int(total)) for _, done, _, total, *_ in found]
     assert len({total for _, total in counts}) == 1 and counts[-1][0] == counts[-1][1]
+    assert passes_line(encoded.run("validate", *words)) == counts[-1][1]
     done = [count for count, _ in counts]
     assert done == sorted(done) and done[0] < done[-1] / 4
     again = encoded.run("validate", *words)
     assert not any(line.startswith("validate ") for line in again)  # all of it is kept
+
+
+def passes_line(lines: list[str]) -> int:
+    """Passes of the denoiser that validate announces."""
+    (line,) = [line for line in lines if line.startswith("passes ")]
+    return int(line.split()[3])
 
 
 def test_export_counts_to_its_end(encoded: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,3 +212,28 @@ def test_work_without_a_count_shows_its_time(caplog: pytest.LogCaptureFixture) -
     with elapsed("load", "vae"):
         pass
     assert caplog.messages == ["load        unet: 0 s so far"] * 2
+
+
+def test_slow_items_show_their_seconds(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="lora-dag")
+    with Bar("export", 7) as bar:
+        clock[0] = 50.0
+        bar.add()
+    assert caplog.messages == ["export            1 of 7      50.0 s each  ETA 5.0 min"]
+
+
+def test_a_long_call_of_a_module_shows_its_time(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="lora-dag")
+    module = Sleeper()
+    show_elapsed(module, "decode", "images", every=0.2)
+    for seconds in (0.5, 0.0):
+        module(seconds)
+    with pytest.raises(ValueError, match="sleep length"):
+        module(-1.0)
+    time.sleep(0.3)
+    assert caplog.messages == ["decode      images: 0 s so far"] * 2
+
+
+class Sleeper(torch.nn.Module):
+    def forward(self, seconds: float) -> None:
+        time.sleep(seconds)

@@ -424,3 +424,10 @@ def test_large_batches_are_decoded_image_by_image(cached: Workspace, monkeypatch
     monkeypatch.setattr(score_snapshots, "MAX_DECODED_PIXELS", 32 * 32)
     cached.run("validate")
     assert max(sizes) == 1
+
+
+def test_one_image_has_no_interval(cached: Workspace) -> None:
+    write_adapter(0.3)
+    lines = cached.run("validate", "--set", "validate.max_images=1")
+    (change,) = [line for line in lines if line.startswith("change ")]
+    assert change.endswith(", no interval") and "nan" not in change
