@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_dag.adapters import compact
 from lora_dag.adapters.adapter_set import AdapterSet
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_dag.artifacts.adapter import Adapter
-    from lora_dag.core.params import ModelParams
+    from lora_dag.core.params import Dtype, ModelParams
     from lora_dag.families.protocol import Family
 
 
@@ -33,13 +34,21 @@ class BaseModules:
         AdapterSet(self.denoiser, adapter.lora_config, adapter.text_lora, encoders).load_state_dict(weights)
 
 
-def load(model: ModelParams, family: Family, encoders: Collection[str], device: torch.device) -> BaseModules:
+def load(
+    model: ModelParams,
+    family: Family,
+    encoders: Collection[str],
+    device: torch.device,
+    compact_dtype: Dtype | None = None,
+) -> BaseModules:
     """Load the modules from the base model's files.
 
     Args:
         encoders: components of the adapted text encoders.
+        compact_dtype: half precision of the denoiser's files, in which a float32 one is kept (``compact.py``).
     """
-    denoiser = family.load_denoiser(model, device)
+    denoiser = compact.load(model, family.DENOISER, device, compact_dtype) if compact_dtype else None
+    denoiser = denoiser or family.load_denoiser(model, device)
     text = family.load_trainable_text(model, device) if encoders else None
     modules = family.text_encoders(text) if encoders else {}
     return BaseModules(denoiser, text, {family.DENOISER: denoiser} | {name: modules[name] for name in encoders})

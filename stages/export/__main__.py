@@ -32,7 +32,7 @@ def main() -> None:
     from lora_dag.artifacts import lineage, metrics
     from lora_dag.core import device as devices
     from lora_dag.core.files import replaced, write_text
-    from lora_dag.core.progress import Bar
+    from lora_dag.core.progress import Bar, elapsed
     from lora_dag.core.time_estimate import Work
     from stages.export import resize
     from stages.export.header import export_lineage
@@ -46,6 +46,7 @@ def main() -> None:
     files = {"formats": params.formats, "resized_ranks": params.resized_ranks}
     work = Work("export", speed | files, num_steps(params))
     work.announce()
+    log.info("memory      %.2g GB for %s", source.gigabytes, " and ".join([denoiser, *source.adapter.text_lora]))
     with replaced(args.export) as folder, Bar("export", num_steps(params)) as bar:
         base = ProofBase(source, device)
         parity = ParityCheck(source, base)
@@ -64,7 +65,9 @@ def main() -> None:
     write_text(args.export_reports / "energy.csv", resize.energy_csv(svd, params.resized_ranks))
     metrics.save(args.export_reports / "metrics.json", measured)
     unfusable = parity.num_unfusable(params.formats)
-    lineage.save(args.export_reports / "lineage.json", export_lineage(source, args.export, unfusable))
+    with elapsed("hash", "the written files"):
+        record = export_lineage(source, args.export, unfusable)
+    lineage.save(args.export_reports / "lineage.json", record)
     work.record(bar.done, time.monotonic() - bar.began)
     warn_of_fusing(unfusable)
     log.info("wrote       %s (%s)", args.export, ", ".join(params.formats))

@@ -4,8 +4,9 @@ The base's modules are loaded once, in float32, after the text encoders ran once
 loaded into them and removed again. The base's parameters stay where they are and their checksums must not change, so
 neither the adapter in memory nor another file can hide a fault of a file. A whole pipeline is loaded from its own
 files, after the base was freed.
-The memory peak is 4 bytes per parameter of the denoiser (SD 1.5 3.4 GB, SDXL 10 GB, SD3 medium 8 GB, FLUX.1 48 GB), or
-the text encoders in ``model.dtype`` if they are larger. The inputs are small for every base.
+The memory peak is the denoiser in the dtype of its files (float16: SD 1.5 1.7 GB, SDXL 5.1 GB, SD3 medium 4 GB,
+FLUX.1 24 GB), or the text encoders in ``model.dtype`` if they are larger; for a whole pipeline, 4 bytes per parameter.
+All is computed in float32. The inputs are small for every base.
 If text encoders were trained, outputs are computed from the prompt, through CLIP's encoders in float32.
 With ``model.quantization``, files that PEFT loads are also compared on the quantized base.
 """
@@ -24,6 +25,7 @@ from lora_dag.adapters import adapter_tensors, base_modules, lora
 from lora_dag.core import device as devices
 from lora_dag.core import seeding
 from lora_dag.core.console import log
+from lora_dag.core.progress import elapsed
 from lora_dag.diffusion.objectives import make_objective
 from lora_dag.families import common
 from lora_dag.formats import Export, load_format
@@ -62,16 +64,22 @@ class ProofBase:
     @property
     def modules(self) -> BaseModules:
         """The base's modules; loaded if they are not in memory."""
-        if self.loaded is None:
-            self.loaded = base_modules.load(self.model, self.source.family, self.source.adapter.text_lora, self.device)
+        return self.loaded or self.load()
+
+    def load(self, is_compact: bool = True) -> BaseModules:
+        """Load the base's modules from its files. Merged weights need modules that are not compact."""
+        source = self.source
+        dtype = source.half_precision if is_compact else None
+        self.loaded = base_modules.load(self.model, source.family, source.adapter.text_lora, self.device, dtype)
         return self.loaded
 
     @torch.no_grad()
     def output(self, modules: BaseModules) -> torch.Tensor:
         """Return the denoiser's output, float32 [2, C, h, w]."""
         inputs, family, params = self.inputs, self.source.family, self.source.params
+        denoiser = f"two passes of the {family.DENOISER}"
         # TF32 convolutions on a GPU would lose bits of float32.
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False), elapsed("check", denoiser):
             prompt = inputs.prompt
             if modules.text is not None:
                 prompt = prompt | family.encode_prompts(modules.text, [str(params.prompt)] * 2, prompt)
@@ -84,11 +92,13 @@ class ProofBase:
 
     def weight_checksums(self) -> dict[tuple[str, str], int]:
         """Return component and name -> CRC-32 of every parameter, which takes a quarter of the time of a SHA-256."""
-        return {
-            (name, path): zlib.crc32(parameter.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-            for name, module in self.modules.adapted.items()
-            for path, parameter in module.named_parameters()
-        }
+        modules = self.modules.adapted.items()
+        with elapsed("check", "checksums of the base's weights"):
+            return {
+                (name, path): zlib.crc32(parameter.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                for name, module in modules
+                for path, parameter in module.named_parameters()
+            }
 
     def remove_adapter(self) -> None:
         """Remove the layers of an adapter, so that the next file is loaded into the base alone.
@@ -153,9 +163,14 @@ class ParityCheck:
         )
 
     def write(self, name: Format, folder: Path) -> None:
-        """Write the adapter in a format. A whole pipeline is merged into the base's modules, which are freed then."""
-        load_format(name).write(self.export, folder)
-        if not load_format(name).IS_ADAPTER:
+        """Write the adapter in a format. A whole pipeline is merged into float32 modules, which are freed then."""
+        adapter_format = load_format(name)
+        if not adapter_format.IS_ADAPTER and self.source.half_precision:  # nothing can be merged into compact weights
+            self.base.release()
+            self.base.load(is_compact=False)
+        with elapsed("write", name):
+            adapter_format.write(self.export, folder)
+        if not adapter_format.IS_ADAPTER:
             self.base.release()
 
     def check(self, name: Format, folder: Path) -> dict[str, float]:
@@ -165,7 +180,8 @@ class ParityCheck:
             RuntimeError: the output differs, a key is not read, or disabling the adapter does not restore the base.
         """
         base, adapter_format = self.base, load_format(name)
-        loaded = adapter_format.load_back(self.export, folder)
+        with elapsed("check", f"{name} is loaded back"):
+            loaded = adapter_format.load_back(self.export, folder)
         error = float((base.output(loaded.modules) - self.adapter_output).abs().max())
         count = len(loaded.unread)
         log.info("%-11s loaded back, largest difference of the output %.2g, unmapped keys %d", name, error, count)
@@ -199,7 +215,7 @@ class Inputs:
 def make_inputs(source: Source, device: torch.device) -> Inputs:
     """Encode the prompt in the frozen dtype and draw the noise; return only tensors."""
     model, family, params = source.base.model, source.family, source.params
-    with torch.no_grad():
+    with torch.no_grad(), elapsed("encode", "the prompt"):
         prompt = family.encode_prompts(family.load_text(model, device), [str(params.prompt)])
     factor = family.vae_scale_factor(model)
     multiple = family.pixel_multiple(model) // factor

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_dag.artifacts.adapter import Adapter
 from lora_dag.bases import resolve
-from lora_dag.bases.component_files import digests, require_same_base
+from lora_dag.bases.component_files import digests, require_same_base, weight_files
 from lora_dag.core.console import UserError, log
-from lora_dag.core.params import Config, ModelParams
+from lora_dag.core.params import Config, Dtype, ModelParams
+from lora_dag.core.tensors import read_header
 from lora_dag.families.protocol import load_family
 from lora_dag.formats import AdapterKind
 from stages.export.params import ExportParams, format_problems, rank_problems, step_problems
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from lora_dag.bases.resolve import Base
     from lora_dag.families.protocol import Family
+
+HALF: dict[str, Dtype] = {"F16": "float16", "BF16": "bfloat16"}
+"""Dtype in a safetensors header -> its name, for half precisions."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,27 @@ class Source:
     def megabytes(self) -> float:
         """Size of the adapter's tensors in MB."""
         return sum(tensor.nbytes for tensor in self.weights.values()) / 1e6
+
+    @property
+    def half_precision(self) -> Dtype | None:
+        """Half precision of all weights in the denoiser's files; None if there is another dtype."""
+        dtypes = {entry["dtype"] for entry in self.entries(self.family.DENOISER)}
+        return HALF.get(dtypes.pop()) if len(dtypes) == 1 else None
+
+    def entries(self, component: str) -> list[dict[str, Any]]:
+        """Return dtype and shape of every tensor in a component's files."""
+        files = weight_files(Path(self.base.model.pretrained) / component, self.base.model.variant)
+        return [entry for path in files for entry in read_header(path).values()]
+
+    @property
+    def gigabytes(self) -> float:
+        """Memory of the adapted components while adapters are checked, by the headers of their files (10^9 bytes)."""
+        sizes = {
+            name: sum(math.prod(entry["shape"]) for entry in self.entries(name))
+            for name in (self.family.DENOISER, *self.adapter.text_lora)
+        }
+        is_half = self.half_precision and not self.params.pipeline_formats
+        return (4 * sum(sizes.values()) - (2 * sizes[self.family.DENOISER] if is_half else 0)) / 1e9
 
 
 def read_source(config: Config, folder: Path) -> Source:

@@ -204,7 +204,8 @@ def test_only_one_denoiser_is_in_memory(adapted: Workspace, monkeypatch: pytest.
     monkeypatch.setattr(sd, "load_pipeline", None)
     gc.disable()  # nothing waits for it
     try:
-        adapted.run("export", "--set", "export.formats=[diffusers, peft, comfyui, merged]")
+        formats = "export.formats=[diffusers, peft, comfyui, merged]"
+        adapted.run("export", "--set", formats, "--set", "export.resized_ranks=[1]")
     finally:
         gc.enable()
     assert len(loaded) == 1 and sizes == {(2, 4, 16, 16)}

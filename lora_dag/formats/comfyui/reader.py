@@ -95,7 +95,11 @@ def applied(patch: Patch, denoiser: torch.nn.Module, text_encoders: Sequence[tor
         yield
     finally:
         for module, leaf in owners:
-            parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+            parametrizations: Any = getattr(module.parametrizations, leaf)
+            if len(parametrizations) > 1:  # that of a compact weight stays
+                del parametrizations[-1]
+            else:
+                parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
 
 
 def owner(parameter: str, denoiser: torch.nn.Module, text_encoders: Sequence[torch.nn.Module]) -> torch.nn.Module:
