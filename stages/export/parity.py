@@ -69,7 +69,7 @@ class ProofBase:
     def load(self, is_compact: bool = True) -> BaseModules:
         """Load the base's modules from its files. Merged weights need modules that are not compact."""
         source = self.source
-        dtype = source.half_precision if is_compact else None
+        dtype = source.half_precision if is_compact and not self.model.quantization else None
         self.loaded = base_modules.load(self.model, source.family, source.adapter.text_lora, self.device, dtype)
         return self.loaded
 
