@@ -71,7 +71,7 @@ def test_exports_of_every_kind_have_the_bytes_of_float32(
 def test_large_weights_take_two_bytes_each(workspace: Workspace, tiny_base: Path) -> None:
     make_half_base(tiny_base, "sd")
     family = load_family("sd")
-    model = ModelParams(family="sd", pretrained="data/base", variant=None, dtype="float32")
+    model = ModelParams(family="sd", pretrained="data/base", variant=None, dtype="float32", quantization=None)
     module = compact.load(model, "unet", CPU, "float16")
     sizes = [parameter.numel() for parameter in family.load_denoiser(model, CPU).parameters()]
     small = sum(size for size in sizes if size <= compact.SMALL)
@@ -83,7 +83,7 @@ def test_a_component_with_computed_buffers_is_loaded_in_float32(
     workspace: Workspace, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_half_base(tiny_base, "sd")
-    model = ModelParams(family="sd", pretrained="data/base", variant=None, dtype="float32")
+    model = ModelParams(family="sd", pretrained="data/base", variant=None, dtype="float32", quantization=None)
     load = compact.common.load_frozen
 
     def with_buffer(*args: Any) -> Any:
