@@ -51,7 +51,7 @@ def main() -> None:
     for count in args.captions:
         with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/var/tmp")) as name:
             results.append(measure(Path(name), count, (args.tokens, args.width), args.steps))
-    text = table(args.tokens, args.width, results)
+    text = table(results)
     print(text)
     if args.write:
         readme.write(f"text_cache {args.tokens} {args.width}", text)
@@ -94,13 +94,15 @@ def write_cache(folder: Path, count: int, shape: tuple[int, int]) -> None:
         for index in range(count)
     ]
     captions = {caption: f"c{caption}" for caption in ("", *(item.caption for item in items))}
-    model = ModelParams(family="sd", pretrained=str(folder / "data/base"), variant=None, dtype="bfloat16")
+    model = ModelParams(
+        family="sd", pretrained=str(folder / "data/base"), variant=None, dtype="bfloat16", quantization=None
+    )
     base = component_files.digests(model, sd.COMPONENTS)
 
     def load(kind: str, key: str) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in (embeds if kind == "text" else latents).items()}
 
-    latent_cache.write(folder / "data/latents", items, captions, base, ["prompt_embeds"], load)
+    latent_cache.write(folder / "data/latents", items, captions, base, ["prompt_embeds"], load, (), packing.PACKED)
 
 
 def watched(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, int, float]:
@@ -135,9 +137,9 @@ def watch(process: subprocess.Popen[str], peaks: dict[str, int]) -> None:
         time.sleep(0.1)
 
 
-def table(tokens: int, width: int, results: list[Result]) -> str:
+def table(results: list[Result]) -> str:
     lines = [
-        f"`python -m benchmarks.text_cache --tokens {tokens} --width {width}` on {readme.machine()}, "
+        f"{readme.command('benchmarks.text_cache', sys.argv[1:])} on {readme.machine()}, "
         f"{readme.versions('torch', 'safetensors')}:",
         "",
         "| captions | text in data/latents | peak resident memory | of it anonymous | CPU seconds of the epoch |",

@@ -70,7 +70,7 @@ MASKS = (
 FORMS = (packing.pack, packing.own_part, packing.same_bits)
 RECORDED = {  # number, digest of the source that it stands for
     "decode.VERSION": (2, "6a1fd7bb02af6ddd"),
-    "keys.FORMAT": (1, "bb4024172c44259d"),
+    "keys.FORMAT": (1, "c4d0bd9f87ad997a"),
     "keys.MASK_FORMAT": (2, "814b583e7f75cddb"),
     "packing.PACKED": (2, "2fc902c4201650b5"),
 }
