@@ -68,15 +68,15 @@ def record_losses(recorder: Recorder) -> None:
 
 def record_draws(recorder: Recorder) -> None:
     from lora_dag.artifacts.latent_cache import LatentCache
-    from stages.train.batches import Batches, Order
+    from stages.train.batches import Batches, BatchOrder
 
-    latents, items, batch = LatentCache.latents, Order.items, Batches.batch
+    latents, items, batch = LatentCache.latents, BatchOrder.items, Batches.batch
 
     def mean_alone(self: LatentCache, key: str) -> tuple[torch.Tensor, torch.Tensor]:
         mean, std = latents(self, key)
         return mean, torch.zeros_like(std)
 
-    def recorded_items(self: Order, number: int) -> list[Any]:
+    def recorded_items(self: BatchOrder, number: int) -> list[Any]:
         found = items(self, number)
         recorder.captions[number] = [item.caption for item in found]
         return found
@@ -86,7 +86,7 @@ def record_draws(recorder: Recorder) -> None:
         recorder.tensors |= {f"noise.{step}": found.noise, f"timesteps.{step}": found.timesteps}
         return found
 
-    LatentCache.latents, Order.items, Batches.batch = mean_alone, recorded_items, recorded_batch  # type: ignore[method-assign]
+    LatentCache.latents, BatchOrder.items, Batches.batch = mean_alone, recorded_items, recorded_batch  # type: ignore[method-assign]
 
 
 def replay(path: Path) -> Callable[[torch.optim.Optimizer], None]:

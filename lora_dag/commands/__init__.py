@@ -31,6 +31,7 @@ GROUPS = {
             "import_dataset.command", "unpack Parquet, WebDataset or a Hub dataset into the folder that the stages read"
         ),
         "check": Command("check", "check parameters, base, images, packages and disk before anything is computed"),
+        "preset": Command("preset", "write the settings for a model on a GPU of some size into params.yaml"),
         "status": Command("status", "show which encoded images and captions are valid, and why others are not"),
     },
     "during a training": {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_dag.core.console import Problem, log, warn
-from lora_dag.core.params import Config, ModelParams
+from lora_dag.core.params import Config, ModelParams, params_class
 from lora_dag.families.protocol import Family, load_family
 from stages.train.params import TrainParams
 
@@ -17,11 +18,17 @@ if TYPE_CHECKING:
 PROGRAM = 0.6e9
 """Bytes of Python, torch and diffusers without a model: peak of a process that imports them, on Linux."""
 
+REMEDIES = {
+    "cache_latents": "Use -S cache.batch_size=1.",
+    "validate": "Use -S validate.batch_size=1.",
+}
+"""Stage -> advice if it does not fit. train has its own, and export can run in main memory."""
+
 
 def check_memory(
     config: Config, configs: ModelParams, size: Size, captions: list[str], device: torch.device, limit: float | None
 ) -> None:
-    """Log the memory of cache_latents and train and the arithmetic; warn if the memory is too small.
+    """Log the memory of the stages and the arithmetic; warn if the memory is too small.
 
     Args:
         size: width and height of the largest images, in pixels.
@@ -33,14 +40,24 @@ def check_memory(
     config = config.replaced(configs)
     num_tokens = max(family.count_tokens(configs, captions or [""]))
     forecast = Forecast(config, family, size, num_tokens, device)
-    step, cache = forecast.train(), forecast.cache_latents()
-    log.info("memory      cache_latents %s, train %s", gigabytes(cache), gigabytes(step.peak))
+    step = forecast.train()
+    peaks = {
+        "cache_latents": forecast.cache_latents(),
+        "train": step.peak,
+        "validate": forecast.validate(),
+        "export at most": forecast.export(),
+    }
+    log.info("memory      %s", ", ".join(f"{stage} {gigabytes(peak)}" for stage, peak in peaks.items()))
     log.info("            %s", describe(step))
     num_steps = config.section(TrainParams).num_steps
     log.info("arithmetic  %s per step, %s in all", flops(step.flops), flops(step.flops * num_steps))
     available = limit or memory_of(device)
     if step.peak > available:
         warn("memory-short", shortage(step, available, smaller(config, family, forecast, available)))
+    for stage, remedy in REMEDIES.items():
+        if peaks[stage] > available:
+            needs = f"{stage} needs about {gigabytes(peaks[stage])}, but only {gigabytes(available)} are available."
+            warn("memory-short", Problem("memory-short", f"{needs} {remedy}"))
 
 
 def describe(step: TrainStep) -> str:
@@ -70,26 +87,43 @@ def smaller(
 ) -> tuple[dict[str, object], TrainStep]:
     """Return the first settings that fit, or the smallest ones, and their step.
 
-    Each costs more time than the one before: checkpointing, then smaller batches with the same images per step.
+    Each costs more than the one before: checkpointing time, smaller batches with the same images per step more time,
+    quantization accuracy.
     """
     from lora_dag.commands.forecast import Forecast
 
-    train = config.section(TrainParams)
-    changes: dict[str, object] = {"gradient_checkpointing": True}
-    size, accumulation = train.batch_size, train.gradient_accumulation_steps
-    while True:
-        changed = config.replaced(train.model_copy(update=changes))
+    changes: dict[str, object] = {}
+    for more in reductions(config):
+        changes |= more
+        changed = config
+        for key, value in changes.items():
+            section, _, name = key.partition(".")
+            own = changed.section(params_class(section))
+            changed = changed.replaced(own.model_copy(update={name: value}))
         step = Forecast(changed, family, forecast.size, forecast.num_tokens, forecast.device).train()
-        if step.peak <= available or size == 1:
-            return changes, step
+        if step.peak <= available:
+            break
+    return changes, step
+
+
+def reductions(config: Config) -> Iterator[dict[str, object]]:
+    """Yield settings that save memory, to be added one after the other."""
+    train, model = config.section(TrainParams), config.section(ModelParams)
+    yield {"train.gradient_checkpointing": True}
+    size, accumulation = train.batch_size, train.gradient_accumulation_steps
+    while size > 1:
         half = size // 2 if size % 2 == 0 else 1
         size, accumulation = half, accumulation * size // half
-        changes |= {"batch_size": size, "gradient_accumulation_steps": accumulation}
+        yield {"train.batch_size": size, "train.gradient_accumulation_steps": accumulation}
+    if model.quantization is None:
+        yield {"model.quantization": "int8"}
+    if model.quantization != "nf4":
+        yield {"model.quantization": "nf4"}
 
 
 def shortage(step: TrainStep, available: float, fitting: tuple[dict[str, object], TrainStep]) -> Problem:
     changes, smaller_step = fitting
-    line = " ".join(f"-S train.{name}={str(value).lower()}" for name, value in changes.items())
+    line = " ".join(f"-S {key}={str(value).lower()}" for key, value in changes.items())
     needs = f"train needs about {gigabytes(step.peak)}, but only {gigabytes(available)} are available."
     if smaller_step.peak > available:
         return Problem("memory-short", f"{needs} With {line} it still needs {gigabytes(smaller_step.peak)}.")

@@ -27,6 +27,7 @@ from stages.train.batches import Batch
 from stages.train.gradient_sum import GradientSum
 from stages.train.loss import Loss
 from stages.train.params import TrainParams
+from stages.validate.params import ValidateParams
 
 if TYPE_CHECKING:
     from lora_dag.core.params import Config
@@ -83,6 +84,42 @@ class Forecast:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             captions = self._count(built, lambda: self.family.encode_prompts(text, [""] * batch_size))
         return max(images, captions)
+
+    def validate(self) -> int:
+        """Return the peak bytes: of the text encoders, or of denoiser and VAE that draw and decode one image each."""
+        settings = self.config.section(ValidateParams)
+        batch_size = min(settings.batch_size, len(settings.prompts))
+        limit = self.family.NO_GUIDANCE
+        is_guided = limit is not None and settings.guidance_scale > limit
+        with common.weightless() as built:
+            text = self.family.load_text(self.model, self.device)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            prompts = self._count(built, lambda: self.family.encode_prompts(text, [""] * batch_size))
+        with common.weightless() as built:
+            denoiser = self.family.load_denoiser(self.model, self.device)
+            vae = self.family.load_vae(self.model, self.device)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            batch = self._batch(vae, text, max(settings.batch_size, batch_size * (2 if is_guided else 1)))
+
+            def draw() -> None:
+                self.family.predict(denoiser, batch.latents, batch.timesteps, batch.prompt)
+                self.family.decode_latents(vae, batch.latents[:1])
+
+            return max(prompts, self._count(built, draw))
+
+    def export(self) -> int:
+        """Return the bytes of the text encoders in the frozen dtype or of the denoiser in float32, the larger one.
+
+        A denoiser whose files are in half precision takes half as much.
+        """
+        exact = self.model.model_copy(update={"dtype": "float32", "quantization": None})
+        with common.weightless() as encoders:
+            self.family.load_text(self.model, self.device)
+        with common.weightless() as denoiser:
+            self.family.load_denoiser(exact, self.device)
+        return max(
+            sum(tensor.nbytes for each in built for tensor in each.parameters()) for built in (encoders, denoiser)
+        )
 
     def train(self) -> TrainStep:
         """Return the counts of one optimizer step."""
@@ -150,7 +187,7 @@ class Forecast:
         for module in built:
             materialize(module, self.device)
         counted = Allocations(self.num_tokens)
-        counted.track(parameter for module in built for parameter in module.parameters())
+        counted.track(tensor for module in built for tensor in (*module.parameters(), *module.buffers()))
         with counted, devices.autocast(self.device, self.model):
             run()
         return counted.peak

@@ -26,9 +26,9 @@ def unshared_data(sources: Iterable[str] = ()) -> list[Problem]:
     Args:
         sources: paths of the dataset and the base model. A path outside of the clone is skipped.
     """
-    config = dvc_config()
-    if config is None:
+    if not Path(".dvc").is_dir() or git("rev-parse", "--git-dir") is None:
         return []
+    config = dvc_config()
     committed = set((git("ls-files", STORE) or b"").decode().split())
     untracked = [
         Problem("data-not-shared", f"{source}: {UNTRACKED.format(source)}")
@@ -49,7 +49,7 @@ def unshared_data(sources: Iterable[str] = ()) -> list[Problem]:
 def is_untracked(source: str) -> bool:
     """Return whether a path in the clone is tracked neither by DVC nor by git."""
     path = Path(source).resolve()
-    if not path.is_relative_to(Path().resolve()) or git("ls-files", "--", str(path)):
+    if not path.exists() or not path.is_relative_to(Path().resolve()) or git("ls-files", "--", str(path)):
         return False
     outs = [(pointer.parent / str(out.get("path"))).resolve() for pointer, out in tracked()]
     return not any(path.is_relative_to(out) or out.is_relative_to(path) for out in outs)
@@ -82,9 +82,7 @@ def tracked() -> Iterator[tuple[Path, dict[str, Any]]]:
             yield from ((Path(name), out) for out in content.get("outs") or [] if isinstance(out, dict))
 
 
-def dvc_config() -> dict[str, str] | None:
-    """Return all DVC settings, such as ``core.remote``; None outside of a DVC project."""
+def dvc_config() -> dict[str, str]:
+    """Return all DVC settings, such as ``core.remote``."""
     done = subprocess.run([sys.executable, "-m", "dvc", "config", "--list"], capture_output=True, text=True)
-    if done.returncode:
-        return None
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)

@@ -217,5 +217,8 @@ def require_finite(kind: Kind, tensors: Tensors, model: ModelParams) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         fix = "Fetch model.pretrained again." if model.dtype == "float32" else "Set model.dtype: float32."
         raise UserError(
-            Problem("not-finite", f"{model.setting('dtype')}: {model.dtype} gives {kind} that are not finite. {fix}")
+            Problem(
+                "encoding-not-finite",
+                f"{model.setting('dtype')}: {model.dtype} gives {kind} that are not finite. {fix}",
+            )
         )

@@ -23,9 +23,7 @@ def test_prepare_first(workspace: Workspace) -> None:
 
 def test_resolution_must_fit_the_base(workspace: Workspace) -> None:
     workspace.run("prepare", "--set", "dataset.resolution=36")
-    with refused(
-        "resolution-not-multiple", "params.yaml dataset.resolution: got 36", "data/base", "multiples of 8", "32"
-    ):
+    with refused("resolution-not-multiple", "--set dataset.resolution: got 36", "data/base", "multiples of 8", "32"):
         workspace.run("cache_latents", "--set", "dataset.resolution=36")
 
 

@@ -71,7 +71,7 @@ def test_a_training_without_snapshots_is_noted(workspace: Workspace) -> None:
 
 
 def test_unshared_data_is_noted(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "unshared_data", lambda: ["data/mine.dvc: nobody else can get this data"])
+    monkeypatch.setattr(sharing, "unshared_data", lambda sources: ["data/mine.dvc: nobody else can get this data"])
     assert "note: data/mine.dvc: nobody else can get this data" in workspace.run("check")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_dag.commands.forecast import Forecast
 from lora_dag.core import device, params
 from lora_dag.core.params import FAMILIES, Config, ModelParams
 from lora_dag.diffusion.objectives import make_objective
+from lora_dag.families import common
 from lora_dag.families.protocol import load_family
 from stages.train import optimizers
 from stages.train.batches import Batch
@@ -79,16 +81,21 @@ class RealStep:
         self.optimizer.zero_grad()
 
     def peak(self) -> int:
-        """Return the largest number of bytes that the second step allocates and holds, by torch's allocator."""
+        """Return the peak of the second step."""
         self.run()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
-            self.run()
-        events: list[Any] = [each for each in measured.profiler.kineto_results.events() if each.name() == "[memory]"]
-        live = peak = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            live += event.nbytes()
-            peak = max(peak, live)
-        return peak
+        return measured_peak(self.run)
+
+
+def measured_peak(run: Callable[[], object]) -> int:
+    """Return the largest number of bytes that a function allocates and holds, by torch's allocator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        run()
+    events: list[Any] = [each for each in measured.profiler.kineto_results.events() if each.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -113,6 +120,30 @@ def test_a_step_takes_the_counted_memory(bases: dict[str, Path], name: str, chan
     assert counted.frozen == sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad)
     assert counted.adapter == sum(4 * parameter.numel() for parameter in step.trainable.values())
     assert counted.activations + counted.gradients == pytest.approx(step.peak(), rel=0.1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_stages_take_the_counted_memory(bases: dict[str, Path], name: str) -> None:
+    config = settings(bases[name], name, "model.dtype=float32", "cache.batch_size=4", "validate.batch_size=2")
+    family, model = load_family(name), config.section(ModelParams)
+    forecast = Forecast(config, family, (64, 64), 8, CPU)
+    denoiser, vae = family.load_denoiser(model, CPU), family.load_vae(model, CPU)
+
+    def size(*modules: torch.nn.Module) -> int:
+        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+    with common.weightless() as built:
+        text = family.load_text(model, CPU)
+    text_size = size(*built)
+    text = family.load_text(model, CPU)
+    images = size(vae) + measured_peak(lambda: family.encode_images(vae, torch.zeros(4, 3, 64, 64)))
+    with torch.no_grad():
+        captions = text_size + measured_peak(lambda: family.encode_prompts(text, [CAPTION] * 4))
+    # Without gradients, a convolution needs memory for one more activation inside its kernel.
+    assert forecast.cache_latents() == pytest.approx(max(images, captions), rel=0.2)
+    latents = family.encode_images(vae, torch.zeros(1, 3, 64, 64))[0]
+    assert forecast.validate() >= size(denoiser, vae) + 0.8 * measured_peak(lambda: family.decode_latents(vae, latents))
+    assert forecast.export() == max(size(denoiser), text_size)
 
 
 def test_accumulated_gradients_are_summed_in_64_bits(bases: dict[str, Path]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import importlib.util
 import io
 import json
 import sys
@@ -18,6 +20,9 @@ from benchmarks.bases import DRY_SD15, SD15, SDXL, TINY
 from benchmarks.child import Turns
 from benchmarks.players import Failed, Turn, Variant
 from benchmarks.workplace import Workplace
+from tests.helpers.workspace import REPOSITORY
+
+OWN = ("lora_dag", "stages", "base", "benchmarks", "tests")
 
 # What benchmarks/child.py hooks into, and nothing of ours: images by Pillow, a shuffled DataLoader, AdamW by its
 # dotted name, randn_like and randint, Accelerator.
@@ -243,3 +248,17 @@ def test_thin_bases_have_the_layout_that_stages_read(tmp_path: Path) -> None:
     base = str(tmp_path / "data/base")
     model = ModelParams(family="sd", pretrained=base, variant=None, dtype="float32", quantization=None)
     assert diffusers_folder.folder_problems(model, load_family("sd")) == []
+
+
+def test_benchmarks_import_names_that_exist() -> None:
+    """Also the names that are imported inside functions, which only a long run would reach."""
+    missing = []
+    for path in sorted((REPOSITORY / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] not in OWN:
+                continue
+            module = importlib.import_module(str(node.module))
+            for name in (alias.name for alias in node.names if not hasattr(module, alias.name)):
+                if importlib.util.find_spec(f"{node.module}.{name}") is None:
+                    missing.append(f"{path.name}: {node.module}.{name}")
+    assert missing == []
