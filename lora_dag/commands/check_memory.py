@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_dag.core.console import Problem, log, warn
-from lora_dag.core.params import Config, ModelParams, params_class
+from lora_dag.bases import component_files
+from lora_dag.core import kept_digests
+from lora_dag.core.console import Problem, UserError, log, plural, warn
+from lora_dag.core.params import Config, ModelParams, RuntimeParams, params_class
 from lora_dag.families.protocol import Family, load_family
+from stages.cache_latents.params import CacheParams
 from stages.train.params import TrainParams
 
 if TYPE_CHECKING:
@@ -51,6 +56,8 @@ def check_memory(
     log.info("            %s", describe(step))
     num_steps = config.section(TrainParams).num_steps
     log.info("arithmetic  %s per step, %s in all", flops(step.flops), flops(step.flops * num_steps))
+    announce_time(config, configs, family, size, device)
+    log_disk(config, forecast, captions)
     available = limit or memory_of(device)
     if step.peak > available:
         warn("memory-short", shortage(step, available, smaller(config, family, forecast, available)))
@@ -58,6 +65,32 @@ def check_memory(
         if peaks[stage] > available:
             needs = f"{stage} needs about {gigabytes(peaks[stage])}, but only {gigabytes(available)} are available."
             warn("memory-short", Problem("memory-short", f"{needs} {remedy}"))
+
+
+def announce_time(config: Config, configs: ModelParams, family: Family, size: Size, device: torch.device) -> None:
+    """Log how long the training takes by the last one here, if there was one and its base's digest is kept."""
+    from lora_dag.core.device import speed_conditions
+    from stages.train.build import training_work
+
+    folder = Path(configs.pretrained) / family.DENOISER
+    with contextlib.suppress(OSError, UserError):  # the weights are not here yet
+        files = component_files.loaded_files(folder, configs.variant)
+        if not all(kept_digests.kept(path.stat()) for path in files):
+            return
+        digest = component_files.digest(folder, configs.variant)
+        scale = family.vae_scale_factor(configs)
+        train, runtime = config.section(TrainParams), config.section(RuntimeParams)
+        work = training_work(
+            train, size[0] * size[1] / scale**2, speed_conditions(device, configs, digest), runtime.num_processes
+        )
+        work.announce(what=f" for {plural(train.num_steps, 'step')} of training")
+
+
+def log_disk(config: Config, forecast: Forecast, captions: list[str]) -> None:
+    """Log the size of the cached latents and captions."""
+    view, caption = forecast.entry_sizes()
+    size = len(captions) * config.section(CacheParams).num_variants * view + (len(set(captions)) + 1) * caption
+    log.info("cache       about %s in data/latents, and as much in the store and in DVC's cache", gigabytes(size))
 
 
 def describe(step: TrainStep) -> str:

@@ -85,6 +85,17 @@ class Forecast:
             captions = self._count(built, lambda: self.family.encode_prompts(text, [""] * batch_size))
         return max(images, captions)
 
+    def entry_sizes(self) -> tuple[int, int]:
+        """Return the bytes of a view's latents (mean and std, float32) and of a caption at full length in the cache."""
+        with common.weightless() as built:
+            vae, text = self.family.load_vae(self.model, self.device), self.family.load_text(self.model, self.device)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for module in built:
+                materialize(module, self.device)
+            batch = self._batch(vae, text, 1)
+        num_values = sum(value.numel() for value in batch.prompt.values())
+        return 2 * batch.latents.nbytes, num_values * getattr(torch, self.model.dtype).itemsize
+
     def validate(self) -> int:
         """Return the peak bytes: of the text encoders, or of denoiser and VAE that draw and decode one image each."""
         settings = self.config.section(ValidateParams)

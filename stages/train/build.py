@@ -143,11 +143,19 @@ def make_early_stop(batches: Batches) -> EarlyStop | None:
 def expected_work(batches: Batches, accelerator: Accelerator, model: ModelParams, denoiser_digest: str) -> Work:
     """Return the amount of work, in latent pixels, for an estimate of the time."""
     area = sum(bucket.height * bucket.width * len(bucket.items) for bucket in batches.order.buckets)
-    params = batches.params
-    images = params.num_steps * params.batch_size * params.gradient_accumulation_steps
     speed = device.speed_conditions(accelerator.device, model, denoiser_digest)
-    speed["num_processes"] = accelerator.num_processes
-    return Work("train", speed, images * area / len(batches.items))
+    return training_work(batches.params, area / len(batches.items), speed, accelerator.num_processes)
+
+
+def training_work(params: TrainParams, area: float, speed: dict[str, str | int], num_processes: int) -> Work:
+    """Return the amount of work of a training.
+
+    Args:
+        area: latent pixels of an image, on average.
+        speed: conditions of ``device.speed_conditions``.
+    """
+    images = params.num_steps * params.batch_size * params.gradient_accumulation_steps
+    return Work("train", speed | {"num_processes": num_processes}, images * area)
 
 
 def load_base(config: Config, family: Family, digests: dict[str, str], device: torch.device) -> FrozenBase:

@@ -54,10 +54,20 @@ def test_all_is_well(workspace: Workspace) -> None:
     lines = [line for line in lines if not line.startswith(("note: ", "warning: "))]
     assert lines.pop(3) == "images      8 opened"
     names = ["parameters", "base", "dataset", "packages", "disk", "device", "objective", "captions", "adapter"]
-    names += ["memory", "train:", "arithmetic"]
+    names += ["memory", "train:", "arithmetic", "cache"]
     assert [line.split()[0] for line in lines] == names
     assert lines[6] == "objective   v_prediction"
     assert "torch 2.13" in lines[3] and lines[5] == "device      cpu, 1 thread, float32"
+
+
+def test_the_time_of_the_training_by_the_last_one(workspace: Workspace) -> None:
+    for stage in ("prepare", "cache_latents", "train"):
+        workspace.run(stage)
+    assert not any(line.startswith("time ") for line in workspace.run("check"))
+    (record,) = Path(".state/took").glob("train-*.json")
+    content = read_json(record)
+    record.write_text(json.dumps(content | {"seconds": 7200.0}), encoding="utf-8")
+    assert "time        about 2.0 h for 4 steps of training, by the last run here" in workspace.run("check")
 
 
 def test_a_training_without_snapshots_is_noted(workspace: Workspace) -> None:

@@ -139,6 +139,11 @@ def test_other_stages_take_the_counted_memory(bases: dict[str, Path], name: str)
     images = size(vae) + measured_peak(lambda: family.encode_images(vae, torch.zeros(4, 3, 64, 64)))
     with torch.no_grad():
         captions = text_size + measured_peak(lambda: family.encode_prompts(text, [CAPTION] * 4))
+        prompt = family.encode_prompts(text, [CAPTION])
+    view = family.encode_images(vae, torch.zeros(1, 3, 64, 64))
+    assert forecast.entry_sizes()[0] == sum(tensor.nbytes for tensor in view)
+    conditioning = family.view_conditioning((64, 64), (0, 0), (64, 64))
+    assert forecast.entry_sizes()[1] == sum(each.nbytes for each in (*prompt.values(), *conditioning.values()))
     # Without gradients, a convolution needs memory for one more activation inside its kernel.
     assert forecast.cache_latents() == pytest.approx(max(images, captions), rel=0.2)
     latents = family.encode_images(vae, torch.zeros(1, 3, 64, 64))[0]
