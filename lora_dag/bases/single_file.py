@@ -118,7 +118,7 @@ def file_problems(file: Path, model: ModelParams, family: Family) -> list[Proble
     """Return the problems of the file itself, from its header and the scheduler's config."""
     header = read_header(file)
     if not header or not is_readable(file):
-        return [Problem("checkpoint-damaged", f"{file}: truncated, or no safetensors file. Fetch it again.")]
+        return [Problem("base-damaged", f"{file}: truncated, or no safetensors file. Fetch it again.")]
     lora = next((name for name in header if any(mark in name for mark in LORA_MARKS)), None)
     if lora:
         text = f"{file}: a LoRA (it has {lora}), but a checkpoint is expected. Use its base model."

@@ -132,6 +132,8 @@ class Card:
     """Lines of Python that end in ``pipe = ...``; empty if the card already contains them."""
     pipeline: str
     """Class of the pipeline."""
+    absent: list[str]
+    """Components that the base declares null and the pipeline's class requires."""
     denoiser: str
     text_encoders: list[str]
     """Components of the trained text encoders."""

@@ -124,13 +124,15 @@ def load_back(export: Export, folder: Path) -> LoadedBack:
 
     from lora_dag.adapters.base_modules import BaseModules
     from lora_dag.core import quiet
+    from lora_dag.families import common
 
     require_same_files(export, folder)
     encoders = export.family.TEXT_ENCODERS if export.adapter.text_lora else ()
     dtypes = dict.fromkeys([export.family.DENOISER, *encoders], torch.float32) | {"default": torch.bfloat16}
+    absent = dict.fromkeys(common.declared_null(export.model, export.family.OPTIONAL))
     quiet.disable_progress_bars()
     with quiet.without_warnings():  # on the missing safety checker
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **absent)
     adapted = {name: getattr(pipeline, name).eval().requires_grad_(False).to(export.device) for name in export.tensors}
     text = export.family.text_of(pipeline) if encoders else None
     return LoadedBack(BaseModules(adapted[export.family.DENOISER], text, adapted), [], None)
@@ -153,4 +155,5 @@ def usage(card: Card) -> str:
     source = json.dumps(card.source if card.is_repository else f"{card.source}/merged", ensure_ascii=False)
     folder = f'snapshot_download({source}) + "/merged"' if card.is_repository else source
     end = ", with `snapshot_download` of `huggingface_hub`." if card.is_repository else "."
-    return f"Merged into the weights, in float32: `{card.pipeline}.from_pretrained({folder})`{end}"
+    arguments = ", ".join([folder, *(f"{name}=None" for name in card.absent)])
+    return f"Merged into the weights, in float32: `{card.pipeline}.from_pretrained({arguments})`{end}"

@@ -6,6 +6,7 @@ The card is for a repository's file view, and for the Hugging Face Hub as README
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,6 +141,7 @@ def facts_of_use(location: Location, inputs: Inputs) -> Card:
         is_repository=location.is_repository,
         load=f"from diffusers import {pipeline['class']}\n\n{pipeline['load']}",
         pipeline=pipeline["class"],
+        absent=[name for name in re.findall(r"(\w+)=None", pipeline["load"]) if name != "safety_checker"],
         denoiser=pipeline["denoiser"],
         text_encoders=list(made.get("text_lora", {})),
         name=made["export"]["name"],

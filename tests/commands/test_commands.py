@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 
@@ -42,9 +43,9 @@ except SystemExit as ended:
 
 def help_of(*words: str) -> tuple[str, float, set[str]]:
     """The text, the processor's seconds, and the packages that were imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", HELP, *words, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+    wide = os.environ | {"COLUMNS": "120"}
+    argv = [sys.executable, "-c", HELP, *words, "--help"]
+    done = subprocess.run(argv, cwd=REPOSITORY, env=wide, capture_output=True, text=True, check=True)
     *text, last = done.stdout.splitlines()
     code, seconds, modules = json.loads(last)
     assert code == 0 and done.stderr == ""

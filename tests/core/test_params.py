@@ -171,7 +171,7 @@ def test_missing_key_says_what_is_expected(file: Path) -> None:
 
 def test_a_family_is_one_of_the_files_there_are(file: Path) -> None:
     names = {path.stem for path in (REPOSITORY / "lora_dag/families").glob("*.py")}
-    assert set(FAMILIES) == names - {"__init__", "common", "long_texts", "protocol", "unet"}
+    assert set(FAMILIES) == names - {"__init__", "common", "long_texts", "protocol", "quantized", "unet"}
     values = ("--set model.family: got 'z_imag'", *map(repr, FAMILIES), " z_image?")
     assert_refused(file, ("model.family=z_imag",), "wrong-value", *values)
     file.write_text(re.sub("  family: .*", "  #", file.read_text()))

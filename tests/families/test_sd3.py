@@ -75,6 +75,7 @@ def test_the_whole_dag_without_t5(workspace: Workspace, without_t5: Path) -> Non
     assert metrics["export.merged.max_abs_error"] <= 1e-4
     card = Path("reports/model_card.md").read_text()
     assert 'from_pretrained("data/base", text_encoder_3=None, tokenizer_3=None)' in card
+    assert 'from_pretrained("data/export/merged", text_encoder_3=None, tokenizer_3=None)' in card
 
 
 UNREAD = "transformer_blocks.1.attn.add_q_proj"

@@ -281,11 +281,15 @@ def loaded(name: str, kind: str) -> Any:
         denoiser = getattr(pipeline, load_family(name).DENOISER)
         with reader.patched(denoiser, COMFYUI, text_encoders=encoders) as unread:
             assert unread == []
-            patched = [{key: p.data for key, p in encoder.named_parameters()} for encoder in encoders]
-        for encoder, tensors in zip(encoders, patched, strict=True):
-            for key, parameter in encoder.named_parameters():
-                parameter.data = tensors[key]
+            modules = [module for encoder in encoders for module in encoder.modules() if has_weight(module)]
+            patched = [module.weight.detach().clone() for module in modules]
+        for module, weight in zip(modules, patched, strict=True):
+            module.weight.data = weight
     return pipeline
+
+
+def has_weight(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), torch.Tensor)
 
 
 # Settings
