@@ -159,6 +159,7 @@ def test_accumulated_gradients_are_summed_in_64_bits(bases: dict[str, Path]) -> 
     assert summed.flops == 4 * one.flops
 
 
+@pytest.mark.slow
 def test_check_suggests_settings_that_fit(workspace: Workspace) -> None:
     def warning(*words: str) -> str:
         done = workspace.process("check", "--set", "train.batch_size=6", *words)

@@ -58,6 +58,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Watche
     return made
 
 
+@pytest.mark.slow
 def test_another_base_is_not_read_by_dvc_and_neither_is_the_way_back(watched: Watched) -> None:
     assert ran(watched.dvc("exp", "run", "-S", "model.pretrained=data/second")) == OF_THE_BASE
     assert watched.num_reads() == 0

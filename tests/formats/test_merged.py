@@ -28,7 +28,7 @@ ENTRIES = {
     "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
     "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
 }
-CARD = Card("data/export", False, "", "StableDiffusionPipeline", "unet", [], "ink-icons", "red apple", 1, 3, False)
+CARD = Card("data/export", False, "", "StableDiffusionPipeline", [], "unet", [], "ink-icons", "red apple", 1, 3, False)
 
 
 def save_part(name: str, variant: str | None = None) -> None:
