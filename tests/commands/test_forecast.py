@@ -119,7 +119,9 @@ def test_a_step_takes_the_counted_memory(bases: dict[str, Path], name: str, chan
     tensors = (*step.denoiser.parameters(), *step.denoiser.buffers())
     assert counted.frozen == sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad)
     assert counted.adapter == sum(4 * parameter.numel() for parameter in step.trainable.values())
-    assert counted.activations + counted.gradients == pytest.approx(step.peak(), rel=0.1)
+    # A processor without bfloat16 computes in float32 inside of its kernels, whose memory is not counted.
+    is_native = model.dtype == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert counted.activations + counted.gradients == pytest.approx(step.peak(), rel=0.1 if is_native else 0.25)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
