@@ -71,17 +71,18 @@ class Forecast:
         self.config, self.family, self.size, self.device = config, family, size, device
         self.num_tokens = num_tokens
         self.model = config.section(ModelParams)
+        self.vae_model = self.model.model_copy(update={"dtype": family.vae_dtype(self.model)})
 
     def cache_latents(self) -> int:
         """Return the peak bytes: the larger one of the VAE and the text encoders, with their batches."""
         batch_size = self.config.section(CacheParams).batch_size
         with common.weightless() as built:
-            vae = self.family.load_vae(self.model, self.device, self.config.section(CacheParams).tiling)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+            vae = self.family.load_vae(self.vae_model, self.device, self.config.section(CacheParams).tiling)
+        with FakeTensorMode(allow_non_fake_inputs=True), devices.autocast(self.device, self.vae_model):
             images = self._count(built, lambda: self.family.encode_images(vae, self._pixels(batch_size)))
         with common.weightless() as built:
             text = self.family.load_text(self.model, self.device)
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), devices.autocast(self.device, self.model):
             captions = self._count(built, lambda: self.family.encode_prompts(text, [""] * batch_size))
         return max(images, captions)
 
@@ -104,17 +105,19 @@ class Forecast:
         is_guided = limit is not None and settings.guidance_scale > limit
         with common.weightless() as built:
             text = self.family.load_text(self.model, self.device)
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), devices.autocast(self.device, self.model):
             prompts = self._count(built, lambda: self.family.encode_prompts(text, [""] * batch_size))
         with common.weightless() as built:
             denoiser = self.family.load_denoiser(self.model, self.device)
-            vae = self.family.load_vae(self.model, self.device)
+            vae = self.family.load_vae(self.vae_model, self.device)
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             batch = self._batch(vae, text, max(settings.batch_size, batch_size * (2 if is_guided else 1)))
 
             def draw() -> None:
-                self.family.predict(denoiser, batch.latents, batch.timesteps, batch.prompt)
-                self.family.decode_latents(vae, batch.latents[:1])
+                with devices.autocast(self.device, self.model):
+                    self.family.predict(denoiser, batch.latents, batch.timesteps, batch.prompt)
+                with devices.autocast(self.device, self.vae_model):
+                    self.family.decode_latents(vae, batch.latents[:1])
 
             return max(prompts, self._count(built, draw))
 
@@ -199,7 +202,7 @@ class Forecast:
             materialize(module, self.device)
         counted = Allocations(self.num_tokens)
         counted.track(tensor for module in built for tensor in (*module.parameters(), *module.buffers()))
-        with counted, devices.autocast(self.device, self.model):
+        with counted:
             run()
         return counted.peak
 

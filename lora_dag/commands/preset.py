@@ -14,7 +14,7 @@ from typing import Any
 from lora_dag.core import params
 from lora_dag.core.console import Problem, UserError, add_settings, log
 from lora_dag.core.files import write_text
-from lora_dag.pipeline.yaml_edit import to_yaml, with_values
+from lora_dag.pipeline.yaml_edit import to_yaml, value_in, with_values
 
 FOLDER = Path(__file__).parents[2] / "presets"
 
@@ -68,8 +68,3 @@ def settings(name: str) -> dict[str, Any]:
 def about(path: Path) -> str:
     """Return the comment in the first line of a preset."""
     return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-
-
-def value_in(tree: dict[str, Any], key: str) -> Any:
-    section, _, name = key.partition(".")
-    return tree[section][name]

@@ -32,7 +32,7 @@ from lora_dag.core.params import ModelParams
 from lora_dag.families.protocol import load_family
 from lora_dag.pipeline.dvc_files import read_pipeline
 from lora_dag.pipeline.snakemake_records import Record, read_record
-from lora_dag.pipeline.yaml_edit import with_values
+from lora_dag.pipeline.yaml_edit import value_in, with_values
 from lora_dag.sweeps import grid
 from lora_dag.sweeps.stale import AGAIN, FINAL_OUTPUT, is_within, reasons_outdated
 
@@ -127,11 +127,6 @@ def with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> grid.Run:
         changed[section][name] = value
     config = params.check(changed, params.Origin(PARAMS))
     return grid.Run(overrides, config, {name: grid.dumped(each) for name, each in config.sections.items()}, {})
-
-
-def value_in(tree: dict[str, Any], key: str) -> Any:
-    section, _, name = key.partition(".")
-    return tree[section].get(name)
 
 
 # Problems

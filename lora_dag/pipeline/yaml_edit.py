@@ -26,6 +26,12 @@ def with_values(text: str, values: dict[str, Any]) -> str:
     return text
 
 
+def value_in(tree: dict[str, Any], key: str) -> Any:
+    """Return the value of a dotted key; None if the section does not have it."""
+    section, _, name = key.partition(".")
+    return tree[section].get(name)
+
+
 def to_yaml(value: Any) -> str:
     """Return the YAML of a value; a word without quotes."""
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value)

@@ -13,6 +13,7 @@ from lora_dag.commands.forecast import Forecast
 from lora_dag.core import params
 from lora_dag.core.params import ModelParams
 from lora_dag.families.protocol import load_family
+from tests import memory_table
 from tests.helpers.errors import refused
 from tests.helpers.workspace import REPOSITORY, Workspace
 from tests.true_sizes import TRUE_SIZES, save_configs
@@ -49,6 +50,20 @@ def test_presets_are_valid(name: str) -> None:
     config(name, Path("data/base"))
 
 
+@pytest.mark.parametrize("name", TRUE_SIZES)
+def test_true_sizes_have_the_published_numbers_of_parameters(name: str) -> None:
+    with torch.device("meta"):
+        parts = TRUE_SIZES[name].parts()
+    denoiser = parts.get("unet") or parts["transformer"]
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == TRUE_SIZES[name].num_parameters
+
+
+@pytest.mark.slow
+def test_the_table_of_the_models_page_is_current() -> None:
+    page = memory_table.PAGE.read_text(encoding="utf-8")
+    assert all(f"{row}\n" in page for row in memory_table.rows(["sd15", "sdxl"]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_presets_fit(name: str, tmp_path: Path) -> None:
@@ -61,6 +76,7 @@ def test_presets_fit(name: str, tmp_path: Path) -> None:
     available = int(memory.removesuffix("gb")) * 2**30 * (1 - RESERVED)
     assert forecast.train().peak <= available
     assert forecast.cache_latents() <= available
+    assert forecast.validate() <= available
 
 
 def config(name: str, base: Path) -> params.Config:

@@ -27,7 +27,7 @@ def pixels(seed: int) -> Pixels:
 def row(
     name: str, shown: Pixels, content: str | None = None, subset: int = 0, split: str | None = None
 ) -> CheckedImage:
-    """An image; ``content`` stands for its bytes."""
+    """Return an image; its digest is that of ``content``."""
     sha256 = hashlib.sha256((content or name).encode()).hexdigest()
     entry = Entry(name, ("",), f"data/raw/{name}", subset, split)
     return CheckedImage(entry, sha256, 64, 64, 64, 64, False, base64.b64encode(shown.tobytes()).decode())
